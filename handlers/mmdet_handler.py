@@ -1,0 +1,11 @@
+"""TorchServe handler for image detectors (MMDetection). All logic is in `handlers.detection`."""
+
+from __future__ import annotations
+
+from handlers.detection import DetectionHandler
+
+
+class MMDetHandler(DetectionHandler):
+    """Images in, 2D boxes and masks out."""
+
+    modality = "image"

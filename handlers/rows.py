@@ -1,0 +1,127 @@
+"""TorchServe rows to frames, outcomes to bodies.
+
+A row is what TorchServe 0.12 hands a handler for one request: a dictionary of body, form fields and
+parts. Options travel as headers (``X-Score-Thr: 0.3``), form fields or JSON members: TorchServe drops
+the query string of ``/predictions``. Knows nothing about models; decoding is `serve.wire`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from serve.errors import BadRequest, ClientError, ServeError, error_body
+from serve.runtime import Outcome
+from serve.wire import (
+    FRAMES_CONTENT_TYPE,
+    Options,
+    decode_json_request,
+    encode_json,
+    parse_options,
+    unpack_frames,
+)
+
+__all__ = ["Row", "answer_row", "read_row"]
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
+FRAME_FIELDS = ("body", "data", "file", "frame", "image", "points")
+# Names TorchServe itself puts into a row on its older addresses.
+IGNORED_FIELDS = ("model_name", "model", "model_version", "explain")
+
+Entry = tuple[bytes | bytearray | memoryview, Options] | ClientError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request: its frames with their options (or what is wrong with them), and whether it was a framed batch."""
+
+    entries: tuple[Entry, ...]
+    framed: bool
+
+
+def read_row(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
+    """Find the frames of a request.
+
+    Raises:
+        ClientError: the request as a whole cannot be read.
+    """
+    plain = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
+    if plain.get("content-encoding", "identity") != "identity":
+        raise BadRequest(
+            f"Content-Encoding {plain['content-encoding']} is not undone here; send the body as it is"
+        )
+    from_headers = {
+        name: plain[key] for name in OPTION_NAMES if (key := "x-" + name.replace("_", "-")) in plain
+    }
+    text_fields = {
+        name: _text(name, value)
+        for name, value in row.items()
+        if name not in (*FRAME_FIELDS, *IGNORED_FIELDS, "b64")
+    }
+    options = parse_options({**from_headers, **text_fields})
+    content_type = plain.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type.startswith("multipart/") and "body" in row:
+        raise BadRequest("multipart without a boundary cannot be read")
+    body, part_type = _frame_of(row, headers, content_type)
+    if part_type == FRAMES_CONTENT_TYPE:
+        return Row(tuple(_entry(frame, given, options) for frame, given in unpack_frames(body)), framed=True)
+    if part_type == "application/json":
+        body, given = decode_json_request(body)
+        return Row((_entry(body, given, options),), framed=False)
+    return Row(((body, options),), framed=False)
+
+
+def _frame_of(
+    row: Mapping[str, Any], headers: Mapping[str, Any], content_type: str
+) -> tuple[bytes | bytearray | memoryview, str]:
+    found = [name for name in FRAME_FIELDS if name in row]
+    if "b64" in row:
+        return encode_json({"b64": _text("b64", row["b64"])}), "application/json"
+    if not found:
+        raise BadRequest(
+            f"no frame in the request; send it as the body, or as a part named {' or '.join(FRAME_FIELDS)}"
+        )
+    if len(found) > 1:
+        raise BadRequest(f"several frames in one request ({', '.join(found)}); send one, or a framed batch")
+    value = row[found[0]]
+    if isinstance(value, str):
+        return encode_json({"b64": value}), "application/json"
+    if not isinstance(value, bytes | bytearray | memoryview):
+        # TorchServe parses JSON itself where it is not told otherwise.
+        return encode_json(value), "application/json"
+    part = headers.get(found[0])
+    part_type = part.get("content-type", "") if isinstance(part, Mapping) else ""
+    return value, (part_type or content_type).partition(";")[0].strip().lower()
+
+
+def _entry(body: bytes | bytearray | memoryview, given: Mapping[str, Any], base: Options) -> Entry:
+    try:
+        return body, parse_options(given, base)
+    except ClientError as error:
+        return error
+
+
+def _text(name: str, value: Any) -> str:
+    try:
+        return bytes(value).decode() if isinstance(value, bytes | bytearray | memoryview) else str(value)
+    except UnicodeDecodeError:
+        raise BadRequest(
+            f"field '{name}' is not text; a frame goes into a field named {' or '.join(FRAME_FIELDS)}"
+        ) from None
+
+
+def answer_row(framed: bool, outcomes: Sequence[Outcome], request_id: str | None) -> tuple[int, bytes]:
+    """Status and JSON body of one request."""
+    if framed:
+        items = [
+            {"status": outcome.status, **error_body(outcome)}
+            if isinstance(outcome, ServeError)
+            else {"status": 200, "answer": outcome}
+            for outcome in outcomes
+        ]
+        return 200, encode_json({"outcomes": items})
+    (outcome,) = outcomes
+    if isinstance(outcome, ServeError):
+        return outcome.status, encode_json(error_body(outcome, request_id))
+    return 200, encode_json(outcome)

@@ -1,0 +1,421 @@
+"""Model archives (``.mar``): written deterministically, read with suspicion.
+
+An archive is a zip that TorchServe can serve and that holds data only:
+
+    MAR-INF/MANIFEST.json     TorchServe's: model name, version, handler (a module of ours, by name)
+    model.json                `Metadata`: what the model is, who wrote it, sha256 of every other file
+    config.json               the resolved config (`serve.config_json`)
+    weights.safetensors       the weights
+    golden/frame.*            a frame the model has been run on
+    golden/expected.json      what came out
+    code/…                    modules named in the config's custom_imports, if any
+    extra/…                   the user's extra files
+
+Same contents, same bytes: entries are sorted, times and modes fixed. We do not use TorchServe's
+archiver: it stages in a shared temporary folder, deletes what is there, and stamps times. Knows nothing
+about torch, models or servers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import orjson
+
+from serve import __version__, config_json
+from serve.errors import ArchiveError, ArchiveVersionError
+
+__all__ = [
+    "FORMAT",
+    "Archive",
+    "InferenceOptions",
+    "Metadata",
+    "extract",
+    "open_directory",
+    "verify",
+    "write",
+]
+
+FORMAT = 1
+MANIFEST, METADATA, CONFIG, WEIGHTS = (
+    "MAR-INF/MANIFEST.json",
+    "model.json",
+    "config.json",
+    "weights.safetensors",
+)
+EXPECTED = "golden/expected.json"
+HANDLERS = {"lidar": "handlers.mmdet3d_handler", "image": "handlers.mmdet_handler"}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
+# A zip that claims more than this unpacked is refused before unpacking.
+MAX_UNPACKED_BYTES = 16 << 30
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+Source = bytes | Path
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """How the runtime runs this model.
+
+    Attributes:
+        fold_batch_norm: pairs of module names (convolution, batch norm) that are folded into one.
+        channels_last: keep dense 2D convolutions in NHWC memory order.
+        autocast: precision of CUDA autocast; CPU always computes in float32.
+    """
+
+    fold_batch_norm: tuple[tuple[str, str], ...] = ()
+    channels_last: bool = True
+    autocast: Literal["off", "fp16", "bf16"] = "off"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What an archive says about its model (``model.json``).
+
+    Attributes:
+        name: model name.
+        version: model version, digits and dots.
+        modality: ``"lidar"`` or ``"image"``.
+        package: ``"mmdet"`` or ``"mmdet3d"``.
+        classes: class names by label.
+        box_type_3d: ``"LiDAR"``, ``"Camera"``, ``"Depth"``; None for images.
+        load_dim: floats per point of a ``.bin``; None for images.
+        color_type: mmcv's name of the image decoding; None for clouds.
+        golden_frame: entry name of the golden frame.
+        source: file names and hashes of config and checkpoint, and the package versions at conversion.
+        inference: how to run it.
+        files: sha256 (hex) of every entry but the manifest and ``model.json``.
+        serve_version: the version of this package that wrote the archive.
+        format: layout of the archive.
+    """
+
+    name: str
+    version: str
+    modality: Literal["lidar", "image"]
+    package: Literal["mmdet", "mmdet3d"]
+    classes: tuple[str, ...]
+    box_type_3d: str | None
+    load_dim: int | None
+    color_type: str | None
+    golden_frame: str
+    source: Mapping[str, str]
+    inference: InferenceOptions = field(default_factory=InferenceOptions)
+    files: Mapping[str, str] = field(default_factory=dict)
+    serve_version: str = __version__
+    format: int = FORMAT
+
+    @classmethod
+    def parse(cls, document: bytes) -> Metadata:
+        """From ``model.json``.
+
+        Raises:
+            ArchiveVersionError: written by a version this one cannot honour.
+            ArchiveError: not such a document.
+        """
+        try:
+            raw = orjson.loads(document)
+            _check_version(raw["format"], raw["serve_version"])
+            unknown = set(raw) - {f.name for f in fields(cls)}
+            if unknown:
+                raise ArchiveError(f"{METADATA} has unknown fields: {', '.join(sorted(unknown))}")
+            inference = dict(raw["inference"])
+            inference["fold_batch_norm"] = tuple((conv, norm) for conv, norm in inference["fold_batch_norm"])
+            raw["inference"] = InferenceOptions(**inference)
+            raw["classes"] = tuple(raw["classes"])
+            return cls(**raw)
+        except ArchiveError:
+            raise
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ArchiveError(f"{METADATA} is malformed ({error!r}); convert the model again") from None
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An unpacked, verified archive.
+
+    Attributes:
+        root: the folder it is unpacked in.
+        metadata: what it says.
+    """
+
+    root: Path
+    metadata: Metadata
+
+    @property
+    def weights(self) -> Path:
+        """Path of the safetensors file."""
+        return self.root / WEIGHTS
+
+    @property
+    def code(self) -> Path | None:
+        """Folder of packed modules, where there are any."""
+        return self.root / "code" if any(name.startswith("code/") for name in self.metadata.files) else None
+
+    def config(self) -> dict[str, Any]:
+        """The resolved config."""
+        config: dict[str, Any] = config_json.from_json(orjson.loads((self.root / CONFIG).read_bytes()))
+        return config
+
+    def golden_frame(self) -> bytes:
+        """Bytes of the golden frame."""
+        return (self.root / self.metadata.golden_frame).read_bytes()
+
+    def golden_expected(self) -> dict[str, Any]:
+        """The detections recorded for the golden frame, without a score threshold."""
+        expected: dict[str, Any] = orjson.loads((self.root / EXPECTED).read_bytes())
+        return expected
+
+
+def write(
+    path: Path,
+    metadata: Metadata,
+    *,
+    config: Mapping[str, Any],
+    weights: Path,
+    golden_frame: bytes,
+    golden_expected: Mapping[str, Any],
+    code: Mapping[str, Source] | None = None,
+    extra: Mapping[str, Source] | None = None,
+    force: bool = False,
+) -> str:
+    """Write an archive, all or nothing, and return its sha256 (hex).
+
+    Args:
+        path: where to; the folder must exist.
+        metadata: `files` is filled in here.
+        config: the resolved config.
+        weights: a safetensors file.
+        golden_frame: goes to ``metadata.golden_frame``.
+        golden_expected: detections of that frame.
+        code: modules, by path below ``code/``.
+        extra: further files, by path below ``extra/``.
+        force: replace an existing archive.
+
+    Raises:
+        ArchiveError: the file exists, or a name is not allowed.
+    """
+    if path.exists() and not force:
+        raise ArchiveError(f"{path} exists; choose another name or version, or replace it with --force")
+    _check_identity(metadata.name, metadata.version)
+    entries: dict[str, Source] = {
+        CONFIG: _json(config_json.to_json(config)),
+        WEIGHTS: weights,
+        metadata.golden_frame: golden_frame,
+        EXPECTED: _json(golden_expected),
+        **{f"code/{name}": source for name, source in (code or {}).items()},
+        **{f"extra/{name}": source for name, source in (extra or {}).items()},
+    }
+    for name in entries:
+        _check_entry_name(name)
+    described = {f.name: getattr(metadata, f.name) for f in fields(metadata)}
+    described["inference"] = asdict(metadata.inference)
+    described["files"] = {name: _sha256(source) for name, source in entries.items()}
+    manifest = {
+        "archiverVersion": f"mmdet3d-serve {__version__}",
+        "runtime": "python",
+        "model": {
+            "modelName": metadata.name,
+            "modelVersion": metadata.version,
+            "handler": HANDLERS[metadata.modality],
+        },
+    }
+    everything = {**entries, METADATA: _json(described), MANIFEST: _json(manifest)}
+    descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+            for name, source in sorted(everything.items()):
+                _add(archive, name, source)
+        os.chmod(staging, 0o644)
+        os.replace(staging, path)
+    except BaseException:
+        Path(staging).unlink(missing_ok=True)
+        raise
+    return _sha256(path)
+
+
+def verify(path: Path) -> Metadata:
+    """Check an archive file completely without unpacking it: names, versions, hashes.
+
+    Raises:
+        ArchiveError: corrupt, altered, foreign, or of a version we cannot honour.
+    """
+    with _opened(path) as archive:
+        metadata, _ = _read_header(archive)
+        for name, expected in metadata.files.items():
+            with archive.open(name) as stream:
+                _compare(name, _digest(stream), expected)
+        return metadata
+
+
+def extract(path: Path, root: Path) -> Archive:
+    """Unpack a checked archive into the empty folder `root`.
+
+    Raises:
+        ArchiveError: as `verify`.
+    """
+    with _opened(path) as archive:
+        _read_header(archive)
+        for info in archive.infolist():
+            target = root / info.filename
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(info) as stream, target.open("wb") as out:
+                while block := stream.read(1 << 20):
+                    out.write(block)
+    return open_directory(root)
+
+
+def open_directory(root: Path) -> Archive:
+    """Read an archive that TorchServe (or `extract`) has unpacked, checking every hash.
+
+    Raises:
+        ArchiveError: a file is missing or altered, or the version is not one we honour.
+    """
+    try:
+        metadata = Metadata.parse((root / METADATA).read_bytes())
+    except OSError:
+        raise ArchiveError(
+            f"{root} has no {METADATA}: the archive was not written by mmdet3d-serve; convert the model with it"
+        ) from None
+    for name, expected in metadata.files.items():
+        _check_entry_name(name)
+        try:
+            _compare(name, _sha256(root / name), expected)
+        except OSError:
+            raise ArchiveError(f"{name} is missing from the archive; convert the model again") from None
+    return Archive(root, metadata)
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ArchiveError(
+            f"{path.name} is not a readable archive ({error}); copy or convert it again"
+        ) from None
+
+
+def _read_header(archive: zipfile.ZipFile) -> tuple[Metadata, dict[str, Any]]:
+    infos = archive.infolist()
+    names = [info.filename for info in infos]
+    if len(set(names)) != len(names):
+        raise ArchiveError("an entry occurs twice in the archive")
+    for name in names:
+        _check_entry_name(name)
+    if sum(info.file_size for info in infos) > MAX_UNPACKED_BYTES:
+        raise ArchiveError(f"the archive claims more than {MAX_UNPACKED_BYTES >> 30} GiB unpacked")
+    try:
+        metadata = Metadata.parse(archive.read(METADATA))
+        manifest: dict[str, Any] = orjson.loads(archive.read(MANIFEST))
+    except KeyError as error:
+        raise ArchiveError(
+            f"the archive was not written by mmdet3d-serve ({error.args[0]}); convert the model"
+        ) from None
+    except (zipfile.BadZipFile, orjson.JSONDecodeError, OSError) as error:
+        raise ArchiveError(f"the archive is corrupt ({error}); copy or convert it again") from None
+    if set(names) != {*metadata.files, METADATA, MANIFEST}:
+        odd = sorted(set(names) ^ {*metadata.files, METADATA, MANIFEST})
+        raise ArchiveError(f"entries and {METADATA} disagree about {', '.join(odd)}; convert the model again")
+    model = manifest.get("model") if isinstance(manifest, dict) else None
+    wanted = {
+        "modelName": metadata.name,
+        "modelVersion": metadata.version,
+        "handler": HANDLERS[metadata.modality],
+    }
+    if model != wanted:
+        raise ArchiveError(f"the manifest says {model}, expected {wanted}; convert the model again")
+    return metadata, manifest
+
+
+def _check_version(archive_format: Any, serve_version: Any) -> None:
+    if archive_format != FORMAT:
+        raise ArchiveVersionError(
+            f"the archive has format {archive_format} (mmdet3d-serve {serve_version}), this is {__version__} with "
+            f"format {FORMAT}; convert the model with the version that serves it"
+        )
+    # Before 1.0 a minor version may change what an archive means; afterwards a major one.
+    ours, theirs = _significant(__version__), _significant(str(serve_version))
+    if ours != theirs:
+        raise ArchiveVersionError(
+            f"the archive was written by mmdet3d-serve {serve_version}, this is {__version__}; convert the model "
+            "with the version that serves it"
+        )
+
+
+def _significant(version: str) -> tuple[str, ...]:
+    parts = version.split(".")
+    return tuple(parts[:2]) if parts[0] == "0" else tuple(parts[:1])
+
+
+def _check_identity(name: str, version: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ArchiveError(f"model name {name!r} must be letters, digits, '.', '_' and '-' (at most 128)")
+    if not VERSION.fullmatch(version):
+        raise ArchiveError(f"model version {version!r} must be digits and dots, as in 1.0")
+
+
+def _check_entry_name(name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or name.endswith("/") or str(path) != name:
+        raise ArchiveError(f"entry {name!r} is not a plain path inside the archive")
+    if path.parts[0] not in {"MAR-INF", "golden", "code", "extra", METADATA, CONFIG, WEIGHTS}:
+        # Anything else at the top could shadow a Python module: TorchServe puts the folder on sys.path.
+        raise ArchiveError(f"entry {name!r} is not a part of an mmdet3d-serve archive")
+
+
+def _compare(name: str, actual: str, expected: str) -> None:
+    if actual != expected:
+        raise ArchiveError(
+            f"{name} was altered: sha256 {actual[:12]}… instead of {expected[:12]}…; convert again"
+        )
+
+
+def _add(archive: zipfile.ZipFile, name: str, source: Source) -> None:
+    info = zipfile.ZipInfo(name, date_time=_EPOCH)
+    info.create_system = 3  # unix, on every system, so that the bytes are the same
+    info.external_attr = 0o644 << 16
+    # Weights do not shrink; deflated text could differ between zlib builds, and is small.
+    info.compress_type = zipfile.ZIP_STORED
+    with archive.open(info, "w", force_zip64=True) as out:
+        for block in _blocks(source):
+            out.write(block)
+
+
+def _blocks(source: Source) -> Iterator[bytes]:
+    if isinstance(source, bytes):
+        yield source
+        return
+    with source.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            yield block
+
+
+def _sha256(source: Source) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(source):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(stream: io.IOBase | Any) -> str:
+    digest = hashlib.sha256()
+    try:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    except zipfile.BadZipFile as error:
+        raise ArchiveError(f"the archive is corrupt ({error}); copy or convert it again") from None
+    return digest.hexdigest()
+
+
+def _json(document: Any) -> bytes:
+    return orjson.dumps(
+        document, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY
+    )

@@ -1,0 +1,158 @@
+"""Pens for pictures: smooth lines, text, panels, labels that do not cover each other, class colours.
+
+Works on BGR uint8 arrays and with the font that ships with Pillow, so that pictures look the same on every
+machine. Knows nothing about detections, metres or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = [
+    "Area",
+    "Colour",
+    "Picture",
+    "Text",
+    "class_colour",
+    "draw_line",
+    "draw_panel",
+    "draw_polygon",
+    "draw_texts",
+    "free_place",
+    "measure",
+]
+
+Picture = NDArray[np.uint8]
+Colour = tuple[int, int, int]  #: BGR
+Area = tuple[float, float, float, float]  #: left, top, right, bottom in pixels
+
+_FRACTION_BITS = 4  # of OpenCV's fixed-point coordinates
+_PANEL: Colour = (30, 22, 16)
+#: One colour per class, by label, told apart on dark ground and in photographs (BGR).
+_CLASS_COLOURS: tuple[Colour, ...] = (
+    (67, 159, 255), (150, 92, 255), (110, 226, 124), (255, 196, 86), (64, 220, 250), (255, 140, 190),
+    (86, 110, 255), (190, 226, 60), (214, 160, 255), (150, 206, 250), (120, 190, 170), (230, 230, 230),
+)  # fmt: skip
+
+
+class Text(NamedTuple):
+    """One line of text at its top left corner, in pixels of the finished picture."""
+
+    at: tuple[float, float]
+    words: str
+    size: int
+    colour: Colour
+    chip: bool = False
+
+
+def free_place(
+    outline: NDArray[np.float64],
+    words: str,
+    size: tuple[int, int],
+    taken: list[Area],
+    type_size: int = 13,
+    *,
+    spare: Sequence[Area] = (),
+    tight: bool = False,
+) -> tuple[float, float] | None:
+    """Find room for a label next to an outline.
+
+    Args:
+        outline: (K, 2) column, row of what is labelled.
+        words: the label; with four pixels around it.
+        size: width and height of the picture.
+        taken: what must not be covered; the place found is added.
+        type_size: height of the type in pixels.
+        spare: what should not be covered, if there is a choice.
+        tight: put it at the upper edge, as is the habit in photographs.
+
+    Returns:
+        The upper left corner, or None when all is crowded.
+    """
+    width, height = (side + 8 for side in measure(words, type_size))
+    (x1, y1), (x2, y2) = outline.min(0), outline.max(0)
+    gap = 0 if tight else 6
+    middle = (y1 + y2 - height) / 2
+    places = [(x2 + gap, middle), (x1 - gap - width, middle), ((x1 + x2 - width) / 2, y1 - gap - height)]
+    places += [((x1 + x2 - width) / 2, y2 + gap), (x2 + gap, y1 - height), (x1 - gap - width, y2)]
+    if tight:  # in images: on the upper edge, else inside it, else below
+        places = [(x1 - 1, y1 - height), (x1, y1), (x1 - 1, y2), (x2 - width, y1), (x2 - width, y1 - height)]
+        places += [(x1 - 1, y1 - 2 * height - 2), (x2 - width, y1 - 2 * height - 2)]
+    areas = [(x, y, x + width, y + height) for x, y in places]
+    areas = [a for a in areas if min(a) >= 0 and a[2] <= size[0] and a[3] <= size[1]]
+    free = [area for area in areas if not _covers(area, taken)]
+    best = next((area for area in free if not _covers(area, spare)), free[0] if free else None)
+    if best is None:
+        return None
+    taken.append(best)
+    return best[:2]
+
+
+def _covers(area: Area, others: Sequence[Area]) -> bool:
+    x1, y1, x2, y2 = area
+    return any(x1 < right and left < x2 and y1 < low and top < y2 for left, top, right, low in others)
+
+
+def draw_texts(picture: Picture, texts: Sequence[Text]) -> None:
+    """All text at once, in place; chips are dark ground under their words."""
+    for text in texts:
+        if text.chip:
+            width, height = (side + 8 for side in measure(text.words, text.size))
+            draw_panel(picture, (*text.at, text.at[0] + width, text.at[1] + height), 0.78)
+    page = Image.fromarray(np.ascontiguousarray(picture[..., ::-1]))
+    pen = ImageDraw.Draw(page)
+    for text in texts:
+        inset = 4 if text.chip else 0
+        at = (round(text.at[0] + inset), round(text.at[1] + inset))
+        pen.text(at, text.words, fill=text.colour[::-1], font=_font(text.size), anchor="la")
+    picture[:] = np.asarray(page)[..., ::-1]
+
+
+@lru_cache(maxsize=16)
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
+def measure(words: str, size: int) -> tuple[float, float]:
+    """Width and height of a line in pixels; the height of all lines of one size is the same."""
+    return float(_font(size).getlength(words)), float(size)
+
+
+def draw_panel(picture: Picture, area: Area, cover: float = 0.86) -> None:
+    """Darken a rectangle."""
+    x1, y1, x2, y2 = (max(0, round(value)) for value in area)
+    part = picture[y1:y2, x1:x2]
+    part[:] = (part * (1 - cover) + np.array(_PANEL) * cover).astype(np.uint8)
+
+
+def class_colour(label: int) -> Colour:
+    """The colour of a class; a dozen, then again from the first."""
+    return _CLASS_COLOURS[int(label) % len(_CLASS_COLOURS)]
+
+
+def _fixed(points: Any) -> NDArray[np.int32]:
+    """Pixel coordinates → OpenCV's fixed point."""
+    limited = np.clip(np.asarray(points, np.float64), -(2.0**20), 2.0**20)
+    return np.asarray(np.round(limited * 2**_FRACTION_BITS), np.int32)
+
+
+def draw_line(canvas: Picture, ends: Any, colour: Colour, thickness: int) -> None:
+    """Draw a smooth line through (K, 2) column, row; fractions of a pixel count."""
+    cv2.polylines(canvas, [_fixed(ends)], False, colour, thickness, cv2.LINE_AA, _FRACTION_BITS)
+
+
+def draw_polygon(
+    canvas: Picture, corners: Any, colour: Colour, thickness: int = 1, *, fill: bool = False
+) -> None:
+    """Draw a smooth closed outline, or fill it; (K, 2) column, row, where fractions of a pixel count."""
+    if fill:
+        cv2.fillPoly(canvas, [_fixed(corners)], colour, cv2.LINE_AA, _FRACTION_BITS)
+    else:
+        cv2.polylines(canvas, [_fixed(corners)], True, colour, thickness, cv2.LINE_AA, _FRACTION_BITS)

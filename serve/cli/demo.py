@@ -1,0 +1,108 @@
+"""``make demo``: from nothing to a served SECOND, a sample frame, its answer and a picture of it.
+
+Knows the words; the work is done elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serve import archive, wire
+from serve.cli.serving import STATE_DIR, serve_until_stopped, stoppable
+from serve.client import Client
+from serve.convert import Conversion, convert
+from serve.demo.scenes import sample_frame
+from serve.download import sha256_of
+from serve.drawing import draw_frame, png_bytes
+from serve.errors import ArchiveError
+from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+
+__all__ = ["demo"]
+
+ASSETS = Path(__file__).parents[1] / "demo"
+CONFIG, CHECKPOINT = ASSETS / "second_demo.py", ASSETS / "second_demo.pth"
+SCORE_THR = 0.3
+
+
+def demo(argv: Sequence[str] | None) -> int:
+    """Parse the command line, archive, serve, ask once, show, and wait for Ctrl-C."""
+    default = TorchServeOptions(model_store=Path("demo"))
+    parser = argparse.ArgumentParser(
+        description="Serve the demonstration SECOND (synthetic streets, not KITTI) until Ctrl-C, and ask it once."
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=default.model_store,
+        help="for archive, frame, answer and picture (default: %(default)s)",
+    )
+    for use in ("inference", "management", "metrics"):
+        port = getattr(default, f"{use}_port")
+        parser.add_argument(
+            f"--{use}-port", type=int, default=port, metavar="PORT", help="default: %(default)s"
+        )
+    args = parser.parse_args(argv)
+    with stoppable():
+        args.folder.mkdir(parents=True, exist_ok=True)
+        _ensure_archive(args.folder)
+        frame = args.folder / "sample.bin"
+        frame.write_bytes(sample_frame())
+        server = TorchServe(
+            TorchServeOptions(
+                model_store=args.folder,
+                models=(ServedModel("second.mar"),),
+                inference_port=args.inference_port,
+                management_port=args.management_port,
+                metrics_port=args.metrics_port,
+                state_dir=STATE_DIR,
+            )
+        )
+        return serve_until_stopped(server, lambda running, seconds: _show(running, seconds, frame))
+
+
+def _ensure_archive(folder: Path) -> None:
+    """Keep an archive that still is of this checkpoint and this version; else make it."""
+    path = folder / "second.mar"
+    try:
+        if archive.verify(path).source.get("checkpoint_sha256") == sha256_of(CHECKPOINT):
+            return
+    except ArchiveError:
+        pass
+    print("archiving the demonstration SECOND …", file=sys.stderr, flush=True)
+    convert(Conversion(CONFIG, CHECKPOINT, folder, "second", force=True, report=_step))
+
+
+def _step(step: str) -> None:
+    print(f"  {step}", file=sys.stderr, flush=True)
+
+
+def _show(server: TorchServe, seconds: float, frame: Path) -> None:
+    body = frame.read_bytes()
+    with Client(server.inference_url) as client:
+        answer = client.predict(body, "second", score_thr=SCORE_THR)
+    frame.with_suffix(".json").write_bytes(wire.encode_json(answer))
+    frame.with_suffix(".png").write_bytes(png_bytes(draw_frame(body, answer, load_dim=4)))
+    print(
+        f"ready after {seconds:.1f} s; the sample frame has {len(answer['names'])} detections of {SCORE_THR} or more:"
+    )
+    print(_table(answer))
+    print(f"\nfrom         {frame} ({len(body) // 16} points), answer {frame.with_suffix('.json')}")
+    print(f"picture      {frame.with_suffix('.png')}")
+    print(f"try          curl -T {frame} {server.inference_url}/predictions/second")
+    print("Ctrl-C stops it.", flush=True)
+
+
+def _table(answer: dict[str, Any], most: int = 12) -> str:
+    rows = ["  class        score     x m     y m     z m  length  width  height  yaw rad"]
+    for name, score, box in list(zip(answer["names"], answer["scores_3d"], answer["bboxes_3d"], strict=True))[
+        :most
+    ]:
+        x, y, z, dx, dy, dz, yaw = box[:7]
+        rows.append(
+            f"  {name:<12} {score:5.2f} {x:7.2f} {y:7.2f} {z:7.2f} {dx:7.2f} {dy:6.2f} {dz:7.2f} {yaw:8.2f}"
+        )
+    return "\n".join(rows)

@@ -1,0 +1,400 @@
+"""Match two sets of detections one to one and say how far apart they are.
+
+Takes detections as they travel on the wire: plain dictionaries with OpenMMLab's names, 3D
+(``bboxes_3d``, ``scores_3d``, ``labels_3d``, ``box_type_3d``) or 2D (``bboxes``, ``scores``, ``labels``
+and perhaps ``masks`` as COCO RLE). The order of the detections means nothing.
+
+Knows nothing about models, servers, files or torch, and has no opinion about which side is right.
+
+How detections are paired is told in `serve.matching`. One left alone whose score lies within the score
+tolerance of the threshold may have been cut off on the other side by rounding: it is reported as borderline,
+not as a failure. Masks take no part in the pairing; they are compared afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.errors import SettingsError
+from serve.matching import YAW, Rows, angle_between, match_rows
+
+__all__ = ["Comparison", "Pair", "Tolerances", "compare", "detection_count", "is_3d"]
+
+_Floats = NDArray[np.float64]
+_Ints = NDArray[np.int64]
+
+_REACH_3D = 2.0  # m between values of boxes that may still be the same object
+_REACH_2D = 50.0  # px
+_TABLE_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """What still counts as equal; every limit is inclusive.
+
+    Attributes:
+        box_m: metres (and m/s for velocities) between values of 3D boxes.
+        box_px: pixels between corners of 2D boxes.
+        yaw_rad: radians between headings, modulo a full turn.
+        score: between scores.
+        mask_iou: least intersection over union of two masks.
+    """
+
+    box_m: float = 1e-4
+    box_px: float = 1e-2
+    yaw_rad: float = 1e-4
+    score: float = 1e-5
+    mask_iou: float = 0.99
+
+    def __post_init__(self) -> None:
+        """Refuse limits that could never be met or would hide everything."""
+        for name in ("box_m", "box_px", "yaw_rad", "score"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise SettingsError(
+                    f"tolerance {name} must be a finite number >= 0, not {getattr(self, name)}"
+                )
+        if not 0 <= self.mask_iou <= 1:
+            raise SettingsError(f"tolerance mask_iou must lie between 0 and 1, not {self.mask_iou}")
+
+
+class Pair(NamedTuple):
+    """Two detections taken to be the same object, by their positions in the two dictionaries.
+
+    ``box`` is the largest deviation of a box value in metres or pixels, ``yaw`` is in radians (0 for 2D),
+    ``mask_iou`` is None where a side has no masks.
+    """
+
+    expected: int
+    actual: int
+    expected_label: int
+    actual_label: int
+    box: float
+    yaw: float
+    score: float
+    mask_iou: float | None
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of `compare`; tuples of positions refer to the dictionaries compared."""
+
+    is_3d: bool
+    tolerances: Tolerances
+    score_thr: float
+    expected_count: int
+    actual_count: int
+    pairs: tuple[Pair, ...]
+    unmatched_expected: tuple[int, ...]
+    unmatched_actual: tuple[int, ...]
+    borderline_expected: tuple[int, ...]
+    borderline_actual: tuple[int, ...]
+    problems: tuple[str, ...]
+    sides: tuple[str, str]
+    described: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing is outside the tolerances, left alone or malformed."""
+        return not (self.problems or self.unmatched_expected or self.unmatched_actual) and all(
+            pair.ok for pair in self.pairs
+        )
+
+    @property
+    def largest_box(self) -> float:
+        """Largest deviation of a box value over all pairs, in metres or pixels."""
+        return max((pair.box for pair in self.pairs), default=0.0)
+
+    @property
+    def largest_yaw(self) -> float:
+        """Largest deviation of a heading over all pairs, in radians."""
+        return max((pair.yaw for pair in self.pairs), default=0.0)
+
+    @property
+    def largest_score(self) -> float:
+        """Largest deviation of a score over all pairs."""
+        return max((pair.score for pair in self.pairs), default=0.0)
+
+    @property
+    def smallest_mask_iou(self) -> float | None:
+        """Smallest mask IoU over all pairs; None where no masks were compared."""
+        return min((pair.mask_iou for pair in self.pairs if pair.mask_iou is not None), default=None)
+
+    @property
+    def wrong_labels(self) -> int:
+        """How many pairs carry different labels."""
+        return sum(pair.expected_label != pair.actual_label for pair in self.pairs)
+
+    def table(self, max_rows: int = _TABLE_ROWS) -> str:
+        """A text table, worst pairs first, at most ``max_rows`` of them, with a verdict as last line."""
+        unit = "m" if self.is_3d else "px"
+        header = ["", *self.sides, f"box [{unit}]", "score", "mask IoU", "remark"]
+        if self.is_3d:
+            header.insert(4, "yaw [rad]")
+        rows = [header]
+        ranked = sorted(self.pairs, key=lambda pair: (pair.ok, -pair.box, -pair.yaw, -pair.score))
+        for pair in ranked[:max_rows]:
+            same = pair.expected_label == pair.actual_label
+            row = [
+                "ok" if pair.ok else "FAIL",
+                self.described[0][pair.expected],
+                self.described[1][pair.actual],
+                f"{pair.box:.1e}",
+                f"{pair.score:.1e}",
+                "" if pair.mask_iou is None else f"{pair.mask_iou:.4f}",
+                "" if same else "label differs",
+            ]
+            if self.is_3d:
+                row.insert(4, f"{pair.yaw:.1e}")
+            rows.append(row)
+        if all(not row[-2] for row in rows[1:]):  # no masks: no column for them
+            rows = [[*row[:-2], row[-1]] for row in rows]
+        borderline = f"borderline: score within {self.tolerances.score:g} of the threshold {self.score_thr:g}"
+        alone = [("FAIL", 0, i, f"only {self.sides[0]}") for i in self.unmatched_expected]
+        alone += [("FAIL", 1, i, f"only {self.sides[1]}") for i in self.unmatched_actual]
+        alone += [("ok", 0, i, borderline) for i in self.borderline_expected]
+        alone += [("ok", 1, i, borderline) for i in self.borderline_actual]
+        for verdict, side, index, remark in alone[:max_rows]:
+            cells = ["-"] * len(rows[0])
+            cells[0], cells[1 + side], cells[-1] = verdict, self.described[side][index], remark
+            rows.append(cells)
+        left_out = max(0, len(self.pairs) - max_rows) + max(0, len(alone) - max_rows)
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if len(rows) == 1:
+            lines = []
+        if left_out:
+            lines.append(f"... and {left_out} more, none of them worse")
+        lines += [f"FAIL  {problem}" for problem in self.problems]
+        return "\n".join([*lines, self.verdict()])
+
+    def verdict(self) -> str:
+        """One line: match or mismatch, counts, and the largest deviations with their tolerances."""
+        if not (self.expected_count or self.actual_count or self.problems):
+            return f"match: no detections on either side at score >= {self.score_thr:g}"
+        tol, unit = self.tolerances, "m" if self.is_3d else "px"
+        parts = [f"box {self.largest_box:.1e} {unit} (<= {tol.box_m if self.is_3d else tol.box_px:g})"]
+        if self.is_3d:
+            parts.append(f"yaw {self.largest_yaw:.1e} rad (<= {tol.yaw_rad:g})")
+        parts.append(f"score {self.largest_score:.1e} (<= {tol.score:g})")
+        if self.smallest_mask_iou is not None:
+            parts.append(f"mask IoU {self.smallest_mask_iou:.4f} (>= {tol.mask_iou:g})")
+        both = f"{self.expected_count} {self.sides[0]} and {self.actual_count} {self.sides[1]}"
+        counts = [f"{len(self.pairs)} pairs of {both}"]
+        if self.wrong_labels:
+            counts.append(f"{self.wrong_labels} with different labels")
+        if alone := len(self.unmatched_expected) + len(self.unmatched_actual):
+            counts.append(f"{alone} unmatched")
+        if borderline := len(self.borderline_expected) + len(self.borderline_actual):
+            counts.append(f"{borderline} borderline (not counted)")
+        word = "match" if self.ok else "MISMATCH"
+        return f"{word}: {', '.join(counts)}; largest deviation: {', '.join(parts)}"
+
+
+def is_3d(detections: Mapping[str, Any]) -> bool:
+    """Whether a detection dictionary is of the 3D kind (carries ``bboxes_3d``)."""
+    return "bboxes_3d" in detections
+
+
+def detection_count(detections: Mapping[str, Any]) -> int:
+    """How many detections a dictionary holds."""
+    return len(detections.get("bboxes_3d", detections.get("bboxes", ())))
+
+
+def compare(
+    expected: Mapping[str, Any],
+    actual: Mapping[str, Any],
+    tolerances: Tolerances | None = None,
+    score_thr: float = 0.0,
+    *,
+    sides: tuple[str, str] = ("native", "served"),
+) -> Comparison:
+    """Match two detection dictionaries one to one.
+
+    Args:
+        expected: detections of the reference.
+        actual: detections under test.
+        tolerances: what still counts as equal; the defaults of `Tolerances` when None.
+        score_thr: the score both sides were cut off at; only used to tell borderline detections.
+        sides: what the two are called in the table and in problems.
+
+    Returns:
+        A `Comparison`. Malformed input (missing keys, unequal lengths, NaN, different kinds of boxes, masks
+        on one side only) is reported in ``problems`` and never raised.
+    """
+    tolerances = tolerances or Tolerances()
+    problems: list[str] = []
+    boxes_3d = is_3d(expected)
+    one = _read(expected, sides[0], boxes_3d, problems)
+    two = _read(actual, sides[1], boxes_3d, problems)
+    problems += _differences_in_kind(expected, actual, one, two, sides)
+
+    # 1. Pair. Boxes of different width (7 and 9 values) cannot be paired and are a problem already.
+    if one.rows.boxes.shape[1] == two.rows.boxes.shape[1]:
+        matched = match_rows(
+            one.rows,
+            two.rows,
+            box=tolerances.box_m if boxes_3d else tolerances.box_px,
+            score=tolerances.score,
+            yaw=tolerances.yaw_rad if boxes_3d else None,
+            reach=_REACH_3D if boxes_3d else _REACH_2D,
+        )
+        matched = matched[np.argsort(matched[:, 0], kind="stable")]
+        pairs = _pairs(one, two, matched, boxes_3d, tolerances, problems, sides)
+    else:
+        matched, pairs = np.empty((0, 2), np.int64), ()
+    # 2. What is alone fails, unless its score is at the threshold.
+    alone, borderline = [], []
+    for column, side in enumerate((one, two)):
+        rows = np.setdiff1d(np.arange(len(side.rows.scores)), matched[:, column])
+        near = np.abs(side.rows.scores[rows] - score_thr) <= tolerances.score
+        alone.append(tuple(rows[~near].tolist()))
+        borderline.append(tuple(rows[near].tolist()))
+    return Comparison(
+        is_3d=boxes_3d,
+        tolerances=tolerances,
+        score_thr=score_thr,
+        expected_count=len(one.rows.scores),
+        actual_count=len(two.rows.scores),
+        pairs=pairs,
+        unmatched_expected=alone[0],
+        unmatched_actual=alone[1],
+        borderline_expected=borderline[0],
+        borderline_actual=borderline[1],
+        problems=tuple(problems),
+        sides=sides,
+        described=(one.described(), two.described()),
+    )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One dictionary as arrays."""
+
+    rows: Rows
+    names: list[str] | None = None
+    masks: list[Any] | None = None
+
+    def described(self) -> tuple[str, ...]:
+        names = self.names or [f"label {label}" for label in self.rows.labels]
+        scores = self.rows.scores
+        return tuple(f"#{k} {name} {scores[k]:.4f}" for k, name in enumerate(names))
+
+
+def _read(detections: Mapping[str, Any], name: str, boxes_3d: bool, problems: list[str]) -> _Side:
+    """Dictionary → arrays; what cannot be read becomes a problem and an empty side."""
+    least, suffix = (7, "_3d") if boxes_3d else (4, "")
+    empty = _Side(Rows(np.empty((0, least)), np.empty(0), np.empty(0, np.int64)))
+    if is_3d(detections) != boxes_3d:
+        return empty
+    try:
+        listed = {key: detections[f"{key}{suffix}"] for key in ("scores", "labels", "bboxes")}
+        listed |= {key: detections[key] for key in ("names", "masks") if detections.get(key) is not None}
+        count = len(listed["scores"])
+        for key, values in listed.items():
+            if len(values) != count:
+                raise ValueError(f"{len(values)} {key} for {count} scores")
+        scores = np.asarray(listed["scores"], np.float64).reshape(count)
+        labels = np.asarray(listed["labels"], np.float64).reshape(count)
+        boxes = np.asarray(listed["bboxes"], np.float64).reshape(count, -1 if count else least)
+        if boxes.shape[1] < least:
+            raise ValueError(f"{boxes.shape[1]} values per box, at least {least} belong there")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        problems.append(f"{name} detections are malformed: {what}")
+        return empty
+    finite = np.isfinite(boxes).all(1) & np.isfinite(scores) & np.isfinite(labels)
+    if not finite.all():
+        problems.append(f"{int((~finite).sum())} {name} detections hold NaN or infinite values")
+        return empty
+    return _Side(
+        Rows(boxes, scores, labels.astype(np.int64)),
+        names=[str(value) for value in listed["names"]] if "names" in listed else None,
+        masks=list(listed["masks"]) if "masks" in listed else None,
+    )
+
+
+def _differences_in_kind(
+    expected: Mapping[str, Any], actual: Mapping[str, Any], one: _Side, two: _Side, sides: tuple[str, str]
+) -> list[str]:
+    """Sentences on what makes two answers incomparable as a whole."""
+    if is_3d(expected) != is_3d(actual):
+        kinds = ["3D" if is_3d(side) else "2D" for side in (expected, actual)]
+        return [f"{sides[0]} detections are {kinds[0]} and {sides[1]} ones {kinds[1]}"]
+    found = []
+    types = [side.get("box_type_3d") for side in (expected, actual)]
+    if types[0] != types[1]:
+        found.append(f"box_type_3d is {types[0]} in {sides[0]} and {types[1]} in {sides[1]} detections")
+    if len(one.rows.boxes) and len(two.rows.boxes):
+        widths = [side.rows.boxes.shape[1] for side in (one, two)]
+        if widths[0] != widths[1]:
+            found.append(f"{sides[0]} boxes have {widths[0]} values and {sides[1]} ones {widths[1]}")
+        if (one.masks is None) != (two.masks is None):
+            found.append(f"only {sides[two.masks is not None]} detections have masks")
+    return found
+
+
+def _pairs(
+    one: _Side,
+    two: _Side,
+    matched: _Ints,
+    boxes_3d: bool,
+    tolerances: Tolerances,
+    problems: list[str],
+    sides: tuple[str, str],
+) -> tuple[Pair, ...]:
+    """Deviations of the matched positions, in the order of the first side."""
+    i, j = matched[:, 0], matched[:, 1]
+    deviation = np.abs(one.rows.boxes[i] - two.rows.boxes[j])
+    yaw = np.zeros(len(matched))
+    limit = tolerances.box_px
+    if boxes_3d:
+        limit = tolerances.box_m
+        yaw = angle_between(deviation[:, YAW])
+        deviation[:, YAW] = 0
+    box = deviation.max(1, initial=0.0)
+    score = np.abs(one.rows.scores[i] - two.rows.scores[j])
+    labels = one.rows.labels[i], two.rows.labels[j]
+    good = (box <= limit) & (yaw <= tolerances.yaw_rad) & (score <= tolerances.score)
+    good &= labels[0] == labels[1]
+    if one.names and two.names:
+        called = {(one.names[e], two.names[a]) for e, a in matched[labels[0] == labels[1]]}
+        for first, second in sorted(names for names in called if names[0] != names[1])[:5]:
+            problems.append(
+                f"one label is called {first!r} in {sides[0]} and {second!r} in {sides[1]} detections"
+            )
+    iou = _mask_ious(one, two, matched, problems, sides)
+    if iou is not None:
+        good &= iou >= tolerances.mask_iou
+    ious = [None] * len(matched) if iou is None else iou.tolist()
+    columns = (i, j, *labels, box, yaw, score)
+    rows = zip(*(column.tolist() for column in columns), ious, good.tolist(), strict=True)
+    return tuple(Pair._make(row) for row in rows)
+
+
+def _mask_ious(
+    one: _Side, two: _Side, matched: _Ints, problems: list[str], sides: tuple[str, str]
+) -> _Floats | None:
+    """IoU of COCO RLE masks per pair, by pycocotools; two empty masks are equal."""
+    if one.masks is None or two.masks is None or not len(matched):
+        return None
+    from pycocotools import mask as coco
+
+    values = np.zeros(len(matched))
+    try:
+        for k, (e, a) in enumerate(matched.tolist()):
+            first, second = one.masks[e], two.masks[a]
+            if list(first["size"]) != list(second["size"]):
+                sizes = f"{first['size']} in {sides[0]} and {second['size']} in {sides[1]} detections"
+                problems.append(f"masks are of size {sizes}")
+                break
+            both_empty = not (coco.area(first) or coco.area(second))
+            values[k] = 1.0 if both_empty else coco.iou([first], [second], [0])[0, 0]
+    except (KeyError, TypeError, ValueError) as error:
+        problems.append(f"masks are not COCO RLE: {type(error).__name__}: {error}")
+    return values

@@ -1,0 +1,323 @@
+"""The native side of a comparison: what mmdet / mmdet3d themselves detect, with none of our runtime.
+
+Their own ``init_detector`` / ``init_model`` build the model from config and checkpoint, their own
+``inference_detector`` reads the file and runs the network; here the outcome is only rewritten to the
+dictionary that also travels on the wire. Nothing is thresholded on the way; `above` does that.
+
+Frames are given as paths, because mmdet3d 1.4.0 cannot take arrays in memory (its ``inference_detector``
+hands a wrapped cloud to a pipeline step that expects an array, and edits the model's config on the way).
+
+Knows nothing about servers and archives. Covers LiDAR detectors of mmdet3d and image detectors of mmdet;
+not segmentors, and not detectors that need calibration or several sensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from serve.errors import CheckpointError, InferenceFailed, ModelLookupError, SetupError, UndecodableFrame
+
+__all__ = ["FRAME_SUFFIXES", "Modality", "NativeModel", "above", "load_native"]
+
+Modality = Literal["lidar", "image"]
+
+#: Endings of the files each kind of model reads.
+FRAME_SUFFIXES: Mapping[Modality, tuple[str, ...]] = {
+    "lidar": (".bin", ".npy"),
+    "image": (".jpg", ".jpeg", ".png", ".bmp", ".webp"),
+}
+_NO_POINTS = "{} holds no points; mmdet3d itself cannot run on an empty cloud, so there is nothing to compare"
+_BOX_TYPES = {
+    "LiDARInstance3DBoxes": "LiDAR",
+    "CameraInstance3DBoxes": "Camera",
+    "DepthInstance3DBoxes": "Depth",
+}
+
+
+@dataclass(frozen=True)
+class NativeModel:
+    """A model as mmdet / mmdet3d built it.
+
+    Attributes:
+        modality: ``lidar`` (mmdet3d) or ``image`` (mmdet).
+        classes: class names, by label.
+        box_type_3d: ``LiDAR``, ``Camera`` or ``Depth``; None for image models.
+        load_dim: floats per point in a ``.bin`` file; None for image models.
+        module: the ``torch.nn.Module`` itself.
+        notes: sentences on what was changed in weights that mmdet3d cannot read as they are.
+    """
+
+    modality: Modality
+    classes: tuple[str, ...]
+    box_type_3d: str | None
+    load_dim: int | None
+    module: Any = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    def detect(self, path: str | Path) -> dict[str, Any]:
+        """Detect in one file and return everything the network answers, below any threshold too.
+
+        Args:
+            path: for ``lidar`` a ``.bin`` of float32 rows of ``load_dim``, or a ``.npy`` of such rows;
+                for ``image`` an encoded image.
+
+        Returns:
+            3D: ``bboxes_3d`` (N, 7 or 9) in metres, metres, radians in the frame of ``box_type_3d``, origin
+            as mmdet3d has it (bottom centre), ``scores_3d``, ``labels_3d``, ``box_type_3d``, ``names``.
+            2D: ``bboxes`` (N, 4) in pixels of the original image, ``scores``, ``labels``, ``names``, and
+            ``masks`` as COCO RLE where the model has them. Lists of Python numbers throughout.
+
+        Raises:
+            UndecodableFrame: the file is missing or no frame of this model.
+            InferenceFailed: the network raised.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UndecodableFrame(f"there is no file {path}")
+        if path.suffix.lower() not in FRAME_SUFFIXES[self.modality]:
+            known = ", ".join(FRAME_SUFFIXES[self.modality])
+            raise UndecodableFrame(f"{path.name} is no frame for a {self.modality} model; it reads {known}")
+        if self.modality == "image":
+            return self._detect_in_image(path)
+        with _as_bin(path, self.load_dim or 4) as cloud:
+            if self._sees_nothing(cloud):
+                return self._named(
+                    {"bboxes_3d": [], "scores_3d": [], "labels_3d": [], "box_type_3d": self.box_type_3d}
+                )
+            return self._detect_in_cloud(cloud)
+
+    def _detect_in_cloud(self, path: Path) -> dict[str, Any]:
+        from mmdet3d.apis import inference_detector
+
+        with _running("mmdet3d", path):
+            sample, _ = inference_detector(self.module, str(path))
+        found = sample.pred_instances_3d
+        return self._named(
+            {
+                "bboxes_3d": found.bboxes_3d.tensor.detach().float().cpu().tolist(),
+                "scores_3d": found.scores_3d.detach().float().cpu().tolist(),
+                "labels_3d": found.labels_3d.detach().cpu().tolist(),
+                "box_type_3d": _BOX_TYPES.get(type(found.bboxes_3d).__name__, type(found.bboxes_3d).__name__),
+            }
+        )
+
+    def _sees_nothing(self, path: Path) -> bool:
+        """No point lies where the model looks: mmdet3d 1.4 raises IndexError there; nothing is to be found."""
+        layer = getattr(getattr(self.module, "data_preprocessor", None), "voxel_layer", None)
+        bounds = getattr(layer, "point_cloud_range", None)
+        if bounds is None or len(bounds) != 6:
+            return False
+        points = np.fromfile(path, dtype="<f4").reshape(-1, self.load_dim or 4)[:, :3]
+        low, high = np.asarray(bounds, dtype=np.float32).reshape(2, 3)
+        return not bool(((points >= low) & (points < high)).all(axis=1).any())
+
+    def _detect_in_image(self, path: Path) -> dict[str, Any]:
+        import cv2
+        from mmdet.apis import inference_detector
+
+        if cv2.imread(str(path)) is None:
+            raise UndecodableFrame(f"{path} is not a readable image")
+        with _running("mmdet", path):
+            found = inference_detector(self.module, str(path)).pred_instances
+        answer = {
+            "bboxes": getattr(found.bboxes, "tensor", found.bboxes).detach().float().cpu().tolist(),
+            "scores": found.scores.detach().float().cpu().tolist(),
+            "labels": found.labels.detach().cpu().tolist(),
+        }
+        if "masks" in found:
+            answer["masks"] = _as_rle(found.masks.detach().cpu().numpy())
+        return self._named(answer)
+
+    def _named(self, answer: dict[str, Any]) -> dict[str, Any]:
+        labels = answer.get("labels_3d", answer.get("labels"))
+        known = range(len(self.classes))
+        answer["names"] = [self.classes[label] if label in known else str(label) for label in labels or ()]
+        return answer
+
+
+def above(detections: Mapping[str, Any], score_thr: float) -> dict[str, Any]:
+    """The detections that score at least ``score_thr``, in the order they had; other entries are kept."""
+    scores = detections.get("scores_3d", detections.get("scores", []))
+    keep = [k for k, score in enumerate(scores) if score >= score_thr]
+    per_detection = {"bboxes_3d", "scores_3d", "labels_3d", "bboxes", "scores", "labels", "names", "masks"}
+    return {
+        key: [value[k] for k in keep] if key in per_detection else value for key, value in detections.items()
+    }
+
+
+def load_native(config: str | Path, checkpoint: str | Path, device: str | None = None) -> NativeModel:
+    """Build a model with mmdet's / mmdet3d's own functions.
+
+    Args:
+        config: path of a config file, or a name in the model zoo (pre-1.0 names too).
+        checkpoint: path of a checkpoint. Read with ``weights_only=True`` and an allow-list of types.
+        device: ``cpu`` or ``cuda:N``; None takes ``cuda:0`` where there is one, as TorchServe does.
+
+    Raises:
+        ModelLookupError: no such config.
+        CheckpointError: the checkpoint is missing, refused, or does not fit the config.
+        SetupError: the model cannot be built, or is of a kind this module does not cover.
+    """
+    if not Path(checkpoint).is_file():
+        raise CheckpointError(f"there is no checkpoint file {checkpoint}")
+    device = _usable_device(device)
+
+    import serve.ops
+
+    serve.ops.install()
+    with _quiet():
+        from mmengine.config import Config
+
+        path = _config_path(config)
+        try:
+            parsed = Config.fromfile(str(path))
+        except Exception as error:
+            raise ModelLookupError(f"{path} is not a readable config: {error}") from error
+    scope = parsed.get("default_scope") or "mmdet"
+    if scope not in ("mmdet", "mmdet3d"):
+        raise SetupError(f"{path} is of {scope}; only mmdet and mmdet3d detectors can be compared")
+    said = io.StringIO()
+    with _quiet(), contextlib.redirect_stdout(said), _readable_checkpoint():
+        try:
+            if scope == "mmdet3d":
+                from mmdet3d.apis import init_model as build
+            else:
+                from mmdet.apis import init_detector as build
+            module = build(parsed, str(checkpoint), device=device)
+        except Exception as error:
+            kind = CheckpointError if "load" in str(error).lower() else SetupError
+            raise kind(f"{scope} cannot build {path} with {checkpoint}: {error}") from error
+    notes = _adapted(module, Path(checkpoint), fits="do not match exactly" not in said.getvalue())
+    pipeline: Sequence[Mapping[str, Any]] = parsed.test_dataloader.dataset.pipeline
+    first = str(pipeline[0].get("type", "")).rpartition(".")[2]
+    modality: Modality = "lidar" if scope == "mmdet3d" else "image"
+    if modality == "lidar" and first != "LoadPointsFromFile":
+        raise SetupError(f"{path} does not start from one point cloud (its first step is {first})")
+    box_type = parsed.test_dataloader.dataset.get("box_type_3d", "LiDAR") if modality == "lidar" else None
+    return NativeModel(
+        modality=modality,
+        classes=tuple(str(name) for name in module.dataset_meta["classes"]),
+        box_type_3d=box_type,
+        load_dim=int(pipeline[0].get("load_dim", 6)) if modality == "lidar" else None,
+        module=module,
+        notes=notes,
+    )
+
+
+def _config_path(config: str | Path) -> Path:
+    """A path as it is; anything else is a name for the zoo to know."""
+    if Path(config).is_file():
+        return Path(config)
+    from serve import zoo
+
+    return zoo.resolve(config).config_path
+
+
+def _adapted(module: Any, checkpoint: Path, *, fits: bool) -> tuple[str, ...]:
+    """Mend what mmengine's loader cannot: old kernel layouts and box frames; sentences on what was done.
+
+    Where nothing had to be mended the weights stay as mmengine loaded them, so that the native side owes
+    nothing to our loader.
+    """
+    from serve.checkpoint import load_checkpoint
+    from serve.legacy_weights import load_weights
+
+    loaded = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    read = load_checkpoint(checkpoint)
+    report = load_weights(module, read, allow_partial=True)
+    if not report.ok:
+        raise CheckpointError(f"{checkpoint} does not fit the config: {' '.join(report.summary(5).split())}")
+    notes = report.notes[len(read.notes) :]
+    if fits and not notes:
+        for name, tensor in module.state_dict().items():  # not load_state_dict: it may rename keys
+            tensor.copy_(loaded[name])
+    return notes
+
+
+def _usable_device(device: str | None) -> str:
+    import torch
+
+    if device is None:
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise SetupError(f"{device!r} is no device; write cpu or cuda:0") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise SetupError(f"there is no {device} on this machine; use cpu")
+    return device
+
+
+@contextlib.contextmanager
+def _readable_checkpoint() -> Iterator[None]:
+    """Let mmengine's own loader read OpenMMLab checkpoints with ``weights_only=True``."""
+    from serve.checkpoint import safe_globals_for_openmmlab
+
+    with safe_globals_for_openmmlab():
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the warnings of the frameworks to themselves: they are about their own insides.
+
+    Recorded and dropped, because mmdet turns an ``ignore`` filter into ``once`` while it builds a detector.
+    """
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _running(scope: str, path: Path) -> Iterator[None]:
+    """Inside, names in pipelines mean those of ``scope``, whatever was loaded last; errors are ours."""
+    from mmengine.registry import DefaultScope
+
+    try:
+        with _quiet(), DefaultScope.overwrite_default_scope(scope):
+            yield
+    except Exception as error:
+        raise InferenceFailed(f"native inference on {path.name} failed: {error}") from error
+
+
+@contextlib.contextmanager
+def _as_bin(path: Path, load_dim: int) -> Iterator[Path]:
+    """The path of the cloud as ``.bin``: mmdet3d reads the header of a ``.npy`` as points."""
+    if path.suffix.lower() == ".bin":
+        size = path.stat().st_size
+        if size % (4 * load_dim):
+            message = f"{path} holds {size} bytes, which is no whole number of points of {load_dim} float32"
+            raise UndecodableFrame(message)
+        if not size:
+            raise UndecodableFrame(_NO_POINTS.format(path))
+        yield path
+        return
+    try:
+        cloud = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UndecodableFrame(f"{path} is not a readable .npy file: {error}") from error
+    if cloud.ndim != 2 or cloud.shape[1] != load_dim:
+        raise UndecodableFrame(f"{path} holds an array of shape {cloud.shape}, not (points, {load_dim})")
+    if not len(cloud):
+        raise UndecodableFrame(_NO_POINTS.format(path))
+    with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as folder:
+        copy = Path(folder, path.stem + ".bin")
+        np.ascontiguousarray(cloud, np.float32).tofile(copy)
+        yield copy
+
+
+def _as_rle(masks: Any) -> list[dict[str, Any]]:
+    """(N, H, W) bool → COCO RLE with ``counts`` as text."""
+    from pycocotools import mask as coco
+
+    encoded = [coco.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+    return [{"size": [int(n) for n in one["size"]], "counts": one["counts"].decode()} for one in encoded]

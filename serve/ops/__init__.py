@@ -1,0 +1,77 @@
+"""Portable kernels that stand in for ``mmcv._ext``, mmcv's compiled extension.
+
+All of mmcv, mmdet and mmdet3d call their kernels through that one module. `install` puts a
+finder on ``sys.meta_path`` that supplies it on demand, written in torch (any device) and numba
+(CPU), so that no compiler and no prebuilt mmcv wheel is needed (mmcv#3319, mmdetection#11763).
+
+This package knows tensors only: nothing of detectors, archives, HTTP or the environment.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal
+
+__all__ = ["Preference", "install", "kernels_in_use"]
+
+EXTENSION = "mmcv._ext"
+Preference = Literal["auto", "portable"]
+
+
+class _PortableExtension(importlib.abc.Loader):
+    """Creates ``mmcv._ext`` from our kernels."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        from serve.ops import extension
+
+        return extension.build(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """All was done in `create_module`."""
+
+
+class _ExtensionFinder(importlib.abc.MetaPathFinder):
+    """Answers for ``mmcv._ext`` only; a compiled one goes first unless `preference` says otherwise."""
+
+    def __init__(self, preference: Preference) -> None:
+        self.preference: Preference = preference
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != EXTENSION:
+            return None
+        if self.preference == "auto":
+            compiled = importlib.machinery.PathFinder.find_spec(fullname, path)
+            if compiled is not None:
+                return compiled
+        return importlib.machinery.ModuleSpec(fullname, _PortableExtension(), origin="serve.ops")
+
+
+def install(preference: Preference = "auto") -> None:
+    """Make ``import mmcv.ops`` work in this process. Cheap, idempotent; imports nothing heavy.
+
+    Must run before the first ``import mmcv.ops`` (so before mmdet and mmdet3d); afterwards the
+    extension that was found first stays in use.
+
+    Args:
+        preference: ``"auto"`` takes a compiled ``mmcv._ext`` where one is installed;
+            ``"portable"`` always takes ours.
+    """
+    for finder in sys.meta_path:
+        if isinstance(finder, _ExtensionFinder):
+            finder.preference = preference
+            return
+    sys.meta_path.insert(0, _ExtensionFinder(preference))
+
+
+def kernels_in_use() -> str:
+    """``"portable"`` or ``"compiled"`` after ``mmcv.ops`` was imported, else ``"none"``."""
+    module = sys.modules.get(EXTENSION)
+    if module is None:
+        return "none"
+    return "portable" if hasattr(module, "PORTABLE") else "compiled"

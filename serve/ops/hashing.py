@@ -1,0 +1,39 @@
+"""An open-addressing hash table of int64 keys for compiled CPU kernels.
+
+The table is a power-of-two array of keys, -1 where empty, at most half full. Knows nothing about
+what the keys stand for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from serve.ops.jit import jit
+
+__all__ = ["find_or_insert", "table_size"]
+
+# Knuth's multiplicative constant for 64 bits (The Art of Computer Programming, vol. 3, 6.4).
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def table_size(capacity: int) -> int:
+    """The smallest power of two of at least twice `capacity` keys (16 at least)."""
+    return 1 << max(4, int(2 * capacity - 1).bit_length())
+
+
+@jit
+def find_or_insert(keys: npt.NDArray[np.int64], key: np.int64, insert: bool) -> np.int64:  # pragma: no cover - compiled
+    """The place of `key`, or the empty place where it belongs, or -1 if absent and not `insert`.
+
+    The caller writes the key into an empty place itself, so that it knows the key is new.
+    """
+    mask = keys.shape[0] - 1
+    at: np.int64 = np.int64((np.uint64(key) * _GOLDEN) >> np.uint64(32)) & mask
+    while True:
+        found = keys[at]
+        if found == key:
+            return at
+        if found == -1:
+            return at if insert else np.int64(-1)
+        at = (at + 1) & mask

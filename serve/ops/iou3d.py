@@ -1,0 +1,56 @@
+"""Overlap and NMS of upright 3D boxes (x, y, z, dx, dy, dz, heading in radians), seen from above.
+
+The heights do not enter: mmcv's Python multiplies them in. The reference is mmcv 2.1.0
+`csrc/common/cuda/iou3d_cuda_kernel.cuh`. Knows nothing about scores: boxes come sorted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from serve.ops.checks import check_same_device, check_width
+from serve.ops.rotated import overlap_areas, suppress_rotated
+
+__all__ = ["iou3d_boxes_overlap_bev_forward", "iou3d_nms3d_forward", "iou3d_nms3d_normal_forward"]
+
+
+def iou3d_boxes_overlap_bev_forward(boxes_a: Tensor, boxes_b: Tensor, ans_iou: Tensor) -> None:
+    """Write into `ans_iou` (N, M) the overlap areas in square metres of (N, 7) and (M, 7) boxes."""
+    check_width("boxes_a", boxes_a, 7)
+    check_width("boxes_b", boxes_b, 7)
+    check_same_device(boxes_a=boxes_a, boxes_b=boxes_b, ans_iou=ans_iou)
+    ans_iou.copy_(overlap_areas(_from_above(boxes_a), _from_above(boxes_b)).to(ans_iou.dtype))
+
+
+def iou3d_nms3d_forward(boxes: Tensor, keep: Tensor, num_out: Tensor, nms_overlap_thresh: float) -> None:
+    """Greedy NMS by rotated overlap (dropped above the threshold).
+
+    Args:
+        boxes: (N, 7), by descending score.
+        keep: (N,) int64, filled in place with the surviving rows.
+        num_out: scalar int64, set to their number.
+        nms_overlap_thresh: IoU in [0, 1].
+    """
+    _suppress(boxes, keep, num_out, nms_overlap_thresh, turned=True)
+
+
+def iou3d_nms3d_normal_forward(
+    boxes: Tensor, keep: Tensor, num_out: Tensor, nms_overlap_thresh: float
+) -> None:
+    """As `iou3d_nms3d_forward` with every heading taken as zero."""
+    _suppress(boxes, keep, num_out, nms_overlap_thresh, turned=False)
+
+
+def _from_above(boxes: Tensor) -> Tensor:
+    return boxes[:, [0, 1, 3, 4, 6]].double()
+
+
+def _suppress(boxes: Tensor, keep: Tensor, num_out: Tensor, threshold: float, *, turned: bool) -> None:
+    check_width("boxes", boxes, 7)
+    flat = _from_above(boxes)
+    if not turned:
+        flat[:, 4] = 0
+    rows = suppress_rotated(flat, torch.zeros_like(flat[:, 0]), float(threshold), False)
+    keep[: rows.numel()] = rows.to(keep.device)
+    num_out.fill_(rows.numel())

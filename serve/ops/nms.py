@@ -1,0 +1,189 @@
+"""Non-maximum suppression of axis-aligned boxes (x1, y1, x2, y2): hard, soft, and with its matches.
+
+Equal scores keep their order, so the answer does not depend on the device. The reference is mmcv 2.1.0
+`csrc/pytorch/cpu/nms.cpp`. Knows nothing about classes: mmcv's Python shifts boxes of different classes
+apart before it calls.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from serve.ops.checks import as_numpy, check_same_device, check_width
+from serve.ops.jit import jit
+from serve.ops.rotated import scan
+
+__all__ = ["nms", "nms_match", "softnms"]
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+SOFT_METHODS = {0: "naive", 1: "linear", 2: "gaussian"}
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Rows (int64) that survive, by descending score.
+
+    Args:
+        boxes: (N, 4) float.
+        scores: (N,) float.
+        iou_threshold: a box is dropped when its IoU with a kept one is above this.
+        offset: 0, or 1 where a box includes its last pixel.
+    """
+    check_width("boxes", boxes, 4)
+    check_same_device(boxes=boxes, scores=scores)
+    if scores.shape != boxes.shape[:1]:
+        raise ValueError(f"scores must be ({boxes.shape[0]},), got {tuple(scores.shape)}")
+    order = torch.sort(scores, dim=0, descending=True, stable=True)[1]
+    ordered = boxes[order, :4].float()
+    if boxes.device.type == "cpu":
+        keep = torch.from_numpy(_nms_cpu(as_numpy(ordered), np.float32(iou_threshold), np.float32(offset)))
+    else:
+        keep = scan(_iou(ordered, float(offset)) > iou_threshold)
+    return order[keep]
+
+
+def _iou(boxes: Tensor, offset: float) -> Tensor:
+    top_left = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    bottom_right = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    side = (bottom_right - top_left + offset).clamp(min=0)
+    overlap = side[..., 0] * side[..., 1]
+    extent = boxes[:, 2:] - boxes[:, :2] + offset
+    area = extent[:, 0] * extent[:, 1]
+    return overlap / (area[:, None] + area[None, :] - overlap)
+
+
+@jit
+def _nms_cpu(boxes: F32, threshold: np.float32, offset: np.float32) -> I64:  # pragma: no cover - compiled
+    n = boxes.shape[0]
+    dropped = np.zeros(n, dtype=np.bool_)
+    keep = np.empty(n, dtype=np.int64)
+    zero = np.float32(0)
+    kept = 0
+    for i in range(n):
+        if dropped[i]:
+            continue
+        keep[kept] = i
+        kept += 1
+        x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
+        area = (x2 - x1 + offset) * (y2 - y1 + offset)
+        for j in range(i + 1, n):
+            if dropped[j]:
+                continue
+            w = max(zero, min(x2, boxes[j, 2]) - max(x1, boxes[j, 0]) + offset)
+            h = max(zero, min(y2, boxes[j, 3]) - max(y1, boxes[j, 1]) + offset)
+            overlap = w * h
+            other = (boxes[j, 2] - boxes[j, 0] + offset) * (boxes[j, 3] - boxes[j, 1] + offset)
+            if overlap / (area + other - overlap) > threshold:
+                dropped[j] = True
+    return keep[:kept]
+
+
+def softnms(
+    boxes: Tensor,
+    scores: Tensor,
+    dets: Tensor,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int,
+) -> Tensor:
+    """Soft-NMS (Bodla et al., ICCV 2017): lower the scores of overlapping boxes instead of dropping them.
+
+    Args:
+        boxes: (N, 4) on CPU.
+        scores: (N,) on CPU.
+        dets: (N, 5) on CPU, filled in place with the boxes in order of choice and their new scores.
+        iou_threshold: overlap from which methods 0 and 1 act.
+        sigma: width of the Gaussian of method 2.
+        min_score: boxes below are dropped.
+        method: 0 naive, 1 linear, 2 gaussian.
+        offset: 0 or 1, as in `nms`.
+
+    Returns:
+        int64 rows in order of choice.
+    """
+    check_width("boxes", boxes, 4)
+    check_width("dets", dets, 5)
+    if method not in SOFT_METHODS:
+        raise ValueError(f"method must be one of {SOFT_METHODS}, got {method}")
+    if not dets.is_contiguous() or dets.dtype != torch.float32:
+        raise ValueError("dets must be contiguous float32: it is written in place")
+    left = np.concatenate((as_numpy(boxes[:, :4].float()), as_numpy(scores.float())[:, None]), axis=1)
+    chosen = _softnms_cpu(
+        left,
+        dets.detach().numpy(),
+        float(iou_threshold),
+        float(sigma),
+        float(min_score),
+        method,
+        float(offset),
+    )
+    return torch.from_numpy(chosen)
+
+
+@jit
+def _softnms_cpu(
+    left: F32, dets: F32, threshold: float, sigma: float, min_score: float, method: int, offset: float
+) -> I64:  # pragma: no cover - compiled
+    n = left.shape[0]
+    rows = np.arange(n)
+    i = 0
+    while i < n:
+        best = i
+        for j in range(i + 1, n):
+            if left[j, 4] > left[best, 4]:
+                best = j
+        for c in range(5):
+            left[i, c], left[best, c] = left[best, c], left[i, c]
+            dets[i, c] = left[i, c]
+        rows[i], rows[best] = rows[best], rows[i]
+        area = (left[i, 2] - left[i, 0] + offset) * (left[i, 3] - left[i, 1] + offset)
+        j = i + 1
+        while j < n:
+            w = max(0.0, min(left[i, 2], left[j, 2]) - max(left[i, 0], left[j, 0]) + offset)
+            h = max(0.0, min(left[i, 3], left[j, 3]) - max(left[i, 1], left[j, 1]) + offset)
+            overlap = w * h
+            other = (left[j, 2] - left[j, 0] + offset) * (left[j, 3] - left[j, 1] + offset)
+            iou = overlap / (area + other - overlap)
+            weight = 1.0
+            if method == 2:
+                weight = np.exp(-(iou * iou) / sigma)
+            elif iou >= threshold:
+                weight = 0.0 if method == 0 else 1.0 - iou
+            left[j, 4] *= weight
+            if left[j, 4] < min_score:
+                # Dropped: the last one takes its place and is looked at next.
+                n -= 1
+                for c in range(5):
+                    left[j, c] = left[n, c]
+                rows[j] = rows[n]
+            else:
+                j += 1
+        i += 1
+    return rows[:n].copy()
+
+
+def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
+    """Groups of rows: each survivor, then the boxes it dropped (IoU >= threshold), by descending score.
+
+    Args:
+        dets: (N, 5) on CPU: box and score.
+        iou_threshold: IoU in [0, 1].
+    """
+    check_width("dets", dets, 5)
+    order = torch.sort(dets[:, 4], dim=0, descending=True, stable=True)[1]
+    hits = (_iou(dets[order, :4].float(), 0.0) >= iou_threshold).numpy()
+    rows: list[int] = order.tolist()
+    free = np.ones(len(rows), dtype=bool)
+    groups: list[list[int]] = []
+    for i, row in enumerate(rows):
+        if free[i]:
+            taken = np.flatnonzero(hits[i] & free)
+            taken = taken[taken > i]
+            free[taken] = False
+            groups.append([row, *(rows[j] for j in taken)])
+    return groups

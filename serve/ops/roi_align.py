@@ -1,0 +1,245 @@
+"""RoIAlign (He et al., Mask R-CNN, ICCV 2017): bilinear samples of a feature map, pooled per bin.
+
+The reference is mmcv 2.1.0 `csrc/pytorch/cpu/roi_align.cpp`: samples beyond one pixel outside the map
+count as zero, samples within it are clamped to the border. On CPU the regions are shared out over as
+many threads as torch uses. Knows nothing about detectors or pyramid levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from serve.ops.checks import as_numpy, check_rank, check_same_device, check_width
+from serve.ops.jit import jit
+
+__all__ = ["roi_align_backward", "roi_align_forward"]
+
+F32 = npt.NDArray[np.float32]
+MAX_POOL, AVERAGE_POOL = 0, 1
+SAMPLES_PER_BLOCK = 1 << 24
+
+
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Pool `rois` out of `input`.
+
+    Args:
+        input: (B, C, H, W) float.
+        rois: (R, 5): batch index, then x1, y1, x2, y2 in pixels of the original image.
+        output: (R, C, aligned_height, aligned_width), written in place.
+        argmax_y: as `output` for max pooling, else empty: where the maximum was sampled, map pixels.
+        argmax_x: likewise.
+        aligned_height: bins down.
+        aligned_width: bins across.
+        spatial_scale: map pixels per image pixel.
+        sampling_ratio: samples per bin and axis; 0 takes one per map pixel.
+        pool_mode: 0 max, 1 average.
+        aligned: shift by half a pixel (detectron2's correction).
+    """
+    check_rank("input", input, 4)
+    check_width("rois", rois, 5)
+    check_same_device(input=input, rois=rois, output=output)
+    if pool_mode not in (MAX_POOL, AVERAGE_POOL):
+        raise ValueError(f"pool_mode must be 0 (max) or 1 (average), got {pool_mode}")
+    if rois.shape[0] == 0:
+        return
+    _check_batch_index(rois, input.shape[0])
+    box = rois[:, 1:5].float() * spatial_scale - (0.5 if aligned else 0.0)
+    extent = box[:, 2:] - box[:, :2]
+    if not aligned:
+        extent = extent.clamp(min=1.0)
+    bins = extent.new_tensor([aligned_width, aligned_height])
+    if sampling_ratio > 0:
+        samples = torch.full_like(extent, sampling_ratio, dtype=torch.int64)
+    else:
+        samples = torch.ceil(extent / bins).long().clamp(min=0)
+    where = torch.cat((rois[:, :1].float(), box[:, :2], extent / bins), dim=1)
+    if input.device.type == "cpu" and pool_mode == AVERAGE_POOL:
+        _average_cpu(input, where, samples, output)
+    else:
+        _pool_torch(input, where, samples, output, argmax_y, argmax_x, pool_mode)
+
+
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Training two-stage detectors is not what this package is for."""
+    from serve.ops.extension import UnsupportedKernelError
+
+    raise UnsupportedKernelError(
+        "roi_align_backward: serve.ops trains sparse layers only; train with a compiled mmcv"
+    )
+
+
+def _check_batch_index(rois: Tensor, batch: int) -> None:
+    low, high = (float(v) for v in torch.stack(torch.aminmax(rois[:, 0])).tolist())
+    if low < 0 or high >= batch:
+        raise IndexError(f"rois name images {low:.0f} to {high:.0f} but input has {batch}")
+
+
+def _pool_torch(
+    input: Tensor,
+    where: Tensor,
+    samples: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    pool_mode: int,
+) -> None:
+    """Any device: regions with the same sampling grid are done together, in blocks of bounded memory."""
+    channels, bins_y, bins_x = output.shape[1], output.shape[2], output.shape[3]
+    for grid_x, grid_y in torch.unique(samples, dim=0).tolist():
+        rows = (samples == samples.new_tensor([grid_x, grid_y])).all(dim=1).nonzero().squeeze(1)
+        if grid_x * grid_y == 0:
+            output[rows] = 0
+            continue
+        per_region = channels * bins_y * grid_y * bins_x * grid_x
+        for block in torch.split(rows, max(1, SAMPLES_PER_BLOCK // per_region)):
+            y = _sample_positions(where[block, 2], where[block, 4], bins_y, grid_y)
+            x = _sample_positions(where[block, 1], where[block, 3], bins_x, grid_x)
+            values = _bilinear(input, where[block, 0].long(), y, x)
+            values = values.view(-1, channels, bins_y, grid_y, bins_x, grid_x).transpose(3, 4)
+            if pool_mode == AVERAGE_POOL:
+                output[block] = values.mean(dim=(4, 5)).to(output.dtype)
+                continue
+            best, at = values.flatten(4).max(dim=4)
+            output[block] = best.to(output.dtype)
+            rows_y = y.view(-1, 1, bins_y, 1, grid_y).expand(-1, channels, -1, bins_x, -1)
+            columns_x = x.view(-1, 1, 1, bins_x, grid_x).expand(-1, channels, bins_y, -1, -1)
+            argmax_y[block] = rows_y.gather(4, (at // grid_x)[..., None])[..., 0].to(argmax_y.dtype)
+            argmax_x[block] = columns_x.gather(4, (at % grid_x)[..., None])[..., 0].to(argmax_x.dtype)
+
+
+def _sample_positions(start: Tensor, bin_size: Tensor, bins: int, grid: int) -> Tensor:
+    """(R, bins * grid) sample coordinates along one axis, map pixels."""
+    step = torch.arange(bins, device=start.device, dtype=start.dtype)
+    inner = (torch.arange(grid, device=start.device, dtype=start.dtype) + 0.5) / grid
+    return start[:, None] + ((step[:, None] + inner[None]).flatten()[None] * bin_size[:, None])
+
+
+def _bilinear(input: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """(R, C, len(y), len(x)) samples on a grid per region."""
+    height, width = input.shape[2:]
+    y_low, y_high, y_weight, y_ok = _neighbours(y, height)
+    x_low, x_high, x_weight, x_ok = _neighbours(x, width)
+    maps = input.permute(0, 2, 3, 1)
+    picked = image[:, None, None]
+
+    def at(rows: Tensor, columns: Tensor) -> Tensor:
+        return maps[picked, rows[:, :, None], columns[:, None, :]].float()
+
+    wy, wx = y_weight[:, :, None, None], x_weight[:, None, :, None]
+    top = at(y_low, x_low) * (1 - wx) + at(y_low, x_high) * wx
+    bottom = at(y_high, x_low) * (1 - wx) + at(y_high, x_high) * wx
+    value = top * (1 - wy) + bottom * wy
+    value = value * (y_ok[:, :, None, None] & x_ok[:, None, :, None])
+    return value.permute(0, 3, 1, 2).contiguous()
+
+
+def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inside = (position >= -1.0) & (position <= size)
+    clamped = position.clamp(0, size - 1)
+    low = clamped.floor().long()
+    return low, (low + 1).clamp(max=size - 1), clamped - low, inside
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="roi-align")
+
+
+def _average_cpu(input: Tensor, where: Tensor, samples: Tensor, output: Tensor) -> None:
+    # Channels last: the inner loop runs along memory, and so do the four neighbours.
+    maps = as_numpy(input.float().permute(0, 2, 3, 1))
+    regions, grids = as_numpy(where), as_numpy(samples)
+    pooled = np.zeros((output.shape[0], output.shape[2], output.shape[3], output.shape[1]), dtype=np.float32)
+
+    def work(first: int, last: int) -> None:
+        _average_kernel(maps, regions[first:last], grids[first:last], pooled[first:last])
+
+    _in_parts(work, output.shape[0])
+    output.copy_(torch.from_numpy(pooled).permute(0, 3, 1, 2))
+
+
+def _in_parts(work: Callable[[int, int], Any], total: int) -> None:
+    threads = min(torch.get_num_threads(), total)
+    bounds = [total * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        work(0, total)
+        return
+    for part in [_pool(threads).submit(work, a, b) for a, b in pairwise(bounds)]:
+        part.result()
+
+
+@jit
+def _average_kernel(
+    maps: F32, regions: F32, grids: npt.NDArray[np.int64], pooled: F32
+) -> None:  # pragma: no cover - compiled
+    height, width, channels = maps.shape[1], maps.shape[2], maps.shape[3]
+    one = np.float32(1)
+    for r in range(regions.shape[0]):
+        image = maps[np.int64(regions[r, 0])]
+        grid_x, grid_y = grids[r, 0], grids[r, 1]
+        share = one / np.float32(max(grid_x * grid_y, 1))
+        for by in range(pooled.shape[1]):
+            for bx in range(pooled.shape[2]):
+                out = pooled[r, by, bx]
+                for iy in range(grid_y):
+                    y = (
+                        regions[r, 2]
+                        + (np.float32(by) + (np.float32(iy) + np.float32(0.5)) / grid_y) * regions[r, 4]
+                    )
+                    if y < -1.0 or y > height:
+                        continue
+                    y = min(max(y, np.float32(0)), np.float32(height - 1))
+                    y0 = np.int64(y)
+                    y1 = min(y0 + 1, height - 1)
+                    ly = np.float32(y - y0)
+                    for ix in range(grid_x):
+                        x = (
+                            regions[r, 1]
+                            + (np.float32(bx) + (np.float32(ix) + np.float32(0.5)) / grid_x) * regions[r, 3]
+                        )
+                        if x < -1.0 or x > width:
+                            continue
+                        x = min(max(x, np.float32(0)), np.float32(width - 1))
+                        x0 = np.int64(x)
+                        x1 = min(x0 + 1, width - 1)
+                        lx = np.float32(x - x0)
+                        w00 = np.float32((one - ly) * (one - lx) * share)
+                        w01 = np.float32((one - ly) * lx * share)
+                        w10 = np.float32(ly * (one - lx) * share)
+                        w11 = np.float32(ly * lx * share)
+                        a, b, c, d = image[y0, x0], image[y0, x1], image[y1, x0], image[y1, x1]
+                        for ch in range(channels):
+                            out[ch] += w00 * a[ch] + w01 * b[ch] + w10 * c[ch] + w11 * d[ch]

@@ -1,0 +1,66 @@
+"""Point features to voxel features (``DynamicScatter``): reduce all points of one voxel.
+
+Knows nothing about voxel sizes: it sees integer coordinates only. The reference is mmcv 2.1.0
+`csrc/pytorch/cuda/scatter_points_cuda.cu`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from serve.ops.checks import check_rank, check_same_device
+
+__all__ = ["dynamic_point_to_voxel_backward", "dynamic_point_to_voxel_forward"]
+
+_REDUCE = {"max": "amax", "sum": "sum", "mean": "mean"}
+
+
+def dynamic_point_to_voxel_forward(feats: Tensor, coors: Tensor, reduce_type: str) -> list[Tensor]:
+    """Reduce `feats` (N, C) over equal `coors` (N, D) int; rows with a negative coordinate are dropped.
+
+    Returns:
+        Reduced features (M, C); coordinates (M, D) in ascending order; the voxel of each point (N,)
+        int32, -1 where dropped; points per voxel (M,) int32.
+    """
+    check_rank("feats", feats, 2)
+    check_rank("coors", coors, 2)
+    check_same_device(feats=feats, coors=coors)
+    if reduce_type not in _REDUCE:
+        raise ValueError(f"reduce_type must be one of {sorted(_REDUCE)}, got {reduce_type!r}")
+    valid = (coors >= 0).all(dim=1)
+    out_coors, inverse, counts = torch.unique(coors[valid], dim=0, return_inverse=True, return_counts=True)
+    coors_map = torch.full((coors.shape[0],), -1, dtype=torch.int32, device=coors.device)
+    coors_map[valid] = inverse.to(torch.int32)
+    reduced = feats.new_zeros((out_coors.shape[0], feats.shape[1]))
+    index = inverse[:, None].expand(-1, feats.shape[1])
+    reduced.scatter_reduce_(0, index, feats[valid], _REDUCE[reduce_type], include_self=False)
+    return [reduced, out_coors, coors_map, counts.to(torch.int32)]
+
+
+def dynamic_point_to_voxel_backward(
+    grad_feats: Tensor,
+    grad_reduced_feats: Tensor,
+    feats: Tensor,
+    reduced_feats: Tensor,
+    coors_idx: Tensor,
+    reduce_count: Tensor,
+    reduce_type: str,
+) -> None:
+    """Write into `grad_feats` (N, C) the gradient of the forward reduction."""
+    grad_feats.zero_()
+    valid = (coors_idx >= 0).nonzero().squeeze(1)
+    voxel = coors_idx[valid].long()
+    grad = grad_reduced_feats[voxel]
+    if reduce_type == "mean":
+        grad = grad / reduce_count[voxel, None].to(grad.dtype)
+    elif reduce_type == "max":
+        # As in the reference the first point that holds the maximum gets the whole gradient.
+        hit = feats[valid] == reduced_feats[voxel]
+        position = torch.arange(valid.numel(), device=feats.device)[:, None].expand_as(hit)
+        beyond = valid.numel()
+        candidate = torch.where(hit, position, torch.full_like(position, beyond))
+        first = torch.full(reduced_feats.shape, beyond, device=feats.device)
+        first.scatter_reduce_(0, voxel[:, None].expand_as(hit), candidate, "amin")
+        grad = torch.where(first[voxel] == position, grad, torch.zeros_like(grad))
+    grad_feats[valid] = grad

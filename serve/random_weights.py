@@ -1,0 +1,103 @@
+"""Checkpoints with random weights that behave like trained ones: for trying a model out, for tests, for timing.
+
+Freshly initialised detectors are poor test subjects: activations die out or explode on the way, every
+score is the same, and which boxes survive is decided by rounding. So one forward run over a golden frame
+sets each batch norm to the statistics it sees and scales each output layer to a useful spread
+(layer-sequential unit variance, Mishkin and Matas, ICLR 2016). Knows nothing about archives or servers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from serve.golden import golden_frame
+from serve.runtime.model import build_network, quiet_upstream
+from serve.runtime.samples import SampleBuilder
+from serve.wire import Limits, Options, decode_frame
+
+__all__ = ["write_random_checkpoint"]
+
+# Output layers by name: how far what they put out reaches from its median, and that median. Scores come out
+# between some hundredths and eight tenths without saturating, boxes stay near their anchors.
+OUTPUT_LAYERS: tuple[tuple[re.Pattern[str], float, float], ...] = (
+    (re.compile(r"(fc_cls)$"), 6.0, 0.0),
+    (re.compile(r"(conv_cls|retina_cls|rpn_cls|cls_logits)$"), 4.0, -3.0),
+    (re.compile(r"(conv_dir_cls|conv_logits)$"), 2.0, 0.0),
+    (re.compile(r"(conv_reg|retina_reg|rpn_reg|fc_reg)$"), 0.5, 0.0),
+)
+
+
+def write_random_checkpoint(
+    config: Mapping[str, Any], classes: tuple[str, ...], out: Path, seed: int = 0
+) -> None:
+    """Write a checkpoint that fits `config` (resolved), deterministic in `seed`.
+
+    The file holds ``state_dict`` and ``meta.dataset_meta.classes``, as mmengine's own do.
+    """
+    with torch.random.fork_rng(), quiet_upstream():
+        torch.manual_seed(seed)
+        network = build_network(config, classes)
+        _initialise(network)
+        _calibrate(network, config)
+    torch.save({"state_dict": network.state_dict(), "meta": {"dataset_meta": {"classes": classes}}}, out)
+
+
+def _initialise(network: Any) -> None:
+    from mmengine.logging import MMLogger
+
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel("ERROR")  # it would tell of every tensor
+    try:
+        network.init_weights()
+    finally:
+        logger.setLevel(level)
+
+
+def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
+    samples = SampleBuilder(config)
+    _, body = golden_frame(samples.spec)
+    sample = samples.build(decode_frame(body, samples.spec, Options(), Limits()).data)
+    from mmengine.dataset import pseudo_collate
+
+    hooks = []
+    for name, module in network.named_modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
+            module.momentum = 1.0  # running statistics become those of this run
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            target = next(((std, bias) for pattern, std, bias in OUTPUT_LAYERS if pattern.search(name)), None)
+            if target:
+                hooks.append(module.register_forward_hook(_spread(*target)))
+    with torch.no_grad():
+        network.test_step(pseudo_collate([sample]))  # type: ignore[operator]
+    for handle in hooks:
+        handle.remove()
+    network.eval()
+
+
+def _spread(reach: float, median: float) -> Callable[[Any, Any, Tensor], Tensor]:
+    """A hook that, on a layer's first call, gives its output the wanted reach and median."""
+    done: set[int] = set()
+
+    def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if id(layer) not in done:
+            done.add(id(layer))
+            if layer.bias is not None:
+                layer.bias.zero_()
+            plain = layer.forward(inputs[0])
+            middle = plain.median()
+            scale = reach / max(float((plain - middle).abs().max()), 1e-12)
+            layer.weight.mul_(scale)
+            if layer.bias is not None:
+                layer.bias.fill_(median - scale * float(middle))
+        return layer.forward(inputs[0])  # type: ignore[no-any-return]
+
+    return hook

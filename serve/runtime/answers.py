@@ -1,0 +1,110 @@
+"""Predictions to answers: OpenMMLab's data samples become plain dictionaries with OpenMMLab's own names.
+
+Field names are those of `Det3DInferencer.pred2dict` and `DetInferencer.pred2dict`. Knows nothing about
+networks or bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from serve.wire import Options
+
+__all__ = ["empty_answer", "select", "to_answer"]
+
+UNITS_3D = {
+    "LiDAR": {"length": "m", "angle": "rad", "frame": "x forward, y left, z up", "origin": "bottom centre"},
+    "Camera": {
+        "length": "m",
+        "angle": "rad",
+        "frame": "x right, y down, z forward",
+        "origin": "bottom centre",
+    },
+    "Depth": {"length": "m", "angle": "rad", "frame": "x right, y forward, z up", "origin": "bottom centre"},
+}
+UNITS_2D = {"length": "px", "frame": "x right, y down, from the top left of the original image"}
+
+
+def to_answer(
+    sample: Any, classes: Sequence[str], box_type_3d: str | None, model: dict[str, str]
+) -> dict[str, Any]:
+    """One prediction as an answer, best score first, nothing left out.
+
+    Args:
+        sample: a `Det3DDataSample` or `DetDataSample` with predictions.
+        classes: class names by label.
+        box_type_3d: ``"LiDAR"``, ``"Camera"`` or ``"Depth"``; None for 2D.
+        model: name and version, echoed.
+    """
+    if box_type_3d is not None:
+        found = sample.pred_instances_3d
+        boxes, scores, labels = found.bboxes_3d.tensor, found.scores_3d, found.labels_3d
+    else:
+        found = sample.pred_instances
+        boxes, scores, labels = found.bboxes, found.scores, found.labels
+        boxes = boxes if isinstance(boxes, torch.Tensor) else boxes.tensor
+    order = torch.argsort(scores, descending=True, stable=True)
+    boxes, scores, labels = (t[order].cpu().numpy() for t in (boxes.float(), scores.float(), labels))
+    answer = _assemble(boxes, scores, labels, classes, box_type_3d, model)
+    if box_type_3d is None and "masks" in found:
+        answer["masks"] = _run_lengths(found.masks[order].cpu().numpy())
+    return answer
+
+
+def empty_answer(
+    classes: Sequence[str], box_type_3d: str | None, model: dict[str, str], width: int
+) -> dict[str, Any]:
+    """The answer to a frame with nothing in it; boxes would have `width` numbers."""
+    boxes = np.zeros((0, width), dtype=np.float32)
+    none = np.zeros(0, dtype=np.float32)
+    return _assemble(boxes, none, none.astype(np.int64), classes, box_type_3d, model)
+
+
+def select(answer: dict[str, Any], options: Options) -> dict[str, Any]:
+    """The part of an answer (best score first) that a caller asked for."""
+    scores = answer["scores" if "scores" in answer else "scores_3d"]
+    count = int(np.count_nonzero(np.asarray(scores) >= options.score_thr))
+    if options.max_detections is not None:
+        count = min(count, options.max_detections)
+    per_detection = ("bboxes_3d", "scores_3d", "labels_3d", "bboxes", "scores", "labels", "masks", "names")
+    return {key: value[:count] if key in per_detection else value for key, value in answer.items()}
+
+
+def _assemble(
+    boxes: npt.NDArray[np.float32],
+    scores: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    classes: Sequence[str],
+    box_type_3d: str | None,
+    model: dict[str, str],
+) -> dict[str, Any]:
+    suffix = "" if box_type_3d is None else "_3d"
+    answer: dict[str, Any] = {
+        f"bboxes{suffix}": boxes,
+        f"scores{suffix}": scores,
+        f"labels{suffix}": labels,
+        "names": [classes[label] if 0 <= label < len(classes) else str(label) for label in labels.tolist()],
+    }
+    if box_type_3d is not None:
+        answer["box_type_3d"] = box_type_3d
+    answer["classes"] = list(classes)
+    answer["units"] = UNITS_2D if box_type_3d is None else UNITS_3D[box_type_3d]
+    answer["model"] = model
+    return answer
+
+
+def _run_lengths(masks: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """(N, H, W) bool masks as compressed COCO run lengths."""
+    from pycocotools import mask as coco
+
+    if len(masks) == 0:
+        return []
+    encoded = coco.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+    return [
+        {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in encoded
+    ]

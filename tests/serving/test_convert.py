@@ -1,0 +1,111 @@
+"""Conversion: reproducible, complete, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve import archive
+from serve.convert import Conversion, convert
+from serve.errors import ArchiveError, CheckpointError
+from tests.serving.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
+
+
+@pytest.fixture
+def demo(tmp_path) -> Conversion:
+    return Conversion(DEMO_CONFIG, DEMO_CHECKPOINT, tmp_path / "store", "second")
+
+
+def changed_checkpoint(folder: Path, change) -> Path:
+    checkpoint = torch.load(DEMO_CHECKPOINT, weights_only=True)
+    change(checkpoint["state_dict"])
+    torch.save(checkpoint, folder / "changed.pth")
+    return folder / "changed.pth"
+
+
+def test_the_same_inputs_give_the_same_bytes(demo, demo_mar):
+    again = convert(demo)
+    assert hashlib.sha256(demo_mar.read_bytes()).hexdigest() == again.sha256
+    assert again.path.read_bytes() == demo_mar.read_bytes()
+
+
+def test_the_archive_says_what_it_is_and_where_it_is_from(demo_archive):
+    metadata = demo_archive.metadata
+    assert metadata.classes == ("Pedestrian", "Cyclist", "Car")
+    assert (metadata.modality, metadata.box_type_3d, metadata.load_dim) == ("lidar", "LiDAR", 4)
+    assert metadata.source["checkpoint_sha256"] == hashlib.sha256(DEMO_CHECKPOINT.read_bytes()).hexdigest()
+    assert {"torch", "mmdet3d", "mmengine"} <= set(metadata.source)
+    assert not any(str(Path.home()) in value for value in metadata.source.values())
+
+
+def test_a_missing_weight_stops_the_conversion_and_is_listed(demo, tmp_path):
+    checkpoint = changed_checkpoint(tmp_path, lambda state: state.pop("bbox_head.conv_cls.bias"))
+    with pytest.raises(CheckpointError, match=r"bbox_head\.conv_cls\.bias"):
+        convert(replace(demo, checkpoint=checkpoint))
+    assert not list((tmp_path / "store").glob("*")) if (tmp_path / "store").exists() else True
+    made = convert(replace(demo, checkpoint=checkpoint, allow_partial=True))
+    assert any("conv_cls.bias" in note for note in made.notes)
+
+
+def test_a_weight_left_over_stops_the_conversion_and_is_listed(demo, tmp_path):
+    checkpoint = changed_checkpoint(tmp_path, lambda state: state.update({"extra.weight": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"extra\.weight"):
+        convert(replace(demo, checkpoint=checkpoint))
+
+
+def test_an_existing_archive_is_kept_unless_forced(demo):
+    first = convert(demo)
+    with pytest.raises(ArchiveError, match="--force"):
+        convert(demo)
+    assert convert(replace(demo, force=True, model_version="2.0")).metadata.version == "2.0"
+    assert first.path.exists()
+
+
+def test_extra_files_travel_along(demo, tmp_path):
+    note = tmp_path / "note.txt"
+    note.write_text("hello")
+    made = convert(replace(demo, extra_files=[note]))
+    assert "extra/note.txt" in made.metadata.files
+    with pytest.raises(ArchiveError, match="does not exist"):
+        convert(replace(demo, extra_files=[tmp_path / "gone"], force=True))
+
+
+def test_modules_of_custom_imports_are_packed(demo, tmp_path, monkeypatch):
+    (tmp_path / "my_modules").mkdir()
+    (tmp_path / "my_modules" / "__init__.py").write_text("LOADED = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tmp_path / "custom.py"
+    config.write_text(DEMO_CONFIG.read_text() + "\ncustom_imports = dict(imports=['my_modules'])\n")
+    made = convert(replace(demo, config=config))
+    assert "code/my_modules/__init__.py" in made.metadata.files
+    assert not any("mmdet3d" in name for name in made.metadata.files)
+
+
+def test_a_config_that_is_none_is_refused(demo, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("model = dict(")
+    for config, says in ((tmp_path / "none.py", "does not exist"), (broken, "cannot be read")):
+        with pytest.raises(ArchiveError, match=says):
+            convert(replace(demo, config=config))
+    no_model = tmp_path / "no_model.py"
+    no_model.write_text("default_scope = 'mmdet3d'")
+    with pytest.raises(ArchiveError, match="describes no model"):
+        convert(replace(demo, config=no_model))
+
+
+def test_a_user_golden_frame_is_used(demo, tmp_path, street):
+    frame = tmp_path / "mine.bin"
+    frame.write_bytes(street[::2].tobytes())
+    made = convert(replace(demo, golden_frame=frame))
+    opened = archive.extract(made.path, tmp_path / "opened")
+    assert opened.golden_frame() == frame.read_bytes()
+
+
+def test_steps_are_reported(demo):
+    steps: list[str] = []
+    convert(replace(demo, report=steps.append))
+    assert steps[0].startswith("reading the config") and steps[-1].startswith("opening the archive afresh")

@@ -1,0 +1,205 @@
+"""The whole path over a real TorchServe, for four models: what is served equals what mmdet and mmdet3d detect."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from serve import convert, zoo
+from serve.convert import Conversion, configured_classes, resolve_config
+from serve.errors import BackendStartError
+from serve.golden import golden_picture
+from serve.random_weights import write_random_checkpoint
+from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+from serve.wire import FRAMES_CONTENT_TYPE, pack_frames
+from tests.conftest import pick_free_ports
+from tests.serving.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
+
+pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(600)]
+
+TOOL = Path(__file__).parents[2] / "tools" / "deployment" / "test_torchserver.py"
+# Random weights that behave (serve.random_weights); pictures below the zoo's size, for the clock's sake, and of sizes
+# that need no padding: on constant regions a random network's candidates tie, and rounding decides between them.
+RANDOM = ("pointpillars", "faster-rcnn", "mask-rcnn", "retinanet")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, store, demo_mar) -> dict[str, tuple[Path, Path]]:
+    """Name → (config, checkpoint); archives of all of them lie in the store."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {"second": (DEMO_CONFIG, DEMO_CHECKPOINT)}
+    for name in RANDOM:
+        config = zoo.resolve(name).config_path
+        if name != "pointpillars":
+            half = folder / f"{name}.py"
+            half.write_text(
+                f"_base_ = {str(config)!r}\n"
+                "pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(640, 384), keep_ratio=True),\n"
+                "    dict(type='LoadAnnotations', with_bbox=True), dict(type='PackDetInputs',\n"
+                "    meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]\n"
+                "test_dataloader = dict(dataset=dict(pipeline=pipeline))\n"
+            )
+            config = half
+        checkpoint = folder / f"{name}.pth"
+        resolved, _ = resolve_config(config)
+        write_random_checkpoint(resolved, tuple(configured_classes(resolved)), checkpoint)
+        convert.convert(Conversion(config, checkpoint, store, name))
+        made[name] = (config, checkpoint)
+    return made
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory) -> dict[str, Path]:
+    """A folder of clouds and one of pictures; one of either has next to nothing in it."""
+    from serve.demo.scenes import generate_scene, held_out_seed
+
+    clouds, pictures = tmp_path_factory.mktemp("clouds"), tmp_path_factory.mktemp("pictures")
+    for i in range(2):
+        (clouds / f"{i}.bin").write_bytes(generate_scene(held_out_seed(i)).to_bytes())
+    np.array([[200, 0, 0, 0]], dtype=np.float32).tofile(clouds / "nothing.bin")
+    cv2.imwrite(str(pictures / "street.jpg"), golden_picture(640, 384, seed=1))
+    cv2.imwrite(str(pictures / "upright.png"), golden_picture(384, 640, seed=2))
+    return {"lidar": clouds, "image": pictures}
+
+
+@pytest.fixture(scope="module")
+def server(models, store) -> Iterator[TorchServe]:
+    ports = dict(zip(("inference_port", "management_port", "metrics_port"), pick_free_ports(3), strict=True))
+    options = TorchServeOptions(
+        model_store=store, models=[ServedModel(f"{name}.mar") for name in models], **ports
+    )
+    with TorchServe(options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def address(server) -> str:
+    return f"127.0.0.1:{server.options.inference_port}"
+
+
+def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.mark.parametrize("name", ["second", *RANDOM])
+def test_what_is_served_equals_native_pytorch(name, models, frames, address):
+    config, checkpoint = models[name]
+    folder = frames["lidar" if name in ("second", "pointpillars") else "image"]
+    # Two-stage detectors with random weights score low: compare what there is.
+    done = run_tool(
+        folder, config, checkpoint, name, "--inference-addr", address, "--device", "cpu", "--score-thr", 0.1
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = [
+        int(word)
+        for line in done.stdout.splitlines()
+        if "pairs" in line
+        for word in line.split()
+        if word.isdigit()
+    ]
+    assert max(counted, default=0) > 0, "nothing was compared"
+
+
+def test_an_altered_weight_is_noticed(models, frames, store, server, address, tmp_path):
+    checkpoint = torch.load(DEMO_CHECKPOINT, weights_only=True)
+    checkpoint["state_dict"]["bbox_head.conv_reg.bias"][2] += 0.01
+    torch.save(checkpoint, tmp_path / "altered.pth")
+    convert.convert(Conversion(DEMO_CONFIG, tmp_path / "altered.pth", store, "altered"))
+    server.register(ServedModel("altered.mar"))
+    done = run_tool(
+        frames["lidar"],
+        DEMO_CONFIG,
+        DEMO_CHECKPOINT,
+        "altered",
+        "--inference-addr",
+        address,
+        "--device",
+        "cpu",
+    )
+    server.unregister("altered")
+    assert done.returncode == 1, done.stdout + done.stderr
+
+
+def test_the_wrong_model_and_no_model_are_told_apart_from_a_deviation(models, frames, address):
+    config, checkpoint = models["second"]
+    for name in ("faster-rcnn", "nobody"):
+        done = run_tool(
+            frames["lidar"], config, checkpoint, name, "--inference-addr", address, "--device", "cpu"
+        )
+        assert done.returncode == 2 and "error:" in done.stderr, done.stdout + done.stderr
+
+
+def test_bad_input_is_a_4xx_and_the_worker_lives(address, server, street):
+    before = [worker.pid for worker in server.workers("second")]
+    url = f"http://{address}/predictions/second"
+    bad = street.copy()
+    bad[0, 0] = np.nan
+    mistakes = [
+        ({"content": street.tobytes()[:-3]}, 422),
+        ({"content": np.zeros((11, 5), np.float32).tobytes()}, 422),
+        ({"content": np.zeros((12, 5), np.float32).tobytes(), "headers": {"X-Load-Dim": "5"}}, 422),
+        ({"content": bad.tobytes()}, 422),
+        ({"content": b""}, 422),
+        ({"content": b"just some text"}, 422),
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
+        ({"content": b"x", "headers": {"X-Score-Thr": "lots"}}, 400),
+        ({"content": b"--nonsense", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400),
+        ({"files": {"data": street.tobytes()}, "data": {"colour": "red"}}, 400),
+        ({"content": b"abc", "headers": {"content-type": FRAMES_CONTENT_TYPE}}, 400),
+    ]
+    for request, status in mistakes:
+        answer = httpx.post(url, timeout=60, **request)
+        assert answer.status_code == status, (request, answer.text)
+        assert answer.headers["content-type"] == "application/json"
+        assert set(answer.json()["error"]) == {"code", "message", "request_id"}
+    good = httpx.post(url, content=street.tobytes(), timeout=60)
+    assert good.status_code == 200 and good.json()["names"]
+    assert [worker.pid for worker in server.workers("second")] == before
+    assert all(psutil.pid_exists(pid) for pid in before)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.98])
+def test_a_truncated_picture_is_refused_over_the_wire(address, kept):
+    body = cv2.imencode(".jpg", golden_picture())[1].tobytes()
+    answer = httpx.post(
+        f"http://{address}/predictions/faster-rcnn", content=body[: int(kept * len(body))], timeout=60
+    )
+    assert answer.status_code == 422 and answer.json()["error"]["code"] == "undecodable_frame"
+
+
+def test_a_framed_batch_travels_in_one_call(address, street):
+    body = pack_frames([(street.tobytes(), {"max_detections": 2}), (b"junk", {}), (street.tobytes(), {})])
+    answer = httpx.post(
+        f"http://{address}/predictions/second",
+        content=body,
+        headers={"content-type": FRAMES_CONTENT_TYPE},
+        timeout=60,
+    )
+    outcomes = answer.json()["outcomes"]
+    assert [outcome["status"] for outcome in outcomes] == [200, 422, 200]
+    assert outcomes[0]["answer"]["bboxes_3d"] == outcomes[2]["answer"]["bboxes_3d"][:2]
+
+
+def test_an_archive_altered_after_conversion_is_not_served(store, demo_mar, tmp_path):
+    broken = tmp_path / "second.mar"
+    data = bytearray(demo_mar.read_bytes())
+    at = data.find(b"weights.safetensors") + 100_000
+    data[at] ^= 1
+    broken.write_bytes(data)
+    ports = dict(zip(("inference_port", "management_port", "metrics_port"), pick_free_ports(3), strict=True))
+    options = TorchServeOptions(model_store=tmp_path, models=[ServedModel("second.mar")], **ports)
+    with pytest.raises(BackendStartError) as refused, TorchServe(options):
+        pass
+    assert "second" in str(refused.value)

@@ -1,0 +1,128 @@
+"""Handlers as TorchServe calls them: rows in, one body and one status per row out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+
+import numpy as np
+import orjson
+import pytest
+
+from handlers.mmdet3d_handler import MMDet3DHandler
+from handlers.mmdet_handler import MMDetHandler
+from serve.errors import ArchiveError
+from serve.wire import FRAMES_CONTENT_TYPE, pack_frames
+from tests.serving.conftest import Context
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def test_every_spelling_of_a_frame_gives_the_same_answer(ask, street):
+    body = street.tobytes()
+    encoded = base64.b64encode(body).decode()
+    json_type = {"Content-Type": "application/json"}
+    rows = [
+        ({"body": bytearray(body)}, {}),
+        ({"data": body}, {"data": {"content-type": "application/octet-stream"}}),
+        ({"file": memoryview(body)}, {}),
+        ({"body": npy(street)}, {}),
+        ({"body": json.dumps({"b64": encoded}).encode()}, json_type),
+        ({"body": json.dumps(encoded).encode()}, json_type),
+        ({"body": encoded}, {}),
+        ({"b64": encoded.encode()}, {}),
+        ({"body": {"b64": encoded}}, {}),
+        ({"body": body, "model_name": b"second"}, {}),
+    ]
+    answers = ask(*[row for row, _ in rows], headers=[headers for _, headers in rows])
+    assert answers[0][0] == 200 and len(answers[0][1]["bboxes_3d"]) > 2
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_options_come_as_headers_fields_or_json(ask, street):
+    body = street.tobytes()
+    document = {"b64": base64.b64encode(body).decode(), "max_detections": 2}
+    rows = [
+        ({"body": body}, {"X-Max-Detections": "2"}),
+        ({"data": body, "max_detections": bytearray(b"2")}, {}),
+        ({"body": orjson.dumps(document)}, {"content-type": "application/json"}),
+    ]
+    for status, answer in ask(*[row for row, _ in rows], headers=[headers for _, headers in rows]):
+        assert status == 200 and len(answer["scores_3d"]) == 2
+
+
+def test_every_row_has_its_own_status_and_neighbours_are_untouched(ask, street):
+    body = street.tobytes()
+    bad = street.copy()
+    bad[7, 1] = np.nan
+    (alone,) = ask(body)
+    answers = ask(body, body[:-3], bad.tobytes(), b"", body, b"some text here!!", body)
+    assert [status for status, _ in answers] == [200, 422, 422, 422, 200, 422, 200]
+    assert answers[0] == answers[4] == answers[6] == alone
+    assert answers[2][1]["error"]["code"] == "non_finite_points"
+    assert all(
+        answer["error"]["request_id"] == f"id-{i}" for i, (s, answer) in enumerate(answers) if s != 200
+    )
+
+
+def test_a_framed_batch_has_an_outcome_per_frame(ask, street):
+    body = street.tobytes()
+    packed = pack_frames([(body, {}), (body[:-1], {}), (body, {"score_thr": 7}), (b"", {"num_points": 0})])
+    (row, plain) = ask({"body": packed}, body, headers=[{"content-type": FRAMES_CONTENT_TYPE}])
+    status, document = row
+    assert status == 200
+    assert [outcome["status"] for outcome in document["outcomes"]] == [200, 422, 400, 200]
+    assert document["outcomes"][0]["answer"] == plain[1]
+    assert document["outcomes"][2]["error"]["code"] == "unknown_option"
+    assert document["outcomes"][3]["answer"]["bboxes_3d"] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "headers", "code"),
+    [
+        ({}, {}, "bad_request"),
+        ({"body": b"x", "data": b"y"}, {}, "bad_request"),
+        ({"body": b"{", "_": b""}, {"content-type": "application/json"}, "unknown_option"),
+        ({"body": b"{"}, {"content-type": "application/json"}, "bad_request"),
+        ({"body": {"points": [1, 2]}}, {}, "bad_request"),
+        ({"body": b"abc"}, {"Content-Type": "multipart/form-data"}, "bad_request"),
+        ({"body": b"abc"}, {"Content-Encoding": "gzip"}, "bad_request"),
+        ({"body": b"abc"}, {"X-Score-Thr": "none"}, "unknown_option"),
+        ({"body": b"abc", "threshold": b"0.5"}, {}, "unknown_option"),
+        ({"body": b"abc", "score_thr": b"\xff"}, {}, "bad_request"),
+        ({"body": b"abc"}, {"content-type": FRAMES_CONTENT_TYPE}, "bad_request"),
+    ],
+)
+def test_a_request_that_cannot_be_read_says_why(ask, row, headers, code):
+    ((status, document),) = ask(row, headers=[headers])
+    assert status == 400 and document["error"]["code"] == code and document["error"]["message"]
+
+
+def test_an_archive_of_the_other_kind_is_refused(demo_archive):
+    with pytest.raises(ArchiveError, match="lidar"):
+        MMDetHandler().initialize(Context(demo_archive.root))
+
+
+def test_an_altered_archive_is_refused_with_the_file_named(demo_archive, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(demo_archive.root, copy)
+    weights = bytearray((copy / "weights.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (copy / "weights.safetensors").write_bytes(weights)
+    with pytest.raises(ArchiveError, match=r"weights\.safetensors was altered"):
+        MMDet3DHandler().initialize(Context(copy))
+
+
+def test_a_wrong_setting_stops_the_worker_with_its_name(demo_archive, monkeypatch):
+    from serve.errors import SettingsError
+
+    monkeypatch.setenv("MMDET3D_SERVE_MAX_POINTZ", "5")
+    with pytest.raises(SettingsError, match="MAX_POINTS"):
+        MMDet3DHandler().initialize(Context(demo_archive.root))

@@ -1,0 +1,276 @@
+"""The runtime: a batch gives what each frame gives alone, and a bad frame is alone with its error."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from serve import archive
+from serve.comparison import Tolerances, compare
+from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, SelfTestError
+from serve.runtime import detector as detector_module
+from serve.runtime import device_for, load_detector
+from serve.runtime.folding import find_pairs, fold
+from serve.runtime.selftest import prove
+from serve.wire import Frame, Limits, Options, encode_json
+
+EXACT = Tolerances(box_m=1e-4, score=1e-5)
+
+
+def frame(points: np.ndarray, **options) -> Frame:
+    return Frame(points, Options(**options))
+
+
+def cloud(street: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """n points of a street, repeated with jitter where there are not so many."""
+    rng = np.random.default_rng(seed)
+    points = (
+        street[rng.integers(0, len(street), n)].copy()
+        if n > len(street)
+        else street[rng.permutation(len(street))[:n]]
+    )
+    points[:, :3] += rng.normal(0, 0.02, (n, 3)).astype(np.float32)
+    return points
+
+
+def test_the_sample_street_has_its_cars(detector, street):
+    (answer,) = detector.run([frame(street, score_thr=0.3)])
+    assert answer["names"].count("Car") >= 2
+    assert answer["box_type_3d"] == "LiDAR" and answer["bboxes_3d"].shape[1] == 7
+    assert answer["units"]["origin"] == "bottom centre" and answer["model"] == {
+        "name": "second",
+        "version": "1.0",
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [17_000],
+        [17_000, 0],
+        [0, 17_000],
+        [1, 120_000, 0, 5_000],
+        [0, 0],
+        [60_000, 17_000, 100, 0, 9_000, 33_000, 1, 120_000],
+    ],
+)
+def test_a_batch_gives_what_each_frame_gives_alone(detector, street, sizes):
+    frames = [frame(cloud(street, n, seed)) for seed, n in enumerate(sizes)]
+    for single, together in zip(frames, detector.run(frames), strict=True):
+        (alone,) = detector.run([single])
+        found = compare(alone, together, EXACT)
+        assert found.ok, found.table()
+
+
+def test_clouds_of_one_call_are_one_batch(detector, street, monkeypatch):
+    sizes = []
+    forward = detector.forward
+    monkeypatch.setattr(
+        detector, "forward", lambda samples: (sizes.append(len(samples)), forward(samples))[1]
+    )
+    detector.run([frame(street), frame(street[:0]), frame(street[::2])])
+    assert sizes == [2]  # the empty one never reaches the network
+
+
+@pytest.mark.parametrize(
+    "points", [np.zeros((0, 4)), np.full((50, 4), 500.0), np.full((3, 4), [10, 0, 90, 0])]
+)
+def test_nothing_in_range_is_an_answer_without_boxes(detector, points):
+    (answer,) = detector.run([frame(points.astype(np.float32))])
+    assert answer["bboxes_3d"].shape == (0, 7) and answer["names"] == [] and answer["classes"]
+
+
+def test_the_same_frame_gives_the_same_bytes(detector, street):
+    first, second = (encode_json(detector.run([frame(street)])[0]) for _ in range(2))
+    assert first == second
+
+
+def test_options_select_the_best(detector, street):
+    everything, above, three = detector.run(
+        [frame(street), frame(street, score_thr=0.5), frame(street, max_detections=3)]
+    )
+    scores = everything["scores_3d"]
+    assert (np.diff(scores) <= 0).all()
+    assert len(above["names"]) == (scores >= 0.5).sum() == len(above["bboxes_3d"])
+    np.testing.assert_array_equal(three["scores_3d"], scores[:3])
+
+
+def test_the_caller_keeps_its_points(detector, street):
+    mine = street.copy()
+    detector.run([frame(mine)])
+    np.testing.assert_array_equal(mine, street)
+
+
+class Moody:
+    """A network in front of the real one that fails on demand, as a full device or a broken frame would."""
+
+    def __init__(self, network: nn.Module, mood) -> None:
+        self._network, self._mood = network, mood
+
+    def __getattr__(self, name):
+        return getattr(self._network, name)
+
+    def test_step(self, data):
+        self._mood(data)
+        return self._network.test_step(data)
+
+
+@pytest.fixture
+def moody(detector):
+    """Swap the detector's network for one with a mood."""
+    calm = detector.network
+
+    def give(mood):
+        detector.network = Moody(calm, mood)
+        return detector
+
+    yield give
+    detector.network = calm
+
+
+def test_a_frame_the_network_fails_on_is_alone_with_its_error(moody, street, caplog):
+    def mood(data):
+        if any(float(points[0, 3]) == 0.625 for points in data["inputs"]["points"]):
+            raise RuntimeError("no")
+
+    bad = street.copy()
+    bad[:, 3] = 0.625
+    outcomes = moody(mood).run([frame(street), frame(bad), frame(street)])
+    assert isinstance(outcomes[1], InferenceFailed) and "RuntimeError" in str(outcomes[1])
+    assert len(outcomes[0]["names"]) == len(outcomes[2]["names"]) > 0
+
+
+def test_a_batch_too_large_for_the_device_is_halved(moody, street):
+    seen = []
+
+    def mood(data):
+        seen.append(len(data["inputs"]["points"]))
+        if seen[-1] > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    outcomes = moody(mood).run([frame(street)] * 5)
+    assert all(isinstance(outcome, dict) for outcome in outcomes)
+    assert seen == [5, 2, 3, 1, 2]
+
+
+def test_a_frame_too_large_alone_says_so(moody, street):
+    def mood(data):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    outcomes = moody(mood).run([frame(street)] * 2)
+    assert all(isinstance(outcome, OutOfMemory) and outcome.status == 507 for outcome in outcomes)
+
+
+def test_a_pipeline_that_raises_fails_its_frame_only(detector, street, caplog):
+    outcomes = detector.run([frame(street), frame(np.zeros((3, 3), dtype=np.float32)), frame(street)])
+    assert isinstance(outcomes[1], InferenceFailed)
+    assert outcomes[0]["names"] == outcomes[2]["names"] != []
+
+
+def test_running_leaves_the_config_alone(detector, street):
+    before = copy.deepcopy(detector.network.cfg.to_dict())
+    detector.run([frame(street)])
+    assert detector.network.cfg.to_dict() == before
+
+
+def test_the_device_follows_torchserve_and_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_for(None) == torch.device("cpu")
+    assert device_for(1) == device_for("1") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_for(0) == torch.device("cpu")
+
+
+class Tangled(nn.Module):
+    """Attributes in another order than use, a norm without a convolution, and one that reads a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn_b, self.bn_a = nn.BatchNorm2d(6), nn.BatchNorm2d(4)
+        self.conv_a = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.up = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2)
+        self.loose, self.summed = nn.BatchNorm2d(3), nn.BatchNorm2d(6)
+        self.conv_c = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn_b(self.up(self.bn_a(self.conv_a(self.loose(x))).relu()))
+        return self.summed(self.conv_c(y) + y)
+
+
+def test_norms_are_folded_where_the_run_shows_it_and_nowhere_else():
+    torch.manual_seed(0)
+    network = Tangled().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = network(x)
+        pairs = find_pairs(network, lambda: network(x))
+        assert pairs == (("conv_a", "bn_a"), ("up", "bn_b"))
+        fold(network, pairs)
+        torch.testing.assert_close(network(x), expected, atol=1e-5, rtol=1e-5)
+    assert isinstance(network.bn_a, nn.Identity) and isinstance(network.summed, nn.BatchNorm2d)
+
+
+def test_the_demonstration_is_folded_and_unchanged(demo_archive, detector, street):
+    from serve.runtime.model import build_network, load_weights
+
+    assert len(demo_archive.metadata.inference.fold_batch_norm) >= 10
+    from safetensors.torch import load_file
+
+    plain = build_network(demo_archive.config(), demo_archive.metadata.classes)
+    load_weights(plain, load_file(demo_archive.weights))
+    reference = detector_module.Detector(
+        plain, demo_archive.config(), demo_archive.metadata, torch.device("cpu")
+    )
+    found = compare(reference.run([frame(street)])[0], detector.run([frame(street)])[0], EXACT)
+    assert found.ok, found.table()
+
+
+def test_a_worker_proves_itself_on_the_golden_frame(demo_archive, detector):
+    assert prove(detector, demo_archive) > 0
+
+
+def test_a_detector_that_answers_otherwise_is_not_served(demo_archive):
+    import torch
+
+    changed = load_detector(demo_archive, torch.device("cpu"))
+    with torch.no_grad():
+        changed.network.bbox_head.conv_reg.weight.mul_(1.05)
+    with pytest.raises(SelfTestError, match="does not come out as recorded"):
+        prove(changed, demo_archive)
+
+
+def test_an_archive_that_packs_code_is_not_run_unless_trusted(tmp_path, demo_archive):
+    from dataclasses import replace
+
+    (tmp_path / "weights").write_bytes(demo_archive.weights.read_bytes())
+    witness = tmp_path / "executed"
+    archive.write(
+        tmp_path / "second.mar",
+        replace(demo_archive.metadata, files={}),
+        config={**demo_archive.config(), "custom_imports": {"imports": ["archived_module"]}},
+        weights=tmp_path / "weights",
+        golden_frame=demo_archive.golden_frame(),
+        golden_expected=demo_archive.golden_expected(),
+        code={"archived_module.py": f"open({str(witness)!r}, 'w').close()".encode()},
+    )
+    opened = archive.extract(tmp_path / "second.mar", tmp_path / "opened")
+    with pytest.raises(ArchiveError, match="TRUST_ARCHIVE_CODE"):
+        load_detector(opened, torch.device("cpu"))
+    assert not witness.exists()
+    load_detector(opened, torch.device("cpu"), trust_code=True)
+    assert witness.exists()
+
+
+def test_decoding_knows_the_models_own_point_size(detector, street):
+    decoded = detector.decode(street.tobytes(), Options(), Limits())
+    np.testing.assert_array_equal(decoded.data, street)

@@ -1,0 +1,187 @@
+"""`serve.client` against a real socket: answers come back, every failure is an error of our tree."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from serve import errors
+from serve.client import Client, error_from_answer
+
+DETECTIONS = {"bboxes_3d": [[1, 2, 3, 4, 5, 6, 0.5]], "scores_3d": [0.75], "labels_3d": [0]}
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers every POST with ``status`` and ``body`` and remembers the request; None: waits for ``gate``."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.status, self.body, self.gate = 200, json.dumps(DETECTIONS).encode(), threading.Event()
+        self.gate.set()
+        self.seen: dict[str, Any] = {}
+        super().__init__(("127.0.0.1", 0), Answering)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_port}"
+
+
+class Answering(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def do_POST(self) -> None:
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen = {"path": self.path, "headers": dict(self.headers), "body": sent}
+        self.server.gate.wait(30)
+        if self.server.status:
+            self.send_response(self.server.status)
+            self.send_header("Content-Length", str(len(self.server.body)))
+            self.end_headers()
+            self.wfile.write(self.server.body)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@contextmanager
+def running() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.gate.set()
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with running() as fake:
+        yield fake
+
+
+def test_bytes_options_and_token_reach_the_server_and_the_answer_comes_back(server: FakeServer) -> None:
+    with Client(server.address, token="secret-token") as client:
+        answer = client.predict(
+            b"\x00\x01points", "a model/x", "1.0", content_type="image/png", score_thr=0.25, max_detections=7
+        )
+    assert answer == DETECTIONS
+    assert server.seen["path"] == "/predictions/a%20model%2Fx/1.0"
+    assert (server.seen["headers"]["X-Score-Thr"], server.seen["headers"]["X-Max-Detections"]) == (
+        "0.25",
+        "7",
+    )
+    assert server.seen["headers"]["Authorization"] == "Bearer secret-token"
+    assert server.seen["headers"]["Content-Type"] == "image/png"
+    assert server.seen["body"] == b"\x00\x01points"
+
+
+def test_nothing_is_sent_that_was_not_asked_for(server: FakeServer) -> None:
+    with Client(f"http://{server.address}") as client:
+        client.predict(b"", "second")
+    assert server.seen["path"] == "/predictions/second"
+    assert not {"Authorization", "X-Score-Thr", "X-Max-Detections"} & set(server.seen["headers"])
+
+
+def test_a_server_that_is_not_there_is_not_ready_and_named() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with (
+            Client(address) as client,
+            pytest.raises(errors.NotReady, match=f"no server answers at {address}"),
+        ):
+            client.predict(b"", "second")
+
+
+def test_an_answer_that_does_not_come_is_a_deadline(server: FakeServer) -> None:
+    server.gate.clear()
+    with Client(server.address) as client, pytest.raises(errors.DeadlineExceeded, match=r"within 0\.05 s"):
+        client.predict(b"", "second", timeout_s=0.05)
+
+
+def test_a_connection_cut_off_is_a_broken_backend(server: FakeServer) -> None:
+    server.status = 0
+    with Client(server.address) as client, pytest.raises(errors.BackendBroken, match="broke off"):
+        client.predict(b"", "second")
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"[1, 2]", b"not json", b"\xff\xfe", b"3", b"null"])
+def test_an_answer_that_is_no_detections_is_a_broken_backend(server: FakeServer, body: bytes) -> None:
+    server.body = body
+    with Client(server.address) as client, pytest.raises(errors.BackendBroken, match="did not answer with"):
+        client.predict(b"", "second")
+
+
+def test_an_error_inside_a_200_is_never_taken_for_detections(server: FakeServer) -> None:
+    server.body = b'{"error": {"code": "inference_failed", "message": "no"}}'
+    with Client(server.address) as client, pytest.raises(errors.InferenceFailed, match="no"):
+        client.predict(b"", "second")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "sentence"),
+    [
+        (422, errors.error_body(errors.NonFinitePoints("NaN there")), errors.NonFinitePoints, "NaN there"),
+        (400, errors.error_body(errors.UnknownOption("score_thr=x")), errors.UnknownOption, "score_thr=x"),
+        (413, errors.error_body(errors.FrameTooLarge("too many points")), errors.FrameTooLarge, "too many"),
+        (507, errors.error_body(errors.OutOfMemory("one frame")), errors.OutOfMemory, "one frame"),
+        (418, {"error": {"code": "never_heard_of", "message": "tea"}}, errors.ClientError, "tea"),
+        (422, {"error": {}}, errors.UndecodableFrame, "422"),
+        (404, {"code": 404, "type": "ModelNotFoundException", "message": "Model not found: x"},
+         errors.ModelNotFound, "Model not found: x"),
+        (503, {"code": 503, "type": "InternalServerException", "message": "Prediction failed"},
+         errors.NotReady, "Prediction failed"),
+        (503, {"code": 503, "type": "ServiceUnavailableException",
+               "message": "Model has no worker to serve: the queue is full"}, errors.Overloaded, "queue"),
+        (500, None, errors.InferenceFailed, "500"),
+        (599, ["odd"], errors.BackendBroken, "599"),
+    ],
+)  # fmt: skip
+def test_every_error_body_becomes_the_error_it_names(
+    server: FakeServer, status: int, body: Any, kind: type[errors.ServeError], sentence: str
+) -> None:
+    server.status, server.body = status, json.dumps(body).encode()
+    with Client(server.address) as client, pytest.raises(kind, match=sentence) as caught:
+        client.predict(b"", "second")
+    assert type(caught.value) is kind
+
+
+def test_every_class_of_the_tree_survives_the_way_over_the_wire() -> None:
+    def walk(kind: type[errors.ServeError]) -> Iterator[type[errors.ServeError]]:
+        yield kind
+        for child in kind.__subclasses__():
+            yield from walk(child)
+
+    for kind in walk(errors.ServeError):
+        back = error_from_answer(kind.status, errors.error_body(kind("why")))
+        assert (back.code, back.status, str(back)) == (kind.code, kind.status, "why")
+
+
+@pytest.mark.parametrize("address", ["", "http://", "ftp://host", "host:port", "[::1"])
+def test_an_impossible_address_is_refused_with_a_sentence(address: str) -> None:
+    with pytest.raises(errors.BadRequest, match="host:port"):
+        Client(address)
+
+
+def test_proxies_of_the_environment_are_not_used(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    with Client(server.address) as client:
+        assert client.predict(b"", "second") == DETECTIONS
+
+
+def test_the_token_is_in_no_message_and_no_repr() -> None:
+    with Client("127.0.0.1:9", token="secret-token") as client:
+        with pytest.raises(errors.NotReady) as caught:
+            client.predict(b"", "second")
+        assert "secret-token" not in str(caught.value) + repr(client)

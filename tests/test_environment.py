@@ -1,0 +1,200 @@
+"""The environment holds what the lock says and nothing that harms, and setting it up is safe to repeat."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from serve.torchserve.launch import child_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKS = [ROOT / "requirements" / "runtime.lock", ROOT / "requirements" / "dev.lock"]
+
+
+@pytest.fixture(scope="module")
+def setup_env() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def locked(path: Path) -> list[Requirement]:
+    lines = [line for line in path.read_text().splitlines() if line[:1].isalnum()]
+    return [Requirement(line.removesuffix("\\").strip()) for line in lines]
+
+
+def installed() -> dict[str, str]:
+    return {canonicalize_name(one.metadata["Name"]): one.version for one in metadata.distributions()}
+
+
+# The lock
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+def test_every_locked_package_is_pinned_and_hashed(path: Path) -> None:
+    for block in re.split(r"\n(?=[a-z0-9])", path.read_text()):
+        assert re.match(r"[a-z0-9.-]+==\S+", block), block[:80]
+        assert "--hash=sha256:" in block, block[:80]
+
+
+@pytest.mark.parametrize(
+    "name", ["torch", "opencv-python", "open3d", "nuscenes-devkit", "lyft-dataset-sdk", "spconv"]
+)
+def test_what_must_stay_out_is_not_locked(name: str) -> None:
+    assert name not in {requirement.name for path in LOCKS for requirement in locked(path)}
+
+
+def test_the_two_locks_agree() -> None:
+    runtime = {(one.name, str(one.marker)): str(one.specifier) for one in locked(LOCKS[0])}
+    for one in locked(LOCKS[1]):
+        assert runtime.get((one.name, str(one.marker)), str(one.specifier)) == str(one.specifier)
+
+
+def test_no_file_names_a_package_index() -> None:
+    for path in [*(ROOT / "requirements").iterdir(), ROOT / "Makefile", ROOT / "pyproject.toml"]:
+        assert "://" not in path.read_text(), path.name
+
+
+# The environment
+
+
+def test_the_environment_is_what_the_lock_says() -> None:
+    have = installed()
+    wanted = {
+        canonicalize_name(one.name): one
+        for path in LOCKS
+        for one in locked(path)
+        if one.marker is None or one.marker.evaluate()
+    }
+    wrong = [
+        f"{one}: {have.get(name)}"
+        for name, one in wanted.items()
+        if not one.specifier.contains(have.get(name, "0"))
+    ]
+    assert wrong == []
+
+
+def test_opencv_is_there_once_and_headless() -> None:
+    assert [name for name in installed() if name.startswith("opencv")] == ["opencv-python-headless"]
+
+
+def test_importing_the_server_side_needs_no_torch() -> None:
+    program = "import serve.torchserve, serve.cli.serving, sys; print('torch' in sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=child_environment(), check=True
+    )
+    assert ran.stdout == "False\n"
+
+
+def test_every_task_of_the_makefile_is_described() -> None:
+    text = (ROOT / "Makefile").read_text()
+    tasks = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())
+    assert set(re.findall(r"^([a-z-]+):.*## ", text, re.MULTILINE)) == tasks
+    told = subprocess.run(
+        ["make", "--no-print-directory", "-C", str(ROOT)], capture_output=True, text=True, check=True
+    )
+    assert all(f"make {task}" in told.stdout for task in tasks)
+
+
+# tools/setup_env.py
+
+
+@pytest.mark.parametrize(
+    ("version", "kept"),
+    [
+        ("2.5.1+cu124", False),
+        ("2.6.0", True),
+        ("2.13.0+cpu", True),
+        ("2.13.1a0+gitabc", True),
+        ("2.14.0", False),
+        ("3.0.0", False),
+    ],
+)
+def test_a_torch_is_kept_in_the_supported_range(setup_env: ModuleType, version: str, kept: bool) -> None:
+    assert setup_env.torch_in_range(version) is kept
+
+
+def test_the_torch_of_this_environment_is_in_the_supported_range(setup_env: ModuleType) -> None:
+    assert setup_env.torch_in_range(metadata.version("torch"))
+
+
+def test_an_old_python_is_refused_with_what_to_do(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 4, "final", 0))
+    with pytest.raises(
+        setup_env.SetupFailed, match=r"Python 3\.11 or newer is needed, this is 3\.10\.4 .*PYTHON="
+    ):
+        setup_env.check_python()
+
+
+def test_a_folder_that_is_no_environment_is_not_removed(setup_env: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(setup_env.SetupFailed, match="is not a virtual environment"):
+        setup_env.make_venv(tmp_path, reuse_torch=False)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_the_words_of_pip_are_shown_when_it_fails(setup_env: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(setup_env.SetupFailed, match="Could not open requirements file"):
+        setup_env.pip(Path(sys.prefix), "-r", str(tmp_path / "absent.txt"))
+
+
+def test_the_fingerprint_changes_with_the_lock_and_the_torch_index(
+    setup_env: ModuleType, tmp_path: Path
+) -> None:
+    plain, other = argparse.Namespace(torch_index_url=None), argparse.Namespace(torch_index_url="x")
+    lock = tmp_path / "runtime.lock"
+    lock.write_text("a==1")
+    first = setup_env.fingerprint(plain, [lock])
+    assert setup_env.fingerprint(plain, [lock]) == first
+    assert setup_env.fingerprint(other, [lock]) != first
+    lock.write_text("a==2")
+    assert setup_env.fingerprint(plain, [lock]) != first
+
+
+def test_a_second_run_does_nothing(
+    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    for step in ("install_lock", "install_torch", "install_project", "self_check"):
+        monkeypatch.setattr(setup_env, step, lambda *_, step=step: done.append(step))
+    monkeypatch.setattr(setup_env, "make_venv", lambda venv, _: fake_venv(venv))
+    arguments = ["--venv", str(tmp_path / "venv")]
+    assert setup_env.main(arguments) == 0
+    assert done == ["install_lock", "install_torch", "install_project", "self_check"]
+    assert "done in" in capsys.readouterr().out
+    assert setup_env.main(arguments) == 0
+    assert len(done) == 4
+    assert setup_env.main([*arguments, "--no-dev"]) == 0
+    assert len(done) == 8
+
+
+def fake_venv(venv: Path) -> None:
+    (venv / "bin").mkdir(parents=True, exist_ok=True)
+    (venv / "bin" / "python").touch()
+
+
+def test_a_failed_step_leaves_no_stamp(
+    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise setup_env.SetupFailed("no index")
+
+    monkeypatch.setattr(setup_env, "make_venv", lambda venv, _: fake_venv(venv))
+    monkeypatch.setattr(setup_env, "install_lock", fail)
+    assert setup_env.main(["--venv", str(tmp_path / "venv")]) == 2
+    assert capsys.readouterr().err == "error: no index\n"
+    assert not (tmp_path / "venv" / setup_env.STAMP_NAME).exists()

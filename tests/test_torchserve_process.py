@@ -1,0 +1,525 @@
+"""A real TorchServe starts, answers, says why it cannot, and ends without leaving a process or a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serve.cli import run, serving
+from serve.errors import BackendStartError, ModelNotFound, NotReady, SettingsError
+from serve.torchserve import ServedModel, TorchServe, TorchServeOptions, stop_running
+from serve.torchserve.config import Manifest, log_configuration, properties, read_manifest
+from serve.torchserve.launch import child_environment
+from serve.torchserve.log import WorkerLog
+from serve.torchserve.state import remember
+from tests.conftest import pick_free_ports, write_archive
+
+ECHO = """
+import json
+
+class Handler:
+    def initialize(self, context):
+        pass
+
+    def handle(self, data, context):
+        answers = []
+        for index, row in enumerate(data):
+            status = context.get_request_header(index, "x-status")
+            if status:
+                context.set_response_status(int(status), "As Asked", index)
+            context.set_response_header(index, "content-type", "application/json")
+            answers.append(json.dumps({name: len(value) for name, value in row.items()}).encode())
+        return answers
+"""
+REFUSING = """
+from serve.errors import ArchiveError
+
+class Handler:
+    def initialize(self, context):
+        raise ArchiveError("weights.safetensors has the wrong hash; convert the model again")
+
+    def handle(self, data, context):
+        return data
+"""
+BYTES = {"Content-Type": "application/octet-stream"}
+GONE_S = 20
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    write_archive(folder / "echo.mar", ECHO)
+    write_archive(folder / "refusing.mar", REFUSING)
+    (folder / "torn.mar").write_bytes((folder / "echo.mar").read_bytes()[:-30])
+    return folder
+
+
+def options_for(store: Path, root: Path, *models: str, **more: object) -> TorchServeOptions:
+    inference, management, metrics = pick_free_ports(3)
+    return TorchServeOptions(
+        **{
+            "model_store": store,
+            "models": tuple(ServedModel.parse(model) for model in models),
+            "inference_port": inference,
+            "management_port": management,
+            "metrics_port": metrics,
+            "run_root": root,
+            "max_request_bytes": 1 << 20,
+            "system_metrics": False,
+            **more,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    root = tmp_path_factory.mktemp("run")
+    one = TorchServe(options_for(store, root, "echo"))
+    one.start()
+    yield one
+    one.stop(drain_s=0)
+    assert list(root.iterdir()) == []
+
+
+def post(server: TorchServe, body: bytes = b"abc", model: str = "echo", **headers: str) -> httpx.Response:
+    address = f"{server.inference_url}/predictions/{model}"
+    return httpx.post(address, content=body, headers={**BYTES, **headers}, timeout=30, trust_env=False)
+
+
+def family(server: TorchServe) -> list[psutil.Process]:
+    """Java and its workers."""
+    assert server.pid is not None
+    java = psutil.Process(server.pid)
+    return [java, *java.children(recursive=True)]
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=GONE_S)[1]
+
+
+# A running server
+
+
+@pytest.mark.torchserve
+def test_a_started_server_answers_at_once(server: TorchServe) -> None:
+    answer = post(server)
+    assert (answer.status_code, answer.json()) == (200, {"body": 3})
+    assert [worker.ready for worker in server.workers("echo")] == [True]
+    assert server.models() == ["echo"]
+    assert server.poll() is None
+
+
+@pytest.mark.torchserve
+def test_the_status_and_body_a_handler_sets_reach_the_client(server: TorchServe) -> None:
+    answer = post(server, **{"x-status": "422"})
+    assert (answer.status_code, answer.reason_phrase, answer.json()) == (422, "As Asked", {"body": 3})
+    assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.torchserve
+def test_a_broken_json_body_reaches_the_handler_as_bytes(server: TorchServe) -> None:
+    answer = post(server, b'{"a": ', **{"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()) == (200, {"body": 6})
+
+
+@pytest.mark.torchserve
+def test_an_oversized_body_gets_413_and_the_server_goes_on(server: TorchServe) -> None:
+    assert post(server, b"0" * (server.options.max_request_bytes + 1)).status_code == 413
+    assert post(server, b"0" * (server.options.max_request_bytes - 1)).status_code == 200
+
+
+@pytest.mark.torchserve
+def test_the_metrics_port_counts_requests(server: TorchServe) -> None:
+    post(server)
+    told = httpx.get(f"{server.metrics_url}/metrics", trust_env=False).text
+    assert 'ts_inference_requests_total{model_name="echo"' in told
+
+
+@pytest.mark.torchserve
+def test_only_loopback_addresses_listen(server: TorchServe) -> None:
+    ports = {server.options.inference_port, server.options.management_port, server.options.metrics_port}
+    listening = [
+        connection.laddr
+        for process in family(server)
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert ports <= {address.port for address in listening}
+    assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.torchserve
+def test_a_model_is_loaded_and_removed_at_run_time(server: TorchServe) -> None:
+    server.register(ServedModel("echo.mar", name="second"))
+    assert post(server, model="second").status_code == 200
+    server.unregister("second")
+    assert server.models() == ["echo"]
+    with pytest.raises(ModelNotFound):
+        server.workers("second")
+
+
+@pytest.mark.torchserve
+def test_a_model_that_cannot_load_is_not_registered_and_says_why(server: TorchServe) -> None:
+    with pytest.raises(
+        BackendStartError, match=r"^model refusing did not load: weights.safetensors has the wrong"
+    ):
+        server.register(ServedModel("refusing.mar"))
+    assert server.models() == ["echo"]
+
+
+@pytest.mark.torchserve
+def test_no_address_can_be_loaded_from(server: TorchServe) -> None:
+    for address in ("http://127.0.0.1:1/x.mar", f"file://{server.options.model_store}/echo.mar"):
+        asked = httpx.post(f"{server.management_url}/models", params={"url": address}, trust_env=False)
+        assert (asked.status_code, "does not match any allowed" in asked.text) == (404, True)
+
+
+@pytest.mark.torchserve
+def test_a_killed_worker_is_replaced(server: TorchServe) -> None:
+    [killed] = server.workers("echo")
+    assert killed.pid is not None
+    psutil.Process(killed.pid).kill()
+    for _ in range(2):  # The first may be lost with the worker; the next waits for the new one.
+        answer = post(server)
+    assert answer.status_code == 200
+    assert server.workers("echo")[0].pid != killed.pid
+
+
+@pytest.mark.torchserve
+def test_two_servers_run_side_by_side_and_one_ends_without_a_trace(
+    server: TorchServe, store: Path, tmp_path: Path
+) -> None:
+    with TorchServe(options_for(store, tmp_path, "twin=echo.mar")) as twin:
+        assert post(twin, model="twin").status_code == 200
+        assert post(server, model="twin").status_code == 404
+        processes = family(twin)
+    assert all_gone(processes)
+    assert list(tmp_path.iterdir()) == []
+    assert post(server).status_code == 200
+    with pytest.raises(NotReady):
+        twin.workers("twin")
+
+
+@pytest.mark.torchserve
+def test_with_token_authorization_only_a_token_gets_an_answer(store: Path, tmp_path: Path) -> None:
+    with TorchServe(options_for(store, tmp_path, "echo", token_authorization=True)) as server:
+        assert post(server).status_code == 400
+        assert post(server, Authorization=f"Bearer {server.tokens()['inference']}").status_code == 200
+        assert httpx.get(f"{server.management_url}/models", trust_env=False).status_code == 400
+        assert server.models() == ["echo"]
+
+
+# Servers that do not start
+
+
+@pytest.mark.torchserve
+def test_a_handler_that_refuses_its_archive_ends_the_start_with_its_sentence(
+    store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BackendStartError) as caught:
+        TorchServe(options_for(store, tmp_path, "refusing")).start()
+    reason = "weights.safetensors has the wrong hash; convert the model again"
+    assert str(caught.value) == f"model refusing did not load: {reason}"
+    assert "Traceback" in caught.value.__notes__[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("torn", "torn.mar is not a readable archive"), ("absent", "there is no archive absent.mar")],
+)
+def test_a_broken_or_absent_archive_is_refused_before_anything_starts(
+    store: Path, tmp_path: Path, model: str, reason: str
+) -> None:
+    with pytest.raises(BackendStartError, match=reason):
+        TorchServe(options_for(store, tmp_path, model)).start()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("use", ["inference", "management", "metrics"])
+def test_a_busy_port_is_named_with_the_setting_that_changes_it(store: Path, tmp_path: Path, use: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(BackendStartError, match=rf"port {port} .* set {use}_port \(--{use}-port\)"):
+            TorchServe(options_for(store, tmp_path, "echo", **{f"{use}_port": port})).start()
+
+
+def test_java_that_cannot_start_is_told_with_what_it_said(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendStartError, match="Unrecognized option: --no-such-option"):
+        TorchServe(options_for(store, tmp_path, java_options=["--no-such-option"])).start()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Servers that end otherwise than by stop()
+
+
+@pytest.mark.torchserve
+def test_poll_tells_that_java_was_killed_and_its_workers_are_gone(store: Path, tmp_path: Path) -> None:
+    with TorchServe(options_for(store, tmp_path, "echo")) as server:
+        processes = family(server)
+        assert server.poll() is None
+        processes[0].kill()
+        assert server.wait(GONE_S) == -signal.SIGKILL
+        assert all_gone(processes)
+        with pytest.raises(NotReady):
+            server.models()
+    assert server.poll() == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.torchserve
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part in this is Linux's")
+def test_java_and_workers_end_with_their_guard(store: Path, tmp_path: Path) -> None:
+    with TorchServe(options_for(store, tmp_path, "echo")) as server:
+        processes = family(server)
+        guard = processes[0].parent()
+        assert guard is not None
+        guard.kill()
+        assert all_gone(processes)
+        assert server.wait(GONE_S) == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.torchserve
+def test_nothing_outlives_a_parent_that_is_killed(store: Path, tmp_path: Path) -> None:
+    options = options_for(store, tmp_path, "echo")
+    program = f"""
+from pathlib import Path
+from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+server = TorchServe(TorchServeOptions(
+    Path({str(store)!r}), [ServedModel("echo.mar")], run_root=Path({str(tmp_path)!r}),
+    inference_port={options.inference_port}, management_port={options.management_port},
+    metrics_port={options.metrics_port}))
+server.start()
+print(server.pid, flush=True)
+input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=child_environment(),
+    ) as parent:
+        assert parent.stdout is not None
+        java = psutil.Process(int(parent.stdout.readline()))
+        guard = java.parent()
+        assert guard is not None
+        processes = [guard, java, *java.children(recursive=True)]
+        parent.kill()
+    assert all_gone(processes)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.torchserve
+def test_the_command_serves_until_it_is_stopped_from_elsewhere(
+    store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state, ready = tmp_path / "state", threading.Event()
+    monkeypatch.setattr(serving, "_verify", lambda path: None)  # The tiny archive is not one of ours.
+    tell = serving._tell
+    monkeypatch.setattr(serving, "_tell", lambda *arguments: (tell(*arguments), ready.set()))
+    ended: list[str] = []
+
+    def stop_when_ready() -> None:
+        assert ready.wait(60)
+        ended.extend(stop_running(state))
+
+    stopper = threading.Thread(target=stop_when_ready)
+    stopper.start()
+    inference, management, metrics = pick_free_ports(3)
+    ports = [
+        "--inference-port",
+        f"{inference}",
+        "--management-port",
+        f"{management}",
+        "--metrics-port",
+        f"{metrics}",
+    ]
+    where = ["--store", str(store), "--state-dir", str(state)]
+    assert run(serving.serve_archives, [*where, *ports, "--models", "echo"]) == 0
+    stopper.join()
+    assert ended == [f"http://127.0.0.1:{inference}"]
+    assert list(state.iterdir()) == []
+    assert f"curl -T FRAME http://127.0.0.1:{inference}/predictions/echo" in capsys.readouterr().out
+
+
+def test_the_command_refuses_an_archive_that_is_not_ours(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(serving.serve_archives, ["--store", str(store), "--models", "echo"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {store / 'echo.mar'}: ") and "mmdet3d-serve" in told
+
+
+def test_stop_ends_no_process_that_is_not_ours(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        remember(tmp_path, stranger.pid, "http://127.0.0.1:8080")
+        assert stop_running(tmp_path) == []
+        assert stranger.poll() is None
+        stranger.kill()
+    assert list(tmp_path.iterdir()) == []
+
+
+# What TorchServe is told
+
+
+def test_the_properties_close_what_should_be_closed(tmp_path: Path) -> None:
+    options = TorchServeOptions(tmp_path, [ServedModel("a.mar", workers=2)], gpus=1)
+    told = dict(line.split("=", 1) for line in properties(options, [Manifest("a", "1.0", "h")]).splitlines())
+    assert told["inference_address"] == "http://127.0.0.1:8080"
+    assert told["management_address"] == "http://127.0.0.1:8081"
+    assert told["metrics_address"] == "http://127.0.0.1:8082"
+    assert told["metrics_mode"] == "prometheus"
+    assert told["allowed_urls"] == "(?!)"
+    assert told["decode_input_request"] == told["install_py_dep_per_model"] == "false"
+    assert told["max_request_size"] == str(64 << 20)
+    assert told["number_of_gpu"] == "1"
+    assert told["system_metrics_cmd"].endswith("--gpu 0")  # Else it wants nvgpu and collects nothing at all.
+    assert told["load_models"] == "a=a.mar"
+    assert json.loads(told["models"])["a"]["1.0"]["minWorkers"] == 2
+    assert json.loads(told["models"])["a"]["1.0"]["batchSize"] == 1
+
+
+def test_a_path_survives_the_way_through_javas_properties(tmp_path: Path) -> None:
+    store = tmp_path / "模型 store\\x"
+    store.mkdir()
+    text = properties(TorchServeOptions(store), [])
+    assert text.isascii()
+    line = next(line for line in text.splitlines() if line.startswith("model_store="))
+    assert line.endswith(r"\u6a21\u578b store\\x")
+
+
+def test_the_log_configuration_is_well_formed_for_any_folder(tmp_path: Path) -> None:
+    import xml.etree.ElementTree as tree
+
+    text = log_configuration(
+        TorchServeOptions(tmp_path, echo_logs=True), tmp_path / 'a&"<b' / "torchserve.log"
+    )
+    root = tree.fromstring(text.encode())
+    assert root.find("Appenders/RollingFile").get("fileName") == str(tmp_path / 'a&"<b' / "torchserve.log")
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"inference_port": 0}, "inference_port=0 is not a port"),
+        ({"metrics_port": 8080}, "must differ"),
+        ({"management_host": "0.0.0.0"}, "open_management"),
+        ({"inference_host": "localhost"}, "is not an IP address"),
+        ({"max_request_bytes": 1 << 31}, "max_request_bytes"),
+        ({"response_timeout_s": 0}, "response_timeout_s=0 must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path: Path, setting: dict[str, object], sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        TorchServeOptions(tmp_path, **setting)
+
+
+@pytest.mark.parametrize("text", ["../x.mar", "a=b,c.mar", "a/b=c.mar", "", "=x.mar"])
+def test_names_that_could_lead_elsewhere_are_refused(text: str) -> None:
+    with pytest.raises(SettingsError):
+        ServedModel.parse(text)
+
+
+def test_one_version_twice_is_refused(tmp_path: Path) -> None:
+    options = TorchServeOptions(tmp_path, [ServedModel("a.mar"), ServedModel("b.mar")])
+    with pytest.raises(SettingsError, match="listed twice"):
+        properties(options, [Manifest("a", "1.0", "h"), Manifest("a", "1.0", "h")])
+
+
+def test_a_manifest_names_model_version_and_handler(tmp_path: Path) -> None:
+    path = write_archive(tmp_path / "a.mar", ECHO, name="second", version="2.1")
+    assert read_manifest(path) == Manifest("second", "2.1", "handler_of_second.py")
+
+
+# What its log says
+
+
+def logged(path: Path, *messages: tuple[str, str, str]) -> None:
+    with path.open("a") as log:
+        for thread, logger, message in messages:
+            log.write(f"2026-01-01T00:00:00,000 INFO [{thread}] {logger}: {message}\n")
+
+
+@pytest.fixture
+def log_path(tmp_path: Path) -> Path:
+    return tmp_path / "torchserve.log"
+
+
+STDOUT = "W-9000-second_1.0-stdout"
+
+
+def test_the_reason_of_a_failed_load_is_the_last_exception_of_the_worker(log_path: Path) -> None:
+    log = WorkerLog(log_path)
+    assert log.failure({"second"}) is None
+    logged(
+        log_path,
+        (STDOUT, "MODEL_LOG", "Traceback (most recent call last):"),
+        (STDOUT, "MODEL_LOG", '  File "x.py", line 1'),
+        (STDOUT, "MODEL_LOG", "KeyError: 'a'"),
+        (STDOUT, "MODEL_LOG", "During handling of the above exception, another exception occurred:"),
+        (STDOUT, "MODEL_LOG", "Traceback (most recent call last):"),
+        (STDOUT, "MODEL_LOG", "ValueError: no such layer: neck.0"),
+        (STDOUT, "MODEL_LOG", "Backend worker process died."),
+        (STDOUT, "MODEL_LOG", "Traceback (most recent call last):"),
+        (STDOUT, "MODEL_LOG", "RuntimeError: 500 - Unknown exception"),
+        ("W-9000-second_1.0", "WorkerThread", "Retry worker: 9000 in 1 seconds."),
+        (STDOUT, "WorkerLifeCycle", f"Stopped Scanner - {STDOUT}"),
+    )
+    failure = log.failure({"second"})
+    assert failure is not None
+    assert (failure.model, failure.reason) == ("second", "ValueError: no such layer: neck.0")
+
+
+def test_a_worker_that_ends_without_a_word_is_told_as_such(log_path: Path) -> None:
+    log = WorkerLog(log_path)
+    logged(
+        log_path,
+        ("W-9000-second_1.0", "WorkerThread", "Retry worker: 9000 in 1 seconds."),
+        (STDOUT, "WorkerLifeCycle", f"Stopped Scanner - {STDOUT}"),
+    )
+    failure = log.failure({"second"})
+    assert failure is not None
+    assert "without saying why" in failure.reason
+
+
+def test_the_death_of_another_model_is_not_the_reason(log_path: Path) -> None:
+    log = WorkerLog(log_path)
+    logged(
+        log_path,
+        ("W-9000-second_1.0", "WorkerThread", "Retry worker: 9000 in 1 seconds."),
+        (STDOUT, "WorkerLifeCycle", f"Stopped Scanner - {STDOUT}"),
+    )
+    assert log.failure({"other"}) is None
+    log.forget()
+    assert log.failure({"second"}) is None
+
+
+def test_the_child_sees_our_package_and_none_of_torchserves_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TS_CONFIG_FILE", "/elsewhere")
+    monkeypatch.setenv("PYTHONPATH", "/before")
+    environment = child_environment()
+    assert "TS_CONFIG_FILE" not in environment
+    assert environment["PYTHONPATH"].split(os.pathsep)[-1] == "/before"
+    assert (Path(environment["PYTHONPATH"].split(os.pathsep)[0]) / "serve" / "__init__.py").is_file()
+
+
+def test_free_ports_are_different(free_ports: Callable[[int], list[int]]) -> None:
+    assert len(set(free_ports(20))) == 20

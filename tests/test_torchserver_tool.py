@@ -1,0 +1,489 @@
+"""`serve.native`, `serve.verification` and `tools/deployment/test_torchserver.py`, on a real socket.
+
+The served side is a ten-line HTTP server that answers what a test tells it to; the native side is
+mmdet3d's SECOND (the demonstration's config) and mmdet's Faster R-CNN with random weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from serve import errors
+from serve.client import Client
+from serve.native import NativeModel, above, load_native
+from serve.verification import draw_report, find_frames, read_token, summary, verify
+
+ROOT = Path(__file__).resolve().parents[1]
+SECOND = str(ROOT / "serve" / "demo" / "second_demo.py")
+ANOTHER_SECOND = "hv_second_secfpn_6x8_80e_kitti-3d-3class"  # its name before 1.0; the zoo knows today's
+FASTER_RCNN = "faster-rcnn_r50_fpn_1x_coco"
+LIDAR_BOX = [10.0, 2.0, -1.0, 3.9, 1.6, 1.5, 0.1]
+
+# Body and option headers (as {"score_thr": "0.3"}) to detections.
+Answer = Callable[[bytes, Mapping[str, str]], Mapping[str, Any]]
+
+
+class FakeTorchServe(ThreadingHTTPServer):
+    """Answers with ``self.answer(body, options)``; an exception of our tree becomes its error body."""
+
+    daemon_threads = True
+    answer: Answer
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Mapping[str, str]]] = []
+        super().__init__(("127.0.0.1", 0), _Answering)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_port}"
+
+
+class _Answering(BaseHTTPRequestHandler):
+    server: FakeTorchServe
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        options = {
+            name[2:].lower().replace("-", "_"): value
+            for name, value in self.headers.items()
+            if name.lower().startswith("x-")
+        }
+        self.server.asked.append((self.path, options))
+        try:
+            status, answer = 200, self.server.answer(body, options)
+        except errors.ServeError as error:
+            status, answer = error.status, errors.error_body(error)
+        encoded = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(encoded)))
+        self.end_headers()
+        self.wfile.write(encoded)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[FakeTorchServe]:
+    with FakeTorchServe() as fake:
+        thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield fake
+        finally:
+            fake.shutdown()
+            thread.join()
+
+
+@dataclass
+class Scripted:
+    """A native model that answers from a table: file name → detections."""
+
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    modality: Any = "lidar"
+    classes: tuple[str, ...] = ("Pedestrian", "Cyclist", "Car")
+    box_type_3d: str | None = "LiDAR"
+    load_dim: int | None = 4
+
+    def detect(self, path: Path) -> dict[str, Any]:
+        return self.found.get(path.name) or lidar_answer()
+
+
+def lidar_answer(*scores: float, box: list[float] = LIDAR_BOX, **more: Any) -> dict[str, Any]:
+    return {
+        "bboxes_3d": [box] * len(scores),
+        "scores_3d": list(scores),
+        "labels_3d": [2] * len(scores),
+        "names": ["Car"] * len(scores),
+        "box_type_3d": "LiDAR",
+        **more,
+    }
+
+
+@pytest.fixture
+def frame(tmp_path: Path) -> Path:
+    path = tmp_path / "frame.bin"
+    np.zeros((8, 4), np.float32).tofile(path)
+    return path
+
+
+# --- frames and tokens ------------------------------------------------------------------------------------
+
+
+def test_a_folder_stands_for_its_frames_in_order(tmp_path: Path) -> None:
+    for name in ("b.bin", "a.BIN", "c.npy", "d.png", "labels.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.bin").mkdir()
+    assert [p.name for p in find_frames(tmp_path, "lidar")] == ["a.BIN", "b.bin", "c.npy"]
+    assert [p.name for p in find_frames(tmp_path, "image")] == ["d.png"]
+
+
+def test_a_folder_without_frames_and_a_missing_path_are_unreadable_input(tmp_path: Path) -> None:
+    with pytest.raises(errors.UndecodableFrame, match="holds no frame for a lidar model"):
+        find_frames(tmp_path, "lidar")
+    with pytest.raises(errors.UndecodableFrame, match="no file or folder"):
+        find_frames(tmp_path / "nowhere", "image")
+
+
+def test_a_token_is_read_bare_and_from_torchserves_key_file(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("abc-DEF_1\n")
+    assert read_token(path) == "abc-DEF_1"
+    path.write_text(json.dumps({"management": {"key": "no"}, "inference": {"key": "yes"}}))
+    assert read_token(path) == "yes"
+    for bad in ("", "two words", '{"management": {}}', "{", "ключ"):
+        path.write_text(bad)
+        with pytest.raises(errors.BadRequest, match="token file"):
+            read_token(path)
+    with pytest.raises(errors.BadRequest, match="cannot be read"):
+        read_token(tmp_path / "none")
+
+
+# --- verification with a scripted native side -------------------------------------------------------------
+
+
+def test_both_sides_get_the_same_threshold(server: FakeTorchServe, frame: Path) -> None:
+    server.answer = lambda body, options: lidar_answer(0.9, 0.4)
+    native = Scripted({"frame.bin": lidar_answer(0.9, 0.4, 0.24)})
+    with Client(server.address) as client:
+        reports = list(verify([frame], native, client, "second", score_thr=0.25))
+    assert reports[0].comparison.ok
+    assert server.asked == [("/predictions/second", {"score_thr": "0.25"})]
+    assert "2 detections compared" in summary(reports)
+
+
+def test_zero_detections_are_a_result(server: FakeTorchServe, frame: Path) -> None:
+    server.answer = lambda body, options: lidar_answer()
+    with Client(server.address) as client:
+        reports = list(verify([frame], Scripted(), client, "second"))
+    assert reports[0].comparison.ok
+    assert "neither side detected anything" in summary(reports)
+    assert "no detections on either side" in reports[0].text()
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (lidar_answer(box_type_3d="Depth"), "its boxes are of type Depth"),
+        (lidar_answer(0.9, names=["Van"]), "its label 2 is 'Van'"),
+        (lidar_answer(0.9, labels_3d=[7]), "its label 7"),
+        (lidar_answer(classes=["Car"]), "its classes are Car, the checkpoint's Pedestrian, Cyclist, Car"),
+        ({"bboxes": [], "scores": [], "labels": []}, "it answers 2D boxes, the config's are 3D"),
+    ],
+)
+def test_another_model_under_the_name_is_told_apart_from_a_deviation(
+    server: FakeTorchServe, frame: Path, answer: dict[str, Any], sentence: str
+) -> None:
+    server.answer = lambda body, options: answer
+    native = Scripted({"frame.bin": lidar_answer(0.9)})
+    with (
+        Client(server.address) as client,
+        pytest.raises(errors.ModelNotFound, match="another model") as caught,
+    ):
+        list(verify([frame], native, client, "second"))
+    assert sentence in str(caught.value)
+
+
+def test_an_answer_that_is_no_detections_is_a_broken_backend(server: FakeTorchServe, frame: Path) -> None:
+    server.answer = lambda body, options: {"hello": "world"}
+    with Client(server.address) as client, pytest.raises(errors.BackendBroken, match="hello"):
+        list(verify([frame], Scripted(), client, "second"))
+
+
+def test_the_summary_names_the_frames_that_differ_and_the_largest_deviation(
+    server: FakeTorchServe, tmp_path: Path
+) -> None:
+    frames = [tmp_path / f"{k}.bin" for k in range(3)]
+    for k, path in enumerate(frames):
+        np.full((1, 4), k, np.float32).tofile(path)
+    native = Scripted({path.name: lidar_answer(0.9) for path in frames})
+
+    def answer(body: bytes, options: Mapping[str, str]) -> dict[str, Any]:
+        moved = 0.25 if np.frombuffer(body, np.float32)[0] == 1 else 0.0
+        return lidar_answer(0.9, box=[LIDAR_BOX[0] + moved, *LIDAR_BOX[1:]])
+
+    server.answer = answer
+    with Client(server.address) as client:
+        reports = list(verify(frames, native, client, "second"))
+    assert [report.comparison.ok for report in reports] == [True, False, True]
+    assert "MISMATCH: 2 of 3 frames agree" in summary(reports)
+    assert "frames that differ: 1.bin" in summary(reports)
+    assert "box 2.5e-01 m" in summary(reports)
+    written = draw_report(reports[1], tmp_path / "drawn", 4)
+    assert sorted(p.name for p in written) == ["1.bin.native.png", "1.bin.served.png"]
+    assert cv2.imread(str(written[0])).shape == (900, 1200, 3)
+
+
+def test_a_model_that_looks_at_no_input_is_mentioned(server: FakeTorchServe, tmp_path: Path) -> None:
+    frames = [tmp_path / f"{k}.bin" for k in range(2)]
+    for path in frames:
+        np.zeros((1, 4), np.float32).tofile(path)
+    server.answer = lambda body, options: lidar_answer(0.9)
+    native = Scripted({path.name: lidar_answer(0.9) for path in frames})
+    with Client(server.address) as client:
+        reports = list(verify(frames, native, client, "second"))
+    assert "detects the same in every frame" in summary(reports)
+    assert "detects the same" not in summary(reports[:1])
+
+
+# --- the native side --------------------------------------------------------------------------------------
+
+
+def _random_weights(config: str, path: Path) -> Path:
+    from serve import ops, zoo
+    from serve.convert import configured_classes, resolve_config
+    from serve.random_weights import write_random_checkpoint
+
+    ops.install()
+    parsed, _ = resolve_config(zoo.resolve(config).config_path)
+    write_random_checkpoint(parsed, tuple(configured_classes(parsed)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def second_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _random_weights(SECOND, tmp_path_factory.mktemp("second") / "second.pth")
+
+
+@pytest.fixture(scope="module")
+def second(second_checkpoint: Path) -> NativeModel:
+    return load_native(SECOND, second_checkpoint, "cpu")
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from serve.demo.scenes import sample_frame
+
+    path = tmp_path_factory.mktemp("cloud") / "frame.bin"
+    path.write_bytes(sample_frame())
+    return path
+
+
+@pytest.fixture(scope="module")
+def detected(second: NativeModel, cloud: Path) -> dict[str, Any]:
+    return second.detect(cloud)
+
+
+def test_the_native_second_detects_with_names_in_the_lidar_frame(
+    second: NativeModel, detected: dict[str, Any]
+) -> None:
+    assert (second.modality, second.box_type_3d, second.load_dim) == ("lidar", "LiDAR", 4)
+    assert second.notes == ()
+    found = detected
+    assert len(found["scores_3d"]) > 3
+    assert {len(box) for box in found["bboxes_3d"]} == {7}
+    assert found["names"] == [second.classes[label] for label in found["labels_3d"]]
+    assert found["box_type_3d"] == "LiDAR"
+    json.dumps(found, allow_nan=False)
+    best = above(found, max(found["scores_3d"]))
+    assert len(best["scores_3d"]) == len(best["bboxes_3d"]) == len(best["names"]) >= 1
+
+
+def test_npy_clouds_are_read_as_points_and_not_as_their_header(
+    second: NativeModel, cloud: Path, detected: dict[str, Any], tmp_path: Path
+) -> None:
+    copy = tmp_path / "frame.npy"
+    np.save(copy, np.fromfile(cloud, np.float32).reshape(-1, 4))
+    assert second.detect(copy) == detected
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "sentence"),
+    [
+        ("short.bin", b"\x00" * 18, "no whole number of points"),
+        ("empty.bin", b"", "holds no points"),
+        ("bad.npy", b"\x93NUMPY", "not a readable .npy"),
+        ("frame.txt", b"1 2 3", "no frame for a lidar model"),
+        ("gone.bin", None, "no file"),
+    ],
+)
+def test_unreadable_clouds_are_refused_with_a_sentence(
+    second: NativeModel, tmp_path: Path, name: str, body: bytes | None, sentence: str
+) -> None:
+    if body is not None:
+        (tmp_path / name).write_bytes(body)
+    with pytest.raises(errors.UndecodableFrame, match=sentence):
+        second.detect(tmp_path / name)
+
+
+def test_a_checkpoint_of_another_network_is_refused(
+    second_checkpoint: Path, tmp_path: Path, cloud: Path
+) -> None:
+    with pytest.raises(errors.CheckpointError, match="no checkpoint file"):
+        load_native(SECOND, tmp_path / "none.pth", "cpu")
+    with pytest.raises(errors.CheckpointError, match="does not fit"):
+        load_native(ANOTHER_SECOND, second_checkpoint, "cpu")
+    with pytest.raises(errors.ModelLookupError, match="no model"):
+        load_native("no-such-model", second_checkpoint, "cpu")
+    with pytest.raises(errors.SetupError, match="no device"):
+        load_native(SECOND, second_checkpoint, "quantum")
+
+
+def test_sparse_kernels_in_spconv_2_layout_are_brought_into_mmcvs(
+    second_checkpoint: Path, cloud: Path, detected: dict[str, Any], tmp_path: Path
+) -> None:
+    """What OpenMMLab publishes for 1.x; mmdet3d without spconv refuses it shape by shape."""
+    import torch
+
+    saved = torch.load(second_checkpoint, weights_only=True)
+    turned = {k: v.permute(4, 0, 1, 2, 3) if v.dim() == 5 else v for k, v in saved["state_dict"].items()}
+    torch.save({**saved, "state_dict": turned}, tmp_path / "spconv2.pth")
+    native = load_native(SECOND, tmp_path / "spconv2.pth", "cpu")
+    assert "sparse kernels were brought into mmcv's" in native.notes[0]
+    assert native.detect(cloud) == detected
+
+
+@pytest.fixture(scope="module")
+def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> NativeModel:
+    path = _random_weights(FASTER_RCNN, tmp_path_factory.mktemp("faster") / "faster.pth")
+    return load_native(FASTER_RCNN, path, "cpu")
+
+
+def test_models_of_both_packages_work_in_one_process(
+    second: NativeModel, faster_rcnn: NativeModel, cloud: Path
+) -> None:
+    """mmengine looks names up in the scope of whichever model was loaded last."""
+    assert second.detect(cloud)["scores_3d"]
+
+
+def test_the_native_faster_rcnn_detects_in_an_image(faster_rcnn: NativeModel, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), noise)
+    found = faster_rcnn.detect(path)
+    assert (faster_rcnn.modality, faster_rcnn.box_type_3d, len(faster_rcnn.classes)) == ("image", None, 80)
+    assert len(found["scores"]) > 0
+    assert all(0 <= x1 <= x2 <= 160 and 0 <= y1 <= y2 <= 120 for x1, y1, x2, y2 in found["bboxes"])
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(errors.UndecodableFrame, match="not a readable image"):
+        faster_rcnn.detect(path)
+
+
+# --- the tool ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def main() -> Callable[[list[str]], int]:
+    path = ROOT / "tools" / "deployment" / "test_torchserver.py"
+    spec = importlib.util.spec_from_file_location("test_torchserver_tool_main", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main  # type: ignore[no-any-return]
+
+
+def serving(native: NativeModel, found: Mapping[str, Any], **more: Any) -> Answer:
+    def answer(body: bytes, options: Mapping[str, str]) -> dict[str, Any]:
+        return {**above(found, float(options["score_thr"])), "classes": list(native.classes), **more}
+
+    return answer
+
+
+def test_the_tool_agrees_with_a_server_that_answers_the_same(
+    main: Callable[[list[str]], int],
+    server: FakeTorchServe,
+    second: NativeModel,
+    second_checkpoint: Path,
+    cloud: Path,
+    detected: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.answer = serving(second, detected)
+    arguments = [str(cloud), SECOND, str(second_checkpoint), "second", "--inference-addr", server.address]
+    more = ["--device", "cpu", "--score-thr", "0.1", "--draw", str(tmp_path / "drawn")]
+    assert main(arguments + more) == 0
+    out = capsys.readouterr().out
+    assert "match: 1 of 1 frames agree" in out and "largest deviation over all: box 0.0e+00 m" in out
+    assert len(list((tmp_path / "drawn").iterdir())) == 2
+
+
+def test_the_tool_fails_when_one_box_deviates_and_passes_when_told_that_this_is_equal(
+    main: Callable[[list[str]], int],
+    server: FakeTorchServe,
+    second: NativeModel,
+    second_checkpoint: Path,
+    cloud: Path,
+    detected: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    same = serving(second, detected)
+
+    def shifted(body: bytes, options: Mapping[str, str]) -> Mapping[str, Any]:
+        answer = json.loads(json.dumps(same(body, options)))
+        answer["bboxes_3d"][2][0] += 0.001
+        return answer
+
+    server.answer = shifted
+    arguments = [str(cloud.parent), SECOND, str(second_checkpoint), "second", "--score-thr", "0.1"]
+    arguments += ["--inference-addr", server.address, "--device", "cpu"]
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "FAIL" in captured.out and "box 1.0e-03 m" in captured.out
+    assert main([*arguments, "--box-tolerance", "0.002"]) == 0
+
+
+def test_the_tool_ends_with_2_and_one_sentence_when_it_cannot_find_out(
+    main: Callable[[list[str]], int],
+    server: FakeTorchServe,
+    second: NativeModel,
+    second_checkpoint: Path,
+    cloud: Path,
+    detected: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ends_with(sentence: str, *more: str, img: Path = cloud, checkpoint: Path = second_checkpoint) -> None:
+        arguments = [str(img), SECOND, str(checkpoint), "second", "--device", "cpu"]
+        assert main([*arguments, "--inference-addr", server.address, *more]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+        assert sentence in captured.err
+        assert captured.out == ""
+
+    def refused(body: bytes, options: Mapping[str, str]) -> Mapping[str, Any]:
+        raise errors.ModelNotFound("no model 'second' is loaded")
+
+    server.answer = serving(second, detected, classes=["Dog"])
+    ends_with("is another model: its classes are Dog")
+    server.answer = refused
+    ends_with("no model 'second' is loaded")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        ends_with("no server answers at", "--inference-addr", f"127.0.0.1:{free.getsockname()[1]}")
+    ends_with("no file or folder", img=tmp_path / "none.bin")
+    ends_with("no checkpoint file", checkpoint=tmp_path / "none.pth")
+    ends_with("tolerance score", "--score-tolerance", "-1")
+    ends_with("write host:port", "--inference-addr", "ftp://x")
+    ends_with("token file", "--token-file", str(tmp_path / "none"))
+
+
+def test_the_tool_says_its_units_and_the_seeds_arguments(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for word in (
+        "IMAGE_FILE",
+        "CONFIG_FILE",
+        "CHECKPOINT_FILE",
+        "MODEL_NAME",
+        "--inference-addr",
+        "--device",
+    ):
+        assert word in out
+    for word in ("--score-thr", "metres", "pixels", "radians", "seconds"):
+        assert word in out

@@ -1,0 +1,259 @@
+"""Decoding frames: what is good comes out exact, what is bad is named, nothing is allocated first."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from serve.errors import (
+    BadRequest,
+    ClientError,
+    FrameTooLarge,
+    NonFinitePoints,
+    UndecodableFrame,
+    UnknownOption,
+)
+from serve.wire import (
+    FrameSpec,
+    Limits,
+    Options,
+    decode_frame,
+    decode_json_request,
+    encode_json,
+    pack_frames,
+    parse_options,
+    unpack_frames,
+)
+
+LIDAR, IMAGE = FrameSpec("lidar", load_dim=4), FrameSpec("image")
+
+
+def points(n: int, dim: int = 4) -> np.ndarray:
+    return np.random.default_rng(n).uniform(-50, 50, (n, dim)).astype(np.float32)
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def decode(body, spec=LIDAR, limits=None, **options):
+    return decode_frame(body, spec, Options(**options), limits or Limits()).data
+
+
+@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
+def test_a_bin_comes_out_bit_for_bit(wrap):
+    cloud = points(100)
+    np.testing.assert_array_equal(decode(wrap(cloud.tobytes())), cloud)
+
+
+@pytest.mark.parametrize(
+    "array", [points(7), points(7).astype(np.float64), np.asfortranarray(points(7)), points(0)]
+)
+def test_an_npy_comes_out_as_float32(array):
+    decoded = decode(npy(array))
+    assert decoded.dtype == np.float32 and decoded.flags.c_contiguous
+    np.testing.assert_array_equal(decoded, array.astype(np.float32))
+
+
+def test_an_empty_cloud_is_said_not_guessed():
+    assert decode(b"", num_points=0).shape == (0, 4)
+    with pytest.raises(UndecodableFrame, match="num_points=0"):
+        decode(b"")
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "says"),
+    [
+        (points(10).tobytes()[:-3], {}, "whole number of points"),
+        (points(3, 5).tobytes(), {}, "4 float32 per point"),
+        (points(4, 5).tobytes(), {"load_dim": 5}, "declares 5 floats"),
+        (points(4, 5).tobytes(), {"num_points": 4}, "declares 4 points, the frame holds 5"),
+        (npy(points(4, 5)), {}, r"\(4, 5\), this model takes \(N, 4\)"),
+        (npy(points(4))[:-8], {}, "bytes follow"),
+        (npy(np.zeros((3, 4), dtype="<U4")), {}, "array of numbers"),
+        (b"\x93NUMPY\x01\x00\xff\xff{", {}, "header"),
+        (b"hello, this is text, not a point cloud, but of 64 bytes in all!!", {}, "text"),
+        (base64.b64encode(points(12).tobytes()), {}, "b64"),
+        (np.full((4, 4), 3e38, dtype=np.float32).tobytes(), {}, "coordinates reach"),
+    ],
+)
+def test_bytes_that_are_no_cloud_are_refused_with_what_to_change(body, options, says):
+    with pytest.raises(UndecodableFrame, match=says):
+        decode(body, **options)
+
+
+def test_an_npy_that_is_a_pickle_is_not_opened(tmp_path):
+    witness = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(witness), "w"))
+
+    with pytest.raises(UndecodableFrame):
+        decode(npy(np.array([[Evil()] * 4], dtype=object)))
+    assert not witness.exists()
+
+
+def test_an_npy_that_claims_a_petabyte_is_refused_without_memory():
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (281474976710656, 4), }"
+    body = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with pytest.raises(FrameTooLarge, match="limit is"):
+        decode(body)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("encode", [np.ndarray.tobytes, npy])
+def test_one_bad_number_is_found_and_counted(value, encode):
+    cloud = points(10)
+    cloud[3, 3] = cloud[7, 0] = value
+    with pytest.raises(NonFinitePoints, match="2 of 10 points"):
+        decode(encode(cloud))
+
+
+def test_limits_come_before_anything_else():
+    with pytest.raises(FrameTooLarge, match="bytes"):
+        decode(points(10).tobytes(), limits=Limits(max_frame_bytes=100))
+    with pytest.raises(FrameTooLarge, match="10 points"):
+        decode(points(10).tobytes(), limits=Limits(max_points=9))
+
+
+def picture(height: int = 60, width: int = 90) -> np.ndarray:
+    noise = np.random.default_rng(0).integers(0, 255, (height // 10, width // 10, 3), dtype=np.uint8)
+    return cv2.resize(noise, (width, height))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp"])
+def test_an_image_is_decoded_as_opencv_does(suffix):
+    body = cv2.imencode(suffix, picture())[1].tobytes()
+    np.testing.assert_array_equal(
+        decode(body, IMAGE), cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
+    )
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.97])
+def test_a_truncated_image_is_refused_not_filled_with_grey(suffix, kept):
+    body = cv2.imencode(suffix, picture())[1].tobytes()
+    with pytest.raises(UndecodableFrame, match="image"):
+        decode(body[: int(len(body) * kept)], IMAGE)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header():
+    stream = io.BytesIO()
+    Image.new("1", (30000, 30000)).save(stream, "PNG")
+    assert len(stream.getvalue()) < 200_000
+    with pytest.raises(FrameTooLarge):
+        decode(stream.getvalue(), IMAGE)
+
+
+@pytest.mark.parametrize("body", [b"", b"GIF89a" + bytes(50), b"plain text", points(5).tobytes()])
+def test_what_is_no_image_is_refused(body):
+    with pytest.raises(UndecodableFrame):
+        decode(body, IMAGE)
+
+
+@settings(max_examples=200, deadline=None)
+@given(body=st.binary(max_size=300), image=st.booleans())
+def test_random_bytes_never_raise_anything_else(body, image):
+    try:
+        decode(body, IMAGE if image else LIDAR)
+    except ClientError as error:
+        assert str(error)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), image=st.booleans())
+def test_damaged_files_never_raise_anything_else(data, image):
+    body = bytearray(cv2.imencode(".jpg", picture())[1].tobytes() if image else npy(points(5)))
+    for _ in range(data.draw(st.integers(1, 8))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        decode(bytes(body), IMAGE if image else LIDAR)
+    except ClientError as error:
+        assert str(error)
+
+
+def test_options_take_strings_and_numbers():
+    assert parse_options({"score_thr": "0.3", "max_detections": 5}) == Options(
+        score_thr=0.3, max_detections=5
+    )
+    assert parse_options({"num_points": "0"}, Options(score_thr=0.2)) == Options(score_thr=0.2, num_points=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"score_threshold": "0.3"},
+        {"score_thr": "high"},
+        {"score_thr": "nan"},
+        {"score_thr": 1.5},
+        {"score_thr": True},
+        {"score_thr": None},
+        {"max_detections": "-1"},
+        {"max_detections": "1.5"},
+        {"max_detections": 2.5},
+        {"max_detections": [3]},
+        {"load_dim": "99999999999999"},
+    ],
+)
+def test_an_impossible_option_is_named(values):
+    with pytest.raises(UnknownOption, match=next(iter(values))):
+        parse_options(values)
+
+
+def test_json_carries_a_frame_and_its_options():
+    encoded = base64.b64encode(b"abc").decode()
+    assert decode_json_request(encode_json({"b64": encoded, "score_thr": 0.5})) == (
+        b"abc",
+        {"score_thr": 0.5},
+    )
+    assert decode_json_request(encode_json(encoded)) == (b"abc", {})
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b"{}", b'{"b64": 3}', b'{"b64": "a b"}', b'"%%%"', b"\xff", b"null"]
+)
+def test_json_of_another_shape_is_refused(body):
+    with pytest.raises(BadRequest):
+        decode_json_request(body)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.binary(max_size=50), st.dictionaries(st.sampled_from(["score_thr"]), st.floats(0, 1))),
+        max_size=5,
+    )
+)
+def test_a_framed_batch_comes_back_as_it_went(frames):
+    unpacked = unpack_frames(pack_frames(frames))
+    assert [(bytes(body), options) for body, options in unpacked] == frames
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_damaged_framed_batch_is_a_bad_request_or_reads(data):
+    body = bytearray(pack_frames([(b"12345678", {}), (b"", {"score_thr": 0.1})]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        unpack_frames(bytes(body[: data.draw(st.integers(0, len(body)))]))
+    except BadRequest as error:
+        assert str(error)
+
+
+def test_numbers_survive_json_exactly():
+    import orjson
+
+    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    back = np.array(orjson.loads(encode_json({"v": values}))["v"], dtype=np.float32)
+    np.testing.assert_array_equal(back, values)

@@ -1,0 +1,66 @@
+"""Train the demonstration SECOND on synthetic scenes (see `serve.demo.training`)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from serve.demo.training import CHECKPOINT, TrainingOptions, train
+from serve.errors import ServeError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, train, say where the checkpoint is."""
+    defaults = TrainingOptions()
+    parser = argparse.ArgumentParser(
+        description="Train the demonstration SECOND from scratch on synthetic LiDAR scenes, on the CPU. "
+        "Ctrl-C leaves an existing checkpoint as it was."
+    )
+    parser.add_argument(
+        "--frames", type=int, default=defaults.frames, help="different scenes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=defaults.epochs, help="passes over them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=defaults.seed, help="scenes, weights, shuffling (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=defaults.batch_size, help="frames per step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--time-budget-min",
+        type=float,
+        default=0.0,
+        help="end within so many minutes, 0 = no limit (default); a budget ties the result to the clock",
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's choice (default)")
+    parser.add_argument(
+        "--out", type=Path, default=CHECKPOINT, help="checkpoint to write (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        options = TrainingOptions(
+            frames=args.frames,
+            epochs=args.epochs,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            time_budget_min=args.time_budget_min,
+            threads=args.threads,
+        )
+        written = train(options, args.out, report=lambda line: print(line, flush=True))
+    except ServeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: no checkpoint was written", file=sys.stderr)
+        return 130
+    print(f"wrote {written} ({written.stat().st_size / 1e6:.2f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

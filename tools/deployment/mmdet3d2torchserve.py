@@ -1,0 +1,17 @@
+"""Convert a mmdet3d config and checkpoint to a TorchServe archive; see `serve.cli.conversion`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serve.cli import run
+from serve.cli.conversion import to_torchserve
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return to_torchserve(argv, "mmdet3d")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

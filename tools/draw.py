@@ -1,0 +1,60 @@
+"""Draw detections: a cloud from above with its boxes, or an image with its boxes and masks.
+
+DETECTIONS is the answer of a server, saved as a file:
+curl -T frame.bin http://127.0.0.1:8080/predictions/second > detections.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from serve.drawing import draw_frame, png_bytes
+from serve.errors import ServeError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw one frame; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("frame", metavar="FRAME", type=Path, help="cloud (.bin, .npy) or image")
+    parser.add_argument("detections", metavar="DETECTIONS", type=Path, help="JSON file with the answer")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="PNG file to write")
+    parser.add_argument(
+        "--score-thr", type=float, default=0.0, help="leave out lower scores, 0 to 1 (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--load-dim", type=int, default=4, help="floats per point of a .bin (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--width", type=int, default=1200, help="of a cloud's picture, pixels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--height", type=int, default=900, help="of a cloud's picture, pixels (default: %(default)s)"
+    )
+    parser.add_argument("--title", help="caption (default: the file name)")
+    args = parser.parse_args(arguments)
+    try:
+        picture = draw_frame(
+            args.frame.read_bytes(),
+            json.loads(args.detections.read_bytes()),
+            load_dim=args.load_dim,
+            size=(args.width, args.height),
+            title=args.frame.name if args.title is None else args.title,
+            score_thr=args.score_thr,
+        )
+        args.output.write_bytes(png_bytes(picture))
+    except (ServeError, ValueError, TypeError, KeyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
