@@ -19,10 +19,10 @@ SETUP_INPUTS := pyproject.toml tools/setup_env.py $(wildcard requirements/*.lock
 CODE := serve handlers tools tests
 UV_VERSION := 0.13.8
 
-.PHONY: help setup lint format test demo demo-train archive serve stop lock clean distclean
+.PHONY: help setup lint format test demo demo-evaluate demo-train archive serve stop lock clean distclean
 
 help: ## List the tasks
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "Settings: PYTHON, VENV, STORE (folder of archives), TORCH_INDEX (package index to take torch from)"
 
 $(STAMP): $(SETUP_INPUTS)
@@ -45,6 +45,9 @@ test: $(STAMP) ## Run the tests; TESTS="path -k words" picks some
 
 demo: $(STAMP) ## Serve the demonstration SECOND and print a curl line that works; Ctrl-C stops it
 	@exec $(PY) tools/demo.py
+
+demo-evaluate: $(STAMP) ## Measure the demonstration SECOND on held-out synthetic scenes
+	@exec $(PY) tools/demo_evaluate.py $(ARGS)
 
 demo-train: $(STAMP) ## Train the demonstration SECOND anew on synthetic scenes (CPU)
 	@exec $(PY) tools/demo_train.py

@@ -309,6 +309,7 @@ def _source(conversion: Conversion) -> dict[str, str]:
             continue
     return {
         "config": conversion.config.name,
+        "config_sha256": sha256_of(conversion.config),
         "checkpoint": conversion.checkpoint.name,
         "checkpoint_sha256": sha256_of(conversion.checkpoint),
         **versions,

@@ -90,16 +90,17 @@ def test_the_sample_frames_objects_are_found(native: Any) -> None:
         sure = found.boxes[(found.labels == label) & (found.scores > 0.4)]
         true = sample.boxes[sample.labels == label]
         gap = np.hypot(sure[:, None, 0] - true[None, :, 0], sure[:, None, 1] - true[None, :, 1])
-        assert (gap.min(axis=0) < reach).any() if len(sure) else False
+        assert len(sure) and (gap < reach).any()
 
 
+@pytest.mark.slow
 def test_held_out_average_precision_is_above_a_floor() -> None:
     """A few frames only, so the floors are far under the figures of the full run in docs/demo-model.md."""
-    result = evaluate(frames=8)
+    result = evaluate(frames=6)
     ap = json.loads(result.json_line())["ap_bev_r40"]
-    assert ap["Car"]["0.5"] >= 0.7
-    assert ap["Cyclist"]["0.25"] >= 0.4
-    assert ap["Pedestrian"]["0.25"] >= 0.4
+    assert ap["Car"]["0.5"] >= 0.8
+    assert ap["Cyclist"]["0.25"] >= 0.6
+    assert ap["Pedestrian"]["0.25"] >= 0.7
     assert result.first_seed == 1_000_000
     assert "Car" in result.table()
 
@@ -134,6 +135,7 @@ def test_one_cycle_rises_then_falls() -> None:
     assert one_cycle(2.0, 1.0) == rates[-1]
 
 
+@pytest.mark.slow
 def test_training_twice_gives_the_same_weights(tmp_path: Path, quiet_openmmlab: None) -> None:
     options = TrainingOptions(frames=2, epochs=1, batch_size=1, seed=3)
     first, second = (train(options, tmp_path / name) for name in ("a.pth", "b.pth"))

@@ -65,12 +65,16 @@ def demo(argv: Sequence[str] | None) -> int:
 
 
 def _ensure_archive(folder: Path) -> None:
-    """Keep an archive that still is of this checkpoint and this version; else make it."""
+    """Keep an archive that still is of this config, checkpoint and version; else make it."""
     path = folder / "second.mar"
     try:
-        if archive.verify(path).source.get("checkpoint_sha256") == sha256_of(CHECKPOINT):
+        source = archive.verify(path).source
+        if (source["config_sha256"], source["checkpoint_sha256"]) == (
+            sha256_of(CONFIG),
+            sha256_of(CHECKPOINT),
+        ):
             return
-    except ArchiveError:
+    except (ArchiveError, KeyError):
         pass
     print("archiving the demonstration SECOND …", file=sys.stderr, flush=True)
     convert(Conversion(CONFIG, CHECKPOINT, folder, "second", force=True, report=_step))

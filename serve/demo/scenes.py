@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _HELD_OUT_BASE = 1_000_000
-SAMPLE_SEED = 2_000_006
+SAMPLE_SEED = 2_000_056
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +126,8 @@ def generate_scene(seed: int) -> Scene:
 def sample_scene() -> Scene:
     """The one fixed scene that the demonstration serves; neither a training nor a held-out evaluation scene.
 
-    Its seed is the first from 2,000,000 on with at least 15,000 points, and five cars, two pedestrians and a
-    cyclist of at least 60 returns each within 48 m ahead and 30 m to the sides.
+    Its seed is the first from 2,000,000 on with at least 15,000 points, and five cars (one within 15 m), two
+    pedestrians and a cyclist of at least 60 returns each within 48 m ahead and 30 m to the sides.
     """
     return generate_scene(SAMPLE_SEED)
 

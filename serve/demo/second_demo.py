@@ -113,7 +113,7 @@ model = dict(
         nms_thr=0.01,
         score_thr=0.1,
         min_bbox_size=0,
-        nms_pre=100,
+        nms_pre=300,
         max_num=50,
     ),
 )

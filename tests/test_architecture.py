@@ -1,0 +1,99 @@
+"""Imports go downward only, and light modules stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*(ROOT / "serve").rglob("*.py"), *(ROOT / "handlers").rglob("*.py")])
+
+# What a part may import of ours, at module level or within functions. Parts not named may import anything below them.
+MAY_IMPORT = {
+    "serve.errors": set(),
+    "serve.ops": {"serve.ops"},
+    "serve.config_json": {"serve.errors"},
+    "serve.wire": {"serve.errors"},
+    "serve.settings": {"serve.errors", "serve.ops", "serve.wire"},
+    "serve.archive": {"serve", "serve.config_json", "serve.errors"},
+    "serve.download": {"serve.errors"},
+    "serve.client": {"serve.errors"},
+    "serve.torchserve": {"serve", "serve.torchserve", "serve.errors", "serve.archive"},
+    "serve.comparison": {"serve.matching", "serve.errors"},
+    "serve.runtime": {
+        "serve", "serve.runtime", "serve.archive", "serve.comparison", "serve.errors", "serve.ops", "serve.wire",
+    },
+}  # fmt: skip
+LIGHT = (
+    "archive",
+    "wire",
+    "zoo",
+    "client",
+    "download",
+    "torchserve",
+    "comparison",
+    "settings",
+    "errors",
+    "ops",
+    "cli",
+)
+
+
+def part_of(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "serve" else set()
+            )
+            files = {name for name in inside if (ROOT / name.replace(".", "/")).with_suffix(".py").exists()}
+            packages = {name for name in inside if (ROOT / name.replace(".", "/")).is_dir()}
+            found |= (files | packages) or {node.module}
+    return {part_of(name) for name in found if name.split(".")[0] in ("serve", "handlers")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[module_of(path) for path in SOURCES])
+def test_imports_go_downward_only(path):
+    part = part_of(module_of(path))
+    found = imports_of(path)
+    if part in MAY_IMPORT:
+        assert found <= MAY_IMPORT[part]
+    if not module_of(path).startswith(("handlers", "serve.__main__")):
+        assert not {name for name in found if name.startswith("handlers")}
+    if part != "serve.cli":
+        assert "serve.cli" not in found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[module_of(path) for path in SOURCES])
+def test_every_module_says_what_it_does_and_only_settings_reads_the_environment(path):
+    tree = ast.parse(path.read_text())
+    assert path.read_text().strip() == "" or ast.get_docstring(tree)
+    reads = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("environ", "getenv")
+        and getattr(node.value, "id", "") == "os"
+    ]
+    # The environment is handed on to TorchServe's process, not read.
+    assert not reads or module_of(path) in ("serve.settings", "serve.torchserve.launch")
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_do_not_import_torch(name):
+    code = f"import serve.{name}, sys; assert 'torch' not in sys.modules and 'mmengine' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
