@@ -23,7 +23,9 @@ def table_size(capacity: int) -> int:
 
 
 @jit
-def find_or_insert(keys: npt.NDArray[np.int64], key: np.int64, insert: bool) -> np.int64:  # pragma: no cover - compiled
+def find_or_insert(
+    keys: npt.NDArray[np.int64], key: np.int64, insert: bool
+) -> np.int64:  # pragma: no cover - compiled
     """The place of `key`, or the empty place where it belongs, or -1 if absent and not `insert`.
 
     The caller writes the key into an empty place itself, so that it knows the key is new.

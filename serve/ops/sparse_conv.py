@@ -50,12 +50,14 @@ def indice_conv_forward(
     weight = _weight(features, filters, indice_pairs)
     counts: list[int] = indice_pair_num.tolist()  # the one transfer
     centre = _identity_offset(counts, num_act_out, bool(subm))
-    if centre is None:
-        output = features.new_zeros((num_act_out, weight.shape[2]))
-    else:
-        output = torch.mm(features, weight[centre])
-    for k, source, target in _offsets(indice_pairs, counts, bool(inverse), centre):
-        output.index_add_(0, target, torch.mm(features.index_select(0, source), weight[k]))
+    # Autocast would halve the products but not the sum they are added to; a compiled kernel is outside it too.
+    with torch.autocast(features.device.type, enabled=False):
+        if centre is None:
+            output = features.new_zeros((num_act_out, weight.shape[2]))
+        else:
+            output = torch.mm(features, weight[centre])
+        for k, source, target in _offsets(indice_pairs, counts, bool(inverse), centre):
+            output.index_add_(0, target, torch.mm(features.index_select(0, source), weight[k]))
     return output
 
 

@@ -234,3 +234,17 @@ def test_many_output_voxels_grow_the_table():
     )
     assert rows.shape[0] == 27 * len(places) == len({tuple(r) for r in rows.tolist()})
     assert counts.tolist() == [len(places)] * 27
+
+
+def test_autocast_around_the_layer_changes_nothing():
+    shape = [6, 6, 6]
+    indices, features, _ = random_sparse(4, (6, 6, 6), 1, 0.3, 3)
+    weight = torch.randn(3, 3, 3, 3, 4, generator=torch.Generator().manual_seed(0))
+    for subm, out in ((1, shape), (0, [3, 3, 3])):
+        rows, pairs, counts = sparse_index.get_indice_pairs_3d_forward(
+            indices, 1, out, shape, [3] * 3, [2] * 3, [1] * 3, [1] * 3, [0] * 3, subm, 0
+        )
+        plain = sparse_conv.indice_conv_forward(features, weight, pairs, counts, len(rows), 0, subm)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = sparse_conv.indice_conv_forward(features, weight, pairs, counts, len(rows), 0, subm)
+        assert torch.equal(plain, inside) and inside.dtype == torch.float32
