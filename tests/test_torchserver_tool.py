@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from serve import errors
+from serve.cli import run
 from serve.client import Client
 from serve.native import NativeModel, above, load_native
 from serve.verification import draw_report, find_frames, read_token, summary, verify
@@ -380,7 +381,7 @@ def main() -> Callable[[list[str]], int]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main  # type: ignore[no-any-return]
+    return lambda argv: run(module.main, argv)
 
 
 def serving(native: NativeModel, found: Mapping[str, Any], **more: Any) -> Answer:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from serve.cli import run
 from serve.demo.evaluation import evaluate
 from serve.demo.training import CHECKPOINT, CONFIG
-from serve.errors import ServeError
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print a table and one line of JSON."""
     parser = argparse.ArgumentParser(
         description="Average precision (bird's-eye view, 40 recall positions) on synthetic scenes never "
@@ -35,26 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu", help="torch device, cpu or cuda:N (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        result = evaluate(
-            args.config,
-            args.checkpoint,
-            frames=args.frames,
-            first=args.first,
-            min_points=args.min_points,
-            device=args.device,
-            progress=True,
-        )
-    except ServeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    result = evaluate(
+        args.config,
+        args.checkpoint,
+        frames=args.frames,
+        first=args.first,
+        min_points=args.min_points,
+        device=args.device,
+        progress=True,
+    )
     print(result.table())
     print(result.json_line())
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from serve.cli import run
 from serve.demo.training import CHECKPOINT, TrainingOptions, train
-from serve.errors import ServeError
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, train, say where the checkpoint is."""
     defaults = TrainingOptions()
     parser = argparse.ArgumentParser(
@@ -42,25 +40,18 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, default=CHECKPOINT, help="checkpoint to write (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    try:
-        options = TrainingOptions(
-            frames=args.frames,
-            epochs=args.epochs,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            time_budget_min=args.time_budget_min,
-            threads=args.threads,
-        )
-        written = train(options, args.out, report=lambda line: print(line, flush=True))
-    except ServeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: no checkpoint was written", file=sys.stderr)
-        return 130
+    options = TrainingOptions(
+        frames=args.frames,
+        epochs=args.epochs,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        time_budget_min=args.time_budget_min,
+        threads=args.threads,
+    )
+    written = train(options, args.out, report=lambda line: print(line, flush=True))
     print(f"wrote {written} ({written.stat().st_size / 1e6:.2f} MB)")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from serve.cli import run
 from serve.drawing import draw_frame, png_bytes
-from serve.errors import ServeError
+from serve.errors import BadRequest
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Draw one frame; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--height", type=int, default=900, help="of a cloud's picture, pixels (default: %(default)s)"
     )
     parser.add_argument("--title", help="caption (default: the file name)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     try:
         picture = draw_frame(
             args.frame.read_bytes(),
@@ -48,13 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
             title=args.frame.name if args.title is None else args.title,
             score_thr=args.score_thr,
         )
-        args.output.write_bytes(png_bytes(picture))
-    except (ServeError, ValueError, TypeError, KeyError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadRequest(f"{args.detections} is not an answer that can be drawn: {error}") from None
+    args.output.write_bytes(png_bytes(picture))
     print(args.output)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))

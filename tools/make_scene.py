@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from serve.cli import run
 from serve.demo.scenes import SAMPLE_SEED, generate_scene
+from serve.errors import SettingsError
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, write the files, say what is in them."""
     parser = argparse.ArgumentParser(
         description="Write one synthetic LiDAR frame: float32 x, y, z in metres (forward, left, up), "
@@ -29,19 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     if args.seed < 0:
-        print(f"error: --seed must be 0 or more, not {args.seed}", file=sys.stderr)
-        return 2
+        raise SettingsError(f"--seed must be 0 or more, not {args.seed}")
     scene = generate_scene(args.seed)
-    try:
-        args.out.write_bytes(scene.to_bytes())
-        if args.ground_truth is not None:
-            args.ground_truth.write_text(scene.ground_truth_json() + "\n", encoding="utf-8")
-    except OSError as error:
-        print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    args.out.write_bytes(scene.to_bytes())
+    if args.ground_truth is not None:
+        args.ground_truth.write_text(scene.ground_truth_json() + "\n", encoding="utf-8")
     print(f"wrote {args.out}: {scene.summary()}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))

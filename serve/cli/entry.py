@@ -27,3 +27,6 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
         # The reader (head, less) has gone; nothing more can be told.
         sys.stderr.close()
         return 141
+    except OSError as error:
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 2

@@ -8,11 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from serve.cli import run
 from serve.client import Client
@@ -23,14 +20,6 @@ from serve.verification import draw_report, find_frames, read_token, summary, ve
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns the exit status."""
-    try:
-        return run(_compare, argv)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _compare(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     limits = {
         name: value
@@ -108,4 +97,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))
