@@ -19,10 +19,10 @@ SETUP_INPUTS := pyproject.toml tools/setup_env.py $(wildcard requirements/*.lock
 CODE := serve handlers tools tests
 UV_VERSION := 0.13.8
 
-.PHONY: help setup lint format test demo demo-evaluate demo-train archive serve stop lock clean distclean
+.PHONY: help setup lint format test demo demo-evaluate demo-train bench-detector archive serve stop lock clean distclean
 
 help: ## List the tasks
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "Settings: PYTHON, VENV, STORE (folder of archives), TORCH_INDEX (package index to take torch from)"
 
 $(STAMP): $(SETUP_INPUTS)
@@ -51,6 +51,9 @@ demo-evaluate: $(STAMP) ## Measure the demonstration SECOND on held-out syntheti
 
 demo-train: $(STAMP) ## Train the demonstration SECOND anew on synthetic scenes (CPU)
 	@exec $(PY) tools/demo_train.py
+
+bench-detector: $(STAMP) ## Time upstream's inference beside ours [ARGS="second --frame F --device cuda:0"]
+	@exec $(PY) tools/bench_detector.py $(ARGS)
 
 archive: $(STAMP) ## Make STORE/NAME.mar of MODEL=name [CONFIG=file CHECKPOINT=file NAME=name STORE=folder]
 	@$(if $(or $(MODEL),$(CONFIG)),,echo "error: say which model: make archive MODEL=second" >&2; exit 2)

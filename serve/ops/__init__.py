@@ -35,7 +35,10 @@ class _PortableExtension(importlib.abc.Loader):
 
 
 class _ExtensionFinder(importlib.abc.MetaPathFinder):
-    """Answers for ``mmcv._ext`` only; a compiled one goes first unless `preference` says otherwise."""
+    """Answers for ``mmcv._ext``, and for the modules of mmcv that need a mend.
+
+    A compiled extension goes first unless `preference` says otherwise.
+    """
 
     def __init__(self, preference: Preference) -> None:
         self.preference: Preference = preference
@@ -43,13 +46,26 @@ class _ExtensionFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != EXTENSION:
+        if not fullname.startswith("mmcv."):
             return None
+        if fullname != EXTENSION:
+            return _mended(fullname, path)
         if self.preference == "auto":
             compiled = importlib.machinery.PathFinder.find_spec(fullname, path)
             if compiled is not None:
                 return compiled
         return importlib.machinery.ModuleSpec(fullname, _PortableExtension(), origin="serve.ops")
+
+
+def _mended(fullname: str, path: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
+    from serve.ops.mends import MENDS, MendingLoader
+
+    if fullname not in MENDS:
+        return None
+    spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+    if spec is not None:
+        spec.loader = MendingLoader(spec.loader, MENDS[fullname])
+    return spec
 
 
 def install(preference: Preference = "auto") -> None:

@@ -11,19 +11,65 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
-from serve.ops import info, iou3d, nms, roi_align, rotated, scatter, sparse_conv, sparse_index, voxelize
+from serve.ops import (
+    boxes3d,
+    deform_attention,
+    deform_conv,
+    grouping,
+    info,
+    iou3d,
+    losses,
+    neighbours,
+    nms,
+    overlaps,
+    polygons,
+    pool3d,
+    quadrilaterals,
+    roi_align,
+    roi_pool,
+    roi_sampling,
+    rotated,
+    rotated_features,
+    sampling,
+    scatter,
+    score_assign,
+    sparse_conv,
+    sparse_index,
+    sync_bn,
+    text_regions,
+    upsample,
+    voxelize,
+)
 
 __all__ = ["ASKED_FOR", "KERNEL_MODULES", "UnsupportedKernelError", "build", "kernels"]
 
 KERNEL_MODULES: tuple[ModuleType, ...] = (
+    boxes3d,
+    deform_attention,
+    deform_conv,
+    grouping,
     info,
     iou3d,
+    losses,
+    neighbours,
     nms,
+    overlaps,
+    polygons,
+    pool3d,
+    quadrilaterals,
     roi_align,
+    roi_pool,
+    roi_sampling,
     rotated,
+    rotated_features,
+    sampling,
     scatter,
+    score_assign,
     sparse_conv,
     sparse_index,
+    sync_bn,
+    text_regions,
+    upsample,
     voxelize,
 )
 

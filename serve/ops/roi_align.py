@@ -7,12 +7,6 @@ many threads as torch uses. Knows nothing about detectors or pyramid levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,6 +14,7 @@ from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_rank, check_same_device, check_width
 from serve.ops.jit import jit
+from serve.ops.threads import in_parts
 
 __all__ = ["roi_align_backward", "roi_align_forward"]
 
@@ -173,11 +168,6 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Te
     return low, (low + 1).clamp(max=size - 1), clamped - low, inside
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="roi-align")
-
-
 def _average_cpu(input: Tensor, where: Tensor, samples: Tensor, output: Tensor) -> None:
     # Channels last: the inner loop runs along memory, and so do the four neighbours.
     maps = as_numpy(input.float().permute(0, 2, 3, 1))
@@ -187,18 +177,8 @@ def _average_cpu(input: Tensor, where: Tensor, samples: Tensor, output: Tensor) 
     def work(first: int, last: int) -> None:
         _average_kernel(maps, regions[first:last], grids[first:last], pooled[first:last])
 
-    _in_parts(work, output.shape[0])
+    in_parts(work, output.shape[0])
     output.copy_(torch.from_numpy(pooled).permute(0, 3, 1, 2))
-
-
-def _in_parts(work: Callable[[int, int], Any], total: int) -> None:
-    threads = min(torch.get_num_threads(), total)
-    bounds = [total * i // threads for i in range(threads + 1)]
-    if threads == 1:
-        work(0, total)
-        return
-    for part in [_pool(threads).submit(work, a, b) for a, b in pairwise(bounds)]:
-        part.result()
 
 
 @jit

@@ -2,7 +2,10 @@
 
 A rulebook (`serve.ops.sparse_index`) lists for each kernel offset which input row meets which output
 row; within one offset an output row occurs at most once, so additions never race and every device
-gives the same sum order. The reference is mmcv 2.1.0 `csrc/pytorch/cuda/spconv_ops_cuda.cu`. Knows
+gives the same sum order. In float32 on the CPU a compiled loop computes one output row after another
+from all its neighbours: as fast as a multiplication per offset on an idle machine, and several times
+faster on a busy one, where each of torch's many small parallel steps waits for every thread
+(docs/decisions/0005). The reference is mmcv 2.1.0 `csrc/pytorch/cuda/spconv_ops_cuda.cu`. Knows
 nothing about coordinates.
 """
 
@@ -10,10 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import check_rank, check_same_device
+from serve.ops.checks import as_numpy, check_rank, check_same_device
+from serve.ops.jit import jit, jit_contracted
+from serve.ops.threads import in_parts
 
 __all__ = [
     "fused_indice_conv_forward",
@@ -22,6 +29,10 @@ __all__ = [
     "indice_maxpool_backward",
     "indice_maxpool_forward",
 ]
+
+
+# Output rows done together: their sums stay in the innermost cache while the weights of one offset pass by.
+_TILE = 256
 
 
 def indice_conv_forward(
@@ -48,6 +59,10 @@ def indice_conv_forward(
         (M, Cout) features.
     """
     weight = _weight(features, filters, indice_pairs)
+    if features.device.type == "cpu" and features.dtype == torch.float32:
+        neighbours = _neighbours_cpu(indice_pairs, indice_pair_num, num_act_out, bool(inverse))
+        if neighbours is not None:
+            return _convolve_cpu(features, weight, neighbours)
     counts: list[int] = indice_pair_num.tolist()  # the one transfer
     centre = _identity_offset(counts, num_act_out, bool(subm))
     # Autocast would halve the products but not the sum they are added to; a compiled kernel is outside it too.
@@ -145,6 +160,126 @@ def _weight(features: Tensor, filters: Tensor, indice_pairs: Tensor) -> Tensor:
             f"{weight.shape[0]} kernel offsets in filters but {indice_pairs.shape[0]} in indice_pairs"
         )
     return weight
+
+
+def _neighbours_cpu(
+    pairs: Tensor, pair_num: Tensor, num_act_out: int, inverse: bool
+) -> npt.NDArray[np.int32] | None:
+    """(M, K) input row of every output row and offset, -1 for none; None if an offset names an output twice.
+
+    Raises:
+        IndexError: a pair names an output row that is not there.
+    """
+    table = np.full((num_act_out, pairs.shape[0]), -1, dtype=np.int32)
+    state = _fill_neighbours(as_numpy(pairs), as_numpy(pair_num), inverse, table)
+    if state == _OUT_OF_RANGE:
+        raise IndexError(f"indice_pairs name output rows beyond the {num_act_out} there are")
+    return None if state == _NOT_UNIQUE else table
+
+
+def _convolve_cpu(features: Tensor, weight: Tensor, neighbours: npt.NDArray[np.int32]) -> Tensor:
+    if neighbours.size and int(neighbours.max()) >= features.shape[0]:
+        raise IndexError(f"indice_pairs name input row {int(neighbours.max())} of {features.shape[0]}")
+    rows, kernel = as_numpy(features), as_numpy(weight)
+    output = np.zeros((neighbours.shape[0], weight.shape[2]), dtype=np.float32)
+
+    def work(first: int, last: int) -> None:
+        some = slice(first * _TILE, last * _TILE)
+        _convolve_rows(rows, kernel, neighbours[some], output[some])
+
+    # Shared out by whole tiles: which rows are done together does not depend on the number of threads.
+    in_parts(work, -(-len(output) // _TILE))
+    return torch.from_numpy(output)
+
+
+_OUT_OF_RANGE, _NOT_UNIQUE = 1, 2
+
+
+@jit
+def _fill_neighbours(
+    pairs: npt.NDArray[np.int32],
+    counts: npt.NDArray[np.int32],
+    inverse: bool,
+    table: npt.NDArray[np.int32],
+) -> int:  # pragma: no cover - compiled
+    source, target = (1, 0) if inverse else (0, 1)
+    for k in range(pairs.shape[0]):
+        for j in range(counts[k]):
+            row = pairs[k, target, j]
+            if row < 0 or row >= table.shape[0]:
+                return _OUT_OF_RANGE
+            if table[row, k] != -1:
+                return _NOT_UNIQUE
+            table[row, k] = pairs[k, source, j]
+    return 0
+
+
+@jit_contracted
+def _convolve_rows(
+    features: npt.NDArray[np.float32],
+    weight: npt.NDArray[np.float32],
+    neighbours: npt.NDArray[np.int32],
+    output: npt.NDArray[np.float32],
+) -> None:  # pragma: no cover - compiled
+    offsets, channels, _ = weight.shape
+    rows = np.empty(_TILE, dtype=np.int64)
+    sources = np.empty(_TILE, dtype=np.int64)
+    for first in range(0, output.shape[0], _TILE):
+        last = min(first + _TILE, output.shape[0])
+        for k in range(offsets):
+            n = 0
+            for o in range(first, last):
+                if neighbours[o, k] >= 0:
+                    rows[n], sources[n] = o, neighbours[o, k]
+                    n += 1
+            by_four = n - n % 4
+            for r in range(0, by_four, 4):
+                _add_four_rows(features, weight[k], channels, sources[r : r + 4], rows[r : r + 4], output)
+            for r in range(by_four, n):
+                _add_row(features[sources[r]], weight[k], channels, output[rows[r]])
+
+
+@jit_contracted
+def _add_four_rows(
+    features: npt.NDArray[np.float32],
+    w: npt.NDArray[np.float32],
+    channels: int,
+    sources: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    output: npt.NDArray[np.float32],
+) -> None:  # pragma: no cover - compiled
+    """Four rows and four input channels at a time: every weight loaded serves four products, every sum four."""
+    p, q = features[sources[0]], features[sources[1]]
+    s, t = features[sources[2]], features[sources[3]]
+    out_p, out_q, out_s, out_t = output[rows[0]], output[rows[1]], output[rows[2]], output[rows[3]]
+    by_four = channels - channels % 4
+    for a in range(0, by_four, 4):
+        p0, p1, p2, p3 = p[a], p[a + 1], p[a + 2], p[a + 3]
+        q0, q1, q2, q3 = q[a], q[a + 1], q[a + 2], q[a + 3]
+        s0, s1, s2, s3 = s[a], s[a + 1], s[a + 2], s[a + 3]
+        t0, t1, t2, t3 = t[a], t[a + 1], t[a + 2], t[a + 3]
+        w0, w1, w2, w3 = w[a], w[a + 1], w[a + 2], w[a + 3]
+        for c in range(w.shape[1]):
+            b0, b1, b2, b3 = w0[c], w1[c], w2[c], w3[c]
+            out_p[c] += p0 * b0 + p1 * b1 + p2 * b2 + p3 * b3
+            out_q[c] += q0 * b0 + q1 * b1 + q2 * b2 + q3 * b3
+            out_s[c] += s0 * b0 + s1 * b1 + s2 * b2 + s3 * b3
+            out_t[c] += t0 * b0 + t1 * b1 + t2 * b2 + t3 * b3
+    for a in range(by_four, channels):
+        for c in range(w.shape[1]):
+            out_p[c] += p[a] * w[a, c]
+            out_q[c] += q[a] * w[a, c]
+            out_s[c] += s[a] * w[a, c]
+            out_t[c] += t[a] * w[a, c]
+
+
+@jit_contracted
+def _add_row(
+    x: npt.NDArray[np.float32], w: npt.NDArray[np.float32], channels: int, out: npt.NDArray[np.float32]
+) -> None:  # pragma: no cover - compiled
+    for a in range(channels):
+        for c in range(w.shape[1]):
+            out[c] += x[a] * w[a, c]
 
 
 def _identity_offset(counts: list[int], num_act_out: int, subm: bool) -> int | None:

@@ -157,7 +157,13 @@ def _submanifold_pairs(
         at = find_or_insert(keys, key, True)
         keys[at] = key
         slots[at] = i
-    for k in range(offsets.shape[0]):
+    # Where o sees i under one offset, i sees o under the opposite one: half the look-ups do. That holds for odd
+    # kernels without dilation; the others look up every offset.
+    volume = offsets.shape[0]
+    mirrored = volume % 2 == 1
+    for d in range(ndim):
+        mirrored = mirrored and dilation[d] == 1 and geometry[0, d] % 2 == 1
+    for k in range((volume + 1) // 2 if mirrored else volume):
         n = 0
         for o in range(rows.shape[0]):
             key = np.int64(rows[o, 0])
@@ -176,6 +182,12 @@ def _submanifold_pairs(
                 pairs[k, 1, n] = o
                 n += 1
         counts[k] = n
+        opposite = volume - 1 - k
+        if mirrored and opposite != k:
+            for j in range(n):
+                pairs[opposite, 0, j] = pairs[k, 1, j]
+                pairs[opposite, 1, j] = pairs[k, 0, j]
+            counts[opposite] = n
 
 
 @jit

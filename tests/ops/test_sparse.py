@@ -248,3 +248,57 @@ def test_autocast_around_the_layer_changes_nothing():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = sparse_conv.indice_conv_forward(features, weight, pairs, counts, len(rows), 0, subm)
         assert torch.equal(plain, inside) and inside.dtype == torch.float32
+
+
+def test_voxels_that_occur_twice_are_both_summed():
+    indices = torch.tensor([[0, 2, 2], [0, 2, 2], [0, 3, 3]], dtype=torch.int32)
+    features = torch.tensor([[1.0], [10.0], [100.0]])
+    weight = torch.ones(2, 2, 1, 1)
+    rows, pairs, counts = sparse_index.get_indice_pairs_2d_forward(
+        indices, 1, [2, 2], [4, 4], [2, 2], [2, 2], [0, 0], [1, 1], [0, 0], 0, 0
+    )
+    got = sparse_conv.indice_conv_forward(features, weight, pairs, counts, len(rows))
+    assert rows.tolist() == [[0, 1, 1]] and got.tolist() == [[111.0]]
+
+
+@pytest.mark.parametrize(("source", "target"), [(0, 5), (7, 0)])
+def test_a_rulebook_that_names_a_missing_row_is_refused(source, target):
+    pairs = torch.full((1, 2, 2), -1, dtype=torch.int32)
+    pairs[0, 0, 0], pairs[0, 1, 0] = source, target
+    with pytest.raises(IndexError, match="row"):
+        sparse_conv.indice_conv_forward(
+            torch.zeros(2, 3), torch.zeros(1, 3, 4), pairs, torch.tensor([1], dtype=torch.int32), 2
+        )
+
+
+@pytest.mark.parametrize("channels", [(1, 3), (5, 8), (16, 16), (7, 64)])
+def test_the_compiled_loop_equals_the_way_of_other_devices(channels):
+    shape = [6, 6, 6]
+    indices, features, _ = random_sparse(9, (6, 6, 6), 2, 0.3, channels[0])
+    weight = torch.randn(3, 3, 3, *channels, generator=torch.Generator().manual_seed(0))
+    rows, pairs, counts = sparse_index.get_indice_pairs_3d_forward(
+        indices, 2, [3] * 3, shape, [3] * 3, [2] * 3, [1] * 3, [1] * 3, [0] * 3, 0, 0
+    )
+    compiled = sparse_conv.indice_conv_forward(features, weight, pairs, counts, len(rows))
+    in_double = sparse_conv.indice_conv_forward(features.double(), weight.double(), pairs, counts, len(rows))
+    torch.testing.assert_close(compiled, in_double.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_number_of_threads_changes_nothing():
+    indices, features, _ = random_sparse(11, (14, 14, 14), 1, 0.5, 16)  # several tiles, the last one short
+    weight = torch.randn(3, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    shape = [14, 14, 14]
+    _, pairs, counts = sparse_index.get_indice_pairs_3d_forward(
+        indices, 1, shape, shape, [3] * 3, [1] * 3, [1] * 3, [1] * 3, [0] * 3, 1, 0
+    )
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                sparse_conv.indice_conv_forward(features, weight, pairs, counts, len(indices), 0, 1)
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -1,0 +1,65 @@
+"""Where the time of one inference goes: a stopwatch around the parts of a detector.
+
+Parts are found by OpenMMLab's attribute names; what a detector lacks is left out. Knows nothing about what
+is compared with what.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["STAGES", "Stopwatch", "timed"]
+
+# Stage → (attribute path, method). A method that is called from within another one is timed in both.
+STAGES: dict[str, tuple[tuple[str, str], ...]] = {
+    "voxelize": (("data_preprocessor", "forward"),),
+    "encode": (("voxel_encoder", "forward"), ("middle_encoder", "forward")),
+    "dense": (("backbone", "forward"), ("neck", "forward"), ("rpn_head", "forward")),
+    "head": (("bbox_head", "forward"),),
+    "select": (("bbox_head", "predict_by_feat"), ("rpn_head", "predict_by_feat")),
+    "regions": (("roi_head", "predict"),),
+}
+
+
+class Stopwatch:
+    """Seconds per stage, summed over one run."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        """`synchronize` waits for the device, so that a stage is charged with its own work."""
+        self.synchronize = synchronize
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def around(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its time charged to `stage`."""
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            self.synchronize()
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.synchronize()
+                self.seconds[stage] += time.perf_counter() - started
+
+        return measured
+
+
+@contextmanager
+def timed(network: Any, stopwatch: Stopwatch) -> Iterator[None]:
+    """Inside, calls of the network's parts are measured; afterwards it is as before."""
+    touched = []
+    for stage, places in STAGES.items():
+        for attribute, method in places:
+            part = getattr(network, attribute, None)
+            if part is not None and hasattr(part, method):
+                setattr(part, method, stopwatch.around(stage, getattr(part, method)))
+                touched.append((part, method))
+    try:
+        yield
+    finally:
+        for part, method in touched:
+            delattr(part, method)

@@ -1,0 +1,222 @@
+"""Deformable convolution v1 (Dai et al., ICCV 2017) and v2, with a mask (Zhu et al., CVPR 2019).
+
+Each kernel tap reads the input at its own place, shifted by an offset per output pixel and deformable
+group, with bilinear interpolation and zeros outside. The reference is mmcv 2.1.0
+`csrc/pytorch/cpu/deform_conv.cpp` and `modulated_deform_conv.cpp`. Gradients are those of the torch way, by
+autograd. Holds mmcv's argument lists; `serve.ops.deform_columns` does the work. Knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from serve.ops.deform_columns import Geometry, check, convolve, gradients
+
+__all__ = [
+    "deform_conv_backward_input",
+    "deform_conv_backward_parameters",
+    "deform_conv_forward",
+    "modulated_deform_conv_backward",
+    "modulated_deform_conv_forward",
+]
+
+
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Deformable convolution v1.
+
+    Args:
+        input: (B, C, H, W) floating point.
+        weight: (O, C / group, kH, kW).
+        offset: (B, deformable_group * 2 * kH * kW, H', W'): for each tap dy, then dx, in pixels.
+        output: (B, O, H', W'), written in place.
+        columns: not used: mmcv's buffer.
+        ones: not used: mmcv's buffer.
+        kW: kernel width.
+        kH: kernel height.
+        dW: stride across.
+        dH: stride down.
+        padW: zeros added left and right.
+        padH: zeros added above and below.
+        dilationW: distance of taps across.
+        dilationH: distance of taps down.
+        group: groups of the convolution.
+        deformable_group: groups of channels with their own offsets.
+        im2col_step: not used: memory is bounded whatever the batch.
+
+    Raises:
+        ValueError: a shape does not fit the others; the message names it.
+        TypeError: `input` is not floating point.
+    """
+    geometry = Geometry((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
+    check(input, weight, None, offset, None, output, geometry)
+    convolve(input, weight, None, offset, None, output, geometry)
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Deformable convolution v2: as `deform_conv_forward`, each sample times its mask.
+
+    Args:
+        input: (B, C, H, W) floating point.
+        weight: (O, C / group, kernel_h, kernel_w).
+        bias: (O,), read when `with_bias`.
+        ones: not used: mmcv's buffer.
+        offset: (B, deformable_group * 2 * taps, H', W') pixels.
+        mask: (B, deformable_group * taps, H', W').
+        output: (B, O, H', W'), written in place.
+        columns: not used: mmcv's buffer.
+        kernel_h: kernel height.
+        kernel_w: kernel width.
+        stride_h: stride down.
+        stride_w: stride across.
+        pad_h: zeros added above and below.
+        pad_w: zeros added left and right.
+        dilation_h: distance of taps down.
+        dilation_w: distance of taps across.
+        group: groups of the convolution.
+        deformable_group: groups of channels with their own offsets and masks.
+        with_bias: add `bias`.
+
+    Raises:
+        ValueError: a shape does not fit the others; the message names it.
+        TypeError: `input` is not floating point.
+    """
+    geometry = Geometry(
+        (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w),
+        group, deformable_group,
+    )  # fmt: skip
+    added = bias if with_bias else None
+    check(input, weight, added, offset, mask, output, geometry)
+    convolve(input, weight, added, offset, mask, output, geometry)
+
+
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradInput: Tensor,
+    gradOffset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Add the gradients of `deform_conv_forward` to `gradInput` and `gradOffset`; arguments as there."""
+    geometry = Geometry((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
+    check(input, weight, None, offset, None, gradOutput, geometry)
+    grads = gradients(input, weight, None, offset, None, gradOutput, geometry, "io")
+    gradInput += grads[0]
+    gradOffset += grads[1]
+
+
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradWeight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    scale: float,
+    im2col_step: int,
+) -> None:
+    """Add `scale` times the gradient of the weight to `gradWeight`; arguments as in the forward."""
+    geometry = Geometry((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
+    check(input, gradWeight, None, offset, None, gradOutput, geometry)
+    # The convolution is linear in its weight, so any weight will do.
+    gradWeight += scale * gradients(input, gradWeight, None, offset, None, gradOutput, geometry, "w")[0]
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Add the gradients of `modulated_deform_conv_forward` to the ``grad_`` tensors; arguments as there."""
+    geometry = Geometry(
+        (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w),
+        group, deformable_group,
+    )  # fmt: skip
+    added = bias if with_bias else None
+    check(input, weight, added, offset, mask, grad_output, geometry)
+    targets = [grad_input, grad_weight, grad_offset, grad_mask, *([grad_bias] if with_bias else [])]
+    wanted = "iwomb" if with_bias else "iwom"
+    grads = gradients(input, weight, added, offset, mask, grad_output, geometry, wanted)
+    for target, grad in zip(targets, grads, strict=True):
+        target += grad

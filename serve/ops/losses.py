@@ -1,0 +1,151 @@
+"""Focal losses (Lin et al., ICCV 2017) over sigmoid and softmax scores, and their gradients.
+
+Inference does not reach them; mmdet's losses call them, so that a training step on this package works. The
+reference is mmcv 2.1.0 `csrc/common/cuda/sigmoid_focal_loss_cuda_kernel.cuh` and
+`softmax_focal_loss_cuda_kernel.cuh`. Knows nothing of reductions: mmcv's Python does those.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from serve.ops.bilinear import working_dtype
+from serve.ops.checks import check_rank, check_same_device
+
+__all__ = [
+    "sigmoid_focal_loss_backward",
+    "sigmoid_focal_loss_forward",
+    "softmax_focal_loss_backward",
+    "softmax_focal_loss_forward",
+]
+
+# Smallest normal float32: what the reference keeps logarithms away from zero with.
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write the loss of each logit into `output`.
+
+    Args:
+        input: (N, C) logits.
+        target: (N,) int64 classes; C and negative ones are background.
+        weight: (C,) factor per class of the target, or empty for none.
+        output: (N, C), written in place.
+        gamma: exponent that plays easy examples down.
+        alpha: factor of positives; negatives get 1 - alpha.
+
+    Raises:
+        ValueError: a shape does not fit.
+        IndexError: a target is out of range, or is background while there are weights.
+    """
+    factor = _check(input, target, weight, background=True)
+    _check_like("output", output, input.shape)
+    loss = _sigmoid_loss(input.detach().to(working_dtype(input)), target, gamma, alpha)
+    output.copy_(loss if factor is None else loss * factor[:, None])
+
+
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write the derivative of each loss by its logit into `grad_input`; arguments as in the forward."""
+    factor = _check(input, target, weight, background=True)
+    _check_like("grad_input", grad_input, input.shape)
+    with torch.enable_grad():
+        logits = input.detach().to(working_dtype(input)).requires_grad_()
+        (grad,) = torch.autograd.grad(_sigmoid_loss(logits, target, gamma, alpha).sum(), logits)
+    grad_input.copy_(grad if factor is None else grad * factor[:, None])
+
+
+def softmax_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write the loss of each row into `output`.
+
+    Args:
+        input: (N, C) probabilities (softmax of the logits).
+        target: (N,) int64 classes; a negative one has no loss.
+        weight: (C,) factor per class of the target, or empty for none.
+        output: (N,), written in place.
+        gamma: exponent that plays easy examples down.
+        alpha: factor of all.
+
+    Raises:
+        ValueError: a shape does not fit.
+        IndexError: a target is C or more.
+    """
+    factor = _check(input, target, weight, background=False)
+    _check_like("output", output, target.shape)
+    p = _of_target(input, target)
+    loss = -alpha * (1 - p) ** gamma * p.clamp(min=SMALLEST).log()
+    loss = torch.where(target >= 0, loss, torch.zeros_like(loss))
+    output.copy_(loss if factor is None else loss * factor)
+
+
+def softmax_focal_loss_backward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    buff: Tensor,
+    grad_input: Tensor,
+    gamma: float,
+    alpha: float,
+) -> None:
+    """Write the derivative of each row's loss by its logits into `grad_input` (N, C).
+
+    `buff` (N,) is filled with p * dloss/dp of the target's probability p, as the reference does.
+    """
+    factor = _check(input, target, weight, background=False)
+    _check_like("buff", buff, target.shape)
+    _check_like("grad_input", grad_input, input.shape)
+    p = _of_target(input, target)
+    slope = alpha * (1 - p) ** (gamma - 1) * (gamma * p * p.clamp(min=SMALLEST).log() - (1 - p))
+    slope = torch.where(target >= 0, slope, torch.zeros_like(slope))
+    if factor is not None:
+        slope = slope * factor
+    buff.copy_(slope)
+    hot = torch.arange(input.shape[1], device=input.device)[None] == target[:, None]
+    grad_input.copy_(slope[:, None] * (hot.to(p.dtype) - input.detach().to(p.dtype)))
+
+
+def _sigmoid_loss(logits: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
+    p = logits.sigmoid()
+    positive = -alpha * (1 - p) ** gamma * p.clamp(min=SMALLEST).log()
+    negative = -(1 - alpha) * p**gamma * (1 - p).clamp(min=SMALLEST).log()
+    hot = torch.arange(logits.shape[1], device=logits.device)[None] == target[:, None]
+    return torch.where(hot, positive, negative)
+
+
+def _of_target(input: Tensor, target: Tensor) -> Tensor:
+    """(N,) probabilities of the targets; that of class 0 where a target is negative."""
+    rows = input.detach().to(working_dtype(input))
+    return rows.gather(1, target.clamp(min=0)[:, None])[:, 0] if input.shape[0] else rows.sum(1)
+
+
+def _check(input: Tensor, target: Tensor, weight: Tensor, background: bool) -> Tensor | None:
+    """The factor of each row, or None without weights."""
+    check_rank("input", input, 2)
+    working_dtype(input)
+    check_same_device(input=input, target=target, weight=weight)
+    rows, classes = input.shape
+    if tuple(target.shape) != (rows,) or target.dtype != torch.int64:
+        raise ValueError(f"target must be ({rows},) torch.int64, got {tuple(target.shape)} {target.dtype}")
+    if weight.numel() not in (0, classes):
+        raise ValueError(f"weight must be empty or ({classes},), got {tuple(weight.shape)}")
+    weighted = weight.numel() > 0
+    if rows == 0:
+        return weight.new_zeros(0) if weighted else None
+    low, high = (int(v) for v in torch.stack(torch.aminmax(target)).tolist())
+    limit = classes if background and not weighted else classes - 1
+    if high > limit or (background and weighted and low < 0):
+        raise IndexError(f"target must lie in 0..{limit}, got {low}..{high}")
+    if not weighted:
+        return None
+    return weight.detach().to(working_dtype(input))[target.clamp(min=0)]
+
+
+def _check_like(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")

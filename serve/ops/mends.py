@@ -1,0 +1,86 @@
+"""What mmcv's own Python gets wrong around its kernels on a machine without CUDA or with a current torch.
+
+* `furthest_point_sample`, `knn` and `points_in_boxes` ask torch.cuda for its current device, or for tensors, whatever
+  the input is on: without CUDA they raise before any kernel is called.
+* `sparse_structure.scatter_nd` indexes with a list, which torch deprecates and will read as a tensor.
+* `multi_scale_deform_attn` never calls its kernel on a CPU but a slow way of its own.
+
+Each is mended when its module is imported (`serve.ops.install`). Knows these modules of mmcv 2.1.0 only.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+__all__ = ["MENDS", "MendingLoader"]
+
+
+class MendingLoader(importlib.abc.Loader):
+    """Loads a module as its own loader does, then mends it."""
+
+    def __init__(self, loader: Any, mend: Callable[[ModuleType], None]) -> None:
+        """Take the module's own `loader`."""
+        self._loader = loader
+        self._mend = mend
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """Leave it to the module's own loader."""
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module, then mend it."""
+        self._loader.exec_module(module)
+        self._mend(module)
+
+
+class _TorchWithoutCuda:
+    """`torch` as a module that assumes CUDA should see it: its ``cuda`` answers for the CPU."""
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+        self.cuda = SimpleNamespace(
+            # What Tensor.get_device() says of a CPU tensor.
+            current_device=lambda: -1,
+            set_device=lambda device: None,
+            IntTensor=torch.IntTensor,
+            FloatTensor=torch.FloatTensor,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torch, name)
+
+
+def _assume_no_cuda(module: ModuleType) -> None:
+    torch = module.__dict__["torch"]
+    if not torch.cuda.is_available():
+        module.__dict__["torch"] = _TorchWithoutCuda(torch)
+
+
+def _index_with_a_tuple(module: ModuleType) -> None:
+    def scatter_nd(indices: Any, updates: Any, shape: Any) -> Any:
+        """A tensor of `shape` with `updates` (N, …) at `indices` (N, len(leading shape)), zero elsewhere."""
+        out = updates.new_zeros(tuple(shape))
+        out[tuple(indices.reshape(-1, indices.shape[-1]).t())] = updates
+        return out
+
+    module.__dict__["scatter_nd"] = scatter_nd
+
+
+def _attend_with_the_kernel(module: ModuleType) -> None:
+    from serve.ops.deform_attention import attend
+
+    module.__dict__["multi_scale_deformable_attn_pytorch"] = attend
+
+
+MENDS: dict[str, Callable[[ModuleType], None]] = {
+    "mmcv.ops.furthest_point_sample": _assume_no_cuda,
+    "mmcv.ops.knn": _assume_no_cuda,
+    "mmcv.ops.points_in_boxes": _assume_no_cuda,
+    "mmcv.ops.sparse_structure": _index_with_a_tuple,
+    "mmcv.ops.multi_scale_deform_attn": _attend_with_the_kernel,
+}

@@ -1,0 +1,374 @@
+"""Neighbours of points in 3D: within a radius, the k nearest, the three nearest.
+
+Every centre is compared with every point, as in the reference (mmcv 2.1.0 `csrc/common/cuda/`
+`ball_query_cuda_kernel.cuh`, `stack_ball_query_cuda_kernel.cuh`, `knn_cuda_kernel.cuh`,
+`three_nn_cuda_kernel.cuh`), in float32, or in float64 where the coordinates are. Of equally near points
+the one of the lower row comes first; the reference leaves their order in k-NN to its heap. A point with a
+NaN coordinate is nobody's neighbour. Knows nothing about features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from serve.ops.checks import as_numpy, check_same_device
+from serve.ops.jit import jit
+from serve.ops.point_checks import check_floating, check_shape, working
+
+__all__ = ["ball_query_forward", "knn_forward", "stack_ball_query_forward", "three_nn_forward"]
+
+Floats = npt.NDArray[np.floating]
+I32 = npt.NDArray[np.int32]
+# Distances held at once by the torch versions.
+PAIRS_PER_BLOCK = 1 << 23
+# Points whose distances one compiled, vectorised loop computes before any of them is looked at.
+BLOCK = 128
+# Farther (squared metres) than this the reference finds no k-NN neighbour.
+KNN_REACH = 1e10
+
+
+def ball_query_forward(
+    new_xyz_tensor: Tensor,
+    xyz_tensor: Tensor,
+    idx_tensor: Tensor,
+    b: int,
+    n: int,
+    m: int,
+    min_radius: float,
+    max_radius: float,
+    nsample: int,
+) -> None:
+    """The first `nsample` points, by row, with min_radius <= distance < max_radius, or at the centre itself.
+
+    A ball with fewer points repeats its first; an empty one leaves its row of `idx_tensor` as it was.
+
+    Args:
+        new_xyz_tensor: (b, m, 3) float centres, metres.
+        xyz_tensor: (b, n, 3) float points, metres.
+        idx_tensor: (b, m, nsample) int, written in place with rows of `xyz_tensor`.
+        b: clouds.
+        n: points of each.
+        m: centres of each.
+        min_radius: metres.
+        max_radius: metres.
+        nsample: neighbours per centre.
+
+    Raises:
+        TypeError, ValueError: a tensor of wrong dtype, shape or device.
+    """
+    check_shape("new_xyz_tensor", new_xyz_tensor, b, m, 3)
+    check_shape("xyz_tensor", xyz_tensor, b, n, 3)
+    check_shape("idx_tensor", idx_tensor, b, m, nsample)
+    _check_points(idx_tensor, new_xyz_tensor=new_xyz_tensor, xyz_tensor=xyz_tensor)
+    for cloud in range(b):
+        _ball_query(new_xyz_tensor[cloud], xyz_tensor[cloud], idx_tensor[cloud], min_radius, max_radius, True)
+
+
+def stack_ball_query_forward(
+    new_xyz_tensor: Tensor,
+    new_xyz_batch_cnt: Tensor,
+    xyz_tensor: Tensor,
+    xyz_batch_cnt: Tensor,
+    idx_tensor: Tensor,
+    max_radius: float,
+    nsample: int,
+) -> None:
+    """`ball_query_forward` for clouds of different sizes, stacked; an empty ball's row begins with -1.
+
+    Args:
+        new_xyz_tensor: (M1 + M2 + …, 3) float centres, metres.
+        new_xyz_batch_cnt: (B,) int, M1, M2, ….
+        xyz_tensor: (N1 + N2 + …, 3) float points, metres.
+        xyz_batch_cnt: (B,) int, N1, N2, ….
+        idx_tensor: (M1 + M2 + …, nsample) int, written in place with rows counted within the cloud.
+        max_radius: metres, not included.
+        nsample: neighbours per centre.
+
+    Raises:
+        TypeError, ValueError: a tensor of wrong dtype, shape or device; counts that do not add up.
+    """
+    check_shape("new_xyz_tensor", new_xyz_tensor, None, 3)
+    check_shape("xyz_tensor", xyz_tensor, None, 3)
+    check_shape("idx_tensor", idx_tensor, new_xyz_tensor.shape[0], nsample)
+    _check_points(idx_tensor, new_xyz_tensor=new_xyz_tensor, xyz_tensor=xyz_tensor)
+    centres_of = counts("new_xyz_batch_cnt", new_xyz_batch_cnt, new_xyz_tensor.shape[0])
+    points_of = counts("xyz_batch_cnt", xyz_batch_cnt, xyz_tensor.shape[0])
+    if len(centres_of) != len(points_of):
+        raise ValueError(
+            f"xyz_batch_cnt must have as many counts as new_xyz_batch_cnt, got {len(points_of)} "
+            f"and {len(centres_of)}"
+        )
+    parts = zip(
+        torch.split(new_xyz_tensor, centres_of),
+        torch.split(xyz_tensor, points_of),
+        torch.split(idx_tensor, centres_of),
+        strict=True,
+    )
+    for centres, points, idx in parts:
+        if nsample > 0:
+            idx[:, 0] = -1
+        _ball_query(centres, points, idx, 0.0, max_radius, False)
+
+
+def knn_forward(
+    xyz_tensor: Tensor,
+    new_xyz_tensor: Tensor,
+    idx_tensor: Tensor,
+    dist2_tensor: Tensor,
+    b: int,
+    n: int,
+    m: int,
+    nsample: int,
+) -> None:
+    """The `nsample` points nearest to each centre, nearest first.
+
+    Where there are fewer points, row 0 and the squared distance 1e10 fill up, as in the reference.
+
+    Args:
+        xyz_tensor: (b, n, 3) float points, metres.
+        new_xyz_tensor: (b, m, 3) float centres, metres.
+        idx_tensor: (b, m, nsample) int, written in place with rows of `xyz_tensor`.
+        dist2_tensor: (b, m, nsample) float, written in place, squared metres.
+        b: clouds.
+        n: points of each.
+        m: centres of each.
+        nsample: neighbours per centre.
+
+    Raises:
+        TypeError, ValueError: a tensor of wrong dtype, shape or device.
+    """
+    check_shape("xyz_tensor", xyz_tensor, b, n, 3)
+    check_shape("new_xyz_tensor", new_xyz_tensor, b, m, 3)
+    check_shape("idx_tensor", idx_tensor, b, m, nsample)
+    check_shape("dist2_tensor", dist2_tensor, b, m, nsample)
+    _check_points(idx_tensor, new_xyz_tensor=new_xyz_tensor, xyz_tensor=xyz_tensor, dist2_tensor=dist2_tensor)
+    for cloud in range(b):
+        dist2, rows = nearest(new_xyz_tensor[cloud], xyz_tensor[cloud], nsample, KNN_REACH)
+        idx_tensor[cloud] = rows
+        dist2_tensor[cloud] = dist2
+
+
+def three_nn_forward(
+    unknown_tensor: Tensor,
+    known_tensor: Tensor,
+    dist2_tensor: Tensor,
+    idx_tensor: Tensor,
+    b: int,
+    n: int,
+    m: int,
+) -> None:
+    """The three of the known points nearest to each unknown one, nearest first.
+
+    Where fewer than three are known, row 0 and an infinite distance fill up.
+
+    Args:
+        unknown_tensor: (b, n, 3) float, metres.
+        known_tensor: (b, m, 3) float, metres.
+        dist2_tensor: (b, n, 3) float, written in place, squared metres.
+        idx_tensor: (b, n, 3) int, written in place with rows of `known_tensor`.
+        b: clouds.
+        n: unknown points of each.
+        m: known points of each.
+
+    Raises:
+        TypeError, ValueError: a tensor of wrong dtype, shape or device.
+    """
+    check_shape("unknown_tensor", unknown_tensor, b, n, 3)
+    check_shape("known_tensor", known_tensor, b, m, 3)
+    check_shape("dist2_tensor", dist2_tensor, b, n, 3)
+    check_shape("idx_tensor", idx_tensor, b, n, 3)
+    _check_points(
+        idx_tensor, unknown_tensor=unknown_tensor, known_tensor=known_tensor, dist2_tensor=dist2_tensor
+    )
+    for cloud in range(b):
+        dist2, rows = nearest(unknown_tensor[cloud], known_tensor[cloud], 3, float("inf"))
+        idx_tensor[cloud] = rows
+        dist2_tensor[cloud] = dist2
+
+
+def counts(name: str, tensor: Tensor, total: int) -> list[int]:
+    """The counts of a stack of `total` rows as numbers; ValueError where they do not add up to it."""
+    check_shape(name, tensor, None)
+    if tensor.is_floating_point():
+        raise TypeError(f"{name} must be integer, got {tensor.dtype}")
+    sizes: list[int] = tensor.tolist()
+    if any(size < 0 for size in sizes) or sum(sizes) != total:
+        raise ValueError(f"{name} must be counts that add up to {total}, got {sizes}")
+    return sizes
+
+
+def nearest(centres: Tensor, points: Tensor, k: int, reach: float) -> tuple[Tensor, Tensor]:
+    """Squared distances and rows, both (M, k), of the `k` points (N, 3) nearest to the centres (M, 3).
+
+    Only squared distances below `reach` count; `reach` itself and row 0 stand where there are too few.
+    """
+    dtype = torch.promote_types(working(centres).dtype, working(points).dtype)
+    centres, points = centres.detach().to(dtype), points.detach().to(dtype)
+    if centres.device.type != "cpu":
+        return nearest_torch(centres, points, k, reach)
+    dist2 = torch.full((centres.shape[0], k), reach, dtype=dtype)
+    rows = torch.zeros((centres.shape[0], k), dtype=torch.int32)
+    if k > 0:
+        _nearest_cpu(as_numpy(points.t()), as_numpy(centres.t()), dist2.numpy(), rows.numpy())
+    return dist2, rows
+
+
+def nearest_torch(centres: Tensor, points: Tensor, k: int, reach: float) -> tuple[Tensor, Tensor]:
+    """`nearest` on any device: a stable sort keeps equally near points in order."""
+    dist2 = centres.new_full((centres.shape[0], k), reach)
+    rows = torch.zeros((centres.shape[0], k), dtype=torch.int32, device=centres.device)
+    found = min(k, points.shape[0])
+    if found == 0:
+        return dist2, rows
+    for block, distances in _distance_blocks(centres, points):
+        distances = torch.where(distances < reach, distances, torch.full_like(distances, reach))
+        if distances.dtype == torch.float32:
+            # The bits of a float that is not negative order as it does; with the row below them every key
+            # is different and a partial sort will do.
+            row = torch.arange(points.shape[0], device=points.device)
+            keys = (distances.view(torch.int32).long() << 32) | row
+            keys = keys.topk(found, dim=1, largest=False, sorted=True)[0]
+            near, at = (keys >> 32).int().view(torch.float32), (keys & 0xFFFFFFFF).int()
+        else:
+            near, at = (part[:, :found] for part in torch.sort(distances, dim=1, stable=True))
+        dist2[block, :found] = near
+        rows[block, :found] = torch.where(near < reach, at, torch.zeros_like(at)).int()
+    return dist2, rows
+
+
+def first_hits(hits: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """The first `limit` columns (R, limit) int64 that are True in each row of `hits` (R, N), and their number.
+
+    Places beyond the number, (R,) int64, hold 0. Torch only, any device, no transfer to the host.
+    """
+    rank = hits.cumsum(dim=1)
+    place = torch.where(hits & (rank <= limit), rank - 1, torch.full_like(rank, limit))
+    column = torch.arange(hits.shape[1], device=hits.device).expand_as(place)
+    # All that is not wanted goes to one more place, which is cut off.
+    found = torch.zeros((hits.shape[0], limit + 1), dtype=torch.int64, device=hits.device)
+    found.scatter_(1, place, column)
+    return found[:, :limit], hits.sum(dim=1).clamp(max=limit)
+
+
+def _check_points(idx: Tensor, **floats: Tensor) -> None:
+    check_floating(**floats)
+    if idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"idx_tensor must be int32 or int64, got {idx.dtype}")
+    check_same_device(**floats, idx_tensor=idx)
+
+
+def _ball_query(
+    centres: Tensor, points: Tensor, idx: Tensor, min_radius: float, max_radius: float, itself: bool
+) -> None:
+    """One cloud. `itself`: a point at the centre counts whatever the radii are."""
+    if idx.numel() == 0 or points.shape[0] == 0:
+        return
+    dtype = torch.promote_types(working(centres).dtype, working(points).dtype)
+    centres, points = centres.detach().to(dtype), points.detach().to(dtype)
+    # The reference squares the radii in float32, whatever the coordinates are.
+    low, high = np.float32(min_radius) ** 2, np.float32(max_radius) ** 2
+    if centres.device.type == "cpu":
+        rows = idx.to(torch.int32, copy=True).contiguous()
+        _ball_query_cpu(as_numpy(points.t()), as_numpy(centres.t()), low, high, itself, rows.numpy())
+        idx.copy_(rows)
+    else:
+        ball_query_torch(centres, points, idx, float(low), float(high), itself)
+
+
+def ball_query_torch(
+    centres: Tensor, points: Tensor, idx: Tensor, low: float, high: float, itself: bool
+) -> None:
+    """One cloud on any device; `low` and `high` are squared."""
+    place = torch.arange(idx.shape[1], device=idx.device)
+    for block, distances in _distance_blocks(centres, points):
+        hits = (distances >= low) & (distances < high)
+        if itself:
+            hits |= distances == 0
+        rows, number = first_hits(hits, idx.shape[1])
+        rows = torch.where(place < number[:, None], rows, rows[:, :1])
+        idx[block] = torch.where(number[:, None] > 0, rows, idx[block].long()).to(idx.dtype)
+
+
+def _distance_blocks(centres: Tensor, points: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Squared distances (rows, N) of the centres, some rows at a time, summed in the reference's order."""
+    rows = max(1, PAIRS_PER_BLOCK // max(1, points.shape[0]))
+    for begin in range(0, centres.shape[0], rows):
+        block = slice(begin, begin + rows)
+        offset = [centres[block, axis, None] - points[None, :, axis] for axis in range(3)]
+        yield block, offset[0] * offset[0] + offset[1] * offset[1] + offset[2] * offset[2]
+
+
+@jit
+def _distances(x: Floats, y: Floats, z: Floats, x1: float, y1: float, z1: float, out: Floats) -> None:
+    # pragma: no cover - compiled
+    for k in range(x.shape[0]):
+        dx, dy, dz = x1 - x[k], y1 - y[k], z1 - z[k]
+        out[k] = dx * dx + dy * dy + dz * dz
+
+
+@jit
+def _ball_query_cpu(
+    points: Floats, centres: Floats, low: np.float32, high: np.float32, itself: bool, rows: I32
+) -> None:  # pragma: no cover - compiled
+    n, limit = points.shape[1], rows.shape[1]
+    x, y, z = points[0], points[1], points[2]
+    near = np.empty(BLOCK, dtype=points.dtype)
+    for i in range(centres.shape[1]):
+        found = 0
+        for begin in range(0, n, BLOCK):
+            end = min(n, begin + BLOCK)
+            _distances(
+                x[begin:end], y[begin:end], z[begin:end], centres[0, i], centres[1, i], centres[2, i], near
+            )
+            hits = 0
+            for k in range(end - begin):
+                hits += ((near[k] >= low) & (near[k] < high)) | (itself & (near[k] == 0))
+            if hits == 0:
+                continue
+            for k in range(end - begin):
+                if (near[k] >= low and near[k] < high) or (itself and near[k] == 0):
+                    if found == 0:
+                        rows[i, :] = begin + k
+                    rows[i, found] = begin + k
+                    found += 1
+                    if found == limit:
+                        break
+            if found == limit:
+                break
+
+
+@jit
+def _nearest_cpu(
+    points: Floats, centres: Floats, dist2: Floats, rows: I32
+) -> None:  # pragma: no cover - compiled
+    n, last = points.shape[1], dist2.shape[1] - 1
+    x, y, z = points[0], points[1], points[2]
+    near = np.empty(BLOCK, dtype=points.dtype)
+    for i in range(centres.shape[1]):
+        worst = dist2[i, last]
+        for begin in range(0, n, BLOCK):
+            end = min(n, begin + BLOCK)
+            _distances(
+                x[begin:end], y[begin:end], z[begin:end], centres[0, i], centres[1, i], centres[2, i], near
+            )
+            better = 0
+            for k in range(end - begin):
+                better += near[k] < worst
+            if better == 0:
+                continue
+            for k in range(end - begin):
+                d = near[k]
+                if d < worst:
+                    at = last
+                    while at > 0 and dist2[i, at - 1] > d:
+                        dist2[i, at] = dist2[i, at - 1]
+                        rows[i, at] = rows[i, at - 1]
+                        at -= 1
+                    dist2[i, at] = d
+                    rows[i, at] = begin + k
+                    worst = dist2[i, last]

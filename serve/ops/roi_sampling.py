@@ -1,0 +1,325 @@
+"""Pooling of regions that may be rotated, shifted or bent: means of bilinear samples on a grid per bin.
+
+RoIAlign with other places to sample at. What differs between the kernels is only where the samples of a
+bin lie; all of them clamp at the border and take one sample per map pixel where no number is asked for. The
+references are mmcv 2.1.0 `csrc/pytorch/cpu/roi_align_rotated.cpp` (Ma et al., RRPN, 2018) and
+`bezier_align.cpp` (Liu et al., ABCNet, CVPR 2020), `csrc/common/cuda/riroi_align_rotated_cuda_kernel.cuh`
+(Han et al., ReDet, CVPR 2021) and `deform_roi_pool_cuda_kernel.cuh` (Dai et al., ICCV 2017). Knows nothing
+of detectors or pyramid levels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from serve.ops.bilinear import average_samples, working_dtype
+from serve.ops.checks import check_rank, check_same_device, check_width
+
+__all__ = [
+    "bezier_align_forward",
+    "deform_roi_pool_forward",
+    "riroi_align_rotated_forward",
+    "roi_align_rotated_forward",
+]
+
+SAMPLES_PER_BLOCK = 1 << 21
+BEZIER_WIDTH = 17
+
+# (regions of a block, samples down, samples across) -> rows and columns (R, bins, samples).
+Places = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+
+
+def roi_align_rotated_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    clockwise: bool,
+) -> None:
+    """Average-pool rotated regions.
+
+    Args:
+        input: (B, C, H, W) floating point.
+        rois: (R, 6): batch index, centre x, y, width, height in image pixels, angle in radians.
+        output: (R, C, pooled_height, pooled_width), written in place.
+        pooled_height: bins down.
+        pooled_width: bins across.
+        spatial_scale: map pixels per image pixel.
+        sampling_ratio: samples per bin and axis; 0 takes one per map pixel.
+        aligned: shift by half a pixel.
+        clockwise: the angle turns clockwise on the screen (y down), else counter-clockwise.
+
+    Raises:
+        ValueError: a shape does not fit, or a size is negative while `aligned`.
+        IndexError: a region names an image that is not there.
+    """
+    image = _check(input, rois, output, 6, (input.shape[1], pooled_height, pooled_width))
+    if output.numel() == 0:
+        return
+    box = rois[:, 1:6].to(working_dtype(input))
+    centre = box[:, :2] * spatial_scale - (0.5 if aligned else 0.0)
+    extent = box[:, 2:4] * spatial_scale
+    if not aligned:
+        extent = extent.clamp(min=1.0)
+    elif bool((extent < 0).any()):
+        raise ValueError("rois must have widths and heights of at least 0 when aligned")
+    angle = -box[:, 4] if clockwise else box[:, 4]
+    places = _turned(centre, extent, angle, pooled_height, pooled_width)
+    _pool(input, image, _grids(extent, pooled_height, pooled_width, sampling_ratio), places, output)
+
+
+def riroi_align_rotated_forward(
+    features: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    num_samples: int,
+    num_orientations: int,
+    clockwise: bool,
+) -> None:
+    """Rotation-invariant pooling: pool rotated regions, then turn their orientation channels along.
+
+    Args:
+        features: (B, C * num_orientations, H, W) floating point.
+        rois: (R, 6) as in `roi_align_rotated_forward`.
+        output: (R, C * num_orientations, pooled_height, pooled_width), written in place.
+        pooled_height: bins down.
+        pooled_width: bins across.
+        spatial_scale: map pixels per image pixel.
+        num_samples: samples per bin and axis; 0 takes one per map pixel.
+        num_orientations: orientation channels; between two of them is interpolated.
+        clockwise: as in `roi_align_rotated_forward`; the channels turn by the angle as given.
+
+    Raises:
+        ValueError: a shape does not fit.
+        IndexError: a region names an image that is not there.
+    """
+    if num_orientations < 1 or features.shape[1] % num_orientations:
+        raise ValueError(
+            f"features must have a multiple of num_orientations={num_orientations} channels, "
+            f"got {features.shape[1]}"
+        )
+    image = _check(features, rois, output, 6, (features.shape[1], pooled_height, pooled_width), "features")
+    if output.numel() == 0:
+        return
+    box = rois[:, 1:6].to(working_dtype(features))
+    extent = (box[:, 2:4] * spatial_scale).clamp(min=1.0)
+    angle = -box[:, 4] if clockwise else box[:, 4]
+    places = _turned(box[:, :2] * spatial_scale, extent, angle, pooled_height, pooled_width)
+    pooled = torch.empty(output.shape, dtype=box.dtype, device=output.device)
+    _pool(features, image, _grids(extent, pooled_height, pooled_width, num_samples), places, pooled)
+    steps = box[:, 4] * num_orientations / (2 * math.pi)
+    whole = steps.floor()
+    share = (steps - whole)[:, None, None]
+    # One row of bins per region and channel; the rows of a region's orientations change places.
+    stacked = pooled.view(-1, pooled_height * pooled_width)
+    channel = torch.arange(num_orientations, device=rois.device)[None] - whole[:, None].long()
+    first = torch.arange(stacked.shape[0], device=rois.device).view(len(rois), -1, num_orientations)[:, :, :1]
+
+    def turned(extra: int) -> Tensor:
+        rows = first + torch.remainder(channel + extra, num_orientations)[:, None]
+        return stacked.index_select(0, rows.flatten()).view(len(rois), -1, stacked.shape[1])
+
+    output.copy_(torch.lerp(turned(0), turned(1), share).view(output.shape))
+
+
+def deform_roi_pool_forward(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> None:
+    """Average-pool upright regions whose bins are shifted one by one.
+
+    Args:
+        input: (B, C, H, W) floating point.
+        rois: (R, 5): batch index, x1, y1, x2, y2 in image pixels.
+        offset: (R, 2, pooled_height, pooled_width): shifts x, then y, in region sizes; empty for none.
+        output: (R, C, pooled_height, pooled_width), written in place.
+        pooled_height: bins down.
+        pooled_width: bins across.
+        spatial_scale: map pixels per image pixel.
+        sampling_ratio: samples per bin and axis; 0 takes one per map pixel.
+        gamma: factor on `offset`.
+
+    Raises:
+        ValueError: a shape does not fit.
+        IndexError: a region names an image that is not there.
+    """
+    image = _check(input, rois, output, 5, (input.shape[1], pooled_height, pooled_width))
+    if output.numel() == 0:
+        return
+    box = rois[:, 1:5].to(working_dtype(input)) * spatial_scale - 0.5
+    extent = box[:, 2:] - box[:, :2]
+    bins = pooled_height * pooled_width
+    shift = box.new_zeros((len(rois), 2, bins))
+    if offset.numel() > 0:
+        if offset.numel() != shift.numel():
+            raise ValueError(
+                f"offset must be empty or ({len(rois)}, 2, {pooled_height}, {pooled_width}), "
+                f"got {tuple(offset.shape)}"
+            )
+        check_same_device(input=input, offset=offset)
+        shift = offset.to(box.dtype).reshape(shift.shape) * gamma * extent[:, :, None]
+    plain = _turned((box[:, :2] + box[:, 2:]) / 2, extent, None, pooled_height, pooled_width)
+
+    def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
+        y, x = plain(rows, down, across)
+        return y + shift[rows, 1, :, None], x + shift[rows, 0, :, None]
+
+    _pool(input, image, _grids(extent, pooled_height, pooled_width, sampling_ratio), places, output)
+
+
+def bezier_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> None:
+    """Average-pool regions between two cubic Bézier curves.
+
+    Args:
+        input: (B, C, H, W) floating point.
+        rois: (R, 17): batch index, then eight control points x, y in image pixels: four of the upper curve
+            from left to right, four of the lower one from right to left.
+        output: (R, C, aligned_height, aligned_width), written in place.
+        aligned_height: bins down.
+        aligned_width: bins across.
+        spatial_scale: map pixels per image pixel.
+        sampling_ratio: samples per bin and axis; 0 takes one per map pixel.
+        aligned: shift by half a pixel.
+
+    Raises:
+        ValueError: a shape does not fit.
+        IndexError: a region names an image that is not there.
+    """
+    image = _check(input, rois, output, BEZIER_WIDTH, (input.shape[1], aligned_height, aligned_width))
+    if output.numel() == 0:
+        return
+    points = rois[:, 1:BEZIER_WIDTH].to(working_dtype(input)).reshape(-1, 8, 2) * spatial_scale
+    upper, lower = points[:, :4], points[:, 4:].flip(1)
+    extent = torch.maximum((upper[:, 0] - upper[:, 3]).abs(), (lower[:, 0] - lower[:, 3]).abs())
+    if not aligned:
+        extent = extent.clamp(min=1.0)
+    u = torch.arange(aligned_width, device=rois.device, dtype=points.dtype) / aligned_width
+    v = torch.arange(aligned_height, device=rois.device, dtype=points.dtype) / aligned_height
+    # Bernstein polynomials of degree three.
+    basis = torch.stack(((1 - u) ** 3, 3 * u * (1 - u) ** 2, 3 * u**2 * (1 - u), u**3))
+    top = torch.einsum("rkc,kw->rwc", upper, basis)[:, None]
+    bottom = torch.einsum("rkc,kw->rwc", lower, basis)[:, None]
+    centre = bottom * v[:, None, None] + top * (1 - v)[:, None, None] - (0.5 if aligned else 0.0)
+    centre = centre.flatten(1, 2)
+    size = extent / extent.new_tensor([aligned_width, aligned_height])
+
+    def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
+        y = centre[rows, :, 1, None] + (_inner(down, size) - 0.5) * size[rows, 1, None, None]
+        x = centre[rows, :, 0, None] + (_inner(across, size) - 0.5) * size[rows, 0, None, None]
+        bins = centre.shape[1]
+        shape = (len(rows), bins, down, across)
+        return (
+            y[:, :, :, None].expand(shape).flatten(2),
+            x[:, :, None, :].expand(shape).flatten(2),
+        )
+
+    _pool(input, image, _grids(extent, aligned_height, aligned_width, sampling_ratio), places, output)
+
+
+def check_regions(input: Tensor, rois: Tensor, width: int, name: str = "input") -> Tensor:
+    """The image (R,) int64 of each region, after checks of (B, C, H, W) `input` and (R, `width`) `rois`."""
+    check_rank(name, input, 4)
+    check_width("rois", rois, width)
+    working_dtype(input)
+    check_same_device(**{name: input, "rois": rois})
+    if rois.shape[0] == 0:
+        return torch.zeros(0, dtype=torch.int64, device=rois.device)
+    low, high = torch.aminmax(rois[:, 0])
+    finite = torch.isfinite(rois).all().to(low.dtype)
+    lowest, highest, usable = torch.stack((low, high, finite)).tolist()
+    if not usable:
+        raise ValueError("rois must be finite")
+    if not (lowest >= 0 and highest < input.shape[0]):
+        raise IndexError(f"rois name images {lowest:.0f} to {highest:.0f} but {name} has {input.shape[0]}")
+    return rois[:, 0].long()
+
+
+def _check(
+    input: Tensor, rois: Tensor, output: Tensor, width: int, shape: tuple[int, ...], name: str = "input"
+) -> Tensor:
+    image = check_regions(input, rois, width, name)
+    expected = (rois.shape[0], *shape)
+    if tuple(output.shape) != expected:
+        raise ValueError(f"output must be {expected}, got {tuple(output.shape)}")
+    check_same_device(**{name: input, "output": output})
+    return image
+
+
+def _inner(count: int, like: Tensor) -> Tensor:
+    """(count,) middles of `count` equal parts of [0, 1]."""
+    return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count
+
+
+def _turned(centre: Tensor, extent: Tensor, angle: Tensor | None, bins_y: int, bins_x: int) -> Places:
+    """Places on a regular grid over rectangles: (R, 2) `centre` and `extent` x y, (R,) `angle` or upright."""
+    size = extent / extent.new_tensor([bins_x, bins_y])
+
+    def along(rows: Tensor, axis: int, bins: int, grid: int) -> Tensor:
+        steps = torch.arange(bins, device=extent.device, dtype=extent.dtype)[:, None] + _inner(grid, extent)
+        return steps * size[rows, axis, None, None] - extent[rows, axis, None, None] / 2
+
+    def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
+        shape = (len(rows), bins_y, bins_x, down, across)
+        v = (
+            along(rows, 1, bins_y, down)[:, :, None, :, None]
+            .expand(shape)
+            .reshape(len(rows), bins_y * bins_x, down * across)
+        )
+        u = along(rows, 0, bins_x, across)[:, None, :, None, :].expand(shape).reshape(v.shape)
+        x, y = centre[rows, 0, None, None], centre[rows, 1, None, None]
+        if angle is None:
+            return v + y, u + x
+        cos, sin = torch.cos(angle[rows])[:, None, None], torch.sin(angle[rows])[:, None, None]
+        return v * cos - u * sin + y, v * sin + u * cos + x
+
+    return places
+
+
+def _grids(extent: Tensor, bins_y: int, bins_x: int, ratio: int) -> Tensor:
+    """(R, 2) int64 samples per bin, down and across."""
+    if ratio > 0:
+        return torch.full(extent.shape, ratio, dtype=torch.int64, device=extent.device)
+    return torch.ceil(extent.flip(1) / extent.new_tensor([bins_y, bins_x])).long().clamp(min=0)
+
+
+def _pool(input: Tensor, image: Tensor, grids: Tensor, places: Places, output: Tensor) -> None:
+    """Regions with the same sampling grid are done together, in blocks of bounded memory."""
+    maps = input.detach().permute(0, 2, 3, 1).to(working_dtype(input)).contiguous()
+    bins = output.shape[2] * output.shape[3]
+    kinds, kind = torch.unique(grids, dim=0, return_inverse=True)
+    for number, (down, across) in enumerate(kinds.tolist()):
+        rows = (kind == number).nonzero().squeeze(1)
+        if down * across == 0:
+            output[rows] = 0
+            continue
+        for block in torch.split(rows, max(1, SAMPLES_PER_BLOCK // (bins * down * across))):
+            y, x = places(block, down, across)
+            pooled = average_samples(maps, image[block], y, x)
+            output[block] = pooled.transpose(1, 2).reshape(len(block), *output.shape[1:]).to(output.dtype)

@@ -1,0 +1,57 @@
+"""What mmcv's own Python gets wrong on a CPU works after `serve.ops.install`."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from serve import ops
+
+ops.install()
+
+
+def test_farthest_points_are_sampled_on_a_cpu():
+    from mmcv.ops import furthest_point_sample
+
+    line = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [2, 0, 0], [10, 0, 0]]])
+    assert furthest_point_sample(line, 3).tolist() == [[0, 3, 2]]
+
+
+def test_neighbours_are_found_on_a_cpu():
+    from mmcv.ops import knn
+
+    line = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [5, 0, 0]]])
+    found = knn(2, line, line)
+    assert found.shape == (1, 2, 3) and found[0, :, 2].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["points_in_boxes_part", "points_in_boxes_all"])
+def test_points_are_put_into_boxes_on_a_cpu(name):
+    import mmcv.ops
+
+    points = torch.tensor([[[0.0, 0, 0.5], [5, 0, 0.5]]])
+    boxes = torch.tensor([[[0.0, 0, 0, 2, 2, 1, 0.3]]])
+    inside = getattr(mmcv.ops, name)(points, boxes)
+    assert inside.flatten().tolist() == ([0, -1] if name.endswith("part") else [1, 0])
+
+
+def test_a_sparse_tensor_becomes_dense_without_a_deprecated_index():
+    from mmcv.ops import SparseConvTensor
+
+    sparse = SparseConvTensor(
+        torch.tensor([[1.0, 2.0]]), torch.tensor([[0, 1, 0, 2]], dtype=torch.int32), [2, 1, 3], 1
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dense = sparse.dense()
+    assert dense.shape == (1, 2, 2, 1, 3) and dense[0, :, 1, 0, 2].tolist() == [1.0, 2.0] and dense.sum() == 3
+
+
+def test_deformable_attention_takes_the_kernel_on_a_cpu():
+    from mmcv.ops import multi_scale_deform_attn
+
+    from serve.ops.deform_attention import attend
+
+    assert multi_scale_deform_attn.multi_scale_deformable_attn_pytorch is attend
