@@ -2,7 +2,8 @@
 
 All of mmcv, mmdet and mmdet3d call their kernels through that one module. `install` puts a
 finder on ``sys.meta_path`` that supplies it on demand, written in torch (any device) and numba
-(CPU), so that no compiler and no prebuilt mmcv wheel is needed (mmcv#3319, mmdetection#11763).
+(CPU), so that no compiler and no prebuilt mmcv wheel is needed (mmcv#3319, mmdetection#11763). It also mends the few
+modules of mmcv whose own Python assumes CUDA (`serve.ops.mends`).
 
 This package knows tensors only: nothing of detectors, archives, HTTP or the environment.
 """

@@ -2,10 +2,8 @@
 
 A rulebook (`serve.ops.sparse_index`) lists for each kernel offset which input row meets which output
 row; within one offset an output row occurs at most once, so additions never race and every device
-gives the same sum order. In float32 on the CPU a compiled loop computes one output row after another
-from all its neighbours: as fast as a multiplication per offset on an idle machine, and several times
-faster on a busy one, where each of torch's many small parallel steps waits for every thread
-(docs/decisions/0005). The reference is mmcv 2.1.0 `csrc/pytorch/cuda/spconv_ops_cuda.cu`. Knows
+gives the same sum order. In float32 on the CPU one compiled pass does it all, tile by tile of output
+rows (docs/decisions/0005). The reference is mmcv 2.1.0 `csrc/pytorch/cuda/spconv_ops_cuda.cu`. Knows
 nothing about coordinates.
 """
 
