@@ -222,6 +222,7 @@ def _convolve_rows(
     offsets, channels, _ = weight.shape
     rows = np.empty(_TILE, dtype=np.int64)
     sources = np.empty(_TILE, dtype=np.int64)
+    spare = np.zeros((3, output.shape[1]), dtype=np.float32)
     for first in range(0, output.shape[0], _TILE):
         last = min(first + _TILE, output.shape[0])
         for k in range(offsets):
@@ -230,26 +231,33 @@ def _convolve_rows(
                 if neighbours[o, k] >= 0:
                     rows[n], sources[n] = o, neighbours[o, k]
                     n += 1
-            by_four = n - n % 4
-            for r in range(0, by_four, 4):
-                _add_four_rows(features, weight[k], channels, sources[r : r + 4], rows[r : r + 4], output)
-            for r in range(by_four, n):
-                _add_row(features[sources[r]], weight[k], channels, output[rows[r]])
+            for r in range(0, n, 4):
+                # The last group is filled up with rows nobody reads, so that every row goes the same way:
+                # which rows are its neighbours in a tile, and so in a batch, never changes its bits.
+                p, out_p = features[sources[r]], output[rows[r]]
+                q, out_q = (features[sources[r + 1]], output[rows[r + 1]]) if r + 1 < n else (p, spare[0])
+                s, out_s = (features[sources[r + 2]], output[rows[r + 2]]) if r + 2 < n else (p, spare[1])
+                t, out_t = (features[sources[r + 3]], output[rows[r + 3]]) if r + 3 < n else (p, spare[2])
+                _add_four_rows(weight[k], channels, p, q, s, t, out_p, out_q, out_s, out_t)
+
+
+Row = npt.NDArray[np.float32]
 
 
 @jit_contracted
 def _add_four_rows(
-    features: npt.NDArray[np.float32],
     w: npt.NDArray[np.float32],
     channels: int,
-    sources: npt.NDArray[np.int64],
-    rows: npt.NDArray[np.int64],
-    output: npt.NDArray[np.float32],
+    p: Row,
+    q: Row,
+    s: Row,
+    t: Row,
+    out_p: Row,
+    out_q: Row,
+    out_s: Row,
+    out_t: Row,
 ) -> None:  # pragma: no cover - compiled
     """Four rows and four input channels at a time: every weight loaded serves four products, every sum four."""
-    p, q = features[sources[0]], features[sources[1]]
-    s, t = features[sources[2]], features[sources[3]]
-    out_p, out_q, out_s, out_t = output[rows[0]], output[rows[1]], output[rows[2]], output[rows[3]]
     by_four = channels - channels % 4
     for a in range(0, by_four, 4):
         p0, p1, p2, p3 = p[a], p[a + 1], p[a + 2], p[a + 3]
@@ -269,15 +277,6 @@ def _add_four_rows(
             out_q[c] += q[a] * w[a, c]
             out_s[c] += s[a] * w[a, c]
             out_t[c] += t[a] * w[a, c]
-
-
-@jit_contracted
-def _add_row(
-    x: npt.NDArray[np.float32], w: npt.NDArray[np.float32], channels: int, out: npt.NDArray[np.float32]
-) -> None:  # pragma: no cover - compiled
-    for a in range(channels):
-        for c in range(w.shape[1]):
-            out[c] += x[a] * w[a, c]
 
 
 def _identity_offset(counts: list[int], num_act_out: int, subm: bool) -> int | None:

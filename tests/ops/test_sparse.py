@@ -302,3 +302,23 @@ def test_the_number_of_threads_changes_nothing():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("channels", [(4, 16), (16, 24), (5, 7)])
+def test_a_row_has_the_same_bits_whatever_rows_are_computed_beside_it(channels):
+    shape = [9, 9, 9]
+    indices, features, _ = random_sparse(12, (9, 9, 9), 4, 0.4, channels[0])
+    weight = torch.randn(3, 3, 3, *channels, generator=torch.Generator().manual_seed(0))
+
+    def convolve(rows: torch.Tensor) -> torch.Tensor:
+        own = indices[rows].clone()
+        own[:, 0] -= own[:, 0].min()
+        _, pairs, counts = sparse_index.get_indice_pairs_3d_forward(
+            own, 4, shape, shape, [3] * 3, [1] * 3, [1] * 3, [1] * 3, [0] * 3, 1, 0
+        )
+        return sparse_conv.indice_conv_forward(features[rows], weight, pairs, counts, len(rows), 0, 1)
+
+    everything = convolve(torch.arange(len(indices)))
+    for batch in range(4):
+        rows = (indices[:, 0] == batch).nonzero().squeeze(1)
+        assert torch.equal(convolve(rows), everything[rows])
