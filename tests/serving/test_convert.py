@@ -46,7 +46,7 @@ def test_a_missing_weight_stops_the_conversion_and_is_listed(demo, tmp_path):
     checkpoint = changed_checkpoint(tmp_path, lambda state: state.pop("bbox_head.conv_cls.bias"))
     with pytest.raises(CheckpointError, match=r"bbox_head\.conv_cls\.bias"):
         convert(replace(demo, checkpoint=checkpoint))
-    assert not list((tmp_path / "store").glob("*")) if (tmp_path / "store").exists() else True
+    assert not list((tmp_path / "store").glob("*"))
     made = convert(replace(demo, checkpoint=checkpoint, allow_partial=True))
     assert any("conv_cls.bias" in note for note in made.notes)
 
