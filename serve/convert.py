@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sysconfig
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -170,8 +171,10 @@ def convert(conversion: Conversion) -> Converted:
     with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as scratch:
         weights = Path(scratch) / archive.WEIGHTS
         save_file({key: tensor.contiguous() for key, tensor in sorted(state.items())}, weights)
+        # In the store, so that taking its place is one step; not a name TorchServe would load.
+        unproved = conversion.output_folder / f".{target.name}.{os.getpid()}.unproved"
         sha256 = archive.write(
-            target,
+            unproved,
             metadata,
             config=config,
             weights=weights,
@@ -179,17 +182,17 @@ def convert(conversion: Conversion) -> Converted:
             golden_expected=expected,
             code=code,
             extra=_extra(conversion.extra_files),
-            force=conversion.force,
+            force=True,
         )
         # 5. Proof: what was written, not what was meant.
         say("opening the archive afresh and proving it")
         try:
-            opened = archive.extract(target, Path(scratch) / "opened")
+            opened = archive.extract(unproved, Path(scratch) / "opened")
             detector = load_detector(opened, device, trust_code=True)
             prove(detector, opened)
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
+            os.replace(unproved, target)
+        finally:
+            unproved.unlink(missing_ok=True)
     return Converted(target, sha256, opened.metadata, len(expected["names"]), notes)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -46,3 +49,15 @@ def test_values_are_read_and_typed():
 def test_a_wrong_setting_says_what_to_change(variable, value, says):
     with pytest.raises(SettingsError, match=says):
         Settings.from_environment({variable: value})
+
+
+def test_a_wrong_setting_stops_every_command_with_a_sentence():
+    done = subprocess.run(
+        [sys.executable, "tools/archive.py", "--list", "second"],
+        env={**os.environ, "MMDET3D_SERVE_OPS": "fast"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: MMDET3D_SERVE_OPS='fast'")

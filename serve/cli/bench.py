@@ -12,7 +12,6 @@ from typing import Any
 from tqdm import tqdm
 
 from serve import archive, convert, golden, zoo
-from serve.settings import Settings
 
 __all__ = ["bench_detector"]
 
@@ -35,9 +34,6 @@ def bench_detector(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.checkpoint and len(args.models) != 1:
         parser.error("--checkpoint goes with one model")
-    from serve import ops
-
-    ops.install(Settings.from_environment().ops)
     for name in args.models:
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bench-") as folder:
             _bench_one(name, Path(folder), args)

@@ -8,14 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from serve import ops
 from serve.errors import ServeError
+from serve.settings import Settings
 
 __all__ = ["run"]
 
 
 def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Run `command` and turn what it raises into an exit code."""
+    """Run `command` with the kernels the environment asks for, and turn what it raises into an exit code."""
     try:
+        ops.install(Settings.from_environment().ops)
         return command(argv)
     except ServeError as error:
         print(f"error: {error}", file=sys.stderr)

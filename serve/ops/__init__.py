@@ -69,7 +69,7 @@ def _mended(fullname: str, path: Sequence[str] | None) -> importlib.machinery.Mo
     return spec
 
 
-def install(preference: Preference = "auto") -> None:
+def install(preference: Preference | None = None) -> None:
     """Make ``import mmcv.ops`` work in this process. Cheap, idempotent; imports nothing heavy.
 
     Must run before the first ``import mmcv.ops`` (so before mmdet and mmdet3d); afterwards the
@@ -77,13 +77,13 @@ def install(preference: Preference = "auto") -> None:
 
     Args:
         preference: ``"auto"`` takes a compiled ``mmcv._ext`` where one is installed;
-            ``"portable"`` always takes ours.
+            ``"portable"`` always takes ours; None keeps what was asked for before, ``"auto"`` at first.
     """
     for finder in sys.meta_path:
         if isinstance(finder, _ExtensionFinder):
-            finder.preference = preference
+            finder.preference = preference or finder.preference
             return
-    sys.meta_path.insert(0, _ExtensionFinder(preference))
+    sys.meta_path.insert(0, _ExtensionFinder(preference or "auto"))
 
 
 def kernels_in_use() -> str:

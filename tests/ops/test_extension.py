@@ -58,6 +58,7 @@ def test_a_compiled_extension_is_preferred_unless_told_otherwise(tmp_path, prefe
     (tmp_path / "mmcv" / "_ext.py").write_text("")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import serve.ops as o; o.install({preference!r});"
+        "o.install();"  # as every part that needs kernels does: it must not undo the choice
         f"import mmcv._ext; assert o.kernels_in_use() == {expected!r}, o.kernels_in_use()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,7 +11,7 @@ import torch
 
 from serve import archive
 from serve.convert import Conversion, convert
-from serve.errors import ArchiveError, CheckpointError
+from serve.errors import ArchiveError, CheckpointError, SelfTestError
 from tests.serving.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
 
 
@@ -63,6 +63,20 @@ def test_an_existing_archive_is_kept_unless_forced(demo):
         convert(demo)
     assert convert(replace(demo, force=True, model_version="2.0")).metadata.version == "2.0"
     assert first.path.exists()
+
+
+def test_a_conversion_that_fails_its_proof_keeps_the_archive_it_was_to_replace(demo, monkeypatch):
+    made = convert(demo)
+    before = made.path.read_bytes()
+
+    def disagree(*_):
+        raise SelfTestError("does not come out as recorded")
+
+    monkeypatch.setattr("serve.runtime.selftest.prove", disagree)
+    with pytest.raises(SelfTestError):
+        convert(replace(demo, force=True, model_version="2.0"))
+    assert made.path.read_bytes() == before
+    assert [path.name for path in made.path.parent.iterdir()] == ["second.mar"]
 
 
 def test_extra_files_travel_along(demo, tmp_path):
