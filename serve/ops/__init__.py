@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -38,11 +39,12 @@ class _PortableExtension(importlib.abc.Loader):
 class _ExtensionFinder(importlib.abc.MetaPathFinder):
     """Answers for ``mmcv._ext``, and for the modules of mmcv that need a mend.
 
-    A compiled extension goes first unless `preference` says otherwise.
+    A compiled extension goes first unless `preference` says otherwise; None: nobody has chosen yet.
     """
 
-    def __init__(self, preference: Preference) -> None:
-        self.preference: Preference = preference
+    def __init__(self) -> None:
+        self.preference: Preference | None = None
+        self.ask: Callable[[], None] | None = None
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -51,7 +53,9 @@ class _ExtensionFinder(importlib.abc.MetaPathFinder):
             return None
         if fullname != EXTENSION:
             return _mended(fullname, path)
-        if self.preference == "auto":
+        if self.preference is None and self.ask is not None:
+            self.ask()
+        if self.preference != "portable":
             compiled = importlib.machinery.PathFinder.find_spec(fullname, path)
             if compiled is not None:
                 return compiled
@@ -69,7 +73,12 @@ def _mended(fullname: str, path: Sequence[str] | None) -> importlib.machinery.Mo
     return spec
 
 
-def install(preference: Preference | None = None) -> None:
+def install(
+    preference: Preference | None = None,
+    *,
+    cache_dir: Path | None = None,
+    ask: Callable[[], None] | None = None,
+) -> importlib.abc.MetaPathFinder:
     """Make ``import mmcv.ops`` work in this process. Cheap, idempotent; imports nothing heavy.
 
     Must run before the first ``import mmcv.ops`` (so before mmdet and mmdet3d); afterwards the
@@ -78,12 +87,23 @@ def install(preference: Preference | None = None) -> None:
     Args:
         preference: ``"auto"`` takes a compiled ``mmcv._ext`` where one is installed;
             ``"portable"`` always takes ours; None keeps what was asked for before, ``"auto"`` at first.
+        cache_dir: where compiled kernels are kept if the package's own folder cannot be written.
+        ask: called when the extension is needed and no preference was given by then; may call `install`.
+
+    Returns:
+        The finder, the only one of its kind on ``sys.meta_path``.
     """
-    for finder in sys.meta_path:
-        if isinstance(finder, _ExtensionFinder):
-            finder.preference = preference or finder.preference
-            return
-    sys.meta_path.insert(0, _ExtensionFinder(preference or "auto"))
+    finder = next((one for one in sys.meta_path if isinstance(one, _ExtensionFinder)), None)
+    if finder is None:
+        finder = _ExtensionFinder()
+        sys.meta_path.insert(0, finder)
+    finder.preference = preference or finder.preference
+    finder.ask = ask or finder.ask
+    if cache_dir is not None:
+        from serve.ops import machine_code
+
+        machine_code.fallback = cache_dir
+    return finder
 
 
 def kernels_in_use() -> str:

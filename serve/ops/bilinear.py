@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.checks import as_numpy
+from serve.ops.checks import as_numpy, loops_take
 from serve.ops.jit import jit
 from serve.ops.threads import in_parts
 
 __all__ = [
+    "add_at_corners",
     "average_samples",
     "average_samples_torch",
     "clamped_corners",
@@ -37,20 +38,20 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
 
-def working_dtype(tensor: Tensor) -> torch.dtype:
+def working_dtype(tensor: Tensor, name: str = "input") -> torch.dtype:
     """What a kernel computes in: float64 stays, every other floating point type becomes float32.
 
     Raises:
         TypeError: `tensor` is not floating point.
     """
     if not tensor.is_floating_point():
-        raise TypeError(f"input must be floating point, got {tensor.dtype}")
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def on_numba(tensor: Tensor) -> bool:
     """Whether the compiled loops take `tensor`; else the torch way does."""
-    return tensor.device.type == "cpu" and working_dtype(tensor) == torch.float32
+    return loops_take(tensor) and working_dtype(tensor) == torch.float32
 
 
 def pixel_rows(maps: Tensor) -> Tensor:
@@ -137,6 +138,26 @@ def average_samples_torch(maps: Tensor, image: Tensor, y: Tensor, x: Tensor) -> 
         weights.reshape(regions * points, samples * 4),
     )
     return mixed.view(regions, points, channels)
+
+
+def add_at_corners(maps: Tensor, plane: Tensor, pixel: Tensor, weights: Tensor, values: Tensor) -> None:
+    """Add `values` times `weights` to chosen pixels of `maps` (B, C, H, W), in a fixed order on every device.
+
+    Args:
+        maps: floating point, changed in place.
+        plane: ``image * C + channel``, int64, of a shape that broadcasts to that of `values`.
+        pixel: (..., K) int64 ``row * W + column`` as from `clamped_corners`; negative ones are left out.
+        weights: (..., K).
+        values: (...).
+    """
+    dtype = working_dtype(maps)
+    flat = maps.detach().to(dtype, copy=True).reshape(-1)
+    there = pixel >= 0
+    index = plane[..., None] * (maps.shape[2] * maps.shape[3]) + pixel.clamp(min=0)
+    added = values.detach().to(dtype)[..., None] * weights
+    there = there.expand(added.shape)
+    flat.index_put_((index.expand(added.shape)[there],), added[there], accumulate=True)
+    maps.copy_(flat.view(maps.shape))
 
 
 @jit

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device
+from serve.ops.checks import as_numpy, check_same_device, loops_take
 from serve.ops.jit import jit
 from serve.ops.point_checks import check_floating, check_shape, working
 
@@ -47,7 +47,7 @@ def points_in_boxes_part_forward(
     check_same_device(pts_tensor=pts_tensor, box_idx_of_points_tensor=box_idx_of_points_tensor)
     for points, boxes, out in zip(pts_tensor, boxes_tensor, box_idx_of_points_tensor, strict=True):
         points, frames = in_one_precision(points, boxes)
-        if points.device.type == "cpu":
+        if loops_take(points):
             first = torch.full((points_of,), -1, dtype=torch.int32)
             _first_box_cpu(as_numpy(points.t()), as_numpy(frames), first.numpy())
         else:
@@ -97,7 +97,7 @@ def points_in_boxes_all_forward(
 def inside(points: Tensor, boxes: Tensor) -> Tensor:
     """(T, M) bool: which of the points (M, 3) lie in which of the boxes (T, 7)."""
     points, frames = in_one_precision(points, boxes)
-    if points.device.type == "cpu":
+    if loops_take(points):
         hits = torch.empty((boxes.shape[0], points.shape[0]), dtype=torch.bool)
         _inside_cpu(as_numpy(points.t()), as_numpy(frames), hits.view(torch.uint8).numpy())
         return hits

@@ -1,4 +1,4 @@
-"""Argument checks shared by the kernels: a wrong tensor becomes an exception that names it.
+"""Argument checks shared by the kernels: a wrong tensor becomes an exception that names it; and who takes it.
 
 A compiled kernel would read foreign memory; ours say which argument is wrong and what was expected.
 Knows nothing about any kernel.
@@ -6,12 +6,15 @@ Knows nothing about any kernel.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy.typing as npt
 from torch import Tensor
 
-__all__ = ["as_numpy", "check_rank", "check_same_device", "check_width"]
+__all__ = ["as_numpy", "check_rank", "check_same_device", "check_width", "loops_take", "torch_only"]
 
 
 def check_rank(name: str, tensor: Tensor, rank: int) -> None:
@@ -34,6 +37,24 @@ def check_same_device(**tensors: Tensor) -> None:
         raise ValueError(
             "tensors must be on one device, got " + ", ".join(f"{n}: {d}" for n, d in devices.items())
         )
+
+
+_torch_only: ContextVar[bool] = ContextVar("torch_only", default=False)
+
+
+def loops_take(tensor: Tensor) -> bool:
+    """Whether the compiled loops take `tensor`: it is on the CPU. Else the torch way, which every device has, does."""
+    return tensor.device.type == "cpu" and not _torch_only.get()
+
+
+@contextmanager
+def torch_only() -> Iterator[None]:
+    """Inside, kernels go the torch way on the CPU too: to compare the two."""
+    before = _torch_only.set(True)
+    try:
+        yield
+    finally:
+        _torch_only.reset(before)
 
 
 def as_numpy(tensor: Tensor) -> npt.NDArray[Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from serve.ops.bilinear import mix_rows, on_numba, padded_corners, working_dtype
 from serve.ops.checks import as_numpy, check_rank, check_same_device
 from serve.ops.jit import jit
+from serve.ops.point_checks import check_floating, check_integer, check_tensor
 from serve.ops.threads import in_parts
 
 __all__ = ["ms_deform_attn_backward", "ms_deform_attn_forward"]
@@ -101,6 +102,14 @@ def ms_deform_attn_backward(
     levels = _check(
         value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
     )
+    batch, queries, heads = sampling_locations.shape[:3]
+    check_tensor(("value", value), "grad_output", grad_output, batch, queries, heads * value.shape[3])
+    for name, grad, of in (
+        ("grad_value", grad_value, value),
+        ("grad_sampling_loc", grad_sampling_loc, sampling_locations),
+        ("grad_attn_weight", grad_attn_weight, attention_weights),
+    ):
+        check_tensor(("value", value), name, grad, *of.shape)
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (value, sampling_locations, attention_weights)]
         result = _attend_torch(leaves[0], levels, leaves[1], leaves[2])
@@ -115,7 +124,11 @@ def _check(
     """(start, height, width) of each level, in one transfer from the device."""
     check_rank("value", value, 4)
     check_rank("sampling_locations", locations, 6)
-    working_dtype(value)
+    check_floating(value=value, sampling_locations=locations, attention_weights=weights)
+    check_integer(value_spatial_shapes=shapes, value_level_start_index=starts)
+    for name, table in (("value_spatial_shapes", shapes), ("value_level_start_index", starts)):
+        if table.device.type == "meta":
+            raise ValueError(f"{name} must be on a device that holds numbers, got {table.device}")
     check_same_device(value=value, sampling_locations=locations, attention_weights=weights)
     batch, keys, heads, _ = value.shape
     count = locations.shape[3]
@@ -133,14 +146,14 @@ def _check(
         raise ValueError(
             f"attention_weights must be {tuple(locations.shape[:5])}, got {tuple(weights.shape)}"
         )
-    table = torch.cat((starts[:, None].to(shapes.device), shapes), dim=1).tolist()
-    for start, height, width in table:
+    levels = torch.cat((starts[:, None].to(shapes.device), shapes), dim=1).tolist()
+    for start, height, width in levels:
         if start < 0 or height < 1 or width < 1 or start + height * width > keys:
             raise ValueError(
                 f"value_spatial_shapes: a level of {height} x {width} from key {start} on "
                 f"does not fit into {keys} keys"
             )
-    return [(start, height, width) for start, height, width in table]
+    return [(start, height, width) for start, height, width in levels]
 
 
 def _attend_torch(

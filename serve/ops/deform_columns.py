@@ -17,6 +17,7 @@ from torch import Tensor
 from serve.ops.bilinear import mix_rows, on_numba, padded_corners, pixel_rows, working_dtype
 from serve.ops.checks import as_numpy, check_rank, check_same_device
 from serve.ops.jit import jit
+from serve.ops.point_checks import check_floating
 from serve.ops.threads import in_parts
 
 __all__ = ["Geometry", "check", "convolve", "convolve_torch", "gradients"]
@@ -37,6 +38,8 @@ class Geometry:
     dilation: tuple[int, int]
     groups: int
     deform_groups: int
+    # What mmcv calls the first ten numbers, for messages: kernel, stride, padding, dilation (height, width), groups.
+    names: tuple[str, ...] = ()
 
     @property
     def taps(self) -> int:
@@ -62,36 +65,48 @@ def check(
     mask: Tensor | None,
     output: Tensor,
     geometry: Geometry,
+    weight_name: str = "weight",
+    output_name: str = "output",
 ) -> None:
-    """Raise ValueError (TypeError for the dtype of `input`) unless all shapes fit one another."""
+    """Raise ValueError (TypeError for a dtype) unless all tensors fit one another."""
     check_rank("input", input, 4)
-    check_rank("weight", weight, 4)
-    working_dtype(input)
-    check_same_device(input=input, weight=weight, offset=offset, output=output)
+    check_rank(weight_name, weight, 4)
+    named = {"input": input, weight_name: weight, "offset": offset, output_name: output}
+    check_floating(**named)
+    check_same_device(**named)
     batch, channels, height, width = input.shape
     groups, deform_groups = geometry.groups, geometry.deform_groups
-    positive = (*geometry.kernel, *geometry.stride, *geometry.dilation, groups, deform_groups)
-    if min(positive) < 1 or min(geometry.padding) < 0:
-        raise ValueError(
-            f"kernel, stride, dilation and groups must be positive and padding at least 0: {geometry}"
-        )
+    numbers = (
+        *geometry.kernel,
+        *geometry.stride,
+        *geometry.padding,
+        *geometry.dilation,
+        groups,
+        deform_groups,
+    )
+    for place, (name, value) in enumerate(zip(geometry.names, numbers, strict=True)):
+        least = 0 if place in (4, 5) else 1
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if channels % groups or channels % deform_groups or weight.shape[0] % groups:
         raise ValueError(
-            f"input channels {channels} and weight rows {weight.shape[0]} must divide into group={groups} "
+            f"input channels {channels} and {weight_name} rows {weight.shape[0]} must divide into group={groups} "
             f"and deformable_group={deform_groups}"
         )
     rows, columns = geometry.output_size(height, width)
     if rows < 1 or columns < 1:
         raise ValueError(f"input of {height} x {width} leaves an output of {rows} x {columns}: {geometry}")
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "weight": (weight, (weight.shape[0], channels // groups, *geometry.kernel)),
+        weight_name: (weight, (weight.shape[0], channels // groups, *geometry.kernel)),
         "offset": (offset, (batch, deform_groups * 2 * geometry.taps, rows, columns)),
-        "output": (output, (batch, weight.shape[0], rows, columns)),
+        output_name: (output, (batch, weight.shape[0], rows, columns)),
     }
     if mask is not None:
+        check_floating(mask=mask)
         check_same_device(input=input, mask=mask)
         expected["mask"] = (mask, (batch, deform_groups * geometry.taps, rows, columns))
     if bias is not None:
+        check_floating(bias=bias)
         check_same_device(input=input, bias=bias)
         expected["bias"] = (bias, (weight.shape[0],))
     for name, (tensor, shape) in expected.items():

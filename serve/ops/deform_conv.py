@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from serve.ops.deform_columns import Geometry, check, convolve, gradients
+from serve.ops.point_checks import check_tensor
 
 __all__ = [
     "deform_conv_backward_input",
@@ -19,6 +20,12 @@ __all__ = [
     "modulated_deform_conv_backward",
     "modulated_deform_conv_forward",
 ]
+
+NAMES = ("kH", "kW", "dH", "dW", "padH", "padW", "dilationH", "dilationW", "group", "deformable_group")
+MODULATED_NAMES = (
+    "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w",
+    "dilation_h", "dilation_w", "group", "deformable_group",
+)  # fmt: skip
 
 
 def deform_conv_forward(
@@ -65,7 +72,9 @@ def deform_conv_forward(
         ValueError: a shape does not fit the others; the message names it.
         TypeError: `input` is not floating point.
     """
-    geometry = Geometry((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
+    geometry = Geometry(
+        (kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group, NAMES
+    )
     check(input, weight, None, offset, None, output, geometry)
     convolve(input, weight, None, offset, None, output, geometry)
 
@@ -120,7 +129,7 @@ def modulated_deform_conv_forward(
     """
     geometry = Geometry(
         (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w),
-        group, deformable_group,
+        group, deformable_group, MODULATED_NAMES,
     )  # fmt: skip
     added = bias if with_bias else None
     check(input, weight, added, offset, mask, output, geometry)
@@ -148,8 +157,11 @@ def deform_conv_backward_input(
     im2col_step: int,
 ) -> None:
     """Add the gradients of `deform_conv_forward` to `gradInput` and `gradOffset`; arguments as there."""
-    geometry = Geometry((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
-    check(input, weight, None, offset, None, gradOutput, geometry)
+    geometry = Geometry(
+        (kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group, NAMES
+    )
+    check(input, weight, None, offset, None, gradOutput, geometry, output_name="gradOutput")
+    _check_grads(gradInput=(gradInput, input), gradOffset=(gradOffset, offset))
     grads = gradients(input, weight, None, offset, None, gradOutput, geometry, "io")
     gradInput += grads[0]
     gradOffset += grads[1]
@@ -176,8 +188,10 @@ def deform_conv_backward_parameters(
     im2col_step: int,
 ) -> None:
     """Add `scale` times the gradient of the weight to `gradWeight`; arguments as in the forward."""
-    geometry = Geometry((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
-    check(input, gradWeight, None, offset, None, gradOutput, geometry)
+    geometry = Geometry(
+        (kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group, NAMES
+    )
+    check(input, gradWeight, None, offset, None, gradOutput, geometry, "gradWeight", "gradOutput")
     # The convolution is linear in its weight, so any weight will do.
     gradWeight += scale * gradients(input, gradWeight, None, offset, None, gradOutput, geometry, "w")[0]
 
@@ -211,12 +225,22 @@ def modulated_deform_conv_backward(
     """Add the gradients of `modulated_deform_conv_forward` to the ``grad_`` tensors; arguments as there."""
     geometry = Geometry(
         (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w),
-        group, deformable_group,
+        group, deformable_group, MODULATED_NAMES,
     )  # fmt: skip
     added = bias if with_bias else None
-    check(input, weight, added, offset, mask, grad_output, geometry)
+    check(input, weight, added, offset, mask, grad_output, geometry, output_name="grad_output")
+    _check_grads(
+        grad_input=(grad_input, input), grad_weight=(grad_weight, weight), grad_offset=(grad_offset, offset),
+        grad_mask=(grad_mask, mask), **({"grad_bias": (grad_bias, bias)} if with_bias else {}),
+    )  # fmt: skip
     targets = [grad_input, grad_weight, grad_offset, grad_mask, *([grad_bias] if with_bias else [])]
     wanted = "iwomb" if with_bias else "iwom"
     grads = gradients(input, weight, added, offset, mask, grad_output, geometry, wanted)
     for target, grad in zip(targets, grads, strict=True):
         target += grad
+
+
+def _check_grads(**grads: tuple[Tensor, Tensor]) -> None:
+    """Raise unless each of the tensors to add to is as the one it is the gradient of."""
+    for name, (grad, of) in grads.items():
+        check_tensor((name.removeprefix("grad_").removeprefix("grad").lower(), of), name, grad, *of.shape)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from serve.ops import (
     boxes3d,
+    carafe,
     deform_attention,
     deform_conv,
     grouping,
@@ -22,10 +23,12 @@ from serve.ops import (
     neighbours,
     nms,
     overlaps,
+    pixel_masks,
     polygons,
     pool3d,
     quadrilaterals,
     roi_align,
+    roi_gradients,
     roi_pool,
     roi_sampling,
     rotated,
@@ -37,7 +40,6 @@ from serve.ops import (
     sparse_index,
     sync_bn,
     text_regions,
-    upsample,
     voxelize,
 )
 
@@ -45,6 +47,7 @@ __all__ = ["ASKED_FOR", "KERNEL_MODULES", "UnsupportedKernelError", "build", "ke
 
 KERNEL_MODULES: tuple[ModuleType, ...] = (
     boxes3d,
+    carafe,
     deform_attention,
     deform_conv,
     grouping,
@@ -54,10 +57,12 @@ KERNEL_MODULES: tuple[ModuleType, ...] = (
     neighbours,
     nms,
     overlaps,
+    pixel_masks,
     polygons,
     pool3d,
     quadrilaterals,
     roi_align,
+    roi_gradients,
     roi_pool,
     roi_sampling,
     rotated,
@@ -69,7 +74,6 @@ KERNEL_MODULES: tuple[ModuleType, ...] = (
     sparse_index,
     sync_bn,
     text_regions,
-    upsample,
     voxelize,
 )
 

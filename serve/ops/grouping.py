@@ -13,7 +13,7 @@ from torch import Tensor
 
 from serve.ops.checks import check_same_device
 from serve.ops.neighbours import counts
-from serve.ops.point_checks import check_floating, check_indices, check_shape, working
+from serve.ops.point_checks import check_floating, check_holds, check_indices, check_shape, working
 
 __all__ = [
     "gather_points_backward",
@@ -48,6 +48,7 @@ def gather_points_forward(
     check_shape("points_tensor", points_tensor, b, c, n)
     check_shape("idx_tensor", idx_tensor, b, npoints)
     check_shape("out_tensor", out_tensor, b, c, npoints)
+    check_holds("out_tensor", out_tensor, "points_tensor", points_tensor)
     check_same_device(points_tensor=points_tensor, idx_tensor=idx_tensor, out_tensor=out_tensor)
     check_indices("idx_tensor", idx_tensor, n)
     out_tensor.copy_(_pick(points_tensor.detach(), idx_tensor))
@@ -110,6 +111,7 @@ def group_points_forward(
     check_shape("points_tensor", points_tensor, b, c, n)
     check_shape("idx_tensor", idx_tensor, b, npoints, nsample)
     check_shape("out_tensor", out_tensor, b, c, npoints, nsample)
+    check_holds("out_tensor", out_tensor, "points_tensor", points_tensor)
     check_same_device(points_tensor=points_tensor, idx_tensor=idx_tensor, out_tensor=out_tensor)
     check_indices("idx_tensor", idx_tensor, n)
     picked = _pick(points_tensor.detach(), idx_tensor.reshape(b, npoints * nsample))
@@ -179,6 +181,7 @@ def stack_group_points_forward(
     check_shape("features_tensor", features_tensor, None, c)
     check_shape("idx_tensor", idx_tensor, m, nsample)
     check_shape("out_tensor", out_tensor, m, c, nsample)
+    check_holds("out_tensor", out_tensor, "features_tensor", features_tensor)
     check_same_device(features_tensor=features_tensor, idx_tensor=idx_tensor, out_tensor=out_tensor)
     rows, empty = _stacked_rows(
         idx_tensor, idx_batch_cnt_tensor, features_batch_cnt_tensor, features_tensor.shape[0], b
@@ -223,6 +226,10 @@ def stack_group_points_backward(
     check_shape("grad_out_tensor", grad_out_tensor, m, c, nsample)
     check_shape("idx_tensor", idx_tensor, m, nsample)
     check_shape("grad_features_tensor", grad_features_tensor, n, c)
+    check_floating(grad_out_tensor=grad_out_tensor, grad_features_tensor=grad_features_tensor)
+    check_same_device(
+        grad_out_tensor=grad_out_tensor, idx_tensor=idx_tensor, grad_features_tensor=grad_features_tensor
+    )
     rows, empty = _stacked_rows(idx_tensor, idx_batch_cnt_tensor, features_batch_cnt_tensor, n, b)
     if n == 0:
         return
@@ -304,7 +311,8 @@ def three_interpolate_backward(
     check_shape("grad_out_tensor", grad_out_tensor, b, c, n)
     check_shape("idx_tensor", idx_tensor, b, n, 3)
     check_shape("weight_tensor", weight_tensor, b, n, 3)
-    check_floating(weight_tensor=weight_tensor)
+    check_floating(grad_out_tensor=grad_out_tensor, weight_tensor=weight_tensor)
+    check_same_device(grad_out_tensor=grad_out_tensor, idx_tensor=idx_tensor, weight_tensor=weight_tensor)
     grad = working(grad_out_tensor)[..., None] * working(weight_tensor)[:, None]
     _add(grad.reshape(b, c, n * 3), idx_tensor.reshape(b, n * 3), grad_points_tensor, b, c, m)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import check_same_device, check_width
+from serve.ops.point_checks import check_floating, check_integer, check_shape, check_tensor
 from serve.ops.rotated import overlap_areas, suppress_rotated
 
 __all__ = ["iou3d_boxes_overlap_bev_forward", "iou3d_nms3d_forward", "iou3d_nms3d_normal_forward"]
@@ -19,7 +20,9 @@ def iou3d_boxes_overlap_bev_forward(boxes_a: Tensor, boxes_b: Tensor, ans_iou: T
     """Write into `ans_iou` (N, M) the overlap areas in square metres of (N, 7) and (M, 7) boxes."""
     check_width("boxes_a", boxes_a, 7)
     check_width("boxes_b", boxes_b, 7)
-    check_same_device(boxes_a=boxes_a, boxes_b=boxes_b, ans_iou=ans_iou)
+    check_floating(boxes_a=boxes_a, boxes_b=boxes_b)
+    check_same_device(boxes_a=boxes_a, boxes_b=boxes_b)
+    check_tensor(("boxes_a", boxes_a), "ans_iou", ans_iou, boxes_a.shape[0], boxes_b.shape[0])
     ans_iou.copy_(overlap_areas(_from_above(boxes_a), _from_above(boxes_b)).to(ans_iou.dtype))
 
 
@@ -48,6 +51,14 @@ def _from_above(boxes: Tensor) -> Tensor:
 
 def _suppress(boxes: Tensor, keep: Tensor, num_out: Tensor, threshold: float, *, turned: bool) -> None:
     check_width("boxes", boxes, 7)
+    check_floating(boxes=boxes)
+    check_shape("keep", keep, boxes.shape[0])
+    check_integer(keep=keep, num_out=num_out)
+    if num_out.numel() != 1:
+        raise ValueError(f"num_out must hold one number, got shape {tuple(num_out.shape)}")
+    for name, tensor in (("boxes", boxes), ("keep", keep), ("num_out", num_out)):
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name} must be on a device that holds numbers, got {tensor.device}")
     flat = _from_above(boxes)
     if not turned:
         flat[:, 4] = 0

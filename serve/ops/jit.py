@@ -1,14 +1,19 @@
-"""The one way our CPU kernels are compiled: numba, nogil, cached on disk where a disk can be written.
+"""The one way our CPU kernels are compiled: numba, nogil, machine code kept where `machine_code` says.
 
 Knows nothing about the kernels themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core import config
+
+from serve.ops import machine_code
 
 __all__ = ["jit", "jit_contracted"]
 
@@ -16,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def jit(function: F) -> F:
-    """Compile `function` on first call and keep the machine code beside its source."""
+    """Compile `function` on first call and keep the machine code for other processes."""
     return _compiled(function, {})
 
 
@@ -26,13 +31,36 @@ def jit_contracted(function: F) -> F:
 
 
 def _compiled(function: F, options: dict[str, Any]) -> F:
-    """Numba with its cache on disk where there is a place for it.
-
-    With a read-only source tree and a read-only home numba finds none and says so by raising
-    RuntimeError; then every process compiles for itself.
-    """
-    try:
-        compiled = numba.njit(nogil=True, cache=True, error_model="numpy", **options)(function)
-    except RuntimeError:
-        compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    """Numba with its cache on disk where there is a place for it; numba's own setting of a place goes first."""
+    compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    chosen = config.CACHE_DIR
+    place = chosen or str(machine_code.folder(Path(function.__code__.co_filename).stem) or "")
+    if place and not config.DISABLE_JIT:
+        config.CACHE_DIR = place
+        try:
+            with contextlib.suppress(RuntimeError):  # numba finds that it cannot write there after all
+                compiled.enable_caching()
+                compiled._cache = _Forgiving(compiled._cache)
+        finally:
+            config.CACHE_DIR = chosen
     return compiled  # type: ignore[no-any-return]
+
+
+class _Forgiving:
+    """A cache of numba's whose disk may fill up, go away or hold rubbish: then the kernel is compiled, no more."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        try:
+            return self._cache.load_overload(signature, target_context)
+        except Exception:  # whatever unpickling a truncated file raises
+            return None
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._cache.save_overload(signature, data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)

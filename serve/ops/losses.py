@@ -12,6 +12,7 @@ from torch import Tensor
 
 from serve.ops.bilinear import working_dtype
 from serve.ops.checks import check_rank, check_same_device
+from serve.ops.point_checks import check_floating, check_shape
 
 __all__ = [
     "sigmoid_focal_loss_backward",
@@ -147,5 +148,5 @@ def _check(input: Tensor, target: Tensor, weight: Tensor, background: bool) -> T
 
 
 def _check_like(name: str, tensor: Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+    check_shape(name, tensor, *shape)
+    check_floating(**{name: tensor})

@@ -3,6 +3,7 @@
 * `furthest_point_sample`, `knn` and `points_in_boxes` ask torch.cuda for its current device, or for tensors, whatever
   the input is on: without CUDA they raise before any kernel is called.
 * `sparse_structure.scatter_nd` indexes with a list, which torch deprecates and will read as a tensor.
+* `masked_conv` calls ``torch.addmm`` by an order of arguments that torch deprecates.
 * `multi_scale_deform_attn` never calls its kernel on a CPU but a slow way of its own.
 
 Each is mended when its module is imported (`serve.ops.install`). Knows these modules of mmcv 2.1.0 only.
@@ -38,18 +39,12 @@ class MendingLoader(importlib.abc.Loader):
         self._mend(module)
 
 
-class _TorchWithoutCuda:
-    """`torch` as a module that assumes CUDA should see it: its ``cuda`` answers for the CPU."""
+class _TorchBut:
+    """`torch` as one module should see it: some of it replaced."""
 
-    def __init__(self, torch: Any) -> None:
+    def __init__(self, torch: Any, **replaced: Any) -> None:
         self._torch = torch
-        self.cuda = SimpleNamespace(
-            # What Tensor.get_device() says of a CPU tensor.
-            current_device=lambda: -1,
-            set_device=lambda device: None,
-            IntTensor=torch.IntTensor,
-            FloatTensor=torch.FloatTensor,
-        )
+        self.__dict__.update(replaced)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._torch, name)
@@ -58,7 +53,24 @@ class _TorchWithoutCuda:
 def _assume_no_cuda(module: ModuleType) -> None:
     torch = module.__dict__["torch"]
     if not torch.cuda.is_available():
-        module.__dict__["torch"] = _TorchWithoutCuda(torch)
+        cuda = SimpleNamespace(
+            # What Tensor.get_device() says of a CPU tensor.
+            current_device=lambda: -1,
+            set_device=lambda device: None,
+            IntTensor=torch.IntTensor,
+            FloatTensor=torch.FloatTensor,
+        )
+        module.__dict__["torch"] = _TorchBut(torch, cuda=cuda)
+
+
+def _add_products_in_order(module: ModuleType) -> None:
+    torch = module.__dict__["torch"]
+
+    def addmm(beta: float, added: Any, alpha: float, first: Any, second: Any) -> Any:
+        """``beta * added + alpha * first @ second``, called as torch once was."""
+        return torch.addmm(added, first, second, beta=beta, alpha=alpha)
+
+    module.__dict__["torch"] = _TorchBut(torch, addmm=addmm)
 
 
 def _index_with_a_tuple(module: ModuleType) -> None:
@@ -80,6 +92,7 @@ def _attend_with_the_kernel(module: ModuleType) -> None:
 MENDS: dict[str, Callable[[ModuleType], None]] = {
     "mmcv.ops.furthest_point_sample": _assume_no_cuda,
     "mmcv.ops.knn": _assume_no_cuda,
+    "mmcv.ops.masked_conv": _add_products_in_order,
     "mmcv.ops.points_in_boxes": _assume_no_cuda,
     "mmcv.ops.sparse_structure": _index_with_a_tuple,
     "mmcv.ops.multi_scale_deform_attn": _attend_with_the_kernel,

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device
+from serve.ops.checks import as_numpy, check_same_device, loops_take
 from serve.ops.jit import jit
-from serve.ops.point_checks import check_floating, check_shape, working
+from serve.ops.point_checks import check_floating, check_integer, check_shape, working
 
 __all__ = ["ball_query_forward", "knn_forward", "stack_ball_query_forward", "three_nn_forward"]
 
@@ -129,9 +129,13 @@ def knn_forward(
 
     Where there are fewer points, row 0 and the squared distance 1e10 fill up, as in the reference.
 
+    The reference never asks how wide a row is: it takes numbers three by three from where the data starts. DGCNN
+    hands it rows of 64 features, and its published weights were trained on the neighbours that come out, so
+    wider rows are read the same way here.
+
     Args:
-        xyz_tensor: (b, n, 3) float points, metres.
-        new_xyz_tensor: (b, m, 3) float centres, metres.
+        xyz_tensor: (b, n, 3) float points, metres; or (b, n, c) with c > 3, read as said above.
+        new_xyz_tensor: (b, m, 3) float centres, metres; or (b, m, c), the same.
         idx_tensor: (b, m, nsample) int, written in place with rows of `xyz_tensor`.
         dist2_tensor: (b, m, nsample) float, written in place, squared metres.
         b: clouds.
@@ -142,6 +146,7 @@ def knn_forward(
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
     """
+    xyz_tensor, new_xyz_tensor = _triples(xyz_tensor, b, n), _triples(new_xyz_tensor, b, m)
     check_shape("xyz_tensor", xyz_tensor, b, n, 3)
     check_shape("new_xyz_tensor", new_xyz_tensor, b, m, 3)
     check_shape("idx_tensor", idx_tensor, b, m, nsample)
@@ -151,6 +156,13 @@ def knn_forward(
         dist2, rows = nearest(new_xyz_tensor[cloud], xyz_tensor[cloud], nsample, KNN_REACH)
         idx_tensor[cloud] = rows
         dist2_tensor[cloud] = dist2
+
+
+def _triples(rows: Tensor, b: int, n: int) -> Tensor:
+    """The first b × n × 3 numbers of wider rows, as points; anything else as it is."""
+    if rows.dim() != 3 or rows.shape[:2] != (b, n) or rows.shape[2] <= 3:
+        return rows
+    return rows.reshape(-1)[: b * n * 3].view(b, n, 3)
 
 
 def three_nn_forward(
@@ -194,8 +206,9 @@ def three_nn_forward(
 def counts(name: str, tensor: Tensor, total: int) -> list[int]:
     """The counts of a stack of `total` rows as numbers; ValueError where they do not add up to it."""
     check_shape(name, tensor, None)
-    if tensor.is_floating_point():
-        raise TypeError(f"{name} must be integer, got {tensor.dtype}")
+    check_integer(**{name: tensor})
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} must be on a device that holds numbers, got {tensor.device}")
     sizes: list[int] = tensor.tolist()
     if any(size < 0 for size in sizes) or sum(sizes) != total:
         raise ValueError(f"{name} must be counts that add up to {total}, got {sizes}")
@@ -209,7 +222,7 @@ def nearest(centres: Tensor, points: Tensor, k: int, reach: float) -> tuple[Tens
     """
     dtype = torch.promote_types(working(centres).dtype, working(points).dtype)
     centres, points = centres.detach().to(dtype), points.detach().to(dtype)
-    if centres.device.type != "cpu":
+    if not loops_take(centres):
         return nearest_torch(centres, points, k, reach)
     dist2 = torch.full((centres.shape[0], k), reach, dtype=dtype)
     rows = torch.zeros((centres.shape[0], k), dtype=torch.int32)
@@ -272,7 +285,7 @@ def _ball_query(
     centres, points = centres.detach().to(dtype), points.detach().to(dtype)
     # The reference squares the radii in float32, whatever the coordinates are.
     low, high = np.float32(min_radius) ** 2, np.float32(max_radius) ** 2
-    if centres.device.type == "cpu":
+    if loops_take(centres):
         rows = idx.to(torch.int32, copy=True).contiguous()
         _ball_query_cpu(as_numpy(points.t()), as_numpy(centres.t()), low, high, itself, rows.numpy())
         idx.copy_(rows)

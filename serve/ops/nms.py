@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device, check_width
+from serve.ops.checks import as_numpy, check_width, loops_take
 from serve.ops.jit import jit
+from serve.ops.point_checks import check_floating, check_tensor
 from serve.ops.rotated import scan
 
 __all__ = ["nms", "nms_match", "softnms"]
@@ -33,16 +34,20 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         offset: 0, or 1 where a box includes its last pixel.
     """
     check_width("boxes", boxes, 4)
-    check_same_device(boxes=boxes, scores=scores)
-    if scores.shape != boxes.shape[:1]:
-        raise ValueError(f"scores must be ({boxes.shape[0]},), got {tuple(scores.shape)}")
+    check_floating(boxes=boxes)
+    check_tensor(("boxes", boxes), "scores", scores, boxes.shape[0])
     order = torch.sort(scores, dim=0, descending=True, stable=True)[1]
     ordered = boxes[order, :4].float()
-    if boxes.device.type == "cpu":
+    if loops_take(boxes):
         keep = torch.from_numpy(_nms_cpu(as_numpy(ordered), np.float32(iou_threshold), np.float32(offset)))
     else:
         keep = scan(_iou(ordered, float(offset)) > iou_threshold)
     return order[keep]
+
+
+def _check_cpu(name: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on cpu, got {tensor.device}")
 
 
 def _iou(boxes: Tensor, offset: float) -> Tensor:
@@ -107,7 +112,10 @@ def softnms(
         int64 rows in order of choice.
     """
     check_width("boxes", boxes, 4)
-    check_width("dets", dets, 5)
+    check_floating(boxes=boxes)
+    check_tensor(("boxes", boxes), "scores", scores, boxes.shape[0])
+    check_tensor(("boxes", boxes), "dets", dets, boxes.shape[0], 5)
+    _check_cpu("boxes", boxes)
     if method not in SOFT_METHODS:
         raise ValueError(f"method must be one of {SOFT_METHODS}, got {method}")
     if not dets.is_contiguous() or dets.dtype != torch.float32:
@@ -175,6 +183,8 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
         iou_threshold: IoU in [0, 1].
     """
     check_width("dets", dets, 5)
+    check_floating(dets=dets)
+    _check_cpu("dets", dets)
     order = torch.sort(dets[:, 4], dim=0, descending=True, stable=True)[1]
     hits = (_iou(dets[order, :4].float(), 0.0) >= iou_threshold).numpy()
     rows: list[int] = order.tolist()

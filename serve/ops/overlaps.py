@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import check_same_device, check_width
+from serve.ops.point_checks import check_floating
 
 __all__ = ["bbox_overlaps"]
 
@@ -35,6 +36,7 @@ def bbox_overlaps(
     """
     check_width("bboxes1", bboxes1, 4)
     check_width("bboxes2", bboxes2, 4)
+    check_floating(ious=ious)
     check_same_device(bboxes1=bboxes1, bboxes2=bboxes2, ious=ious)
     if mode not in (IOU, IOF):
         raise ValueError(f"mode must be 0 (IoU) or 1 (IoF), got {mode}")

@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_floating", "check_indices", "check_shape", "working"]
+from serve.ops.checks import check_same_device
+
+__all__ = [
+    "check_floating",
+    "check_holds",
+    "check_indices",
+    "check_integer",
+    "check_shape",
+    "check_tensor",
+    "working",
+]
 
 
 def check_shape(name: str, tensor: Tensor, *expected: int | None) -> None:
@@ -27,19 +37,38 @@ def check_floating(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
-def check_indices(name: str, indices: Tensor, limit: int) -> None:
-    """Raise TypeError unless `indices` are int32 or int64, IndexError unless all lie in [0, limit).
+def check_integer(**tensors: Tensor) -> None:
+    """Raise TypeError unless all tensors are int32 or int64."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+
+
+def check_holds(name: str, tensor: Tensor, source_name: str, source: Tensor) -> None:
+    """Raise TypeError where `tensor` is of integers and `source`, to be written to it, is of something else."""
+    if not tensor.is_floating_point() and tensor.dtype != source.dtype:
+        raise TypeError(f"{name} must be {source.dtype} as {source_name} is, got {tensor.dtype}")
+
+
+def check_tensor(like: tuple[str, Tensor], name: str, tensor: Tensor, *shape: int | None) -> None:
+    """Raise unless `tensor` is floating point, of `shape`, and on the device of the other, named tensor."""
+    check_shape(name, tensor, *shape)
+    check_floating(**{name: tensor})
+    check_same_device(**{like[0]: like[1], name: tensor})
+
+
+def check_indices(name: str, indices: Tensor, limit: int, least: int = 0) -> None:
+    """Raise TypeError unless `indices` are int32 or int64, IndexError unless all lie in [least, limit).
 
     One reduction and one transfer for the whole tensor; an index out of range would otherwise stop the
     process on CPU or poison the CUDA context.
     """
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {indices.dtype}")
+    check_integer(**{name: indices})
     if indices.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.stack(torch.aminmax(indices)).tolist())
-    if low < 0 or high >= limit:
-        raise IndexError(f"{name} must lie in [0, {limit}), got values from {low} to {high}")
+    if low < least or high >= limit:
+        raise IndexError(f"{name} must lie in [{least}, {limit}), got values from {low} to {high}")
 
 
 def working(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device
+from serve.ops.checks import as_numpy, check_same_device, loops_take
 from serve.ops.jit import jit
 from serve.ops.point_checks import check_floating, check_shape
 from serve.ops.quadrilaterals import PAIRS_PER_BLOCK, corners, cross, overlaps, overlaps_aligned, signed_area
@@ -56,7 +56,7 @@ def points_in_polygons_forward(points: Tensor, polygons: Tensor, output: Tensor)
     check_floating(points=points, polygons=polygons)
     check_same_device(points=points, polygons=polygons, output=output)
     at, corner = points.detach().float(), polygons.detach().float().reshape(-1, 4, 2)
-    if points.device.type == "cpu":
+    if loops_take(points):
         inside = torch.empty(output.shape, dtype=torch.bool)
         _in_polygons_cpu(as_numpy(at), as_numpy(corner), inside.view(torch.uint8).numpy())
     else:

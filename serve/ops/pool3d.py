@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.boxes3d import in_one_precision, inside_blocks, mark_inside
-from serve.ops.checks import as_numpy, check_same_device
+from serve.ops.checks import as_numpy, check_same_device, loops_take
 from serve.ops.jit import jit
 from serve.ops.neighbours import first_hits
 from serve.ops.point_checks import check_floating, check_indices, check_shape, working
@@ -76,7 +76,7 @@ def roiaware_pool3d_forward(
     pooled = working(pooled_features).to(features.dtype, copy=True).contiguous()
     winners = torch.full(pooled.shape, -1, dtype=torch.int32, device=pts.device)
     pts_idx_of_voxels[..., 0] = 0
-    if pts.device.type == "cpu":
+    if loops_take(pts):
         _roiaware_cpu(
             as_numpy(points.t()), as_numpy(frames), as_numpy(features), as_numpy(torch.tensor(grid)),
             winners.flatten(1, 3).numpy(), pts_idx_of_voxels.flatten(1, 3).numpy(), pooled.flatten(1, 3).numpy(),
@@ -177,7 +177,7 @@ def roipoint_pool3d_forward(
 
 def first_inside(points: Tensor, frames: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """The first `limit` points in each box, (T, limit) int64 filled up with 0, and their number (T,) int64."""
-    if points.device.type != "cpu":
+    if not loops_take(points):
         return first_inside_torch(points, frames, limit)
     rows = torch.zeros((frames.shape[0], limit), dtype=torch.int64)
     number = torch.zeros(frames.shape[0], dtype=torch.int64)

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device, check_width
+from serve.ops.checks import as_numpy, check_same_device, check_width, loops_take
 from serve.ops.jit import jit
 from serve.ops.point_checks import check_floating
-from serve.ops.rotated import scan
+from serve.ops.rotated import check_sorted, scan
 
 __all__ = ["box_iou_quadri", "nms_quadri"]
 
@@ -90,15 +90,10 @@ def nms_quadri(
     Raises:
         ValueError: a tensor of wrong shape or device.
     """
-    check_width("dets", dets, 9 if multi_label else 8)
-    check_width("dets_sorted", dets_sorted, dets.shape[1])
-    check_same_device(dets=dets, scores=scores, order=order, dets_sorted=dets_sorted)
-    for name, tensor in (("scores", scores), ("order", order), ("dets_sorted", dets_sorted)):
-        if tensor.shape[0] != dets.shape[0]:
-            raise ValueError(f"{name} must have {dets.shape[0]} rows, got {tuple(tensor.shape)}")
+    check_sorted(dets, scores, order, dets_sorted, 9 if multi_label else 8)
     polygons = corners(dets_sorted)
     groups = dets_sorted[:, 8].double() if multi_label else polygons.new_zeros(polygons.shape[0])
-    if dets.device.type == "cpu":
+    if loops_take(dets):
         keep = torch.from_numpy(_suppress_cpu(as_numpy(polygons), as_numpy(groups), float(iou_threshold)))
     else:
         keep = suppress_torch(polygons, groups, float(iou_threshold))
@@ -135,7 +130,7 @@ def overlaps(first: Tensor, second: Tensor) -> Tensor:
 
     P may be up to 9; a dented polygon may have four corners at most.
     """
-    if first.device.type == "cpu":
+    if loops_take(first):
         return torch.from_numpy(_overlaps_cpu(as_numpy(first), as_numpy(second)))
     return _overlaps_torch(first, second)
 

@@ -12,11 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_rank, check_same_device, check_width
+from serve.ops.bilinear import on_numba, working_dtype
+from serve.ops.checks import as_numpy
 from serve.ops.jit import jit
+from serve.ops.point_checks import check_tensor
+from serve.ops.roi_sampling import Places, check_pooling
 from serve.ops.threads import in_parts
 
-__all__ = ["roi_align_backward", "roi_align_forward"]
+__all__ = ["roi_align_forward"]
 
 F32 = npt.NDArray[np.float32]
 MAX_POOL, AVERAGE_POOL = 0, 1
@@ -51,55 +54,54 @@ def roi_align_forward(
         pool_mode: 0 max, 1 average.
         aligned: shift by half a pixel (detectron2's correction).
     """
-    check_rank("input", input, 4)
-    check_width("rois", rois, 5)
-    check_same_device(input=input, rois=rois, output=output)
-    if pool_mode not in (MAX_POOL, AVERAGE_POOL):
-        raise ValueError(f"pool_mode must be 0 (max) or 1 (average), got {pool_mode}")
-    if rois.shape[0] == 0:
+    bins = (aligned_height, aligned_width)
+    check_pooling(input, rois, output, 5, bins)
+    check_mode(pool_mode)
+    if pool_mode == MAX_POOL:
+        for name, at in (("argmax_y", argmax_y), ("argmax_x", argmax_x)):
+            check_tensor(("input", input), name, at, *output.shape)
+    if output.numel() == 0:
         return
-    _check_batch_index(rois, input.shape[0])
-    box = rois[:, 1:5].float() * spatial_scale - (0.5 if aligned else 0.0)
-    extent = box[:, 2:] - box[:, :2]
-    if not aligned:
-        extent = extent.clamp(min=1.0)
-    bins = extent.new_tensor([aligned_width, aligned_height])
-    if sampling_ratio > 0:
-        samples = torch.full_like(extent, sampling_ratio, dtype=torch.int64)
-    else:
-        samples = torch.ceil(extent / bins).long().clamp(min=0)
-    where = torch.cat((rois[:, :1].float(), box[:, :2], extent / bins), dim=1)
-    if input.device.type == "cpu" and pool_mode == AVERAGE_POOL:
+    dtype = working_dtype(input)
+    where, samples = _sampling(rois, bins, spatial_scale, sampling_ratio, aligned, dtype)
+    if on_numba(input) and pool_mode == AVERAGE_POOL:
         _average_cpu(input, where, samples, output)
     else:
         _pool_torch(input, where, samples, output, argmax_y, argmax_x, pool_mode)
 
 
-def roi_align_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> None:
-    """Training two-stage detectors is not what this package is for."""
-    from serve.ops.extension import UnsupportedKernelError
-
-    raise UnsupportedKernelError(
-        "roi_align_backward: serve.ops trains sparse layers only; train with a compiled mmcv"
-    )
+def check_mode(pool_mode: int) -> None:
+    """Raise ValueError unless `pool_mode` is one of the two."""
+    if pool_mode not in (MAX_POOL, AVERAGE_POOL):
+        raise ValueError(f"pool_mode must be 0 (max) or 1 (average), got {pool_mode}")
 
 
-def _check_batch_index(rois: Tensor, batch: int) -> None:
-    low, high = (float(v) for v in torch.stack(torch.aminmax(rois[:, 0])).tolist())
-    if low < 0 or high >= batch:
-        raise IndexError(f"rois name images {low:.0f} to {high:.0f} but input has {batch}")
+def _sampling(
+    rois: Tensor, bins: tuple[int, int], scale: float, ratio: int, aligned: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(R, 5) image, left, top, bin width and height in map pixels; (R, 2) int64 samples per bin across, down."""
+    box = rois[:, 1:5].to(dtype) * scale - (0.5 if aligned else 0.0)
+    extent = box[:, 2:] - box[:, :2]
+    if not aligned:
+        extent = extent.clamp(min=1.0)
+    size = extent / extent.new_tensor([bins[1], bins[0]])
+    samples = torch.full_like(size, ratio) if ratio > 0 else size.ceil().clamp(min=0)
+    return torch.cat((rois[:, :1].to(dtype), box[:, :2], size), dim=1), samples.long()
+
+
+def upright_places(
+    rois: Tensor, bins: tuple[int, int], scale: float, ratio: int, aligned: bool, dtype: torch.dtype
+) -> tuple[Tensor, Places]:
+    """Grids and places for `serve.ops.roi_sampling.sample_blocks`: those of the forward function."""
+    where, samples = _sampling(rois, bins, scale, ratio, aligned, dtype)
+
+    def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
+        shape = (len(rows), *bins, down, across)
+        y = _sample_positions(where[rows, 2], where[rows, 4], bins[0], down).view(-1, bins[0], 1, down, 1)
+        x = _sample_positions(where[rows, 1], where[rows, 3], bins[1], across).view(-1, 1, bins[1], 1, across)
+        return y.expand(shape).flatten(3).flatten(1, 2), x.expand(shape).flatten(3).flatten(1, 2)
+
+    return samples.flip(1), places
 
 
 def _pool_torch(
@@ -151,7 +153,7 @@ def _bilinear(input: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     picked = image[:, None, None]
 
     def at(rows: Tensor, columns: Tensor) -> Tensor:
-        return maps[picked, rows[:, :, None], columns[:, None, :]].float()
+        return maps[picked, rows[:, :, None], columns[:, None, :]].to(y.dtype)
 
     wy, wx = y_weight[:, :, None, None], x_weight[:, None, :, None]
     top = at(y_low, x_low) * (1 - wx) + at(y_low, x_high) * wx

@@ -16,7 +16,8 @@ from torch import Tensor
 from serve.ops.bilinear import clamped_corners, mix_rows, on_numba, pixel_rows, working_dtype
 from serve.ops.checks import as_numpy, check_rank, check_same_device
 from serve.ops.jit import jit
-from serve.ops.roi_sampling import check_regions
+from serve.ops.point_checks import check_floating, check_integer, check_shape, check_tensor
+from serve.ops.roi_sampling import check_pooling
 from serve.ops.threads import in_parts
 
 __all__ = ["border_align_forward", "prroi_pool_forward", "roi_pool_forward"]
@@ -52,11 +53,11 @@ def roi_pool_forward(
         ValueError: a shape does not fit.
         IndexError: a region names an image that is not there.
     """
-    image = check_regions(input, rois, 5)
-    expected = (rois.shape[0], input.shape[1], pooled_height, pooled_width)
-    for name, tensor in (("output", output), ("argmax", argmax)):
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
+    image = check_pooling(input, rois, output, 5, (pooled_height, pooled_width))
+    expected = tuple(output.shape)
+    check_shape("argmax", argmax, *expected)
+    check_integer(argmax=argmax)
+    check_same_device(input=input, argmax=argmax)
     if output.numel() == 0:
         return
     maps = input.detach().permute(0, 2, 3, 1).to(working_dtype(input)).contiguous()
@@ -176,10 +177,7 @@ def prroi_pool_forward(
         ValueError: a shape does not fit.
         IndexError: a region names an image that is not there.
     """
-    image = check_regions(input, rois, 5)
-    expected = (rois.shape[0], input.shape[1], pooled_height, pooled_width)
-    if tuple(output.shape) != expected:
-        raise ValueError(f"output must be {expected}, got {tuple(output.shape)}")
+    image = check_pooling(input, rois, output, 5, (pooled_height, pooled_width))
     if output.numel() == 0:
         return
     dtype = working_dtype(input)
@@ -187,8 +185,8 @@ def prroi_pool_forward(
     height, width, channels = maps.shape[1:]
     # Triangle areas are differences of near numbers: in float64 whatever the maps are in.
     box = rois[:, 1:5].double() * spatial_scale
-    down = _triangle_means(box[:, 1], box[:, 3], pooled_height, height).to(dtype)
-    across = _triangle_means(box[:, 0], box[:, 2], pooled_width, width).to(dtype)
+    sizes = torch.Size((height, width))
+    down, across = (one.to(dtype) for one in integral_weights(box, (pooled_height, pooled_width), sizes))
     block = max(1, ELEMENTS_PER_BLOCK // (pooled_height * width * channels))
     for number in range(maps.shape[0]):
         here = (image == number).nonzero().squeeze(1)
@@ -200,6 +198,12 @@ def prroi_pool_forward(
             output[rows] = pooled.to(output.dtype)
 
 
+def integral_weights(box: Tensor, bins: tuple[int, int], size: torch.Size) -> tuple[Tensor, Tensor]:
+    """(R, bins y, H) and (R, bins x, W): the share of each row and column in each bin of boxes (R, 4), map pixels."""
+    down = _triangle_means(box[:, 1], box[:, 3], bins[0], size[0])
+    return down, _triangle_means(box[:, 0], box[:, 2], bins[1], size[1])
+
+
 def _triangle_means(start: Tensor, end: Tensor, bins: int, size: int) -> Tensor:
     """(R, bins, size): weight of each pixel in the mean over each of `bins` equal parts of start..end."""
     step = (end - start).clamp(min=0) / bins
@@ -207,8 +211,10 @@ def _triangle_means(start: Tensor, end: Tensor, bins: int, size: int) -> Tensor:
     # Area under a triangle of half width 1 around the pixel, from its left foot to the edge.
     t = (edge[..., None] - torch.arange(size, device=start.device)).clamp(-1, 1)
     area = torch.where(t <= 0, (1 + t) ** 2 / 2, 1 - (1 - t) ** 2 / 2)
-    part = (area[:, 1:] - area[:, :-1]) / step[:, None, None]
-    return torch.where(step[:, None, None] > 0, part, torch.zeros_like(part))
+    width = step[:, None, None]
+    # Never a division by zero, not even in what is thrown away: its gradient would not be a number.
+    part = (area[:, 1:] - area[:, :-1]) / torch.where(width > 0, width, torch.ones_like(width))
+    return torch.where(width > 0, part, torch.zeros_like(part))
 
 
 def border_align_forward(
@@ -227,26 +233,17 @@ def border_align_forward(
     Raises:
         ValueError: a shape does not fit.
     """
-    check_rank("input", input, 4)
-    check_rank("boxes", boxes, 3)
-    dtype = working_dtype(input)
-    check_same_device(input=input, boxes=boxes, output=output, argmax_idx=argmax_idx)
-    batch, planes, height, width = input.shape
-    if pool_size < 1:
-        raise ValueError(f"pool_size must be at least 1, got {pool_size}")
-    if planes % BORDERS:
-        raise ValueError(f"input must have a multiple of 4 channels, got {planes}")
-    if boxes.shape[0] != batch or boxes.shape[2] != 4:
-        raise ValueError(f"boxes must be ({batch}, N, 4), got {tuple(boxes.shape)}")
-    channels, count = planes // BORDERS, boxes.shape[1]
-    for name, tensor in (("output", output), ("argmax_idx", argmax_idx)):
-        if tuple(tensor.shape) != (batch, channels, count, BORDERS):
-            raise ValueError(f"{name} must be {(batch, channels, count, BORDERS)}, got {tuple(tensor.shape)}")
+    channels, count = check_borders(input, boxes, pool_size)
+    batch, _, height, width = input.shape
+    check_tensor(("input", input), "output", output, batch, channels, count, BORDERS)
+    check_shape("argmax_idx", argmax_idx, *output.shape)
+    check_integer(argmax_idx=argmax_idx)
+    check_same_device(input=input, argmax_idx=argmax_idx)
     if output.numel() == 0:
         return
     maps = input.detach().view(batch, BORDERS, channels, height, width).permute(0, 3, 4, 1, 2)
-    maps = maps.to(dtype).contiguous()
-    corners = boxes.detach().to(dtype)
+    maps = maps.to(working_dtype(input)).contiguous()
+    corners = boxes.detach().to(maps.dtype)
     if on_numba(input):
         best = np.empty((batch, count, BORDERS, channels), dtype=np.float32)
         at = np.empty(best.shape, dtype=np.int32)
@@ -261,6 +258,24 @@ def border_align_forward(
         found, number = _border_torch(maps, corners, pool_size)
     output.copy_(found.permute(0, 3, 1, 2))
     argmax_idx.copy_(number.permute(0, 3, 1, 2))
+
+
+def check_borders(input: Tensor, boxes: Tensor, pool_size: int, name: str = "input") -> tuple[int, int]:
+    """Channels per border and boxes per image, after checks of map and boxes."""
+    check_rank(name, input, 4)
+    check_rank("boxes", boxes, 3)
+    check_floating(**{name: input, "boxes": boxes})
+    check_same_device(**{name: input, "boxes": boxes})
+    if boxes.numel() > 0 and input.numel() == 0:
+        raise ValueError(f"{name} must have pixels to take borders of, got shape {tuple(input.shape)}")
+    batch, planes = input.shape[:2]
+    if pool_size < 1:
+        raise ValueError(f"pool_size must be at least 1, got {pool_size}")
+    if planes % BORDERS:
+        raise ValueError(f"{name} must have a multiple of 4 channels, got {planes}")
+    if boxes.shape[0] != batch or boxes.shape[2] != 4:
+        raise ValueError(f"boxes must be ({batch}, N, 4), got {tuple(boxes.shape)}")
+    return planes // BORDERS, boxes.shape[1]
 
 
 def _border_torch(maps: Tensor, boxes: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,14 @@ of detectors or pyramid levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from serve.ops.bilinear import average_samples, working_dtype
 from serve.ops.checks import check_rank, check_same_device, check_width
+from serve.ops.point_checks import check_floating
 
 __all__ = [
     "bezier_align_forward",
@@ -61,19 +62,16 @@ def roi_align_rotated_forward(
         ValueError: a shape does not fit, or a size is negative while `aligned`.
         IndexError: a region names an image that is not there.
     """
-    image = _check(input, rois, output, 6, (input.shape[1], pooled_height, pooled_width))
-    if output.numel() == 0:
-        return
-    box = rois[:, 1:6].to(working_dtype(input))
-    centre = box[:, :2] * spatial_scale - (0.5 if aligned else 0.0)
-    extent = box[:, 2:4] * spatial_scale
-    if not aligned:
-        extent = extent.clamp(min=1.0)
-    elif bool((extent < 0).any()):
-        raise ValueError("rois must have widths and heights of at least 0 when aligned")
-    angle = -box[:, 4] if clockwise else box[:, 4]
-    places = _turned(centre, extent, angle, pooled_height, pooled_width)
-    _pool(input, image, _grids(extent, pooled_height, pooled_width, sampling_ratio), places, output)
+    image = check_pooling(input, rois, output, 6, (pooled_height, pooled_width))
+    if output.numel() > 0:
+        box = rois[:, 1:6].to(working_dtype(input))
+        bins = (pooled_height, pooled_width)
+        _pool(
+            input,
+            image,
+            *rotated_places(box, bins, spatial_scale, sampling_ratio, aligned, clockwise),
+            output,
+        )
 
 
 def riroi_align_rotated_forward(
@@ -104,33 +102,40 @@ def riroi_align_rotated_forward(
         ValueError: a shape does not fit.
         IndexError: a region names an image that is not there.
     """
-    if num_orientations < 1 or features.shape[1] % num_orientations:
-        raise ValueError(
-            f"features must have a multiple of num_orientations={num_orientations} channels, "
-            f"got {features.shape[1]}"
-        )
-    image = _check(features, rois, output, 6, (features.shape[1], pooled_height, pooled_width), "features")
+    image = check_pooling(features, rois, output, 6, (pooled_height, pooled_width), "features")
+    check_orientations(features, num_orientations, "features")
     if output.numel() == 0:
         return
     box = rois[:, 1:6].to(working_dtype(features))
-    extent = (box[:, 2:4] * spatial_scale).clamp(min=1.0)
-    angle = -box[:, 4] if clockwise else box[:, 4]
-    places = _turned(box[:, :2] * spatial_scale, extent, angle, pooled_height, pooled_width)
     pooled = torch.empty(output.shape, dtype=box.dtype, device=output.device)
-    _pool(features, image, _grids(extent, pooled_height, pooled_width, num_samples), places, pooled)
-    steps = box[:, 4] * num_orientations / (2 * math.pi)
+    where = rotated_places(box, (pooled_height, pooled_width), spatial_scale, num_samples, False, clockwise)
+    _pool(features, image, *where, pooled)
+    output.copy_(turn_orientations(pooled, box[:, 4], num_orientations))
+
+
+def check_orientations(features: Tensor, orientations: int, name: str) -> None:
+    """Raise ValueError unless the channels of `features` are so many orientations of something."""
+    if orientations < 1 or features.shape[1] % orientations:
+        raise ValueError(
+            f"{name} must have a multiple of num_orientations={orientations} channels, got {features.shape[1]}"
+        )
+
+
+def turn_orientations(pooled: Tensor, angle: Tensor, orientations: int) -> Tensor:
+    """(R, C * orientations, bins y, bins x) with the orientation channels of each region turned by `angle` (R,)."""
+    steps = angle * orientations / (2 * math.pi)
     whole = steps.floor()
     share = (steps - whole)[:, None, None]
     # One row of bins per region and channel; the rows of a region's orientations change places.
-    stacked = pooled.view(-1, pooled_height * pooled_width)
-    channel = torch.arange(num_orientations, device=rois.device)[None] - whole[:, None].long()
-    first = torch.arange(stacked.shape[0], device=rois.device).view(len(rois), -1, num_orientations)[:, :, :1]
+    stacked = pooled.flatten(2).flatten(0, 1)
+    channel = torch.arange(orientations, device=pooled.device)[None] - whole[:, None].long()
+    first = torch.arange(stacked.shape[0], device=pooled.device).view(len(angle), -1, orientations)[:, :, :1]
 
     def turned(extra: int) -> Tensor:
-        rows = first + torch.remainder(channel + extra, num_orientations)[:, None]
-        return stacked.index_select(0, rows.flatten()).view(len(rois), -1, stacked.shape[1])
+        rows = first + torch.remainder(channel + extra, orientations)[:, None]
+        return stacked.index_select(0, rows.flatten()).view(len(angle), -1, stacked.shape[1])
 
-    output.copy_(torch.lerp(turned(0), turned(1), share).view(output.shape))
+    return torch.lerp(turned(0), turned(1), share).view(pooled.shape)
 
 
 def deform_roi_pool_forward(
@@ -161,28 +166,21 @@ def deform_roi_pool_forward(
         ValueError: a shape does not fit.
         IndexError: a region names an image that is not there.
     """
-    image = _check(input, rois, output, 5, (input.shape[1], pooled_height, pooled_width))
-    if output.numel() == 0:
-        return
-    box = rois[:, 1:5].to(working_dtype(input)) * spatial_scale - 0.5
-    extent = box[:, 2:] - box[:, :2]
-    bins = pooled_height * pooled_width
-    shift = box.new_zeros((len(rois), 2, bins))
-    if offset.numel() > 0:
-        if offset.numel() != shift.numel():
-            raise ValueError(
-                f"offset must be empty or ({len(rois)}, 2, {pooled_height}, {pooled_width}), "
-                f"got {tuple(offset.shape)}"
-            )
-        check_same_device(input=input, offset=offset)
-        shift = offset.to(box.dtype).reshape(shift.shape) * gamma * extent[:, :, None]
-    plain = _turned((box[:, :2] + box[:, 2:]) / 2, extent, None, pooled_height, pooled_width)
+    image = check_pooling(input, rois, output, 5, (pooled_height, pooled_width))
+    check_shifts(offset, rois, (pooled_height, pooled_width))
+    if output.numel() > 0:
+        box = rois[:, 1:5].to(working_dtype(input))
+        shift = offset.detach().to(box.dtype)
+        bins = (pooled_height, pooled_width)
+        _pool(input, image, *shifted_places(box, shift, bins, spatial_scale, sampling_ratio, gamma), output)
 
-    def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
-        y, x = plain(rows, down, across)
-        return y + shift[rows, 1, :, None], x + shift[rows, 0, :, None]
 
-    _pool(input, image, _grids(extent, pooled_height, pooled_width, sampling_ratio), places, output)
+def check_shifts(offset: Tensor, rois: Tensor, bins: tuple[int, int], name: str = "offset") -> None:
+    """Raise ValueError unless `offset` is empty or has an x and a y for every bin of every region."""
+    if offset.numel() > 0 and tuple(offset.shape) != (len(rois), 2, *bins):
+        raise ValueError(f"{name} must be empty or {(len(rois), 2, *bins)}, got {tuple(offset.shape)}")
+    check_floating(**{name: offset})
+    check_same_device(**{"rois": rois, name: offset})
 
 
 def bezier_align_forward(
@@ -212,43 +210,85 @@ def bezier_align_forward(
         ValueError: a shape does not fit.
         IndexError: a region names an image that is not there.
     """
-    image = _check(input, rois, output, BEZIER_WIDTH, (input.shape[1], aligned_height, aligned_width))
-    if output.numel() == 0:
-        return
-    points = rois[:, 1:BEZIER_WIDTH].to(working_dtype(input)).reshape(-1, 8, 2) * spatial_scale
+    image = check_pooling(input, rois, output, BEZIER_WIDTH, (aligned_height, aligned_width))
+    if output.numel() > 0:
+        points = rois[:, 1:BEZIER_WIDTH].to(working_dtype(input))
+        bins = (aligned_height, aligned_width)
+        _pool(input, image, *bent_places(points, bins, spatial_scale, sampling_ratio, aligned), output)
+
+
+def rotated_places(
+    box: Tensor, bins: tuple[int, int], scale: float, ratio: int, aligned: bool, clockwise: bool
+) -> tuple[Tensor, Places]:
+    """Grids and places for rotated rectangles (R, 5) in image pixels."""
+    centre = box[:, :2] * scale - (0.5 if aligned else 0.0)
+    extent = box[:, 2:4] * scale
+    if not aligned:
+        extent = extent.clamp(min=1.0)
+    elif bool((extent < 0).any()):
+        raise ValueError("rois must have widths and heights of at least 0 when aligned")
+    angle = -box[:, 4] if clockwise else box[:, 4]
+    return _grids(extent, *bins, ratio), _turned(centre, extent, angle, *bins)
+
+
+def shifted_places(
+    box: Tensor, offset: Tensor, bins: tuple[int, int], scale: float, ratio: int, gamma: float
+) -> tuple[Tensor, Places]:
+    """Grids and places for upright rectangles (R, 4) with bins shifted by `offset` (empty for none)."""
+    box = box * scale - 0.5
+    extent = box[:, 2:] - box[:, :2]
+    plain = _turned((box[:, :2] + box[:, 2:]) / 2, extent, None, *bins)
+    if offset.numel() == 0:
+        return _grids(extent, *bins, ratio), plain
+    shift = offset.flatten(2) * gamma * extent[:, :, None]
+
+    def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
+        y, x = plain(rows, down, across)
+        return y + shift[rows, 1, :, None], x + shift[rows, 0, :, None]
+
+    return _grids(extent, *bins, ratio), places
+
+
+def bent_places(
+    points: Tensor, bins: tuple[int, int], scale: float, ratio: int, aligned: bool
+) -> tuple[Tensor, Places]:
+    """Grids and places between two Bézier curves, (R, 16) control points in image pixels."""
+    height, width = bins
+    points = points.reshape(-1, 8, 2) * scale
     upper, lower = points[:, :4], points[:, 4:].flip(1)
     extent = torch.maximum((upper[:, 0] - upper[:, 3]).abs(), (lower[:, 0] - lower[:, 3]).abs())
     if not aligned:
         extent = extent.clamp(min=1.0)
-    u = torch.arange(aligned_width, device=rois.device, dtype=points.dtype) / aligned_width
-    v = torch.arange(aligned_height, device=rois.device, dtype=points.dtype) / aligned_height
+    u = torch.arange(width, device=points.device, dtype=points.dtype) / width
+    v = torch.arange(height, device=points.device, dtype=points.dtype) / height
     # Bernstein polynomials of degree three.
     basis = torch.stack(((1 - u) ** 3, 3 * u * (1 - u) ** 2, 3 * u**2 * (1 - u), u**3))
     top = torch.einsum("rkc,kw->rwc", upper, basis)[:, None]
     bottom = torch.einsum("rkc,kw->rwc", lower, basis)[:, None]
     centre = bottom * v[:, None, None] + top * (1 - v)[:, None, None] - (0.5 if aligned else 0.0)
     centre = centre.flatten(1, 2)
-    size = extent / extent.new_tensor([aligned_width, aligned_height])
+    size = extent / extent.new_tensor([width, height])
 
     def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
         y = centre[rows, :, 1, None] + (_inner(down, size) - 0.5) * size[rows, 1, None, None]
         x = centre[rows, :, 0, None] + (_inner(across, size) - 0.5) * size[rows, 0, None, None]
-        bins = centre.shape[1]
-        shape = (len(rows), bins, down, across)
+        shape = (len(rows), centre.shape[1], down, across)
         return (
             y[:, :, :, None].expand(shape).flatten(2),
             x[:, :, None, :].expand(shape).flatten(2),
         )
 
-    _pool(input, image, _grids(extent, aligned_height, aligned_width, sampling_ratio), places, output)
+    return _grids(extent, *bins, ratio), places
 
 
 def check_regions(input: Tensor, rois: Tensor, width: int, name: str = "input") -> Tensor:
     """The image (R,) int64 of each region, after checks of (B, C, H, W) `input` and (R, `width`) `rois`."""
     check_rank(name, input, 4)
     check_width("rois", rois, width)
-    working_dtype(input)
+    check_floating(**{name: input, "rois": rois})
     check_same_device(**{name: input, "rois": rois})
+    if rois.shape[0] > 0 and input.numel() == 0:
+        raise ValueError(f"{name} must have pixels to take regions of, got shape {tuple(input.shape)}")
     if rois.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=rois.device)
     low, high = torch.aminmax(rois[:, 0])
@@ -261,14 +301,22 @@ def check_regions(input: Tensor, rois: Tensor, width: int, name: str = "input") 
     return rois[:, 0].long()
 
 
-def _check(
-    input: Tensor, rois: Tensor, output: Tensor, width: int, shape: tuple[int, ...], name: str = "input"
+def check_pooling(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    width: int,
+    bins: tuple[int, int],
+    name: str = "input",
+    pooled: str = "output",
 ) -> Tensor:
+    """`check_regions`, and that `output` has a value per region, channel and bin."""
     image = check_regions(input, rois, width, name)
-    expected = (rois.shape[0], *shape)
+    expected = (rois.shape[0], input.shape[1], *bins)
     if tuple(output.shape) != expected:
-        raise ValueError(f"output must be {expected}, got {tuple(output.shape)}")
-    check_same_device(**{name: input, "output": output})
+        raise ValueError(f"{pooled} must be {expected}, got {tuple(output.shape)}")
+    check_floating(**{pooled: output})
+    check_same_device(**{name: input, pooled: output})
     return image
 
 
@@ -310,16 +358,19 @@ def _grids(extent: Tensor, bins_y: int, bins_x: int, ratio: int) -> Tensor:
 
 
 def _pool(input: Tensor, image: Tensor, grids: Tensor, places: Places, output: Tensor) -> None:
-    """Regions with the same sampling grid are done together, in blocks of bounded memory."""
     maps = input.detach().permute(0, 2, 3, 1).to(working_dtype(input)).contiguous()
-    bins = output.shape[2] * output.shape[3]
+    for block, y, x in sample_blocks(grids, places, output.shape[2] * output.shape[3]):
+        pooled = average_samples(maps, image[block], y, x)
+        output[block] = pooled.transpose(1, 2).reshape(len(block), *output.shape[1:]).to(output.dtype)
+
+
+def sample_blocks(grids: Tensor, places: Places, bins: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(rows, y, x): regions with the same sampling grid together, in blocks of bounded memory.
+
+    A region without samples comes with none: (R, bins, 0) `y` and `x`.
+    """
     kinds, kind = torch.unique(grids, dim=0, return_inverse=True)
     for number, (down, across) in enumerate(kinds.tolist()):
         rows = (kind == number).nonzero().squeeze(1)
-        if down * across == 0:
-            output[rows] = 0
-            continue
-        for block in torch.split(rows, max(1, SAMPLES_PER_BLOCK // (bins * down * across))):
-            y, x = places(block, down, across)
-            pooled = average_samples(maps, image[block], y, x)
-            output[block] = pooled.transpose(1, 2).reshape(len(block), *output.shape[1:]).to(output.dtype)
+        for block in torch.split(rows, max(1, SAMPLES_PER_BLOCK // (bins * max(1, down * across)))):
+            yield block, *places(block, down, across)

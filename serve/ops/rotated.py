@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device, check_width
+from serve.ops.checks import as_numpy, check_same_device, check_width, loops_take
 from serve.ops.jit import jit
+from serve.ops.point_checks import check_floating, check_indices, check_shape
 
 __all__ = ["box_iou_rotated", "nms_rotated"]
 
@@ -40,9 +41,14 @@ def box_iou_rotated(
     check_width("bboxes1", bboxes1, 5)
     check_width("bboxes2", bboxes2, 5)
     check_same_device(bboxes1=bboxes1, bboxes2=bboxes2, ious=ious)
+    check_floating(bboxes1=bboxes1, bboxes2=bboxes2, ious=ious)
     n, m = bboxes1.shape[0], bboxes2.shape[0]
+    if mode_flag not in (0, 1):
+        raise ValueError(f"mode_flag must be 0 (iou) or 1 (iof), got {mode_flag!r}")
     if aligned and n != m:
-        raise ValueError(f"aligned boxes must be as many on both sides, got {n} and {m}")
+        raise ValueError(f"bboxes1 and bboxes2 must be as many when aligned, got {n} and {m}")
+    if ious.numel() != (n if aligned else n * m):
+        raise ValueError(f"ious must hold {n if aligned else n * m} numbers, got {tuple(ious.shape)}")
     if n == 0 or m == 0:
         return
     first, second = bboxes1[:, :5].double(), bboxes2[:, :5].double()
@@ -80,11 +86,21 @@ def nms_rotated(
     Returns:
         int64 rows kept, by descending score.
     """
-    check_width("dets", dets, 6 if multi_label else 5)
-    check_same_device(dets=dets, scores=scores, order=order)
+    check_sorted(dets, scores, order, dets_sorted, 6 if multi_label else 5)
     boxes = dets_sorted[:, :5].double()
     groups = dets_sorted[:, 5].double() if multi_label else torch.zeros_like(boxes[:, 0])
     return order[suppress_rotated(boxes, groups, float(iou_threshold), True)]
+
+
+def check_sorted(dets: Tensor, scores: Tensor, order: Tensor, dets_sorted: Tensor, width: int) -> None:
+    """Raise unless the arguments of a suppression of sorted boxes fit one another."""
+    check_width("dets", dets, width)
+    check_shape("scores", scores, dets.shape[0])
+    check_shape("order", order, dets.shape[0])
+    check_shape("dets_sorted", dets_sorted, *dets.shape)
+    check_floating(dets=dets, scores=scores, dets_sorted=dets_sorted)
+    check_same_device(dets=dets, scores=scores, order=order, dets_sorted=dets_sorted)
+    check_indices("order", order, dets.shape[0])
 
 
 def suppress_rotated(boxes: Tensor, groups: Tensor, threshold: float, inclusive: bool) -> Tensor:
@@ -92,7 +108,7 @@ def suppress_rotated(boxes: Tensor, groups: Tensor, threshold: float, inclusive:
 
     `inclusive` drops at IoU == threshold too.
     """
-    if boxes.device.type == "cpu":
+    if loops_take(boxes):
         keep = _suppress_cpu(as_numpy(boxes), as_numpy(groups), threshold, inclusive)
         return torch.from_numpy(keep)
     # One IoU matrix on the device, one transfer of a byte per pair, one scan.
@@ -114,7 +130,7 @@ def scan(hits: Tensor) -> Tensor:
 def overlap_areas(first: Tensor, second: Tensor) -> Tensor:
     """(N, M) float64 overlap areas of (N, 5) and (M, 5) float64 rectangles."""
     n, m = first.shape[0], second.shape[0]
-    if first.device.type == "cpu":
+    if loops_take(first):
         return torch.from_numpy(_overlaps_cpu(as_numpy(first), as_numpy(second)))
     rows = max(1, PAIRS_PER_BLOCK // max(1, m))
     blocks = [

@@ -12,19 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.bilinear import average_samples, working_dtype
+from serve.ops.bilinear import average_samples, average_samples_torch, working_dtype
 from serve.ops.checks import check_rank, check_same_device
+from serve.ops.point_checks import check_floating, check_holds, check_indices, check_integer, check_shape
 
 __all__ = [
     "active_rotated_filter_backward",
     "active_rotated_filter_forward",
+    "correlation_backward",
     "correlation_forward",
+    "rotated_feature_align_backward",
     "rotated_feature_align_forward",
     "tin_shift_backward",
     "tin_shift_forward",
 ]
 
 POINTS = (1, 5)
+# The last twelve arguments of the correlation kernels.
+STEPS = (
+    "kH", "kW", "patchH", "patchW", "padH", "padW",
+    "dilationH", "dilationW", "dilation_patchH", "dilation_patchW", "dH", "dW",
+)  # fmt: skip
 # Which half sides, with which signs, lead from the centre to the four corners.
 CORNERS = ((0, (1.0, -1.0, -1.0, 1.0)), (1, (1.0, 1.0, -1.0, -1.0)))
 
@@ -45,30 +53,60 @@ def rotated_feature_align_forward(
     Raises:
         ValueError: a shape or `points` does not fit.
     """
-    check_rank("features", features, 4)
-    dtype = working_dtype(features)
-    check_same_device(features=features, best_bboxes=best_bboxes, output=output)
-    batch, _, height, width = features.shape
-    if points not in POINTS:
-        raise ValueError(f"points must be 1 or 5, got {points}")
-    if tuple(best_bboxes.shape) != (batch, height, width, 5):
-        raise ValueError(f"best_bboxes must be {(batch, height, width, 5)}, got {tuple(best_bboxes.shape)}")
-    if output.shape != features.shape:
-        raise ValueError(f"output must be {tuple(features.shape)}, got {tuple(output.shape)}")
+    _check_aligned(features, best_bboxes, output, points, "features", "output")
     if output.numel() == 0:
         return
+    image, y, x = _aligned_places(best_bboxes, working_dtype(features), spatial_scale, points)
+    maps = features.detach().permute(0, 2, 3, 1).to(y.dtype).contiguous()
+    mean = average_samples(maps, image, y[:, None], x[:, None]).view(maps.shape)
+    output.copy_((maps + mean * points).permute(0, 3, 1, 2))
+
+
+def rotated_feature_align_backward(
+    grad_output: Tensor, best_bboxes: Tensor, grad_input: Tensor, spatial_scale: float, points: int
+) -> None:
+    """Add to `grad_input` the gradient of `rotated_feature_align_forward` with respect to the map."""
+    _check_aligned(grad_input, best_bboxes, grad_output, points, "grad_input", "grad_output")
+    if grad_output.numel() == 0:
+        return
+    image, y, x = _aligned_places(best_bboxes, working_dtype(grad_input), spatial_scale, points)
+    grad = grad_output.detach().to(y.dtype).permute(0, 2, 3, 1)
+    with torch.enable_grad():
+        maps = torch.zeros_like(grad, memory_format=torch.contiguous_format, requires_grad=True)
+        mean = average_samples_torch(maps, image, y[:, None], x[:, None]).view(maps.shape)
+        (spread,) = torch.autograd.grad(maps + mean * points, maps, grad)
+    grad_input += spread.permute(0, 3, 1, 2)
+
+
+def _check_aligned(
+    features: Tensor, best_bboxes: Tensor, output: Tensor, points: int, name: str, output_name: str
+) -> None:
+    check_rank(name, features, 4)
+    check_floating(**{name: features})
+    check_same_device(**{name: features, "best_bboxes": best_bboxes, output_name: output})
+    if points not in POINTS:
+        raise ValueError(f"points must be 1 or 5, got {points}")
+    batch, _, height, width = features.shape
+    check_shape("best_bboxes", best_bboxes, batch, height, width, 5)
+    check_shape(output_name, output, *features.shape)
+    check_floating(**{"best_bboxes": best_bboxes, output_name: output})
+
+
+def _aligned_places(
+    best_bboxes: Tensor, dtype: torch.dtype, scale: float, points: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For every pixel the image (P,) it is in, and rows and columns (P, points) to sample at."""
+    batch, height, width = best_bboxes.shape[:3]
     boxes = best_bboxes.detach().to(dtype).reshape(-1, 5)
-    y, x = boxes[:, 0, None] * spatial_scale, boxes[:, 1, None] * spatial_scale
+    y, x = boxes[:, 0, None] * scale, boxes[:, 1, None] * scale
     if points > 1:
-        half = boxes[:, 2:4] * (spatial_scale / 2)
+        half = boxes[:, 2:4] * (scale / 2)
         cos, sin = torch.cos(boxes[:, 4, None]), torch.sin(boxes[:, 4, None])
         along, upward = (half[:, side, None] * half.new_tensor(signs) for side, signs in CORNERS)
         x = torch.cat((x, x + cos * along - sin * upward), dim=1)
         y = torch.cat((y, y + sin * along + cos * upward), dim=1)
-    maps = features.detach().permute(0, 2, 3, 1).to(dtype).contiguous()
-    image = torch.arange(batch, device=features.device).repeat_interleave(height * width)
-    mean = average_samples(maps, image, y[:, None], x[:, None]).view(maps.shape)
-    output.copy_((maps + mean * points).permute(0, 3, 1, 2))
+    image = torch.arange(batch, device=boxes.device).repeat_interleave(height * width)
+    return image, y, x
 
 
 def active_rotated_filter_forward(input: Tensor, indices: Tensor, output: Tensor) -> None:
@@ -84,7 +122,7 @@ def active_rotated_filter_forward(input: Tensor, indices: Tensor, output: Tensor
         ValueError: a shape does not fit.
         IndexError: an index is out of range.
     """
-    place = _filter_places(input, indices, output)
+    place = _filter_places(input, indices, output, "input", "output")
     outer, inner = input.shape[:2]
     entries, rotations = place.shape
     flat = input.detach().reshape(outer, inner, entries)
@@ -96,7 +134,7 @@ def active_rotated_filter_forward(input: Tensor, indices: Tensor, output: Tensor
 
 def active_rotated_filter_backward(grad_out: Tensor, indices: Tensor, grad_in: Tensor) -> None:
     """Write into `grad_in` the gradient of `active_rotated_filter_forward`: the sum over the copies."""
-    place = _filter_places(grad_in, indices, grad_out)
+    place = _filter_places(grad_in, indices, grad_out, "grad_in", "grad_out")
     outer, inner = grad_in.shape[:2]
     entries, rotations = place.shape
     turned = grad_out.detach().reshape(outer, rotations, inner, entries)
@@ -104,11 +142,12 @@ def active_rotated_filter_backward(grad_out: Tensor, indices: Tensor, grad_in: T
     grad_in.copy_(turned.gather(3, index).sum(dim=1).view(grad_in.shape))
 
 
-def _filter_places(filters: Tensor, indices: Tensor, turned: Tensor) -> Tensor:
+def _filter_places(filters: Tensor, indices: Tensor, turned: Tensor, name: str, turned_name: str) -> Tensor:
     """(entries, rotations) int64 places from 0."""
-    check_rank("input", filters, 5)
+    check_rank(name, filters, 5)
     check_rank("indices", indices, 4)
-    check_same_device(input=filters, indices=indices, output=turned)
+    check_floating(**{name: filters, turned_name: turned})
+    check_same_device(**{name: filters, "indices": indices, turned_name: turned})
     outer, inner, orientations, height, width = filters.shape
     if tuple(indices.shape[:3]) != (orientations, height, width):
         raise ValueError(
@@ -116,14 +155,10 @@ def _filter_places(filters: Tensor, indices: Tensor, turned: Tensor) -> Tensor:
         )
     rotations = indices.shape[3]
     expected = (outer * rotations, inner * orientations, height, width)
-    if tuple(turned.shape) != expected:
-        raise ValueError(f"output must be {expected}, got {tuple(turned.shape)}")
-    place = indices.reshape(-1, rotations).long() - 1
-    if place.numel() > 0:
-        low, high = torch.stack(torch.aminmax(place)).tolist()
-        if low < 0 or high >= place.shape[0]:
-            raise IndexError(f"indices must lie in 1..{place.shape[0]}, got {low + 1}..{high + 1}")
-    return place
+    check_shape(turned_name, turned, *expected)
+    entries = orientations * height * width
+    check_indices("indices", indices, entries + 1, least=1)
+    return indices.reshape(entries, rotations).long() - 1
 
 
 def correlation_forward(
@@ -165,37 +200,111 @@ def correlation_forward(
     Raises:
         ValueError: a shape does not fit.
     """
-    check_rank("input1", input1, 4)
-    dtype = working_dtype(input1)
-    check_same_device(input1=input1, input2=input2, output=output)
-    if input2.shape != input1.shape:
-        raise ValueError(f"input2 must be {tuple(input1.shape)}, got {tuple(input2.shape)}")
-    if min(kH, kW, patchH, patchW, dilationH, dilationW, dilation_patchH, dilation_patchW, dH, dW) < 1:
-        raise ValueError("kernel, patch, dilations and strides must be positive")
-    if min(padH, padW) < 0:
-        raise ValueError(f"padding must be at least 0, got {padH} and {padW}")
-    batch, _, height, width = input1.shape
-    rows = (height + 2 * padH - ((kH - 1) * dilationH + 1)) // dH + 1
-    columns = (width + 2 * padW - ((kW - 1) * dilationW + 1)) // dW + 1
-    if tuple(output.shape) != (batch, patchH, patchW, rows, columns):
-        raise ValueError(
-            f"output must be {(batch, patchH, patchW, rows, columns)}, got {tuple(output.shape)}"
-        )
-    if output.numel() == 0:
+    steps = (
+        kH,
+        kW,
+        patchH,
+        patchW,
+        padH,
+        padW,
+        dilationH,
+        dilationW,
+        dilation_patchH,
+        dilation_patchW,
+        dH,
+        dW,
+    )
+    _check_correlation(input1, input2, output, steps, "output")
+    if output.numel() > 0:
+        dtype = working_dtype(input1)
+        output.copy_(_correlate(input1.detach().to(dtype), input2.detach().to(dtype), steps))
+
+
+def correlation_backward(
+    grad_output: Tensor,
+    input1: Tensor,
+    input2: Tensor,
+    grad_input1: Tensor,
+    grad_input2: Tensor,
+    kH: int,
+    kW: int,
+    patchH: int,
+    patchW: int,
+    padH: int,
+    padW: int,
+    dilationH: int,
+    dilationW: int,
+    dilation_patchH: int,
+    dilation_patchW: int,
+    dH: int,
+    dW: int,
+) -> None:
+    """Add the gradients of `correlation_forward` to `grad_input1` and `grad_input2`; arguments as there."""
+    steps = (
+        kH,
+        kW,
+        patchH,
+        patchW,
+        padH,
+        padW,
+        dilationH,
+        dilationW,
+        dilation_patchH,
+        dilation_patchW,
+        dH,
+        dW,
+    )
+    _check_correlation(input1, input2, grad_output, steps, "grad_output")
+    for name, grad in (("grad_input1", grad_input1), ("grad_input2", grad_input2)):
+        check_shape(name, grad, *input1.shape)
+        check_floating(**{name: grad})
+        check_same_device(**{"input1": input1, name: grad})
+    if grad_output.numel() == 0:
         return
-    reach_h = dilation_patchH * (patchH - 1) // 2
-    reach_w = dilation_patchW * (patchW - 1) // 2
-    first = input1.detach().to(dtype)
+    dtype = working_dtype(input1)
+    with torch.enable_grad():
+        leaves = [one.detach().to(dtype).requires_grad_() for one in (input1, input2)]
+        grads = torch.autograd.grad(_correlate(leaves[0], leaves[1], steps), leaves, grad_output.to(dtype))
+    grad_input1 += grads[0]
+    grad_input2 += grads[1]
+
+
+def _check_correlation(
+    first: Tensor, second: Tensor, output: Tensor, steps: tuple[int, ...], name: str
+) -> None:
+    check_rank("input1", first, 4)
+    check_floating(input1=first, input2=second, **{name: output})
+    check_same_device(input1=first, input2=second, **{name: output})
+    if second.shape != first.shape:
+        raise ValueError(f"input2 must be {tuple(first.shape)}, got {tuple(second.shape)}")
+    kernel_h, kernel_w, patch_h, patch_w, pad_h, pad_w, dilation_h, dilation_w, *_, stride_h, stride_w = steps
+    for argument, value in zip(STEPS, steps, strict=True):
+        least = 0 if argument.startswith("pad") else 1
+        if value < least:
+            raise ValueError(f"{argument} must be at least {least}, got {value}")
+    batch, _, height, width = first.shape
+    rows = (height + 2 * pad_h - ((kernel_h - 1) * dilation_h + 1)) // stride_h + 1
+    columns = (width + 2 * pad_w - ((kernel_w - 1) * dilation_w + 1)) // stride_w + 1
+    check_shape(name, output, batch, patch_h, patch_w, rows, columns)
+
+
+def _correlate(first: Tensor, second: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """(B, patchH, patchW, H', W') in the dtype of both."""
+    kernel_h, kernel_w, patch_h, patch_w, pad_h, pad_w, dilation_h, dilation_w, down, across, *stride = steps
+    height, width = first.shape[2:]
     # One spare margin: with an even patch the last shift reaches further than the first.
-    far_h, far_w = dilation_patchH * (patchH - 1), dilation_patchW * (patchW - 1)
-    second = functional.pad(input2.detach().to(dtype), (reach_w, far_w, reach_h, far_h))
-    window = first.new_ones((1, 1, kH, kW))
-    for i in range(patchH):
-        for j in range(patchW):
-            top, left = i * dilation_patchH, j * dilation_patchW
-            product = (first * second[:, :, top : top + height, left : left + width]).sum(1, keepdim=True)
-            summed = functional.conv2d(product, window, None, (dH, dW), (padH, padW), (dilationH, dilationW))
-            output[:, i, j] = summed[:, 0].to(output.dtype)
+    far_h, far_w = down * (patch_h - 1), across * (patch_w - 1)
+    padded = functional.pad(second, (far_w // 2, far_w, far_h // 2, far_h))
+    window = first.new_ones((1, 1, kernel_h, kernel_w))
+    made = []
+    for i in range(patch_h):
+        for j in range(patch_w):
+            top, left = i * down, j * across
+            product = (first * padded[:, :, top : top + height, left : left + width]).sum(1, keepdim=True)
+            made.append(
+                functional.conv2d(product, window, None, stride, (pad_h, pad_w), (dilation_h, dilation_w))
+            )
+    return torch.stack([one[:, 0] for one in made], dim=1).view(-1, patch_h, patch_w, *made[0].shape[2:])
 
 
 def tin_shift_forward(input: Tensor, shift: Tensor, output: Tensor) -> None:
@@ -209,27 +318,25 @@ def tin_shift_forward(input: Tensor, shift: Tensor, output: Tensor) -> None:
     Raises:
         ValueError: a shape does not fit.
     """
-    _shift(input, shift, output, 1)
+    _shift(input, shift, output, 1, ("input", "output"))
 
 
 def tin_shift_backward(grad_output: Tensor, shift: Tensor, grad_input: Tensor) -> None:
     """Write into `grad_input` the gradient of `tin_shift_forward`: the shift backwards."""
-    _shift(grad_output, shift, grad_input, -1)
+    _shift(grad_output, shift, grad_input, -1, ("grad_output", "grad_input"))
 
 
-def _shift(source: Tensor, shift: Tensor, target: Tensor, sign: int) -> None:
-    check_rank("input", source, 4)
+def _shift(source: Tensor, shift: Tensor, target: Tensor, sign: int, names: tuple[str, str]) -> None:
+    check_rank(names[0], source, 4)
     check_rank("shift", shift, 2)
-    check_same_device(input=source, shift=shift, output=target)
+    check_integer(shift=shift)
+    check_same_device(**{names[0]: source, "shift": shift, names[1]: target})
     batch, frames, channels, _ = source.shape
     groups = shift.shape[1]
-    if target.shape != source.shape:
-        raise ValueError(f"output must be {tuple(source.shape)}, got {tuple(target.shape)}")
-    if shift.is_floating_point() or shift.shape[0] != batch or groups < 1 or channels % groups:
-        raise ValueError(
-            f"shift must be integers ({batch}, a divisor of {channels}), "
-            f"got {tuple(shift.shape)} {shift.dtype}"
-        )
+    check_shape(names[1], target, *source.shape)
+    check_holds(names[1], target, names[0], source)
+    if shift.shape[0] != batch or groups < 1 or channels % groups:
+        raise ValueError(f"shift must be ({batch}, a divisor of {channels}), got {tuple(shift.shape)}")
     if target.numel() == 0:
         return
     moved = sign * shift.long().repeat_interleave(channels // groups, dim=1)

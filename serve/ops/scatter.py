@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import check_rank, check_same_device
+from serve.ops.point_checks import check_floating, check_indices, check_integer, check_shape, check_tensor
 
 __all__ = ["dynamic_point_to_voxel_backward", "dynamic_point_to_voxel_forward"]
 
@@ -25,7 +26,12 @@ def dynamic_point_to_voxel_forward(feats: Tensor, coors: Tensor, reduce_type: st
     """
     check_rank("feats", feats, 2)
     check_rank("coors", coors, 2)
+    check_floating(feats=feats)
+    check_shape("coors", coors, feats.shape[0], None)
+    check_integer(coors=coors)
     check_same_device(feats=feats, coors=coors)
+    if coors.shape[1] == 0:
+        raise ValueError(f"coors must be (N, at least 1), got {tuple(coors.shape)}")
     if reduce_type not in _REDUCE:
         raise ValueError(f"reduce_type must be one of {sorted(_REDUCE)}, got {reduce_type!r}")
     valid = (coors >= 0).all(dim=1)
@@ -47,7 +53,37 @@ def dynamic_point_to_voxel_backward(
     reduce_count: Tensor,
     reduce_type: str,
 ) -> None:
-    """Write into `grad_feats` (N, C) the gradient of the forward reduction."""
+    """Write into `grad_feats` (N, C) the gradient of the forward reduction.
+
+    Args:
+        grad_feats: (N, C) float, written in place.
+        grad_reduced_feats: (M, C) float.
+        feats: (N, C) float.
+        reduced_feats: (M, C) float, as the forward function made it.
+        coors_idx: (N,) int, the voxel of each point, negative where dropped.
+        reduce_count: (M,) int, points per voxel.
+        reduce_type: as in the forward function.
+
+    Raises:
+        TypeError, ValueError: a tensor of wrong dtype, shape or device; an unknown reduction.
+        IndexError: a voxel that there is not.
+    """
+    check_shape("feats", feats, None, None)
+    check_shape("reduced_feats", reduced_feats, None, feats.shape[1])
+    for name, tensor, like in (
+        ("grad_feats", grad_feats, feats),
+        ("grad_reduced_feats", grad_reduced_feats, reduced_feats),
+        ("reduced_feats", reduced_feats, reduced_feats),
+    ):
+        check_tensor(("feats", feats), name, tensor, *like.shape)
+    check_floating(feats=feats)
+    check_shape("coors_idx", coors_idx, feats.shape[0])
+    check_shape("reduce_count", reduce_count, reduced_feats.shape[0])
+    check_integer(coors_idx=coors_idx, reduce_count=reduce_count)
+    check_same_device(feats=feats, coors_idx=coors_idx, reduce_count=reduce_count)
+    if reduce_type not in _REDUCE:
+        raise ValueError(f"reduce_type must be one of {sorted(_REDUCE)}, got {reduce_type!r}")
+    check_indices("coors_idx", coors_idx.clamp(min=0), max(1, reduced_feats.shape[0]))
     grad_feats.zero_()
     valid = (coors_idx >= 0).nonzero().squeeze(1)
     voxel = coors_idx[valid].long()
@@ -63,4 +99,4 @@ def dynamic_point_to_voxel_backward(
         first = torch.full(reduced_feats.shape, beyond, device=feats.device)
         first.scatter_reduce_(0, voxel[:, None].expand_as(hit), candidate, "amin")
         grad = torch.where(first[voxel] == position, grad, torch.zeros_like(grad))
-    grad_feats[valid] = grad
+    grad_feats[valid] = grad.to(grad_feats.dtype)

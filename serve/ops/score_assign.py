@@ -11,12 +11,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device
+from serve.ops.checks import as_numpy, check_same_device, loops_take
 from serve.ops.jit import jit
 from serve.ops.neighbours import nearest
-from serve.ops.point_checks import check_floating, check_shape, working
+from serve.ops.point_checks import check_floating, check_indices, check_shape, working
 
-__all__ = ["assign_score_withk_forward", "chamfer_distance_forward"]
+__all__ = [
+    "assign_score_withk_backward",
+    "assign_score_withk_forward",
+    "chamfer_distance_backward",
+    "chamfer_distance_forward",
+]
 
 Floats = npt.NDArray[np.floating]
 I64 = npt.NDArray[np.int64]
@@ -60,34 +65,83 @@ def assign_score_withk_forward(
         TypeError, ValueError: a tensor of wrong dtype, shape or device; an unknown `aggregate`.
         IndexError: a centre out of range that has neighbours within.
     """
-    check_shape("points", points, B, N0, M, O)
-    check_shape("centers", centers, B, N0, M, O)
-    check_shape("scores", scores, B, N1, K, M)
-    check_shape("knn_idx", knn_idx, B, N1, K)
-    check_shape("output", output, B, O, N1, K)
-    check_floating(points=points, centers=centers, scores=scores, output=output)
-    check_same_device(points=points, centers=centers, scores=scores, knn_idx=knn_idx, output=output)
-    if knn_idx.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"knn_idx must be int32 or int64, got {knn_idx.dtype}")
-    if aggregate not in (0, 1, 2):
-        raise ValueError(f"aggregate must be 0 (sum), 1 (avg) or 2 (max), got {aggregate!r}")
-    if output.numel() == 0:
-        return
-    near = (knn_idx >= 0) & (knn_idx < N0)
-    if bool((near & ~near[..., :1]).any()):
-        raise IndexError(f"knn_idx must begin each row with the centre, a row in [0, {N0})")
-    if N0 == 0:
+    _check_assign(points, centers, scores, knn_idx, (B, N0, N1, M, K, O), aggregate, output=output)
+    if output.numel() == 0 or N0 == 0:
         return
     dtype = torch.promote_types(working(points).dtype, working(scores).dtype)
     points, centers, scores = (part.detach().to(dtype) for part in (points, centers, scores))
     total = output.detach().to(dtype, copy=True).contiguous()
-    if points.device.type == "cpu":
+    if loops_take(points):
         _assign_cpu(
             as_numpy(points), as_numpy(centers), as_numpy(scores), as_numpy(knn_idx.long()), total.numpy()
         )
     else:
         assign_torch(points, centers, scores, knn_idx, total)
     output.copy_(total)
+
+
+def assign_score_withk_backward(
+    grad_out: Tensor,
+    points: Tensor,
+    centers: Tensor,
+    scores: Tensor,
+    knn_idx: Tensor,
+    grad_points: Tensor,
+    grad_centers: Tensor,
+    grad_scores: Tensor,
+    B: int,
+    N0: int,
+    N1: int,
+    M: int,
+    K: int,
+    O: int,  # noqa: E741 - mmcv's name
+    aggregate: int,
+) -> None:
+    """Add the gradients of `assign_score_withk_forward` to the ``grad_`` tensors; arguments as there."""
+    _check_assign(points, centers, scores, knn_idx, (B, N0, N1, M, K, O), aggregate, grad_out=grad_out)
+    targets = {"grad_points": grad_points, "grad_centers": grad_centers, "grad_scores": grad_scores}
+    for (name, target), like in zip(targets.items(), (points, centers, scores), strict=True):
+        check_shape(name, target, *like.shape)
+        check_floating(**{name: target})
+        check_same_device(**{"points": points, name: target})
+    if grad_out.numel() == 0 or N0 == 0:
+        return
+    dtype = torch.promote_types(working(points).dtype, working(scores).dtype)
+    with torch.enable_grad():
+        leaves = [part.detach().to(dtype).requires_grad_() for part in (points, centers, scores)]
+        total = torch.zeros(grad_out.shape, dtype=dtype, device=grad_out.device)
+        assign_torch(leaves[0], leaves[1], leaves[2], knn_idx, total)
+        grads = torch.autograd.grad(total, leaves, grad_out.to(dtype), allow_unused=True)
+    for target, grad in zip(targets.values(), grads, strict=True):
+        if grad is not None:
+            target += grad
+
+
+def _check_assign(
+    points: Tensor,
+    centers: Tensor,
+    scores: Tensor,
+    knn_idx: Tensor,
+    sizes: tuple[int, ...],
+    aggregate: int,
+    **summed: Tensor,
+) -> None:
+    clouds, n0, n1, m, k, channels = sizes
+    check_shape("points", points, clouds, n0, m, channels)
+    check_shape("centers", centers, clouds, n0, m, channels)
+    check_shape("scores", scores, clouds, n1, k, m)
+    check_shape("knn_idx", knn_idx, clouds, n1, k)
+    for name, tensor in summed.items():
+        check_shape(name, tensor, clouds, channels, n1, k)
+    check_floating(points=points, centers=centers, scores=scores, **summed)
+    check_same_device(points=points, centers=centers, scores=scores, knn_idx=knn_idx, **summed)
+    if knn_idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"knn_idx must be int32 or int64, got {knn_idx.dtype}")
+    if aggregate not in (0, 1, 2):
+        raise ValueError(f"aggregate must be 0 (sum), 1 (avg) or 2 (max), got {aggregate!r}")
+    near = (knn_idx >= 0) & (knn_idx < n0)
+    if bool((near & ~near[..., :1]).any()):
+        raise IndexError(f"knn_idx must begin each row with the centre, a row in [0, {n0})")
 
 
 def assign_torch(points: Tensor, centers: Tensor, scores: Tensor, knn_idx: Tensor, output: Tensor) -> None:
@@ -143,6 +197,48 @@ def chamfer_distance_forward(
             near, rows = nearest(own, other, 1, float("inf"))
             dist.copy_(near[:, 0])
             idx.copy_(rows[:, 0])
+
+
+def chamfer_distance_backward(
+    xyz1: Tensor,
+    xyz2: Tensor,
+    idx1: Tensor,
+    idx2: Tensor,
+    grad_dist1: Tensor,
+    grad_dist2: Tensor,
+    grad_xyz1: Tensor,
+    grad_xyz2: Tensor,
+) -> None:
+    """Add the gradients of `chamfer_distance_forward` to `grad_xyz1` (B, N, 2) and `grad_xyz2` (B, M, 2).
+
+    `idx1` and `idx2` are as the forward function wrote them.
+
+    Raises:
+        TypeError, ValueError: a tensor of wrong dtype, shape or device.
+        IndexError: a row out of range.
+    """
+    check_shape("xyz1", xyz1, None, None, 2)
+    check_shape("xyz2", xyz2, xyz1.shape[0], None, 2)
+    check_shape("grad_xyz1", grad_xyz1, *xyz1.shape)
+    check_shape("grad_xyz2", grad_xyz2, *xyz2.shape)
+    check_floating(xyz1=xyz1, xyz2=xyz2, grad_xyz1=grad_xyz1, grad_xyz2=grad_xyz2)
+    check_same_device(xyz1=xyz1, xyz2=xyz2, grad_xyz1=grad_xyz1, grad_xyz2=grad_xyz2)
+    first, second = working(xyz1), working(xyz2)
+    for number, own, other, idx, grad, into, into_other in (
+        (1, first, second, idx1, grad_dist1, grad_xyz1, grad_xyz2),
+        (2, second, first, idx2, grad_dist2, grad_xyz2, grad_xyz1),
+    ):
+        check_shape(f"idx{number}", idx, *own.shape[:2])
+        check_shape(f"grad_dist{number}", grad, *own.shape[:2])
+        check_floating(**{f"grad_dist{number}": grad})
+        check_same_device(**{"xyz1": xyz1, f"idx{number}": idx, f"grad_dist{number}": grad})
+        if own.shape[1] == 0 or other.shape[1] == 0:
+            continue
+        check_indices(f"idx{number}", idx, other.shape[1])
+        cloud = torch.arange(own.shape[0], device=own.device)[:, None].expand(idx.shape)
+        slope = 2 * working(grad)[..., None] * (own - other[cloud, idx.long()])
+        into += slope
+        into_other.index_put_((cloud, idx.long()), -slope.to(into_other.dtype), accumulate=True)
 
 
 @jit

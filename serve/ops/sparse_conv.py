@@ -16,9 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_rank, check_same_device
+from serve.ops.checks import as_numpy, check_same_device, loops_take
 from serve.ops.jit import jit, jit_contracted
+from serve.ops.point_checks import check_tensor
+from serve.ops.register_tile import CHANNELS, ROWS, add_products, panels
 from serve.ops.threads import in_parts
+from serve.ops.voxel_checks import check_rulebook, check_rulebook_rows
 
 __all__ = [
     "fused_indice_conv_forward",
@@ -29,7 +32,7 @@ __all__ = [
 ]
 
 
-# Output rows done together: their sums stay in the innermost cache while the weights of one offset pass by.
+# Output rows done together: their sums stay in a near cache while the weights of one offset pass by.
 _TILE = 256
 
 
@@ -56,22 +59,7 @@ def indice_conv_forward(
     Returns:
         (M, Cout) features.
     """
-    weight = _weight(features, filters, indice_pairs)
-    if features.device.type == "cpu" and features.dtype == torch.float32:
-        neighbours = _neighbours_cpu(indice_pairs, indice_pair_num, num_act_out, bool(inverse))
-        if neighbours is not None:
-            return _convolve_cpu(features, weight, neighbours)
-    counts: list[int] = indice_pair_num.tolist()  # the one transfer
-    centre = _identity_offset(counts, num_act_out, bool(subm))
-    # Autocast would halve the products but not the sum they are added to; a compiled kernel is outside it too.
-    with torch.autocast(features.device.type, enabled=False):
-        if centre is None:
-            output = features.new_zeros((num_act_out, weight.shape[2]))
-        else:
-            output = torch.mm(features, weight[centre])
-        for k, source, target in _offsets(indice_pairs, counts, bool(inverse), centre):
-            output.index_add_(0, target, torch.mm(features.index_select(0, source), weight[k]))
-    return output
+    return convolve(features, filters, None, indice_pairs, indice_pair_num, num_act_out, inverse, subm)
 
 
 def fused_indice_conv_forward(
@@ -85,10 +73,45 @@ def fused_indice_conv_forward(
     subm: int = 0,
 ) -> Tensor:
     """`indice_conv_forward` plus `bias` (Cout,)."""
-    return (
-        indice_conv_forward(features, filters, indice_pairs, indice_pair_num, num_act_out, inverse, subm)
-        + bias
-    )
+    return convolve(features, filters, bias, indice_pairs, indice_pair_num, num_act_out, inverse, subm)
+
+
+def convolve(
+    features: Tensor,
+    filters: Tensor,
+    bias: Tensor | None,
+    indice_pairs: Tensor,
+    indice_pair_num: Tensor,
+    num_act_out: int,
+    inverse: int = 0,
+    subm: int = 0,
+    relu: bool = False,
+) -> Tensor:
+    """`indice_conv_forward`, plus `bias` (Cout,) where there is one, negative sums set to zero if `relu`."""
+    check_rulebook(features, indice_pairs, indice_pair_num, num_act_out, subm)
+    weight = _weight(features, filters, indice_pairs)
+    if bias is not None:
+        check_tensor(("features", features), "bias", bias, weight.shape[2])
+    if loops_take(features) and features.dtype == torch.float32:
+        neighbours = _neighbours_cpu(
+            indice_pairs, indice_pair_num, features.shape[0], num_act_out, bool(inverse)
+        )
+        if neighbours is not None:
+            return _convolve_cpu(features, weight, bias, neighbours, relu)
+    check_rulebook_rows(indice_pairs, indice_pair_num, features.shape[0], num_act_out, bool(inverse))
+    counts: list[int] = indice_pair_num.tolist()  # the one transfer
+    centre = _identity_offset(counts, num_act_out, bool(subm))
+    # Autocast would halve the products but not the sum they are added to; a compiled kernel is outside it too.
+    with torch.autocast(features.device.type, enabled=False):
+        if centre is None:
+            output = features.new_zeros((num_act_out, weight.shape[2]))
+        else:
+            output = torch.mm(features, weight[centre])
+        for k, source, target in _offsets(indice_pairs, counts, bool(inverse), centre):
+            output.index_add_(0, target, torch.mm(features.index_select(0, source), weight[k]))
+    if bias is not None:
+        output += bias
+    return output.relu_() if relu else output
 
 
 def indice_conv_backward(
@@ -101,10 +124,17 @@ def indice_conv_backward(
     subm: int = 0,
 ) -> list[Tensor]:
     """Gradients of `indice_conv_forward` for `features` (N, Cin) and `filters`, given `out_bp` (M, Cout)."""
+    check_rulebook(features, indice_pairs, indice_pair_num, out_bp.shape[0], subm)
     weight = _weight(features, filters, indice_pairs)
+    check_tensor(("features", features), "out_bp", out_bp, None, weight.shape[2])
+    if out_bp.dtype != features.dtype:
+        raise TypeError(f"out_bp must be {features.dtype} as features are, got {out_bp.dtype}")
+    check_rulebook_rows(indice_pairs, indice_pair_num, features.shape[0], out_bp.shape[0], bool(inverse))
     counts: list[int] = indice_pair_num.tolist()
     centre = _identity_offset(counts, out_bp.shape[0], bool(subm))
-    grad_weight = torch.zeros_like(weight)
+    # All of the filters: those past the end of a shorter rulebook have no part in the answer.
+    grad_weight = torch.zeros(filters.shape, dtype=filters.dtype, device=filters.device)
+    grad_weight = grad_weight.view(-1, *weight.shape[1:])
     out_bp = out_bp.contiguous()
     if centre is None:
         grad_features = torch.zeros_like(features)
@@ -122,7 +152,8 @@ def indice_maxpool_forward(
     features: Tensor, indice_pairs: Tensor, indice_pair_num: Tensor, num_act_out: int
 ) -> Tensor:
     """Maximum over the inputs of each output row; as in the reference it starts from zero."""
-    check_rank("features", features, 2)
+    check_rulebook(features, indice_pairs, indice_pair_num, num_act_out)
+    check_rulebook_rows(indice_pairs, indice_pair_num, features.shape[0], num_act_out)
     output = features.new_zeros((num_act_out, features.shape[1]))
     for _, source, target in _offsets(indice_pairs, indice_pair_num.tolist(), False, None):
         rows = target.long()
@@ -134,6 +165,12 @@ def indice_maxpool_backward(
     features: Tensor, out_features: Tensor, out_bp: Tensor, indice_pairs: Tensor, indice_pair_num: Tensor
 ) -> Tensor:
     """Every input equal to its output's maximum gets that output's gradient, as in the reference."""
+    check_rulebook(features, indice_pairs, indice_pair_num, out_features.shape[0])
+    for name, tensor in (("out_features", out_features), ("out_bp", out_bp)):
+        check_tensor(("features", features), name, tensor, out_features.shape[0], features.shape[1])
+        if tensor.dtype != features.dtype:
+            raise TypeError(f"{name} must be {features.dtype} as features are, got {tensor.dtype}")
+    check_rulebook_rows(indice_pairs, indice_pair_num, features.shape[0], out_features.shape[0])
     grad_features = torch.zeros_like(features)
     for _, source, target in _offsets(indice_pairs, indice_pair_num.tolist(), False, None):
         hit = features.index_select(0, source) == out_features.index_select(0, target)
@@ -143,9 +180,11 @@ def indice_maxpool_backward(
 
 
 def _weight(features: Tensor, filters: Tensor, indice_pairs: Tensor) -> Tensor:
-    check_rank("features", features, 2)
-    check_rank("indice_pairs", indice_pairs, 3)
-    check_same_device(features=features, filters=filters, indice_pairs=indice_pairs)
+    check_same_device(features=features, filters=filters)
+    if filters.dim() < 3 or 0 in filters.shape:
+        raise ValueError(
+            f"filters must be (k1, …, kD, Cin, Cout), none of them 0, got {tuple(filters.shape)}"
+        )
     if filters.shape[-2] != features.shape[1]:
         raise ValueError(
             f"filters {tuple(filters.shape)} take {filters.shape[-2]} channels, features have {features.shape[1]}"
@@ -153,37 +192,49 @@ def _weight(features: Tensor, filters: Tensor, indice_pairs: Tensor) -> Tensor:
     if features.dtype != filters.dtype:
         raise TypeError(f"features are {features.dtype} but filters {filters.dtype}")
     weight = filters.reshape(-1, filters.shape[-2], filters.shape[-1])
-    if weight.shape[0] != indice_pairs.shape[0]:
+    if weight.shape[0] < indice_pairs.shape[0]:
         raise ValueError(
             f"{weight.shape[0]} kernel offsets in filters but {indice_pairs.shape[0]} in indice_pairs"
         )
-    return weight
+    # Cylinder3D lets a 3 x 3 x 3 layer share the rulebook of a 1 x 3 x 3 one by its key; the reference loops over
+    # the rulebook and takes as many filters from the front, and published weights were trained that way.
+    return weight[: indice_pairs.shape[0]]
 
 
 def _neighbours_cpu(
-    pairs: Tensor, pair_num: Tensor, num_act_out: int, inverse: bool
+    pairs: Tensor, pair_num: Tensor, num_act_in: int, num_act_out: int, inverse: bool
 ) -> npt.NDArray[np.int32] | None:
-    """(M, K) input row of every output row and offset, -1 for none; None if an offset names an output twice.
+    """(K, M) input row of every offset and output row, -1 for none; None if an offset names an output twice.
 
     Raises:
-        IndexError: a pair names an output row that is not there.
+        IndexError: a pair names a row that is not there.
     """
-    table = np.full((num_act_out, pairs.shape[0]), -1, dtype=np.int32)
-    state = _fill_neighbours(as_numpy(pairs), as_numpy(pair_num), inverse, table)
-    if state == _OUT_OF_RANGE:
-        raise IndexError(f"indice_pairs name output rows beyond the {num_act_out} there are")
-    return None if state == _NOT_UNIQUE else table
+    lists, counts = as_numpy(pairs), as_numpy(pair_num)
+    table = np.empty((len(lists), num_act_out), dtype=np.int32)
+    states = np.zeros(len(lists), dtype=np.int32)
+    in_parts(
+        lambda first, last: _fill_neighbours(lists, counts, num_act_in, inverse, table, states, first, last),
+        len(lists),
+    )
+    if (states == _OUT_OF_RANGE).any():
+        raise IndexError(
+            f"indice_pairs must name input rows in [0, {num_act_in}), output rows in [0, {num_act_out}), and as many "
+            f"as indice_pair_num says of the {pairs.shape[2]} there is room for"
+        )
+    return None if (states == _NOT_UNIQUE).any() else table
 
 
-def _convolve_cpu(features: Tensor, weight: Tensor, neighbours: npt.NDArray[np.int32]) -> Tensor:
-    if neighbours.size and int(neighbours.max()) >= features.shape[0]:
-        raise IndexError(f"indice_pairs name input row {int(neighbours.max())} of {features.shape[0]}")
-    rows, kernel = as_numpy(features), as_numpy(weight)
-    output = np.zeros((neighbours.shape[0], weight.shape[2]), dtype=np.float32)
+def _convolve_cpu(
+    features: Tensor, weight: Tensor, bias: Tensor | None, neighbours: npt.NDArray[np.int32], relu: bool
+) -> Tensor:
+    rows, kernel = as_numpy(features), as_numpy(panels(weight))
+    start = np.zeros(kernel.shape[1] * CHANNELS, dtype=np.float32)
+    if bias is not None:
+        start[: weight.shape[2]] = as_numpy(bias)
+    output = np.empty((neighbours.shape[1], weight.shape[2]), dtype=np.float32)
 
     def work(first: int, last: int) -> None:
-        some = slice(first * _TILE, last * _TILE)
-        _convolve_rows(rows, kernel, neighbours[some], output[some])
+        _convolve_tiles(rows, kernel, start, neighbours, relu, output, first, last)
 
     # Shared out by whole tiles: which rows are done together does not depend on the number of threads.
     in_parts(work, -(-len(output) // _TILE))
@@ -197,86 +248,72 @@ _OUT_OF_RANGE, _NOT_UNIQUE = 1, 2
 def _fill_neighbours(
     pairs: npt.NDArray[np.int32],
     counts: npt.NDArray[np.int32],
+    inputs: int,
     inverse: bool,
     table: npt.NDArray[np.int32],
-) -> int:  # pragma: no cover - compiled
+    states: npt.NDArray[np.int32],
+    first: int,
+    last: int,
+) -> None:  # pragma: no cover - compiled
     source, target = (1, 0) if inverse else (0, 1)
-    for k in range(pairs.shape[0]):
+    for k in range(first, last):
+        table[k] = -1
+        if counts[k] < 0 or counts[k] > pairs.shape[2]:
+            states[k] = _OUT_OF_RANGE
+            continue
         for j in range(counts[k]):
             row = pairs[k, target, j]
-            if row < 0 or row >= table.shape[0]:
-                return _OUT_OF_RANGE
-            if table[row, k] != -1:
-                return _NOT_UNIQUE
-            table[row, k] = pairs[k, source, j]
-    return 0
+            if not (0 <= row < table.shape[1] and 0 <= pairs[k, source, j] < inputs):
+                states[k] = _OUT_OF_RANGE
+                break
+            if table[k, row] != -1:
+                states[k] = _NOT_UNIQUE
+                break
+            table[k, row] = pairs[k, source, j]
 
 
 @jit_contracted
-def _convolve_rows(
+def _convolve_tiles(
     features: npt.NDArray[np.float32],
     weight: npt.NDArray[np.float32],
+    start: npt.NDArray[np.float32],
     neighbours: npt.NDArray[np.int32],
+    relu: bool,
     output: npt.NDArray[np.float32],
+    first_tile: int,
+    last_tile: int,
 ) -> None:  # pragma: no cover - compiled
-    offsets, channels, _ = weight.shape
-    rows = np.empty(_TILE, dtype=np.int64)
-    sources = np.empty(_TILE, dtype=np.int64)
-    spare = np.zeros((3, output.shape[1]), dtype=np.float32)
-    for first in range(0, output.shape[0], _TILE):
-        last = min(first + _TILE, output.shape[0])
-        for k in range(offsets):
+    """Fill the output rows of some tiles; `weight` is in `panels`, `start` as wide as those together."""
+    # Behind the sums of a tile lie rows that nobody reads: groups of rows are filled up with them, so that every
+    # row goes the same way and which rows are beside it, in a tile and so in a batch, never changes its bits.
+    sums = np.zeros((_TILE + ROWS, start.shape[0]), dtype=np.float32)
+    targets = np.empty(_TILE + ROWS, dtype=np.int64)
+    sources = np.empty(_TILE + ROWS, dtype=np.int64)
+    for tile in range(first_tile, last_tile):
+        begin = tile * _TILE
+        rows = min(_TILE, output.shape[0] - begin)
+        for o in range(rows):
+            for c in range(start.shape[0]):
+                sums[o, c] = start[c]
+        for k in range(weight.shape[0]):
             n = 0
-            for o in range(first, last):
-                if neighbours[o, k] >= 0:
-                    rows[n], sources[n] = o, neighbours[o, k]
-                    n += 1
-            for r in range(0, n, 4):
-                # The last group is filled up with rows nobody reads, so that every row goes the same way:
-                # which rows are its neighbours in a tile, and so in a batch, never changes its bits.
-                p, out_p = features[sources[r]], output[rows[r]]
-                q, out_q = (features[sources[r + 1]], output[rows[r + 1]]) if r + 1 < n else (p, spare[0])
-                s, out_s = (features[sources[r + 2]], output[rows[r + 2]]) if r + 2 < n else (p, spare[1])
-                t, out_t = (features[sources[r + 3]], output[rows[r + 3]]) if r + 3 < n else (p, spare[2])
-                _add_four_rows(weight[k], channels, p, q, s, t, out_p, out_q, out_s, out_t)
-
-
-Row = npt.NDArray[np.float32]
-
-
-@jit_contracted
-def _add_four_rows(
-    w: npt.NDArray[np.float32],
-    channels: int,
-    p: Row,
-    q: Row,
-    s: Row,
-    t: Row,
-    out_p: Row,
-    out_q: Row,
-    out_s: Row,
-    out_t: Row,
-) -> None:  # pragma: no cover - compiled
-    """Four rows and four input channels at a time: every weight loaded serves four products, every sum four."""
-    by_four = channels - channels % 4
-    for a in range(0, by_four, 4):
-        p0, p1, p2, p3 = p[a], p[a + 1], p[a + 2], p[a + 3]
-        q0, q1, q2, q3 = q[a], q[a + 1], q[a + 2], q[a + 3]
-        s0, s1, s2, s3 = s[a], s[a + 1], s[a + 2], s[a + 3]
-        t0, t1, t2, t3 = t[a], t[a + 1], t[a + 2], t[a + 3]
-        w0, w1, w2, w3 = w[a], w[a + 1], w[a + 2], w[a + 3]
-        for c in range(w.shape[1]):
-            b0, b1, b2, b3 = w0[c], w1[c], w2[c], w3[c]
-            out_p[c] += p0 * b0 + p1 * b1 + p2 * b2 + p3 * b3
-            out_q[c] += q0 * b0 + q1 * b1 + q2 * b2 + q3 * b3
-            out_s[c] += s0 * b0 + s1 * b1 + s2 * b2 + s3 * b3
-            out_t[c] += t0 * b0 + t1 * b1 + t2 * b2 + t3 * b3
-    for a in range(by_four, channels):
-        for c in range(w.shape[1]):
-            out_p[c] += p[a] * w[a, c]
-            out_q[c] += q[a] * w[a, c]
-            out_s[c] += s[a] * w[a, c]
-            out_t[c] += t[a] * w[a, c]
+            for o in range(rows):
+                # Written always, counted where there is a neighbour: no branch to mispredict.
+                targets[n] = o
+                sources[n] = neighbours[k, begin + o]
+                n += neighbours[k, begin + o] >= 0
+            if n == 0:
+                continue
+            for extra in range(-n % ROWS):
+                targets[n + extra] = _TILE + extra
+                sources[n + extra] = sources[0]
+            for p in range(weight.shape[1]):
+                for r in range(0, n, ROWS):
+                    add_products(features, weight[k, p], sums, sources, targets, r, p * CHANNELS)
+        for o in range(rows):
+            for c in range(output.shape[1]):
+                total = sums[o, c]
+                output[begin + o, c] = np.float32(0) if relu and total < 0 else total
 
 
 def _identity_offset(counts: list[int], num_act_out: int, subm: bool) -> int | None:

@@ -5,8 +5,7 @@ For stride s, padding p, dilation d and kernel offset k a convolution pairs inpu
 keeps the input's voxels and takes s = 1, p = kernel // 2 (mmcv 2.1.0 `csrc/pytorch/cuda/spconv_ops_cuda.cu`,
 `getValidOutPos` in its `spconv/geometry.h`). Knows nothing about features or weights.
 
-Output voxels come in the order of their first input (CPU) or by linear index (other devices); layers do
-not depend on the order.
+Output voxels come in the order of their linear index.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_rank
-from serve.ops.hashing import find_or_insert, table_size
+from serve.ops.checks import as_numpy, check_rank, loops_take
 from serve.ops.jit import jit
+from serve.ops.point_checks import check_integer
+from serve.ops.threads import in_parts
 
 __all__ = [
     "get_indice_pairs_2d_backward",
@@ -71,6 +71,9 @@ def _forward(
     """
     ndim = len(ksize)
     check_rank("indices", indices, 2)
+    check_integer(indices=indices)
+    if indices.device.type == "meta":
+        raise ValueError(f"indices must be on a device that holds numbers, got {indices.device}")
     if indices.shape[1] != ndim + 1:
         raise ValueError(f"indices must be (N, {ndim + 1}) for a {ndim}-d kernel, got {tuple(indices.shape)}")
     volume = prod(ksize)
@@ -78,13 +81,14 @@ def _forward(
         raise ValueError(f"kernel volume must be in 1..{MAX_KERNEL_VOLUME}, got {volume} from {list(ksize)}")
     if min(out_shape) <= 0:
         raise ValueError(f"output shape {list(out_shape)} is empty: the kernel is larger than its input")
+    batch_size = int(batch_size)  # mmdet3d's dynamic voxel networks give a tensor
     if batch_size * prod(out_shape) >= 2**62 or batch_size * prod(spatial_shape) >= 2**62:
         raise ValueError(f"spatial shape {list(spatial_shape)} x batch {batch_size} does not fit 62 bits")
     if subm:
         stride, padding, transpose = [1] * ndim, [k // 2 for k in ksize], 0
     geometry = np.array([ksize, stride, padding, dilation, out_shape, spatial_shape], dtype=np.int64)
     _check_bounds(indices, batch_size, spatial_shape)
-    build = _rulebook_cpu if indices.device.type == "cpu" else _rulebook_torch
+    build = _rulebook_cpu if loops_take(indices) else _rulebook_torch
     return build(indices.to(torch.int32), geometry, bool(subm), bool(transpose))
 
 
@@ -119,24 +123,14 @@ get_indice_pairs_3d_backward = _with_grid
 
 def _rulebook_cpu(indices: Tensor, geometry: I64, subm: bool, transpose: bool) -> Rulebook:
     rows = as_numpy(indices)
-    n, volume = rows.shape[0], int(np.prod(geometry[0]))
-    offsets = _kernel_offsets(geometry[0])
-    pairs = np.full((volume, 2, n), -1, dtype=np.int32)
+    volume = int(np.prod(geometry[0]))
+    pairs = np.full((volume, 2, rows.shape[0]), -1, dtype=np.int32)
     counts = np.zeros(volume, dtype=np.int32)
     if subm:
-        keys = np.full(table_size(n), -1, dtype=np.int64)
-        slots = np.empty(keys.shape[0], dtype=np.int32)
-        _submanifold_pairs(rows, geometry, offsets, pairs, counts, keys, slots)
-        out = indices
-    else:
-        out_rows = np.empty((max(1, 2 * n), rows.shape[1]), dtype=np.int32)
-        keys = np.full(table_size(2 * n), -1, dtype=np.int64)
-        slots = np.empty(keys.shape[0], dtype=np.int32)
-        out_rows, made = _strided_pairs(
-            rows, geometry, offsets, transpose, pairs, counts, keys, slots, out_rows
-        )
-        out = torch.from_numpy(out_rows[:made])
-    return [out, torch.from_numpy(pairs), torch.from_numpy(counts)]
+        _submanifold_pairs(rows, geometry, pairs, counts)
+        return [indices, torch.from_numpy(pairs), torch.from_numpy(counts)]
+    out = _strided_pairs(rows, geometry, transpose, pairs, counts)
+    return [torch.from_numpy(out), torch.from_numpy(pairs), torch.from_numpy(counts)]
 
 
 def _kernel_offsets(ksize: I64) -> I64:
@@ -144,120 +138,141 @@ def _kernel_offsets(ksize: I64) -> I64:
     return np.stack(np.unravel_index(np.arange(int(np.prod(ksize))), tuple(ksize)), axis=1).astype(np.int64)
 
 
+def _submanifold_pairs(rows: I32, geometry: I64, pairs: I32, counts: I32) -> None:
+    """Fill `pairs` and `counts`: a neighbour is found by walking two copies of the sorted voxels in step.
+
+    Voxels are numbered within a grid that has room for the kernel around it: a neighbour under offset k is then
+    always the same distance away, and one outside the grid has a number that no voxel has.
+    """
+    ksize, _, padding, dilation, _, shape = geometry
+    reach = np.maximum(0, (ksize - 1) * dilation - padding)
+    widths = np.cumprod([1, *(shape + padding + reach)[::-1]])[::-1].astype(np.int64)
+    key = (rows[:, 0] * widths[0]) + (rows[:, 1:] + padding) @ widths[1:]
+    distances = (_kernel_offsets(ksize) * dilation - padding) @ widths[1:]
+    order = np.argsort(key)
+    known = key[order]
+    # Where o sees i under one offset, i sees o under the opposite one: half the walks do. That holds for odd
+    # kernels without dilation; the others walk for every offset.
+    volume = len(distances)
+    mirrored = bool((ksize % 2 == 1).all() and (dilation == 1).all())
+    walks = (volume + 1) // 2 if mirrored else volume
+
+    def work(first: int, last: int) -> None:
+        _walk(known, order, distances, mirrored, pairs, counts, first, last)
+
+    in_parts(work, walks)
+
+
 @jit
-def _submanifold_pairs(
-    rows: I32, geometry: I64, offsets: I64, pairs: I32, counts: I32, keys: I64, slots: I32
+def _walk(
+    known: I64,
+    order: I64,
+    distances: I64,
+    mirrored: bool,
+    pairs: I32,
+    counts: I32,
+    first: int,
+    last: int,
 ) -> None:  # pragma: no cover - compiled
-    ndim = rows.shape[1] - 1
-    padding, dilation, shape = geometry[2], geometry[3], geometry[5]
-    for i in range(rows.shape[0]):
-        key = np.int64(rows[i, 0])
-        for d in range(ndim):
-            key = key * shape[d] + rows[i, d + 1]
-        at = find_or_insert(keys, key, True)
-        keys[at] = key
-        slots[at] = i
-    # Where o sees i under one offset, i sees o under the opposite one: half the look-ups do. That holds for odd
-    # kernels without dilation; the others look up every offset.
-    volume = offsets.shape[0]
-    mirrored = volume % 2 == 1
-    for d in range(ndim):
-        mirrored = mirrored and dilation[d] == 1 and geometry[0, d] % 2 == 1
-    for k in range((volume + 1) // 2 if mirrored else volume):
-        n = 0
-        for o in range(rows.shape[0]):
-            key = np.int64(rows[o, 0])
-            inside = True
-            for d in range(ndim):
-                c = rows[o, d + 1] - padding[d] + offsets[k, d] * dilation[d]
-                if c < 0 or c >= shape[d]:
-                    inside = False
-                    break
-                key = key * shape[d] + c
-            if not inside:
-                continue
-            at = find_or_insert(keys, key, False)
-            if at >= 0:
-                pairs[k, 0, n] = slots[at]
-                pairs[k, 1, n] = o
+    rows = known.shape[0]
+    for k in range(first, last):
+        opposite = distances.shape[0] - 1 - k
+        n, j = 0, 0
+        for i in range(rows):
+            wanted = known[i] + distances[k]
+            while j < rows and known[j] < wanted:
+                j += 1
+            if j == rows:
+                break
+            if known[j] == wanted:
+                pairs[k, 0, n] = order[j]
+                pairs[k, 1, n] = order[i]
+                if mirrored and opposite != k:
+                    pairs[opposite, 0, n] = order[i]
+                    pairs[opposite, 1, n] = order[j]
                 n += 1
         counts[k] = n
-        opposite = volume - 1 - k
-        if mirrored and opposite != k:
-            for j in range(n):
-                pairs[opposite, 0, j] = pairs[k, 1, j]
-                pairs[opposite, 1, j] = pairs[k, 0, j]
+        if mirrored:
             counts[opposite] = n
 
 
+def _strided_pairs(rows: I32, geometry: I64, transpose: bool, pairs: I32, counts: I32) -> I32:
+    """Fill `pairs` and `counts`: all places that are reached are sorted, and numbered in that order.
+
+    Returns:
+        The output voxels, (M, 1 + D).
+    """
+    ksize, stride, _, dilation, shape, _ = geometry
+    # Of the kernel positions along a dimension only every so-maniest meets the output grid.
+    steps = np.ones_like(stride) if transpose else stride // np.gcd(stride, dilation)
+    most = rows.shape[0] * int(np.prod(-(-ksize // steps)))
+    places, meetings = np.empty(most, dtype=np.int64), np.empty((most, 2), dtype=np.int32)
+    total = _reached(rows, geometry, transpose, places, meetings)
+    places = places[:total]
+    order = np.argsort(places)
+    out = np.empty((total, rows.shape[1]), dtype=np.int32)
+    return out[: _number(places, order, meetings, shape, out, pairs, counts)].copy()
+
+
 @jit
-def _strided_pairs(
-    rows: I32,
-    geometry: I64,
-    offsets: I64,
-    transpose: bool,
-    pairs: I32,
-    counts: I32,
-    keys: I64,
-    slots: I32,
-    out_rows: I32,
-) -> tuple[I32, int]:  # pragma: no cover - compiled
+def _reached(
+    rows: I32, geometry: I64, transpose: bool, places: I64, meetings: I32
+) -> int:  # pragma: no cover - compiled
+    """List the linear output place of every pair in `places` and its (offset, input row) in `meetings`."""
     ndim = rows.shape[1] - 1
-    stride, padding, dilation, shape = geometry[1], geometry[2], geometry[3], geometry[4]
-    place = np.empty(ndim, dtype=np.int64)
-    made = 0
+    ksize, stride, padding, dilation, shape = geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]
+    # Found dimension by dimension; the first two rows take turns.
+    offsets = np.empty((2, ksize.prod()), dtype=np.int64)
+    keys = np.empty((2, ksize.prod()), dtype=np.int64)
+    total = 0
     for i in range(rows.shape[0]):
-        for k in range(offsets.shape[0]):
-            key = np.int64(rows[i, 0])
-            inside = True
-            for d in range(ndim):
-                if transpose:
-                    c = rows[i, d + 1] * stride[d] - padding[d] + offsets[k, d] * dilation[d]
-                else:
-                    c = rows[i, d + 1] + padding[d] - offsets[k, d] * dilation[d]
-                    if c < 0 or c % stride[d] != 0:
-                        inside = False
-                        break
-                    c = c // stride[d]
-                if c < 0 or c >= shape[d]:
-                    inside = False
-                    break
-                place[d] = c
-                key = key * shape[d] + c
-            if not inside:
-                continue
-            at = find_or_insert(keys, key, True)
-            if keys[at] != key:
-                if 2 * (made + 1) > keys.shape[0]:
-                    keys, slots = _grown(keys, slots)
-                    at = find_or_insert(keys, key, True)
-                if made == out_rows.shape[0]:
-                    larger = np.empty((2 * made, ndim + 1), dtype=np.int32)
-                    larger[:made] = out_rows
-                    out_rows = larger
-                keys[at] = key
-                slots[at] = made
-                out_rows[made, 0] = rows[i, 0]
-                for d in range(ndim):
-                    out_rows[made, d + 1] = place[d]
-                made += 1
-            n = counts[k]
-            pairs[k, 0, n] = i
-            pairs[k, 1, n] = slots[at]
-            counts[k] = n + 1
-    return out_rows, made
+        now, count = 0, 1
+        offsets[0, 0], keys[0, 0] = 0, rows[i, 0]
+        for d in range(ndim):
+            n = 0
+            for e in range(count):
+                for position in range(ksize[d]):
+                    if transpose:
+                        c = rows[i, d + 1] * stride[d] - padding[d] + position * dilation[d]
+                    else:
+                        c = rows[i, d + 1] + padding[d] - position * dilation[d]
+                        if c % stride[d] != 0:
+                            continue
+                        c = c // stride[d]
+                    if c >= 0 and c < shape[d]:
+                        offsets[1 - now, n] = offsets[now, e] * ksize[d] + position
+                        keys[1 - now, n] = keys[now, e] * shape[d] + c
+                        n += 1
+            now, count = 1 - now, n
+        for e in range(count):
+            places[total] = keys[now, e]
+            meetings[total, 0], meetings[total, 1] = offsets[now, e], i
+            total += 1
+    return total
 
 
 @jit
-def _grown(keys: I64, slots: I32) -> tuple[I64, I32]:  # pragma: no cover - compiled
-    larger = np.full(2 * keys.shape[0], -1, dtype=np.int64)
-    moved = np.empty(2 * keys.shape[0], dtype=np.int32)
-    for i in range(keys.shape[0]):
-        if keys[i] != -1:
-            at = find_or_insert(larger, keys[i], True)
-            larger[at] = keys[i]
-            moved[at] = slots[i]
-    return larger, moved
+def _number(
+    places: I64, order: I64, meetings: I32, shape: I64, out: I32, pairs: I32, counts: I32
+) -> int:  # pragma: no cover - compiled
+    """Number the `places` in their `order`, write their coordinates to `out`, and the pairs in input order."""
+    numbers = np.empty(places.shape[0], dtype=np.int32)
+    made = 0
+    for e in range(order.shape[0]):
+        place = places[order[e]]
+        if e == 0 or place != places[order[e - 1]]:
+            for d in range(shape.shape[0] - 1, -1, -1):
+                out[made, d + 1] = place % shape[d]
+                place //= shape[d]
+            out[made, 0] = place
+            made += 1
+        numbers[order[e]] = made - 1
+    for e in range(places.shape[0]):
+        k = meetings[e, 0]
+        pairs[k, 0, counts[k]] = meetings[e, 1]
+        pairs[k, 1, counts[k]] = numbers[e]
+        counts[k] += 1
+    return made
 
 
 def _rulebook_torch(indices: Tensor, geometry: I64, subm: bool, transpose: bool) -> Rulebook:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import check_rank
+from serve.ops.point_checks import check_floating, check_tensor
 
 __all__ = [
     "sync_bn_backward_data",
@@ -22,13 +23,13 @@ __all__ = [
 
 def sync_bn_forward_mean(input: Tensor, mean: Tensor) -> None:
     """Write the mean of each channel of `input` (N, C, S) into `mean` (C,)."""
-    _check(input, mean=mean)
+    _check("input", input, mean=mean)
     mean.copy_(input.float().mean(dim=(0, 2)))
 
 
 def sync_bn_forward_var(input: Tensor, mean: Tensor, var: Tensor) -> None:
     """Write the mean squared distance of each channel of `input` (N, C, S) from `mean` (C,) into `var` (C,)."""
-    _check(input, mean=mean, var=var)
+    _check("input", input, mean=mean, var=var)
     var.copy_((input.float() - mean[:, None]).square_().mean(dim=(0, 2)))
 
 
@@ -64,7 +65,13 @@ def sync_bn_forward_output(
         momentum: share of the new in the running statistics.
         group_size: processes.
     """
-    _check(input, mean=mean, var=var, weight=weight, bias=bias, std=std)
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    running = {"running_mean": running_mean, "running_var": running_var} if running_mean.numel() > 0 else {}
+    _check(
+        "input", input, "norm", "output",
+        mean=mean, var=var, weight=weight, bias=bias, std=std, norm=norm, output=output, **running,
+    )  # fmt: skip
     std.copy_((var + eps).sqrt())
     norm.copy_((input.float() - mean[:, None]) / std[:, None])
     output.copy_(norm * weight.detach()[:, None] + bias.detach()[:, None])
@@ -77,7 +84,7 @@ def sync_bn_forward_output(
 
 def sync_bn_backward_param(grad_output: Tensor, norm: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
     """Write the gradients of weight and bias (C,), given those of the output (N, C, S) and `norm`."""
-    _check(grad_output, grad_weight=grad_weight, grad_bias=grad_bias)
+    _check("grad_output", grad_output, "norm", norm=norm, grad_weight=grad_weight, grad_bias=grad_bias)
     grad_weight.copy_((grad_output.float() * norm).sum(dim=(0, 2)))
     grad_bias.copy_(grad_output.float().sum(dim=(0, 2)))
 
@@ -92,15 +99,19 @@ def sync_bn_backward_data(
     grad_input: Tensor,
 ) -> None:
     """Write the gradient of the input (N, C, S), given those of output, weight and bias, `norm` and `std`."""
-    _check(grad_output, weight=weight, grad_weight=grad_weight, grad_bias=grad_bias, std=std)
+    _check(
+        "grad_output", grad_output, "norm", "grad_input",
+        weight=weight, grad_weight=grad_weight, grad_bias=grad_bias, norm=norm, std=std, grad_input=grad_input,
+    )  # fmt: skip
     count = grad_output.shape[0] * grad_output.shape[2]
     mean = (grad_weight[:, None] * norm + grad_bias[:, None]) / max(count, 1)
     scale = weight.detach()[:, None].to(torch.float32) / std[:, None]
     grad_input.copy_(scale * (grad_output.float() - mean))
 
 
-def _check(tensor: Tensor, **per_channel: Tensor) -> None:
-    check_rank("input", tensor, 3)
-    for name, value in per_channel.items():
-        if tuple(value.shape) != (tensor.shape[1],):
-            raise ValueError(f"{name} must be ({tensor.shape[1]},), got {tuple(value.shape)}")
+def _check(name: str, tensor: Tensor, *like: str, **others: Tensor) -> None:
+    """Raise unless `tensor` is (N, C, S), the `others` named in `like` too, and the rest are (C,)."""
+    check_rank(name, tensor, 3)
+    check_floating(**{name: tensor})
+    for other, value in others.items():
+        check_tensor((name, tensor), other, value, *(tensor.shape if other in like else tensor.shape[1:2]))

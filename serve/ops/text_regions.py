@@ -53,6 +53,7 @@ def pixel_group(
     check_rank("score", score, 2)
     check_rank("embedding", embedding, 3)
     for name, tensor in (
+        ("score", score),
         ("mask", mask),
         ("embedding", embedding[..., 0] if embedding.shape[2] else score),
         ("kernel_label", kernel_label),

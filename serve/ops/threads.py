@@ -7,7 +7,7 @@ the same instructions whatever the number of threads: results do not depend on i
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -17,16 +17,36 @@ import torch
 __all__ = ["in_parts"]
 
 
+# A thread that wakes up late, on a machine that others use too, finds the rest done instead of holding all up.
+_PARTS_A_THREAD = 4
+
+
 def in_parts(work: Callable[[int, int], Any], total: int) -> None:
-    """Call ``work(first, last)`` for ranges that together cover ``range(total)``, and wait for all of them."""
+    """Call ``work(first, last)`` for ranges that together cover ``range(total)``, and wait for all of them.
+
+    The caller works too; who does which range is not fixed, so `work` must not care.
+    """
     threads = min(torch.get_num_threads(), total)
     if threads <= 1:
         if total > 0:
             work(0, total)
         return
-    bounds = [total * i // threads for i in range(threads + 1)]
-    for part in [_pool(threads).submit(work, a, b) for a, b in pairwise(bounds)]:
-        part.result()
+    count = min(total, threads * _PARTS_A_THREAD)
+    ranges = pairwise(total * i // count for i in range(count + 1))
+    shared = iter(list(ranges))
+
+    def take() -> None:
+        for first, last in shared:  # of a list: two threads never get the same one
+            work(first, last)
+
+    others = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
+    try:
+        take()
+    finally:
+        awake = [one for one in others if not one.cancel()]
+        wait(awake)
+    for one in awake:
+        one.result()
 
 
 @cache

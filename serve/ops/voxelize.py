@@ -14,9 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_width
+from serve.ops.checks import as_numpy, check_same_device, loops_take
 from serve.ops.hashing import find_or_insert, table_size
 from serve.ops.jit import jit
+from serve.ops.point_checks import check_integer, check_shape
+from serve.ops.voxel_checks import check_grid, check_voxel_buffers
 
 __all__ = ["dynamic_voxelize_forward", "hard_voxelize_forward"]
 
@@ -54,12 +56,10 @@ def hard_voxelize_forward(
         deterministic: accepted and ignored: the fast way is deterministic here.
     """
     _check(points, voxel_size, coors_range, NDim)
-    # A non-contiguous output would silently get its rows in a copy.
-    for name, out in (("voxels", voxels), ("coors", coors), ("num_points_per_voxel", num_points_per_voxel)):
-        if not out.is_contiguous():
-            raise ValueError(f"{name} must be contiguous: it is written in place")
+    check_voxel_buffers(points, voxels, coors, num_points_per_voxel, voxel_num, max_points, max_voxels)
+    num_points_per_voxel.zero_()
     size, low, grid = _grid(voxel_size, coors_range)
-    if points.device.type == "cpu" and points.dtype == torch.float32:
+    if loops_take(points) and points.dtype == torch.float32:
         capacity = min(points.shape[0], max_voxels)
         keys = np.full(table_size(capacity), -1, dtype=np.int64)
         slots = np.empty(keys.shape[0], dtype=np.int32)
@@ -79,17 +79,18 @@ def dynamic_voxelize_forward(
 ) -> None:
     """Write each point's voxel coordinate (z, y, x) into `coors` (N, 3) int32, -1 outside the range."""
     _check(points, voxel_size, coors_range, NDim)
+    check_shape("coors", coors, points.shape[0], 3)
+    check_integer(coors=coors)
+    check_same_device(points=points, coors=coors)
     size, low, grid = _grid(voxel_size, coors_range)
     cell, inside = _cells(points, size, low, grid)
     coors.copy_(torch.where(inside[:, None], cell.flip(1), torch.full_like(cell, -1)))
 
 
 def _check(points: Tensor, voxel_size: Tensor, coors_range: Tensor, ndim: int) -> None:
-    check_width("points", points, 3)
-    if not points.is_floating_point():
-        raise TypeError(f"points must be floating point, got {points.dtype}")
-    if ndim != 3 or voxel_size.numel() != 3 or coors_range.numel() != 6:
-        raise ValueError("voxelization takes NDim=3, voxel_size of 3 and coors_range of 6 numbers")
+    check_grid(points, voxel_size, coors_range)
+    if ndim != 3:
+        raise ValueError(f"NDim must be 3, got {ndim}")
 
 
 def _grid(voxel_size: Tensor, coors_range: Tensor) -> tuple[F32, F32, I64]:

@@ -55,3 +55,14 @@ def test_deformable_attention_takes_the_kernel_on_a_cpu():
     from serve.ops.deform_attention import attend
 
     assert multi_scale_deform_attn.multi_scale_deformable_attn_pytorch is attend
+
+
+def test_masked_convolution_calls_torch_as_it_is_today():
+    from mmcv.ops import MaskedConv2d
+
+    layer = MaskedConv2d(2, 3, 3, padding=1)
+    picture, mask = torch.ones(1, 2, 4, 4), torch.ones(1, 4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masked = layer(picture, mask)
+    torch.testing.assert_close(masked, torch.nn.Conv2d.forward(layer, picture))

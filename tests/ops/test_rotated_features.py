@@ -186,7 +186,8 @@ def test_kernels_expand_layer_by_layer(mmcv_ops):
             "best_bboxes",
             lambda z: rotated_features.rotated_feature_align_forward(z, z, z, 1.0, 1),
         ),
-        (ValueError, "shift", lambda z: rotated_features.tin_shift_forward(z, z[0, 0], z)),
+        (ValueError, "shift", lambda z: rotated_features.tin_shift_forward(z, z[0, 0].int(), z)),
+        (TypeError, "shift", lambda z: rotated_features.tin_shift_forward(z, z[0, 0], z)),
         (ValueError, "input2", lambda z: rotated_features.correlation_forward(z, z[:, :1], z, *([1] * 12))),
         (ValueError, "internal_kernel_label", lambda z: text_regions.contour_expand(z[0], z[0, 0, :1], 1, 1)),
         (

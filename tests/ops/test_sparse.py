@@ -221,7 +221,7 @@ def test_arguments_that_do_not_fit_are_named(spoil):
         features = features.half()
     else:
         pairs = pairs[:4]
-    with pytest.raises((ValueError, TypeError), match=r"filters|offsets"):
+    with pytest.raises((ValueError, TypeError), match=r"filters|offsets|indice_pair_num"):
         sparse_conv.indice_conv_forward(features, filters, pairs, counts, 2)
 
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serve.ops
-from serve.ops import upsample
+from serve.ops import carafe, pixel_masks
+
+KERNELS = {name: getattr(module, name) for module in (carafe, pixel_masks) for name in module.__all__}
 
 
 @pytest.fixture
@@ -19,8 +21,8 @@ def mmcv_ops(monkeypatch):
     serve.ops.install("portable")
     import mmcv.ops
 
-    for name in upsample.__all__:
-        monkeypatch.setattr(sys.modules["mmcv._ext"], name, getattr(upsample, name))
+    for name in KERNELS:
+        monkeypatch.setattr(sys.modules["mmcv._ext"], name, KERNELS[name])
     return mmcv.ops
 
 
@@ -52,7 +54,7 @@ def test_carafe_follows_its_definition_both_ways(seed, batch, kernel, groups, sc
     expected = naive_carafe(features, masks, kernel, groups, scale)
     for dtype in (torch.float32, torch.float64):
         output = torch.full(expected.shape, 7.0, dtype=dtype)
-        upsample.carafe_naive_forward(features.to(dtype), masks.to(dtype), output, kernel, groups, scale)
+        carafe.carafe_naive_forward(features.to(dtype), masks.to(dtype), output, kernel, groups, scale)
         np.testing.assert_allclose(output, expected, atol=1e-4)
 
 
@@ -68,13 +70,11 @@ def test_carafe_through_mmcv_takes_half_precision_and_slices(mmcv_ops, monkeypat
     coarse = mmcv_ops.carafe(features.half(), masks.half(), 5, 1, 2)
     assert coarse.dtype == torch.float16
     np.testing.assert_allclose(coarse, expected, atol=5e-2)
-    monkeypatch.setattr(upsample, "ELEMENTS_PER_BLOCK", 1)
+    monkeypatch.setattr(carafe, "ELEMENTS_PER_BLOCK", 1)
     blocked = mmcv_ops.carafe(features.double(), masks.double(), 5, 1, 2)
     np.testing.assert_allclose(blocked, expected, atol=1e-5)
 
 
-# mmcv's own call of torch.addmm.
-@pytest.mark.filterwarnings("ignore:This overload of addmm is deprecated:UserWarning")
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
@@ -86,8 +86,8 @@ def test_masked_convolution_is_the_convolution_where_the_mask_is(seed, kernel, s
     import mmcv.ops
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in upsample.__all__:
-            patch.setattr(sys.modules["mmcv._ext"], name, getattr(upsample, name))
+        for name in KERNELS:
+            patch.setattr(sys.modules["mmcv._ext"], name, KERNELS[name])
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(1, 3, 6, 7, generator=generator)
         mask = (torch.rand(1, 6, 7, generator=generator) < share).float()
@@ -110,11 +110,11 @@ def test_masked_convolution_is_the_convolution_where_the_mask_is(seed, kernel, s
 def test_pixels_that_are_not_there_are_named(error, name, rows, columns):
     rows, columns = torch.tensor(rows), torch.tensor(columns)
     with pytest.raises(error, match=name):
-        upsample.masked_im2col_forward(
+        pixel_masks.masked_im2col_forward(
             torch.zeros(1, 1, 4, 4), rows, columns, torch.zeros(9, len(rows)), 3, 3, 1, 1
         )
     with pytest.raises(error, match=name):
-        upsample.masked_col2im_forward(
+        pixel_masks.masked_col2im_forward(
             torch.zeros(1, len(rows)), rows, columns, torch.zeros(1, 1, 4, 4), 4, 4, 1
         )
 
@@ -122,7 +122,7 @@ def test_pixels_that_are_not_there_are_named(error, name, rows, columns):
 def test_int32_pixels_are_taken():
     rows = torch.tensor([1], dtype=torch.int32)
     image = torch.zeros(1, 1, 2, 2)
-    upsample.masked_col2im_forward(torch.ones(1, 1), rows, rows, image, 2, 2, 1)
+    pixel_masks.masked_col2im_forward(torch.ones(1, 1), rows, rows, image, 2, 2, 1)
     assert image.flatten().tolist() == [0, 0, 0, 1]
 
 
@@ -156,4 +156,4 @@ def test_psa_masks_cover_the_map(mmcv_ops, kind, size):
 )
 def test_what_does_not_fit_carafe_is_named(name, args):
     with pytest.raises(ValueError, match=name):
-        upsample.carafe_naive_forward(*args)
+        carafe.carafe_naive_forward(*args)

@@ -1,0 +1,238 @@
+"""3 x 3 convolution of stride 1 on a CPU by Winograd's minimal filtering F(2 x 2, 3 x 3).
+
+Four outputs take 16 products instead of 36: patches of 4 x 4 inputs and the weights are transformed, multiplied
+place by place (a matrix product over channels each), and transformed back (A. Lavin and S. Gray, "Fast Algorithms
+for Convolutional Neural Networks", CVPR 2016, section 4.1). All transforms are sums and halvings, so rounding
+stays that of a direct convolution, within a small factor. Everything between input and output happens block by
+block in a near cache. An output has the same bits whatever the number of threads and the rest of the batch.
+Knows nothing about networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from serve.ops.checks import as_numpy, check_rank
+from serve.ops.jit import jit, jit_contracted
+from serve.ops.register_tile import (
+    CHANNELS,
+    I64,
+    LANES,
+    ROWS,
+    WIDE,
+    add_products,
+    everywhere,
+    load,
+    panels,
+    vector_at,
+)
+from serve.ops.threads import in_parts
+
+__all__ = ["SUITED", "convolve_3x3", "transform_weight"]
+
+# Measured faster than torch's convolution where vectors are wide; elsewhere nobody has measured.
+SUITED = WIDE
+F32 = npt.NDArray[np.float32]
+I64s = npt.NDArray[np.int64]
+# Patches done together: a multiple of ROWS whose transforms fit a near cache.
+_BLOCK = 48
+_G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def transform_weight(weight: Tensor) -> Tensor:
+    """(Cout, Cin, 3, 3) float32 to what `convolve_3x3` takes: (16, P, Cin, `CHANNELS`), computed in float64.
+
+    Raises:
+        ValueError: another kernel size, or channel counts that are no multiples of a vector's (`CHANNELS`).
+    """
+    check_rank("weight", weight, 4)
+    if weight.shape[2:] != (3, 3) or weight.shape[1] % LANES or weight.shape[0] % CHANNELS:
+        raise ValueError(
+            f"weight must be (a multiple of {CHANNELS}, a multiple of {LANES}, 3, 3), got {tuple(weight.shape)}"
+        )
+    g = torch.tensor(_G, dtype=torch.float64)
+    transformed = torch.einsum("ai,ocij,bj->abco", g, weight.detach().double().cpu(), g)
+    return panels(transformed.flatten(0, 1).float())
+
+
+def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Tensor:
+    """``conv2d(x, w, bias, padding=1)``, negative results set to zero if `relu`.
+
+    Args:
+        x: (B, Cin, H, W) float32 on the CPU; taken as it is if channels-last in memory, else copied.
+        weight: `transform_weight` of w.
+        bias: (Cout,) or None.
+        relu: whether to apply a ReLU.
+
+    Returns:
+        (B, Cout, H, W), channels-last in memory.
+
+    Raises:
+        TypeError: not float32.
+        ValueError: not on the CPU, or channels that do not fit.
+    """
+    check_rank("x", x, 4)
+    if x.dtype != torch.float32:
+        raise TypeError(f"x must be float32, got {x.dtype}")
+    if x.device.type != "cpu":
+        raise ValueError(f"x must be on the CPU, got {x.device}")
+    if x.shape[1] != weight.shape[2]:
+        raise ValueError(f"x has {x.shape[1]} channels but weight takes {weight.shape[2]}")
+    batch, _, height, width = x.shape
+    outputs = weight.shape[1] * CHANNELS
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias must be ({outputs},), got {tuple(bias.shape)}")
+    source = as_numpy(x.permute(0, 2, 3, 1))
+    result = np.empty((batch, height, width, outputs), dtype=np.float32)
+    start = np.zeros(outputs, dtype=np.float32) if bias is None else as_numpy(bias)
+    kernel = as_numpy(weight)
+
+    def work(first: int, last: int) -> None:
+        _strips(source, kernel, start, relu, result, first, last)
+
+    in_parts(work, batch * ((height + 1) // 2))
+    return torch.from_numpy(result).permute(0, 3, 1, 2)
+
+
+@jit_contracted
+def _strips(
+    x: F32, weight: F32, bias: F32, relu: bool, out: F32, first: int, last: int
+) -> None:  # pragma: no cover - compiled
+    """Fill strips of two output rows each; the strips of all pictures of a batch are counted through."""
+    _, height, width, inputs = x.shape
+    outputs = out.shape[3]
+    across = (width + 1) // 2
+    patch, corner = np.empty((4, 4, inputs), np.float32), np.empty((2, 2, outputs), np.float32)
+    seen = np.zeros((16, _BLOCK, inputs), np.float32)
+    sums = np.empty((16, _BLOCK, outputs), np.float32)
+    rows = np.arange(_BLOCK)
+    for strip in range(first, last):
+        picture, y = strip // ((height + 1) // 2), 2 * (strip % ((height + 1) // 2))
+        for begin in range(0, across, _BLOCK):
+            count = min(_BLOCK, across - begin)
+            for t in range(count):
+                left = 2 * (begin + t) - 1
+                if y > 0 and y + 2 < height and left >= 0 and left + 3 < width:
+                    _transform_inputs(x[picture, y - 1 :, left:], seen[:, t:])
+                else:
+                    for i in range(4):
+                        for j in range(4):
+                            if 0 <= y - 1 + i < height and 0 <= left + j < width:
+                                patch[i, j] = x[picture, y - 1 + i, left + j]
+                            else:
+                                patch[i, j] = 0
+                    _transform_inputs(patch, seen[:, t:])
+            for place in range(16):
+                sums[place] = 0
+                for p in range(weight.shape[1]):
+                    for r in range(0, count, ROWS):
+                        add_products(seen[place], weight[place, p], sums[place], rows, rows, r, p * CHANNELS)
+            for t in range(count):
+                left = 2 * (begin + t)
+                if y + 1 < height and left + 1 < width:
+                    _transform_outputs(sums[:, t:], bias, relu, out[picture, y:, left:])
+                else:
+                    _transform_outputs(sums[:, t:], bias, relu, corner)
+                    for i in range(min(2, height - y)):
+                        for j in range(min(2, width - left)):
+                            out[picture, y + i, left + j] = corner[i, j]
+
+
+@jit
+def _transform_inputs(patch: F32, seen: F32) -> None:  # pragma: no cover - compiled
+    """Write the transform of ``patch[:4, :4]`` to ``seen[:, 0]``."""
+    for c in range(0, patch.shape[2], LANES):
+        _inputs_at(patch, seen, c)
+
+
+@jit
+def _transform_outputs(sums: F32, bias: F32, relu: bool, out: F32) -> None:  # pragma: no cover - compiled
+    """Write the transform of ``sums[:, 0]`` plus `bias` to ``out[:2, :2]``."""
+    for c in range(0, out.shape[2], LANES):
+        _outputs_at(sums, bias, relu, out, c)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _inputs_at(typing_context: Any, patch: Any, seen: Any, channel: Any) -> tuple[Any, Callable[..., Any]]:
+    """`_transform_inputs` for `LANES` channels: B' d B, with B' = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        d = _view(context, builder, signature, arguments, 0)
+        v = _view(context, builder, signature, arguments, 1)
+        channel = arguments[2]
+
+        def filtered(line: list[Any]) -> list[Any]:
+            a, b, c, e = line
+            return [
+                builder.fsub(a, c), builder.fadd(b, c), builder.fsub(c, b), builder.fsub(b, e),
+            ]  # fmt: skip
+
+        rows = [[load(builder, d.data, d.at(i, j, channel)) for j in range(4)] for i in range(4)]
+        columns = [filtered([rows[i][j] for i in range(4)]) for j in range(4)]
+        for i in range(4):
+            for j, value in enumerate(filtered([columns[j][i] for j in range(4)])):
+                builder.store(value, vector_at(builder, v.data, v.at(4 * i + j, 0, channel)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(patch, seen, channel), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _outputs_at(
+    typing_context: Any, sums: Any, bias: Any, relu: Any, out: Any, channel: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """`_transform_outputs` for `LANES` channels: A' m A, with A' = (1 1 1 0; 0 1 -1 -1)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        m = _view(context, builder, signature, arguments, 0)
+        b = context.make_array(signature.args[1])(context, builder, arguments[1])
+        o = _view(context, builder, signature, arguments, 3)
+        relu, channel = arguments[2], arguments[4]
+
+        def filtered(line: list[Any]) -> list[Any]:
+            a, b, c, e = line
+            return [builder.fadd(builder.fadd(a, b), c), builder.fsub(builder.fsub(b, c), e)]
+
+        rows = [[load(builder, m.data, m.at(4 * i + j, 0, channel)) for j in range(4)] for i in range(4)]
+        columns = [filtered([rows[i][j] for i in range(4)]) for j in range(4)]
+        offset = load(builder, b.data, channel)
+        zero = everywhere(builder, context.get_constant(types.float32, 0.0))
+        for i in range(2):
+            for j, value in enumerate(filtered([columns[j][i] for j in range(4)])):
+                total = builder.fadd(value, offset)
+                # Ordered: what is no number stays none.
+                negative = builder.fcmp_ordered("<", total, zero)
+                cut = builder.select(negative, zero, total)
+                kept = builder.select(relu, cut, total)
+                builder.store(kept, vector_at(builder, o.data, o.at(i, j, channel)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(sums, bias, relu, out, channel), generate
+
+
+class _View:
+    """A three-dimensional array inside generated code; only its last dimension needs to be contiguous."""
+
+    def __init__(self, builder: Any, array: Any) -> None:
+        self._builder = builder
+        self.data = array.data
+        self._strides = [builder.extract_value(array.strides, d) for d in range(2)]
+
+    def at(self, i: int, j: int, k: Any) -> Any:
+        """The index of element (i, j, k) from the start of the data."""
+        builder, (outer, inner) = self._builder, self._strides
+        size = I64(4)
+        rows = builder.add(builder.mul(I64(i), outer), builder.mul(I64(j), inner))
+        return builder.add(builder.sdiv(rows, size), k)
+
+
+def _view(context: Any, builder: Any, signature: Any, arguments: Any, index: int) -> _View:
+    return _View(builder, context.make_array(signature.args[index])(context, builder, arguments[index]))

@@ -1,0 +1,176 @@
+"""Kernels are compiled once for all processes, whatever can be written; and never fail for want of a disk."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve.ops import machine_code
+
+ROOT = Path(__file__).resolve().parents[2]
+NOBODY = 65534
+# Suppresses boxes, then says what numba's own statistics are and where the machine code lies.
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import serve.ops
+serve.ops.install("portable", cache_dir=Path(sys.argv[1]))
+import torch
+from serve.ops import machine_code, nms
+kept = nms.nms(torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4], [9, 9, 12, 12]]), torch.tensor([3.0, 2, 1]), 0.5, 0)
+stats = nms._nms_cpu.stats
+print(json.dumps({"kept": kept.tolist(), "hits": sum(stats.cache_hits.values()),
+                  "misses": sum(stats.cache_misses.values()), "folder": str(machine_code.folder('nms'))}))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path) -> Iterator[Path]:
+    """A copy of the package in a folder of its own, without any machine code."""
+    site = tmp_path / "site"
+    shutil.copytree(ROOT / "serve", site / "serve", ignore=shutil.ignore_patterns("__pycache__"))
+    yield site
+    may_be_written(site, True)
+
+
+def may_be_written(folder: Path, allowed: bool) -> None:
+    for one in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        os.chmod(one, 0o755 if allowed else 0o555)
+
+
+def obey_permissions() -> None:
+    """Root writes where it may not: give up the capabilities for that (Linux, capabilities(7)) before exec."""
+    for capability in (1, 2, 3):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def run(site: Path, cache_dir: Path, **variables: str) -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", **variables}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(cache_dir)],
+        env=environment, cwd=site, capture_output=True, text=True, check=False, preexec_fn=obey_permissions,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout)
+    assert result["kept"] == [0, 2]
+    return result
+
+
+@pytest.fixture
+def sealed(tmp_path) -> Path:
+    """A folder that cannot be written."""
+    (tmp_path / "sealed").mkdir(mode=0o555)
+    return tmp_path / "sealed"
+
+
+def test_a_second_process_compiles_nothing(installed, tmp_path):
+    first = run(installed, tmp_path / "cache")
+    second = run(installed, tmp_path / "cache")
+    assert (first["hits"], first["misses"]) == (0, 1)
+    assert (second["hits"], second["misses"]) == (1, 0)
+    assert first["folder"] == second["folder"]
+    assert Path(first["folder"]).parent == installed / "serve" / "ops" / "__pycache__"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_set_up_compiled_serves_processes_that_may_write_nothing_but_a_cache(
+    installed, sealed, tmp_path
+):
+    run(installed, sealed)
+    may_be_written(installed, False)
+    result = run(installed, tmp_path / "cache", HOME=str(sealed))
+    assert (result["hits"], result["misses"]) == (1, 0)
+    assert Path(result["folder"]).parent == tmp_path / "cache"
+
+
+def test_without_home_and_cache_the_temporary_folder_does_and_lasts(installed, sealed, tmp_path):
+    may_be_written(installed, False)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    first, second = (
+        run(installed, Path("~/.cache/mmdet3d-serve"), HOME=str(sealed), TMPDIR=str(scratch))
+        for _ in range(2)
+    )
+    assert (first["misses"], second["hits"], second["misses"]) == (1, 1, 0)
+    place = scratch / f"mmdet3d-serve-{os.getuid()}"
+    assert Path(second["folder"]).parent == place
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+
+
+def test_where_nothing_can_be_written_each_process_compiles_for_itself(installed, sealed):
+    may_be_written(installed, False)
+    program = PROGRAM.replace(
+        "import torch", "import torch, tempfile; tempfile._candidate_tempdir_list = lambda: [sys.argv[1]]"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(sealed)],
+        env={**os.environ, "PYTHONPATH": str(installed), "HOME": str(sealed)},
+        cwd=sealed, capture_output=True, text=True, check=False, preexec_fn=obey_permissions,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout)
+    assert (told["kept"], told["misses"], told["folder"]) == ([0, 2], 1, "None")
+
+
+def test_another_version_of_what_a_kernel_rests_on_is_compiled_anew(installed, tmp_path):
+    first = run(installed, tmp_path / "cache")
+    with (installed / "serve" / "ops" / "jit.py").open("a") as source:
+        source.write("# another version\n")
+    second = run(installed, tmp_path / "cache")
+    assert second["misses"] == 1 and second["folder"] != first["folder"]
+    assert not Path(first["folder"]).exists()  # what nobody will read again does not pile up
+
+
+def test_a_truncated_file_is_compiled_anew(installed, tmp_path):
+    folder = Path(run(installed, tmp_path / "cache")["folder"])
+    for file in folder.rglob("nms._nms_cpu*.nbc"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert run(installed, tmp_path / "cache")["misses"] == 1
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_answer(tmp_path):
+    # In place of a full disk: the folder is gone when the first kernel is compiled, a file is in its place.
+    program = PROGRAM.replace(
+        "from serve.ops import machine_code, nms",
+        "from serve.ops import machine_code, nms; import shutil\n"
+        "shutil.rmtree(machine_code.folder('nms')); machine_code.folder('nms').write_text('')",
+    )
+    site = tmp_path / "site"
+    shutil.copytree(ROOT / "serve", site / "serve", ignore=shutil.ignore_patterns("__pycache__"))
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "cache")],
+        env={**os.environ, "PYTHONPATH": str(site)}, cwd=site, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["kept"] == [0, 2]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_can_write_is_not_read(tmp_path, mode):
+    own, place = tmp_path / "file", tmp_path / "place"
+    own.write_text("the sources' folder cannot be written")
+    made = machine_code.folder_among("nms", own, [place])
+    assert made is not None and made.parent == place
+    os.chmod(made, mode)
+    assert machine_code.folder_among("nms", own, [place]) is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file away")
+def test_a_folder_of_somebody_else_is_not_read(tmp_path):
+    own, place = tmp_path / "file", tmp_path / "place"
+    own.write_text("")
+    made = machine_code.folder_among("nms", own, [place])
+    assert made is not None
+    os.chown(made, NOBODY, NOBODY)
+    other = machine_code.folder_among("nms", own, [place, tmp_path / "other"])
+    assert other is not None and other.parent == tmp_path / "other"

@@ -1,0 +1,60 @@
+"""Work shared out over threads: all of it, once, and what one part raises reaches the caller."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from serve.ops.threads import in_parts
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("total", [0, 1, 2, 7, 100])
+def test_every_piece_is_done_once(threads, total):
+    done = [0] * total
+
+    def work(first: int, last: int) -> None:
+        assert first < last
+        for k in range(first, last):
+            done[k] += 1
+
+    in_parts(work, total)
+    assert done == [1] * total
+
+
+def test_what_a_part_raises_reaches_the_caller(threads):
+    def work(first: int, last: int) -> None:
+        if first <= 40 < last:
+            raise IndexError("part 40")
+
+    with pytest.raises(IndexError, match="part 40"):
+        in_parts(work, 100)
+
+
+def test_the_caller_does_not_wait_for_a_thread_that_has_not_begun():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    release, held = threading.Event(), threading.Semaphore(0)
+    outer = threading.Thread(
+        target=lambda: in_parts(lambda first, last: (held.release(), release.wait(30)), 2)
+    )
+    try:
+        outer.start()
+        # Its own thread and the pool's only one are held.
+        assert held.acquire(timeout=30) and held.acquire(timeout=30)
+        done: list[int] = []
+        in_parts(lambda first, last: done.extend(range(first, last)), 50)
+        assert sorted(done) == list(range(50))
+    finally:
+        release.set()
+        outer.join()
+        torch.set_num_threads(before)

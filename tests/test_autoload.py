@@ -1,0 +1,121 @@
+"""Every Python of an environment finds mmcv's kernels: installed as `make setup` does, in real interpreters."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+USE = "import mmcv._ext as e; print('portable' if hasattr(e, 'PORTABLE') else 'compiled')"
+
+
+def setup_env():
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Path:
+    """A fresh virtual environment with the file installed, that sees what this one has."""
+    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
+    setup_env().install_autoload(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory) -> dict[str, Path]:
+    """Folders with a package called mmcv: as mmcv-lite comes, and with an extension of its own."""
+    folders = {}
+    for kind in ("lite", "compiled"):
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        (folders[kind] / "mmcv").mkdir()
+        (folders[kind] / "mmcv" / "__init__.py").touch()
+    (folders["compiled"] / "mmcv" / "_ext.py").touch()
+    return folders
+
+
+def python(environment: Path, code: str, *paths: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("MMDET3D_SERVE_")}
+    joined = os.pathsep.join(str(path) for path in paths)
+    return subprocess.run(
+        [str(environment / "bin" / "python"), "-c", code],
+        env={**kept, "PATH": "/nonexistent", "PYTHONPATH": joined, **variables},
+        cwd=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+HERE = [Path(sysconfig.get_path("purelib")), *(Path(p) for p in sys.path if p.endswith("-packages"))]
+
+
+def test_mmcv_ops_imports_in_a_fresh_environment_without_a_compiler(environment):
+    ran = python(environment, f"import mmcv.ops; {USE}", ROOT, *HERE)
+    assert (ran.stdout, ran.returncode) == ("portable\n", 0), ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("installed", "asked", "taken"),
+    [
+        ("compiled", "", "compiled"),
+        ("compiled", "auto", "compiled"),
+        ("compiled", "portable", "portable"),
+        ("lite", "auto", "portable"),
+    ],
+)
+def test_a_compiled_extension_goes_first_unless_the_environment_says_portable(
+    environment, stand_ins, installed, asked, taken
+):
+    variables = {"MMDET3D_SERVE_OPS": asked} if asked else {}
+    ran = python(environment, USE, stand_ins[installed], ROOT, *HERE, **variables)
+    assert (ran.stdout, ran.returncode) == (f"{taken}\n", 0), ran.stderr
+
+
+def test_a_choice_in_the_program_goes_before_the_environment(environment, stand_ins):
+    code = f"import serve.ops; serve.ops.install('auto'); serve.ops.install(); {USE}"
+    ran = python(environment, code, stand_ins["compiled"], ROOT, MMDET3D_SERVE_OPS="portable")
+    assert (ran.stdout, ran.returncode) == ("compiled\n", 0), ran.stderr
+
+
+def test_a_program_that_chooses_nothing_gets_what_the_environment_says(environment, stand_ins):
+    code = f"import serve.ops; serve.ops.install(); {USE}"
+    ran = python(environment, code, stand_ins["compiled"], ROOT, *HERE, MMDET3D_SERVE_OPS="portable")
+    assert (ran.stdout, ran.returncode) == ("portable\n", 0), ran.stderr
+
+
+def test_a_start_of_python_imports_nothing_of_ours_and_nothing_heavy(environment):
+    code = (
+        "import sys; print(sorted({'serve', 'torch', 'numba', 'numpy', 'mmcv', 'typing'} & set(sys.modules)))"
+    )
+    ran = python(environment, code, ROOT, *HERE)
+    assert (ran.stdout, ran.stderr) == ("[]\n", "")
+
+
+def test_an_impossible_setting_is_a_sentence_at_the_first_use_and_nothing_before(environment, stand_ins):
+    begun = python(
+        environment, "import mmcv; print('fine')", stand_ins["lite"], ROOT, MMDET3D_SERVE_OPS="fast"
+    )
+    assert (begun.stdout, begun.stderr, begun.returncode) == ("fine\n", "", 0)
+    used = python(environment, USE, stand_ins["lite"], ROOT, *HERE, MMDET3D_SERVE_OPS="fast")
+    assert used.returncode == 1
+    assert used.stderr.endswith("SettingsError: MMDET3D_SERVE_OPS='fast': must be auto or portable\n")
+
+
+def test_without_the_project_python_starts_and_mmcv_says_what_it_lacks(environment, stand_ins):
+    ran = python(environment, "print('fine'); import mmcv._ext", stand_ins["lite"])
+    assert ran.stdout == "fine\n"
+    assert ran.stderr.endswith("ModuleNotFoundError: No module named 'mmcv._ext'\n")
+
+
+def test_a_module_of_yours_called_serve_stays_yours(environment, stand_ins, tmp_path):
+    (tmp_path / "serve.py").write_text("MINE = True")
+    ran = python(environment, "import serve, mmcv; print(serve.MINE)", tmp_path, stand_ins["lite"])
+    assert (ran.stdout, ran.stderr) == ("True\n", "")
