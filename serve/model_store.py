@@ -1,0 +1,134 @@
+"""A folder or bucket of archives: put one in, take some out, checked.
+
+An archive that is published carries its sha256; one that is fetched must have it, and must prove to be a whole
+archive of ours, before it takes the place of what was there. What is there already, with that sha256, is not
+fetched again.
+
+Knows nothing about what serves the archives.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve import archive, storage
+from serve.download import sha256_of
+from serve.errors import ArchiveError, ObjectNotFound, StorageError, UriError
+from serve.storage import s3
+from serve.storage.cache import disk_errors
+
+__all__ = ["Fetched", "fetch", "place_of", "publish"]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """One archive of a store that is now in the folder.
+
+    Attributes:
+        path: where it is.
+        sha256: of the whole file, hex.
+        carried_hash: whether the store said what the hash must be; otherwise only the archive's own hashes were
+            compared.
+        was_there: it was in the folder already, the same.
+    """
+
+    path: Path
+    sha256: str
+    carried_hash: bool
+    was_there: bool
+
+
+def place_of(store: str, name: str) -> str:
+    """The address of an archive in a store.
+
+    Raises:
+        UriError: not an address of a bucket.
+    """
+    where = storage.parse(store)
+    if where.scheme != "s3":
+        raise UriError(f"{where} cannot be a model store; write a folder or s3://bucket/models")
+    return str(where.joined(f"{name}.mar"))
+
+
+def publish(path: Path, store: str, *, force: bool = False, progress: bool = True) -> str:
+    """Upload an archive under its own file name; returns its address.
+
+    Raises:
+        ArchiveError: there is one of that name, and `force` is not given.
+        StorageError: the bucket cannot be written.
+    """
+    target = place_of(store, path.stem)
+    if not force and storage.exists(target):
+        raise ArchiveError(f"{target} exists; choose another --model-name, or replace it with --force")
+    storage.upload(path, target, progress=progress)
+    return target
+
+
+def fetch(
+    store: str,
+    folder: Path,
+    models: Sequence[str] = (),
+    *,
+    progress: bool = True,
+    report: Callable[[Fetched], None] | None = None,
+) -> list[Fetched]:
+    """Bring archives of a store into a folder, one after the other, each whole and checked or not at all.
+
+    Args:
+        store: ``s3://bucket/models``.
+        folder: where to; made if missing.
+        models: names, without ``.mar``; all that are there when empty.
+        progress: show a bar on standard error for long transfers where that is a terminal.
+        report: told of each archive that is in place.
+
+    Raises:
+        ObjectNotFound: a name is not in the store, or nothing is.
+        ArchiveError: what is there is no archive that this version can serve.
+        StorageError: wrong hash, unreachable, no room left on the disk.
+    """
+    root = storage.parse(place_of(store, "any"))
+    source = s3.connect(root.cluster)
+    names = [f"{name.removesuffix('.mar')}.mar" for name in models]
+    if not names:
+        listed = source.list(storage.parse(store))
+        names = [one.name for one in listed if not one.is_folder and one.name.endswith(".mar")]
+    if not names:
+        raise ObjectNotFound(f"{store} holds no archive (.mar); make one with `make archive STORE={store}`")
+    with disk_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    done = []
+    for name in names:
+        done.append(_fetch_one(source, storage.parse(store).joined(name), folder / name, progress))
+        if report is not None:
+            report(done[-1])
+    return done
+
+
+def _fetch_one(source: s3.S3, where: storage.Location, target: Path, progress: bool) -> Fetched:
+    info = source.head(where)
+    if info.sha256 and target.is_file() and sha256_of(target) == info.sha256:
+        return Fetched(target, info.sha256, True, True)
+    # Not a name that TorchServe would load.
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with disk_errors(str(target)):
+            with part.open("w+b") as file:
+                source.download(where, file, info=info, progress=progress)
+                file.flush()
+                os.fsync(file.fileno())
+            sha256 = sha256_of(part)
+            if info.sha256 and sha256 != info.sha256:
+                raise StorageError(
+                    f"{where} arrived with sha256 {sha256[:12]}… and should have {info.sha256[:12]}…; it was altered, "
+                    "and is not used"
+                )
+            metadata = archive.verify(part)
+            if f"{metadata.name}.mar" != target.name:
+                raise ArchiveError(f"{where} is an archive of '{metadata.name}'; name it {metadata.name}.mar")
+            os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    return Fetched(target, sha256, bool(info.sha256), False)

@@ -1,0 +1,85 @@
+"""Files behind web addresses, for people and commands that trust the address (see `references` for clients').
+
+The transfer is `serve.download`'s: resumed, hash-checked, atomic. Here it is given a place: files whose name
+carries a hash lie in the cache folder itself, where a person may have put them; any other is kept per version
+(ETag or date) in the bounded part of the cache, and without either it is fetched anew each time.
+
+Does not write, list or log in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import uuid
+from pathlib import Path
+
+from serve import download
+from serve.errors import AccessDenied, ObjectNotFound, StorageError
+from serve.storage.cache import Cache
+from serve.storage.uri import Location
+
+__all__ = ["exists", "local_path", "read"]
+
+_TIMEOUT_S = 30.0
+
+
+def read(where: Location) -> bytes:
+    """All bytes behind the address.
+
+    Raises:
+        DownloadError: not reachable, refused, broken off too often.
+    """
+    with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as folder:
+        return download.fetch(where.path, Path(folder), progress=False).read_bytes()
+
+
+def local_path(where: Location, cache: Cache, *, sha256: str | None = None, progress: bool = True) -> Path:
+    """The path of a checked copy.
+
+    Raises:
+        DownloadError: as `read`, or a wrong hash.
+    """
+    if sha256 or download.hash_in_name(where.path):
+        return download.fetch(where.path, cache.folder.parent, sha256_prefix=sha256, progress=progress)
+    version = _version(where) or uuid.uuid4().hex
+    folder = cache.folder / hashlib.sha256(f"{where.path}\n{version}".encode()).hexdigest()[:32]
+    path = download.fetch(where.path, folder, progress=progress)
+    os.utime(folder)
+    cache.trim(keep=folder / path.name)
+    return path
+
+
+def exists(where: Location) -> bool:
+    """Whether something lies there.
+
+    Raises:
+        StorageError: the server cannot be asked, or does not let us.
+    """
+    try:
+        _headers(where)
+    except ObjectNotFound:
+        return False
+    return True
+
+
+def _version(where: Location) -> str | None:
+    headers = _headers(where)
+    return headers.get("etag") or headers.get("last-modified")
+
+
+def _headers(where: Location) -> dict[str, str]:
+    import httpx
+
+    try:
+        answer = httpx.head(where.path, follow_redirects=True, timeout=_TIMEOUT_S)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise StorageError(f"the server of {where} cannot be reached ({type(error).__name__})") from error
+    if answer.status_code in (404, 410):
+        raise ObjectNotFound(f"there is no {where}; check the address")
+    if answer.status_code in (401, 403):
+        raise AccessDenied(f"the server does not give {where} to us (HTTP {answer.status_code})")
+    if answer.status_code >= 400 and answer.status_code not in (405, 501):  # a server may know no HEAD
+        raise StorageError(f"the server answered {answer.status_code} for {where}; try again later")
+    return dict(answer.headers) if answer.status_code < 400 else {}
