@@ -1,0 +1,295 @@
+"""The gateway's one door to TorchServe: a batch of frames there, an outcome per frame back.
+
+One POST carries a whole batch (`serve.framing`); TorchServe's own batching stays off. Everything TorchServe
+and httpx can do wrong becomes an error of ours here and nowhere else. A batch whose worker died is sent once
+more; one that was out of memory is halved; nothing else is retried. Knows nothing about queues, FastAPI or
+what is in a frame; nothing outside this module knows that the backend is TorchServe.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from serve.client import error_from_answer
+from serve.connection import BrokenOff, Connections, Unreachable
+from serve.errors import (
+    BackendBroken,
+    DeadlineExceeded,
+    ModelNotFound,
+    NotReady,
+    OutOfMemory,
+    ServeError,
+    SettingsError,
+)
+from serve.framing import (
+    FRAMES_CONTENT_TYPE,
+    OUTCOMES_CONTENT_TYPE,
+    Body,
+    Bytes,
+    frame_chunks,
+    unpack_outcomes,
+)
+
+__all__ = ["Answer", "Frame", "ModelState", "TorchServeBackend"]
+
+logger = logging.getLogger(__name__)
+# TorchServe's words when the process that had the batch is gone, or was too slow and was killed.
+_WORKER_DIED = re.compile(r"worker died|worker.*(disconnect|closed)", re.IGNORECASE)
+# Questions of state are answered at once or not at all: a server that hangs must show within 2 s.
+_STATE_TIMEOUT_S = 1.5
+_PAGE = 1000  # models per page of the management API; far more than fit a machine
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame as it is sent on: its bytes (or those of its parts, by name) and its options."""
+
+    body: Body
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one frame came to: the worker's JSON, as it is, and what the worker spent on the whole call, seconds."""
+
+    body: Bytes
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """One version of a model as TorchServe has it now.
+
+    Attributes:
+        name: model name.
+        version: its version.
+        default: whether a request without a version means this one.
+        workers: process ids of all its workers (0 for one without a process), in no order.
+        ready: how many of them are ready.
+    """
+
+    name: str
+    version: str
+    default: bool
+    workers: tuple[int, ...]
+    ready: int
+
+
+class TorchServeBackend:
+    """A connection pool to one TorchServe; belongs to one event loop.
+
+    Args:
+        inference_url: where predictions are asked for.
+        management_url: where models are asked about.
+        key_file: TorchServe's ``key_file.json`` where it runs in token mode; read anew when a token is refused.
+        timeout_s: seconds to wait for a batch; TorchServe's own limit on a worker should be shorter.
+    """
+
+    def __init__(
+        self,
+        inference_url: str,
+        management_url: str,
+        *,
+        key_file: Path | None = None,
+        timeout_s: float = 130.0,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._predict = Connections(inference_url)
+        self._manage = httpx.AsyncClient(base_url=management_url, trust_env=False)
+        self._key_file = key_file
+        self._tokens: dict[str, str] = {} if key_file is None else _read_tokens(key_file)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        self._predict.close()
+        await self._manage.aclose()
+
+    # Predictions
+
+    async def run(self, name: str, version: str, frames: Sequence[Frame]) -> list[Answer | Exception]:
+        """One outcome per frame, in order.
+
+        Raises:
+            NotReady: TorchServe is gone, has no worker, or lost the worker of this batch twice.
+            DeadlineExceeded: no answer within the time limit.
+            BackendBroken: an answer that is not one of ours.
+        """
+        try:
+            return await self._once(name, version, frames)
+        except _WorkerDied:
+            logger.warning(
+                "a worker of %s %s died with a batch of %d; sending it again", name, version, len(frames)
+            )
+        except OutOfMemory as error:
+            if len(frames) > 1:
+                return await self._halved(name, version, frames)
+            if not isinstance(error, _WorkerKilled):
+                return [error]
+            logger.warning("a worker of %s %s was killed with a frame; sending it again", name, version)
+        try:
+            return await self._once(name, version, frames)
+        except _WorkerDied:
+            raise NotReady(f"a worker of {name} died twice with this batch; retry later") from None
+        except OutOfMemory as error:
+            return [error] if len(frames) == 1 else await self._halved(name, version, frames)
+
+    async def _halved(self, name: str, version: str, frames: Sequence[Frame]) -> list[Answer | Exception]:
+        logger.warning("a batch of %d frames is too much for %s %s; halving it", len(frames), name, version)
+        half = len(frames) // 2
+        first = await self.run(name, version, frames[:half])
+        return [*first, *await self.run(name, version, frames[half:])]
+
+    async def _once(self, name: str, version: str, frames: Sequence[Frame]) -> list[Answer | Exception]:
+        path = f"/predictions/{quote(name, safe='')}/{quote(version, safe='')}"
+        chunks = frame_chunks([(frame.body, frame.options) for frame in frames])
+        headers = {"content-type": FRAMES_CONTENT_TYPE, "accept": OUTCOMES_CONTENT_TYPE}
+        with self._mapped("TorchServe", self._timeout_s):
+            reply = await self._predict.post(path, headers | self._auth("inference"), chunks, self._timeout_s)
+        if reply.status != 200:
+            raise self._refusal(reply.status, reply.body)
+        if reply.headers.get("content-type") != OUTCOMES_CONTENT_TYPE:
+            raise BackendBroken(
+                f"model {name} {version} is not one of ours: it answers {reply.headers.get('content-type')!r}; "
+                "make its archive with `make archive`"
+            )
+        outcomes = unpack_outcomes(reply.body)
+        return [
+            Answer(body, outcomes.seconds) if status == 200 else error_from_answer(status, _json(body))
+            for status, body in outcomes.items
+        ]
+
+    def _refusal(self, status: int, body: bytes) -> ServeError:
+        """What a status other than 200 stands for."""
+        answer = _json(body)
+        text = body[:200].decode(errors="replace")
+        said = str(answer.get("message", "")) if isinstance(answer, dict) else ""
+        if status == 500 and _WORKER_DIED.search(said):
+            return _WorkerDied(said)
+        if status == 507 and _WORKER_DIED.search(said):
+            return _WorkerKilled(
+                "a worker was killed with this frame, as when memory runs out; send a smaller one"
+            )
+        if self._key_file is not None and status in (400, 401, 403) and "token" in said.lower():
+            try:
+                self._tokens = _read_tokens(self._key_file)
+            except SettingsError as unread:
+                logger.error(
+                    "TorchServe refused the gateway's token, and a new one cannot be read: %s", unread
+                )
+            return NotReady("TorchServe refused the gateway's token; it is read anew, retry later")
+        error = error_from_answer(status, answer, text)
+        if isinstance(error, ModelNotFound | OutOfMemory | NotReady):
+            return error
+        # Whatever else TorchServe refuses of what the gateway sends is not the client's mistake.
+        return BackendBroken(f"TorchServe answered {status}: {said or text}")
+
+    # State
+
+    async def models(self) -> list[ModelState]:
+        """Every version of every model that is registered now.
+
+        Raises:
+            NotReady: TorchServe does not answer.
+            BackendBroken: it answers something else.
+        """
+        listed = await self._ask(f"/models?limit={_PAGE}")
+        found: list[ModelState] = []
+        for entry in listed["models"]:
+            name = str(entry["modelName"])
+            path = f"/models/{quote(name, safe='')}"
+            try:
+                default = (await self._ask(path))[0]["modelVersion"]
+                found.extend(_state(name, version, default) for version in await self._ask(f"{path}/all"))
+            except ModelNotFound:
+                continue  # removed since it was listed
+        return found
+
+    async def describe(self, name: str, version: str) -> dict[str, Any]:
+        """What a model's handler says of its archive; waits for a worker that is free.
+
+        Raises:
+            BackendBroken: the model is not one of ours.
+            NotReady: TorchServe does not answer, or not in time.
+        """
+        path = f"/models/{quote(name, safe='')}/{quote(version, safe='')}?customized=true"
+        (entry,) = await self._ask(path, timeout_s=10.0)
+        said = entry.get("customizedMetadata")
+        document = _json(said) if isinstance(said, str) else said
+        if not isinstance(document, dict) or "modality" not in document:
+            raise BackendBroken(
+                f"model {name} {version} does not describe itself as ours do; make its archive with `make archive`"
+            )
+        return document
+
+    async def _ask(self, path: str, timeout_s: float = _STATE_TIMEOUT_S) -> Any:
+        with self._mapped("TorchServe's management port", timeout_s):
+            response = await self._manage.get(path, headers=self._auth("management"), timeout=timeout_s)
+        answer = _json(response.content)
+        if response.status_code == 404:
+            raise ModelNotFound(str(answer.get("message")) if isinstance(answer, dict) else "no such model")
+        if response.status_code != 200 or answer is None:
+            raise self._refusal(response.status_code, response.content)
+        return answer
+
+    def _auth(self, use: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {self._tokens[use]}"} if use in self._tokens else {}
+
+    @contextmanager
+    def _mapped(self, what: str, timeout_s: float) -> Iterator[None]:
+        """Exceptions of httpx and of connections → ours."""
+        try:
+            yield
+        except (Unreachable, httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise NotReady(f"{what} does not answer; retry later") from error
+        except (TimeoutError, httpx.TimeoutException) as error:
+            raise DeadlineExceeded(f"{what} gave no answer within {timeout_s:g} s") from error
+        except (BrokenOff, httpx.TransportError) as error:
+            # Broken off in mid-answer: the server went, and may be back at once.
+            raise _WorkerDied(f"the connection to {what} broke off: {error}") from error
+
+
+class _WorkerDied(NotReady):
+    """The process that had the batch is gone; another may take it."""
+
+
+class _WorkerKilled(OutOfMemory):
+    """It was killed from outside (exit code 137, which TorchServe 0.12 answers with 507): most often for its memory."""
+
+
+def _state(name: str, entry: Mapping[str, Any], default: str) -> ModelState:
+    try:
+        workers = entry["workers"]
+        return ModelState(
+            name=name,
+            version=str(entry["modelVersion"]),
+            default=entry["modelVersion"] == default,
+            workers=tuple(int(worker.get("pid") or 0) for worker in workers),
+            ready=sum(worker["status"] == "READY" for worker in workers),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BackendBroken(f"TorchServe describes model {name} in a way we do not know: {error}") from None
+
+
+def _read_tokens(path: Path) -> dict[str, str]:
+    try:
+        keys = json.loads(path.read_text())
+        return {use: str(keys[use]["key"]) for use in ("inference", "management")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{path} is not TorchServe's key_file.json: {type(error).__name__}") from None
+
+
+def _json(body: Any) -> Any:
+    try:
+        return json.loads(bytes(body) if isinstance(body, memoryview) else body)
+    except ValueError:
+        return None

@@ -1,0 +1,41 @@
+"""The model as a function: a batch of bodies in, JSON for each out. Knows no server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import orjson
+
+from serve.benchmark.serving import slept
+
+__all__ = ["Model", "load"]
+
+Model = Callable[[Sequence[bytes]], list[bytes]]
+
+
+def load(name: str) -> Model:
+    """``slept``, or the detector in a folder into which an archive was unpacked."""
+    if name == "slept":
+        return lambda bodies: [orjson.dumps(one) for one in slept.answers([len(body) for body in bodies])]
+    import torch
+
+    from serve import ops
+    from serve.archive import open_directory
+    from serve.errors import ServeError
+    from serve.runtime import load_detector
+    from serve.wire import Limits, Options, encode_json
+
+    ops.install()
+    detector = load_detector(open_directory(Path(name)), torch.device("cpu"))
+
+    def answers(bodies: Sequence[bytes]) -> list[bytes]:
+        outcomes = detector.run([detector.decode(body, Options(), Limits()) for body in bodies])
+        found = []
+        for outcome in outcomes:
+            if isinstance(outcome, ServeError):
+                raise outcome
+            found.append(encode_json(outcome))
+        return found
+
+    return answers

@@ -1,0 +1,59 @@
+"""The load generator's process, seen from the benchmark: started, asked, and gone with us. Knows no server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from types import TracebackType
+from typing import Self
+
+from serve.benchmark.serving.load import Load, Measured
+from serve.errors import SetupError
+from serve.torchserve.launch import child_environment
+
+__all__ = ["LoadProcess"]
+
+
+class LoadProcess:
+    """A context manager; one load at a time. It ends by itself when its standard input does."""
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "serve.benchmark.serving.load"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=child_environment(),
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def measure(self, load: Load) -> Measured:
+        """Put a load on a server and wait for the result.
+
+        Raises:
+            SetupError: the process has ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(asdict(load)) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise SetupError("the load generator has ended; its last words are above") from None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SetupError("the load generator has ended; its last words are above")
+        return Measured(**json.loads(line))

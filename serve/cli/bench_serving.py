@@ -1,0 +1,149 @@
+"""``tools/bench_serving.py``: the arguments and the words; the measuring is `serve.benchmark.serving`'s."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from serve.benchmark.serving.contenders import FOREIGN, GATEWAY, Subject, slept_archive
+from serve.benchmark.serving.report import Report
+from serve.benchmark.serving.runs import Machine, Plan, Result, measure, priority
+from serve.cli.serving import stoppable
+
+__all__ = ["bench_serving"]
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "benchmarks" / "serving.md"
+SIZES = (16_000, 276_000, 2_000_000)
+BATCHES = ((8, 5), (8, 100), (16, 5), (16, 100))
+QUICK_BATCHES = ((8, 100), (16, 5))
+
+
+def bench_serving(argv: Sequence[str] | None) -> int:
+    """Parse the command line, measure, print tables and then one line of JSON."""
+    names = [
+        GATEWAY,
+        "TorchServe batch 1",
+        *(f"TorchServe batch {n}, {ms} ms" for n, ms in BATCHES),
+        *FOREIGN,
+    ]
+    parser = argparse.ArgumentParser(
+        description="Measure our gateway in front of TorchServe beside TorchServe alone, LitServe, mosec and BentoML: "
+        "the same model, the same load over loopback, in turns. Prints tables and one line of JSON; takes up to "
+        "10 minutes."
+    )
+    parser.add_argument("--quick", action="store_true", help="16 kB frames only, short turns: below 90 s")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=("slept", "second"),
+        default=["slept", "second"],
+        help="slept: 20 ms and 2 ms per frame; second: the demonstration detector (default: both)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=(), metavar="NAME", help=f"contenders: {', '.join(names)}"
+    )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="turns of every contender (default: 3, 2, 1 by frame size)"
+    )
+    parser.add_argument(
+        "--bench-python",
+        type=Path,
+        default=ROOT / ".venv-bench" / "bin" / "python",
+        metavar="PYTHON",
+        help="of LitServe, mosec and BentoML; `make bench-env` makes it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--write-docs", action="store_true", help="renew docs/benchmarks/serving.md and its pictures"
+    )
+    args = parser.parse_args(argv)
+    if args.rounds is not None and not 1 <= args.rounds <= 20:
+        parser.error("--rounds must be from 1 to 20")
+    load_before = os.getloadavg()[0]
+    with stoppable(), tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bench-") as folder:
+        results = _measure(args, Path(folder))
+    spent = [result.others for result in results]
+    machine = Machine(
+        os.cpu_count() or 1, load_before, sum(spent) / len(spent), os.getloadavg()[0], priority()
+    )
+    report = Report(results, machine, datetime.date.today().isoformat(), args.quick)
+    print(report.table())
+    if args.write_docs:
+        for path in report.write_page(PAGE):
+            print(f"wrote {path.relative_to(ROOT)}")
+    print(report.json_line(), flush=True)
+    return 0
+
+
+def _measure(args: argparse.Namespace, folder: Path) -> list[Result]:
+    todo: list[tuple[Subject, list[Plan]]] = []
+    if "slept" in args.models:
+        batches = QUICK_BATCHES if args.quick else BATCHES
+        subject = Subject("slept", slept_archive(folder), "slept", batches, answers_batch=True)
+        todo.append((subject, _slept_plans(args)))
+    if "second" in args.models and not (args.quick and len(args.models) > 1):
+        todo.append((_second(folder), [_second_plan(args)]))
+    results: list[Result] = []
+    bar: tqdm[Any]
+    total = sum(
+        plan.turns() * (len(args.only) or 2 + len(subject.batches) + len(FOREIGN))
+        for subject, plans in todo
+        for plan in plans
+    )
+    with tqdm(total=total, unit="measurement", file=sys.stderr) as bar:
+        for subject, plans in todo:
+            results += measure(
+                subject,
+                plans,
+                folder,
+                args.bench_python.absolute(),
+                only=args.only,
+                say=lambda name: bar.set_description(f"starting {name}"),
+                progress=lambda turns: _tick(bar, turns),
+            )
+    return results
+
+
+def _tick(bar: tqdm[Any], turns: int) -> None:
+    bar.set_description("measuring")
+    bar.update(turns)
+
+
+def _slept_plans(args: argparse.Namespace) -> list[Plan]:
+    dice = random.Random(0)
+    small, medium, large = (dice.randbytes(size) for size in SIZES)
+    if args.quick:
+        return [Plan(small, args.rounds or 1, 0.6, 100.0, 2.0, 64, 1.2, warm_s=0.8)]
+    return [
+        Plan(small, args.rounds or 3, 0.8, 100.0, 4.0, 64, 1.8, warm_s=1.5),
+        Plan(medium, args.rounds or 2, 0.6, 100.0, 2.0, 64, 1.6),
+        Plan(large, args.rounds or 1, 0.6, 0.0, 0.0, 64, 2.0),
+    ]
+
+
+def _second_plan(args: argparse.Namespace) -> Plan:
+    from serve.demo.scenes import sample_frame
+
+    seconds = 3.0 if args.quick else 4.0
+    return Plan(sample_frame(), 1, seconds / 2, 0.0, 0.0, 8, seconds)
+
+
+def _second(folder: Path) -> Subject:
+    from serve import archive
+    from serve.cli.demo import CHECKPOINT, CONFIG
+    from serve.convert import Conversion, convert
+
+    made = convert(Conversion(CONFIG, CHECKPOINT, folder, "second"))
+    opened = folder / "second"
+    opened.mkdir()
+    archive.extract(made.path, opened)
+    return Subject("second", made.path, str(opened), BATCHES[:2], answers_batch=False)

@@ -1,0 +1,43 @@
+"""How many cores this process may use: what the container was given, not what the machine has.
+
+A container with ``--cpus 8`` on a machine with 64 cores still sees all 64. torch would start 64 threads, which the
+kernel then stops for most of every tenth of a second. Knows the files of Linux' control groups (version 2:
+``cpu.max``, version 1: ``cpu.cfs_quota_us``; Documentation/admin-guide/cgroup-v2.rst and
+Documentation/scheduler/sched-bwc.rst of the kernel). Does not know what else runs in the container, and of nested
+groups only the innermost that can be seen, which in a container is its own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+__all__ = ["cores"]
+
+
+def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores to start threads for, at least 1: of those this process may run on, as many as its quota pays for.
+
+    Args:
+        root: where control groups are mounted.
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(root)
+    return available if quota is None else max(1, min(available, math.ceil(quota)))
+
+
+def _quota(root: Path) -> float | None:
+    """Cores' worth of time that the control group may use; None where there is no bound, or none can be read."""
+    try:
+        limit, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            limit = (root / "cpu" / "cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu" / "cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    try:
+        return int(limit) / int(period) if int(limit) > 0 and int(period) > 0 else None
+    except ValueError:  # "max"
+        return None

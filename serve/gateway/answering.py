@@ -1,0 +1,164 @@
+"""Outcomes to what a client asked for: JSON, MessagePack, a picture, a list, or lines as they finish.
+
+The worker's JSON is passed on as it is wherever JSON is asked for. Knows nothing about queues or TorchServe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+import ormsgpack
+
+from serve.backend import Answer, Frame
+from serve.batching import Settled
+from serve.errors import BackendBroken, BadRequest, ServeError, error_body
+
+__all__ = [
+    "Media",
+    "Outcome",
+    "Timing",
+    "chosen_media",
+    "encode_error",
+    "encode_line",
+    "encode_list",
+    "encode_one",
+]
+
+Outcome = Settled[Answer] | ServeError
+Media = Literal["application/json", "application/x-msgpack", "application/x-ndjson", "image/png"]
+
+_MEDIA: tuple[Media, ...] = ("application/json", "application/x-msgpack", "application/x-ndjson", "image/png")
+_ALIASES: Mapping[str, Media] = {
+    "*/*": "application/json",
+    "application/*": "application/json",
+    "application/msgpack": "application/x-msgpack",
+    "application/vnd.msgpack": "application/x-msgpack",
+    "image/*": "image/png",
+}
+
+
+@dataclass
+class Timing:
+    """Where a request's time went, seconds; `header` is the value of ``Server-Timing``."""
+
+    decode_s: float = 0.0
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+    backend_s: float = 0.0
+    encode_s: float = 0.0
+
+    def add(self, settled: Settled[Answer]) -> None:
+        """Count one frame; of several the slowest is what the request waited for."""
+        spent = settled.value.seconds
+        self.queue_s = max(self.queue_s, settled.queue_s)
+        self.backend_s = max(self.backend_s, settled.run_s)
+        self.inference_s = max(self.inference_s, spent.get("inference", 0.0))
+
+    def header(self) -> str:
+        """As the Server-Timing specification writes durations: milliseconds."""
+        spent = {
+            "decode": self.decode_s,
+            "queue": self.queue_s,
+            "inference": self.inference_s,
+            "backend": self.backend_s,
+            "encode": self.encode_s,
+        }
+        return ", ".join(f"{stage};dur={seconds * 1e3:.3f}" for stage, seconds in spent.items())
+
+
+def chosen_media(accept: str | None) -> Media:
+    """The best of what a client accepts that we write, by its quality values; JSON where it says nothing.
+
+    Raises:
+        BadRequest: none of it is known here.
+    """
+    offers: list[tuple[float, int, Media]] = []
+    for position, item in enumerate((accept or "*/*").split(",")):
+        name, *parameters = (part.strip().lower() for part in item.split(";"))
+        media = _ALIASES.get(name) or next((known for known in _MEDIA if known == name), None)
+        quality = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
+        try:
+            weight = float(quality)
+        except ValueError:
+            weight = 0.0
+        if media is not None and weight > 0:
+            offers.append((-weight, position, media))
+    if not offers:
+        raise BadRequest(
+            f"Accept: {accept} names nothing that is written here; known are {', '.join(_MEDIA)}"
+        )
+    return min(offers)[2]
+
+
+async def encode_one(outcome: Settled[Answer], frame: Frame, media: Media, load_dim: int | None) -> bytes:
+    """One answer as `media`; a line where that is NDJSON."""
+    body = bytes(outcome.value.body)
+    if media == "application/json":
+        return body
+    if media == "application/x-msgpack":
+        return ormsgpack.packb(_document(body))
+    if media == "application/x-ndjson":
+        return encode_line(0, outcome, None)
+    return await asyncio.to_thread(_picture, frame, _document(body), load_dim)
+
+
+def _picture(frame: Frame, answer: dict[str, Any], load_dim: int | None) -> bytes:
+    from serve.drawing import draw_frame, png_bytes
+
+    body = frame.body
+    if isinstance(body, Mapping):
+        body = next((part for name, part in body.items() if name in ("points", "image")), b"")
+    try:
+        return png_bytes(draw_frame(bytes(body), answer, load_dim=load_dim or 4))
+    except ValueError as error:
+        raise BadRequest(f"this answer cannot be drawn ({error}); accept application/json") from None
+
+
+def encode_list(outcomes: list[Outcome], media: Media, request_id: str, *, framed: bool = False) -> bytes:
+    """Several answers in order: an array of answers and ``{"error": …}``; as TorchServe's handler where `framed`.
+
+    Raises:
+        BadRequest: a list cannot be a picture.
+    """
+    if media == "image/png":
+        raise BadRequest("a list of frames cannot be one picture; send one frame, or accept application/json")
+    items = []
+    for outcome in outcomes:
+        if isinstance(outcome, ServeError):
+            body = encode_error(outcome, request_id)
+            items.append(b'{"status":%d,%s' % (outcome.status, body[1:]) if framed else body)
+        else:
+            body = bytes(outcome.value.body)
+            items.append(b'{"status":200,"answer":' + body + b"}" if framed else body)
+    joined = b"[" + b",".join(items) + b"]"
+    if framed:
+        joined = b'{"outcomes":' + joined + b"}"
+    return ormsgpack.packb(orjson.loads(joined)) if media == "application/x-msgpack" else joined
+
+
+def encode_line(index: int, outcome: Outcome, request_id: str | None) -> bytes:
+    """One line of NDJSON: ``{"index", "status", "answer" or "error"}``."""
+    if isinstance(outcome, ServeError):
+        return b'{"index":%d,"status":%d,%s\n' % (
+            index,
+            outcome.status,
+            encode_error(outcome, request_id)[1:],
+        )
+    return b'{"index":%d,"status":200,"answer":' % index + bytes(outcome.value.body) + b"}\n"
+
+
+def encode_error(error: ServeError, request_id: str | None) -> bytes:
+    """The one body every error is answered with."""
+    return orjson.dumps(error_body(error, request_id))
+
+
+def _document(body: bytes) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BackendBroken(f"the worker's answer is not JSON: {error}") from None
+    return document

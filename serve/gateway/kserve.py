@@ -1,0 +1,302 @@
+"""The Open Inference Protocol (KServe v2), REST: tensors in JSON or in its binary extension ↔ frames and answers.
+
+Source: kserve/open-inference-protocol, ``specification/protocol/inference_rest.md``, and Triton's
+``extension_binary_data.md``. Knows nothing about routes or queues.
+
+Inputs of a model are its parts: ``points`` FP32 [N, load_dim], ``image`` BYTES [1] (an encoded image) or UINT8
+[H, W, 3] RGB, ``calibration`` BYTES [1] (JSON). A model of one part also takes ``frame`` BYTES [n]: n encoded
+frames in one request. Outputs are flat over all frames, with `num_detections` saying how many belong to each.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from PIL import Image
+
+from serve.backend import Frame
+from serve.errors import BackendBroken, BadRequest, UndecodableFrame
+from serve.framing import Body, Bytes
+
+__all__ = ["InferRequest", "decode_infer", "encode_infer", "model_metadata"]
+
+_BOXES = {
+    3: ("bboxes_3d", "scores_3d", "labels_3d"),
+    2: ("bboxes", "scores", "labels"),
+}
+_NUMPY = {
+    "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",
+    "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
+}  # fmt: skip
+# Parameters that clients of Triton send along and that mean nothing here.
+_IGNORED = {"binary_data_output", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout"}
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """One ``infer`` call.
+
+    Attributes:
+        id: the caller's own id, sent back.
+        frames: the frames, in order.
+        parameters: options for all of them, and `timeout_ms`.
+        outputs: names wanted, each with whether it shall be binary; None for all of them.
+        binary: whether outputs are binary unless they say otherwise.
+    """
+
+    id: str | None
+    frames: Sequence[Frame]
+    parameters: Mapping[str, str]
+    outputs: Mapping[str, bool] | None
+    binary: bool
+
+
+def model_metadata(name: str, versions: Sequence[str], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``GET /v2/models/{name}`` answers."""
+    load_dim = int(spec.get("load_dim") or 4)
+    tensors = {
+        "points": {"datatype": "FP32", "shape": [-1, load_dim]},
+        "image": {"datatype": "BYTES", "shape": [1]},
+    }
+    inputs = [
+        {"name": part, **tensors.get(part, {"datatype": "BYTES", "shape": [1]})} for part in _parts(spec)
+    ]
+    return {
+        "name": name,
+        "versions": list(versions),
+        "platform": "mmdet3d-serve",
+        "inputs": inputs,
+        "outputs": [{"name": tensor, **kind} for tensor, kind in _output_kinds(spec).items()],
+    }
+
+
+def decode_infer(body: bytes, header_length: str | None, spec: Mapping[str, Any]) -> InferRequest:
+    """Read a request; `header_length` is the ``Inference-Header-Content-Length`` header.
+
+    Raises:
+        BadRequest: it is not one of the protocol, or not one for this model.
+        UndecodableFrame: a tensor is no frame of this model.
+    """
+    if header_length is None:
+        header, rest = body, memoryview(b"")
+    elif re.fullmatch("[0-9]{1,12}", header_length) and int(header_length) <= len(body):
+        header, rest = body[: int(header_length)], memoryview(body)[int(header_length) :]
+    else:
+        raise BadRequest(f"Inference-Header-Content-Length {header_length!r} does not fit the body")
+    try:
+        document = orjson.loads(header)
+        inputs = document["inputs"]
+        tensors: dict[str, npt.NDArray[Any] | list[Bytes]] = {}
+        for tensor in inputs:
+            tensors[str(tensor["name"])], rest = _tensor(tensor, rest)
+        parameters = dict(document.get("parameters") or {})
+        wanted = document.get("outputs")
+        binary = bool(parameters.get("binary_data_output", False))
+        outputs = None if not wanted else {str(entry["name"]): _binary(entry, binary) for entry in wanted}
+        identity = document.get("id")
+        strings = {name: str(value) for name, value in parameters.items() if name not in _IGNORED}
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, struct.error) as error:
+        raise BadRequest(
+            f"not a request of the Open Inference Protocol: {type(error).__name__}: {error}"
+        ) from None
+    if len(rest):
+        raise BadRequest(f"{len(rest)} bytes follow the tensors that the header declares")
+    unknown = set(outputs or ()) - set(_output_kinds(spec))
+    if unknown:
+        raise BadRequest(f"no output {sorted(unknown)[0]!r}; there are {', '.join(_output_kinds(spec))}")
+    return InferRequest(
+        None if identity is None else str(identity), _frames(tensors, spec), strings, outputs, binary
+    )
+
+
+def _binary(entry: Mapping[str, Any], default: bool) -> bool:
+    return bool((entry.get("parameters") or {}).get("binary_data", default))
+
+
+def _tensor(tensor: Mapping[str, Any], rest: memoryview) -> tuple[npt.NDArray[Any] | list[Bytes], memoryview]:
+    """One input tensor, and what is left of the binary part."""
+    name, datatype = str(tensor["name"]), tensor["datatype"]
+    shape = [int(length) for length in tensor["shape"]]
+    if datatype != "BYTES" and datatype not in _NUMPY:
+        raise ValueError(f"input {name} has the unknown datatype {datatype!r}")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"input {name} has the shape {shape}")
+    count = int(np.prod(shape, dtype=object)) if shape else 1
+    size = (tensor.get("parameters") or {}).get("binary_data_size")
+    if size is not None:
+        if not isinstance(size, int) or not 0 <= size <= len(rest):
+            raise ValueError(f"input {name} declares {size!r} bytes, {len(rest)} are left")
+        data, rest = rest[:size], rest[size:]
+        if datatype == "BYTES":
+            return _split(data, count), rest
+        if size != count * np.dtype(_NUMPY[datatype]).itemsize:
+            raise ValueError(f"input {name} of shape {shape} and {datatype} cannot have {size} bytes")
+        return np.frombuffer(data, _NUMPY[datatype]).reshape(shape), rest
+    values = _flat(tensor["data"])
+    if len(values) != count:
+        raise ValueError(f"input {name} of shape {shape} has {len(values)} values")
+    if datatype == "BYTES":
+        coded = (tensor.get("parameters") or {}).get("content_type") == "base64"
+        return [_text(name, value, coded) for value in values], rest
+    return np.array(values, dtype=_NUMPY[datatype]).reshape(shape), rest
+
+
+def _flat(data: Any) -> list[Any]:
+    """Tensor data in JSON may be flat or nested."""
+    while isinstance(data, list) and data and isinstance(data[0], list):
+        data = [value for row in data for value in row]
+    if not isinstance(data, list):
+        raise ValueError("tensor data must be a list")
+    return data
+
+
+def _text(name: str, value: Any, coded: bool) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError(f"input {name}: BYTES in JSON are strings")
+    if not coded:
+        return value.encode()
+    try:
+        return base64.b64decode(value, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"input {name}: not base64: {error}") from None
+
+
+def _split(data: memoryview, count: int) -> list[Bytes]:
+    """Elements of a BYTES tensor: each with its length, uint32 little-endian, before it."""
+    found: list[Bytes] = []
+    at = 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<I", data, at)
+        if at + 4 + length > len(data):
+            raise ValueError("an element of BYTES is longer than the tensor")
+        found.append(data[at + 4 : at + 4 + length])
+        at += 4 + length
+    if len(found) != count:
+        raise ValueError(f"BYTES tensor of {count} elements holds {len(found)}")
+    return found
+
+
+def _parts(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    parts = tuple(spec.get("parts") or ())
+    return parts or (("points",) if spec["modality"] == "lidar" else ("image",))
+
+
+def _frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[Frame]:
+    parts = _parts(spec)
+    several = tensors.get("frame")
+    if len(parts) == 1 and set(tensors) == {"frame"} and isinstance(several, list):
+        return [Frame(body) for body in several]
+    unknown = set(tensors) - set(parts)
+    if unknown or not tensors:
+        raise BadRequest(
+            f"this model takes {', '.join(parts)}{', or frame' if len(parts) == 1 else ''}; the request has "
+            f"{', '.join(sorted(tensors)) or 'no input'}"
+        )
+    bodies = {name: _part(name, tensor, spec) for name, tensor in tensors.items()}
+    if len(parts) == 1:
+        (only,) = bodies.values()
+        # An empty cloud declares itself, as it does everywhere.
+        return [Frame(only, {"num_points": 0} if parts == ("points",) and not len(only) else {})]
+    body: Body = bodies
+    return [Frame(body)]
+
+
+def _part(name: str, tensor: npt.NDArray[Any] | list[Bytes], spec: Mapping[str, Any]) -> Bytes:
+    if isinstance(tensor, list):
+        if len(tensor) != 1:
+            raise BadRequest(f"input {name} must have one element; several frames go into input frame")
+        return tensor[0]
+    if name == "points":
+        load_dim = int(spec.get("load_dim") or 4)
+        if tensor.dtype != np.float32 or tensor.ndim != 2 or tensor.shape[1] != load_dim:
+            raise UndecodableFrame(
+                f"points must be FP32 [N, {load_dim}], not {tensor.dtype} {list(tensor.shape)}"
+            )
+        return np.ascontiguousarray(tensor).tobytes()
+    if name.startswith("image") and tensor.dtype == np.uint8 and tensor.ndim == 3 and tensor.shape[2] == 3:
+        stream = io.BytesIO()
+        Image.fromarray(tensor).save(stream, "PNG", compress_level=1)
+        return stream.getvalue()
+    raise UndecodableFrame(f"{name} must be BYTES [1]{', or UINT8 [H, W, 3] RGB' * name.startswith('image')}")
+
+
+def _output_kinds(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    boxes, scores, labels = _BOXES[3 if spec.get("box_type_3d") else 2]
+    return {
+        boxes: {"datatype": "FP32", "shape": [-1, -1]},
+        scores: {"datatype": "FP32", "shape": [-1]},
+        labels: {"datatype": "INT64", "shape": [-1]},
+        "num_detections": {"datatype": "INT64", "shape": [-1]},
+        "detections": {"datatype": "BYTES", "shape": [-1]},
+    }
+
+
+def encode_infer(
+    request: InferRequest, bodies: Sequence[Bytes], name: str, version: str, spec: Mapping[str, Any]
+) -> tuple[bytes, int | None]:
+    """The response's body, and the length of its JSON header where binary tensors follow it.
+
+    Args:
+        request: what was asked.
+        bodies: the JSON answer of every frame.
+        name: the model's name.
+        version: the model's version.
+        spec: what the model says of itself.
+    """
+    tensors = _outputs(bodies, spec)
+    wanted = request.outputs or dict.fromkeys(tensors, request.binary)
+    entries: list[dict[str, Any]] = []
+    payloads: list[bytes] = []
+    for output, binary in wanted.items():
+        datatype, shape, value = tensors[output]
+        entry: dict[str, Any] = {"name": output, "datatype": datatype, "shape": shape}
+        if binary:
+            raw = _joined(value) if isinstance(value, list) else value.tobytes()
+            payloads.append(raw)
+            entry["parameters"] = {"binary_data_size": len(raw)}
+        else:
+            entry["data"] = (
+                [bytes(item).decode() for item in value] if isinstance(value, list) else value.ravel()
+            )
+        entries.append(entry)
+    document = {"model_name": name, "model_version": version, "outputs": entries}
+    if request.id is not None:
+        document["id"] = request.id
+    header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return b"".join([header, *payloads]), len(header) if payloads else None
+
+
+def _outputs(
+    bodies: Sequence[Bytes], spec: Mapping[str, Any]
+) -> dict[str, tuple[str, list[int], npt.NDArray[Any] | list[Bytes]]]:
+    names = _BOXES[3 if spec.get("box_type_3d") else 2]
+    try:
+        answers = [orjson.loads(body) for body in bodies]
+    except orjson.JSONDecodeError as error:
+        raise BackendBroken(f"the worker's answer is not JSON: {error}") from None
+    # A model without boxes (of segmentation, say) answers in `detections` alone.
+    boxes, scores, labels = ([answer.get(name, []) for answer in answers] for name in names)
+    width = max((len(box) for frame in boxes for box in frame), default=4 if names[0] == "bboxes" else 7)
+    flat = np.array([box for frame in boxes for box in frame], dtype="<f4").reshape(-1, width)
+    total = len(flat)
+    return {
+        names[0]: ("FP32", [total, width], flat),
+        names[1]: ("FP32", [total], np.array([s for frame in scores for s in frame], dtype="<f4")),
+        names[2]: ("INT64", [total], np.array([label for frame in labels for label in frame], dtype="<i8")),
+        "num_detections": ("INT64", [len(bodies)], np.array([len(frame) for frame in boxes], dtype="<i8")),
+        "detections": ("BYTES", [len(bodies)], list(bodies)),
+    }
+
+
+def _joined(elements: Sequence[Bytes]) -> bytes:
+    return b"".join(struct.pack("<I", len(element)) + bytes(element) for element in elements)

@@ -1,0 +1,281 @@
+"""A request's bytes to frames: raw body, multipart, JSON, or a framed batch; limits before memory.
+
+Speaks ASGI's `receive`, not routes. Every byte kept is counted against the request's permit before it is
+kept. Knows nothing about models beyond the names of the parts they take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from serve.backend import Frame
+from serve.batching import Permit
+from serve.errors import (
+    BadRequest,
+    ClientError,
+    FrameTooLarge,
+    ServeError,
+    SlowRequest,
+    UnknownOption,
+)
+from serve.framing import FRAMES_CONTENT_TYPE, Body, unpack_frames
+from serve.gateway.envelope import ClientGone
+from serve.gateway.json_frames import read_frames
+from serve.gateway.options import GatewayOptions
+from serve.storage.references import References
+from serve.wire import Options, parse_options
+
+__all__ = ["Received", "RequestOptions", "checked_frames", "read_body", "receive_frames", "request_options"]
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
+FRAME_FIELDS = frozenset(("body", "data", "file", "frame", "image", "points"))
+_TEXT_FIELD_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What a request says about itself: options for its frames, and how long it may take, seconds."""
+
+    frame: Mapping[str, Any]
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Received:
+    """The frames of a request, or what is wrong with each; `many` when the answer is a list."""
+
+    frames: Sequence[Frame | ServeError]
+    many: bool
+    framed: bool = False
+
+
+def request_options(
+    query: Mapping[str, str], headers: Mapping[str, str], options: GatewayOptions
+) -> RequestOptions:
+    """Options of the query (checked, none is ignored) and of ``X-`` headers.
+
+    Raises:
+        UnknownOption: an unknown name or an impossible value.
+    """
+    given = {name: headers[key] for name in OPTION_NAMES if (key := "x-" + name.replace("_", "-")) in headers}
+    given |= {name: value for name, value in query.items() if name != "timeout_ms"}
+    try:
+        parse_options(given)
+    except UnknownOption as error:
+        raise UnknownOption(str(error).replace("known are: ", "known are: timeout_ms, ")) from None
+    text = query.get("timeout_ms", headers.get("x-timeout-ms"))
+    return RequestOptions(
+        given, options.timeout_s if text is None else _timeout_s(text, options.max_timeout_s)
+    )
+
+
+def _timeout_s(text: str, longest_s: float) -> float:
+    try:
+        timeout_ms = float(text)
+    except ValueError:
+        timeout_ms = float("nan")
+    if not 1 <= timeout_ms <= longest_s * 1000:
+        raise UnknownOption(f"timeout_ms must be from 1 to {longest_s * 1000:.0f}, got {text!r}")
+    return timeout_ms / 1000
+
+
+async def read_body(request: Request, permit: Permit, options: GatewayOptions) -> bytes:
+    """The whole body, counted before it is kept.
+
+    Raises:
+        FrameTooLarge: over `max_body_bytes`; found from Content-Length where there is one.
+        Overloaded: there is no room for it now.
+        SlowRequest: it did not arrive in time.
+        ClientGone: the client hung up before the end of it.
+    """
+    async with _in_time(options):
+        chunks = [chunk async for chunk in _body_chunks(request, permit, options)]
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def _body_chunks(
+    request: Request, permit: Permit, options: GatewayOptions
+) -> AsyncGenerator[bytes, None]:
+    declared = request.headers.get("content-length", "")
+    counted = int(declared) if declared.isdigit() else 0
+    _check_size(counted, options)
+    permit.grow(nbytes=counted)
+    arrived = 0
+    try:
+        async for chunk in request.stream():
+            if not chunk:
+                continue
+            arrived += len(chunk)
+            if arrived > counted:
+                _check_size(arrived, options)
+                permit.grow(nbytes=arrived - counted)
+                counted = arrived
+            yield chunk
+    except ClientDisconnect:
+        raise ClientGone from None
+
+
+@asynccontextmanager
+async def _in_time(options: GatewayOptions) -> AsyncIterator[None]:
+    """Bound how long a body may take; around who reads it, not in the generator, which may be left half-way."""
+    try:
+        async with asyncio.timeout(options.receive_timeout_s):
+            yield
+    except TimeoutError:
+        raise SlowRequest(f"the body did not arrive within {options.receive_timeout_s:g} s") from None
+
+
+def _check_size(nbytes: int, options: GatewayOptions) -> None:
+    if nbytes > options.max_body_bytes:
+        raise FrameTooLarge(f"the body has {nbytes} bytes or more, the limit is {options.max_body_bytes}")
+
+
+async def receive_frames(
+    request: Request,
+    permit: Permit,
+    options: GatewayOptions,
+    given: Mapping[str, Any],
+    parts: Sequence[str],
+    references: References,
+) -> Received:
+    """All frames of a request.
+
+    Args:
+        request: with its body unread.
+        permit: grows with the body and the number of frames.
+        options: the limits.
+        given: options that hold for every frame unless it has its own.
+        parts: names of the parts a frame of this model has; more than one where the model takes several.
+        references: reads frames that are named by address.
+
+    Raises:
+        ClientError: the request as a whole cannot be read.
+        Overloaded: there is no room for it now.
+    """
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise BadRequest(f"Content-Encoding {coding} is not undone here; send the body as it is")
+    permit.expect(items=1)  # a full house is said before the body is read
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        received = await _from_form(request, permit, options, parts)
+    else:
+        body = await read_body(request, permit, options)
+        if kind == "application/json":
+            frames, many = await read_frames(body, references, permit, options.max_frames_per_request)
+            received = Received(frames, many)
+        else:
+            received = _from_body(kind, body)
+    if len(received.frames) > options.max_frames_per_request:
+        raise FrameTooLarge(
+            f"the request has {len(received.frames)} frames, the limit is {options.max_frames_per_request}"
+        )
+    permit.grow(items=len(received.frames))
+    return Received(checked_frames(received.frames, given, options), received.many, received.framed)
+
+
+def _from_body(kind: str, body: bytes) -> Received:
+    if kind == FRAMES_CONTENT_TYPE:
+        return Received([Frame(*entry) for entry in unpack_frames(body)], many=True, framed=True)
+    return Received([Frame(body)], many=False)
+
+
+async def _from_form(
+    request: Request, permit: Permit, options: GatewayOptions, parts: Sequence[str]
+) -> Received:
+    fields_, files = await _parse_form(request, permit, options)
+    if len(parts) > 1:
+        names = [name for name, _ in files]
+        if len(set(names)) != len(names):
+            raise BadRequest(
+                f"this model takes one frame of several parts ({', '.join(parts)}); each may be there once"
+            )
+        texts = {name: value.encode() for name, value in fields_ if name in parts}
+        own = {name: value for name, value in fields_ if name not in parts}
+        return Received([Frame({**texts, **dict(files)}, own)], many=False)
+    own = dict(fields_)
+    if "b64" in own:
+        raise BadRequest("base64 goes into a JSON body, not into a form; send the bytes as a file part")
+    strange = [name for name, _ in files if name not in FRAME_FIELDS]
+    if strange:
+        raise BadRequest(
+            f"file part '{strange[0]}' is not known; name frames {', '.join(sorted(FRAME_FIELDS))}"
+        )
+    parse_options(own)  # they hold for all frames: a wrong one is the request's mistake, not each frame's
+    if not files:
+        raise BadRequest("no frame in the form; send each as a file part (curl -F data=@frame.bin)")
+    return Received([Frame(body, own) for _, body in files], many=len(files) > 1)
+
+
+async def _parse_form(
+    request: Request, permit: Permit, options: GatewayOptions
+) -> tuple[list[tuple[str, str]], list[tuple[str, bytes]]]:
+    """Fields and files of a form, in order, held in memory."""
+    parser = _MemoryParser(
+        request.headers, _body_chunks(request, permit, options), options.max_frames_per_request * 8
+    )
+    try:
+        async with _in_time(options):
+            form = await parser.parse()
+        texts: list[tuple[str, str]] = []
+        files: list[tuple[str, bytes]] = []
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                files.append((name, await value.read()))
+            else:
+                texts.append((name, value))
+        return texts, files
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise BadRequest(f"the multipart body cannot be read: {error}") from None
+    finally:
+        parser.close()
+
+
+class _MemoryParser(MultiPartParser):
+    """Starlette's parser, with no file on disk: the body is bounded and counted already."""
+
+    spool_max_size = 1 << 40
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], most_parts: int) -> None:
+        super().__init__(
+            headers, stream, max_files=most_parts, max_fields=most_parts, max_part_size=_TEXT_FIELD_BYTES
+        )
+
+    def close(self) -> None:
+        """Let go of what the parts were kept in, however parsing ended."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
+
+def checked_frames(
+    frames: Sequence[Frame | ServeError], given: Mapping[str, Any], options: GatewayOptions
+) -> list[Frame | ServeError]:
+    """Frames with the options `given` for all of them, each under its own; one that is wrong is its own error."""
+    return [_checked(frame, given, options) for frame in frames]
+
+
+def _checked(
+    frame: Frame | ServeError, given: Mapping[str, Any], options: GatewayOptions
+) -> Frame | ServeError:
+    if isinstance(frame, ServeError):
+        return frame
+    nbytes = _nbytes(frame.body)
+    if nbytes > options.max_frame_bytes:
+        return FrameTooLarge(f"the frame has {nbytes} bytes, the limit is {options.max_frame_bytes}")
+    said = {**given, **frame.options}
+    try:
+        parse_options(said)
+    except ClientError as error:
+        return error
+    return Frame(frame.body, said)
+
+
+def _nbytes(body: Body) -> int:
+    return sum(len(part) for part in body.values()) if isinstance(body, Mapping) else len(body)

@@ -1,0 +1,127 @@
+"""Runs the gateway: listen, serve, drain, end with 0.
+
+SIGTERM or SIGINT: readiness says no; after `linger_s` no connection is taken any more; requests in flight have
+`drain_s` to finish. A second signal ends at once. Knows uvicorn, and nothing of what is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from serve.errors import SettingsError
+from serve.gateway.app import create_app
+from serve.gateway.life import Life
+from serve.gateway.options import GatewayOptions
+
+__all__ = ["GatewayServer", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+class GatewayServer(uvicorn.Server):
+    """uvicorn with our end: signals drain, and the exit code is 0 when they did."""
+
+    def __init__(
+        self, app: ASGIApp, options: GatewayOptions, life: Life, listening: Callable[[str], None]
+    ) -> None:
+        """`listening` is told the address once connections are taken."""
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_keep_alive=max(1, round(options.keep_alive_s)),
+                timeout_graceful_shutdown=max(1, round(options.drain_s)),
+                lifespan="on",
+            )
+        )
+        self._options = options
+        self._life = life
+        self._listening = listening
+        self._ending = asyncio.Event()
+        self.cut_off = 0  # requests that were in flight when the time to finish them was up
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ours: uvicorn's own would end the process by the signal itself, after a clean end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take connections, and say so."""
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            self._listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what is in flight, and count what was not."""
+        tasks = set(self.server_state.tasks)
+        await super().shutdown(sockets)
+        self.cut_off = sum(not task.done() or task.cancelling() > 0 for task in tasks)
+
+    async def main_loop(self) -> None:
+        """Wait for the word to end; uvicorn's own looks for it ten times a second, which costs when idle."""
+        await self.on_tick(0)
+        await self._ending.wait()
+
+    def _on_signal(self) -> None:
+        if self._life.draining:
+            self.force_exit = True
+            self._stop()
+            return
+        logger.info("draining: %g s more for new requests, then %g s for those in flight",
+                    self._options.linger_s, self._options.drain_s)  # fmt: skip
+        self._life.drain()
+        asyncio.get_running_loop().call_later(self._options.linger_s, self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+        self._ending.set()
+
+
+def run(options: GatewayOptions, listening: Callable[[str], None] = lambda address: None) -> int:
+    """Serve until a signal; returns the exit code, 0 when everything in flight was answered.
+
+    Raises:
+        SettingsError: an option cannot be honoured, or the address cannot be listened on.
+    """
+    life = Life()
+    app = create_app(options, life)
+    listener = _listen(options.host, options.port)
+    server = GatewayServer(app, options, life, listening)
+    with listener:
+        server.run(sockets=[listener])
+    if server.cut_off:
+        logger.error("%d requests in flight were not answered", server.cut_off)
+    return 0 if server.started and not server.cut_off else 1
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SettingsError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --host and --port"
+        ) from None
+    return listener

@@ -1,0 +1,219 @@
+"""Labels of every point or pixel: how they travel on the wire, and whether two sets of them are the same.
+
+A label per point travels as ``{"dtype": "uint8", "shape": [N], "b64": "…"}``: little-endian bytes of that
+dtype, base64. A panoptic map travels as COCO has it (cocodataset.org, panoptic format): a PNG whose pixels
+hold red + 256 green + 65536 blue = id of a segment, base64, beside one record per segment; id 0 is no segment.
+Knows nothing about models, torch or servers.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "LabelComparison",
+    "compare_labels",
+    "decode_labels",
+    "decode_segments",
+    "encode_labels",
+    "encode_segments",
+    "has_labels",
+]
+
+_DTYPES = ("uint8", "uint16", "uint32")
+PANOPTIC_OFFSET = 1000  # mmdet's INSTANCE_OFFSET: a pixel is label + 1000 × number of the instance
+
+
+def encode_labels(labels: npt.NDArray[Any]) -> dict[str, Any]:
+    """(N,) whole numbers of 0 or more, in the smallest of uint8, uint16, uint32 that holds them."""
+    largest = int(labels.max(initial=0))
+    dtype = next(name for name in _DTYPES if largest <= np.iinfo(name).max)
+    packed = np.ascontiguousarray(labels, dtype=np.dtype(dtype).newbyteorder("<"))
+    return {
+        "dtype": dtype,
+        "shape": [int(n) for n in packed.shape],
+        "b64": base64.b64encode(packed.tobytes()).decode(),
+    }
+
+
+def decode_labels(encoded: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """Inverse of `encode_labels`.
+
+    Raises:
+        ValueError: not what `encode_labels` writes.
+    """
+    try:
+        if encoded["dtype"] not in _DTYPES:
+            raise ValueError(f"dtype {encoded['dtype']!r} is none of {', '.join(_DTYPES)}")
+        raw = base64.b64decode(encoded["b64"], validate=True)
+        labels = np.frombuffer(raw, dtype=np.dtype(encoded["dtype"]).newbyteorder("<"))
+        return labels.reshape(tuple(encoded["shape"])).astype(np.int64)
+    except (KeyError, TypeError, binascii.Error) as error:
+        raise ValueError(f"not labels of points: {error!r}") from None
+
+
+def encode_segments(panoptic: npt.NDArray[Any], classes: Sequence[str]) -> dict[str, Any]:
+    """Mmdet's panoptic map as ``panoptic_seg`` and ``segments_info``.
+
+    Args:
+        panoptic: (H, W) label + 1000 × instance number, which is 0 for what is not counted (sky, road); a
+            label outside `classes` is no segment.
+        classes: class names by label.
+    """
+    height, width = panoptic.shape
+    ids = np.zeros((height, width), dtype=np.uint32)
+    segments: list[dict[str, Any]] = []
+    for value in np.unique(panoptic).tolist():
+        label, instance = value % PANOPTIC_OFFSET, value // PANOPTIC_OFFSET
+        if not 0 <= label < len(classes):
+            continue
+        mask = panoptic == value
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        top, left = int(rows[0]), int(columns[0])
+        segments.append(
+            {
+                "id": len(segments) + 1,
+                "category_id": int(label),
+                "name": classes[label],
+                "isthing": int(instance > 0),
+                "area": int(mask.sum()),
+                "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
+            }
+        )
+        ids[mask] = segments[-1]["id"]
+    # OpenCV writes blue first.
+    picture = np.stack([ids >> 16, (ids >> 8) & 255, ids & 255], axis=-1).astype(np.uint8)
+    png = cv2.imencode(".png", picture)[1].tobytes()
+    return {
+        "panoptic_seg": {"size": [height, width], "png_b64": base64.b64encode(png).decode()},
+        "segments_info": segments,
+    }
+
+
+def decode_segments(answer: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """(H, W) segment ids of an answer with ``panoptic_seg``.
+
+    Raises:
+        ValueError: not what `encode_segments` writes.
+    """
+    try:
+        raw = base64.b64decode(answer["panoptic_seg"]["png_b64"], validate=True)
+        picture: Any = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR)
+        if picture is None or list(picture.shape[:2]) != list(answer["panoptic_seg"]["size"]):
+            raise ValueError("the PNG is not of the size that stands beside it")
+    except (KeyError, TypeError, binascii.Error, cv2.error) as error:
+        raise ValueError(f"not a panoptic map: {error!r}") from None
+    blue, green, red = (picture[..., channel].astype(np.int64) for channel in range(3))
+    return np.asarray(red + (green << 8) + (blue << 16))
+
+
+def has_labels(answer: Mapping[str, Any]) -> bool:
+    """Whether an answer is of labels and not of detections."""
+    return "pts_semantic_mask" in answer or "panoptic_seg" in answer
+
+
+@dataclass(frozen=True)
+class LabelComparison:
+    """The outcome of `compare_labels`.
+
+    Attributes:
+        count: points or pixels compared.
+        agreeing: how many of them carry the same label on both sides.
+        least_share: the share of them that must.
+        problems: what makes the two incomparable.
+        sides: what the two are called.
+        unit: ``points`` or ``pixels``.
+    """
+
+    count: int
+    agreeing: int
+    least_share: float
+    problems: tuple[str, ...]
+    sides: tuple[str, str]
+    unit: str
+
+    @property
+    def share(self) -> float:
+        """The share that agrees; 1 where there is nothing."""
+        return self.agreeing / self.count if self.count else 1.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether enough agree."""
+        return not self.problems and self.share >= self.least_share
+
+    def table(self, max_rows: int = 0) -> str:
+        """What went wrong, then the verdict; there are no rows to show."""
+        del max_rows
+        return "\n".join([*(f"FAIL  {problem}" for problem in self.problems), self.verdict()])
+
+    def verdict(self) -> str:
+        """One line: match or mismatch, and how many agree."""
+        word = "match" if self.ok else "MISMATCH"
+        said = f"{self.agreeing} of {self.count} {self.unit} have the same label (>= {self.least_share:.2%})"
+        return f"{word}: {said} in {' and '.join(self.sides)} answers"
+
+
+def compare_labels(
+    expected: Mapping[str, Any],
+    actual: Mapping[str, Any],
+    least_share: float,
+    *,
+    sides: tuple[str, str] = ("native", "served"),
+) -> LabelComparison:
+    """Compare two answers of labels, point by point or pixel by pixel.
+
+    Pixels of panoptic maps agree when their segments have the same class and overlap most among all: ids
+    mean nothing across two answers.
+
+    Args:
+        expected: the reference.
+        actual: what is tested.
+        least_share: the share of points or pixels that must agree, 0 to 1.
+        sides: what the two are called. Malformed answers are told in ``problems`` and never raised.
+    """
+    unit = "points" if "pts_semantic_mask" in expected else "pixels"
+    try:
+        if unit == "points":
+            one, two = (decode_labels(side["pts_semantic_mask"]) for side in (expected, actual))
+        else:
+            one, two = _matched_segments(expected, actual)
+    except (ValueError, KeyError, TypeError) as error:
+        return LabelComparison(0, 0, least_share, (f"answers are malformed: {error!r}",), sides, unit)
+    if one.shape != two.shape:
+        problem = f"{one.shape} {unit} in {sides[0]} and {two.shape} in {sides[1]} answers"
+        return LabelComparison(max(one.size, two.size), 0, least_share, (problem,), sides, unit)
+    return LabelComparison(one.size, int((one == two).sum()), least_share, (), sides, unit)
+
+
+def _matched_segments(
+    expected: Mapping[str, Any], actual: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Two maps of ids, the second in the words of the first: greedily by overlap within a class."""
+    one, two = decode_segments(expected), decode_segments(actual)
+    if one.shape != two.shape:
+        return one, two
+    class_of = [
+        {int(segment["id"]): int(segment["category_id"]) for segment in side["segments_info"]}
+        for side in (expected, actual)
+    ]
+    pairs, counts = np.unique(np.stack([one.ravel(), two.ravel()]), axis=1, return_counts=True)
+    renamed, taken = {0: 0}, {0}
+    for k in np.argsort(-counts, kind="stable").tolist():
+        first, second = (int(value) for value in pairs[:, k])
+        if second in renamed or first in taken or class_of[0].get(first) != class_of[1].get(second):
+            continue
+        renamed[second] = first
+        taken.add(first)
+    table = np.full(int(two.max(initial=0)) + 1, -1, dtype=np.int64)
+    for second, first in renamed.items():
+        table[second] = first
+    return one, table[two]

@@ -1,0 +1,67 @@
+"""A handler for a real TorchServe that costs nothing: it answers every frame with its checksum.
+
+Reads and answers framed batches as ours do. A frame ``die once PATH`` ends its worker the first time it is
+seen, ``die`` always, ``too large`` is out of memory unless it is alone, ``too large alone`` even then.
+"""
+
+import hashlib
+import json
+import os
+
+from serve.errors import BadRequest
+from serve.framing import OUTCOMES_CONTENT_TYPE, Outcomes, pack_outcomes, unpack_frames
+
+SPEC = {"modality": "lidar", "parts": ["points"], "load_dim": 4, "box_type_3d": "LiDAR", "classes": ["Car"]}
+
+
+class Checksum:
+    def initialize(self, context):
+        """Nothing to load."""
+
+    def handle(self, data, context):
+        if context.get_request_header(0, "describe") == "True":
+            return [json.dumps(SPEC).encode()]
+        answers = []
+        for i, row in enumerate(data):
+            try:
+                frames = [bytes(frame) for frame, _ in unpack_frames(row["body"])]
+                status, body = self.answer(frames)
+            except BadRequest as error:
+                status, body = (
+                    400,
+                    json.dumps({"error": {"code": "bad_request", "message": str(error)}}).encode(),
+                )
+            context.set_response_status(status, "OK" if status == 200 else "Failed", i)
+            context.set_response_header(
+                i, "content-type", OUTCOMES_CONTENT_TYPE if status == 200 else "application/json"
+            )
+            answers.append(body)
+        return answers
+
+    def answer(self, frames):
+        for frame in frames:
+            if frame.startswith(b"die once "):
+                flag = frame.decode().removeprefix("die once ")
+                if not os.path.exists(flag):
+                    with open(flag, "w"):
+                        os._exit(1)
+            elif frame == b"die":
+                os._exit(1)
+        if b"too large alone" in frames or (b"too large" in frames and len(frames) > 1):
+            return 507, json.dumps(
+                {"error": {"code": "out_of_memory", "message": "it does not fit"}}
+            ).encode()
+        items = [
+            (200, checksum(frame))
+            if len(frame) % 16 == 0 or frame.startswith((b"die once", b"too large"))
+            else BAD
+            for frame in frames
+        ]
+        return 200, pack_outcomes(Outcomes(items, {"decode": 0.0, "inference": 0.0}))
+
+
+BAD = (422, b'{"error":{"code":"undecodable_frame","message":"not a whole number of points"}}')
+
+
+def checksum(frame):
+    return json.dumps({"frame": hashlib.sha256(frame).hexdigest(), "points": len(frame) // 16}).encode()

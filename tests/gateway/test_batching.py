@@ -1,0 +1,384 @@
+"""The batcher alone: greedy, in order, within its budget, one outcome per item, and nothing resident."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from serve.batching import Admission, BatchLimits, padded, ragged
+from serve.errors import BackendBroken, FrameTooLarge, NotReady, OutOfMemory, Overloaded, SettingsError
+from tests.gateway.device import Device, in_a_loop, submit, submitted, turns
+
+
+@in_a_loop
+async def test_a_lone_item_leaves_on_the_next_turn_of_the_loop():
+    device = Device()
+    task = submit(device.batcher(), "a")
+    await asyncio.sleep(0)  # the submitter runs and starts a worker
+    assert device.batches == []
+    await asyncio.sleep(0)  # the worker runs
+    assert device.batches == [["a"]]
+    assert (await task).value == "answer to a"
+
+
+@in_a_loop
+async def test_what_is_submitted_in_the_same_turn_rides_together():
+    device = Device()
+    batcher = device.batcher()
+    answers = await asyncio.gather(*(batcher.submit(item, cost=1) for item in "abc"))
+    assert device.batches == [["a", "b", "c"]]
+    assert [answer.value for answer in answers] == ["answer to a", "answer to b", "answer to c"]
+    assert {answer.batch_items for answer in answers} == {3}
+
+
+@in_a_loop
+async def test_while_a_batch_runs_the_next_one_grows():
+    device = Device(held=True)
+    batcher = device.batcher()
+    tasks = await submitted(batcher, "a", "b", "c", "d", "e", "f")
+    assert device.batches == [["a"]] and batcher.waiting == 5 and batcher.running == 1
+    await device.release()
+    assert device.batches == [
+        ["a"],
+        ["b", "c", "d", "e"],
+    ]  # four at most, and no earlier than a slot was free
+    await device.release(2)
+    assert [task.result().value[-1] for task in tasks] == [*"abcdef"]
+    assert [task.result().batch_items for task in tasks] == [1, 4, 4, 4, 4, 1]
+
+
+@in_a_loop
+async def test_a_batch_ends_before_the_first_item_over_the_budget_and_nobody_overtakes():
+    device = Device(held=True)
+    batcher = device.batcher(cost=10)
+    first = await submitted(batcher, "first")
+    costs = {"a": 4, "b": 4, "c": 7, "d": 1}
+    tasks = [(await submitted(batcher, item, cost=cost))[0] for item, cost in costs.items()]
+    await device.release(3)
+    assert device.batches[1:] == [["a", "b"], ["c", "d"]]  # d would have fitted beside a and b
+    await asyncio.gather(*first, *tasks)
+
+
+@in_a_loop
+async def test_padded_items_cost_as_much_as_the_largest_each():
+    device = Device(held=True)
+    batcher = device.batcher(cost=10, batch_cost=padded)
+    tasks = await submitted(batcher, "first")
+    for item, cost in {"a": 2, "b": 3, "c": 4}.items():
+        tasks += await submitted(batcher, item, cost=cost)
+    await device.release(3)
+    assert device.batches[1:] == [["a", "b"], ["c"]]  # 3 x 4 is over 10, 2 x 3 is not
+    await asyncio.gather(*tasks)
+    assert (ragged(3, 9, 4), padded(3, 9, 4)) == (9, 12)
+    assert [report.cost for report in device.reports] == [1, 6, 4]
+
+
+@in_a_loop
+async def test_the_head_of_the_queue_always_goes_alone_if_need_be():
+    device = Device(held=True)
+    batcher = device.batcher(cost=10)
+    tasks = await submitted(batcher, "first")
+    tasks += await submitted(batcher, "giant", cost=1000)
+    tasks += await submitted(batcher, "small")
+    await device.release(3)
+    assert device.batches == [["first"], ["giant"], ["small"]]
+    await asyncio.gather(*tasks)
+
+
+@in_a_loop
+async def test_bytes_bound_a_batch_and_an_item_over_them_is_refused():
+    device = Device(held=True)
+    batcher = device.batcher(nbytes=10)
+    tasks = await submitted(batcher, "first")
+    tasks += await submitted(batcher, "a", "b", "c", nbytes=5)
+    with pytest.raises(FrameTooLarge, match="11 bytes, a batch may have 10"):
+        await batcher.submit("d", cost=1, nbytes=11)
+    await device.release(3)
+    assert device.batches == [["first"], ["a", "b"], ["c"]]
+    await asyncio.gather(*tasks)
+
+
+@in_a_loop
+async def test_items_of_different_keys_are_not_mixed_and_stay_in_order_within_a_key():
+    device = Device(held=True)
+    batcher = device.batcher()
+    tasks = await submitted(batcher, "first")
+    for item in ("w1", "h1", "w2", "h2", "w3"):
+        tasks += await submitted(batcher, item, key=item[0])
+    await device.release(3)
+    assert device.batches == [["first"], ["w1", "w2", "w3"], ["h1", "h2"]]
+    await asyncio.gather(*tasks)
+
+
+@in_a_loop
+async def test_a_stream_of_one_key_does_not_starve_another():
+    device = Device(held=True)
+    batcher = device.batcher(items=2)
+    tasks = await submitted(batcher, "w0", key="w")
+    tasks += await submitted(batcher, "h1", key="h")
+    for i in range(1, 5):
+        tasks += await submitted(batcher, f"w{i}", key="w")
+    await device.release(4)
+    assert device.batches[1] == ["h1"]
+    await asyncio.gather(*tasks)
+
+
+@in_a_loop
+async def test_only_a_full_batch_is_sent_ahead_and_only_so_many():
+    device = Device(held=True)
+    batcher = device.batcher(items=2, ahead=1)
+    tasks = await submitted(batcher, "a", "b")
+    assert device.batches == [["a"]]  # b alone is no full batch
+    tasks += await submitted(batcher, "c")
+    assert device.batches == [["a"], ["b", "c"]]
+    tasks += await submitted(batcher, "d", "e", "f")
+    assert device.batches == [["a"], ["b", "c"]]  # one ahead, not two
+    await device.release()
+    assert device.batches == [["a"], ["b", "c"], ["d", "e"]]
+    await device.release()
+    assert device.batches[3:] == []  # f waits: the slot is busy and f alone is not full
+    await device.release(2)
+    assert device.batches[3:] == [["f"]]
+    await asyncio.gather(*tasks)
+
+
+@in_a_loop
+async def test_more_slots_are_used_at_once_and_fewer_are_kept_to():
+    device = Device(held=True)
+    batcher = device.batcher(items=2, ahead=0)
+    tasks = await submitted(batcher, *"abcdefgh")
+    assert device.batches == [["a"]]
+    batcher.set_slots(3)
+    await turns()
+    assert device.batches == [["a"], ["b", "c"], ["d", "e"]]
+    batcher.set_slots(1)
+    await device.release()
+    await device.release()
+    assert batcher.running == 1 and len(device.batches) == 3
+    await device.release(3)
+    assert device.batches[3:] == [["f", "g"], ["h"]]
+    await asyncio.gather(*tasks)
+
+
+@in_a_loop
+async def test_fewer_slots_are_kept_to_under_full_load_with_a_batch_ahead():
+    device = Device(held=True)
+    batcher = device.batcher(items=2, ahead=1, slots=3)
+    tasks = await submitted(batcher, *range(30))
+    assert batcher.running == 4
+    batcher.set_slots(1)
+    for _ in range(2):
+        await device.release()
+    assert batcher.running == 2
+    while device.waiting:
+        await device.release()
+        assert batcher.running <= 2
+    await asyncio.gather(*tasks)
+
+
+@in_a_loop
+async def test_an_item_that_is_given_up_is_never_run_and_holds_no_memory():
+    device = Device(held=True)
+    batcher = device.batcher()
+    tasks = await submitted(batcher, "a")
+    given_up, kept = await submitted(batcher, "b", "c")
+    given_up.cancel()
+    await turns()
+    assert batcher.waiting == 1 and [job.item for job in batcher._queue] == ["c"]
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await batcher.submit("expired", cost=1)
+    await device.release(2)
+    assert device.batches == [["a"], ["c"]]
+    await asyncio.gather(*tasks, kept)
+    assert given_up.cancelled()
+
+
+@in_a_loop
+async def test_an_item_given_up_in_the_turn_it_was_submitted_is_never_run():
+    device = Device()
+    batcher = device.batcher()
+    task = submit(batcher, "a")
+    await asyncio.sleep(0)
+    task.cancel()
+    await turns()
+    assert task.cancelled() and device.batches == []
+
+
+@in_a_loop
+async def test_what_runs_is_not_interrupted_and_keeps_its_slot():
+    device = Device(held=True)
+    batcher = device.batcher()
+    hung_up, neighbour = submit(batcher, "a"), submit(batcher, "b")
+    await turns()
+    hung_up.cancel()
+    (later,) = await submitted(batcher, "c")
+    assert device.batches == [["a", "b"]] and batcher.running == 1
+    await device.release(2)
+    assert (await neighbour).value == "answer to b"
+    assert device.batches == [["a", "b"], ["c"]]
+    await later
+
+
+@in_a_loop
+async def test_an_outcome_may_be_an_exception_and_touches_nobody_else():
+    device = Device()
+    device.answer = lambda items: [ValueError(item) if item == "bad" else item for item in items]
+    batcher = device.batcher()
+    outcomes = await asyncio.gather(
+        *(batcher.submit(item, cost=1) for item in ("good", "bad", "fine")), return_exceptions=True
+    )
+    assert [outcomes[0].value, outcomes[2].value] == ["good", "fine"]
+    assert isinstance(outcomes[1], ValueError)
+    assert [report.failed for report in device.reports] == [False]
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [(NotReady("gone"), NotReady), (OutOfMemory("full"), OutOfMemory), (KeyError("secret"), BackendBroken)],
+)
+def test_a_batch_that_fails_gives_every_caller_an_exception_of_its_own(raised, told, caplog):
+    @in_a_loop
+    async def run():
+        def fail(items):
+            raise raised
+
+        device = Device()
+        device.answer = fail
+        batcher = device.batcher()
+        outcomes = await asyncio.gather(
+            *(batcher.submit(item, cost=1) for item in "abc"), return_exceptions=True
+        )
+        assert [type(outcome) for outcome in outcomes] == [told] * 3
+        assert len({id(outcome) for outcome in [*outcomes, raised]}) == 4
+        assert not any("secret" in str(outcome) for outcome in outcomes)
+        assert [report.failed for report in device.reports] == [True]
+        device.answer = lambda items: items
+        assert (await batcher.submit("next", cost=1)).value == "next"
+
+    run()
+    assert "a batch of 3 failed" in caplog.text
+    assert ("Traceback" in caplog.text) == (told is BackendBroken)
+
+
+@pytest.mark.parametrize("answered", [[], ["one"], ["one", "two", "three"], None])
+def test_a_wrong_number_of_outcomes_breaks_the_contract(answered):
+    @in_a_loop
+    async def run():
+        device = Device()
+        device.answer = lambda items: answered
+        batcher = device.batcher()
+        outcomes = await asyncio.gather(
+            *(batcher.submit(item, cost=1) for item in "ab"), return_exceptions=True
+        )
+        assert all(isinstance(outcome, BackendBroken) for outcome in outcomes)
+
+    run()
+
+
+@in_a_loop
+async def test_a_call_cancelled_from_within_fails_its_batch_not_its_callers():
+    device = Device()
+
+    def cancel(items):
+        raise asyncio.CancelledError
+
+    device.answer = cancel
+    batcher = device.batcher(items=1)
+    outcomes = await asyncio.gather(*(batcher.submit(item, cost=1) for item in "ab"), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [BackendBroken] * 2
+
+
+@in_a_loop
+async def test_a_shutdown_of_the_loop_leaves_nobody_waiting():
+    device = Device(held=True)
+    batcher = device.batcher()
+    task = submit(batcher, "a")
+    await turns()
+    (worker,) = batcher._workers
+    worker.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert batcher.running == 0
+
+
+def test_an_observer_that_raises_costs_nobody_an_answer():
+    async def run():
+        complaints = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        device = Device()
+        batcher = device.batcher(items=1)
+
+        def fail(report):
+            raise RuntimeError("observer")
+
+        batcher._observe = fail
+        answers = await asyncio.gather(*(batcher.submit(item, cost=1) for item in "abc"))
+        assert [answer.value[-1] for answer in answers] == [*"abc"]
+        assert batcher.running == 0
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
+@in_a_loop
+async def test_how_long_a_batch_has_been_at_it_is_known():
+    device = Device(held=True)
+    batcher = device.batcher()
+    assert batcher.stalled_s() == 0.0
+    (task,) = await submitted(batcher, "a")
+    while batcher.stalled_s() == 0.0:
+        await asyncio.sleep(0)
+    await device.release()
+    assert batcher.stalled_s() == 0.0
+    await task
+
+
+@in_a_loop
+async def test_nothing_is_resident_when_there_is_nothing_to_do():
+    device = Device()
+    batcher = device.batcher(slots=3, ahead=2)
+    await asyncio.gather(*(batcher.submit(item, cost=1) for item in range(50)))
+    await turns()
+    assert (batcher.waiting, batcher.running, len(batcher._workers)) == (0, 0, 0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@in_a_loop
+async def test_reports_say_what_ran_and_how_long_each_item_waited():
+    device = Device(held=True)
+    batcher = device.batcher()
+    tasks = await submitted(batcher, "a", "b")
+    await device.release(2)
+    first, second = device.reports
+    assert (first.items, first.cost, first.failed, len(first.queue_s)) == (1, 1, False, 1)
+    assert second.queue_s[0] > first.queue_s[0] >= 0 and second.run_s >= 0
+    assert tasks[1].result().queue_s == second.queue_s[0]
+
+
+@pytest.mark.parametrize("limit", ["items", "cost", "nbytes"])
+def test_a_limit_below_one_is_refused(limit):
+    with pytest.raises(SettingsError, match=f"limit of {limit} must be at least 1"):
+        BatchLimits(**{limit: 0})
+
+
+def test_admission_bounds_items_and_bytes_and_gets_all_back_on_every_way_out():
+    admission = Admission(3, 100)
+    with admission.permit() as permit:
+        permit.grow(items=2, nbytes=60)
+        with admission.permit() as other, pytest.raises(Overloaded, match="limit is 3"):
+            other.grow(items=2)
+        with (
+            admission.permit() as other,
+            pytest.raises(Overloaded, match="60 bytes and this one needs 41 more"),
+        ):
+            other.grow(nbytes=41)
+        assert (admission.items, admission.bytes) == (2, 60)
+        moved = permit.move()
+    assert (admission.items, admission.bytes) == (2, 60)
+    moved.give_back()
+    moved.give_back()
+    with pytest.raises(KeyError), admission.permit() as permit:
+        permit.grow(items=1, nbytes=100)
+        raise KeyError
+    assert (admission.items, admission.bytes) == (0, 0)

@@ -1,0 +1,204 @@
+"""What TorchServe can do wrong, and what clients are told of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from tests.gateway.fake_torchserve import FakeModel, answer_for
+from tests.gateway.running import eventually
+
+
+def ready(gateway) -> bool:
+    return gateway.client.get("/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize("trouble", ["worker died", "worker killed", "cut off"])
+def test_a_batch_whose_worker_died_is_sent_once_more(gateway, torchserve, cloud, trouble):
+    torchserve.troubles.append(trouble)
+    answer = gateway.post(content=cloud(1))
+    assert answer.content == answer_for(cloud(1), {})
+    assert torchserve.calls == [[cloud(1)]] * 2
+
+
+@pytest.mark.parametrize("trouble", ["worker died", "cut off"])
+def test_a_batch_whose_worker_died_twice_is_answered_503(gateway, torchserve, cloud, trouble):
+    torchserve.troubles.extend([trouble] * 2)
+    answer = gateway.post(content=cloud(1))
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["code"] == "not_ready" and "died twice" in answer.json()["error"]["message"]
+    assert len(torchserve.calls) == 2
+    assert gateway.post(content=cloud(1)).status_code == 200
+
+
+def test_a_frame_whose_worker_is_killed_twice_is_too_large_and_its_neighbour_is_answered(
+    gateway, torchserve, cloud
+):
+    torchserve.troubles.extend(["worker killed"] * 2)
+    assert gateway.post(content=cloud(1)).json()["error"]["code"] == "out_of_memory"
+    torchserve.calls.clear()
+    torchserve.troubles.extend(["worker killed"] * 3)
+    many = gateway.post(files=[("data", cloud(1)), ("data", cloud(2))]).json()
+    assert many[0]["error"]["code"] == "out_of_memory" and many[1] == json.loads(answer_for(cloud(2), {}))
+    assert [len(call) for call in torchserve.calls] == [2, 1, 1, 1]
+
+
+def test_a_batch_that_runs_out_of_memory_after_its_worker_died_is_halved(gateway, torchserve, cloud):
+    torchserve.troubles.extend(["worker died", "worker killed"])
+    many = gateway.post(files=[("data", cloud(1)), ("data", cloud(2))]).json()
+    assert many == [json.loads(answer_for(cloud(i), {})) for i in (1, 2)]
+
+
+def test_a_batch_that_is_out_of_memory_is_halved_until_it_fits(gateway, torchserve, cloud):
+    torchserve.most_frames = 2
+    frames = [cloud(i) for i in range(7)]
+    answer = gateway.post(files=[("data", frame) for frame in frames])
+    assert [entry["frame"] for entry in answer.json()] == [
+        json.loads(answer_for(frame, {}))["frame"] for frame in frames
+    ]
+    assert [len(call) for call in torchserve.calls] == [7, 3, 1, 2, 4, 2, 2]
+
+
+def test_only_one_frame_that_is_alone_too_large_is_answered_507(gateway, torchserve, cloud):
+    torchserve.most_frames = 0
+    assert gateway.post(content=cloud(1)).status_code == 507
+    assert gateway.post(content=cloud(1)).json()["error"]["code"] == "out_of_memory"
+    many = gateway.post(files=[("data", cloud(1)), ("data", cloud(2))])
+    assert [entry["error"]["code"] for entry in many.json()] == ["out_of_memory"] * 2
+
+
+@pytest.mark.parametrize("trouble", ["short answer", "garbage", "another type", "strange refusal"])
+def test_an_answer_that_breaks_the_contract_is_502_and_said_to_all_frames(
+    gateway, torchserve, cloud, trouble
+):
+    torchserve.troubles.append(trouble)
+    answer = gateway.post(content=cloud(1))
+    assert answer.status_code == 502 and answer.json()["error"]["code"] == "backend_broken"
+    torchserve.troubles.append(trouble)
+    many = gateway.post(files=[("data", cloud(1)), ("data", cloud(2))])
+    assert [entry["error"]["code"] for entry in many.json()] == ["backend_broken"] * 2
+    assert gateway.post(content=cloud(1)).status_code == 200
+
+
+@pytest.mark.parametrize("accept", ["application/x-msgpack", "image/png"])
+def test_an_answer_that_is_no_json_is_502_where_it_must_be_read(gateway, torchserve, cloud, accept):
+    torchserve.troubles.append("no json")
+    answer = gateway.post(content=cloud(1), headers={"accept": accept})
+    assert answer.status_code == 502, answer.text
+
+
+def test_a_model_without_workers_is_503(gateway, torchserve, cloud):
+    torchserve.troubles.append("queue full")
+    answer = gateway.post(content=cloud(1))
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+
+
+def test_a_batch_that_takes_too_long_is_504(start_gateway, backend, cloud):
+    gateway = start_gateway(backend_timeout_s=0.2)
+    backend.hold()
+    answer = gateway.post(content=cloud(1))
+    assert answer.status_code == 504 and "no answer within 0.2 s" in answer.json()["error"]["message"]
+
+
+def test_torchserve_gone_is_503_fast_and_red_and_mends_by_itself(gateway, backend, cloud):
+    eventually(lambda: ready(gateway))
+    assert gateway.post(content=cloud(1)).status_code == 200
+    backend.go()
+    began = time.monotonic()
+    eventually(lambda: not ready(gateway), 2.0)
+    for _ in range(5):
+        asked = time.monotonic()
+        answer = gateway.post(content=cloud(1))
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+        assert time.monotonic() - asked < 2.0
+    assert "does not answer" in gateway.client.get("/health/ready").json()["reasons"][0]
+    assert gateway.client.get("/health/live").status_code == 200
+    assert time.monotonic() - began < 10
+    backend.come_back()
+    eventually(lambda: ready(gateway), 2.0)
+    assert gateway.post(content=cloud(1)).content == answer_for(cloud(1), {})
+
+
+def test_requests_in_flight_when_torchserve_goes_are_503(gateway, backend, cloud):
+    backend.hold()
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(gateway.post(content=cloud(1))))
+    thread.start()
+    eventually(lambda: backend.app.held == 1)
+    backend.go()
+    thread.join()
+    assert answers[0].status_code == 503
+
+
+def test_a_gateway_that_starts_before_torchserve_serves_once_it_is_there(start_gateway, backend, cloud):
+    backend.go()
+    gateway = start_gateway()
+    assert not ready(gateway)
+    assert gateway.post(content=cloud(1)).status_code == 503
+    backend.come_back()
+    eventually(lambda: ready(gateway), 2.0)
+    assert gateway.post(content=cloud(1)).status_code == 200
+
+
+def test_a_torchserve_that_hangs_turns_readiness_red_within_two_seconds(gateway, torchserve):
+    eventually(lambda: ready(gateway))
+    torchserve.hang = True
+    eventually(lambda: not ready(gateway), 2.5)
+    torchserve.hang = False
+    eventually(lambda: ready(gateway), 2.5)
+
+
+def test_a_batch_that_does_not_end_turns_readiness_red(start_gateway, backend, cloud):
+    gateway = start_gateway(stall_s=0.1)
+    eventually(lambda: ready(gateway))
+    backend.hold()
+    thread = threading.Thread(target=lambda: gateway.post(content=cloud(1)))
+    thread.start()
+    eventually(lambda: not ready(gateway))
+    assert "a batch of second has been running" in gateway.client.get("/health/ready").json()["reasons"][0]
+    backend.release()
+    thread.join()
+    assert ready(gateway)
+
+
+def test_a_model_that_is_none_of_ours_is_refused_with_the_reason(start_gateway, torchserve, cloud):
+    torchserve.models["foreign"] = {"1.0": FakeModel("no metadata")}
+    gateway = start_gateway()
+    answer = gateway.post("/predictions/foreign", content=cloud(1))
+    assert answer.status_code == 503 and "make archive" in answer.json()["error"]["message"]
+    entry = eventually(lambda: gateway.client.get("/models/foreign").json())[0]
+    assert entry["status"] == "refused" and "make archive" in entry["reason"]
+    assert ready(gateway)  # the other one is served
+
+
+def test_management_answers_that_cannot_be_read_are_no_crash(start_gateway, torchserve, cloud):
+    gateway = start_gateway()
+    torchserve.models["second"]["1.0"].described = lambda name, version: {"nothing": "known"}
+    eventually(lambda: not ready(gateway))
+    del torchserve.models["second"]["1.0"].described
+    eventually(lambda: ready(gateway))
+    assert gateway.post(content=cloud(1)).status_code == 200
+
+
+def test_tokens_are_sent_and_read_anew_when_they_are_refused(start_gateway, torchserve, cloud, tmp_path):
+    def write(generation: int) -> None:
+        torchserve.tokens = {use: f"{use}-{generation}" for use in ("inference", "management")}
+        keys = {use: {"key": key, "expiration time": "soon"} for use, key in torchserve.tokens.items()}
+        (tmp_path / "key_file.json").write_text(json.dumps(keys))
+
+    write(1)
+    gateway = start_gateway(backend_key_file=tmp_path / "key_file.json")
+    assert gateway.post(content=cloud(1)).status_code == 200
+    write(2)
+    eventually(lambda: gateway.post(content=cloud(1)).status_code == 200)
+    assert ready(gateway)
+    (tmp_path / "key_file.json").unlink()
+    torchserve.tokens = {"inference": "third", "management": "third"}
+    answer = gateway.post(content=cloud(1))
+    assert answer.status_code == 503 and str(tmp_path) not in answer.text
+    assert not ready(gateway)
+    write(4)
+    eventually(lambda: gateway.post(content=cloud(1)).status_code == 200)

@@ -1,0 +1,267 @@
+"""The Open Inference Protocol, asked for by its own client, and by hand where no client would go."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+
+import cv2
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tritonclient.utils import InferenceServerException
+
+from serve.errors import ClientError
+from serve.gateway.kserve import decode_infer
+from tests.gateway.fake_torchserve import CLOUDS, FUSION, IMAGES, FakeModel, answer_for
+
+INFER = "/v2/models/second/infer"
+
+
+@pytest.fixture
+def client(start_gateway, torchserve):
+    torchserve.models["faster-rcnn"] = {"1.0": FakeModel(IMAGES)}
+    gateway = start_gateway()
+    with triton.InferenceServerClient(gateway.url.removeprefix("http://")) as made:
+        made.gateway = gateway
+        yield made
+
+
+def points_input(points: np.ndarray, *, binary: bool) -> triton.InferInput:
+    made = triton.InferInput("points", list(points.shape), "FP32")
+    made.set_data_from_numpy(points, binary_data=binary)
+    return made
+
+
+def test_the_server_and_its_models_describe_themselves(client):
+    assert client.is_server_live() and client.is_server_ready()
+    assert client.is_model_ready("second") and client.is_model_ready("second", "1.0")
+    assert not client.is_model_ready("nobody")
+    assert client.get_server_metadata()["name"] == "mmdet3d-serve"
+    found = client.get_model_metadata("second")
+    assert (found["name"], found["versions"]) == ("second", ["1.0"])
+    assert found["inputs"] == [{"name": "points", "datatype": "FP32", "shape": [-1, 4]}]
+    assert [output["name"] for output in found["outputs"]] == [
+        "bboxes_3d", "scores_3d", "labels_3d", "num_detections", "detections",
+    ]  # fmt: skip
+    assert client.get_model_metadata("faster-rcnn", "1.0")["inputs"][0]["name"] == "image"
+
+
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("binary_out", [True, False])
+def test_a_cloud_gives_the_answer_of_predictions(client, cloud, binary_in, binary_out):
+    points = np.frombuffer(cloud(1), np.float32).reshape(-1, 4)
+    names = ["bboxes_3d", "scores_3d", "labels_3d", "num_detections", "detections"]
+    result = client.infer(
+        "second",
+        [points_input(points, binary=binary_in)],
+        outputs=[triton.InferRequestedOutput(name, binary_data=binary_out) for name in names],
+        request_id="mine",
+    )
+    plain = client.gateway.post(content=cloud(1)).json()
+    assert result.get_response()["id"] == "mine" and result.get_response()["model_version"] == "1.0"
+    assert result.as_numpy("bboxes_3d").dtype == np.float32 and result.as_numpy("labels_3d").dtype == np.int64
+    for name in names[:3]:
+        assert result.as_numpy(name).tolist() == plain[name]
+    assert result.as_numpy("num_detections").tolist() == [1]
+    assert json.loads(result.as_numpy("detections")[0]) == plain
+
+
+def test_only_the_outputs_that_are_wanted_come(client, cloud):
+    points = np.frombuffer(cloud(1), np.float32).reshape(-1, 4)
+    result = client.infer(
+        "second", [points_input(points, binary=True)], outputs=[triton.InferRequestedOutput("scores_3d")]
+    )
+    assert [output["name"] for output in result.get_response()["outputs"]] == ["scores_3d"]
+    with pytest.raises(InferenceServerException, match="no output 'nonsense'"):
+        client.infer(
+            "second", [points_input(points, binary=True)], outputs=[triton.InferRequestedOutput("nonsense")]
+        )
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_several_frames_go_into_one_request(client, cloud, torchserve, binary):
+    pictures = [cv2.imencode(".png", np.full((8, 8, 3), i, np.uint8))[1].tobytes() for i in range(3)]
+    frames = np.array(pictures, dtype=object)
+    asked = triton.InferInput("frame", [3], "BYTES")
+    if binary:
+        asked.set_data_from_numpy(frames, binary_data=True)
+        result = client.infer("faster-rcnn", [asked], parameters={"score_thr": 0.5})
+        bodies = list(result.as_numpy("detections"))
+        counts = result.as_numpy("num_detections").tolist()
+    else:  # bytes that are no text travel as base64, which this client does not speak
+        tensor = {
+            "name": "frame", "shape": [3], "datatype": "BYTES", "parameters": {"content_type": "base64"},
+            "data": [base64.b64encode(picture).decode() for picture in pictures],
+        }  # fmt: skip
+        document = {"inputs": [tensor], "parameters": {"score_thr": 0.5}}
+        outputs = client.gateway.post("/v2/models/faster-rcnn/infer", json=document).json()["outputs"]
+        bodies = outputs[-1]["data"]
+        counts = outputs[-2]["data"]
+    assert [json.loads(body) for body in bodies] == [
+        json.loads(answer_for(picture, {"score_thr": "0.5"})) for picture in pictures
+    ]
+    assert counts == [0, 0, 0]  # the paper model answers in three dimensions, this one is asked in two
+    assert len(torchserve.calls) == 1
+
+
+def test_an_image_may_be_encoded_or_an_array_of_pixels(client, torchserve):
+    pixels = np.random.default_rng(1).integers(0, 255, (8, 6, 3), dtype=np.uint8)
+    array = triton.InferInput("image", [8, 6, 3], "UINT8")
+    array.set_data_from_numpy(pixels, binary_data=True)
+    client.infer("faster-rcnn", [array])
+    (sent,) = torchserve.calls[-1]
+    decoded = cv2.imdecode(np.frombuffer(sent, np.uint8), cv2.IMREAD_COLOR)
+    assert (decoded[..., ::-1] == pixels).all()
+    encoded = triton.InferInput("image", [1], "BYTES")
+    encoded.set_data_from_numpy(np.array([sent], dtype=object), binary_data=True)
+    client.infer("faster-rcnn", [encoded])
+    assert torchserve.calls[-1] == [sent]
+
+
+def test_an_empty_cloud_is_a_cloud(client, torchserve):
+    client.infer("second", [points_input(np.zeros((0, 4), np.float32), binary=True)])
+    assert torchserve.calls[-1] == [b""]
+
+
+def test_a_deadline_and_a_full_queue_are_kept_here_too(start_gateway, backend, cloud):
+    gateway = start_gateway()
+    backend.hold()
+    document = {"inputs": [{"name": "points", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+    answer = gateway.post(INFER, json={**document, "parameters": {"timeout_ms": 50}})
+    assert answer.status_code == 504 and answer.json() == {
+        "error": answer.json()["error"], "code": "deadline_exceeded",
+    }  # fmt: skip
+    assert gateway.post(f"{INFER}?timeout_ms=50", json=document).status_code == 504
+
+
+def tensor(**changes):
+    return {"name": "points", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4], **changes}
+
+
+@pytest.mark.parametrize(
+    ("document", "status", "said"),
+    [
+        ({}, 400, "not a request of the Open Inference Protocol"),
+        ([], 400, "not a request"),
+        ({"inputs": []}, 400, "the request has no input"),
+        ({"inputs": "points"}, 400, "not a request"),
+        ({"inputs": [tensor(name="image")]}, 400, "this model takes points, or frame"),
+        ({"inputs": [tensor(name=5)]}, 400, "this model takes points"),
+        ({"inputs": [tensor(name=5), tensor(name="image")]}, 400, "this model takes points"),
+        ({"inputs": [tensor(shape=[1, 5], data=[1, 2, 3, 4, 5])]}, 422, "points must be FP32 [N, 4]"),
+        ({"inputs": [tensor(shape=[4])]}, 422, "points must be FP32 [N, 4]"),
+        ({"inputs": [tensor(datatype="FP64")]}, 422, "points must be FP32 [N, 4]"),
+        ({"inputs": [tensor(datatype="FP99")]}, 400, "unknown datatype"),
+        ({"inputs": [tensor(datatype="UINT8", data=[300, 0, 0, 0])]}, 400, "not a request"),
+        ({"inputs": [tensor(datatype="INT64", data=[1e300, 0, 0, 0])]}, 400, "not a request"),
+        ({"inputs": [tensor(data=[1, 2, 3])]}, 400, "has 3 values"),
+        ({"inputs": [tensor(data=["a", "b", "c", "d"])]}, 400, "not a request"),
+        ({"inputs": [tensor(data=[[1, 2], 3, 4])]}, 400, "not a request"),
+        ({"inputs": [tensor(data=None)]}, 400, "not a request"),
+        ({"inputs": [tensor(shape=[-1, 4])]}, 400, "has the shape"),
+        ({"inputs": [tensor(shape=[1 << 62, 1 << 62])]}, 400, "values"),
+        ({"inputs": [tensor(shape=[1e308, 4])]}, 400, "values"),
+        ({"inputs": [tensor(shape=["x"])]}, 400, "not a request"),
+        ({"inputs": [tensor(parameters={"binary_data_size": 16})]}, 400, "declares 16 bytes, 0 are left"),
+        ({"inputs": [tensor(parameters=[1])]}, 400, "not a request"),
+        ({"inputs": [tensor()], "outputs": [{"name": "nonsense"}]}, 400, "no output 'nonsense'"),
+        ({"inputs": [tensor()], "outputs": [{"name": 5}, {"name": None}]}, 400, "no output"),
+        ({"inputs": [tensor()], "outputs": [5]}, 400, "not a request"),
+        ({"inputs": [tensor()], "parameters": {"colour": "red"}}, 400, "unknown option 'colour'"),
+        ({"inputs": [tensor()], "parameters": [1]}, 400, "not a request"),
+        ({"inputs": [tensor()], "parameters": {"score_thr": [0.5]}}, 400, "score_thr"),
+        (
+            {"inputs": [{"name": "frame", "shape": [65], "datatype": "BYTES", "data": ["x"] * 65}]},
+            413,
+            "65 frames",
+        ),
+    ],
+)
+def test_a_request_that_cannot_be_meant_is_the_clients_mistake(gateway, torchserve, document, status, said):
+    answer = gateway.post(INFER, json=document)
+    assert answer.status_code == status and said in answer.json()["error"], answer.text
+    assert not torchserve.calls
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "99999", "9" * 5000, b"\xb2", "1.5", ""])
+def test_a_header_length_that_does_not_fit_is_refused(gateway, length):
+    body = json.dumps({"inputs": [tensor()]}).encode()
+    answer = gateway.post(INFER, content=body, headers={"inference-header-content-length": length})
+    assert answer.status_code == 400 and "does not fit the body" in answer.json()["error"]
+
+
+def test_bytes_beyond_the_declared_tensors_are_refused(gateway):
+    head = json.dumps({"inputs": [tensor()]}).encode()
+    answer = gateway.post(
+        INFER, content=head + b"more", headers={"inference-header-content-length": str(len(head))}
+    )
+    assert answer.status_code == 400 and "4 bytes follow" in answer.json()["error"]
+
+
+def test_one_verdict_names_the_frame_that_it_is_about(gateway):
+    head = {"name": "frame", "shape": [2], "datatype": "BYTES", "data": ["good", "bad!"]}
+    answer = gateway.post(INFER, json={"inputs": [head]})
+    assert answer.status_code == 422 and answer.json()["error"].startswith("frame 1: bad frame")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = st.sampled_from(["points", "frame", "image", "calibration", "other"]) | JSON
+TENSOR = st.fixed_dictionaries(
+    {"name": NAMES, "shape": st.lists(st.integers(-1, 5), max_size=3) | JSON},
+    optional={
+        "datatype": st.sampled_from(["FP32", "BYTES", "UINT8", "INT64", "FP16", "BOOL"]) | JSON,
+        "data": st.lists(st.floats() | st.integers() | st.text(max_size=4), max_size=8) | JSON,
+        "parameters": st.fixed_dictionaries({}, optional={"binary_data_size": st.integers(-1, 40) | JSON})
+        | JSON,
+    },
+)
+REQUEST = st.fixed_dictionaries(
+    {"inputs": st.lists(TENSOR | JSON, max_size=3) | JSON},
+    optional={
+        "outputs": JSON | st.lists(st.fixed_dictionaries({"name": NAMES})),
+        "parameters": JSON,
+        "id": JSON,
+    },
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(document=REQUEST | JSON, rest=st.binary(max_size=40), spec=st.sampled_from([CLOUDS, IMAGES, FUSION]))
+def test_whatever_is_sent_decodes_or_is_the_clients_mistake(document, rest, spec):
+    head = json.dumps(document).encode()
+    for body, length in ((head, None), (head + rest, str(len(head)))):
+        try:
+            decode_infer(body, length, spec)
+        except ClientError as error:
+            assert str(error)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(elements=st.lists(st.binary(max_size=10), max_size=4), damage=st.data())
+def test_a_damaged_bytes_tensor_decodes_or_is_the_clients_mistake(elements, damage):
+    packed = bytearray(b"".join(struct.pack("<I", len(element)) + element for element in elements))
+    size = len(packed)
+    head = json.dumps(
+        {
+            "inputs": [
+                {"name": "frame", "shape": [len(elements)], "datatype": "BYTES",
+                 "parameters": {"binary_data_size": size}},
+            ]
+        }
+    ).encode()  # fmt: skip
+    whole = decode_infer(head + bytes(packed), str(len(head)), CLOUDS)
+    assert [bytes(frame.body) for frame in whole.frames] == elements
+    if packed:
+        packed[damage.draw(st.integers(0, size - 1))] = damage.draw(st.integers(0, 255))
+    try:
+        decode_infer(head + bytes(packed), str(len(head)), CLOUDS)
+    except ClientError as error:
+        assert str(error)

@@ -1,0 +1,206 @@
+"""Limits: what is refused, when, and that it costs nobody else anything."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import httpx
+import pytest
+
+from serve.framing import FRAMES_CONTENT_TYPE, pack_frames
+from tests.gateway import raw
+from tests.gateway.fake_torchserve import answer_for
+from tests.gateway.running import eventually
+
+PATH = "/predictions/second"
+SMALL = {"max_frame_bytes": 1000, "max_body_bytes": 2000, "batch_bytes": 1000}
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_read(start_gateway, torchserve):
+    gateway = start_gateway(**SMALL)
+    with raw.connected(gateway.url) as connection:
+        connection.sendall(raw.head(PATH, content_length=1 << 40))  # and not one byte of it
+        received = raw.answer(connection)
+    assert raw.status(received) == 413 and b'"frame_too_large"' in received
+    assert b"connection: close" in received.lower()
+    assert gateway.idle() and not torchserve.calls
+
+
+def test_the_refusal_of_a_large_body_reaches_a_client_that_sends_it_all_the_same(start_gateway):
+    gateway = start_gateway(**SMALL)
+    answer = gateway.post(content=b"x" * (8 << 20))
+    assert answer.status_code == 413 and "limit is 2000" in answer.json()["error"]["message"]
+
+
+def test_a_flood_of_chunks_is_cut_off_at_the_limit(start_gateway, torchserve):
+    gateway = start_gateway(**SMALL)
+    with raw.connected(gateway.url) as connection:
+        connection.sendall(raw.head(PATH, transfer_encoding="chunked"))
+        for _ in range(3):
+            connection.sendall(raw.chunk(b"x" * 700))
+        received = raw.answer(connection)
+        assert raw.status(received) == 413
+        connection.settimeout(10)
+        assert connection.recv(1) == b""  # closed: the flood may not go on
+    assert gateway.idle() and not torchserve.calls
+
+
+def test_a_form_over_the_limit_is_refused_the_same(start_gateway, torchserve):
+    gateway = start_gateway(**SMALL)
+    answer = gateway.post(files=[("data", b"x" * 1500), ("data", b"y" * 1500)])
+    assert answer.status_code == 413 and not torchserve.calls
+
+
+def test_one_frame_over_the_limit_does_not_touch_its_neighbour(start_gateway, cloud):
+    gateway = start_gateway(**SMALL)
+    answer = gateway.post(files=[("data", cloud(1)), ("data", b"x" * 1001)])
+    assert answer.json()[0] == json.loads(answer_for(cloud(1), {}))
+    assert answer.json()[1]["error"]["code"] == "frame_too_large"
+
+
+def test_too_many_frames_in_a_request_are_refused(start_gateway, cloud, torchserve):
+    gateway = start_gateway(max_frames_per_request=2)
+    body = pack_frames([(cloud(i), {}) for i in range(3)])
+    answer = gateway.post(content=body, headers={"content-type": FRAMES_CONTENT_TYPE})
+    assert answer.status_code == 413 and "3 frames, the limit is 2" in answer.json()["error"]["message"]
+    assert gateway.post(files=[("data", cloud(i)) for i in range(3)]).status_code == 413
+    assert (
+        gateway.post(files=[("data", cloud(i)) for i in range(17)]).status_code == 400
+    )  # parts beyond all reason
+    assert not torchserve.calls
+
+
+def test_a_body_that_does_not_arrive_is_answered_408(start_gateway):
+    gateway = start_gateway(receive_timeout_s=0.2)
+    for head in (raw.head(PATH, content_length=100), raw.head(PATH, transfer_encoding="chunked")):
+        with raw.connected(gateway.url) as connection:
+            connection.sendall(head + b"5\r\nx")
+            received = raw.answer(connection)
+        assert raw.status(received) == 408 and b'"request_timeout"' in received
+    multipart = raw.head(PATH, content_length=100, content_type="multipart/form-data; boundary=b")
+    with raw.connected(gateway.url) as connection:
+        connection.sendall(multipart + b"--b\r\n")
+        assert raw.status(raw.answer(connection)) == 408
+    assert gateway.idle()
+
+
+def in_background(gateway, **request) -> threading.Thread:
+    thread = threading.Thread(target=lambda: gateway.post(**request))
+    thread.start()
+    return thread
+
+
+def test_a_full_queue_is_answered_429_at_once(start_gateway, backend, cloud):
+    gateway = start_gateway(max_pending_frames=2, max_frames_per_request=2)
+    backend.hold()
+    threads = [in_background(gateway, content=cloud(i)) for i in range(2)]
+    eventually(lambda: gateway.admission.items == 2)
+    began = time.monotonic()
+    answer = gateway.post(content=cloud(3))
+    assert time.monotonic() - began < 1
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["code"] == "overloaded"
+    with raw.connected(gateway.url) as connection:  # before the body is read
+        connection.sendall(raw.head(PATH, content_length=100))
+        assert raw.status(raw.answer(connection)) == 429
+    backend.release()
+    for thread in threads:
+        thread.join()
+    assert gateway.post(content=cloud(3)).status_code == 200
+
+
+def test_bytes_held_are_bounded_too(start_gateway, backend, cloud):
+    gateway = start_gateway(**SMALL, max_pending_bytes=2000)
+    backend.hold()
+    thread = in_background(gateway, content=cloud(1, 62))
+    eventually(lambda: gateway.admission.bytes == 992)
+    thread2 = in_background(gateway, content=cloud(2, 62))
+    eventually(lambda: gateway.admission.bytes == 1984)
+    refused = gateway.post(content=cloud(3, 2))
+    assert refused.status_code == 429 and "hold 1984 bytes" in refused.json()["error"]["message"]
+    assert gateway.post(files={"data": cloud(3, 2)}).status_code == 429
+    backend.release()
+    for each in (thread, thread2):
+        each.join()
+
+
+def test_work_that_expires_while_it_waits_never_reaches_the_model(start_gateway, backend, cloud):
+    gateway = start_gateway(batch_frames=1, batches_ahead=0)
+    backend.hold()
+    running = in_background(gateway, content=cloud(0))
+    eventually(lambda: backend.app.held == 1)
+    answer = gateway.post(f"{PATH}?timeout_ms=50", content=cloud(1))
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+    header = gateway.post(content=cloud(2), headers={"x-timeout-ms": "50"})
+    assert header.status_code == 504
+    lines = gateway.post(
+        f"{PATH}?timeout_ms=50", content=cloud(3), headers={"accept": "application/x-ndjson"}
+    )
+    assert json.loads(lines.text)["status"] == 504
+    many = gateway.post(f"{PATH}?timeout_ms=50", files=[("data", cloud(4)), ("data", cloud(5))])
+    assert [entry["error"]["code"] for entry in many.json()] == ["deadline_exceeded"] * 2
+    eventually(lambda: gateway.admission.items == 1)
+    backend.release()
+    running.join()
+    eventually(gateway.idle)
+    assert backend.app.calls == [[cloud(0)]]
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
+def test_work_of_a_client_that_hung_up_never_reaches_the_model(start_gateway, backend, cloud, accept):
+    gateway = start_gateway(batch_frames=1, batches_ahead=0)
+    backend.hold()
+    running = in_background(gateway, content=cloud(0))
+    eventually(lambda: backend.app.held == 1)
+    with raw.connected(gateway.url) as connection:
+        connection.sendall(raw.request(PATH, cloud(1), accept=accept))
+        eventually(lambda: gateway.admission.items == 2)
+    eventually(lambda: gateway.admission.items == 1)
+    backend.release()
+    running.join()
+    eventually(gateway.idle)
+    assert backend.app.calls == [[cloud(0)]]
+
+
+def test_a_client_that_hangs_up_in_mid_answer_keeps_nothing(start_gateway, backend, cloud):
+    backend.app.models["second"]["1.0"].workers = [1, 2]
+    gateway = start_gateway(batch_frames=1, batches_ahead=0)
+    backend.hold(cloud(0))
+    files = [("data", cloud(0)), ("data", cloud(1))]
+    with gateway.client.stream(
+        "POST", PATH, files=files, headers={"accept": "application/x-ndjson"}
+    ) as answer:
+        assert json.loads(next(answer.iter_lines()))["index"] == 1
+    eventually(lambda: gateway.admission.items == 0)
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
+def test_clients_that_hang_up_at_any_moment_leave_nothing_behind(gateway, cloud, accept, caplog):
+    whole = raw.request(PATH, cloud(1), accept=accept)
+    form = (
+        b'--b\r\ncontent-disposition: form-data; name="data"; filename="f"\r\n\r\n'
+        + cloud(1)
+        + b"\r\n--b--\r\n"
+    )
+    in_parts = raw.request(PATH, form, accept=accept, content_type="multipart/form-data; boundary=b")
+    for sent in (whole, in_parts):
+        for cut in (10, len(sent) - 100, len(sent) - 1, len(sent)):
+            for _ in range(3):
+                with raw.connected(gateway.url) as connection:
+                    connection.sendall(sent[:cut])
+    eventually(gateway.idle)
+    assert gateway.post(content=cloud(2)).content == answer_for(cloud(2), {})
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")], caplog.text
+
+
+def test_a_refused_request_leaves_its_connection_usable_or_closed(start_gateway, cloud):
+    gateway = start_gateway(**SMALL)
+    with httpx.Client(
+        base_url=gateway.url, limits=httpx.Limits(max_connections=1), trust_env=False
+    ) as client:
+        for _ in range(3):
+            assert client.post(PATH, content=b"x" * 3000).status_code == 413
+            assert client.post("/predictions/nobody", content=b"x" * 1500).status_code == 404
+            assert client.post(PATH, content=cloud(1)).status_code == 200

@@ -1,0 +1,332 @@
+"""The serving benchmark: its load against a server of known behaviour, its report, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serve.benchmark.serving import contenders, slept
+from serve.benchmark.serving.contenders import GATEWAY, Field, Subject, slept_archive
+from serve.benchmark.serving.guarded import Guarded, cpu_seconds, pause, resume
+from serve.benchmark.serving.load import Load, measure, quantile
+from serve.benchmark.serving.load_process import LoadProcess
+from serve.benchmark.serving.report import BEGIN, END, Report
+from serve.benchmark.serving.runs import Machine, Plan, Result, Row
+from serve.errors import BackendStartError
+
+ROOT = Path(__file__).parents[1]
+ONE_BY_ONE_S = 0.02
+
+
+class KnownServer:
+    """Answers one request at a time, each after `ONE_BY_ONE_S`; from then on what `failing` says."""
+
+    def __init__(self) -> None:
+        self.failing: bytes | None = None
+        self.asked = 0
+        self._loop = asyncio.new_event_loop()
+        self._line = asyncio.Lock()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self._server = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop
+        ).result()
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                (length,) = (
+                    int(line.split(b":")[1])
+                    for line in head.split(b"\r\n")
+                    if line.startswith(b"content-length")
+                )
+                body = await reader.readexactly(length)
+                self.asked += 1
+                async with self._line:
+                    # Real time is what this server stands for.
+                    await asyncio.sleep(ONE_BY_ONE_S)
+                answer = json.dumps({"bytes": len(body), "batch": 1}).encode()
+                status = b"200 OK" if self.failing is None else self.failing
+                writer.write(b"HTTP/1.1 %s\r\ncontent-length: %d\r\n\r\n%s" % (status, len(answer), answer))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    def close(self) -> None:
+        async def end() -> None:
+            self._server.close()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@pytest.fixture
+def known():
+    server = KnownServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def asking(known, tmp_path):
+    body = tmp_path / "frame.bin"
+    body.write_bytes(bytes(1000))
+    return Load(
+        "127.0.0.1", known.port, "/predict", str(body), warm_s=0.1, seconds=0.8, expect={"bytes": 1000}
+    )
+
+
+def changed(load: Load, **values) -> Load:
+    return Load(**{**load.__dict__, **values})
+
+
+def test_a_closed_loop_measures_the_rate_and_the_latency_of_a_known_server(asking):
+    measured = measure(changed(asking, clients=4))
+    assert measured.failed == 0 and not measured.failures
+    # Four in line, one at a time: each waits for four; a busy machine can only be slower.
+    assert 25 <= measured.rate <= 1 / ONE_BY_ONE_S * 1.05
+    assert measured.p50_ms >= 4 * ONE_BY_ONE_S * 1e3 * 0.95
+    assert measured.rate == pytest.approx(4e3 / measured.mean_ms, rel=0.2)
+    assert measured.mean_batch == 1
+    assert measured.total >= measured.answered
+
+
+def test_an_open_loop_counts_from_the_moment_a_request_should_have_left(asking):
+    measured = measure(changed(asking, rate=15.0, seconds=1.5))
+    assert not measured.overrun and measured.failed == 0
+    assert measured.p99_ms >= measured.p50_ms >= ONE_BY_ONE_S * 1e3 * 0.95
+
+
+def test_an_open_loop_says_when_it_is_not_kept_up_with(asking):
+    assert measure(changed(asking, rate=400.0, seconds=1.2)).overrun
+
+
+def test_the_load_is_bounded_in_number(asking, known):
+    measure(changed(asking, clients=2, most=5))
+    assert known.asked == 5
+
+
+@pytest.mark.parametrize(
+    ("expect", "reason"), [({"bytes": 7}, "wrong answer"), ({"boxes": 1}, "unreadable answer")]
+)
+def test_an_answer_about_something_else_is_a_failure(asking, expect, reason):
+    measured = measure(changed(asking, clients=1, expect=expect))
+    assert measured.answered == 0 and set(measured.failures) == {reason}
+
+
+def test_a_refusal_is_a_failure_by_its_status(asking, known):
+    known.failing = b"503 Service Unavailable"
+    measured = measure(changed(asking, clients=2))
+    assert measured.answered == 0 and set(measured.failures) == {"503"}
+    assert measured.p50_ms is None and measured.rate == 0
+
+
+def test_nobody_there_is_a_failure_and_not_a_tight_loop(asking, free_ports):
+    (port,) = free_ports(1)
+    measured = measure(changed(asking, clients=1, port=port))
+    assert set(measured.failures) == {"ConnectionRefusedError"} and measured.failed <= 100
+
+
+def test_quantiles_are_values_that_were_seen():
+    assert [quantile([1.0, 2.0, 3.0, 4.0], share) for share in (0.5, 0.99, 0.25)] == [2.0, 4.0, 1.0]
+    assert quantile([5.0], 0.5) == 5.0
+
+
+def test_the_load_process_measures_and_goes(asking):
+    with LoadProcess() as load:
+        process = psutil.Process(load.pid)
+        assert load.measure(changed(asking, clients=1, seconds=0.2)).answered
+    assert not process.is_running()
+
+
+def test_the_slept_model_takes_what_it_says():
+    began = time.perf_counter()
+    assert slept.answers([3, 4]) == [{"bytes": 3, "batch": 2}, {"bytes": 4, "batch": 2}]
+    assert time.perf_counter() - began >= 0.024
+    assert slept.lone_s() == pytest.approx(0.022) and slept.ideal_rate() == pytest.approx(307.7, abs=0.1)
+
+
+# Processes
+
+
+SPIN = "import sys; print('spinning', flush=True)\nwhile True: pass"
+
+
+def test_a_paused_server_uses_no_cpu_and_goes_on_afterwards():
+    with Guarded("a loop", [sys.executable, "-c", SPIN]) as server:
+        pause(server.pid)
+        # A stop takes effect at the next tick.
+        while psutil.Process(server.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        before = cpu_seconds([server.pid])
+        assert cpu_seconds([server.pid]) == before
+        resume(server.pid)
+        deadline = time.monotonic() + 20
+        while cpu_seconds([server.pid]) == before:
+            assert time.monotonic() < deadline
+        pause(server.pid)  # and is ended although it is paused
+        child = psutil.Process(server.pid)
+    assert not child.is_running()
+
+
+def test_a_server_that_ends_while_starting_is_named_with_its_last_words():
+    with (
+        Guarded("it", [sys.executable, "-c", "import sys; sys.exit('no port left')"]) as server,
+        pytest.raises(BackendStartError, match="it ended while starting: no port left"),
+    ):
+        server.wait_for("ready", 20)
+
+
+def test_nothing_is_left_when_the_benchmark_is_killed(tmp_path):
+    code = (
+        "import sys, time\nfrom serve.benchmark.serving.guarded import Guarded\n"
+        f"with Guarded('it', [sys.executable, '-c', {SPIN!r}]) as server:\n"
+        "    print(server.pid, flush=True)\n    time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    child.wait(20)
+
+
+@pytest.mark.torchserve
+def test_a_contender_that_is_not_installed_is_skipped_with_name_and_reason(tmp_path):
+    subject = Subject("slept", slept_archive(tmp_path), "slept", (), answers_batch=True)
+    missing = tmp_path / "bin" / "python"
+    with Field(subject, missing, ("TorchServe batch 1", "mosec, 1 ms")) as field:
+        assert [one.name for one in field.contenders] == ["TorchServe batch 1"]
+        assert list(field.skipped) == ["mosec, 1 ms"]
+        assert "make bench-env" in field.skipped["mosec, 1 ms"]
+
+
+@pytest.mark.torchserve
+@pytest.mark.slow
+def test_the_command_measures_ours_and_prints_one_line_of_json_last(tmp_path):
+    ran = bench("--quick", "--models", "slept", "--only", GATEWAY, "TorchServe batch 1", "LitServe")
+    said, errors = ran.communicate(timeout=280)
+    assert ran.returncode == 0, errors
+    document = json.loads(said.splitlines()[-1])
+    (result,) = document["results"]
+    rows = result["rows"]
+    assert set(rows) == {GATEWAY, "TorchServe batch 1"} and list(result["skipped"]) == ["LitServe"]
+    assert all(row["failed"] == 0 and row["lone_ms"] >= 22 for row in rows.values())
+    assert rows["TorchServe batch 1"]["overrun"] and not rows[GATEWAY]["overrun"]
+    assert (
+        rows[GATEWAY]["closed_batch"] > 8 and rows[GATEWAY]["rate"] > 2 * rows["TorchServe batch 1"]["rate"]
+    )
+    assert rows[GATEWAY]["idle_cpu"] < 0.05
+
+
+@pytest.mark.torchserve
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_process(tmp_path):
+    ran = bench("--quick", "--models", "slept", "--only", GATEWAY, "TorchServe batch 1")
+    me = psutil.Process(ran.pid)
+    deadline = time.monotonic() + 120
+    while not any("gateway" in each.cmdline() for each in me.children(recursive=True)):
+        assert ran.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    below = me.children(recursive=True)
+    ran.send_signal(signal.SIGINT)
+    _, errors = ran.communicate(timeout=60)
+    assert ran.returncode == 130 and errors.endswith("stopped\n")
+    psutil.wait_procs(below, timeout=20)
+    assert not [each for each in below if each.is_running()]
+
+
+def bench(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "tools/bench_serving.py", "--bench-python", "/nowhere/python", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+# The report
+
+SMALL = Plan(bytes(16_000), 3, 1.0, 100.0, 4.0, 64, 2.0)
+MEDIUM = Plan(bytes(276_000), 2, 1.0, 100.0, 4.0, 64, 2.0)
+
+
+def report(ours: Row, others: float = 0.0) -> Report:
+    rows = {
+        "TorchServe batch 1": Row(lone_ms=24.0, rate=42.0, overrun=True),
+        GATEWAY: ours,
+        "mosec, 1 ms": Row(lone_ms=25.0, p50_ms=44.0, p99_ms=66.0, rate=299.0),
+    }
+    results = [
+        Result("slept", 16_000, SMALL, rows, {"BentoML": "it is not there"}, others),
+        Result("slept", 276_000, MEDIUM, rows, {}, others),
+    ]
+    return Report(results, Machine(2, 0.1, others, 1.5), "2026-01-31", quick=False)
+
+
+GOOD = Row(lone_ms=25.5, p50_ms=43.0, p99_ms=65.0, rate=301.0, own_cpu_ms=1.2, idle_cpu=0.0)
+
+
+def test_the_aims_are_judged_by_the_rows():
+    assert all(line.startswith("holds") for line in report(GOOD).verdicts())
+    slow = Row(lone_ms=26.5, p50_ms=44.5, p99_ms=66.5, rate=298.0, own_cpu_ms=1.6, idle_cpu=0.1)
+    verdicts = report(slow).verdicts()
+    assert len(verdicts) == 6 and all(line.startswith("MISSED") for line in verdicts)
+
+
+def test_an_overrun_is_said_and_whoever_is_missing_is_named():
+    table = report(GOOD).table()
+    assert "overrun" in table and "skipped BentoML: it is not there" in table
+
+
+def test_a_busy_machine_is_a_warning():
+    assert "warning" not in report(GOOD).table()
+    assert "warning: the machine was busy" in report(GOOD, others=1.2).table()
+
+
+def test_the_line_is_one_line_of_json_with_everything():
+    document = json.loads(report(GOOD).json_line())
+    assert document["results"][0]["rows"][GATEWAY]["p50_ms"] == 43.0
+    assert document["day"] == "2026-01-31" and all(document["aims"].values())
+
+
+def test_the_page_keeps_what_is_written_around_the_measured_part(tmp_path):
+    page = tmp_path / "serving.md"
+    page.write_text(f"before\n{BEGIN}\nof last year\n{END}\nafter\n")
+    written = report(GOOD).write_page(page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "of last year" not in text
+    assert f"**{GATEWAY}**" in text and "```json\n{" in text
+    for picture in written[1:]:
+        assert picture.read_bytes().startswith(b"\x89PNG") and f"({picture.name})" in text
+    report(GOOD).write_page(page)
+    assert page.read_text() == text
+
+
+def test_a_page_without_a_measured_part_is_not_written(tmp_path):
+    page = tmp_path / "serving.md"
+    page.write_text("mine")
+    with pytest.raises(ValueError, match="has no part between"):
+        report(GOOD).write_page(page)
+    assert page.read_text() == "mine" and os.listdir(tmp_path) == ["serving.md"]
+
+
+def test_a_form_carries_the_frame_as_it_is(tmp_path):
+    body = tmp_path / "frame.bin"
+    body.write_bytes(b"\r\n--x\r\n")
+    load = contenders.Contender("it", 1, "/predict", (), form=True).load(body, {})
+    assert b"\r\n\r\n\r\n--x\r\n\r\n--" in Path(load.body).read_bytes()
+    assert load.headers["content-type"].startswith("multipart/form-data; boundary=")

@@ -1,0 +1,234 @@
+"""TorchServe and the gateway as one service: what happens when either ends, and how both end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serve.demo.scenes import sample_frame
+from serve.errors import ArchiveError, BackendStartError
+from serve.supervision import Service, archives_of, examine
+from serve.torchserve import ServedModel, TorchServeOptions
+from tests.conftest import pick_free_ports
+
+pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(300)]
+ROOT = Path(__file__).parents[1]
+
+
+class Up:
+    """``python -m serve up`` as a container runs it, and what it says."""
+
+    def __init__(self, store: Path, home: Path, **environment: str) -> None:
+        self.ports = pick_free_ports(4)
+        inference, management, metrics, gateway = self.ports
+        self.url = f"http://127.0.0.1:{gateway}"
+        self.inference_url = f"http://127.0.0.1:{inference}"
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-m", "serve", "up", "--store", str(store),
+                "--inference-port", str(inference), "--management-port", str(management),
+                "--metrics-port", str(metrics), "--gateway-port", str(gateway),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(self.process.stdout)
+
+    def await_ready(self, seconds: float = 120) -> None:
+        wait_until(
+            lambda: self.process.poll() is not None or any("Ctrl-C" in line for line in self.lines), seconds
+        )
+        assert self.process.poll() is None, self.text()
+        wait_until(lambda: httpx.get(f"{self.url}/health/ready").status_code == 200, 20)
+
+    def child(self, what: str) -> psutil.Process:
+        """The gateway, or TorchServe's Java."""
+        everything = psutil.Process(self.process.pid).children(recursive=True)
+        (found,) = [each for each in everything if what in each.cmdline() or each.name() == what]
+        return found
+
+    def text(self) -> str:
+        return "".join(self.lines)
+
+    def end(self) -> int:
+        code = self.process.wait(60)
+        self.reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def up(demo_store: Path, tmp_path: Path) -> Iterator[Callable[..., Up]]:
+    started: list[Up] = []
+
+    def start(store: Path = demo_store, **environment: str) -> Up:
+        started.append(Up(store, tmp_path, **environment))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.process.kill()
+        each.end()
+
+
+@pytest.fixture(scope="module")
+def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from serve.cli.serving import demonstration
+
+    return demonstration(tmp_path_factory.mktemp("store"))
+
+
+def test_sigterm_under_load_loses_no_request_and_ends_with_0(up: Callable[..., Up]) -> None:
+    service = up()
+    service.await_ready()
+    frame = sample_frame()
+    sent = threading.Semaphore(0)
+    statuses: list[int] = []
+
+    def ask() -> None:
+        with httpx.Client(timeout=60) as client:
+            sent.release()
+            statuses.append(client.post(f"{service.url}/predictions/second", content=frame).status_code)
+
+    askers = [threading.Thread(target=ask) for _ in range(8)]
+    for asker in askers:
+        asker.start()
+    for _ in askers:
+        assert sent.acquire(timeout=10)
+    wait_until(lambda: "mmdet3d_serve_pending_frames 8.0" in httpx.get(f"{service.url}/metrics").text, 10)
+    service.process.send_signal(signal.SIGTERM)
+    for asker in askers:
+        asker.join(60)
+    assert service.end() == 0, service.text()
+    assert statuses == [200] * 8
+    assert not any(port_is_open(port) for port in service.ports)
+
+
+def port_is_open(port: int) -> bool:
+    try:
+        httpx.get(f"http://127.0.0.1:{port}/")
+    except httpx.ConnectError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("which", ["gateway", "java"])
+def test_the_death_of_either_process_ends_the_service_with_an_error(
+    up: Callable[..., Up], which: str
+) -> None:
+    service = up()
+    service.await_ready()
+    everything = psutil.Process(service.process.pid).children(recursive=True)
+    service.child(which).kill()
+    assert service.end() == 128 + signal.SIGKILL
+    _, alive = psutil.wait_procs(everything, timeout=10)
+    assert not alive
+    assert "ended by itself" in service.text()
+
+
+def test_nothing_outlives_a_supervisor_that_is_killed(up: Callable[..., Up]) -> None:
+    service = up()
+    service.await_ready()
+    everything = psutil.Process(service.process.pid).children(recursive=True)
+    service.process.kill()
+    service.end()
+    _, alive = psutil.wait_procs(everything, timeout=30)
+    assert not alive
+
+
+def test_a_wrong_setting_is_a_sentence_and_2(up: Callable[..., Up]) -> None:
+    service = up(MMDET3D_SERVE_GATEWAY_BATCH_POINTZ="5")
+    assert service.end() == 2
+    assert (
+        "unknown setting MMDET3D_SERVE_GATEWAY_BATCH_POINTZ; did you mean MMDET3D_SERVE_GATEWAY_BATCH_POINTS?"
+        in (service.text())
+    )
+
+
+def test_bad_archives_are_refused_with_a_reason_and_the_others_serve(
+    up: Callable[..., Up], demo_store: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(demo_store, store)
+    (store / "foreign.mar").write_bytes(b"PK not really")
+    damaged = bytearray((demo_store / "second.mar").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (store / "damaged.mar").write_bytes(damaged)
+    service = up(store)
+    service.await_ready()
+    models = {
+        entry.get("archive") or entry["name"]: entry for entry in httpx.get(f"{service.url}/models").json()
+    }
+    assert models["second"]["status"] == "ready"
+    for name in ("foreign.mar", "damaged.mar"):
+        assert models[name]["status"] == "refused" and models[name]["reason"]
+        assert f"{name} is refused: " in service.text()
+    assert (
+        httpx.post(f"{service.url}/predictions/second", content=sample_frame(), timeout=60).status_code == 200
+    )
+
+
+def test_an_empty_store_serves_the_demonstration(up: Callable[..., Up], tmp_path: Path) -> None:
+    service = up(tmp_path / "nothing-here")
+    service.await_ready()
+    assert "serving the demonstration SECOND" in service.text()
+    answer = httpx.post(f"{service.url}/predictions/second", content=sample_frame(), timeout=60).json()
+    assert len(answer["bboxes_3d"]) > 2
+
+
+def test_open_management_asks_for_tokens_and_the_gateway_has_them(up: Callable[..., Up]) -> None:
+    service = up(MMDET3D_SERVE_OPEN_MANAGEMENT="1")
+    service.await_ready()
+    management = f"http://127.0.0.1:{service.ports[1]}/models"
+    assert httpx.get(management).status_code == 400
+    assert httpx.get(management, headers={"authorization": "Bearer guess"}).status_code >= 400
+    assert (
+        httpx.post(f"{service.url}/predictions/second", content=sample_frame(), timeout=60).status_code == 200
+    )
+
+
+def test_a_named_archive_that_is_damaged_ends_the_start(demo_store: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.mar").write_bytes(b"PK")
+    with pytest.raises(ArchiveError, match=r"bad\.mar"):
+        Service(TorchServeOptions(tmp_path, [ServedModel("bad.mar")]), None).start()
+    with pytest.raises(BackendStartError, match=r"no model .* bad\.mar"):
+        Service(TorchServeOptions(tmp_path, [ServedModel("bad.mar")]), None, lenient=True).start()
+
+
+def test_archives_are_examined_one_by_one(demo_store: Path, tmp_path: Path) -> None:
+    shutil.copy(demo_store / "second.mar", tmp_path / "a.mar")
+    (tmp_path / "b.mar").write_bytes(b"")
+    good, refused = examine(tmp_path, archives_of(tmp_path, workers=2))
+    assert [(model.archive, model.workers) for model in good] == [("a.mar", 2)]
+    assert [each.archive for each in refused] == ["b.mar"]
+    assert json.dumps(refused[0].reason)
