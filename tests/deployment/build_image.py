@@ -1,0 +1,246 @@
+"""Build the image where no container engine runs, start it, and ask it for detections from inside.
+
+`make image-check` runs this, as root, on Debian with the packages `buildah` and `debootstrap`. It takes minutes and
+gigabytes, so neither `make test` nor continuous integration does. A base is made with debootstrap (Debian's own
+Python), the Dockerfile is built on it with `buildah --storage-driver vfs bud --isolation chroot`, and the image is
+run as a user that it has never heard of. Seen from outside are: the answer, where files were written, and how it ends.
+
+What it does not show: what an engine adds (namespaces, cgroups, a root file system mounted read-only), and the base
+image that the Dockerfile names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from serve.demo.scenes import sample_frame
+from tests.conftest import pick_free_ports
+
+ROOT = Path(__file__).parents[2]
+USER = "4711:0"  # not in the image's /etc/passwd; group 0 is what OpenShift gives
+BASE_PACKAGES = "python3,python3-venv,ca-certificates,curl"
+START_S = 400.0
+STOP_S = 60.0
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+class Buildah:
+    """buildah with a storage of its own, so that removing a folder removes everything."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = ["buildah", "--storage-driver", "vfs", "--root", str(folder / "storage"),
+                     "--runroot", str(folder / "run")]  # fmt: skip
+
+    def __call__(self, *words: str, quiet: bool = False) -> str:
+        """Run a subcommand; its output is returned when `quiet`, else shown."""
+        command = [*self.base, *words]
+        if quiet:
+            return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        subprocess.run(command, check=True)
+        return ""
+
+
+def make_base(buildah: Buildah, folder: Path, root: Path | None, suite: str) -> str:
+    """A base image with Debian's Python; returns its name."""
+    if root is None:
+        root = folder / "base"
+        say(f"debootstrap {suite} with {BASE_PACKAGES}")
+        log = folder / "debootstrap.log"
+        with log.open("w") as file:
+            command = ["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", suite, str(root)]
+            if subprocess.run(command, stdout=file, stderr=file, check=False).returncode:
+                sys.exit(f"debootstrap failed:\n{log.read_text()[-2000:]}")
+    container = buildah("from", "scratch", quiet=True)
+    buildah("add", "--quiet", container, str(root), "/", quiet=True)
+    buildah("commit", "--quiet", "--rm", container, "localhost/base", quiet=True)
+    return "localhost/base"
+
+
+def build(buildah: Buildah, base: str, target: str, arguments: argparse.Namespace) -> str:
+    """Build a target of the Dockerfile; returns the image's name."""
+    image = f"localhost/mmdet3d-serve-{target}"
+    words = ["bud", "--isolation", "chroot", "--format", "docker", "--target", target, "--tag", image,
+             "--build-arg", f"BASE_IMAGE={base}", "--file", "docker/Dockerfile"]  # fmt: skip
+    for each in arguments.build_arg:
+        words += ["--build-arg", each]
+    for each in arguments.volume:
+        words += ["--volume", each]
+    if arguments.pip_conf:
+        words += ["--secret", f"id=pip_conf,src={arguments.pip_conf}"]
+    say(f"buildah --storage-driver vfs bud --isolation chroot --target {target}")
+    began = time.monotonic()
+    buildah(*words, str(ROOT))
+    print(f"built in {time.monotonic() - began:.0f} s")
+    return image
+
+
+def describe(buildah: Buildah, image: str) -> None:
+    """Print what the image says of itself, and refuse what it must not say."""
+    config = json.loads(buildah("inspect", "--type", "image", image, quiet=True))["Docker"]["config"]
+    say(f"{image}: what it says of itself")
+    for key in ("User", "Entrypoint", "ExposedPorts", "StopSignal", "Healthcheck", "Labels"):
+        print(f"{key:<13}{json.dumps(config.get(key))}")
+    assert config["User"] == "1000:1000" and config["StopSignal"] == "SIGTERM"
+    for line in buildah("images", "--json", quiet=True).splitlines():
+        if '"size"' in line:
+            print(line.strip())
+
+
+@contextmanager
+def mounted(buildah: Buildah, image: str) -> Iterator[tuple[str, Path]]:
+    """A container of the image, and its root as a folder."""
+    container = buildah("from", image, quiet=True)
+    try:
+        yield container, Path(buildah("mount", container, quiet=True))
+    finally:
+        buildah("rm", container, quiet=True)
+
+
+def inside(buildah: Buildah, container: str, *command: str) -> list[str]:
+    """The words that run a command in the container as `USER`, with the network of this machine."""
+    return [*buildah.base, "run", "--isolation", "chroot", "--user", USER, container, "--", *command]
+
+
+def show_memory(service: psutil.Process) -> None:
+    """Print what each process of the service holds, MB of 10^6 bytes: resident, and of that its own alone."""
+    roles = {
+        "model_service_worker.py": "worker",
+        "org.pytorch.serve.ModelServer": "TorchServe (Java)",
+        "serve gateway": "gateway",
+        "serve up": "supervisor",
+    }
+    for each in service.children(recursive=True):
+        if each.name() not in ("python", "python3", "java"):
+            continue
+        words = " ".join(each.cmdline())
+        role = next((role for word, role in roles.items() if word in words and "guard.py" not in words), None)
+        if role:
+            held = each.memory_full_info()
+            print(f"memory  {role:<18}{held.rss / 1e6:5.0f} MB resident, {held.uss / 1e6:5.0f} MB its own")
+
+
+def serve_and_ask(buildah: Buildah, container: str, root: Path, caches: str) -> None:
+    """Start the image's entry point, ask it from inside, stop it as an engine would."""
+    gateway, inference, management, metrics = pick_free_ports(4)
+    config = json.loads(buildah("inspect", container, quiet=True))["Docker"]["config"]
+    words = ["--gateway-port", str(gateway), "--inference-port", str(inference),
+             "--management-port", str(management), "--metrics-port", str(metrics)]  # fmt: skip
+    marker = root.parent / "marker"
+    marker.touch()
+    say(f"started as user {USER}: {' '.join([*config['Entrypoint'], *words])}")
+    began = time.monotonic()
+    service = subprocess.Popen(inside(buildah, container, *config["Entrypoint"], *words), cwd=ROOT)
+    try:
+        url = f"http://127.0.0.1:{gateway}"
+        ready = inside(buildah, container, "curl", "-fsS", f"{url}/health/ready")
+        while subprocess.run(ready, capture_output=True, check=False).returncode:
+            assert service.poll() is None, f"it ended with {service.returncode}"
+            assert time.monotonic() - began < START_S, "it was not ready in time"
+            time.sleep(1)
+        print(f"ready {time.monotonic() - began:.0f} s after its start, caches {caches}")
+        (root / "tmp" / "frame.bin").write_bytes(sample_frame())
+        (root / "tmp" / "frame.bin").chmod(0o644)
+        curl = [
+            "curl",
+            "-sS",
+            "-T",
+            "/tmp/frame.bin",
+            "-H",
+            "X-Max-Detections: 2",
+            f"{url}/predictions/second",
+        ]
+        say(f"from inside: {' '.join(curl)}")
+        answer = subprocess.run(inside(buildah, container, *curl), check=True, capture_output=True, text=True)
+        print(answer.stdout)
+        assert len(json.loads(answer.stdout)["scores_3d"]) == 2
+        show_memory(psutil.Process(service.pid))
+        ids = inside(buildah, container, "sh", "-c", "id; cat /proc/self/status | grep Cap; ls -ld $HOME")
+        subprocess.run(ids, check=True)
+        written = [
+            str(path.relative_to(root))
+            for path in root.rglob("*")
+            if not path.is_symlink() and path.is_file() and path.stat().st_mtime > marker.stat().st_mtime
+        ]
+        outside = [path for path in written if path.split("/")[0] not in ("tmp", "proc", "sys", "dev")]
+        # Names and routes that buildah itself writes into every container.
+        outside = [
+            path for path in outside if path not in ("etc/hosts", "etc/resolv.conf", "run/.containerenv")
+        ]
+        print(f"files written outside /tmp: {outside or 'none'}")
+        assert not outside
+        below = psutil.Process(service.pid).children(recursive=True)
+        (first,) = [each for each in below if each.name() == "dumb-init"]
+        say("SIGTERM to process 1")
+        first.terminate()
+        code = service.wait(STOP_S)
+        print(f"exit code {code}")
+        assert code == 0
+    finally:
+        if service.poll() is None:
+            for each in psutil.Process(service.pid).children(recursive=True):
+                each.kill()
+            service.kill()
+            service.wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build, run, ask, clean up."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--build-arg", action="append", default=[], metavar="NAME=VALUE", help="for the Dockerfile"
+    )
+    parser.add_argument(
+        "--volume", action="append", default=[], metavar="FROM:TO:ro", help="seen by the build"
+    )
+    parser.add_argument("--pip-conf", type=Path, metavar="FILE", help="pip's configuration for the build")
+    parser.add_argument("--base-root", type=Path, metavar="DIR", help="what debootstrap made before")
+    parser.add_argument("--suite", default="bookworm", help="of Debian (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("/var/tmp"), help="for gigabytes, removed afterwards"
+    )
+    arguments = parser.parse_args(argv)
+    missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
+    if missing or os.getuid():
+        print(
+            f"error: needs root and Debian's packages buildah and debootstrap; missing: {missing}",
+            file=sys.stderr,
+        )
+        return 2
+    with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-image-", dir=arguments.folder) as name:
+        folder = Path(name)
+        buildah = Buildah(folder)
+        base = make_base(buildah, folder, arguments.base_root, arguments.suite)
+        gateway = build(buildah, base, "gateway", arguments)
+        describe(buildah, gateway)
+        with mounted(buildah, gateway) as (container, _):
+            said = subprocess.run(
+                inside(buildah, container, "python", "-m", "serve", "gateway", "--help"),
+                check=True, capture_output=True, text=True,
+            )  # fmt: skip
+            print(said.stdout.partition("\n")[0])
+        image = build(buildah, base, "serve", arguments)
+        describe(buildah, image)
+        with mounted(buildah, image) as (container, root):
+            for caches in ("empty", "kept from before"):
+                serve_and_ask(buildah, container, root, caches)
+    say("all of it removed again")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The service where a container would have it: a root file system that cannot be written, a user without a name.
+
+A mount namespace and a user namespace of our own stand in for an engine. What an engine itself does is not shown
+here; `make image-check` builds and runs the image.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# /tmp is new and empty, all else read-only; then another user, with no capability left.
+CONFINE = """
+mount -t tmpfs -o mode=1777,noexec,nosuid,nodev tmpfs /tmp
+mount -o remount,bind,ro /
+exec unshare --user --map-user=4711 --map-group=0 "$@"
+"""
+# Starts the service, asks it, sends SIGTERM, and tells what it saw. Runs inside.
+SCRIPT = """
+import getpass, http.client, json, os, signal, subprocess, sys, time
+from tests.conftest import pick_free_ports
+from serve.demo.scenes import sample_frame
+try:
+    open("/work-file", "w")
+except OSError as error:
+    print("root:", error.strerror)
+print("user:", os.getuid(), os.path.expanduser("~"))
+inference, management, metrics, gateway = map(str, pick_free_ports(4))
+command = [sys.executable, "-m", "serve", "up", "--store", "/home/model-server/model-store",
+           "--inference-port", inference, "--management-port", management,
+           "--metrics-port", metrics, "--gateway-port", gateway]
+service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+for line in service.stdout:
+    if "Ctrl-C" in line:
+        break
+else:
+    sys.exit(f"ended with {service.wait()}")
+connection = http.client.HTTPConnection("127.0.0.1", int(gateway), timeout=60)
+connection.request("POST", "/predictions/second", sample_frame())
+answer = connection.getresponse()
+print("answer:", answer.status, len(json.loads(answer.read())["scores_3d"]) > 2)
+print("check:", subprocess.run([sys.executable, "-I", "-S", "docker/healthcheck.py"], stdout=subprocess.DEVNULL,
+      env={"MMDET3D_SERVE_GATEWAY_PORT": gateway}).returncode)
+service.send_signal(signal.SIGTERM)
+service.stdout.read()
+print("code:", service.wait())
+print("left:", sorted(set(os.listdir("/tmp")) - {"mmdet3d-serve-cache", "mmdet3d-serve-4711", ".config", ".cache"}))
+"""
+
+
+def confined(*command: str, **environment: str) -> list[str]:
+    variables = [f"{name}={value}" for name, value in environment.items()]
+    return [
+        "unshare", "--user", "--map-root-user", "--mount", "sh", "-ec", CONFINE, "sh", "env", *variables, *command,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def namespaces() -> Iterator[None]:
+    tried = subprocess.run(confined("true"), capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no namespaces here: {tried.stderr.strip()}")
+    yield
+
+
+@pytest.mark.torchserve
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_service_runs_with_a_read_only_root_and_a_user_it_never_heard_of() -> None:
+    # As the Dockerfile sets them.
+    variables = {
+        "HOME": "/tmp", "USER": "model-server", "MMDET3D_SERVE_CACHE_DIR": "/tmp/mmdet3d-serve-cache",
+        "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+    }  # fmt: skip
+    ran = subprocess.run(
+        confined(sys.executable, "-c", SCRIPT, **variables),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = dict(line.split(": ", 1) for line in ran.stdout.splitlines() if ": " in line)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert told["root"] == "Read-only file system"
+    assert told["user"] == "4711 /tmp"
+    assert told["answer"] == "200 True"
+    assert told["check"] == "0"
+    assert told["code"] == "0"
+    assert told["left"] == "[]"
+
+
+def test_a_store_that_cannot_be_read_is_a_sentence_and_2(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir(mode=0)
+    ran = subprocess.run(
+        ["unshare", "--user", "--map-user=4711", sys.executable, "-m", "serve", "up", "--store", str(store)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert f"may not read the model store {store}" in ran.stderr

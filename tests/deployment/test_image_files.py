@@ -1,0 +1,387 @@
+"""Dockerfile, compose files, alerts and dashboard: about the service that there is, and closed where they should be."""
+
+from __future__ import annotations
+
+import http.server
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from check_jsonschema import builtin_schemas
+from prometheus_client.parser import text_string_to_metric_families
+
+import serve.supervision
+from serve.__main__ import COMMANDS
+from serve.batching import Admission, BatchReport
+from serve.cli import serving
+from serve.gateway.measures import Measures
+from serve.gateway.options import GatewayOptions
+from serve.settings import PREFIX, Settings
+from serve.torchserve import TorchServeOptions
+from serve.torchserve.process import DRAIN_S
+from tests.conftest import pick_free_ports
+from tests.deployment.conftest import ROOT
+
+DOCKER = ROOT / "docker"
+# What NVIDIA's exporter exports by default; TorchServe is told to collect no figures of GPUs.
+DCGM = {"DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_FB_USED"}
+PROMQL = {
+    "absent", "by", "histogram_quantile", "increase", "label_values", "le", "max", "rate", "sum",
+}  # fmt: skip
+
+Instruction = tuple[str, str]
+
+
+def instructions(path: Path) -> list[Instruction]:
+    """Of a Dockerfile: each instruction with its words, lines joined, comments gone."""
+    lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    return [
+        (name, rest)
+        for name, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())
+    ]
+
+
+def stages() -> dict[str, list[Instruction]]:
+    found: dict[str, list[Instruction]] = {"": []}
+    current = ""
+    for name, rest in instructions(DOCKER / "Dockerfile"):
+        if name == "FROM":
+            current = rest.split(" AS ")[1]
+            found[current] = []
+        found[current].append((name, rest))
+    return found
+
+
+def words(stage: str, name: str) -> list[str]:
+    return [rest for each, rest in stages()[stage] if each == name]
+
+
+def variables(stage: str) -> dict[str, str]:
+    return dict(pair.split("=", 1) for rest in words(stage, "ENV") for pair in rest.split())
+
+
+# The Dockerfile
+
+
+def test_the_default_image_is_the_whole_service() -> None:
+    assert list(stages())[-1] == "serve"
+
+
+@pytest.mark.parametrize("stage", ["serve", "gateway"])
+def test_an_image_runs_a_command_of_ours_below_an_init(stage: str) -> None:
+    (entrypoint,) = words(stage, "ENTRYPOINT")
+    init, single, end, *command = json.loads(entrypoint)
+    assert (init, single, end) == ("dumb-init", "--single-child", "--")
+    assert command[:3] == ["python", "-m", "serve"] and command[3] in COMMANDS
+    # Further words are options: there is no CMD that they would replace.
+    assert not words(stage, "CMD") and len(command) == 4
+
+
+@pytest.mark.parametrize("stage", ["serve", "gateway"])
+def test_an_image_ends_by_sigterm_is_watched_and_is_nobody_special(stage: str) -> None:
+    assert words(stage, "STOPSIGNAL") == ["SIGTERM"]
+    assert words(stage, "USER") == ["1000:1000"]
+    (check,) = words(stage, "HEALTHCHECK")
+    assert "docker/healthcheck.py" in check
+    last = [name for name, _ in stages()[stage]]
+    assert last.index("USER") > max(i for i, name in enumerate(last) if name in ("RUN", "COPY"))
+
+
+@pytest.mark.parametrize("stage", ["serve", "gateway"])
+def test_variables_of_an_image_are_settings_that_can_be(stage: str) -> None:
+    ours = {name: value for name, value in variables(stage).items() if name.startswith(PREFIX)}
+    options = GatewayOptions.build({}, Settings.from_environment(ours).gateway)
+    assert stage == "serve" or options.host == "0.0.0.0"
+    # Nothing is written but below the one folder that is a tmpfs.
+    assert variables(stage)["HOME"] == "/tmp"
+    assert Settings.from_environment(ours).cache_dir.is_relative_to("/tmp")
+
+
+def test_the_ports_are_those_of_the_code() -> None:
+    default = TorchServeOptions(Path("store"))
+    theirs = [default.inference_port, default.management_port, default.metrics_port]
+    assert words("serve", "EXPOSE") == [" ".join(map(str, [GatewayOptions().port, *theirs]))]
+    assert words("gateway", "EXPOSE") == [str(GatewayOptions().port)]
+
+
+def test_the_model_store_is_where_the_command_looks() -> None:
+    made = " ".join(words("serve", "RUN"))
+    looked = re.findall(r'store=Path\("([^"]+)"\)', inspect.getsource(serving.up))
+    assert looked and all(f"mkdir -p {folder} " in made for folder in looked)
+
+
+def test_nothing_is_installed_but_locked_wheels() -> None:
+    for stage in stages():
+        for run in words(stage, "RUN"):
+            assert "apt" not in run.split() and "curl" not in run
+            for install in re.findall(r"pip install[^&]*", run):
+                assert "--require-hashes" in install and "--only-binary=:all:" in install
+    for name in re.findall(r"[\w-]+\.lock", (DOCKER / "Dockerfile").read_text()):
+        assert (ROOT / "requirements" / name).is_file(), name
+
+
+def test_whatever_is_copied_is_there_and_let_through() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored
+    passed = [line[1:] for line in ignored if line.startswith("!")]
+    for stage in stages():
+        for rest in words(stage, "COPY"):
+            if rest.startswith("--from="):
+                assert re.match(r"--from=([\w-]+)", rest)[1] in stages()  # type: ignore[index]
+                continue
+            for source in rest.split()[:-1]:
+                assert list(ROOT.glob(source)), source
+                assert any(source == one or Path(source).match(one) for one in passed), source
+
+
+def test_stages_build_on_the_base_that_is_given_and_that_is_pinned() -> None:
+    assert all(words(stage, "FROM") == [f"${{BASE_IMAGE}} AS {stage}"] for stage in stages() if stage)
+    (base,) = [rest for rest in words("", "ARG") if rest.startswith("BASE_IMAGE=")]
+    assert re.fullmatch(r"BASE_IMAGE=python:3\.\d+\.\d+-slim-\w+(@sha256:[0-9a-f]{64})?", base)
+
+
+def test_every_lock_of_the_images_is_pinned_and_hashed() -> None:
+    for name in ("gateway", "image", "sbom", "torch-cuda", "torch-cpu"):
+        text = (ROOT / "requirements" / f"{name}.lock").read_text()
+        blocks = [block for block in re.split(r"\n(?=[a-z0-9])", text) if re.match(r"[a-z0-9]", block)]
+        assert blocks or name == "torch-cpu"
+        for block in re.findall(r"^[a-z0-9][^\n]*(?:\n    [^\n]*)*", text, re.MULTILINE):
+            assert re.match(r"[a-z0-9.-]+==\S+", block) and "--hash=sha256:" in block, block
+
+
+def test_the_gateway_has_a_part_of_what_the_service_has_in_the_same_versions() -> None:
+    def pins(name: str) -> set[str]:
+        text = (ROOT / "requirements" / f"{name}.lock").read_text()
+        return set(re.findall(r"^[a-z0-9.-]+==\S+", text, re.MULTILINE))
+
+    assert pins("gateway") < pins("runtime")
+    assert not any(pin.startswith("torch") for pin in pins("gateway"))
+    shared = {pin.split("==")[0] for pin in pins("torch-cuda")} & {
+        pin.split("==")[0] for pin in pins("runtime")
+    }
+    assert {pin for pin in pins("torch-cuda") if pin.split("==")[0] in shared} <= pins("runtime")
+
+
+# Ends with the name of whatever the gateway's image would lack.
+ONLY_LOCKED = """
+import importlib.abc, importlib.metadata, re, sys
+from pathlib import Path
+locked = set(re.findall(r"^([a-z0-9.-]+)==", Path("requirements/gateway.lock").read_text(), re.M))
+name = lambda text: re.sub(r"[-_.]+", "-", text).lower()
+owners = importlib.metadata.packages_distributions()
+class OnlyLocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, module, path=None, target=None):
+        owned = {name(each) for each in owners.get(module.partition(".")[0], ())} - {"mmdet3d-serve"}
+        if owned and not owned & locked:
+            raise ModuleNotFoundError(f"{module} is not in gateway.lock", name=module)
+sys.meta_path.insert(0, OnlyLocked())
+try:
+    import torch
+except ModuleNotFoundError:
+    print("without torch")
+import serve.__main__, serve.cli.gateway, serve.cli.storage, serve.gateway.options, serve.gateway.app
+serve.gateway.app.create_app(serve.gateway.options.GatewayOptions())
+import boto3, lmdb, uvloop, httptools, orjson, ormsgpack, multipart
+print("made")
+"""
+
+
+def test_the_gateway_needs_nothing_that_its_image_lacks() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", ONLY_LOCKED], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.stdout.split("\n")[:2] == ["without torch", "made"], ran.stderr[-1500:]
+
+
+# The health check
+
+
+@pytest.fixture
+def answering() -> Iterator[tuple[int, list[int]]]:
+    """A server that answers /health/ready with the last number of the list."""
+    statuses = [200]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(statuses[-1] if self.path == "/health/ready" else 404)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port, statuses
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def check(port: int) -> int:
+    environment = {"MMDET3D_SERVE_GATEWAY_PORT": str(port), "http_proxy": "http://127.0.0.1:1"}
+    command = [sys.executable, "-I", "-S", str(DOCKER / "healthcheck.py")]
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+
+def test_the_health_check_says_what_readiness_says(answering: tuple[int, list[int]]) -> None:
+    port, statuses = answering
+    assert check(port) == 0
+    statuses.append(503)
+    assert check(port) == 1
+
+
+def test_the_health_check_fails_where_nobody_listens() -> None:
+    assert check(pick_free_ports(1)[0]) == 1
+
+
+# Compose
+
+
+def compose(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((DOCKER / name).read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
+def test_compose_files_follow_the_compose_specification(name: str) -> None:
+    jsonschema.validate(compose(name), builtin_schemas.get_builtin_schema("vendor.compose-spec"))
+
+
+def test_compose_builds_and_names_what_there_is() -> None:
+    service = compose("compose.yaml")["services"]["serve"]
+    assert service["build"]["target"] in stages()
+    assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    known = {rest.partition("=")[0] for stage in stages() for rest in words(stage, "ARG")}
+    assert service["build"]["args"].keys() <= known
+    settings = {
+        name: re.sub(r"\$\{\w+:-(.*)\}", r"\1", value) for name, value in service["environment"].items()
+    }
+    Settings.from_environment(settings)
+    for each in compose("compose.yaml")["services"].values():
+        for volume in each["volumes"]:
+            source = volume["source"] if isinstance(volume, dict) else volume.split(":")[0]
+            assert not source.startswith("./") or (DOCKER / source).exists(), source
+
+
+def test_compose_is_as_closed_as_the_cluster() -> None:
+    services = compose("compose.yaml")["services"]
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert name == "serve" or re.search(r":v?\d+\.\d+\.\d+$", service["image"])
+    assert services["serve"]["read_only"] and services["serve"]["tmpfs"]
+    assert services["serve"]["ports"] == [f"127.0.0.1:{GatewayOptions().port}:{GatewayOptions().port}"]
+
+
+def test_compose_waits_until_everything_in_flight_is_answered() -> None:
+    default = GatewayOptions()
+    grace = int(compose("compose.yaml")["services"]["serve"]["stop_grace_period"].removesuffix("s"))
+    assert default.linger_s + default.drain_s + serve.supervision._EXIT_S + DRAIN_S + 10 < grace
+
+
+def test_prometheus_scrapes_ports_that_there_are() -> None:
+    jobs = compose("prometheus/prometheus.yaml")["scrape_configs"]
+    targets = [target for job in jobs for each in job.get("static_configs", []) for target in each["targets"]]
+    ports = (GatewayOptions().port, TorchServeOptions(Path("store")).metrics_port)
+    assert targets == [f"serve:{port}" for port in ports]
+
+
+# Metrics
+
+
+@cache
+def exported() -> set[str]:
+    """Every name that the gateway, TorchServe and NVIDIA's exporter can export."""
+    measures = Measures(Admission(1, 1), lambda model: True)
+    measures.request("m", 200, 0.1)
+    measures.batch("m", BatchReport(items=1, cost=1, queue_s=(0.0,), run_s=0.1, failed=True))
+    measures.ready(True)
+    parsed = text_string_to_metric_families(measures.exposition().decode())
+    ours = {sample.name for family in parsed for sample in family.samples}
+    torchserve = importlib.util.find_spec("ts")
+    assert torchserve is not None and torchserve.origin is not None
+    theirs = yaml.safe_load((Path(torchserve.origin).parent / "configs" / "metrics.yaml").read_text())[
+        "ts_metrics"
+    ]
+    return ours | {one["name"] for kind in theirs.values() for one in kind} | DCGM
+
+
+def names_in(expression: str) -> set[str]:
+    """The metrics that an expression names: its words, without strings, labels, durations and PromQL's own."""
+    bare = re.sub(
+        r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]', " ", re.sub(r"\b(by|without)\s*\([^)]*\)", " ", expression)
+    )
+    return {word for word in re.findall(r"[A-Za-z_]\w*", bare) if word not in PROMQL}
+
+
+def dashboard() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DOCKER / "grafana" / "dashboards" / "mmdet3d-serve.json").read_text())
+    return found
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    for panel in dashboard()["panels"]:
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"]
+    for group in yaml.safe_load((DOCKER / "prometheus" / "alerts.yaml").read_text())["groups"]:
+        for rule in group["rules"]:
+            yield rule["alert"], rule["expr"]
+    autoscaler = ROOT / "k8s" / "components" / "autoscale-on-pending" / "horizontalpodautoscaler.yaml"
+    for metric in yaml.safe_load(autoscaler.read_text())["spec"]["metrics"]:
+        yield "autoscaler", metric["pods"]["metric"]["name"]
+
+
+@pytest.mark.parametrize(("title", "expression"), list(expressions()))
+def test_every_expression_is_about_metrics_that_there_are(title: str, expression: str) -> None:
+    names = names_in(expression)
+    assert names and names <= exported()
+
+
+def test_the_dashboard_shows_queue_batches_latency_outcomes_and_gpus() -> None:
+    shown = {name for _, expression in expressions() for name in names_in(expression)}
+    assert {
+        "mmdet3d_serve_queue_seconds_bucket", "mmdet3d_serve_batch_frames_bucket", "mmdet3d_serve_batch_cost_bucket",
+        "mmdet3d_serve_request_seconds_bucket", "mmdet3d_serve_requests_total", "mmdet3d_serve_pending_ratio",
+        "mmdet3d_serve_ready", "ts_queue_latency_microseconds", *DCGM,
+    } <= shown  # fmt: skip
+
+
+def test_the_dashboard_is_well_formed_and_finds_its_data() -> None:
+    source = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yaml").read_text())
+    (uid,) = [one["uid"] for one in source["datasources"]]
+    panels = dashboard()["panels"]
+    assert all(panel["datasource"]["uid"] == uid for panel in panels)
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(at["x"] + i, at["y"] + j) for i in range(at["w"]) for j in range(at["h"])}
+        assert not cells & taken and at["x"] + at["w"] <= 24, panel["title"]
+        taken |= cells
+
+
+def test_the_cluster_alerts_on_the_same() -> None:
+    rule = yaml.safe_load((ROOT / "k8s/components/servicemonitor/prometheusrule.yaml").read_text())
+    assert rule["spec"] == yaml.safe_load((DOCKER / "prometheus/alerts.yaml").read_text())
+
+
+def test_no_file_here_holds_a_secret_or_reaches_for_one() -> None:
+    files = [path for folder in ("docker", "k8s") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        assert not re.search(r"(?i)(password|secret_key|token)\s*[:=]\s*['\"]?\w{8,}", path.read_text()), path
+        assert os.fspath(path.relative_to(ROOT)) != ".env"
