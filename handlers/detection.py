@@ -7,15 +7,18 @@ through the network together; each gets its own status. Knows nothing about one 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar
 
-from handlers.rows import Entry, answer_row, read_row
+from handlers.rows import Entry, Form, answer_row, read_row
 from serve import ops
+from serve.cpu_quota import cores
 from serve.errors import ArchiveError, ServeError
 from serve.settings import Settings
+from serve.wire import encode_json
 
 __all__ = ["DetectionHandler"]
 
@@ -23,58 +26,71 @@ logger = logging.getLogger(__name__)
 
 
 class DetectionHandler:
-    """A TorchServe handler for archives of one modality."""
+    """A TorchServe handler for archives of one OpenMMLab package."""
 
-    modality: ClassVar[str]
+    package: ClassVar[str]
 
     def initialize(self, context: Any) -> None:
         """Load the unpacked archive; raises a `SetupError` that says why when it cannot be served."""
         self.settings = Settings.from_environment()
-        ops.install(self.settings.ops)
+        ops.install(self.settings.ops, cache_dir=self.settings.cache_dir)
         import torch
 
         from serve.archive import open_directory
         from serve.runtime import device_for, load_detector
         from serve.runtime.selftest import prove
 
-        if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
+        torch.set_num_threads(self.settings.threads or min(torch.get_num_threads(), cores()))
         archive = open_directory(Path(context.system_properties["model_dir"]))
-        if archive.metadata.modality != self.modality:
+        if archive.metadata.package != self.package:
             raise ArchiveError(
-                f"the archive holds a model of {archive.metadata.modality}, this handler serves {self.modality}"
+                f"the archive holds a {archive.metadata.modality} model of {archive.metadata.package}, this handler "
+                f"serves {self.package}"
             )
         device = device_for(context.system_properties.get("gpu_id"))
         self.detector = load_detector(archive, device, trust_code=self.settings.trust_archive_code)
-        seconds = prove(self.detector, archive)
+        self.self_test_s = prove(self.detector, archive)
         logger.info(
             "%s %s is ready on %s with %s kernels; its golden frame came out as recorded in %.2f s",
-            archive.metadata.name, archive.metadata.version, device, ops.kernels_in_use(), seconds,
+            archive.metadata.name, archive.metadata.version, device, ops.kernels_in_use(), self.self_test_s,
         )  # fmt: skip
 
     def handle(self, data: Sequence[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer every row; one row's mistake never touches another."""
+        if context.get_request_header(0, "describe") == "True":
+            return [encode_json(self.describe())]  # TorchServe asks this alone, never among predictions
         # 1. Read the rows and decode their frames.
-        rows: list[tuple[bool, list[Any]]] = []
+        started = time.perf_counter()
+        rows: list[tuple[Form, list[Any]]] = []
         for i, row in enumerate(data):
             try:
                 request = read_row(row, context.get_all_request_header(i))
-                rows.append((request.framed, [self._decode(entry) for entry in request.entries]))
+                rows.append((request.form, [self._decode(entry) for entry in request.entries]))
             except ServeError as error:
-                rows.append((False, [error]))
+                rows.append(("frame", [error]))
+        decoded = time.perf_counter()
         # 2. One call for all frames that could be decoded.
         frames = [item for _, items in rows for item in items if not isinstance(item, ServeError)]
         outcomes = iter(self.detector.run(frames))
+        seconds = {"decode": decoded - started, "inference": time.perf_counter() - decoded}
         # 3. Answer in order.
         answers = []
-        for i, (framed, items) in enumerate(rows):
+        for i, (form, items) in enumerate(rows):
             settled = [item if isinstance(item, ServeError) else next(outcomes) for item in items]
-            status, body = answer_row(framed, settled, context.get_request_id(i))
+            status, content_type, body = answer_row(form, settled, context.get_request_id(i), seconds)
             # TorchServe counts characters but sends bytes: phrases must be ASCII.
             context.set_response_status(status, HTTPStatus(status).phrase, i)
-            context.set_response_header(i, "content-type", "application/json")
+            context.set_response_header(i, "content-type", content_type)
             answers.append(body)
         return answers
+
+    def describe(self) -> dict[str, Any]:
+        """What the served archive says of itself, and where it runs: the management API's ``?customized=true``."""
+        return {
+            **self.detector.describe(),
+            "self_test": {"passed": True, "seconds": self.self_test_s},
+            "kernels": ops.kernels_in_use(),
+        }
 
     def _decode(self, entry: Entry) -> Any:
         if isinstance(entry, ServeError):

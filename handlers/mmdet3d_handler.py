@@ -1,4 +1,4 @@
-"""TorchServe handler for point-cloud detectors (MMDetection3D). All logic is in `handlers.detection`."""
+"""TorchServe handler for models of MMDetection3D, whatever sensors they take. All logic is in `handlers.detection`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from handlers.detection import DetectionHandler
 
 
 class MMDet3DHandler(DetectionHandler):
-    """Clouds in, 3D boxes out."""
+    """Clouds and pictures with cameras in, 3D boxes or labels of points out."""
 
-    modality = "lidar"
+    package = "mmdet3d"

@@ -1,4 +1,4 @@
-"""TorchServe handler for image detectors (MMDetection). All logic is in `handlers.detection`."""
+"""TorchServe handler for models of MMDetection. All logic is in `handlers.detection`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from handlers.detection import DetectionHandler
 
 
 class MMDetHandler(DetectionHandler):
-    """Images in, 2D boxes and masks out."""
+    """Images in; 2D boxes, masks or panoptic maps out."""
 
-    modality = "image"
+    package = "mmdet"

@@ -9,35 +9,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from serve.errors import BadRequest, ClientError, ServeError, error_body
-from serve.runtime import Outcome
-from serve.wire import (
+from serve.framing import (
     FRAMES_CONTENT_TYPE,
-    Options,
-    decode_json_request,
-    encode_json,
-    parse_options,
+    OUTCOMES_CONTENT_TYPE,
+    Body,
+    Bytes,
+    Outcomes,
+    pack_outcomes,
     unpack_frames,
 )
+from serve.wire import Options, decode_json_request, encode_json, is_part, parse_options
 
-__all__ = ["Row", "answer_row", "read_row"]
+if TYPE_CHECKING:  # rows are read where there is no network too
+    from serve.runtime import Outcome
+
+__all__ = ["Form", "Row", "answer_row", "read_row"]
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 FRAME_FIELDS = ("body", "data", "file", "frame", "image", "points")
 # Names TorchServe itself puts into a row on its older addresses.
 IGNORED_FIELDS = ("model_name", "model", "model_version", "explain")
 
-Entry = tuple[bytes | bytearray | memoryview, Options] | ClientError
+Entry = tuple[Body, Options] | ClientError
+# How a row is answered: as one frame, as a list of outcomes in JSON, or as framed outcomes (the gateway's way).
+Form = Literal["frame", "list", "outcomes"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request: its frames with their options (or what is wrong with them), and whether it was a framed batch."""
+    """One request: its frames with their options (or what is wrong with them), and how to answer it."""
 
     entries: tuple[Entry, ...]
-    framed: bool
+    form: Form
 
 
 def read_row(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
@@ -57,24 +63,33 @@ def read_row(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
     text_fields = {
         name: _text(name, value)
         for name, value in row.items()
-        if name not in (*FRAME_FIELDS, *IGNORED_FIELDS, "b64")
+        if name not in (*FRAME_FIELDS, *IGNORED_FIELDS, "b64") and not is_part(name)
     }
     options = parse_options({**from_headers, **text_fields})
     content_type = plain.get("content-type", "").partition(";")[0].strip().lower()
     if content_type.startswith("multipart/") and "body" in row:
         raise BadRequest("multipart without a boundary cannot be read")
     body, part_type = _frame_of(row, headers, content_type)
+    if isinstance(body, Mapping):
+        return Row(((body, options),), "frame")
     if part_type == FRAMES_CONTENT_TYPE:
-        return Row(tuple(_entry(frame, given, options) for frame, given in unpack_frames(body)), framed=True)
+        entries = tuple(_entry(frame, given, options) for frame, given in unpack_frames(body))
+        return Row(entries, "outcomes" if plain.get("accept") == OUTCOMES_CONTENT_TYPE else "list")
     if part_type == "application/json":
-        body, given = decode_json_request(body)
-        return Row((_entry(body, given, options),), framed=False)
-    return Row(((body, options),), framed=False)
+        frame, given = decode_json_request(body)
+        return Row((_entry(frame, given, options),), "frame")
+    return Row(((body, options),), "frame")
 
 
-def _frame_of(
-    row: Mapping[str, Any], headers: Mapping[str, Any], content_type: str
-) -> tuple[bytes | bytearray | memoryview, str]:
+def _frame_of(row: Mapping[str, Any], headers: Mapping[str, Any], content_type: str) -> tuple[Body, str]:
+    parts = {name: value for name, value in row.items() if is_part(name)}
+    if parts and (len(parts) > 1 or not parts.keys() <= set(FRAME_FIELDS)):
+        other = [name for name in FRAME_FIELDS if name in row and name not in parts]
+        if other:
+            raise BadRequest(
+                f"parts of one frame beside another ({', '.join([*parts, *other])}); send one frame"
+            )
+        return {name: _part(name, value) for name, value in parts.items()}, "multipart/form-data"
     found = [name for name in FRAME_FIELDS if name in row]
     if "b64" in row:
         return encode_json({"b64": _text("b64", row["b64"])}), "application/json"
@@ -95,7 +110,17 @@ def _frame_of(
     return value, (part_type or content_type).partition(";")[0].strip().lower()
 
 
-def _entry(body: bytes | bytearray | memoryview, given: Mapping[str, Any], base: Options) -> Entry:
+def _part(name: str, value: Any) -> Bytes:
+    """The bytes of a named part; TorchServe has read JSON and text already where the part says that it is."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return value
+    if isinstance(value, str) and name in ("calibration", "text"):
+        return value.encode()
+    parts, _ = decode_json_request(encode_json({name: {"b64": value} if isinstance(value, str) else value}))
+    return parts[name] if isinstance(parts, Mapping) else parts
+
+
+def _entry(body: Body, given: Mapping[str, Any], base: Options) -> Entry:
     try:
         return body, parse_options(given, base)
     except ClientError as error:
@@ -111,17 +136,27 @@ def _text(name: str, value: Any) -> str:
         ) from None
 
 
-def answer_row(framed: bool, outcomes: Sequence[Outcome], request_id: str | None) -> tuple[int, bytes]:
-    """Status and JSON body of one request."""
-    if framed:
-        items = [
+def answer_row(
+    form: Form, outcomes: Sequence[Outcome], request_id: str | None, seconds: Mapping[str, float]
+) -> tuple[int, str, bytes]:
+    """Status, content type and body of one request; `seconds` are what its stages took."""
+    if form == "outcomes":
+        items = [_answer_frame(outcome, None) for outcome in outcomes]
+        return 200, OUTCOMES_CONTENT_TYPE, pack_outcomes(Outcomes([*items], dict(seconds)))
+    if form == "list":
+        entries = [
             {"status": outcome.status, **error_body(outcome)}
             if isinstance(outcome, ServeError)
             else {"status": 200, "answer": outcome}
             for outcome in outcomes
         ]
-        return 200, encode_json({"outcomes": items})
+        return 200, "application/json", encode_json({"outcomes": entries})
     (outcome,) = outcomes
+    status, body = _answer_frame(outcome, request_id)
+    return status, "application/json", body
+
+
+def _answer_frame(outcome: Outcome, request_id: str | None) -> tuple[int, bytes]:
     if isinstance(outcome, ServeError):
         return outcome.status, encode_json(error_body(outcome, request_id))
     return 200, encode_json(outcome)

@@ -53,7 +53,7 @@ MANIFEST, METADATA, CONFIG, WEIGHTS = (
     "weights.safetensors",
 )
 EXPECTED = "golden/expected.json"
-HANDLERS = {"lidar": "handlers.mmdet3d_handler", "image": "handlers.mmdet_handler"}
+HANDLERS = {"mmdet3d": "handlers.mmdet3d_handler", "mmdet": "handlers.mmdet_handler"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
 # A zip that claims more than this unpacked is refused before unpacking.
@@ -84,15 +84,16 @@ class Metadata:
     Attributes:
         name: model name.
         version: model version, digits and dots.
-        modality: ``"lidar"`` or ``"image"``.
+        modality: what a frame is, one of `serve.wire.MODALITIES`.
         package: ``"mmdet"`` or ``"mmdet3d"``.
         classes: class names by label.
-        box_type_3d: ``"LiDAR"``, ``"Camera"``, ``"Depth"``; None for images.
-        load_dim: floats per point of a ``.bin``; None for images.
-        color_type: mmcv's name of the image decoding; None for clouds.
-        golden_frame: entry name of the golden frame.
+        box_type_3d: ``"LiDAR"``, ``"Camera"``, ``"Depth"``; None for 2D boxes and for labels.
+        load_dim: floats per point of a ``.bin``; None without a cloud.
+        color_type: mmcv's name of the image decoding; None without images.
+        golden_frame: entry name of the golden frame; of each part by part name where there are several.
         source: file names and hashes of config and checkpoint, and the package versions at conversion.
         inference: how to run it.
+        parts: names of the parts of a frame.
         files: sha256 (hex) of every entry but the manifest and ``model.json``.
         serve_version: the version of this package that wrote the archive.
         format: layout of the archive.
@@ -100,15 +101,16 @@ class Metadata:
 
     name: str
     version: str
-    modality: Literal["lidar", "image"]
+    modality: str
     package: Literal["mmdet", "mmdet3d"]
     classes: tuple[str, ...]
     box_type_3d: str | None
     load_dim: int | None
     color_type: str | None
-    golden_frame: str
+    golden_frame: str | Mapping[str, str]
     source: Mapping[str, str]
     inference: InferenceOptions = field(default_factory=InferenceOptions)
+    parts: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     serve_version: str = __version__
     format: int = FORMAT
@@ -130,7 +132,7 @@ class Metadata:
             inference = dict(raw["inference"])
             inference["fold_batch_norm"] = tuple((conv, norm) for conv, norm in inference["fold_batch_norm"])
             raw["inference"] = InferenceOptions(**inference)
-            raw["classes"] = tuple(raw["classes"])
+            raw["classes"], raw["parts"] = tuple(raw["classes"]), tuple(raw.get("parts", ()))
             return cls(**raw)
         except ArchiveError:
             raise
@@ -165,9 +167,12 @@ class Archive:
         config: dict[str, Any] = config_json.from_json(orjson.loads((self.root / CONFIG).read_bytes()))
         return config
 
-    def golden_frame(self) -> bytes:
-        """Bytes of the golden frame."""
-        return (self.root / self.metadata.golden_frame).read_bytes()
+    def golden_frame(self) -> bytes | dict[str, bytes]:
+        """Bytes of the golden frame, or of each of its parts."""
+        entries = self.metadata.golden_frame
+        if isinstance(entries, str):
+            return (self.root / entries).read_bytes()
+        return {name: (self.root / entry).read_bytes() for name, entry in entries.items()}
 
     def golden_expected(self) -> dict[str, Any]:
         """The detections recorded for the golden frame, without a score threshold."""
@@ -181,7 +186,7 @@ def write(
     *,
     config: Mapping[str, Any],
     weights: Path,
-    golden_frame: bytes,
+    golden_frame: bytes | Mapping[str, bytes],
     golden_expected: Mapping[str, Any],
     code: Mapping[str, Source] | None = None,
     extra: Mapping[str, Source] | None = None,
@@ -194,8 +199,8 @@ def write(
         metadata: `files` is filled in here.
         config: the resolved config.
         weights: a safetensors file.
-        golden_frame: goes to ``metadata.golden_frame``.
-        golden_expected: detections of that frame.
+        golden_frame: goes to ``metadata.golden_frame``; by part where that is.
+        golden_expected: the answer to that frame.
         code: modules, by path below ``code/``.
         extra: further files, by path below ``extra/``.
         force: replace an existing archive.
@@ -209,7 +214,7 @@ def write(
     entries: dict[str, Source] = {
         CONFIG: _json(config_json.to_json(config)),
         WEIGHTS: weights,
-        metadata.golden_frame: golden_frame,
+        **_golden_entries(metadata, golden_frame),
         EXPECTED: _json(golden_expected),
         **{f"code/{name}": source for name, source in (code or {}).items()},
         **{f"extra/{name}": source for name, source in (extra or {}).items()},
@@ -225,7 +230,7 @@ def write(
         "model": {
             "modelName": metadata.name,
             "modelVersion": metadata.version,
-            "handler": HANDLERS[metadata.modality],
+            "handler": HANDLERS[metadata.package],
         },
     }
     everything = {**entries, METADATA: _json(described), MANIFEST: _json(manifest)}
@@ -328,11 +333,20 @@ def _read_header(archive: zipfile.ZipFile) -> tuple[Metadata, dict[str, Any]]:
     wanted = {
         "modelName": metadata.name,
         "modelVersion": metadata.version,
-        "handler": HANDLERS[metadata.modality],
+        "handler": HANDLERS[metadata.package],
     }
     if model != wanted:
         raise ArchiveError(f"the manifest says {model}, expected {wanted}; convert the model again")
     return metadata, manifest
+
+
+def _golden_entries(metadata: Metadata, frame: bytes | Mapping[str, bytes]) -> dict[str, bytes]:
+    entries = metadata.golden_frame
+    if isinstance(entries, str) and isinstance(frame, bytes):
+        return {entries: frame}
+    if isinstance(entries, Mapping) and isinstance(frame, Mapping) and set(entries) == set(frame):
+        return {entries[name]: body for name, body in frame.items()}
+    raise ArchiveError("the golden frame does not have the parts that the metadata names")
 
 
 def _check_version(archive_format: Any, serve_version: Any) -> None:

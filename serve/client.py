@@ -92,7 +92,7 @@ class Client:
 
     def predict(
         self,
-        frame_bytes: bytes,
+        frame_bytes: bytes | Mapping[str, bytes],
         model: str,
         version: str | None = None,
         *,
@@ -105,17 +105,19 @@ class Client:
         """Send one frame and return its detections.
 
         Args:
-            frame_bytes: a cloud (``.bin`` or ``.npy``) or an encoded image, as read from its file.
+            frame_bytes: a cloud (``.bin`` or ``.npy``) or an encoded image, as read from its file; for a model
+                that takes several parts the bytes of each by name (``points``, ``image``, ``image.CAM_FRONT``,
+                ``calibration``), which go out as form fields.
             model: the name the model is served under.
             version: the version served; the server's default when None.
-            content_type: media type of ``frame_bytes``.
+            content_type: media type of ``frame_bytes``; of no account for several parts.
             score_thr: the server leaves out detections that score less; its own default when None.
             max_detections: the server answers the best so many; its own default when None.
             num_points: how many points a cloud has; the server checks it, and an empty ``.bin`` needs it.
             timeout_s: seconds to wait for this answer instead of the client's own limit.
 
         Returns:
-            The answer as a dictionary of OpenMMLab's names (``bboxes_3d``, … or ``bboxes``, …).
+            The answer as a dictionary of OpenMMLab's names (``bboxes_3d``, …, ``bboxes``, …, or labels).
 
         Raises:
             NotReady: nothing listens there, or the server is starting, draining or lost its worker.
@@ -134,12 +136,16 @@ class Client:
             if value is not None
         }
         limit_s = self._timeout_s if timeout_s is None else timeout_s
+        sent: dict[str, Any] = {"headers": said}
+        if isinstance(frame_bytes, Mapping):
+            sent["files"] = {
+                name: (name, body, "application/octet-stream") for name, body in frame_bytes.items()
+            }
+        else:
+            sent |= {"content": frame_bytes, "headers": {"Content-Type": content_type, **said}}
         with self._connection_errors(limit_s):
             response = self._http.post(
-                path,
-                content=frame_bytes,
-                headers={"Content-Type": content_type, **said},
-                timeout=httpx.Timeout(limit_s, connect=min(limit_s, _CONNECT_S)),
+                path, timeout=httpx.Timeout(limit_s, connect=min(limit_s, _CONNECT_S)), **sent
             )
         answer = _json(response)
         if response.status_code != 200:

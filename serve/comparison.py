@@ -2,7 +2,8 @@
 
 Takes detections as they travel on the wire: plain dictionaries with OpenMMLab's names, 3D
 (``bboxes_3d``, ``scores_3d``, ``labels_3d``, ``box_type_3d``) or 2D (``bboxes``, ``scores``, ``labels``
-and perhaps ``masks`` as COCO RLE). The order of the detections means nothing.
+and perhaps ``masks`` as COCO RLE). The order of the detections means nothing. Answers of labels are handed
+to `serve.labels`.
 
 Knows nothing about models, servers, files or torch, and has no opinion about which side is right.
 
@@ -21,9 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.errors import SettingsError
+from serve.labels import LabelComparison, compare_labels, has_labels
 from serve.matching import YAW, Rows, angle_between, match_rows
 
-__all__ = ["Comparison", "Pair", "Tolerances", "compare", "detection_count", "is_3d"]
+__all__ = [
+    "Comparison",
+    "Pair",
+    "Tolerances",
+    "compare",
+    "compare_answers",
+    "detection_count",
+    "is_3d",
+]
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
@@ -43,6 +53,7 @@ class Tolerances:
         yaw_rad: radians between headings, modulo a full turn.
         score: between scores.
         mask_iou: least intersection over union of two masks.
+        label_share: least share of points or pixels with the same label, where there are no boxes.
     """
 
     box_m: float = 1e-4
@@ -50,6 +61,7 @@ class Tolerances:
     yaw_rad: float = 1e-4
     score: float = 1e-5
     mask_iou: float = 0.99
+    label_share: float = 0.999
 
     def __post_init__(self) -> None:
         """Refuse limits that could never be met or would hide everything."""
@@ -58,8 +70,9 @@ class Tolerances:
                 raise SettingsError(
                     f"tolerance {name} must be a finite number >= 0, not {getattr(self, name)}"
                 )
-        if not 0 <= self.mask_iou <= 1:
-            raise SettingsError(f"tolerance mask_iou must lie between 0 and 1, not {self.mask_iou}")
+        for name in ("mask_iou", "label_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"tolerance {name} must lie between 0 and 1, not {getattr(self, name)}")
 
 
 class Pair(NamedTuple):
@@ -270,6 +283,20 @@ def compare(
         sides=sides,
         described=(one.described(), two.described()),
     )
+
+
+def compare_answers(
+    expected: Mapping[str, Any],
+    actual: Mapping[str, Any],
+    tolerances: Tolerances | None = None,
+    score_thr: float = 0.0,
+    *,
+    sides: tuple[str, str] = ("native", "served"),
+) -> Comparison | LabelComparison:
+    """`compare` for detections, `serve.labels.compare_labels` for labels; the reference says which it is."""
+    if not has_labels(expected):
+        return compare(expected, actual, tolerances, score_thr, sides=sides)
+    return compare_labels(expected, actual, (tolerances or Tolerances()).label_share, sides=sides)
 
 
 @dataclass(frozen=True)

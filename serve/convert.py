@@ -22,7 +22,9 @@ from typing import Any, Literal
 from serve import archive, golden
 from serve.archive import InferenceOptions, Metadata, Source
 from serve.download import sha256_of
-from serve.errors import ArchiveError, CheckpointError
+from serve.errors import ArchiveError, CheckpointError, SelfTestError
+from serve.framing import Body
+from serve.wire import FrameSpec
 
 __all__ = ["Conversion", "Converted", "configured_classes", "convert", "resolve_config"]
 
@@ -62,7 +64,8 @@ class Conversion:
         allow_partial: go on when keys are missing or unexpected.
         trust_checkpoint: unpickle anything the checkpoint holds.
         extra_files: packed under ``extra/``.
-        golden_frame: a frame of the user's own instead of a made one.
+        golden_frame: a frame of the user's own instead of a made one; a folder of its parts
+            (``points.bin``, ``image.png``, ``calibration.json``, …) where there are several.
         channels_last: see `serve.archive.InferenceOptions`.
         fold_batch_norm: fold where the answer stays the same.
         autocast: see `serve.archive.InferenceOptions`.
@@ -94,7 +97,7 @@ class Converted:
         path: the archive.
         sha256: of the whole file, hex.
         metadata: as written.
-        golden_detections: how many detections the golden frame has.
+        golden_detections: how many detections (segments, labelled points) the golden frame has.
         notes: what the user should know (legacy weights adapted, folding refused, …).
     """
 
@@ -117,8 +120,8 @@ def convert(conversion: Conversion) -> Converted:
     from serve.checkpoint import load_checkpoint
     from serve.legacy_weights import load_weights
     from serve.runtime import load_detector
-    from serve.runtime.model import build_network
-    from serve.runtime.samples import frame_spec
+    from serve.runtime.model import build_network, is_segmentor
+    from serve.runtime.samples import box_type_of, frame_spec
     from serve.runtime.selftest import prove
 
     say = conversion.report
@@ -148,19 +151,21 @@ def convert(conversion: Conversion) -> Converted:
     state = {key: tensor.detach().clone() for key, tensor in network.state_dict().items()}
     network.to(device)
     # 3. Golden frame.
-    name, frame = _golden(conversion, spec)
+    entries, frame = _golden(conversion, spec)
+    flat = package == "mmdet" or spec.modality == "image" or is_segmentor(network)
     metadata = Metadata(
         name=conversion.model_name,
         version=conversion.model_version,
         modality=spec.modality,
         package=package,
         classes=classes,
-        box_type_3d=_box_type(config) if package == "mmdet3d" else None,
-        load_dim=spec.load_dim if spec.modality == "lidar" else None,
-        color_type=spec.color_type if spec.modality == "image" else None,
-        golden_frame=f"golden/{name}",
+        box_type_3d=None if flat else box_type_of(config),
+        load_dim=spec.load_dim if spec.has_points else None,
+        color_type=None if spec.modality in ("lidar", "depth") else spec.color_type,
+        golden_frame=entries,
         source=_source(conversion),
         inference=InferenceOptions((), conversion.channels_last, conversion.autocast),
+        parts=spec.parts,
     )
     say("running the golden frame")
     metadata, expected, remark = _record(network, config, metadata, frame, device, conversion.fold_batch_norm)
@@ -193,7 +198,14 @@ def convert(conversion: Conversion) -> Converted:
             os.replace(unproved, target)
         finally:
             unproved.unlink(missing_ok=True)
-    return Converted(target, sha256, opened.metadata, len(expected["names"]), notes)
+    return Converted(target, sha256, opened.metadata, _count(expected), notes)
+
+
+def _count(answer: Mapping[str, Any]) -> int:
+    """Detections of an answer; points or segments where it is of labels."""
+    if "pts_semantic_mask" in answer:
+        return int(answer["pts_semantic_mask"]["shape"][0])
+    return len(answer["names"] if "names" in answer else answer["segments_info"])
 
 
 def resolve_config(path: Path) -> tuple[dict[str, Any], Literal["mmdet", "mmdet3d"]]:
@@ -213,6 +225,8 @@ def resolve_config(path: Path) -> tuple[dict[str, Any], Literal["mmdet", "mmdet3
     with quiet_upstream():
         from mmengine.config import Config
 
+        from serve.storage import backends  # noqa: F401  (registers s3:// and packed files with mmengine)
+
         try:
             full = Config.fromfile(str(path), import_custom_modules=False).to_dict()
         except Exception as error:
@@ -222,6 +236,7 @@ def resolve_config(path: Path) -> tuple[dict[str, Any], Literal["mmdet", "mmdet3
     scope = scope_of(full)
     if scope not in ("mmdet", "mmdet3d"):
         raise ArchiveError(f"config {path} is for {scope}; served are mmdet and mmdet3d")
+    _inline_teacher(full["model"], path)
     kept = {key: full[key] for key in KEPT_KEYS if full.get(key) is not None}
     kept["default_scope"] = scope
     config: dict[str, Any] = strip_pretrained(kept)
@@ -233,15 +248,31 @@ def resolve_config(path: Path) -> tuple[dict[str, Any], Literal["mmdet", "mmdet3
     return config, "mmdet3d" if scope == "mmdet3d" else "mmdet"
 
 
+def _inline_teacher(model: dict[str, Any], path: Path) -> None:
+    """Distilled students build their teacher from a config named by a path from upstream's root; put it inside."""
+    from mmengine.config import Config
+
+    named = model.get("teacher_config")
+    if not isinstance(named, str):
+        return
+    for root in (Path(), *path.resolve().parents):
+        if (root / named).is_file():
+            model["teacher_config"] = {"model": Config.fromfile(str(root / named)).to_dict()["model"]}
+            return
+    raise ArchiveError(f"config {path} names a teacher's config {named}, which is not there")
+
+
 def _record(
     network: Any,
     config: Mapping[str, Any],
     metadata: Metadata,
-    frame: bytes,
+    frame: Body,
     device: Any,
     fold: bool,
 ) -> tuple[Metadata, dict[str, Any], tuple[str, ...]]:
     """Decide about folding and record the golden answer of the network as it will be served."""
+    import torch
+
     from serve.comparison import Tolerances
     from serve.runtime.detector import Detector, apply_options
     from serve.runtime.folding import find_pairs
@@ -251,36 +282,67 @@ def _record(
     detector = Detector(network, config, plain, device)
     apply_options(network, plain.inference)
     answers: list[dict[str, Any]] = []
-    pairs = find_pairs(network, lambda: answers.append(run_golden(detector, frame)))
+    notes: tuple[str, ...] = ()
+    try:
+        pairs = find_pairs(network, lambda: answers.append(run_golden(detector, frame)))
+    except SelfTestError:
+        if not plain.inference.channels_last:
+            raise
+        # Networks of points feed what their convolutions put out to kernels that insist on the usual order.
+        network.to(memory_format=torch.contiguous_format)
+        plain, metadata = (
+            replace(said, inference=replace(said.inference, channels_last=False))
+            for said in (plain, metadata)
+        )
+        pairs = find_pairs(network, lambda: answers.append(run_golden(detector, frame)))
+        notes = ("channels_last is off: the model cannot run with it",)
     unfolded = answers[0]
     if not fold or not pairs:
-        return metadata, unfolded, ()
+        return metadata, unfolded, notes
     folding = replace(plain.inference, fold_batch_norm=pairs)
     apply_options(network, folding)
-    folded = run_golden(detector, frame)
+    try:
+        folded = run_golden(detector, frame)
+    except SelfTestError as error:
+        return (
+            metadata,
+            unfolded,
+            (*notes, f"batch norms are not folded: the model cannot run then ({error})"),
+        )
     tolerances = Tolerances(box_m=FOLDING_BOX_M, box_px=FOLDING_BOX_PX, yaw_rad=1e-3, score=FOLDING_SCORE)
     same, found = agrees(unfolded, folded, tolerances)
     if not same:
         return (
             metadata,
             unfolded,
-            (f"batch norms are not folded: it changed the golden frame ({found.verdict()})",),
+            (*notes, f"batch norms are not folded: it changed the golden frame ({found.verdict()})"),
         )
-    return replace(metadata, inference=replace(folding, autocast=metadata.inference.autocast)), folded, ()
+    return replace(metadata, inference=replace(folding, autocast=metadata.inference.autocast)), folded, notes
 
 
-def _golden(conversion: Conversion, spec: Any) -> tuple[str, bytes]:
+def _golden(conversion: Conversion, spec: FrameSpec) -> tuple[str | dict[str, str], Any]:
+    """Entry names and bytes of the golden frame, by part where it has several."""
     if conversion.golden_frame is None:
-        return golden.golden_frame(spec)
-    try:
-        return f"frame{conversion.golden_frame.suffix}", conversion.golden_frame.read_bytes()
-    except OSError as error:
-        raise ArchiveError(f"the golden frame cannot be read: {error}") from None
+        made = golden.golden_frame(spec)
+    else:
+        try:
+            made = golden.read_frame(conversion.golden_frame, spec)
+        except OSError as error:
+            raise ArchiveError(f"the golden frame cannot be read: {error}") from None
+    if len(made) == 1:
+        (((file, body)),) = made.values()
+        return f"golden/{file}", body
+    return (
+        {part: f"golden/{file}" for part, (file, _) in made.items()},
+        {part: body for part, (_, body) in made.items()},
+    )
 
 
 def configured_classes(config: Mapping[str, Any]) -> Sequence[str]:
     """Class names a resolved config gives: in its metainfo, or by its data set's class; empty if neither."""
     dataset = (config.get("test_dataloader") or {}).get("dataset") or {}
+    while "pipeline" not in dataset and isinstance(dataset.get("dataset"), Mapping):
+        dataset = dataset["dataset"]
     for place in (dataset.get("metainfo"), config.get("metainfo"), {"classes": config.get("class_names")}):
         if place and (classes := place.get("classes") or place.get("CLASSES")):
             return tuple(classes)
@@ -297,10 +359,6 @@ def _dataset_classes(dataset_type: Any, scope: str) -> Sequence[str]:
         registry = importlib.import_module(f"{scope}.registry").DATASETS
         found = registry.get(dataset_type)
     return tuple(getattr(found, "METAINFO", {}).get("classes", ()))
-
-
-def _box_type(config: Mapping[str, Any]) -> str:
-    return str(config["test_dataloader"]["dataset"].get("box_type_3d", "LiDAR"))
 
 
 def _source(conversion: Conversion) -> dict[str, str]:

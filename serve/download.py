@@ -32,7 +32,7 @@ from serve.errors import DownloadError
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["cache_path", "fetch", "hash_in_name", "sha256_of"]
+__all__ = ["cache_path", "fetch", "hash_in_name", "one_at_a_time", "sha256_of", "shown"]
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 20
@@ -74,10 +74,10 @@ def cache_path(url: str, cache_dir: Path, *, sha256_prefix: str | None = None) -
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise DownloadError(f"only http:// and https:// addresses can be downloaded, not '{_shown(url)}'.")
+        raise DownloadError(f"only http:// and https:// addresses can be downloaded, not '{shown(url)}'.")
     name = unquote(parts.path).rsplit("/", 1)[-1]
     if name in ("", ".", "..") or any(character in name for character in '\\\0\n\r:*?"<>|'):
-        raise DownloadError(f"'{_shown(url)}' does not end in a usable file name.")
+        raise DownloadError(f"'{shown(url)}' does not end in a usable file name.")
     if sha256_prefix or hash_in_name(url):
         return cache_dir / name
     return cache_dir / hashlib.sha256(url.encode()).hexdigest()[:12] / name
@@ -119,7 +119,7 @@ def fetch(
         target.parent.mkdir(parents=True, exist_ok=True)
         if _is_good(target, expected):
             return target
-        with _one_at_a_time(target):
+        with one_at_a_time(target):
             if not _is_good(target, expected):
                 job.run()
     except OSError as error:
@@ -169,7 +169,7 @@ class _Transfer:
         if self.expected and not found.startswith(self.expected):
             self._discard()
             raise DownloadError(
-                f"{_shown(self.url)} arrived with sha256 {found[:8]}… where {self.expected} was promised; "
+                f"{shown(self.url)} arrived with sha256 {found[:8]}… where {self.expected} was promised; "
                 "it was altered on the way or on the server, and was thrown away."
             )
         _note_hash(self.target, found)
@@ -228,7 +228,7 @@ class _Transfer:
         if status in _RETRIED_STATUS:
             raise _Again(f"the server answered {status}", wait_s=_retry_after(response))
         if status not in (200, 206) or (status == 206 and not have):
-            raise DownloadError(self._by_hand(f"the server answered {status} for {_shown(self.url)}"))
+            raise DownloadError(self._by_hand(f"the server answered {status} for {shown(self.url)}"))
         if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
             raise DownloadError(self._by_hand("the server insists on sending it compressed"))
         if self.url.startswith("https:") and response.url.scheme == "http" and not self.expected:
@@ -328,7 +328,7 @@ class _Transfer:
             )
 
     def _by_hand(self, why: str) -> str:
-        return f"{why}; fetch {_shown(self.url)} on a machine that can and save it as {self.target}."
+        return f"{why}; fetch {shown(self.url)} on a machine that can and save it as {self.target}."
 
 
 # --- small parts ------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def _digest(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """Give the URL without user name, password, query and fragment: fit for messages."""
     parts = urlsplit(url)
     host = parts.netloc.rsplit("@", 1)[-1]
@@ -407,8 +407,8 @@ def _shown(url: str) -> str:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(target: Path) -> Iterator[None]:
-    """Hold the lock of this file; the lock file is gone afterwards."""
+def one_at_a_time(target: Path) -> Iterator[None]:
+    """Hold the lock of this file against other processes and threads; the lock file is gone afterwards."""
     path = target.with_name(target.name + ".lock")
     while True:
         handle = path.open("a")

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from serve import overlays
 from serve.canvas import (
     Area,
     Colour,
@@ -32,6 +33,7 @@ from serve.canvas import (
     free_place,
     measure,
 )
+from serve.framing import Body
 from serve.wire import FrameSpec, Limits, Options, decode_frame
 
 __all__ = ["draw_birds_eye_view", "draw_frame", "draw_image", "png_bytes"]
@@ -193,7 +195,7 @@ def draw_image(
 
 
 def draw_frame(
-    body: bytes,
+    body: Body,
     detections: Mapping[str, Any],
     *,
     load_dim: int = 4,
@@ -201,11 +203,12 @@ def draw_frame(
     title: str = "",
     score_thr: float = 0.0,
 ) -> Picture:
-    """Draw what a frame's bytes hold: a cloud from above or an image, as the detections are 3D or 2D.
+    """Draw what a frame's bytes hold: a cloud from above or an image, as the answer is of one or the other.
 
     Args:
-        body: the bytes of a ``.bin``, ``.npy`` or image file.
-        detections: a detection dictionary.
+        body: the bytes of a ``.bin``, ``.npy`` or image file; of each part by name where there are several. Boxes
+            in camera coordinates, and those of a frame without a cloud, are drawn into its image.
+        detections: an answer: detections, labels of points or segments of an image.
         load_dim: floats per point of a cloud.
         size: width and height of the picture of a cloud; an image keeps its own.
         title: see the two functions.
@@ -215,10 +218,19 @@ def draw_frame(
         UndecodableFrame: the bytes are no frame of that kind.
         ValueError: the detections cannot be drawn.
     """
-    cloud = "bboxes_3d" in detections
+    cloud = "bboxes_3d" in detections or "pts_semantic_mask" in detections
+    if isinstance(body, Mapping):
+        cloud = cloud and "points" in body
+        if "bboxes_3d" in detections and not cloud:
+            return overlays.draw_projected(body, detections, title=title, score_thr=score_thr)
+        body = body["points" if cloud else "image"]
     spec = FrameSpec("lidar" if cloud else "image", load_dim=load_dim)
     count = 0 if cloud and not body else None  # an empty .bin is an empty cloud here
-    data = decode_frame(body, spec, Options(num_points=count), Limits()).data
+    data: Any = decode_frame(body, spec, Options(num_points=count), Limits()).data
+    if "pts_semantic_mask" in detections:
+        return overlays.draw_point_labels(data, detections, size=size, title=title)
+    if "panoptic_seg" in detections:
+        return overlays.draw_segments(data, detections, title=title)
     if cloud:
         return draw_birds_eye_view(data, detections, size=size, title=title, score_thr=score_thr)
     return draw_image(data, detections, title=title, score_thr=score_thr)

@@ -9,6 +9,10 @@ Knows nothing about who raises or who answers: no other module of ours is import
     │   ├── UndecodableFrame            422  undecodable_frame      not a cloud / image of this model
     │   ├── NonFinitePoints             422  non_finite_points      NaN or inf in a cloud
     │   ├── ModelNotFound               404  model_not_found
+    │   ├── ReferenceRefused            403  reference_refused      a frame's address is not allowed here
+    │   ├── ReferenceNotFound           404  reference_not_found    nothing lies at a frame's address
+    │   ├── Unauthorized                401  unauthorized           no API key, or one we do not know
+    │   ├── SlowRequest                 408  request_timeout        the body did not arrive in time
     │   └── FrameTooLarge               413  frame_too_large        over a configured limit
     ├── Overloaded                      429  overloaded             the queue is full
     ├── BackendBroken                   502  backend_broken         the backend broke its contract
@@ -22,9 +26,14 @@ Knows nothing about who raises or who answers: no other module of ours is import
         │   └── ArchiveVersionError          archive_version        written by a version we cannot honour
         ├── CheckpointError                  bad_checkpoint         refused, or does not fit its config
         ├── ModelLookupError                 unknown_model          name not in the zoo index
-        ├── DownloadError                    download_failed        offline, wrong hash, broken off
+        ├── StorageError                     storage_failed         a bucket, packed file or cache that failed
+        │   ├── DownloadError                download_failed        offline, wrong hash, broken off
+        │   ├── ObjectNotFound               object_not_found       no such object, bucket or member
+        │   ├── AccessDenied                 access_denied          no credentials, or not allowed
+        │   └── UriError                     bad_uri                not an address of ours, or carries secrets
         ├── SelfTestError                    self_test_failed       the golden frame came out different
-        └── BackendStartError                backend_not_started    TorchServe or Java did not come up
+        └── BackendStartError                backend_not_started    TorchServe, Java or the gateway did not come up
+            └── ModelNotLoaded               model_not_loaded       a worker refused its archive
 """
 
 from __future__ import annotations
@@ -32,6 +41,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 __all__ = [
+    "AccessDenied",
     "ArchiveError",
     "ArchiveVersionError",
     "BackendBroken",
@@ -45,16 +55,24 @@ __all__ = [
     "InferenceFailed",
     "ModelLookupError",
     "ModelNotFound",
+    "ModelNotLoaded",
     "NonFinitePoints",
     "NotReady",
+    "ObjectNotFound",
     "OutOfMemory",
     "Overloaded",
+    "ReferenceNotFound",
+    "ReferenceRefused",
     "SelfTestError",
     "ServeError",
     "SettingsError",
     "SetupError",
+    "SlowRequest",
+    "StorageError",
+    "Unauthorized",
     "UndecodableFrame",
     "UnknownOption",
+    "UriError",
     "error_body",
 ]
 
@@ -103,11 +121,39 @@ class ModelNotFound(ClientError):
     code = "model_not_found"
 
 
+class Unauthorized(ClientError):
+    """The request carries no API key, or one we do not know."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class SlowRequest(ClientError):
+    """The request's body did not arrive within the time for it."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class FrameTooLarge(ClientError):
     """A frame is over a configured limit (bytes, points or pixels)."""
 
     status = 413
     code = "frame_too_large"
+
+
+class ReferenceRefused(ClientError):
+    """A request names its frame by an address that this server does not read for clients."""
+
+    status = 403
+    code = "reference_refused"
+
+
+class ReferenceNotFound(ClientError):
+    """A request names its frame by an address where nothing lies."""
+
+    status = 404
+    code = "reference_not_found"
 
 
 class Overloaded(ServeError):
@@ -187,10 +233,34 @@ class ModelLookupError(SetupError):
     code = "unknown_model"
 
 
-class DownloadError(SetupError):
+class StorageError(SetupError):
+    """A bucket, a packed file, a database or the cache failed, or holds something else than it should."""
+
+    code = "storage_failed"
+
+
+class DownloadError(StorageError):
     """A file could not be fetched or has the wrong hash."""
 
     code = "download_failed"
+
+
+class ObjectNotFound(StorageError, FileNotFoundError):
+    """There is no such object, bucket or member; also the ``FileNotFoundError`` mmengine's callers expect."""
+
+    code = "object_not_found"
+
+
+class AccessDenied(StorageError):
+    """There are no credentials, or they do not allow this."""
+
+    code = "access_denied"
+
+
+class UriError(StorageError):
+    """The text is no address of a kind we read, or it carries a user name or password."""
+
+    code = "bad_uri"
 
 
 class SelfTestError(SetupError):
@@ -203,6 +273,13 @@ class BackendStartError(SetupError):
     """TorchServe, or the Java it needs, did not come up."""
 
     code = "backend_not_started"
+
+
+class ModelNotLoaded(BackendStartError):
+    """A worker refused its archive; `archive` is its file name in the store."""
+
+    code = "model_not_loaded"
+    archive: str = ""
 
 
 def error_body(error: ServeError, request_id: str | None = None) -> dict[str, Any]:

@@ -1,35 +1,157 @@
 """Golden frames: what an archive is run on at conversion and again at every start of a worker.
 
-Made, not recorded: the sample scene of the demonstration model for LiDAR, a drawn picture for cameras.
-Knows nothing about models.
+Made, not recorded: the sample scene of the demonstration model for LiDAR, a room for depth cameras, drawn
+pictures for cameras, with calibrations under which cloud and picture look the same way. Knows nothing about
+models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import cv2
 import numpy as np
 import numpy.typing as npt
+import orjson
 
+from serve.errors import ArchiveError
 from serve.wire import FrameSpec
 
-__all__ = ["golden_frame", "golden_picture"]
+__all__ = ["golden_calibration", "golden_frame", "golden_picture", "golden_room", "read_frame"]
+
+# Of the drawn pictures: a common lens, and the middle of 640 x 480.
+FOCAL_PX = 520.0
+# LiDAR (x forward, y left, z up) and depth camera (x right, y forward, z up) to camera (right, down, forward).
+LIDAR_AXES = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
+DEPTH_AXES = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
+CAMERA_BELOW_LIDAR_M = 0.3
 
 
-def golden_frame(spec: FrameSpec) -> tuple[str, bytes]:
-    """File name and bytes of a frame of this kind, the same on every call.
+def golden_frame(spec: FrameSpec) -> dict[str, tuple[str, bytes]]:
+    """File name and bytes of every part of a frame of this kind, the same on every call.
 
-    A cloud has x, y, z, intensity and zeros for whatever else the model's points carry.
+    A cloud has x, y, z, intensity (or colour, where it is of a depth camera) and zeros for whatever else the
+    model's points carry.
     """
-    if spec.modality == "image":
-        encoded: npt.NDArray[np.uint8] = cv2.imencode(".png", golden_picture())[1]
-        return "frame.png", encoded.tobytes()
+    made: dict[str, tuple[str, bytes]] = {}
+    for k, part in enumerate(name for name in spec.parts if name.startswith("image")):
+        encoded: npt.NDArray[np.uint8] = cv2.imencode(".png", golden_picture(seed=8 + k))[1]
+        made[part] = (f"{part}.png", encoded.tobytes())
+    if spec.has_points:
+        depth = spec.modality == "depth" or "depth2img" in spec.calibration
+        made["points"] = (
+            "points.bin",
+            _columns(golden_room() if depth else _street(), spec.load_dim).tobytes(),
+        )
+    if spec.calibration:
+        made["calibration"] = ("calibration.json", orjson.dumps(golden_calibration(spec)))
+    if len(made) == 1:
+        ((part, (file, body)),) = made.items()
+        return {part: (f"frame{Path(file).suffix}", body)}
+    return made
+
+
+def read_frame(path: Path, spec: FrameSpec) -> dict[str, tuple[str, bytes]]:
+    """File name and bytes of every part of a frame on disk.
+
+    Args:
+        path: a file; for a frame of several parts a folder with one file of each, called by the part
+            (``points.bin``, ``image.png``, ``image.CAM_FRONT.jpg``, ``calibration.json``).
+        spec: what parts there are.
+
+    Raises:
+        ArchiveError: a part has no file, or more than one.
+        OSError: a file cannot be read.
+    """
+    if len(spec.parts) == 1:
+        return {spec.parts[0]: (f"frame{path.suffix}", path.read_bytes())}
+    found: dict[str, tuple[str, bytes]] = {}
+    for part in spec.parts:
+        files = [file for file in sorted(path.iterdir()) if file.stem == part] if path.is_dir() else []
+        if len(files) != 1:
+            raise ArchiveError(
+                f"{path} has {len(files) or 'no'} files called {part}.*; a frame of this model is a folder with one "
+                f"file of each of {', '.join(spec.parts)}"
+            )
+        found[part] = (files[0].name, files[0].read_bytes())
+    return found
+
+
+def golden_calibration(spec: FrameSpec) -> dict[str, Any]:
+    """A calibration of the drawn pictures as a JSON document; several cameras look around in equal steps."""
+    if not spec.cameras:
+        return {name: matrix for name, matrix in _camera(0.0).items() if name in spec.calibration}
+    # All round; where there is no camera behind (Waymo's five), the step is just smaller.
+    step = 2 * np.pi / max(6, len(spec.cameras))
+    return {
+        camera: {name: matrix for name, matrix in _camera(k * step).items() if name in spec.calibration}
+        for k, camera in enumerate(spec.cameras)
+    }
+
+
+def _camera(turn_rad: float) -> dict[str, Any]:
+    cam2img = np.eye(4)
+    cam2img[0, 0] = cam2img[1, 1] = FOCAL_PX
+    cam2img[:2, 2] = 320.0, 240.0
+    turned = np.eye(4)
+    cosine, sine = np.cos(turn_rad), np.sin(turn_rad)
+    turned[:2, :2] = [[cosine, sine], [-sine, cosine]]
+    lidar2cam = LIDAR_AXES @ turned
+    lidar2cam[1, 3] = -CAMERA_BELOW_LIDAR_M
+    matrices: Mapping[str, npt.NDArray[np.float64]] = {
+        "cam2img": cam2img,
+        "lidar2cam": lidar2cam,
+        "lidar2img": cam2img @ lidar2cam,
+        "depth2img": cam2img @ DEPTH_AXES,
+    }
+    # Rounded, so that other processors' sines give the same bytes.
+    return {name: np.round(matrix, 9).tolist() for name, matrix in matrices.items()}
+
+
+def _street() -> npt.NDArray[np.float32]:
     from serve.demo.scenes import sample_frame
 
-    points = np.frombuffer(sample_frame(), dtype="<f4").reshape(-1, 4)
-    wide = np.zeros((len(points), spec.load_dim), dtype="<f4")
-    shared = min(4, spec.load_dim)
-    wide[:, :shared] = points[:, :shared]
-    return "frame.bin", wide.tobytes()
+    return np.frombuffer(sample_frame(), dtype="<f4").reshape(-1, 4)
+
+
+def _columns(cloud: npt.NDArray[np.float32], load_dim: int) -> npt.NDArray[np.float32]:
+    wide = np.zeros((len(cloud), load_dim), dtype="<f4")
+    shared = min(cloud.shape[1], load_dim)
+    wide[:, :shared] = cloud[:, :shared]
+    return wide
+
+
+def golden_room(num_points: int = 8_000, seed: int = 8) -> npt.NDArray[np.float32]:
+    """(num_points, 6) float32: x right, y forward, z up in metres, then red, green, blue 0 to 255.
+
+    A floor, two walls and boxes of the size of furniture, seen by a depth camera 1.2 m above the floor. Two
+    metres by two, because some models look at a room through a window of half a metre's step.
+    """
+    rng = np.random.default_rng(seed)
+    surfaces: list[tuple[Any, Any, Any, Any]] = [  # corner, two edges (metres), colour
+        ((-1.0, 0.6, -1.2), (2.0, 0, 0), (0, 2.0, 0), (150, 120, 90)),
+        ((-1.0, 2.6, -1.2), (2.0, 0, 0), (0, 0, 1.8), (200, 200, 190)),
+        ((-1.0, 0.6, -1.2), (0, 2.0, 0), (0, 0, 1.8), (190, 200, 205)),
+    ]
+    for _ in range(5):
+        wide, deep, high = rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.6), rng.uniform(0.4, 1.1)
+        x, y = rng.uniform(-0.9, 0.9 - wide), rng.uniform(0.8, 1.9)
+        colour = rng.uniform(20, 235, 3)
+        surfaces += [
+            ((x, y, -1.2), (wide, 0, 0), (0, 0, high), colour),
+            ((x, y, -1.2), (0, deep, 0), (0, 0, high), colour),
+            ((x, y, -1.2 + high), (wide, 0, 0), (0, deep, 0), colour),
+        ]
+    areas = np.array([np.linalg.norm(np.cross(one, two)) for _, one, two, _ in surfaces])
+    counts = rng.multinomial(num_points, areas / areas.sum())
+    parts = []
+    for (corner, one, two, colour), count in zip(surfaces, counts, strict=True):
+        across = rng.uniform(size=(count, 2))
+        xyz = np.array(corner) + across @ np.array([one, two]) + rng.normal(0, 0.004, (count, 3))
+        parts.append(np.hstack([xyz, np.clip(np.array(colour) + rng.normal(0, 8, (count, 3)), 0, 255)]))
+    return np.round(np.concatenate(parts), 4).astype(np.float32)
 
 
 def golden_picture(width: int = 640, height: int = 480, seed: int = 8) -> npt.NDArray[np.uint8]:

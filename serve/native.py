@@ -7,8 +7,8 @@ dictionary that also travels on the wire. Nothing is thresholded on the way; `ab
 Frames are given as paths, because mmdet3d 1.4.0 cannot take arrays in memory (its ``inference_detector``
 hands a wrapped cloud to a pipeline step that expects an array, and edits the model's config on the way).
 
-Knows nothing about servers and archives. Covers LiDAR detectors of mmdet3d and image detectors of mmdet;
-not segmentors, and not detectors that need calibration or several sensors.
+Knows nothing about servers and archives. Which of upstream's calls is for which kind of model, and what each
+wants in which file, is `serve.native_calls`'s.
 """
 
 from __future__ import annotations
@@ -17,23 +17,32 @@ import contextlib
 import io
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from serve.errors import CheckpointError, InferenceFailed, ModelLookupError, SetupError, UndecodableFrame
+from serve import native_calls
+from serve.errors import (
+    ArchiveError,
+    CheckpointError,
+    InferenceFailed,
+    ModelLookupError,
+    SetupError,
+    UndecodableFrame,
+)
+from serve.labels import encode_labels, encode_segments
+from serve.wire import Modality
 
-__all__ = ["FRAME_SUFFIXES", "Modality", "NativeModel", "above", "load_native"]
+__all__ = ["FRAME_SUFFIXES", "NativeModel", "above", "load_native"]
 
-Modality = Literal["lidar", "image"]
-
-#: Endings of the files each kind of model reads.
-FRAME_SUFFIXES: Mapping[Modality, tuple[str, ...]] = {
-    "lidar": (".bin", ".npy"),
+#: Endings of the files of each part of a frame.
+FRAME_SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "points": (".bin", ".npy"),
     "image": (".jpg", ".jpeg", ".png", ".bmp", ".webp"),
+    "calibration": (".json",),
 }
 _NO_POINTS = "{} holds no points; mmdet3d itself cannot run on an empty cloud, so there is nothing to compare"
 _BOX_TYPES = {
@@ -48,12 +57,13 @@ class NativeModel:
     """A model as mmdet / mmdet3d built it.
 
     Attributes:
-        modality: ``lidar`` (mmdet3d) or ``image`` (mmdet).
+        modality: what a frame is, one of `serve.wire.MODALITIES`.
         classes: class names, by label.
-        box_type_3d: ``LiDAR``, ``Camera`` or ``Depth``; None for image models.
-        load_dim: floats per point in a ``.bin`` file; None for image models.
+        box_type_3d: ``LiDAR``, ``Camera`` or ``Depth``; None for 2D boxes and for labels.
+        load_dim: floats per point in a ``.bin`` file; None without a cloud.
         module: the ``torch.nn.Module`` itself.
         notes: sentences on what was changed in weights that mmdet3d cannot read as they are.
+        parts: names of the parts of a frame.
     """
 
     modality: Modality
@@ -62,44 +72,64 @@ class NativeModel:
     load_dim: int | None
     module: Any = field(repr=False)
     notes: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ("points",)
 
-    def detect(self, path: str | Path) -> dict[str, Any]:
-        """Detect in one file and return everything the network answers, below any threshold too.
+    def detect(self, frame: str | Path | Mapping[str, str | Path]) -> dict[str, Any]:
+        """Answer one frame with everything the network gives, below any threshold too.
 
         Args:
-            path: for ``lidar`` a ``.bin`` of float32 rows of ``load_dim``, or a ``.npy`` of such rows;
-                for ``image`` an encoded image.
+            frame: the file of a frame of one part, or the file of each part by name. Clouds are a ``.bin`` of
+                float32 rows of ``load_dim`` or a ``.npy`` of such rows, images encoded, calibrations JSON.
 
         Returns:
             3D: ``bboxes_3d`` (N, 7 or 9) in metres, metres, radians in the frame of ``box_type_3d``, origin
             as mmdet3d has it (bottom centre), ``scores_3d``, ``labels_3d``, ``box_type_3d``, ``names``.
             2D: ``bboxes`` (N, 4) in pixels of the original image, ``scores``, ``labels``, ``names``, and
-            ``masks`` as COCO RLE where the model has them. Lists of Python numbers throughout.
+            ``masks`` as COCO RLE where the model has them. Labels: ``pts_semantic_mask``, or ``panoptic_seg``
+            and ``segments_info``, encoded as on the wire. Lists of Python numbers throughout.
 
         Raises:
-            UndecodableFrame: the file is missing or no frame of this model.
+            UndecodableFrame: a file is missing or no part of a frame of this model.
             InferenceFailed: the network raised.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UndecodableFrame(f"there is no file {path}")
-        if path.suffix.lower() not in FRAME_SUFFIXES[self.modality]:
-            known = ", ".join(FRAME_SUFFIXES[self.modality])
-            raise UndecodableFrame(f"{path.name} is no frame for a {self.modality} model; it reads {known}")
+        files = self._files(frame)
         if self.modality == "image":
-            return self._detect_in_image(path)
-        with _as_bin(path, self.load_dim or 4) as cloud:
+            return self._detect_in_image(files["image"])
+        if self.modality not in ("lidar", "depth"):
+            with _running("mmdet3d", files[self.parts[0]], self.module):
+                return self._read(native_calls.with_calibration(self.module, files, self.parts))
+        with _as_bin(files["points"], self.load_dim or 4) as cloud:
+            if self.box_type_3d is None:
+                with _running("mmdet3d", cloud, self.module):
+                    return self._read(native_calls.segment(self.module, cloud))
             if self._sees_nothing(cloud):
                 return self._named(
                     {"bboxes_3d": [], "scores_3d": [], "labels_3d": [], "box_type_3d": self.box_type_3d}
                 )
-            return self._detect_in_cloud(cloud)
+            with _running("mmdet3d", cloud, self.module):
+                return self._read(native_calls.detect_in_cloud(self.module, cloud))
 
-    def _detect_in_cloud(self, path: Path) -> dict[str, Any]:
-        from mmdet3d.apis import inference_detector
+    def _files(self, frame: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
+        if not isinstance(frame, Mapping):
+            frame = {self.parts[0]: frame}
+        if set(frame) != set(self.parts):
+            raise UndecodableFrame(f"the model takes {', '.join(self.parts)}; given: {', '.join(frame)}")
+        files = {name: Path(path) for name, path in frame.items()}
+        for name, path in files.items():
+            if not path.is_file():
+                raise UndecodableFrame(f"there is no file {path}")
+            known = FRAME_SUFFIXES[name.partition(".")[0]]
+            if path.suffix.lower() not in known:
+                raise UndecodableFrame(
+                    f"{path.name} is no frame for a {self.modality} model; it reads {', '.join(known)}"
+                )
+        return files
 
-        with _running("mmdet3d", path):
-            sample, _ = inference_detector(self.module, str(path))
+    def _read(self, sample: Any) -> dict[str, Any]:
+        """What a sample of mmdet3d holds, as a dictionary."""
+        if "pred_pts_seg" in sample:
+            labels = sample.pred_pts_seg.pts_semantic_mask.detach().cpu().numpy()
+            return {"pts_semantic_mask": encode_labels(labels)}
         found = sample.pred_instances_3d
         return self._named(
             {
@@ -122,12 +152,16 @@ class NativeModel:
 
     def _detect_in_image(self, path: Path) -> dict[str, Any]:
         import cv2
-        from mmdet.apis import inference_detector
 
         if cv2.imread(str(path)) is None:
             raise UndecodableFrame(f"{path} is not a readable image")
-        with _running("mmdet", path):
-            found = inference_detector(self.module, str(path)).pred_instances
+        scope = str(self.module.cfg.get("default_scope") or "mmdet")
+        with _running(scope, path, self.module):
+            sample = native_calls.detect_in_image(self.module, path)
+        if "pred_panoptic_seg" in sample:
+            segments = np.asarray(sample.pred_panoptic_seg.sem_seg)
+            return encode_segments(segments.reshape(segments.shape[-2:]), self.classes)
+        found = sample.pred_instances
         answer = {
             "bboxes": getattr(found.bboxes, "tensor", found.bboxes).detach().float().cpu().tolist(),
             "scores": found.scores.detach().float().cpu().tolist(),
@@ -146,7 +180,9 @@ class NativeModel:
 
 def above(detections: Mapping[str, Any], score_thr: float) -> dict[str, Any]:
     """The detections that score at least ``score_thr``, in the order they had; other entries are kept."""
-    scores = detections.get("scores_3d", detections.get("scores", []))
+    scores = detections.get("scores_3d", detections.get("scores"))
+    if scores is None:
+        return dict(detections)
     keep = [k for k, score in enumerate(scores) if score >= score_thr]
     per_detection = {"bboxes_3d", "scores_3d", "labels_3d", "bboxes", "scores", "labels", "names", "masks"}
     return {
@@ -174,8 +210,13 @@ def load_native(config: str | Path, checkpoint: str | Path, device: str | None =
     import serve.ops
 
     serve.ops.install()
+    from serve.runtime.model import is_segmentor
+    from serve.runtime.samples import box_type_of, frame_spec
+
     with _quiet():
         from mmengine.config import Config
+
+        from serve.storage import backends  # noqa: F401  (registers s3:// and packed files with mmengine)
 
         path = _config_path(config)
         try:
@@ -192,24 +233,26 @@ def load_native(config: str | Path, checkpoint: str | Path, device: str | None =
                 from mmdet3d.apis import init_model as build
             else:
                 from mmdet.apis import init_detector as build
+
+                _leave_out_truth(parsed)
             module = build(parsed, str(checkpoint), device=device)
         except Exception as error:
             kind = CheckpointError if "load" in str(error).lower() else SetupError
             raise kind(f"{scope} cannot build {path} with {checkpoint}: {error}") from error
     notes = _adapted(module, Path(checkpoint), fits="do not match exactly" not in said.getvalue())
-    pipeline: Sequence[Mapping[str, Any]] = parsed.test_dataloader.dataset.pipeline
-    first = str(pipeline[0].get("type", "")).rpartition(".")[2]
-    modality: Modality = "lidar" if scope == "mmdet3d" else "image"
-    if modality == "lidar" and first != "LoadPointsFromFile":
-        raise SetupError(f"{path} does not start from one point cloud (its first step is {first})")
-    box_type = parsed.test_dataloader.dataset.get("box_type_3d", "LiDAR") if modality == "lidar" else None
+    try:
+        spec = frame_spec(parsed.to_dict())
+    except ArchiveError as error:
+        raise SetupError(f"{path} cannot be compared: {error}") from None
+    flat = scope == "mmdet" or spec.modality == "image" or is_segmentor(module)
     return NativeModel(
-        modality=modality,
+        modality=spec.modality,
         classes=tuple(str(name) for name in module.dataset_meta["classes"]),
-        box_type_3d=box_type,
-        load_dim=int(pipeline[0].get("load_dim", 6)) if modality == "lidar" else None,
+        box_type_3d=None if flat else box_type_of(parsed.to_dict()),
+        load_dim=spec.load_dim if spec.has_points else None,
         module=module,
         notes=notes,
+        parts=spec.parts,
     )
 
 
@@ -220,6 +263,13 @@ def _config_path(config: str | Path) -> Path:
     from serve import zoo
 
     return zoo.resolve(config).config_path
+
+
+def _leave_out_truth(config: Any) -> None:
+    """Take the loader of panoptic truth out of the test pipeline: it wants a package, and there is no truth here."""
+    dataset = config.get("test_dataloader", {}).get("dataset", {})
+    if "pipeline" in dataset:
+        dataset.pipeline = [step for step in dataset.pipeline if step["type"] != "LoadPanopticAnnotations"]
 
 
 def _adapted(module: Any, checkpoint: Path, *, fits: bool) -> tuple[str, ...]:
@@ -278,15 +328,36 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _running(scope: str, path: Path) -> Iterator[None]:
-    """Inside, names in pipelines mean those of ``scope``, whatever was loaded last; errors are ours."""
+def _running(scope: str, path: Path, module: Any) -> Iterator[None]:
+    """Inside, names in pipelines mean those of ``scope``, whatever was loaded last; errors are ours.
+
+    Random numbers are those that the runtime draws too (`serve.runtime.dice`): models that sample points would
+    otherwise differ from themselves. On a CPU ``Tensor.cuda()`` stays there: mmdet3d 1.4.0 calls it on the
+    way into MinkUNet whatever the device.
+    """
     from mmengine.registry import DefaultScope
 
+    from serve.runtime.dice import seeded
+
+    device = next(module.parameters()).device
+    stays = _no_cuda() if device.type == "cpu" else contextlib.nullcontext()
     try:
-        with _quiet(), DefaultScope.overwrite_default_scope(scope):
+        with _quiet(), DefaultScope.overwrite_default_scope(scope), seeded(device), stays:
             yield
     except Exception as error:
         raise InferenceFailed(f"native inference on {path.name} failed: {error}") from error
+
+
+@contextlib.contextmanager
+def _no_cuda() -> Iterator[None]:
+    import torch
+
+    method = torch.Tensor.cuda
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = method  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

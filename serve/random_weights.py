@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from serve.golden import golden_frame
+from serve.runtime.dice import seeded
 from serve.runtime.model import build_network, quiet_upstream
 from serve.runtime.samples import SampleBuilder
 from serve.wire import Limits, Options, decode_frame
@@ -63,8 +64,10 @@ def _initialise(network: Any) -> None:
 
 def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
     samples = SampleBuilder(config)
-    _, body = golden_frame(samples.spec)
-    sample = samples.build(decode_frame(body, samples.spec, Options(), Limits()).data)
+    body = {part: made for part, (_, made) in golden_frame(samples.spec).items()}
+    frame = decode_frame(body, samples.spec, Options(), Limits())
+    with seeded(torch.device("cpu")):
+        sample = samples.build(frame)
     from mmengine.dataset import pseudo_collate
 
     hooks = []
@@ -76,7 +79,7 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
             target = next(((std, bias) for pattern, std, bias in OUTPUT_LAYERS if pattern.search(name)), None)
             if target:
                 hooks.append(module.register_forward_hook(_spread(*target)))
-    with torch.no_grad():
+    with torch.no_grad(), seeded(torch.device("cpu")):
         network.test_step(pseudo_collate([sample]))  # type: ignore[operator]
     for handle in hooks:
         handle.remove()

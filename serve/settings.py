@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,12 @@ class Settings:
         max_frame_bytes: largest frame, bytes.
         max_points: largest cloud, points.
         max_pixels: largest image, pixels.
-        threads: torch threads of one worker; 0 leaves torch's default (all cores).
+        threads: torch threads of one worker; 0 takes all cores, or as many as the container's CPU quota pays for.
         cache_dir: where downloads are kept.
+        open_management: let a container's management port be reached from outside, with tokens.
+        workers: Python processes per model in a container.
+        gateway: texts of ``MMDET3D_SERVE_GATEWAY_*`` by lower-case name; `serve.gateway.options` reads them.
+        cache_max_bytes: bound on copies of remote objects there, bytes; files with a hash in their name stay.
     """
 
     ops: Preference = "auto"
@@ -43,6 +47,10 @@ class Settings:
     max_pixels: int = Limits.max_pixels
     threads: int = 0
     cache_dir: Path = Path("~/.cache/mmdet3d-serve")
+    open_management: bool = False
+    workers: int = 1
+    gateway: Mapping[str, str] = field(default_factory=dict, repr=False)
+    cache_max_bytes: int = 20_000_000_000
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -51,12 +59,16 @@ class Settings:
         Raises:
             SettingsError: unknown name or impossible value.
         """
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - {"gateway"}
         values: dict[str, Any] = {}
+        gateway: dict[str, str] = {}
         for variable, text in environ.items():
             if not variable.startswith(PREFIX):
                 continue
             name = variable[len(PREFIX) :].lower()
+            if name.startswith("gateway_"):
+                gateway[name.removeprefix("gateway_")] = text
+                continue
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = (
@@ -69,7 +81,7 @@ class Settings:
                 values[name] = _PARSERS[name](text)
             except ValueError as error:
                 raise SettingsError(f"{variable}={text!r}: {error}") from None
-        return cls(**values)
+        return cls(**values, gateway=gateway)
 
     @property
     def limits(self) -> Limits:
@@ -109,5 +121,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "max_points": _count(1),
     "max_pixels": _count(1),
     "threads": _count(0),
+    "open_management": _flag,
+    "workers": _count(1),
     "cache_dir": Path,
+    "cache_max_bytes": _count(0),
 }

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from serve.client import Client
-from serve.comparison import Comparison, Tolerances, compare, detection_count, is_3d
+from serve.comparison import Comparison, Tolerances, compare_answers, detection_count, is_3d
 from serve.drawing import draw_frame, png_bytes
 from serve.errors import BackendBroken, BadRequest, ModelNotFound, UndecodableFrame
-from serve.native import FRAME_SUFFIXES, Modality, above
+from serve.labels import LabelComparison, has_labels
+from serve.native import FRAME_SUFFIXES, above
+from serve.wire import Modality
 
 __all__ = ["FrameReport", "Reference", "draw_report", "find_frames", "read_token", "summary", "verify"]
 
@@ -37,7 +39,7 @@ class Reference(Protocol):
 
     @property
     def modality(self) -> Modality:
-        """``lidar`` or ``image``."""
+        """What a frame is, one of `serve.wire.MODALITIES`."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -45,14 +47,14 @@ class Reference(Protocol):
 
     @property
     def box_type_3d(self) -> str | None:
-        """``LiDAR``, ``Camera`` or ``Depth``; None for images."""
+        """``LiDAR``, ``Camera`` or ``Depth``; None for 2D boxes and for labels."""
 
     @property
     def load_dim(self) -> int | None:
-        """Floats per point; None for images."""
+        """Floats per point; None without a cloud."""
 
-    def detect(self, path: Path) -> Mapping[str, Any]:
-        """All detections in one file."""
+    def detect(self, frame: Path | Mapping[str, Path]) -> Mapping[str, Any]:
+        """The whole answer to one file, or to the files of a frame's parts by name."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class FrameReport:
     path: Path
     native: Mapping[str, Any]
     served: Mapping[str, Any]
-    comparison: Comparison
+    comparison: Comparison | LabelComparison
 
     def text(self, max_rows: int = 20) -> str:
         """The frame's name and its table."""
@@ -72,11 +74,23 @@ class FrameReport:
 def find_frames(path: str | Path, modality: Modality) -> list[Path]:
     """The frames meant by a path: the file itself, or a folder's files that such a model reads, by name.
 
+    A frame of several parts is a folder with one file of each, called by the part, ``calibration.json`` among
+    them; a folder of such folders holds several frames.
+
     Raises:
         UndecodableFrame: no such path, or no frame in the folder.
     """
     path = Path(path)
-    endings = FRAME_SUFFIXES[modality]
+    if modality not in ("lidar", "depth", "image"):
+        folders = sorted(
+            {file.parent for file in [*path.glob("calibration.json"), *path.glob("*/calibration.json")]}
+        )
+        if not folders:
+            raise UndecodableFrame(
+                f"{path} is no folder with calibration.json and the other parts of a frame"
+            )
+        return folders
+    endings = FRAME_SUFFIXES["image" if modality == "image" else "points"]
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -118,23 +132,36 @@ def verify(
         ServeError: any other error the server answers with; the message names the file.
     """
     for path in frames:
-        native = above(reference.detect(path), score_thr)
-        body = path.read_bytes()
+        parts = _parts_of(path)
+        native = above(reference.detect(parts or path), score_thr)
         served = client.predict(
-            body,
+            {name: file.read_bytes() for name, file in parts.items()} if parts else path.read_bytes(),
             model,
             version,
             content_type=_CONTENT_TYPES.get(path.suffix.lower(), "application/octet-stream"),
             score_thr=score_thr,
         )
         _require_same_model(reference, served, model)
-        yield FrameReport(path, native, served, compare(native, served, tolerances, score_thr))
+        yield FrameReport(path, native, served, compare_answers(native, served, tolerances, score_thr))
+
+
+def _parts_of(path: Path) -> dict[str, Path]:
+    """The files of a frame of several parts, by part; empty for a frame that is one file."""
+    return {file.stem: file for file in sorted(path.iterdir()) if file.is_file()} if path.is_dir() else {}
 
 
 def summary(reports: Sequence[FrameReport]) -> str:
     """The last line: how many frames match, and the largest deviations over all of them."""
     bad = [report.path.name for report in reports if not report.comparison.ok]
-    found = [report.comparison for report in reports]
+    labels = [report.comparison for report in reports if isinstance(report.comparison, LabelComparison)]
+    if labels:
+        share = min(comparison.share for comparison in labels)
+        word = "MISMATCH" if bad else "match"
+        return (
+            f"{word}: {len(labels) - len(bad)} of {len(labels)} frames agree; least share of {labels[0].unit} with the "
+            f"same label: {share:.4%}"
+        )
+    found = [report.comparison for report in reports if isinstance(report.comparison, Comparison)]
     unit = "m" if any(comparison.is_3d for comparison in found) else "px"
     largest = [f"box {max((c.largest_box for c in found), default=0.0):.1e} {unit}"]
     if unit == "m":
@@ -151,7 +178,7 @@ def summary(reports: Sequence[FrameReport]) -> str:
     if bad:
         lines.append(f"frames that differ: {', '.join(bad[:10])}{', ...' if len(bad) > 10 else ''}")
     natives = [report.native for report in reports]
-    blind = len(natives) > 1 and all(compare(natives[0], native).ok for native in natives[1:])
+    blind = len(natives) > 1 and all(compare_answers(natives[0], native).ok for native in natives[1:])
     if blind and detection_count(natives[0]):
         lines.append("note: the model detects the same in every frame; such weights hide a wrong input")
     if not any(detection_count(side) for report in reports for side in (report.native, report.served)):
@@ -167,7 +194,9 @@ def draw_report(report: FrameReport, folder: str | Path, load_dim: int | None = 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    body, written = report.path.read_bytes(), []
+    parts = _parts_of(report.path)
+    body = {name: file.read_bytes() for name, file in parts.items()} if parts else report.path.read_bytes()
+    written = []
     for side, detections in (("native", report.native), ("served", report.served)):
         picture = draw_frame(body, detections, load_dim=load_dim or 4, title=f"{report.path.name}, {side}")
         written.append(folder / f"{report.path.name}.{side}.png")
@@ -197,11 +226,11 @@ def read_token(path: str | Path) -> str:
 
 def _require_same_model(reference: Reference, served: Mapping[str, Any], model: str) -> None:
     """Refuse the answer of a model that is not the reference: other boxes or other classes."""
-    if not (is_3d(served) or "bboxes" in served):
+    if not (is_3d(served) or "bboxes" in served or has_labels(served)):
         raise BackendBroken(f"'{model}' answers with {', '.join(sorted(served)[:6])} and not with detections")
-    kinds = ["3D" if three else "2D" for three in (reference.modality == "lidar", is_3d(served))]
+    kinds = ["3D" if three else "2D" for three in (reference.box_type_3d is not None, is_3d(served))]
     differences = []
-    if kinds[0] != kinds[1]:
+    if kinds[0] != kinds[1] and not has_labels(served):
         differences.append(f"it answers {kinds[1]} boxes, the config's are {kinds[0]}")
     elif is_3d(served) and served.get("box_type_3d") != reference.box_type_3d:
         theirs = served.get("box_type_3d")

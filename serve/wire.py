@@ -1,16 +1,16 @@
 """Bytes to frames, detections to bytes.
 
-A *frame* is what one inference takes: a point cloud as float32 (N, load_dim) or an image as uint8
-(H, W, 3) BGR. Everything a caller can get wrong about the bytes is found here and raised as a
-`ClientError`; limits are checked before memory is taken. Knows nothing about HTTP, TorchServe, torch
-or any model: what a model wants is said by `FrameSpec`.
+A *frame* is what one inference takes: a point cloud as float32 (N, load_dim), an image as uint8
+(H, W, 3) BGR, or several such parts by name. Everything a caller can get wrong about the bytes is found
+here and raised as a `ClientError`; limits are checked before memory is taken. Knows nothing about HTTP,
+TorchServe, torch or any model: what a model wants is said by `FrameSpec`.
 
 Formats:
 
 * ``.bin``: float32, little-endian, `load_dim` numbers per point, no header (KITTI, nuScenes).
 * ``.npy``: NumPy's format (NEP 1), a real array of shape (N, load_dim); never a pickle.
 * JPEG, PNG, WebP, BMP images.
-* a *framed batch*, several frames in one body (`pack_frames`).
+* JSON calibrations, see `serve.calibration`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import ast
 import base64
 import binascii
 import io
-import json
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -32,10 +31,12 @@ import numpy.typing as npt
 import orjson
 from PIL import Image
 
+from serve.calibration import parse_calibration
 from serve.errors import BadRequest, FrameTooLarge, NonFinitePoints, UndecodableFrame, UnknownOption
+from serve.framing import Body, Bytes
 
 __all__ = [
-    "FRAMES_CONTENT_TYPE",
+    "MODALITIES",
     "Frame",
     "FrameSpec",
     "Limits",
@@ -43,16 +44,22 @@ __all__ = [
     "decode_frame",
     "decode_json_request",
     "encode_json",
-    "pack_frames",
+    "is_part",
     "parse_options",
-    "unpack_frames",
+    "read_json_frame",
 ]
 
-Bytes = bytes | bytearray | memoryview
-Modality = Literal["lidar", "image"]
+Modality = Literal["lidar", "depth", "image", "mono3d", "multiview", "fusion"]
+# What the words mean, with the parts of a frame.
+MODALITIES: Mapping[Modality, str] = {
+    "lidar": "a cloud in the LiDAR frame (points)",
+    "depth": "a cloud of a depth camera or an indoor scan, x right, y forward, z up (points)",
+    "image": "a picture (image)",
+    "mono3d": "a picture and its camera (image, calibration)",
+    "multiview": "pictures of several cameras (image.<CAMERA> of each, calibration)",
+    "fusion": "a cloud, a picture and how they belong together (points, image, calibration)",
+}
 
-FRAMES_CONTENT_TYPE = "application/vnd.mmdet3d-serve.frames"
-FRAMES_MAGIC = b"MM3DFRM1"
 NPY_MAGIC = b"\x93NUMPY"
 MAX_NPY_HEADER_BYTES = 10_000  # numpy's own bound for headers it parses
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -82,14 +89,32 @@ class FrameSpec:
     """What a model takes.
 
     Attributes:
-        modality: ``"lidar"`` or ``"image"``.
-        load_dim: float32 numbers per point in a ``.bin`` (LiDAR only).
+        modality: one of `MODALITIES`.
+        load_dim: float32 numbers per point in a ``.bin`` (clouds only).
         color_type: mmcv's name of the way an image is decoded.
+        cameras: names of the cameras in the model's order (multi-view only).
+        calibration: names of the matrices the model needs, of every camera.
     """
 
     modality: Modality
     load_dim: int = 4
     color_type: str = "color"
+    cameras: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts of a frame; all of them are required."""
+        points = ("points",) if self.has_points else ()
+        images = tuple(f"image.{camera}" for camera in self.cameras)
+        if self.modality in ("image", "mono3d", "fusion"):
+            images = ("image",)
+        return (*points, *images, *(("calibration",) if self.calibration else ()))
+
+    @property
+    def has_points(self) -> bool:
+        """Whether a cloud is among the parts."""
+        return self.modality in ("lidar", "depth", "fusion")
 
 
 @dataclass(frozen=True)
@@ -111,10 +136,23 @@ class Options:
 
 @dataclass(frozen=True)
 class Frame:
-    """One decoded frame with its options; `data` is (N, load_dim) float32 or (H, W[, 3]) uint8 BGR."""
+    """One decoded frame with its options.
 
-    data: npt.NDArray[Any]
+    Attributes:
+        data: (N, load_dim) float32 or (H, W[, 3]) uint8 BGR for a frame of one part; for several, a
+            dictionary by part name of such arrays, with the calibration as `serve.calibration` gives it.
+        options: what the caller asked for.
+    """
+
+    data: npt.NDArray[Any] | dict[str, Any]
     options: Options
+
+    @property
+    def points(self) -> npt.NDArray[np.float32] | None:
+        """The cloud among the parts; None where there is none."""
+        if isinstance(self.data, dict):
+            return self.data.get("points")
+        return self.data if self.data.ndim == 2 and self.data.dtype == np.float32 else None
 
 
 def parse_options(values: Mapping[str, Any], base: Options | None = None) -> Options:
@@ -152,19 +190,68 @@ def _count(name: str, value: Any) -> int:
     return number
 
 
-def decode_frame(body: Bytes, spec: FrameSpec, options: Options, limits: Limits) -> Frame:
+def is_part(name: str) -> bool:
+    """Whether a form field or JSON member of that name is a part of a frame, not an option."""
+    return name in ("points", "image", "calibration", "text") or name.startswith("image.")
+
+
+def decode_frame(body: Body, spec: FrameSpec, options: Options, limits: Limits) -> Frame:
     """Decode one frame.
 
+    Args:
+        body: the bytes of a frame of one part, or those of each part by name.
+        spec: what the model takes.
+        options: what the caller says about the frame.
+        limits: bounds; bytes are counted over all parts, points and pixels of each.
+
     Raises:
+        BadRequest: a part is missing or superfluous.
         FrameTooLarge: more bytes, points or pixels than `limits` allow.
         UndecodableFrame: not a frame of this kind.
         NonFinitePoints: NaN or inf among the points.
     """
-    if len(body) > limits.max_frame_bytes:
-        raise FrameTooLarge(f"the frame has {len(body)} bytes, the limit is {limits.max_frame_bytes}")
-    if spec.modality == "lidar":
-        return Frame(_decode_points(body, spec.load_dim, options, limits), options)
-    return Frame(_decode_image(body, spec.color_type, limits), options)
+    size = sum(map(len, body.values())) if isinstance(body, Mapping) else len(body)
+    if size > limits.max_frame_bytes:
+        raise FrameTooLarge(f"the frame has {size} bytes, the limit is {limits.max_frame_bytes}")
+    if isinstance(body, Mapping):
+        _check_parts(body, spec)
+    elif len(spec.parts) > 1:
+        raise BadRequest(f"this model takes {_spelled(spec)}; send each as a form field of that name")
+    else:
+        body = {spec.parts[0]: body}
+    decoded = {name: _decode_part(name, body[name], spec, options, limits) for name in spec.parts}
+    if len(decoded) == 1:
+        return Frame(decoded[spec.parts[0]], options)
+    return Frame(decoded, options)
+
+
+def _check_parts(body: Mapping[str, Bytes], spec: FrameSpec) -> None:
+    missing = [name for name in spec.parts if name not in body]
+    superfluous = [name[:80] for name in body if name not in spec.parts]
+    if missing or superfluous:
+        faults = [f"missing: {', '.join(missing)}"] if missing else []
+        faults += [f"superfluous: {', '.join(superfluous)}"] if superfluous else []
+        raise BadRequest(f"this model takes {_spelled(spec)}; {'; '.join(faults)}")
+
+
+def _spelled(spec: FrameSpec) -> str:
+    return f"{'the parts ' if len(spec.parts) > 1 else 'one part, '}{', '.join(spec.parts)}"
+
+
+def _decode_part(name: str, body: Bytes, spec: FrameSpec, options: Options, limits: Limits) -> Any:
+    if name == "points":
+        return _decode_points(body, spec.load_dim, options, limits)
+    if name == "calibration":
+        return parse_calibration(body, spec.calibration, spec.cameras)
+    try:
+        picture = _decode_image(body, spec.color_type, limits)
+        if spec.cameras and picture.ndim != 3:
+            raise UndecodableFrame("the image is grey; pictures of several cameras must have three channels")
+        if spec.cameras and picture.shape[2] != 3:
+            raise UndecodableFrame(f"the image has {picture.shape[2]} channels; three are expected")
+    except UndecodableFrame as error:
+        raise (UndecodableFrame(f"{name}: {error}") if spec.cameras else error) from None
+    return picture
 
 
 def _decode_points(body: Bytes, load_dim: int, options: Options, limits: Limits) -> npt.NDArray[np.float32]:
@@ -288,8 +375,8 @@ def _check_image(body: Bytes, limits: Limits) -> None:
         ) from None
 
 
-def decode_json_request(body: Bytes) -> tuple[bytes, dict[str, Any]]:
-    """A frame in JSON: ``{"b64": "…", <options>}``, or a bare base64 string. Returns the bytes and the options.
+def decode_json_request(body: Bytes) -> tuple[Body, dict[str, Any]]:
+    """A frame in JSON, and its options; `read_json_frame` says in which shapes.
 
     Raises:
         BadRequest: not JSON, or not one of these shapes, or not base64.
@@ -298,55 +385,51 @@ def decode_json_request(body: Bytes) -> tuple[bytes, dict[str, Any]]:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is declared as JSON but does not parse: {error}") from None
-    if isinstance(document, str):
-        document = {"b64": document}
-    if not isinstance(document, dict) or not isinstance(document.get("b64"), str):
-        raise BadRequest('JSON must be {"b64": "<base64 of the frame>", …options}')
-    encoded = document.pop("b64")
-    try:
-        return base64.b64decode(encoded, validate=True), document
-    except (binascii.Error, ValueError) as error:
-        raise BadRequest(f"b64 is not base64: {error}") from None
+    return read_json_frame(document)
 
 
-def pack_frames(frames: Sequence[tuple[Bytes, Mapping[str, Any]]]) -> bytes:
-    """Several frames, each with its options, as one body of type `FRAMES_CONTENT_TYPE`.
+def read_json_frame(document: Any) -> tuple[Body, dict[str, Any]]:
+    """A frame of parsed JSON, and its options.
 
-    Layout: 8 bytes ``MM3DFRM1``, uint32 little-endian length of a JSON header
-    ``{"frames": [{"length": bytes, "options": {…}}, …]}``, the header, the frames back to back.
-    """
-    entries = [{"length": len(body), "options": dict(options)} for body, options in frames]
-    header = orjson.dumps({"frames": entries})
-    return b"".join([FRAMES_MAGIC, struct.pack("<I", len(header)), header, *(body for body, _ in frames)])
+    ``{"b64": "…", <options>}`` or a bare base64 string for a frame of one part;
+    ``{"points": {"b64": "…"}, "image": {"b64": "…"}, "calibration": {…}, <options>}`` for one of several.
 
-
-def unpack_frames(body: Bytes) -> list[tuple[memoryview, dict[str, Any]]]:
-    """Inverse of `pack_frames`; the frames are views, not copies.
+    Returns:
+        The bytes (or those of each part by name) and the options.
 
     Raises:
-        BadRequest: the lengths do not add up, or the header is malformed.
+        BadRequest: not one of these shapes, or not base64.
     """
-    view = memoryview(body)
-    start = len(FRAMES_MAGIC) + 4
-    if len(view) < start or bytes(view[: len(FRAMES_MAGIC)]) != FRAMES_MAGIC:
-        raise BadRequest(f"a body of type {FRAMES_CONTENT_TYPE} starts with {FRAMES_MAGIC.decode()}")
-    (length,) = struct.unpack("<I", view[len(FRAMES_MAGIC) : start])
+    if isinstance(document, str):
+        document = {"b64": document}
+    if isinstance(document, dict) and "b64" not in document and any(map(is_part, document)):
+        parts = {name: _json_part(name, value) for name, value in document.items() if is_part(name)}
+        return parts, {name: value for name, value in document.items() if not is_part(name)}
+    if not isinstance(document, dict) or not isinstance(document.get("b64"), str):
+        raise BadRequest(
+            'JSON must be {"b64": "<base64 of the frame>", …options}, or {"image": {"b64": "…"}, …} by part'
+        )
+    options = {name: value for name, value in document.items() if name != "b64"}
+    return _base64("b64", document["b64"]), options
+
+
+def _json_part(name: str, value: Any) -> bytes:
+    """The bytes of a part: base64, or the document itself where the part is one."""
+    if isinstance(value, dict) and set(value) == {"b64"} and isinstance(value["b64"], str):
+        return _base64(name, value["b64"])
+    if name == "calibration" and isinstance(value, dict):
+        return encode_json(value)
+    if name == "text" and isinstance(value, str):
+        return value.encode()
+    expected = "a JSON object of matrices" if name == "calibration" else '{"b64": "<base64>"}'
+    raise BadRequest(f"{name[:80]} must be {expected}")
+
+
+def _base64(name: str, encoded: str) -> bytes:
     try:
-        entries = json.loads(bytes(view[start : start + length]))["frames"]
-        sizes = [entry["length"] for entry in entries]
-        options = [dict(entry.get("options", {})) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadRequest(f"malformed header of a framed batch: {error}") from None
-    if not all(isinstance(size, int) and size >= 0 for size in sizes) or start + length + sum(sizes) != len(
-        view
-    ):
-        raise BadRequest("the frame lengths of the header do not add up to the body")
-    frames = []
-    at = start + length
-    for size, option in zip(sizes, options, strict=True):
-        frames.append((view[at : at + size], option))
-        at += size
-    return frames
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRequest(f"{name[:80]} is not base64: {error}") from None
 
 
 def encode_json(document: Any) -> bytes:

@@ -29,7 +29,16 @@ from serve.download import hash_in_name
 from serve.errors import ModelLookupError
 from serve.zoo_aliases import ADDED_WORDS, ALIASES, bare_name, flat_name, name_words
 
-__all__ = ["PACKAGES", "Zoo", "ZooEntry", "list_models", "package_of_config", "resolve", "weights_of"]
+__all__ = [
+    "PACKAGES",
+    "Zoo",
+    "ZooEntry",
+    "installed_roots",
+    "list_models",
+    "package_of_config",
+    "resolve",
+    "weights_of",
+]
 
 PACKAGES = ("mmdet3d", "mmdet")
 
@@ -88,7 +97,7 @@ class Zoo:
 
     def __init__(self, roots: Mapping[str, Path] | None = None) -> None:
         """See the class."""
-        self._roots = dict(_installed_roots() if roots is None else roots)
+        self._roots = dict(installed_roots() if roots is None else roots)
         self._indices: dict[str, _Index] = {}
 
     def resolve(self, model: str | os.PathLike[str], *, package: str | None = None) -> ZooEntry:
@@ -239,7 +248,8 @@ def weights_of(entry: ZooEntry) -> str:
 # --- reading the index ------------------------------------------------------------------------------------
 
 
-def _installed_roots() -> dict[str, Path]:
+def installed_roots() -> dict[str, Path]:
+    """Package name → the ``.mim`` folder inside it, for the packages that are installed."""
     roots: dict[str, Path] = {}
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)

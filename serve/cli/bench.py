@@ -1,4 +1,7 @@
-"""``tools/bench_detector.py``: the arguments and the words; the measuring is `serve.benchmark`'s."""
+"""``tools/bench_detector.py``, ``tools/bench_native_env.py``: their arguments and words.
+
+The measuring is `serve.benchmark`'s.
+"""
 
 from __future__ import annotations
 
@@ -11,39 +14,88 @@ from typing import Any
 
 from tqdm import tqdm
 
-from serve import archive, convert, golden, zoo
+from serve import archive, convert, golden, storage, zoo
 
-__all__ = ["bench_detector"]
+__all__ = ["bench_detector", "bench_native"]
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def bench_detector(argv: Sequence[str] | None) -> int:
     """Parse the command line, measure, print a table and then one line of JSON per model."""
     parser = argparse.ArgumentParser(
-        description="Time mmdet's / mmdet3d's own inference_detector beside our runtime, turn by turn in one process. "
-        "Prints a table and one line of JSON per model."
+        description="Time mmdet's / mmdet3d's own inference_detector beside our runtime, turn by turn, or how our "
+        "runtime's time grows with the size of its input. Prints a table (ms) and one line of JSON (s) per model."
     )
     parser.add_argument(
-        "models", nargs="*", default=["second", "pointpillars"], help="zoo names (default: %(default)s)"
+        "models", nargs="*", help="zoo names (default: second pointpillars; with --scaling: second)"
     )
     parser.add_argument(
         "--checkpoint", type=Path, help="for a single model; default: random weights that behave"
     )
-    parser.add_argument("--frame", type=Path, help="frame of the models' kind (default: a made one)")
+    parser.add_argument("--frame", help="frame of the models' kind, or its address (default: a made one)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="counted rounds (default: 7; with --scaling: 3)")
+    parser.add_argument(
+        "--native-python",
+        type=Path,
+        metavar="PYTHON",
+        help="run the native side in this Python, with its kernels (`make bench-native` makes one with compiled mmcv "
+        "and spconv: .venv-native/bin/python); default: in this process, on our kernels",
+    )
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="ours alone: made clouds of 10,000 to 1,000,000 points, batches of 1 to 8 frames of 30,000 points",
+    )
     args = parser.parse_args(argv)
-    if args.checkpoint and len(args.models) != 1:
+    models = args.models or (["second"] if args.scaling else ["second", "pointpillars"])
+    if args.checkpoint and len(models) != 1:
         parser.error("--checkpoint goes with one model")
-    for name in args.models:
+    if args.rounds is not None and args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if args.scaling and (args.native_python or args.frame):
+        parser.error("--scaling makes its own frames and has no native side")
+    for name in models:
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bench-") as folder:
-            _bench_one(name, Path(folder), args)
+            result = (_scale_one if args.scaling else _bench_one)(name, Path(folder), args)
+        print(result.table())
+        print(result.json_line(), flush=True)
     return 0
 
 
-def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> None:
-    from serve.benchmark import detector
+def bench_native(argv: Sequence[str] | None) -> int:
+    """Parse the command line and make the Python that ``--native-python`` takes."""
+    from importlib.metadata import version
+
+    from serve.benchmark import native_environment
+
+    parser = argparse.ArgumentParser(
+        description="Make an environment with upstream's compiled stack (mmcv from source, spconv) for "
+        "bench_detector.py --native-python. Needs a C++ compiler, and minutes: 15 to 40 on 2 cores."
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".venv-native", help="where (default: .venv-native)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (default: %(default)s)")
+    parser.add_argument("--torch-index-url", metavar="URL", help="package index to take torch from")
+    args = parser.parse_args(argv)
+    with tqdm(unit="file", file=sys.stderr) as bar:
+        python = native_environment.build(
+            args.folder.resolve(),
+            ROOT / "requirements",
+            torch_version=version("torch").partition("+")[0],
+            torch_index_url=args.torch_index_url,
+            jobs=args.jobs,
+            progress=lambda step, done, total: _step(bar, step, done, total),
+        )
+    print(python)
+    return 0
+
+
+def _archived(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, dict[str, Any], Path]:
+    """Config, resolved config and checkpoint of a model that is now archived and unpacked in ``folder/opened``."""
     from serve.random_weights import write_random_checkpoint
-    from serve.runtime.samples import frame_spec
 
     config = zoo.resolve(name).config_path
     resolved, _ = convert.resolve_config(config)
@@ -51,27 +103,53 @@ def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> None:
     if args.checkpoint is None:
         write_random_checkpoint(resolved, tuple(convert.configured_classes(resolved)), checkpoint)
     made = convert.convert(convert.Conversion(config, checkpoint, folder, name, device=args.device))
-    frame = args.frame
+    archive.extract(made.path, folder / "opened")
+    return config, resolved, checkpoint
+
+
+def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
+    from serve.benchmark import detector
+    from serve.runtime.samples import frame_spec
+
+    config, resolved, checkpoint = _archived(name, folder, args)
+    frame = storage.local_path(args.frame) if args.frame else None
     if frame is None:
-        file, body = golden.golden_frame(frame_spec(resolved))
+        ((file, body),) = golden.golden_frame(frame_spec(resolved)).values()
         frame = folder / file
         frame.write_bytes(body)
-    opened = archive.extract(made.path, folder / "opened")
+    opened = archive.open_directory(folder / "opened")
+    rounds = args.rounds or 7
     bar: tqdm[Any]
-    with tqdm(total=args.rounds + 2, unit="round", file=sys.stderr) as bar:
-        result = detector.run(
-            opened,
-            config,
-            checkpoint,
-            frame,
-            device=args.device,
-            rounds=args.rounds,
+    with tqdm(total=rounds + 2, unit="round", file=sys.stderr) as bar:
+        return detector.run(
+            detector.Subject(opened, config, checkpoint, frame, args.device),
+            native_python=args.native_python,
+            rounds=rounds,
             progress=lambda done: _tick(bar, done),
         )
-    print(result.table())
-    print(result.json_line(), flush=True)
+
+
+def _scale_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
+    import torch
+
+    from serve.benchmark import scaling
+    from serve.runtime import load_detector
+
+    _archived(name, folder, args)
+    detector = load_detector(archive.open_directory(folder / "opened"), torch.device(args.device))
+    bar: tqdm[Any]
+    with tqdm(total=len(scaling.POINTS) + len(scaling.BATCHES), unit="size", file=sys.stderr) as bar:
+        return scaling.run(detector, rounds=args.rounds or 3, progress=lambda done: _tick(bar, done))
 
 
 def _tick(bar: tqdm[Any], done: int) -> None:
     """Move the bar to `done` rounds."""
     bar.update(done - bar.n)
+
+
+def _step(bar: tqdm[Any], step: str, done: int, total: int) -> None:
+    """Name the step, and show how far it is where that is known."""
+    bar.set_description(step)
+    bar.total = total or None
+    bar.n = done
+    bar.refresh()

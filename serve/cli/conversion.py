@@ -1,18 +1,21 @@
 """The commands that make archives: by config and checkpoint as upstream's do, or by the name of a model.
 
-Knows the arguments and the words; the work is `serve.zoo`'s, `serve.download`'s and `serve.convert`'s.
+Config, checkpoint and output folder may be addresses (`serve.storage`). Knows the arguments and the words; the
+work is `serve.zoo`'s, `serve.storage`'s and `serve.convert`'s.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve import convert, download, zoo
-from serve.errors import ModelLookupError
+from serve import convert, model_store, storage, zoo
+from serve.config_source import config_at_hand
+from serve.errors import ArchiveError, ModelLookupError
 from serve.settings import Settings
 
 __all__ = ["archive_by_name", "to_torchserve"]
@@ -23,16 +26,21 @@ def to_torchserve(argv: Sequence[str] | None, package: str) -> int:
     parser = argparse.ArgumentParser(
         description=f"Convert a {package} config and checkpoint to a TorchServe archive (.mar) that proves itself."
     )
-    parser.add_argument("config", help="config file, or the name of a model in the zoo (former names too)")
-    parser.add_argument("checkpoint", help="checkpoint file (.pth, .safetensors), or its http(s) address")
-    parser.add_argument("--output-folder", type=Path, required=True, help="model store; made if missing")
+    parser.add_argument("config", help="config file or its address, or the name of a model in the zoo")
+    parser.add_argument(
+        "checkpoint", help="checkpoint file (.pth, .safetensors) or its address (s3://…, https://…)"
+    )
+    parser.add_argument(
+        "--output-folder", required=True, help="model store: a folder, made if missing, or s3://bucket/models"
+    )
     _add_options(parser)
     args = parser.parse_args(argv)
-    entry = zoo.resolve(args.config, package=package)
-    _tell_notes(entry.notes if not Path(args.config).is_file() else ())
-    checkpoint = _fetched(args.checkpoint, args)
-    name = args.model_name or checkpoint.stem
-    return _convert(entry.config_path, checkpoint, name, args.output_folder, args)
+    with config_at_hand(args.config) as config:
+        entry = zoo.resolve(config, package=package)
+        _tell_notes(entry.notes if not Path(config).is_file() else ())
+        checkpoint = _fetched(args.checkpoint, args)
+        name = args.model_name or checkpoint.stem
+        return _convert(entry.config_path, checkpoint, name, args.output_folder, args)
 
 
 def archive_by_name(argv: Sequence[str] | None) -> int:
@@ -41,12 +49,12 @@ def archive_by_name(argv: Sequence[str] | None) -> int:
         description="Make a TorchServe archive of a model by its name (second, pointpillars, faster-rcnn, …, a full or "
         "former zoo name, or a config path). Weights come from the zoo unless --checkpoint is given."
     )
-    parser.add_argument("model", nargs="?", help="name of the model, or path of a config")
+    parser.add_argument("model", nargs="?", help="name of the model, or path or address of a config")
     parser.add_argument(
-        "--checkpoint", help="checkpoint file or http(s) address instead of the zoo's weights"
+        "--checkpoint", help="checkpoint file or its address (s3://…, https://…) instead of the zoo's weights"
     )
     parser.add_argument(
-        "--output-folder", type=Path, default=Path("model-store"), help="default: %(default)s"
+        "--output-folder", default="model-store", help="folder, or s3://bucket/models (default: %(default)s)"
     )
     parser.add_argument(
         "--list", metavar="WORDS", nargs="*", help="list the models whose names hold all WORDS, and stop"
@@ -57,13 +65,16 @@ def archive_by_name(argv: Sequence[str] | None) -> int:
         return _list(" ".join(args.list))
     if not args.model:
         parser.error("name a model, for instance: second (or --list)")
-    entry = zoo.resolve(args.model)
-    _tell_notes(entry.notes)
-    checkpoint = _fetched(
-        args.checkpoint or zoo.weights_of(entry), args, entry.sha256_prefix if not args.checkpoint else None
-    )
-    default_name = args.model if not Path(args.model).is_file() else entry.name
-    return _convert(entry.config_path, checkpoint, args.model_name or default_name, args.output_folder, args)
+    with config_at_hand(args.model) as model:
+        entry = zoo.resolve(model)
+        _tell_notes(entry.notes)
+        checkpoint = _fetched(
+            args.checkpoint or zoo.weights_of(entry),
+            args,
+            entry.sha256_prefix if not args.checkpoint else None,
+        )
+        name = args.model_name or (model if not Path(model).is_file() else entry.name)
+        return _convert(entry.config_path, checkpoint, name, args.output_folder, args)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -74,9 +85,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--extra-files", default="", metavar="A,B", help="files to pack under extra/, separated by commas"
     )
     parser.add_argument("--device", default="cpu", help="where the golden frame is run: cpu or cuda:N")
-    parser.add_argument(
-        "--golden-frame", type=Path, help="prove the archive on this frame instead of a made one"
-    )
+    parser.add_argument("--golden-frame", help="prove the archive on this frame instead of a made one")
     parser.add_argument(
         "--allow-partial", action="store_true", help="go on when weights are missing or left over"
     )
@@ -101,13 +110,27 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _fetched(source: str, args: argparse.Namespace, sha256_prefix: str | None = None) -> Path:
-    if not source.startswith(("http://", "https://")):
+    if not storage.is_remote(source):
         return Path(source).expanduser()
-    cache = args.cache_dir or Settings.from_environment().cache_dir
-    return download.fetch(source, cache.expanduser(), sha256_prefix=sha256_prefix)
+    settings = Settings.from_environment()
+    cache = storage.Cache(args.cache_dir or settings.cache_dir, settings.cache_max_bytes)
+    return storage.local_path(source, sha256=sha256_prefix, cache=cache)
 
 
-def _convert(config: Path, checkpoint: Path, name: str, folder: Path, args: argparse.Namespace) -> int:
+def _convert(config: Path, checkpoint: Path, name: str, store: str, args: argparse.Namespace) -> int:
+    """Into the folder, or through a folder that is thrown away into the bucket."""
+    if not storage.is_remote(store):
+        return _convert_into(config, checkpoint, name, Path(store), args)
+    place = model_store.place_of(store, name)
+    if not args.force and storage.exists(place):
+        raise ArchiveError(f"{place} exists; choose another --model-name, or replace it with --force")
+    with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-store-") as folder:
+        code = _convert_into(config, checkpoint, name, Path(folder), args)
+        print(f"uploaded  {model_store.publish(Path(folder, f'{name}.mar'), store, force=args.force)}")
+        return code
+
+
+def _convert_into(config: Path, checkpoint: Path, name: str, folder: Path, args: argparse.Namespace) -> int:
     started = time.perf_counter()
 
     def report(step: str) -> None:
@@ -124,8 +147,8 @@ def _convert(config: Path, checkpoint: Path, name: str, folder: Path, args: argp
             force=args.force,
             allow_partial=args.allow_partial,
             trust_checkpoint=args.trust_checkpoint,
-            extra_files=[Path(file) for file in args.extra_files.split(",") if file],
-            golden_frame=args.golden_frame,
+            extra_files=[_fetched(file, args) for file in args.extra_files.split(",") if file],
+            golden_frame=_fetched(args.golden_frame, args) if args.golden_frame else None,
             channels_last=not args.no_channels_last,
             fold_batch_norm=not args.no_fold,
             autocast=args.autocast,

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from serve import archive, wire
-from serve.cli.serving import STATE_DIR, serve_until_stopped, stoppable
+from serve.cli.serving import STATE_DIR, demonstration, serve_until_stopped, stoppable
 from serve.client import Client
-from serve.convert import Conversion, convert
 from serve.demo.scenes import sample_frame
 from serve.download import sha256_of
 from serve.drawing import draw_frame, png_bytes
 from serve.errors import ArchiveError
-from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+from serve.supervision import Service
+from serve.torchserve import ServedModel, TorchServeOptions
 
 __all__ = ["demo"]
 
@@ -45,23 +45,23 @@ def demo(argv: Sequence[str] | None) -> int:
         parser.add_argument(
             f"--{use}-port", type=int, default=port, metavar="PORT", help="default: %(default)s"
         )
+    parser.add_argument("--gateway-port", type=int, default=8000, metavar="PORT", help="default: %(default)s")
     args = parser.parse_args(argv)
     with stoppable():
         args.folder.mkdir(parents=True, exist_ok=True)
         _ensure_archive(args.folder)
         frame = args.folder / "sample.bin"
         frame.write_bytes(sample_frame())
-        server = TorchServe(
-            TorchServeOptions(
-                model_store=args.folder,
-                models=(ServedModel("second.mar"),),
-                inference_port=args.inference_port,
-                management_port=args.management_port,
-                metrics_port=args.metrics_port,
-                state_dir=STATE_DIR,
-            )
+        options = TorchServeOptions(
+            model_store=args.folder,
+            models=(ServedModel("second.mar"),),
+            inference_port=args.inference_port,
+            management_port=args.management_port,
+            metrics_port=args.metrics_port,
+            state_dir=STATE_DIR,
         )
-        return serve_until_stopped(server, lambda running, seconds: _show(running, seconds, frame))
+        service = Service(options, {"port": str(args.gateway_port), "log_format": "text"})
+        return serve_until_stopped(service, lambda running, seconds: _show(running, seconds, frame))
 
 
 def _ensure_archive(folder: Path) -> None:
@@ -77,16 +77,13 @@ def _ensure_archive(folder: Path) -> None:
     except (ArchiveError, KeyError):
         pass
     print("archiving the demonstration SECOND …", file=sys.stderr, flush=True)
-    convert(Conversion(CONFIG, CHECKPOINT, folder, "second", force=True, report=_step))
+    demonstration(folder)
 
 
-def _step(step: str) -> None:
-    print(f"  {step}", file=sys.stderr, flush=True)
-
-
-def _show(server: TorchServe, seconds: float, frame: Path) -> None:
+def _show(service: Service, seconds: float, frame: Path) -> None:
     body = frame.read_bytes()
-    with Client(server.inference_url) as client:
+    address = service.gateway_url or service.torchserve.inference_url
+    with Client(address) as client:
         answer = client.predict(body, "second", score_thr=SCORE_THR)
     frame.with_suffix(".json").write_bytes(wire.encode_json(answer))
     frame.with_suffix(".png").write_bytes(png_bytes(draw_frame(body, answer, load_dim=4)))
@@ -96,7 +93,9 @@ def _show(server: TorchServe, seconds: float, frame: Path) -> None:
     print(_table(answer))
     print(f"\nfrom         {frame} ({len(body) // 16} points), answer {frame.with_suffix('.json')}")
     print(f"picture      {frame.with_suffix('.png')}")
-    print(f"try          curl -T {frame} {server.inference_url}/predictions/second")
+    print(f"try          curl -T {frame} {address}/predictions/second")
+    print(f"a picture    curl -T {frame} -H 'Accept: image/png' -o seen.png {address}/predictions/second")
+    print(f"torchserve   {service.torchserve.inference_url}/predictions/second")
     print("Ctrl-C stops it.", flush=True)
 
 

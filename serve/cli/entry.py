@@ -18,7 +18,8 @@ __all__ = ["run"]
 def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Run `command` with the kernels the environment asks for, and turn what it raises into an exit code."""
     try:
-        ops.install(Settings.from_environment().ops)
+        settings = Settings.from_environment()
+        ops.install(settings.ops, cache_dir=settings.cache_dir)
         return command(argv)
     except ServeError as error:
         print(f"error: {error}", file=sys.stderr)

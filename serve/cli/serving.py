@@ -1,24 +1,28 @@
 """The command that serves archives in the foreground, and the one that stops what it finds running.
 
-Knows the arguments and the words; the work is `serve.torchserve`'s and `serve.archive`'s.
+Knows the arguments and the words; the work is `serve.supervision`'s.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from serve import archive
-from serve.errors import ArchiveError, SettingsError
-from serve.torchserve import ServedModel, TorchServe, TorchServeOptions, stop_running
+from serve import logs
+from serve.errors import SettingsError
+from serve.settings import Settings
+from serve.supervision import Service, archives_of
+from serve.torchserve import ServedModel, TorchServeOptions, stop_running
 
-__all__ = ["STATE_DIR", "serve_archives", "serve_until_stopped", "stoppable"]
+__all__ = ["STATE_DIR", "demonstration", "serve_archives", "serve_until_stopped", "stoppable", "up"]
 
 STATE_DIR = Path(".state")
 
@@ -41,52 +45,113 @@ def stoppable() -> Iterator[None]:
 def serve_archives(argv: Sequence[str] | None) -> int:
     """``serve_archives.py --store DIR --models NAME …``: serve until Ctrl-C, SIGTERM or ``--stop`` elsewhere.
 
-    Returns 0 when it was stopped, 1 when TorchServe ended by itself.
+    Returns 0 when it was stopped, the exit code of what ended by itself otherwise.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser(
+        "Serve archives with TorchServe and the gateway in the foreground until Ctrl-C or SIGTERM."
+    ).parse_args(argv)
     if args.stop:
         ended = stop_running(args.state_dir)
         print("\n".join(f"stopped {address}" for address in ended) or "nothing of ours is running")
         return 0
-    models = [ServedModel.parse(text, args.workers) for text in args.models] or _all_of(
-        args.store, args.workers
-    )
-    for model in models:
-        _verify(args.store / model.archive)
     with stoppable():
-        return serve_until_stopped(TorchServe(_options(args, models)), _tell)
+        return serve_until_stopped(_service(args, lenient=False, log_format="text"), _tell)
 
 
-def serve_until_stopped(server: TorchServe, tell: Callable[[TorchServe, float], None]) -> int:
-    """Start, `tell` (with the seconds it took) once every model is ready, wait for Ctrl-C or the server's own end.
+def up(argv: Sequence[str] | None) -> int:
+    """``python -m serve up``: what the image runs. Listens everywhere but for management; serves what can be served.
 
-    Returns 0 when it was stopped, 1 when TorchServe ended by itself.
+    An empty model store means the demonstration SECOND. Exit codes as `serve_archives`.
+    """
+    settings = Settings.from_environment()
+    parser = _parser("Serve every archive of a store, as a container does: until SIGTERM, then drain.")
+    everywhere = "0.0.0.0"
+    management = everywhere if settings.open_management else "127.0.0.1"
+    parser.set_defaults(
+        store=Path("/home/model-server/model-store"),
+        workers=settings.workers,
+        inference_host=everywhere,
+        metrics_host=everywhere,
+        gateway_host=settings.gateway.get("host", everywhere),
+        gateway_port=settings.gateway.get("port", "8000"),
+        management_host=management,
+        # Whoever opens management gets it with tokens, never without.
+        open_management=settings.open_management,
+        token_authorization=settings.open_management,
+        state_dir=None,
+    )
+    args = parser.parse_args(argv)
+    logs.set_up("json", "info")
+    if args.store.exists() and not os.access(args.store, os.R_OK | os.X_OK):
+        raise SettingsError(
+            f"user {os.getuid()} may not read the model store {args.store}; make it readable "
+            "(`chmod -R a+rX`), or run as its owner"
+        )
+    with stoppable(), tempfile.TemporaryDirectory(prefix="mmdet3d-serve-demo-") as folder:
+        if not args.models and not any(args.store.glob("*.mar")):
+            print(
+                f"{args.store} holds no archive: serving the demonstration SECOND",
+                file=sys.stderr,
+                flush=True,
+            )
+            args.store = demonstration(Path(folder))
+        return serve_until_stopped(
+            _service(args, lenient=True, log_format=settings.gateway.get("log_format", "json")), _tell
+        )
+
+
+def demonstration(folder: Path) -> Path:
+    """Put the archive of the demonstration SECOND into `folder`; returns the folder."""
+    from serve.convert import Conversion, convert
+
+    assets = Path(__file__).parents[1] / "demo"
+    convert(
+        Conversion(
+            assets / "second_demo.py", assets / "second_demo.pth", folder, "second", force=True, report=_step
+        )
+    )
+    return folder
+
+
+def _step(step: str) -> None:
+    print(f"  {step}", file=sys.stderr, flush=True)
+
+
+def serve_until_stopped(service: Service, tell: Callable[[Service, float], None]) -> int:
+    """Start, `tell` (with the seconds it took) once frames are answered, wait for Ctrl-C or the service's own end.
+
+    Returns 0 when it was stopped and everything in flight was answered, else the code of what ended.
     """
     began = time.perf_counter()
-    models = ", ".join(model.name or Path(model.archive).stem for model in server.options.models)
+    models = ", ".join(model.name or Path(model.archive).stem for model in service.torchserve.options.models)
     print(f"starting TorchServe with {models} …", file=sys.stderr, flush=True)
-    with server:
+    code = 0
+    with service:
         try:
-            tell(server, time.perf_counter() - began)
-            while server.wait(timeout_s=3600) is None:
-                pass
+            tell(service, time.perf_counter() - began)
+            code = service.wait()
         except KeyboardInterrupt:
             print("\nstopping …", file=sys.stderr, flush=True)
-        code = server.poll()
+        drained = service.stop()
+        code = code or drained
     if code:
-        print(f"error: TorchServe ended by itself with code {code}", file=sys.stderr)
-        return 1
+        print(f"error: ended with code {code}", file=sys.stderr)
+        return code
     print("stopped", file=sys.stderr)
     return 0
 
 
-def _tell(server: TorchServe, seconds: float) -> None:
+def _tell(service: Service, seconds: float) -> None:
+    server = service.torchserve
     print(f"ready after {seconds:.1f} s")
+    best = service.gateway_url or server.inference_url
     for name in server.models():
         for worker in server.workers(name):
             print(f"model        {name} {worker.version}, worker {worker.pid}")
-        print(f"predictions  curl -T FRAME {server.inference_url}/predictions/{name}")
+        print(f"predictions  curl -T FRAME {best}/predictions/{name}")
+    if service.gateway_url is not None:
+        print(f"gateway      {service.gateway_url}/docs")
+    print(f"torchserve   {server.inference_url}/predictions/…")
     print(f"management   {server.management_url}/models")
     print(f"metrics      {server.metrics_url}/metrics")
     for use, token in server.tokens().items():
@@ -94,18 +159,13 @@ def _tell(server: TorchServe, seconds: float) -> None:
     print("Ctrl-C stops it.", flush=True)
 
 
-def _verify(path: Path) -> None:
-    try:
-        archive.verify(path)
-    except ArchiveError as error:
-        raise type(error)(f"{path}: {error}") from None
-
-
-def _all_of(store: Path, workers: int) -> list[ServedModel]:
-    archives = sorted(path.name for path in store.glob("*.mar"))
-    if not archives:
-        raise SettingsError(f"{store} holds no archive; make one with `make archive MODEL=second`")
-    return [ServedModel(name, workers=workers) for name in archives]
+def _service(args: argparse.Namespace, *, lenient: bool, log_format: str) -> Service:
+    models = [ServedModel.parse(text, args.workers) for text in args.models] or archives_of(
+        args.store, args.workers
+    )
+    flags = {"host": args.gateway_host, "port": str(args.gateway_port), "log_format": log_format}
+    gateway = None if args.no_gateway else flags
+    return Service(_options(args, models), gateway, lenient=lenient)
 
 
 def _options(args: argparse.Namespace, models: Sequence[ServedModel]) -> TorchServeOptions:
@@ -133,10 +193,11 @@ def _options(args: argparse.Namespace, models: Sequence[ServedModel]) -> TorchSe
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(description: str) -> argparse.ArgumentParser:
     default = TorchServeOptions(model_store=Path("model-store"))
     parser = argparse.ArgumentParser(
-        description="Serve archives with TorchServe in the foreground until Ctrl-C or SIGTERM."
+        description=f"{description} Options of the gateway beyond these are environment variables; "
+        "`python -m serve gateway --help` lists them."
     )
     parser.add_argument(
         "--store",
@@ -173,6 +234,20 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PORT",
             help=f"port for {use} (default: %(default)s)",
         )
+    parser.add_argument(
+        "--gateway-host",
+        default="127.0.0.1",
+        metavar="IP",
+        help="address of the gateway (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gateway-port",
+        type=int,
+        default=8000,
+        metavar="PORT",
+        help="port of the gateway (default: %(default)s)",
+    )
+    parser.add_argument("--no-gateway", action="store_true", help="TorchServe alone")
     parser.add_argument(
         "--open-management", action="store_true", help="allow --management-host beyond loopback"
     )

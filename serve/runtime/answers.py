@@ -1,7 +1,7 @@
 """Predictions to answers: OpenMMLab's data samples become plain dictionaries with OpenMMLab's own names.
 
-Field names are those of `Det3DInferencer.pred2dict` and `DetInferencer.pred2dict`. Knows nothing about
-networks or bytes.
+Field names are those of `Det3DInferencer.pred2dict` and `DetInferencer.pred2dict`; labels of points and
+pixels are encoded as `serve.labels` says. Knows nothing about networks or frames.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from serve.labels import encode_labels, encode_segments
 from serve.wire import Options
 
-__all__ = ["empty_answer", "select", "to_answer"]
+__all__ = ["empty_answer", "empty_labels", "select", "to_answer"]
 
 UNITS_3D = {
     "LiDAR": {"length": "m", "angle": "rad", "frame": "x forward, y left, z up", "origin": "bottom centre"},
@@ -33,14 +34,25 @@ UNITS_2D = {"length": "px", "frame": "x right, y down, from the top left of the 
 def to_answer(
     sample: Any, classes: Sequence[str], box_type_3d: str | None, model: dict[str, str]
 ) -> dict[str, Any]:
-    """One prediction as an answer, best score first, nothing left out.
+    """One prediction as an answer; detections best score first, nothing left out.
 
     Args:
         sample: a `Det3DDataSample` or `DetDataSample` with predictions.
         classes: class names by label.
-        box_type_3d: ``"LiDAR"``, ``"Camera"`` or ``"Depth"``; None for 2D.
+        box_type_3d: ``"LiDAR"``, ``"Camera"`` or ``"Depth"``; None for 2D and for labels.
         model: name and version, echoed.
     """
+    if "pred_pts_seg" in sample:
+        return _labels(sample.pred_pts_seg.pts_semantic_mask.cpu().numpy(), classes, model)
+    if "pred_panoptic_seg" in sample:
+        segments = sample.pred_panoptic_seg.sem_seg
+        array = segments.cpu().numpy() if isinstance(segments, torch.Tensor) else np.asarray(segments)
+        return {
+            **encode_segments(array.reshape(array.shape[-2:]), classes),
+            "classes": list(classes),
+            "units": UNITS_2D,
+            "model": model,
+        }
     if box_type_3d is not None:
         found = sample.pred_instances_3d
         boxes, scores, labels = found.bboxes_3d.tensor, found.scores_3d, found.labels_3d
@@ -65,14 +77,27 @@ def empty_answer(
     return _assemble(boxes, none, none.astype(np.int64), classes, box_type_3d, model)
 
 
+def empty_labels(classes: Sequence[str], model: dict[str, str]) -> dict[str, Any]:
+    """The answer of a segmentor to a cloud without points."""
+    return _labels(np.zeros(0, dtype=np.uint8), classes, model)
+
+
 def select(answer: dict[str, Any], options: Options) -> dict[str, Any]:
-    """The part of an answer (best score first) that a caller asked for."""
-    scores = answer["scores" if "scores" in answer else "scores_3d"]
-    count = int(np.count_nonzero(np.asarray(scores) >= options.score_thr))
+    """The part of an answer (best score first) that a caller asked for; labels have no scores and stay whole."""
+    scores = answer.get("scores", answer.get("scores_3d"))
+    if scores is None:
+        return answer
+    count = len(scores)
+    if options.score_thr > 0:  # some scores are no probabilities: Part-A2's go below 0
+        count = int(np.count_nonzero(np.asarray(scores) >= options.score_thr))
     if options.max_detections is not None:
         count = min(count, options.max_detections)
     per_detection = ("bboxes_3d", "scores_3d", "labels_3d", "bboxes", "scores", "labels", "masks", "names")
     return {key: value[:count] if key in per_detection else value for key, value in answer.items()}
+
+
+def _labels(labels: npt.NDArray[Any], classes: Sequence[str], model: dict[str, str]) -> dict[str, Any]:
+    return {"pts_semantic_mask": encode_labels(labels), "classes": list(classes), "model": model}
 
 
 def _assemble(

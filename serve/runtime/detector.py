@@ -2,7 +2,8 @@
 
 One outcome per frame, in order: an answer, or the error that is this frame's own. A list of clouds is
 one batch through the network; images are batched where their prepared shapes are equal, since padding
-one to another's size would change its answer. Knows nothing about HTTP or TorchServe.
+one to another's size would change its answer. Models that draw random numbers get the same ones for every
+frame, and their frames one by one. Knows nothing about HTTP or TorchServe.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import torch
 from torch import nn
 
 from serve.archive import Archive, InferenceOptions, Metadata
+from serve.calibration import MATRICES
 from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, ServeError
+from serve.framing import Body
 from serve.runtime import answers, folding
-from serve.runtime.model import build_network, load_weights, quiet_upstream
+from serve.runtime.dice import seeded
+from serve.runtime.model import build_network, is_segmentor, load_weights, quiet_upstream
 from serve.runtime.samples import SampleBuilder
 from serve.wire import Frame, Limits, Options, decode_frame
 
@@ -42,9 +46,27 @@ class Detector:
         self.device = device
         self._samples = SampleBuilder(config)
         self._model = {"name": metadata.name, "version": metadata.version}
-        self._range = _voxel_range(network)
+        self._segments = is_segmentor(network)
+        # A segmentor labels every point, also where it does not look.
+        self._range = None if self._segments else _voxel_range(network)
+        self._draws = False
 
-    def decode(self, body: bytes | bytearray | memoryview, options: Options, limits: Limits) -> Frame:
+    def describe(self) -> dict[str, Any]:
+        """Who this is, what it takes and where it runs, for those who route requests to it."""
+        said = self.metadata
+        return {
+            **self._model,
+            "modality": self._samples.spec.modality,
+            "parts": list(self._samples.spec.parts),
+            "package": said.package,
+            "classes": list(said.classes),
+            "box_type_3d": said.box_type_3d,
+            "load_dim": said.load_dim,
+            "device": str(self.device),
+            "serve_version": said.serve_version,
+        }
+
+    def decode(self, body: Body, options: Options, limits: Limits) -> Frame:
         """Decode one frame for this model; raises what `wire.decode_frame` raises."""
         return decode_frame(body, self._samples.spec, options, limits)
 
@@ -53,6 +75,9 @@ class Detector:
         outcomes: dict[int, Outcome] = {}
         groups: dict[Any, dict[int, dict[str, Any]]] = {}
         for i, frame in enumerate(frames):
+            if frame.points is not None and not len(frame.points):
+                outcomes[i] = self._empty()
+                continue
             try:
                 sample = self.prepare(frame)
             except Exception as error:
@@ -63,7 +88,7 @@ class Detector:
             else:
                 groups.setdefault(_batch_key(sample), {})[i] = sample
         for members in groups.values():
-            outcomes.update(zip(members, self._run_batch(list(members.values())), strict=True))
+            outcomes.update(zip(members, self._run_group(list(members.values())), strict=True))
         return [_selected(outcomes[i], frame.options) for i, frame in enumerate(frames)]
 
     def forward(self, samples: Sequence[dict[str, Any]]) -> list[Any]:
@@ -77,8 +102,22 @@ class Detector:
 
     def prepare(self, frame: Frame) -> dict[str, Any]:
         """One frame through the test pipeline."""
-        with quiet_upstream():
-            return self._samples.build(frame.data)
+        with quiet_upstream(), seeded(self.device):
+            return self._samples.build(frame)
+
+    def _run_group(self, samples: list[dict[str, Any]]) -> list[Outcome]:
+        """One batch; frame by frame where the network draws random numbers, which neighbours would change."""
+        if not self._draws:
+            with seeded(self.device) as dice:
+                outcomes = self._run_batch(samples)
+            self._draws = dice.were_thrown
+            if not self._draws or len(samples) == 1:
+                return outcomes
+        alone: list[Outcome] = []
+        for sample in samples:
+            with seeded(self.device):
+                alone += self._run_batch([sample])
+        return alone
 
     def _run_batch(self, samples: list[dict[str, Any]]) -> list[Outcome]:
         try:
@@ -121,6 +160,8 @@ class Detector:
         return len(points) == 0
 
     def _empty(self) -> dict[str, Any]:
+        if self._segments:
+            return answers.empty_labels(self.metadata.classes, self._model)
         width = 4 if self.metadata.box_type_3d is None else _box_width(self.network)
         return answers.empty_answer(self.metadata.classes, self.metadata.box_type_3d, self._model, width)
 
@@ -189,10 +230,17 @@ def _import_packed_code(archive: Archive, config: Mapping[str, Any], trust_code:
 
 
 def _batch_key(sample: dict[str, Any]) -> Any:
-    """Samples with the same key make one batch; mmdet packs a bare image, mmdet3d a dictionary."""
+    """Samples with the same key make one batch; mmdet packs a bare image, mmdet3d a dictionary.
+
+    Clouds may differ in length. Images must not, nor the form of their cameras: networks stack both.
+    """
     inputs = sample["inputs"]
     image = inputs.get("img") if isinstance(inputs, Mapping) else inputs
-    return None if image is None else tuple(image.shape)
+    if image is None:
+        return None
+    meta = sample["data_samples"].metainfo
+    cameras = tuple(np.shape(meta[name]) for name in MATRICES if name in meta)
+    return tuple(image.shape), cameras
 
 
 def _voxel_range(network: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:

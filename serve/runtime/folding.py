@@ -1,5 +1,8 @@
 """Batch norms folded into the convolutions before them: fewer passes over memory, the same function.
 
+Then convolutions that our kernels compute in one pass, with the ReLU behind them, take that form
+(`serve.runtime.dense_layer`, `serve.runtime.sparse_layer`).
+
 Which convolution feeds which norm is not guessed from the order of attributes (where a forward method may
 do otherwise) but seen in a forward run: a norm is foldable when in every call it received the very tensor
 one convolution had just returned. Knows nothing about detectors or archives.
@@ -14,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from serve import ops
+from serve.runtime.model import quiet_upstream
 
 __all__ = ["find_pairs", "fold"]
 
@@ -75,6 +81,60 @@ def fold(network: nn.Module, pairs: Iterable[Pair]) -> None:
         _fold_one(conv, norm)
         parent, _, child = norm_name.rpartition(".")
         setattr(modules[parent], child, nn.Identity())
+    _fuse_dense(network, {id(modules[conv_name]) for conv_name, _ in pairs})
+    if pairs and ops.kernels_in_use() == "portable":  # a compiled extension has sparse kernels of its own
+        _fuse_sparse(network)
+
+
+def _fuse_dense(network: nn.Module, folded: set[int]) -> None:
+    """Give the `folded` convolutions (their ids) that stand in plain sequences the form of one pass, where it suits."""
+    from serve.runtime.dense_layer import InferenceConvolution, suits
+
+    for parent in list(network.modules()):
+        if type(parent).forward is nn.Sequential.forward:
+            for name, layer in list(parent.named_children()):
+                if id(layer) in folded and isinstance(layer, nn.Conv2d) and suits(layer):
+                    relu = _take_relu_behind(parent, name)
+                    setattr(parent, name, InferenceConvolution(layer, relu=relu))
+
+
+def _fuse_sparse(network: nn.Module) -> None:
+    """Give every sparse convolution the form of one pass, with the ReLU behind it in a sequence."""
+    from mmcv.ops.sparse_conv import SparseConvolution
+    from mmcv.ops.sparse_modules import SparseSequential
+
+    if not any(isinstance(layer, SparseConvolution) for layer in network.modules()):
+        return
+    with quiet_upstream():
+        from mmdet3d.models.middle_encoders import SparseEncoder, SparseUNet
+
+    from serve.runtime.sparse_layer import InferenceSparseConvolution
+
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, SparseConvolution) and not layer.conv1x1:
+                relu = type(parent).forward is SparseSequential.forward and _take_relu_behind(parent, name)
+                setattr(parent, name, InferenceSparseConvolution(layer, relu=relu))
+    for encoder in network.modules():
+        # What these put out is viewed as a bird's-eye picture, and nothing else is done with it.
+        if isinstance(encoder, SparseEncoder | SparseUNet):
+            for layer in encoder.conv_out.children():
+                if isinstance(layer, InferenceSparseConvolution):
+                    layer.ends_in_map = True
+
+
+def _take_relu_behind(parent: nn.Module, name: str) -> bool:
+    """Make the ReLU right behind child `name` of a sequence, identities aside, an identity; whether there is one."""
+    followers = iter(parent.named_children())
+    while next(followers)[0] != name:
+        pass
+    for follower, layer in followers:
+        if type(layer) is nn.ReLU:
+            setattr(parent, follower, nn.Identity())
+            return True
+        if not isinstance(layer, nn.Identity):
+            return False
+    return False
 
 
 @torch.no_grad()
@@ -104,8 +164,12 @@ def _scaled(conv: Any, scale: Tensor) -> Tensor:
 
 def _is_convolution(module: nn.Module) -> bool:
     """Exactly the plain classes: a subclass may do something else with its weight (weight standardisation)."""
-    from mmcv.cnn.bricks import wrappers
     from mmcv.ops.sparse_conv import SparseConvolution
 
-    plain = (nn.Conv2d, nn.ConvTranspose2d, wrappers.Conv2d, wrappers.ConvTranspose2d)
-    return type(module) in plain or isinstance(module, SparseConvolution)
+    return type(module) in _plain_convolutions() or isinstance(module, SparseConvolution)
+
+
+def _plain_convolutions() -> tuple[type[nn.Module], ...]:
+    from mmcv.cnn.bricks import wrappers
+
+    return nn.Conv2d, nn.ConvTranspose2d, wrappers.Conv2d, wrappers.ConvTranspose2d

@@ -17,8 +17,17 @@ from torch import Tensor, nn
 
 from serve import ops
 from serve.errors import CheckpointError
+from serve.runtime.mended import mend
 
-__all__ = ["build_network", "device_for", "load_weights", "quiet_upstream", "scope_of", "strip_pretrained"]
+__all__ = [
+    "build_network",
+    "device_for",
+    "is_segmentor",
+    "load_weights",
+    "quiet_upstream",
+    "scope_of",
+    "strip_pretrained",
+]
 
 
 def device_for(gpu_id: int | str | None) -> torch.device:
@@ -51,7 +60,7 @@ def strip_pretrained(config: Any) -> Any:
 
 
 def _fetches(key: str, value: Any) -> bool:
-    if key == "pretrained":
+    if key in ("pretrained", "teacher_ckpt"):  # a teacher is of use in training only
         return isinstance(value, str)
     return key == "init_cfg" and isinstance(value, Mapping) and value.get("type") == "Pretrained"
 
@@ -72,11 +81,14 @@ def build_network(config: Mapping[str, Any], classes: Sequence[str]) -> nn.Modul
         from mmengine.model import revert_sync_batchnorm
         from mmengine.registry import DefaultScope, init_default_scope
 
+        from serve.storage import backends  # noqa: F401  (pipelines may read through s3:// or packed files)
+
         init_default_scope(scope_of(config))
         with DefaultScope.overwrite_default_scope(scope_of(config)):
             network = _build(Config(strip_pretrained(config)), scope_of(config))
         network = revert_sync_batchnorm(network)
         network.cfg = Config(dict(config))
+    mend(network)
     network.dataset_meta = {"classes": tuple(classes)}
     network.eval()
     return network  # type: ignore[no-any-return]
@@ -93,6 +105,11 @@ def _build(config: Any, scope: str) -> Any:
         from mmdet.registry import MODELS
     model.train_cfg = None
     return MODELS.build(model)
+
+
+def is_segmentor(network: nn.Module) -> bool:
+    """Whether a network labels every point of a cloud instead of finding boxes."""
+    return any(kind.__name__ == "Base3DSegmentor" for kind in type(network).__mro__)
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -1,135 +1,229 @@
 """Frames to network inputs: the config's own test pipeline, fed from memory and built once.
 
 Upstream builds the pipeline anew for every call and changes the model's config on the way
-(mmdet3d `apis/inference.py`); here the loader at its head is replaced by one that takes the decoded
-frame, and everything after it stays as configured. Knows nothing about networks or answers.
+(mmdet3d `apis/inference.py`); here the loaders in it are replaced by ones that take the decoded frame, and
+everything after them stays as configured. Knows nothing about networks or answers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from serve.errors import ArchiveError
+from serve.runtime.loaders import image_loader, mono_loader, multiview_loader, point_loader
 from serve.runtime.model import quiet_upstream, scope_of
-from serve.wire import COLOR_TYPES, FrameSpec
+from serve.wire import COLOR_TYPES, Frame, FrameSpec
 
-__all__ = ["SampleBuilder", "frame_spec", "pipeline_of"]
+__all__ = ["SampleBuilder", "box_type_of", "dataset_of", "frame_spec", "pipeline_of"]
 
-POINT_LOADERS = {"LoadPointsFromFile", "mmdet3d.LoadPointsFromFile"}
-IMAGE_LOADERS = {"LoadImageFromFile", "mmdet.LoadImageFromFile", "mmcv.LoadImageFromFile"}
+LOADERS = {
+    "LoadPointsFromFile": point_loader,
+    "LoadImageFromFile": image_loader,
+    "LoadImageFromFileMono3D": mono_loader,
+    "LoadMultiViewImageFromFiles": multiview_loader,
+}
+# What only training and evaluation look at; the same steps mmdet3d's own `inference_segmentor` leaves out.
+ANNOTATION_LOADERS = ("LoadAnnotations", "LoadPanopticAnnotations", "PointSegClassMapping")
+# First steps of pipelines that want more than one frame holds.
+NOT_PER_FRAME = {
+    "TransformBroadcaster": "it follows objects through a video and answers no frame on its own",
+    "LoadProposals": "it needs the proposals of another model beside the image",
+    "PackReIDInputs": "it gives a feature vector of a cut-out, not detections",
+}
+BOX_TYPES = {"lidar": "LiDAR", "camera": "Camera", "depth": "Depth"}
 
 
-def pipeline_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The test pipeline of a config, through any data set wrappers.
+def dataset_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The test data set of a config, through any wrappers.
 
     Raises:
-        ArchiveError: the config has none.
+        ArchiveError: the config has none with a pipeline.
     """
     dataset = (config.get("test_dataloader") or {}).get("dataset")
     while isinstance(dataset, Mapping) and "pipeline" not in dataset and "dataset" in dataset:
         dataset = dataset["dataset"]
-    pipeline = dataset.get("pipeline") if isinstance(dataset, Mapping) else None
-    if not pipeline:
+    if not isinstance(dataset, Mapping) or not dataset.get("pipeline"):
         raise ArchiveError(
             "the config has no test_dataloader.dataset.pipeline: nothing says how a frame is prepared"
         )
-    return [dict(step) for step in pipeline]
+    return dataset
+
+
+def pipeline_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps of the test pipeline of a config; raises what `dataset_of` raises."""
+    return [dict(step) for step in dataset_of(config)["pipeline"]]
+
+
+def box_type_of(config: Mapping[str, Any]) -> str:
+    """``LiDAR``, ``Camera`` or ``Depth``, however the config spells it."""
+    said = str(dataset_of(config).get("box_type_3d", "LiDAR"))
+    return BOX_TYPES.get(said.lower(), said)
 
 
 def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
     """What frames the config's pipeline takes.
 
     Raises:
-        ArchiveError: it starts with a loader we do not serve.
+        ArchiveError: it wants something we do not serve.
     """
-    first = pipeline_of(config)[0]
-    if first["type"] in POINT_LOADERS:
-        return FrameSpec("lidar", load_dim=int(first.get("load_dim", 6)))
-    if first["type"] in IMAGE_LOADERS:
-        color_type = str(first.get("color_type", "color"))
-        if color_type not in COLOR_TYPES or first.get("imdecode_backend") not in (None, "cv2"):
-            raise ArchiveError(
-                f"image loader {first} is not supported: color_type must be one of {sorted(COLOR_TYPES)}"
+    steps = {_kind(step): step for step in reversed(pipeline_of(config))}
+    for kind, reason in NOT_PER_FRAME.items():
+        if kind in steps:
+            raise ArchiveError(f"the model is not served frame by frame: {reason}")
+    known = [kind for kind in LOADERS if kind in steps]
+    color_type = _color_type(steps)
+    box_type = box_type_of(config)
+    match known:
+        case ["LoadPointsFromFile"]:
+            step = steps["LoadPointsFromFile"]
+            depth = str(step.get("coord_type", "LIDAR")).upper() == "DEPTH"
+            return FrameSpec("depth" if depth else "lidar", load_dim=int(step.get("load_dim", 6)))
+        case ["LoadImageFromFile"] if scope_of(config) == "mmdet3d" and "Pack3DDetInputs" in steps:
+            matrices = _matrices(config, box_type)
+            return FrameSpec("mono3d" if matrices else "image", color_type=color_type, calibration=matrices)
+        case ["LoadImageFromFile"]:
+            return FrameSpec("image", color_type=color_type)
+        case ["LoadImageFromFileMono3D"]:
+            # ImVoxelNet loads as monocular detectors do, and projects from the LiDAR.
+            matrices = tuple(dict.fromkeys(("cam2img", *_matrices(config, box_type))))
+            return FrameSpec("mono3d", color_type=color_type, calibration=matrices)
+        case ["LoadPointsFromFile", "LoadImageFromFile"]:
+            return FrameSpec(
+                "fusion",
+                load_dim=int(steps["LoadPointsFromFile"].get("load_dim", 6)),
+                color_type=color_type,
+                calibration=("depth2img",) if box_type == "Depth" else ("lidar2img",),
             )
-        return FrameSpec("image", color_type=color_type)
+        case ["LoadMultiViewImageFromFiles"]:
+            return FrameSpec(
+                "multiview",
+                color_type=color_type,
+                cameras=_cameras(config, steps["LoadMultiViewImageFromFiles"]),
+                calibration=("cam2img", "lidar2cam"),
+            )
+    first = pipeline_of(config)[0]["type"]
     raise ArchiveError(
-        f"the test pipeline starts with {first['type']}; served are models that start with LoadPointsFromFile or "
-        "LoadImageFromFile"
+        f"the test pipeline starts with {first} and loads {', '.join(known) or 'nothing'}; served are models "
+        f"that load with {', '.join(LOADERS)}, one cloud with one image at most"
     )
+
+
+def _kind(step: Mapping[str, Any]) -> str:
+    return str(step["type"]).rpartition(".")[2]
+
+
+def _matrices(config: Mapping[str, Any], box_type: str) -> tuple[str, ...]:
+    """What a detector that lifts one image into space projects with; nothing for one that stays in the image."""
+    if config["model"].get("coord_type") is None:
+        return ()
+    return ("depth2img",) if box_type == "Depth" else ("lidar2img",)
+
+
+def _color_type(steps: Mapping[str, Mapping[str, Any]]) -> str:
+    for kind, usual in (
+        ("LoadImageFromFile", "color"),
+        ("LoadImageFromFileMono3D", "color"),
+        ("LoadMultiViewImageFromFiles", "unchanged"),
+    ):
+        if kind in steps:
+            color_type = str(steps[kind].get("color_type", usual))
+            if color_type not in COLOR_TYPES or steps[kind].get("imdecode_backend") not in (None, "cv2"):
+                raise ArchiveError(
+                    f"image loader {dict(steps[kind])} is not supported: color_type must be one of "
+                    f"{sorted(COLOR_TYPES)}"
+                )
+            return color_type
+    return "color"
+
+
+def _cameras(config: Mapping[str, Any], loader: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the cameras: those the data set has folders for, else numbers.
+
+    Raises:
+        ArchiveError: the model looks at earlier frames too.
+    """
+    if int(loader.get("num_ref_frames", -1)) > 0:
+        raise ArchiveError("the model is not served frame by frame: it needs earlier frames beside this one")
+    count = int(loader.get("num_views", 5))
+    prefixes = dataset_of(config).get("data_prefix") or {}
+    named = tuple(str(name) for name in prefixes if str(name).upper().startswith("CAM"))
+    return named if len(named) == count else tuple(f"CAM{i}" for i in range(count))
 
 
 class SampleBuilder:
     """Turns one frame into what ``model.test_step`` takes; built once per model, not safe for threads."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Build the pipeline of a resolved `config`."""
+        """Build the pipeline of a resolved `config`; raises what `frame_spec` raises."""
         self.spec = frame_spec(config)
-        pipeline = copy.deepcopy(pipeline_of(config))
         with quiet_upstream():
             from mmengine.dataset import Compose
             from mmengine.registry import DefaultScope
 
             with DefaultScope.overwrite_default_scope(scope_of(config)):
-                if self.spec.modality == "lidar":
-                    self._constants = _lidar_constants(config)
-                    loader: Any = _point_loader(pipeline[0])
-                else:
-                    self._constants = {"img_id": 0}
-                    loader = _image_loader(pipeline[0])
-                # Annotation loaders find nothing to load when serving.
-                rest = [
-                    step
-                    for step in pipeline[1:]
-                    if not step["type"].split(".")[-1].startswith("LoadAnnotations")
-                ]
-                self._compose = Compose([loader, *rest])
+                self._constants = _constants(config)
+                self._compose = Compose(_fed_from_memory(copy.deepcopy(pipeline_of(config))))
 
-    def build(self, data: npt.NDArray[Any]) -> dict[str, Any]:
-        """Run the pipeline on one frame, (N, load_dim) float32 or (H, W, 3) uint8 BGR."""
+    def build(self, frame: Frame) -> dict[str, Any]:
+        """Run the pipeline on one frame.
+
+        Raises:
+            ArchiveError: the pipeline makes several samples of it.
+        """
+        data = frame.data if isinstance(frame.data, dict) else {self.spec.parts[0]: frame.data}
         inputs: dict[str, Any] = {key: copy.copy(value) for key, value in self._constants.items()}
-        if self.spec.modality == "lidar":
-            inputs["lidar_points"] = {"lidar_path": data}
-        else:
-            inputs["img"] = data
-        sample: dict[str, Any] = self._compose(inputs)
+        inputs.update(_loadable(data, self.spec))
+        sample: Any = self._compose(inputs)
+        if not isinstance(sample, dict):
+            raise ArchiveError(
+                "the test pipeline augments its frame; served are pipelines without flips and scales"
+            )
         return sample
 
 
-def _lidar_constants(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `mmdet3d.apis.inference_detector` puts beside the points."""
+def _fed_from_memory(pipeline: Sequence[dict[str, Any]]) -> list[Any]:
+    steps = [step for step in pipeline if not _kind(step).startswith(ANNOTATION_LOADERS)]
+    return [LOADERS[_kind(step)](step) if _kind(step) in LOADERS else step for step in steps]
+
+
+def _loadable(data: Mapping[str, Any], spec: FrameSpec) -> dict[str, Any]:
+    """What the loaders look for, under the names mmdet's and mmdet3d's own inference calls give it."""
+    inputs: dict[str, Any] = {}
+    if "points" in data:
+        inputs["lidar_points"] = {"lidar_path": data["points"]}
+    if "image" in data:
+        inputs["img"] = data["image"]
+    matrices: Mapping[str, Any] = data.get("calibration") or {}
+    if spec.cameras:
+        inputs["images"] = {
+            camera: {"img": data[f"image.{camera}"], **_rows(matrices[camera])} for camera in spec.cameras
+        }
+    else:
+        inputs.update({name: np.array(matrix) for name, matrix in matrices.items()})
+    return inputs
+
+
+def _rows(matrices: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Any]:
+    # The pipeline scales cameras in place; the frame belongs to the caller.
+    return {name: np.array(matrix) for name, matrix in matrices.items()}
+
+
+def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `mmdet3d.apis` and `mmdet.apis` put beside the frame."""
+    if scope_of(config) != "mmdet3d":
+        return {"img_id": 0}
     from mmdet3d.structures import get_box_type
 
-    dataset = config["test_dataloader"]["dataset"]
-    box_type_3d, box_mode_3d = get_box_type(dataset.get("box_type_3d", "LiDAR"))
+    box_type_3d, box_mode_3d = get_box_type(box_type_of(config))
     return {
+        "img_id": 0,
         "timestamp": 1,
         "axis_align_matrix": np.eye(4),
         "box_type_3d": box_type_3d,
         "box_mode_3d": box_mode_3d,
     }
-
-
-def _point_loader(step: Mapping[str, Any]) -> Any:
-    """mmdet3d's own loader with the file read taken out: use_dim, shift_height and the rest stay its business."""
-    from mmdet3d.datasets.transforms import LoadPointsFromFile
-
-    class LoadPointsFromFrame(LoadPointsFromFile):  # type: ignore[misc]
-        def _load_points(self, frame: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-            # The pipeline may write into its points; the frame belongs to the caller.
-            return frame.copy()
-
-    arguments = {
-        key: value for key, value in step.items() if key not in ("type", "backend_args", "file_client_args")
-    }
-    return LoadPointsFromFrame(**arguments)
-
-
-def _image_loader(step: Mapping[str, Any]) -> Any:
-    from mmdet.datasets.transforms import LoadImageFromNDArray
-
-    return LoadImageFromNDArray(to_float32=bool(step.get("to_float32", False)))

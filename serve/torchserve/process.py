@@ -28,7 +28,14 @@ from urllib.parse import quote
 
 import httpx
 
-from serve.errors import ArchiveError, BackendBroken, BackendStartError, ModelNotFound, NotReady
+from serve.errors import (
+    ArchiveError,
+    BackendBroken,
+    BackendStartError,
+    ModelNotFound,
+    ModelNotLoaded,
+    NotReady,
+)
 from serve.torchserve.config import (
     Manifest,
     ServedModel,
@@ -92,6 +99,7 @@ class TorchServe:
         self._guard: subprocess.Popen[bytes] | None = None
         self._exit_code: int | None = None
         self._said = b""
+        self._archives: dict[str, str] = {}  # file names by the name served under
         self._log: WorkerLog | None = None
         self._client: httpx.Client | None = None
 
@@ -124,6 +132,10 @@ class TorchServe:
             manifests = [read_manifest(store / model.archive) for model in self.options.models]
         except ArchiveError as error:
             raise BackendStartError(str(error)) from error
+        self._archives = {
+            model.name or manifest.name: model.archive
+            for model, manifest in zip(self.options.models, manifests, strict=True)
+        }
         check_ports(self.options)
         try:
             self._launch(manifests)
@@ -356,7 +368,7 @@ class TorchServe:
         assert self._log is not None
         failure = self._log.failure(models)
         if failure is not None:
-            raise _load_error(failure)
+            raise _load_error(failure, self._archives)
         self._listen(_POLL_S)
         if (code := self.poll()) is not None:
             raise BackendStartError(f"TorchServe ended with code {code} while starting: {self._explain()}")
@@ -404,7 +416,8 @@ class TorchServe:
         )
 
 
-def _load_error(failure: LoadFailure) -> BackendStartError:
-    error = BackendStartError(f"model {failure.model} did not load: {failure.reason}")
+def _load_error(failure: LoadFailure, archives: Mapping[str, str]) -> ModelNotLoaded:
+    error = ModelNotLoaded(f"model {failure.model} did not load: {failure.reason}")
+    error.archive = archives.get(failure.model, "")
     error.add_note("Last lines of its worker:\n" + "\n".join(failure.lines))
     return error

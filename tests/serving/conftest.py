@@ -62,6 +62,11 @@ class Context:
     def get_all_request_header(self, index):
         return self.headers[index] if index < len(self.headers) else {}
 
+    def get_request_header(self, index, name):
+        """TorchServe's look-up of one header, whatever its case."""
+        found = {key.lower(): value for key, value in self.get_all_request_header(index).items()}
+        return found.get(name.lower())
+
     def get_request_id(self, index):
         return f"id-{index}"
 

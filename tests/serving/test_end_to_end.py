@@ -18,10 +18,10 @@ import torch
 from serve import convert, zoo
 from serve.convert import Conversion, configured_classes, resolve_config
 from serve.errors import BackendStartError
+from serve.framing import FRAMES_CONTENT_TYPE, pack_frames
 from serve.golden import golden_picture
 from serve.random_weights import write_random_checkpoint
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
-from serve.wire import FRAMES_CONTENT_TYPE, pack_frames
 from tests.conftest import pick_free_ports
 from tests.serving.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
 

@@ -13,7 +13,7 @@ import pytest
 from handlers.mmdet3d_handler import MMDet3DHandler
 from handlers.mmdet_handler import MMDetHandler
 from serve.errors import ArchiveError
-from serve.wire import FRAMES_CONTENT_TYPE, pack_frames
+from serve.framing import FRAMES_CONTENT_TYPE, OUTCOMES_CONTENT_TYPE, pack_frames, unpack_outcomes
 from tests.serving.conftest import Context
 
 
@@ -80,6 +80,27 @@ def test_a_framed_batch_has_an_outcome_per_frame(ask, street):
     assert document["outcomes"][0]["answer"] == plain[1]
     assert document["outcomes"][2]["error"]["code"] == "unknown_option"
     assert document["outcomes"][3]["answer"]["bboxes_3d"] == []
+
+
+def test_framed_outcomes_hold_the_bodies_each_frame_would_have_got_alone(handler, demo_archive, street):
+    body = street.tobytes()
+    alone = handler.handle([{"body": body}], Context(demo_archive.root))[0]
+    headers = {"content-type": FRAMES_CONTENT_TYPE, "accept": OUTCOMES_CONTENT_TYPE}
+    context = Context(demo_archive.root, headers=[headers])
+    (packed,) = handler.handle([{"body": pack_frames([(body, {}), (body[:-1], {})])}], context)
+    outcomes = unpack_outcomes(packed)
+    assert context.response_headers[0, "content-type"] == OUTCOMES_CONTENT_TYPE
+    assert [status for status, _ in outcomes.items] == [200, 422]
+    assert bytes(outcomes.items[0][1]) == alone
+    assert outcomes.seconds["inference"] > 0 and outcomes.seconds["decode"] > 0
+
+
+def test_the_handler_describes_what_it_serves(handler, demo_archive):
+    context = Context(demo_archive.root, headers=[{"describe": "True"}])
+    (body,) = handler.handle([{}], context)
+    said = orjson.loads(body)
+    assert (said["name"], said["modality"], said["load_dim"]) == ("second", "lidar", 4)
+    assert said["self_test"]["passed"] and said["classes"] == ["Pedestrian", "Cyclist", "Car"]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,11 @@ from tqdm import tqdm
 from serve.cli import run
 from serve.client import Client
 from serve.comparison import Tolerances
+from serve.config_source import config_at_hand
+from serve.frame_source import frames_at
 from serve.native import load_native
-from serve.verification import draw_report, find_frames, read_token, summary, verify
+from serve.storage import is_remote, local_path
+from serve.verification import draw_report, read_token, summary, verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,20 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     tolerances = Tolerances(**limits)
     token = read_token(args.token_file) if args.token_file else None
     with Client(args.inference_addr, token=token, timeout_s=args.timeout_s) as client:
-        native = load_native(args.config, args.checkpoint, args.device)
+        checkpoint = local_path(args.checkpoint) if is_remote(args.checkpoint) else args.checkpoint
+        with config_at_hand(args.config) as config:
+            native = load_native(config, checkpoint, args.device)
         for note in native.notes:
             print(f"note: native weights: {note}", file=sys.stderr)
-        frames = find_frames(args.img, native.modality)
         reports = []
-        bar = tqdm(frames, unit="frame", disable=len(frames) == 1)
-        checked = verify(
-            bar, native, client, args.model_name, score_thr=args.score_thr, tolerances=tolerances
-        )
-        for report in checked:
-            reports.append(report)
-            tqdm.write(report.text(args.rows) + "\n")
-            if args.draw:
-                draw_report(report, args.draw, native.load_dim)
+        with frames_at(args.img, native.modality) as frames:
+            bar = tqdm(frames, unit="frame", disable=len(frames) == 1)
+            checked = verify(
+                bar, native, client, args.model_name, score_thr=args.score_thr, tolerances=tolerances
+            )
+            for report in checked:
+                reports.append(report)
+                tqdm.write(report.text(args.rows) + "\n")
+                if args.draw:
+                    draw_report(report, args.draw, native.load_dim)
     print(summary(reports))
     return 0 if all(report.comparison.ok for report in reports) else 1
 
@@ -57,9 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("img", metavar="IMAGE_FILE", help="cloud (.bin, .npy), image, or a folder of them")
-    parser.add_argument("config", metavar="CONFIG_FILE", help="config file, or a name in the model zoo")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT_FILE", help="checkpoint file")
+    parser.add_argument(
+        "img", metavar="IMAGE_FILE", help="cloud (.bin, .npy), image, a folder of them, or the address of either "
+        "(s3://bucket/frames, ffrecord:///packed.ffr#velodyne)"
+    )  # fmt: skip
+    parser.add_argument(
+        "config", metavar="CONFIG_FILE", help="config file or its address, or a name in the model zoo"
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT_FILE", help="checkpoint file or its address")
     parser.add_argument("model_name", metavar="MODEL_NAME", help="name the model is served under")
     parser.add_argument(
         "--inference-addr", default="127.0.0.1:8080", help="host:port of the server (default: %(default)s)"

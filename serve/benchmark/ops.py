@@ -1,0 +1,219 @@
+"""Timing the kernels one by one: our CPU way, the torch way every device has, and a named alternative.
+
+Inputs are made up, from a seed, at the sizes of inference (`serve.benchmark.box_cases` and its kin). Alternatives are
+torchvision, where it can be imported, and a compiled mmcv in another Python, which makes the same inputs in a process
+of its own. Knows nothing about correctness: tests do.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serve.benchmark import box_cases, image_cases, point_cases
+from serve.benchmark.inputs import Inputs
+from serve.errors import SetupError
+from serve.ops import extension
+from serve.ops.checks import torch_only
+
+__all__ = ["CASES", "OpsBenchmark", "Row", "compile_all", "run", "time_native"]
+
+CASES: dict[str, Callable[[Inputs], list[Any]]] = {
+    **box_cases.CASES,
+    **point_cases.CASES,
+    **image_cases.CASES,
+}
+# A side of a kernel is measured for about so long, after one call that is not counted.
+SECONDS_PER_SIDE = 0.4
+LEAST_ROUNDS, MOST_ROUNDS = 3, 200
+SIZES_SHOWN = 2
+# What mmcv 2.1.0 has compiled for the CPU (`mmcv/ops/csrc/pytorch/cpu`).
+NATIVE_ON_CPU = {
+    "bezier_align_forward", "box_iou_quadri", "box_iou_rotated", "contour_expand", "deform_conv_forward",
+    "dynamic_voxelize_forward", "hard_voxelize_forward", "modulated_deform_conv_forward", "nms", "nms_match",
+    "nms_quadri", "nms_rotated", "pixel_group", "points_in_boxes_cpu_forward", "psamask_forward",
+    "roi_align_forward", "roi_align_rotated_forward", "rotated_feature_align_forward", "softnms",
+}  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel: medians in milliseconds; None where there is no such side, or it refused."""
+
+    kernel: str
+    sizes: str
+    ours_ms: float
+    twin_ms: float | None
+    alternative: str
+    alternative_ms: float | None
+
+
+@dataclass(frozen=True)
+class OpsBenchmark:
+    """All rows of one run."""
+
+    device: str
+    threads: int
+    torch: str
+    rows: list[Row] = field(default_factory=list)
+
+    def table(self) -> str:
+        """Kernels, sizes of their first arguments, and milliseconds of each side."""
+        wide = max((len(row.sizes) for row in self.rows), default=5)
+        lines = [
+            f"{self.device} with {self.threads} threads, torch {self.torch}; median ms",
+            f"{'kernel':<44}{'sizes':<{wide}}{'ours':>10}{'torch way':>11}{'other':>10}  what",
+        ]
+        for row in self.rows:
+            lines.append(
+                f"{row.kernel:<44}{row.sizes:<{wide}}{row.ours_ms:>10.3f}{_shown(row.twin_ms):>11}"
+                f"{_shown(row.alternative_ms):>10}  {row.alternative}".rstrip()
+            )
+        return "\n".join(lines)
+
+    def json_line(self) -> str:
+        """Everything on one line."""
+        rows = [row.__dict__ for row in self.rows]
+        return json.dumps({"device": self.device, "threads": self.threads, "torch": self.torch, "rows": rows})
+
+
+def _shown(milliseconds: float | None) -> str:
+    return "-" if milliseconds is None else f"{milliseconds:.3f}"
+
+
+def run(
+    device: str = "cpu",
+    wanted: str = "",
+    native_python: Path | None = None,
+    progress: Callable[[str], None] = lambda kernel: None,
+) -> OpsBenchmark:
+    """Measure the kernels whose names contain `wanted`.
+
+    Args:
+        device: ``cpu`` or ``cuda:N``; on the latter our way is the torch way, and there is no other column.
+        wanted: part of the names; empty for all.
+        native_python: a Python with a compiled mmcv, to measure its kernels too.
+        progress: told each kernel before it is measured.
+
+    Raises:
+        SetupError: no kernel is named so, or the other Python has no compiled mmcv.
+    """
+    names = sorted(name for name in CASES if wanted in name)
+    if not names:
+        raise SetupError(f"no kernel has {wanted!r} in its name")
+    native = {} if native_python is None else _native(native_python, names, device)
+    found = OpsBenchmark(device, torch.get_num_threads(), torch.__version__)
+    for name in names:
+        progress(name)
+        kernel, arguments = extension.kernels()[name], CASES[name](Inputs(True, device))
+        ours = _median_ms(kernel, arguments, device)
+        twin = None
+        if device == "cpu":
+            with torch_only():
+                twin = _median_ms(kernel, arguments, device)
+        other, what = native.get(name), "mmcv, compiled"
+        if other is None:
+            other, what = _torchvision_ms(name, arguments, device)
+        found.rows.append(Row(name, _sizes(arguments), ours, twin, what if other else "", other))
+    return found
+
+
+def compile_all(progress: Callable[[str], None] = lambda kernel: None) -> int:
+    """Call every kernel once on small inputs, so that its machine code is there for all processes; how many."""
+    for name, build in CASES.items():
+        progress(name)
+        extension.kernels()[name](*build(Inputs(False)))
+    return len(CASES)
+
+
+def _sizes(arguments: Sequence[Any]) -> str:
+    shapes = [tuple(one.shape) for one in arguments if isinstance(one, torch.Tensor) and one.numel() > 3]
+    return ", ".join("x".join(map(str, shape)) for shape in shapes[:SIZES_SHOWN]) + "  "
+
+
+def _median_ms(kernel: Callable[..., Any], arguments: list[Any], device: str) -> float:
+    """Milliseconds of one call; arguments written in place hold what the last call left."""
+    wait: Callable[[], Any] = torch.cuda.synchronize if device.startswith("cuda") else _nothing
+    kernel(*arguments)
+    wait()
+    taken: list[float] = []
+    while len(taken) < LEAST_ROUNDS or (sum(taken) < SECONDS_PER_SIDE and len(taken) < MOST_ROUNDS):
+        started = time.perf_counter()
+        kernel(*arguments)
+        wait()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken) * 1e3
+
+
+def _nothing() -> None:
+    """The CPU has nothing to wait for."""
+
+
+def _torchvision_ms(name: str, a: list[Any], device: str) -> tuple[float | None, str]:
+    try:
+        from torchvision import ops  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return None, ""
+    calls: dict[str, Callable[[], Any]] = {
+        "nms": lambda: ops.nms(a[0], a[1], a[2]),
+        "bbox_overlaps": lambda: ops.box_iou(a[0], a[1]),
+        "roi_align_forward": lambda: ops.roi_align(a[0], a[1], (7, 7), a[7], 0, True),
+        "roi_pool_forward": lambda: ops.roi_pool(a[0], a[1], (7, 7), a[6]),
+        "deform_conv_forward": lambda: ops.deform_conv2d(a[0], a[2], a[1], padding=1),
+        "modulated_deform_conv_forward": lambda: ops.deform_conv2d(
+            a[0], a[4], a[1], a[2], padding=1, mask=a[5]
+        ),
+    }
+    if name not in calls:
+        return None, ""
+    return _median_ms(lambda *_: calls[name](), [], device), "torchvision"
+
+
+def _native(python: Path, names: list[str], device: str) -> dict[str, float | None]:
+    """Milliseconds of each kernel of the compiled mmcv of another Python; None where it refused."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from serve.benchmark import ops; ops.time_native()"
+    )
+    names = [name for name in names if device != "cpu" or name in NATIVE_ON_CPU]
+    asked = json.dumps({"names": names, "device": device, "threads": torch.get_num_threads()})
+    ran = subprocess.run(
+        [str(python), "-c", program],
+        input=asked,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ran.returncode:
+        last = ran.stderr.strip().splitlines()[-1:] or ["no words"]
+        raise SetupError(f"{python} could not measure a compiled mmcv: {last[0]}")
+    answer: dict[str, float | None] = json.loads(ran.stdout.splitlines()[-1])
+    return answer
+
+
+def time_native() -> None:
+    """In the other process: measure the kernels named on standard input, print milliseconds as JSON."""
+    import importlib
+
+    compiled = importlib.import_module("mmcv._ext")
+    if hasattr(compiled, "PORTABLE"):
+        raise SystemExit("this Python has no compiled mmcv")
+    asked = json.load(sys.stdin)
+    torch.set_num_threads(asked["threads"])
+    taken: dict[str, float | None] = {}
+    for name in asked["names"]:
+        try:
+            arguments = CASES[name](Inputs(True, asked["device"]))
+            taken[name] = _median_ms(getattr(compiled, name), arguments, asked["device"])
+        except Exception:  # most of its kernels are for CUDA only and say so
+            taken[name] = None
+    print(json.dumps(taken))

@@ -1,0 +1,55 @@
+"""``tools/bench_ops.py``: the arguments and the words; the measuring is `serve.benchmark.ops`'s."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["bench_ops"]
+
+
+def bench_ops(argv: Sequence[str] | None) -> int:
+    """Parse the command line, measure, print a table and then one line of JSON."""
+    parser = argparse.ArgumentParser(
+        description="Time every kernel at inference sizes, in milliseconds: our CPU way, the torch way that every "
+        "device has, and a named alternative where there is one. Prints a table and one line of JSON."
+    )
+    parser.add_argument("--filter", default="", help="only kernels with this in their names")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own)")
+    parser.add_argument(
+        "--native-python", type=Path, help="a Python with a compiled mmcv, to time that beside ours"
+    )
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="call each kernel once on small inputs and keep the machine code",
+    )
+    args = parser.parse_args(argv)
+    import torch
+
+    from serve.benchmark import ops
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bar: tqdm[Any]
+    with tqdm(
+        total=len([name for name in ops.CASES if args.filter in name]), unit="kernel", file=sys.stderr
+    ) as bar:
+
+        def tick(kernel: str) -> None:
+            bar.set_description(kernel)
+            bar.update()
+
+        if args.compile_only:
+            print(f"{ops.compile_all(tick)} kernels")
+            return 0
+        result = ops.run(args.device, args.filter, args.native_python, tick)
+    print(result.table())
+    print(result.json_line(), flush=True)
+    return 0

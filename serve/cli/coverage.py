@@ -1,0 +1,97 @@
+"""``tools/zoo_coverage.py``: the arguments, the bar and the page; the trying is `serve.coverage`'s."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from serve.errors import ModelLookupError
+from serve.settings import Settings
+
+__all__ = ["zoo_coverage"]
+
+PAGE = Path("docs/coverage.md")
+NAMED = ("torch", "mmengine", "mmcv-lite", "mmdet", "mmdet3d")
+
+
+def zoo_coverage(argv: Sequence[str] | None) -> int:
+    """Parse the command line, try what has no result yet, write the page."""
+    parser = argparse.ArgumentParser(
+        description="Try one model of every family of the mmdet and mmdet3d zoos with random weights (convert, "
+        "load, run, compare a batch with its frames and with upstream's own inference) and write docs/coverage.md. "
+        "Broken off, it goes on where it was."
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a family, as in atss or mmdet/atss; repeatable",
+    )
+    parser.add_argument(
+        "--again", action="append", default=[], metavar="VERDICT",
+        help="try families with this verdict again, as in fails; 'all' for every one; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="models tried at a time (default: %(default)s)")
+    parser.add_argument(
+        "--timeout-s", type=float, default=900, help="per model, seconds (default: %(default)s)"
+    )
+    parser.add_argument("--memory-mb", type=int, default=6144, help="per model, MiB (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=Path, help="JSON lines, appended to (default: zoo-coverage/ in the cache folder)"
+    )
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write (default: %(default)s)")
+    args = parser.parse_args(argv)
+    from serve.coverage.families import families
+    from serve.coverage.page import counts, page
+    from serve.coverage.sweep import Result, Sweep, load_results
+
+    known = families()
+    results = (
+        args.results or Settings.from_environment().cache_dir.expanduser() / "zoo-coverage" / "results.jsonl"
+    )
+    extra = importlib.util.find_spec("mmpretrain") is not None
+    wanted = [family for family in known if not args.only or {family.key, family.name} & set(args.only)]
+    if not wanted:
+        raise ModelLookupError(
+            f"no family is called {', '.join(args.only)}; they are folders of the zoos' configs"
+        )
+    latest = {result.family: result for result in load_results(results) if extra or not result.extra}
+    again = set(args.again)
+
+    def due(key: str) -> bool:
+        result = latest.get(key)
+        if result is None or "all" in again or result.verdict.verdict in again:
+            return True
+        # What worked as set up, or needs no package, comes out the same with more packages.
+        return extra and not result.extra and result.verdict.verdict == "needs package"
+
+    left = [family for family in wanted if family.configs and due(family.key)]
+    sweep = Sweep(results, extra=extra, timeout_s=args.timeout_s, memory_mb=args.memory_mb, jobs=args.jobs)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: end the trials as well
+    bar: tqdm[Any]
+    with tqdm(total=len(left), unit="family", file=sys.stderr) as bar:
+
+        def done(family: Any, result: Result | None) -> None:
+            bar.update()
+            if result is not None:
+                verdict = result.verdict
+                bar.write(
+                    f"{family.key}: {verdict.verdict} ({verdict.config}, {verdict.seconds:.0f} s) {verdict.reason}"
+                )
+
+        sweep.run(left, done)
+    found = load_results(results)
+    versions = {name: importlib.metadata.version(name) for name in NAMED}
+    args.page.write_text(page(known, found, versions))
+    print("\n".join(counts(known, found)))
+    print(f"wrote {args.page}")
+    return 0

@@ -1,0 +1,129 @@
+"""``docs/coverage.md``: the results of a sweep as a page. Knows nothing about how they came about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from serve.coverage.families import Family
+from serve.coverage.sweep import Result
+from serve.coverage.trial import PICTURE_PX, SHRUNK_PX
+
+__all__ = ["counts", "page"]
+
+_NO_MODELS = ("not a model", "not a per-frame model")
+_HEAD = """\
+# What of the model zoos is served
+
+Written by `make zoo-coverage` (`python tools/zoo_coverage.py`); do not edit. For every folder of configs in the
+installed packages the first config is built with random weights that behave, converted (which proves the
+archive on its golden frame), loaded, run on two frames alone and as a batch, and compared with upstream's own
+inference call. Where the first config is not a model that answers single frames, or wants a package, the next
+ones of its folder are tried.
+
+Images inside the networks are limited to {inside} pixels and the picture sent is {picture}, so that the sweep
+ends on a small machine; nothing else of a config is changed. Random weights say nothing about how well a model
+detects, only that the same comes out.
+
+Versions: {versions}.
+"""
+_FOOT = """\
+*answers* are detections (segments, labelled points) of the golden frame; *deviation* is the largest between what
+is served and what upstream's call gives. *with the zoo extra* means after `pip install -r requirements/zoo.in`."""
+
+
+def page(families: Sequence[Family], results: Sequence[Result], versions: Mapping[str, str]) -> str:
+    """The whole page.
+
+    Args:
+        families: all families of the zoos; each gets a row.
+        results: what is known of them.
+        versions: package name → version, named on the page.
+    """
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    picture, inside = (f"{width} x {height}" for width, height in (PICTURE_PX, SHRUNK_PX))
+    lines = [
+        _HEAD.format(inside=inside, picture=picture, versions=named),
+        *counts(families, results),
+        "",
+        _FOOT,
+    ]
+    for package in dict.fromkeys(family.package for family in families):
+        lines += [
+            "",
+            f"## {package}",
+            "",
+            "| family | config | modality | verdict | answers | deviation | remark |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [_row(family, _of(family, results)) for family in families if family.package == package]
+    return "\n".join(lines) + "\n"
+
+
+def counts(families: Sequence[Family], results: Sequence[Result]) -> list[str]:
+    """One line per package: how many families are served."""
+    lines = []
+    for package in dict.fromkeys(family.package for family in families):
+        mine = [family for family in families if family.package == package]
+        best = [_best(_of(family, results)) for family in mine]
+        works = [result for result in best if result and result.verdict.verdict == "works"]
+        plain = sum(not result.extra for result in works)
+        untried = sum(not result and bool(family.configs) for family, result in zip(mine, best, strict=True))
+        odd = sum(
+            not family.configs or (result is not None and result.verdict.verdict in _NO_MODELS)
+            for family, result in zip(mine, best, strict=True)
+        )
+        models = len(mine) - odd
+        lines.append(
+            f"* **{package}: {len(works)} of {len(mine)} families are served** ({plain} as set up, "
+            f"{len(works) - plain} more with the zoo extra); {odd} are no per-frame models, so that is "
+            f"{len(works)} of {models} ({100 * len(works) / max(1, models):.0f} %)"
+            + (f"; {untried} are not tried yet." if untried else ".")
+        )
+    return lines
+
+
+def _of(family: Family, results: Sequence[Result]) -> list[Result]:
+    return sorted(
+        (result for result in results if result.family == family.key),
+        key=lambda result: (result.extra, result.position),
+    )
+
+
+def _best(results: Sequence[Result]) -> Result | None:
+    """What stands in the row: the first that works, as set up if it can be; else what became of the first config."""
+    working = [result for result in results if result.verdict.verdict == "works"]
+    if working:
+        return working[0]
+    tried = [result for result in results if result.verdict.verdict not in _NO_MODELS]
+    telling = [result for result in tried if result.extra] or tried or list(results)
+    return telling[0] if telling else None
+
+
+def _row(family: Family, results: Sequence[Result]) -> str:
+    best = _best(results)
+    if not family.configs:
+        return _cells(family.name, "", "", "not a model", "", "", "the wheel has no config of it")
+    if best is None:
+        return _cells(family.name, family.configs[0].stem, "", "not tried", "", "", "")
+    verdict = best.verdict
+    said = verdict.verdict
+    if said == "works" and best.extra:
+        said = "works with the zoo extra"
+    elif said == "needs package":
+        said = f"needs {', '.join(verdict.packages)}"
+    remarks = [verdict.reason] if verdict.reason and verdict.verdict != "needs package" else []
+    if best.position:
+        first = next((result for result in results if result.position == 0), None)
+        if first is not None:
+            why = first.verdict.reason
+            if first.verdict.verdict == "needs package":
+                why = f"needs {', '.join(first.verdict.packages)}"
+            remarks.insert(0, f"first config {first.verdict.config}: {first.verdict.verdict}, {why}")
+    answers = "" if verdict.answers is None else str(verdict.answers)
+    return _cells(
+        family.name, verdict.config, verdict.modality, said, answers, verdict.deviation, "; ".join(remarks)
+    )
+
+
+def _cells(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,0 +1,274 @@
+"""One config, tried from end to end: random weights, archive with its golden proof, single, batch, native.
+
+Meant to be a process of its own: a model may take the process with it. The images a model works on are made
+smaller first (`shrink`), so that a sweep over hundreds of configs ends on a small machine. Knows nothing about
+other configs or pages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve.errors import ArchiveError, ServeError
+
+__all__ = ["Verdict", "run", "shrink", "try_config"]
+
+# Longer and shorter side of images inside the network, and the size of the picture that is sent.
+SHRUNK_PX = (320, 224)
+PICTURE_PX = (320, 240)
+# Import name → what to install.
+PACKAGES = {
+    "mmpretrain": "mmpretrain",
+    "mmcls": "mmpretrain",
+    "lap": "lap",
+    "transformers": "transformers",
+    "fairscale": "fairscale",
+    "skimage": "scikit-image",
+    "scikit-image": "scikit-image",
+    "detectron2": "Detectron2",
+    "MinkowskiEngine": "MinkowskiEngine",
+    "Minkowski": "MinkowskiEngine",
+    "torchsparse": "TorchSparse",
+    "timm": "timm",
+    "nltk": "nltk",
+    "instaboostfast": "instaboostfast",
+    "albumentations": "albumentations",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one config.
+
+    Attributes:
+        config: its name, without ``.py``.
+        verdict: ``works``, ``needs package``, ``not a model``, ``not a per-frame model``, ``differs``,
+            ``broken upstream`` or ``fails``.
+        reason: a sentence, or the figures of a model that works.
+        modality: what a frame is, where that was found out.
+        answers: detections, segments or labelled points of the golden frame.
+        deviation: largest deviation from native inference, in words.
+        seconds: how long it took.
+        packages: what is missing.
+    """
+
+    config: str
+    verdict: str
+    reason: str = ""
+    modality: str = ""
+    answers: int | None = None
+    deviation: str = ""
+    seconds: float = 0.0
+    packages: tuple[str, ...] = field(default=())
+
+
+def shrink(config: Any, origin: Path) -> Any:
+    """A config whose test pipeline makes images small; in place.
+
+    Weights of teachers, which only training looks at, are left out, and a path to a teacher's config is made
+    absolute, since it is meant from the root of upstream's repository.
+
+    Args:
+        config: an mmengine ``Config``.
+        origin: path of the file it was read from.
+    """
+    dataset = (config.get("test_dataloader") or {}).get("dataset")
+    while isinstance(dataset, Mapping) and "pipeline" not in dataset and "dataset" in dataset:
+        dataset = dataset["dataset"]
+    for step in _steps((dataset or {}).get("pipeline") or ()):
+        for key in ("scale", "size", "img_scale"):
+            value = step.get(key)
+            if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(n, int) for n in value):
+                step[key] = _smaller(value)
+    model = config.get("model") or {}
+    if isinstance(model.get("teacher_config"), str):
+        model["teacher_config"] = str(origin.parents[2] / model["teacher_config"])
+    if "teacher_ckpt" in model:
+        model["teacher_ckpt"] = None
+    return config
+
+
+def _steps(pipeline: Any) -> Iterator[Any]:
+    for step in pipeline:
+        yield step
+        yield from _steps(step.get("transforms") or ())
+
+
+def _smaller(size: Any) -> tuple[int, int]:
+    longer, shorter = SHRUNK_PX
+    if size[0] == size[1]:
+        return (min(size[0], shorter),) * 2
+    ratio = min(1.0, longer / max(size), shorter / min(size))
+    one, two = (max(32, round(n * ratio / 32) * 32) if ratio < 1 else n for n in size)
+    return one, two
+
+
+def try_config(path: Path) -> Verdict:
+    """Try one config; never raises for a model."""
+    started = time.perf_counter()
+    said: dict[str, Any] = {}
+    try:
+        with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-coverage-") as folder:
+            verdict = _try(path, Path(folder), said)
+    except Exception as error:
+        verdict = _explained(path, error)
+        traceback.print_exc()
+    return replace(
+        verdict,
+        modality=verdict.modality or said.get("modality", ""),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def _try(path: Path, folder: Path, said: dict[str, Any]) -> Verdict:
+    import torch
+    from mmengine.config import Config
+
+    from serve import archive, convert, golden
+    from serve.native import load_native
+    from serve.random_weights import write_random_checkpoint
+    from serve.runtime import load_detector
+    from serve.runtime.samples import frame_spec
+    from serve.runtime.selftest import PRECISION_OF, agrees
+    from serve.wire import Limits, Options
+
+    # 1. The config, made small.
+    small = folder / path.name
+    full = Config.fromfile(str(path), import_custom_modules=False)
+    if "model" not in full:
+        return Verdict(path.stem, "not a model", "the config describes no model")
+    if not full.get("test_dataloader"):
+        return Verdict(path.stem, "broken upstream", "the config describes no test pipeline")
+    shrink(full, path).dump(str(small))
+    resolved, _ = convert.resolve_config(small)
+    spec = frame_spec(resolved)
+    said["modality"] = spec.modality
+    # 2. Weights and archive, which proves itself.
+    classes = tuple(convert.configured_classes(resolved)) or _numbered(resolved["model"])
+    checkpoint = folder / "random.pth"
+    write_random_checkpoint(resolved, classes, checkpoint)
+    frame = None
+    if spec.modality == "image":
+        import cv2
+
+        frame = folder / "picture.png"
+        cv2.imwrite(str(frame), golden.golden_picture(*PICTURE_PX))
+    made = convert.convert(convert.Conversion(small, checkpoint, folder, "tried", golden_frame=frame))
+    opened = archive.extract(made.path, folder / "opened")
+    detector = load_detector(opened, torch.device("cpu"), trust_code=True)
+    # 3. Two different frames alone and together.
+    first = detector.decode(opened.golden_frame(), Options(), Limits())
+    second = _other(first)
+    alone = [_good(detector.run([one])[0]) for one in (first, second)]
+    together = [_good(outcome) for outcome in detector.run([first, second])]
+    tolerances = PRECISION_OF["off"]
+    for one, two in zip(alone, together, strict=True):
+        same, found = agrees(one, two, tolerances)
+        if not same:
+            return Verdict(path.stem, "differs", f"a batch from its frames alone: {found.verdict()}")
+    # 4. Upstream's own call.
+    native = load_native(small, checkpoint, "cpu")
+    entries = opened.metadata.golden_frame
+    files = (
+        opened.root / entries
+        if isinstance(entries, str)
+        else {name: opened.root / entry for name, entry in entries.items()}
+    )
+    same, found = agrees(native.detect(files), alone[0], tolerances)
+    figures = found.verdict()
+    if not same:
+        return Verdict(
+            path.stem, "differs", f"from native inference: {figures}", answers=made.golden_detections
+        )
+    return Verdict(
+        path.stem,
+        "works",
+        "; ".join(made.notes),
+        answers=made.golden_detections,
+        deviation=_figures(found),
+    )
+
+
+def _figures(found: Any) -> str:
+    """The largest deviations of a comparison in a few words."""
+    if hasattr(found, "share"):
+        return f"{found.count - found.agreeing} of {found.count} {found.unit}"
+    unit = "m" if found.is_3d else "px"
+    parts = [f"{found.largest_box:.0e} {unit}", f"score {found.largest_score:.0e}"]
+    if found.smallest_mask_iou is not None:
+        parts.append(f"mask IoU {found.smallest_mask_iou:.3f}")
+    alone = max(len(found.unmatched_expected), len(found.unmatched_actual))
+    return ", ".join([*parts, *([f"{alone} unpaired"] if alone else [])])
+
+
+def _good(outcome: Any) -> dict[str, Any]:
+    if isinstance(outcome, ServeError):
+        raise outcome
+    return dict(outcome)
+
+
+def _other(frame: Any) -> Any:
+    """Another frame of the same shape: half of the points, the pictures mirrored."""
+    if isinstance(frame.data, dict):
+        changed = {
+            name: value if name == "calibration" else _changed(value) for name, value in frame.data.items()
+        }
+        return replace(frame, data=changed)
+    return replace(frame, data=_changed(frame.data))
+
+
+def _changed(array: Any) -> Any:
+    return np.ascontiguousarray(array[::2] if array.dtype == np.float32 else array[:, ::-1])
+
+
+def _numbered(model: Any) -> tuple[str, ...]:
+    """Class names for a model whose data set has none: as many as its first head has classes."""
+    counts = re.findall(r"'num_classes': (\d+)", str(model))
+    return tuple(f"class {i}" for i in range(int(counts[0]) if counts else 1))
+
+
+def _explained(path: Path, error: Exception) -> Verdict:
+    """An exception as a verdict."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    text = " ".join(f"{type(one).__name__}: {one}" for one in chain)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, ArchiveError) and "frame by frame" in str(error):
+        return Verdict(path.stem, "not a per-frame model", str(error).rpartition(": ")[2])
+    if isinstance(error, ArchiveError) and ("describes no model" in text or "nothing says how" in text):
+        return Verdict(path.stem, "not a model", str(error)[:300])
+    wanted = {package for name, package in PACKAGES.items() if re.search(rf"\b{name}\b", text, re.IGNORECASE)}
+    if wanted and re.search(r"install|No module named|import|registry", text, re.IGNORECASE):
+        packages = tuple(sorted(wanted))
+        return Verdict(path.stem, "needs package", " ".join(packages), packages=packages)
+    if re.search(r"from_pretrained|huggingface|hub|couldn't connect|offline", text, re.IGNORECASE):
+        return Verdict(
+            path.stem,
+            "needs package",
+            "a text model and its tokenizer from a hub",
+            packages=("a text model",),
+        )
+    return Verdict(path.stem, "fails", reason)
+
+
+def run(config: Path, out: Path, log: Path) -> None:
+    """The body of a trial's process: write the verdict to `out` and everything that is printed to `log`."""
+    os.setsid()  # Ctrl-C is for the sweep, which ends its trials itself
+    with log.open("wb") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    out.write_text(json.dumps(asdict(try_config(config))))

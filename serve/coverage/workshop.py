@@ -1,0 +1,24 @@
+"""Imports what every trial needs, once: the fork server of a sweep loads this module, trials are forked from it.
+
+Importing it takes seconds and installs the kernels that the environment asks for. Nothing is computed here:
+what is forked must have no threads.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from serve import ops
+from serve.settings import Settings
+
+settings = Settings.from_environment()
+ops.install(settings.ops, cache_dir=settings.cache_dir)
+torch.set_num_threads(settings.threads or 1)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import mmdet3d.apis  # noqa: F401
+
+from serve import convert, native, random_weights, runtime  # noqa: E402, F401

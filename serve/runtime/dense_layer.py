@@ -1,0 +1,49 @@
+"""A 3 x 3 convolution for inference on a CPU: bias and ReLU are part of one pass, by Winograd's filtering.
+
+`serve.runtime.folding` decides where it stands. Knows nothing about norms or networks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from serve.ops import winograd
+from serve.ops.register_tile import CHANNELS, LANES
+
+__all__ = ["InferenceConvolution", "suits"]
+
+
+class InferenceConvolution(nn.Module):
+    """A convolution as it stands, with a ReLU behind it if asked for. Not trainable, and bound to the CPU."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Conv2d, *, relu: bool) -> None:
+        """Take over what `layer`, which `suits`, computes."""
+        super().__init__()
+        self.register_buffer("weight", winograd.transform_weight(layer.weight), persistent=False)
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.register_buffer("bias", bias, persistent=False)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, Cin, H, W) to (B, Cout, H, W), channels-last in memory."""
+        return winograd.convolve_3x3(x, self.weight, self.bias, relu=self.relu)
+
+
+def suits(layer: nn.Conv2d) -> bool:
+    """Whether `InferenceConvolution` can, and on this machine should, stand in for a plain convolution of torch's."""
+    return (
+        winograd.SUITED
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.float32
+        and tuple(layer.kernel_size) == (3, 3)
+        and tuple(layer.stride) == tuple(layer.dilation) == (1, 1)
+        and layer.padding in ((1, 1), 1)
+        and layer.padding_mode == "zeros"
+        and layer.groups == 1
+        and layer.in_channels % LANES == 0
+        and layer.out_channels % CHANNELS == 0
+    )

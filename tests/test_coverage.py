@@ -1,0 +1,115 @@
+"""The zoo sweep: families are found, trials end when they must, the page has a row for everything."""
+
+from __future__ import annotations
+
+import re
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+
+from serve.coverage.families import Family, families
+from serve.coverage.page import counts, page
+from serve.coverage.sweep import Result, Sweep, load_results
+from serve.coverage.trial import Verdict
+
+
+@pytest.fixture(autouse=True)
+def no_fork_server_is_left():
+    yield
+    # Python ends it with itself; the check for processes that tests leave behind comes before that.
+    forkserver._forkserver._stop()
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+
+
+def test_the_page_has_a_row_for_every_family_of_the_installed_zoos():
+    text = PAGE.read_text()
+    for package in ("mmdet", "mmdet3d"):
+        section = text.partition(f"\n## {package}\n")[2].partition("\n## ")[0]
+        rows = [
+            line.split("|")[1].strip()
+            for line in section.splitlines()
+            if re.match(r"\| (?!family|---)", line)
+        ]
+        assert rows == [family.name for family in families() if family.package == package]
+
+
+def test_there_are_as_many_families_as_folders():
+    by_package = {package: sum(f.package == package for f in families()) for package in ("mmdet", "mmdet3d")}
+    assert by_package == {"mmdet": 114, "mmdet3d": 32}
+
+
+def result(family, verdict, *, position=0, extra=False, **values) -> Result:
+    return Result(family, position, extra, Verdict(f"config{position}", verdict, **values))
+
+
+FAMILIES = [
+    Family("mmdet", name, (Path("config0.py"), Path("config1.py"))) for name in ("a", "b", "c", "d", "e")
+]
+RESULTS = [
+    result("mmdet/a", "works", modality="image", answers=5, deviation="1e-05 px"),
+    result("mmdet/b", "needs package", packages=("mmpretrain",)),
+    result("mmdet/b", "works", extra=True, answers=1),
+    result("mmdet/c", "not a per-frame model", reason="it needs proposals"),
+    result("mmdet/c", "works", position=1),
+    result("mmdet/d", "not a per-frame model", reason="a tracker"),
+    result("mmdet/e", "needs package", packages=("Detectron2",)),
+]
+
+
+def test_a_row_says_what_works_and_why_the_rest_does_not():
+    rows = [line for line in page(FAMILIES, RESULTS, {"torch": "2"}).splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert rows[0] == "| a | config0 | image | works | 5 | 1e-05 px |  |"
+    assert "works with the zoo extra" in rows[1]
+    assert "| config1 |" in rows[2] and "it needs proposals" in rows[2] and "works" in rows[2]
+    assert "not a per-frame model" in rows[3] and "a tracker" in rows[3]
+    assert "needs Detectron2" in rows[4]
+    assert "3 of 5 families are served" in counts(FAMILIES, RESULTS)[0]
+    assert "3 of 4 (75 %)" in counts(FAMILIES, RESULTS)[0]
+
+
+def test_trials_that_hang_or_eat_memory_are_ended_and_a_sweep_remembers(tmp_path):
+    """In one sweep, since starting its fork server takes most of the time."""
+    configs = {
+        "hangs": "while True: pass",
+        "eats": "hoard = b'x' * (1600 << 20)\nwhile True: pass",
+        "empty": "train_cfg = dict()",
+        "fails": "raise RuntimeError('no such thing')",
+    }
+    wanted = []
+    for name, text in configs.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        wanted.append(Family("mmdet", name, (tmp_path / f"{name}.py",)))
+    path = tmp_path / "cache" / "results.jsonl"
+    seen = {}
+    sweep = Sweep(path, extra=False, timeout_s=15, memory_mb=1500, jobs=2)
+    sweep.run(wanted, lambda family, result: seen.update({family.name: result.verdict}))
+    assert "longer than the 15 s" in seen["hangs"].reason
+    assert "more than the 1500 MiB" in seen["eats"].reason
+    assert seen["empty"].verdict == "not a model"
+    assert seen["fails"].verdict == "fails" and "no such thing" in seen["fails"].reason
+    with path.open("a") as file:
+        file.write('{"family": "mmdet/cut of')
+    assert {result.family for result in load_results(path)} == {family.key for family in wanted}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_families_are_swept_and_written_to_a_page(tmp_path, capsys):
+    from serve.cli.coverage import zoo_coverage
+
+    arguments = ["--only", "mmdet/common", "--only", "mmdet/atss", "--results", str(tmp_path / "r.jsonl")]
+    assert zoo_coverage([*arguments, "--page", str(tmp_path / "page.md")]) == 0
+    rows = [
+        line
+        for line in (tmp_path / "page.md").read_text().splitlines()
+        if line.startswith(("| atss", "| common"))
+    ]
+    assert "| works |" in rows[0] and "not a model" in rows[1]
+    assert len(load_results(tmp_path / "r.jsonl")) >= 2
+    assert zoo_coverage([*arguments, "--page", str(tmp_path / "again.md")]) == 0
+    assert (tmp_path / "again.md").read_text() == (tmp_path / "page.md").read_text()

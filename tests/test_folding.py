@@ -1,0 +1,121 @@
+"""Folded networks compute what they computed before, in fewer passes."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from serve import ops
+
+ops.install("portable")
+
+from serve.ops import winograd  # noqa: E402
+from serve.runtime import folding  # noqa: E402
+
+
+def settled(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Evaluation mode, with norms that do something."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+    return network.eval().requires_grad_(False)
+
+
+def sparse_input(shape: tuple[int, int, int], channels: int):
+    from mmcv.ops import SparseConvTensor
+
+    rng = np.random.default_rng(0)
+    places = np.argwhere(rng.random((2, *shape)) < 0.2).astype(np.int32)
+    features = rng.standard_normal((len(places), channels)).astype(np.float32)
+    return SparseConvTensor(torch.from_numpy(features), torch.from_numpy(places), list(shape), 2)
+
+
+def sparse_network() -> nn.Module:
+    from mmcv.ops import SparseConv3d, SparseInverseConv3d, SparseSequential, SubMConv3d
+
+    def block(conv: nn.Module, channels: int) -> nn.Module:
+        return SparseSequential(conv, nn.BatchNorm1d(channels), nn.ReLU(inplace=True))
+
+    return SparseSequential(
+        block(SubMConv3d(4, 16, 3, padding=1, bias=False, indice_key="subm1"), 16),
+        block(SubMConv3d(16, 16, 3, padding=1, bias=False, indice_key="subm1"), 16),
+        block(SparseConv3d(16, 24, 3, stride=2, padding=1, bias=False, indice_key="down"), 24),
+        SparseSequential(
+            SubMConv3d(24, 24, 3, indice_key="subm2"), nn.ReLU()
+        ),  # nothing to fold, a ReLU to take in
+        block(SparseInverseConv3d(24, 16, 3, bias=False, indice_key="down"), 16),
+    )
+
+
+def test_a_folded_sparse_network_computes_the_same_with_one_pass_a_layer():
+    from serve.runtime.sparse_layer import InferenceSparseConvolution
+
+    plain = settled(sparse_network())
+    folded = copy.deepcopy(plain)
+    pairs = folding.find_pairs(plain, lambda: plain(sparse_input((9, 8, 7), 4)))
+    assert len(pairs) == 4
+    folding.fold(folded, pairs)
+    kinds = [type(module) for module in folded.modules()]
+    assert kinds.count(InferenceSparseConvolution) == 5 and nn.ReLU not in kinds
+    expected, got = plain(sparse_input((9, 8, 7), 4)), folded(sparse_input((9, 8, 7), 4))
+    assert torch.equal(got.indices, expected.indices) and list(got.spatial_shape) == [9, 8, 7]
+    torch.testing.assert_close(got.features, expected.features, atol=1e-4, rtol=1e-4)
+
+
+def test_an_inverse_convolution_without_its_partner_says_so():
+    from mmcv.ops import SparseInverseConv3d
+
+    from serve.runtime.sparse_layer import InferenceSparseConvolution
+
+    layer = InferenceSparseConvolution(SparseInverseConv3d(4, 4, 3, indice_key="nowhere"), relu=False)
+    with pytest.raises(ValueError, match="nowhere"):
+        layer(sparse_input((4, 4, 4), 4))
+
+
+def test_the_map_of_an_encoder_is_what_mmcv_makes_of_it():
+    from serve.runtime.sparse_layer import SparseMap
+
+    x = sparse_input((3, 5, 4), 6)
+    laid_out = SparseMap(x.features, x.indices, x.spatial_shape, x.batch_size)
+    assert torch.equal(laid_out.dense(), x.dense())
+    assert torch.equal(laid_out.dense(channels_first=False), x.dense(channels_first=False))
+    picture = laid_out.dense().view(2, 6 * 3, 5, 4)
+    assert torch.equal(picture, x.dense().view(2, 6 * 3, 5, 4))
+    assert picture.is_contiguous(memory_format=torch.channels_last)
+
+
+class Tapped(nn.Sequential):
+    """A sequence that hands out what comes before its ReLU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[1](self[0](x))
+
+
+@pytest.mark.skipif(not winograd.SUITED, reason="only where vectors are wide")
+def test_a_folded_backbone_computes_the_same_and_sequences_of_another_kind_are_left_alone():
+    from serve.runtime.dense_layer import InferenceConvolution
+
+    def layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+    plain = settled(
+        nn.Sequential(
+            nn.Sequential(*layer(32, 64, 2), *layer(64, 64), *layer(64, 48)), Tapped(*layer(48, 64))
+        )
+    )
+    folded = copy.deepcopy(plain)
+    x = torch.randn(2, 32, 17, 22, generator=torch.Generator().manual_seed(0))
+    folding.fold(folded, folding.find_pairs(plain, lambda: plain(x)))
+    kinds = [type(module) for module in folded[0]]
+    # Stride 2 and 48 channels are not for it; the second layer is.
+    assert kinds.count(InferenceConvolution) == 1 and kinds.count(nn.ReLU) == 2
+    assert not any(isinstance(module, InferenceConvolution) for module in folded[1])
+    torch.testing.assert_close(folded(x), plain(x), atol=1e-4, rtol=1e-4)
