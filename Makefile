@@ -7,6 +7,11 @@ MAKEFLAGS += --no-builtin-rules
 
 VENV ?= .venv
 STORE ?= model-store
+# What `make image` builds and calls it, and what `make k8s-render` prints.
+TARGET ?= serve
+IMAGE ?= mmdet3d-serve$(if $(filter gateway,$(TARGET)),-gateway)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' serve/__init__.py)
+OVERLAY ?= cpu
 # The first of these that is 3.11 or newer makes the environment; `make PYTHON=/path/to/python setup` overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
@@ -15,14 +20,15 @@ NAME ?= $(patsubst %.py,%,$(notdir $(MODEL)))
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
-SETUP_INPUTS := pyproject.toml tools/setup_env.py $(wildcard requirements/*.lock)
+BENCH_STAMP := .venv-bench/.stamp
+SETUP_INPUTS := pyproject.toml tools/setup_env.py serve/autoload.py $(wildcard requirements/*.lock)
 CODE := serve handlers tools tests
 UV_VERSION := 0.13.8
 
-.PHONY: help setup lint format test demo demo-evaluate demo-train bench-detector archive serve stop lock clean distclean
+.PHONY: help setup lint format test demo demo-evaluate demo-train zoo-coverage bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom lock clean distclean
 
 help: ## List the tasks
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "Settings: PYTHON, VENV, STORE (folder of archives), TORCH_INDEX (package index to take torch from)"
 
 $(STAMP): $(SETUP_INPUTS)
@@ -31,10 +37,11 @@ $(STAMP): $(SETUP_INPUTS)
 setup: $(STAMP) ## Make .venv with everything in it (wheels only; keeps a torch that fits)
 	@echo "setup: $(VENV) is up to date"
 
-lint: $(STAMP) ## Check style and types: ruff, mypy strict
+lint: $(STAMP) ## Check style and types: ruff, mypy strict, hadolint
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint docker/Dockerfile
 
 format: $(STAMP) ## Rewrite the code in the style that lint checks
 	$(VENV)/bin/ruff check --fix $(CODE)
@@ -52,8 +59,43 @@ demo-evaluate: $(STAMP) ## Measure the demonstration SECOND on held-out syntheti
 demo-train: $(STAMP) ## Train the demonstration SECOND anew on synthetic scenes (CPU)
 	@exec $(PY) tools/demo_train.py
 
+zoo-coverage: $(STAMP) ## Try a model of every zoo family, write docs/coverage.md; goes on where it was [ARGS="--jobs 2 --only atss"]
+	@exec $(PY) tools/zoo_coverage.py $(ARGS)
+
 bench-detector: $(STAMP) ## Time upstream's inference beside ours [ARGS="second --frame F --device cuda:0"]
 	@exec $(PY) tools/bench_detector.py $(ARGS)
+
+bench-ops: $(STAMP) ## Time every kernel by itself [ARGS="--filter nms --device cuda:0 --native-python P"]
+	@exec $(PY) tools/bench_ops.py $(ARGS)
+
+bench-native: $(STAMP) ## Compile upstream's mmcv into .venv-native, for bench-detector's --native-python (needs a C++ compiler)
+	@exec $(PY) tools/bench_native_env.py $(ARGS)
+
+bench-serving: $(STAMP) ## Measure the gateway beside TorchServe alone, LitServe, mosec, BentoML [ARGS="--quick --write-docs"]
+	@exec $(PY) tools/bench_serving.py $(ARGS)
+
+bench-env: $(BENCH_STAMP) ## Make .venv-bench with LitServe, mosec and BentoML, for bench-serving
+	@echo "bench-env: .venv-bench is up to date"
+
+# Behind its own packages it sees the project's, so that those servers can serve our models.
+$(BENCH_STAMP): $(STAMP) requirements/bench.lock
+	$(PY) -m venv --clear .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
+		--only-binary=:all: -r requirements/bench.lock
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	@touch $@
+
+bench-storage: $(STAMP) ## Time reads of s3:// and FFRecord beside boto3 and pread, and packing [ARGS="--rounds 5"]
+	@exec $(PY) tools/bench_storage.py $(ARGS)
+
+fetch-models: $(STAMP) ## Bring the archives of a bucket into STORE: FROM=s3://bucket/models [ARGS="--models NAME"]
+	@$(if $(FROM),,echo "error: say from where: make fetch-models FROM=s3://bucket/models" >&2; exit 2)
+	@exec $(PY) tools/fetch_models.py --from $(FROM) --to $(STORE) $(ARGS)
+
+pack: $(STAMP) ## Pack a folder of frames into one FFRecord file: FOLDER=data/kitti OUT=kitti.ffr
+	@$(if $(and $(FOLDER),$(OUT)),,echo "error: say what and where to: make pack FOLDER=data/kitti OUT=kitti.ffr" >&2; exit 2)
+	@exec $(PY) tools/pack_frames.py $(FOLDER) $(OUT) $(ARGS)
 
 archive: $(STAMP) ## Make STORE/NAME.mar of MODEL=name [CONFIG=file CHECKPOINT=file NAME=name STORE=folder]
 	@$(if $(or $(MODEL),$(CONFIG)),,echo "error: say which model: make archive MODEL=second" >&2; exit 2)
@@ -68,15 +110,41 @@ serve: $(STAMP) ## Serve MODEL=name on ports 8080-8082, archiving it first where
 stop: $(STAMP) ## Stop what `make serve` or `make demo` left running elsewhere
 	@exec $(PY) tools/serve_archives.py --stop
 
+image: ## Build the image mmdet3d-serve:latest [TARGET=gateway TORCH_LOCK=requirements/torch-cpu.lock TORCH_INDEX=URL]
+	docker build --file docker/Dockerfile --target $(TARGET) --tag $(IMAGE):latest --tag $(IMAGE):$(VERSION) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
+		--build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) \
+		$(foreach name,BASE_IMAGE TORCH_LOCK TORCH_INDEX PIP_INDEX_URL SOURCE,$(if $($(name)),--build-arg $(name)=$($(name)))) .
+
+image-check: $(STAMP) ## Build and run the image without an engine: root, buildah, debootstrap; minutes, gigabytes [ARGS=--help]
+	@exec $(PY) -m tests.deployment.build_image $(ARGS)
+
+compose-up: ## Start the service with Prometheus and Grafana [MODEL_STORE=folder WORKERS=1]; docker/compose.yaml
+	docker compose --file docker/compose.yaml up --build
+
+k8s-render: $(STAMP) ## Print the Kubernetes objects of OVERLAY=cpu, gpu or kserve
+	@$(VENV)/bin/kubectl kustomize k8s/overlays/$(OVERLAY)
+
+k8s-check: $(STAMP) ## Check the Kubernetes objects: schemas, Pod Security, and against the code (a part of make test)
+	$(PY) -m pytest tests/deployment/test_manifests.py
+
+sbom: $(STAMP) ## Write the list of all parts, CycloneDX: build/sbom.cdx.json
+	@test -x build/sbom/bin/cyclonedx-py || { $(PY) -m venv build/sbom && build/sbom/bin/python -m pip install --quiet \
+		--no-deps --require-hashes --only-binary=:all: -r requirements/sbom.lock; }
+	@build/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
+		--output-file build/sbom.cdx.json $(PY)
+	@echo "build/sbom.cdx.json: $$(grep -c '"bom-ref"' build/sbom.cdx.json) parts"
+
 lock: $(STAMP) ## Renew requirements/*.lock from requirements/*.in
 	$(PY) -m pip install --quiet --only-binary=:all: uv==$(UV_VERSION)
-	cd requirements && for name in runtime dev; do \
+	cd requirements && for name in runtime dev gateway image sbom bench torch-cuda; do \
+		out=$$([ $$name = torch-cuda ] || echo --excludes excludes.txt); \
 		../$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-			--no-emit-index-url --no-emit-find-links --excludes excludes.txt $$name.in -o $$name.lock; done
+			--no-emit-index-url --no-emit-find-links $$out $$name.in -o $$name.lock; done
 
 clean: ## Remove caches and build outputs; keeps the environment, archives and downloads
 	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Also remove the environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-bench
