@@ -46,6 +46,16 @@ def fresh_mmengine(nobody):
         fileio.io.backend_instances.clear()
 
 
+@pytest.fixture(autouse=True)
+def current_logger_is_left_alone():
+    """A Runner makes its own log the current one and closes the file at its end; who logs next would write there."""
+    MMLogger.get_current_instance()
+    before = MMLogger._instance_dict.copy()
+    yield
+    MMLogger._instance_dict.clear()
+    MMLogger._instance_dict.update(before)
+
+
 @pytest.fixture
 def yourbucket(account):
     """A bucket of the name that the page prints."""
