@@ -52,6 +52,9 @@ def current_logger_is_left_alone():
     MMLogger.get_current_instance()
     before = MMLogger._instance_dict.copy()
     yield
+    for name in MMLogger._instance_dict.keys() - before.keys():
+        for handler in MMLogger._instance_dict[name].handlers:
+            handler.close()
     MMLogger._instance_dict.clear()
     MMLogger._instance_dict.update(before)
 
