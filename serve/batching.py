@@ -1,7 +1,8 @@
 """Requests to batches: greedy, late-binding, within a cost budget, one outcome per item.
 
-A free slot takes what is waiting, at once; while a batch runs the next one grows. There is no timer and no
-resident loop: a worker task lives only while there is work, so nothing can die and leave callers hanging.
+A free slot takes what is waiting, at once; while a batch runs the next one grows. There is no resident loop:
+a worker task lives only while there is work, so nothing can die and leave callers hanging, and nobody ever
+waits for a timer: the one there is (`early_s`) lets a batch go sooner.
 Knows nothing about HTTP, models, frames or TorchServe: an item has a cost, a size and a key, and `run`
 answers a list of them.
 
@@ -14,21 +15,25 @@ Policy, per `Batcher`:
   runs is not interrupted and keeps its slot, because the device is still busy with it.
 * When all slots are busy, a batch that is already full has nothing to wait for: up to `ahead` of those are
   sent on, to hide the transport.
+* A batch that is not full is sent on `early_s` before a slot is expected to be free, where batches take as
+  long as forecast (`serve.forecast`); it is then there when the slot is, instead of on its way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from serve.errors import BackendBroken, FrameTooLarge, Overloaded, ServeError, SettingsError
+from serve.errors import BackendBroken, FrameTooLarge, ServeError, SettingsError
+from serve.forecast import Forecast
 
-__all__ = ["Admission", "BatchLimits", "BatchReport", "Batcher", "Permit", "Settled", "padded", "ragged"]
+__all__ = ["BatchLimits", "BatchReport", "Batcher", "Settled", "padded", "ragged"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -45,75 +50,6 @@ def ragged(items: int, total: int, largest: int) -> int:
 def padded(items: int, total: int, largest: int) -> int:
     """Cost of a batch whose items are padded to the largest (images): n times the largest."""
     return items * largest
-
-
-class Admission:
-    """Bounds what is being worked on: requests, and bytes held for them. The one owner of both counts."""
-
-    def __init__(self, max_items: int, max_bytes: int) -> None:
-        """Allow `max_items` frames and `max_bytes` bytes of bodies at a time."""
-        self.max_items, self.max_bytes = max_items, max_bytes
-        self.items = 0
-        self.bytes = 0
-
-    @contextmanager
-    def permit(self) -> Iterator[Permit]:
-        """Held by a request from before its body is read until it is answered; given back on every way out."""
-        permit = Permit(self)
-        try:
-            yield permit
-        finally:
-            permit.give_back()
-
-
-@dataclass
-class Permit:
-    """What one request holds of an `Admission`; it grows as the request turns out larger."""
-
-    admission: Admission
-    items: int = 0
-    bytes: int = 0
-
-    def grow(self, *, items: int = 0, nbytes: int = 0) -> None:
-        """Take more.
-
-        Raises:
-            Overloaded: that would be over a bound; nothing more is taken.
-        """
-        self.expect(items=items, nbytes=nbytes)
-        self.items += items
-        self.bytes += nbytes
-        self.admission.items += items
-        self.admission.bytes += nbytes
-
-    def expect(self, *, items: int = 0, nbytes: int = 0) -> None:
-        """See whether there is room for so much more; takes nothing.
-
-        Raises:
-            Overloaded: there is none now.
-        """
-        owner = self.admission
-        if items and owner.items + items > owner.max_items:
-            raise Overloaded(
-                f"{owner.items} frames are waiting or running, the limit is {owner.max_items}; retry later"
-            )
-        if nbytes and owner.bytes + nbytes > owner.max_bytes:
-            raise Overloaded(
-                f"requests being served hold {owner.bytes} bytes and this one needs {nbytes} more, the limit is "
-                f"{owner.max_bytes}; retry later"
-            )
-
-    def move(self) -> Permit:
-        """Hand all of it to a permit of its own, for an answer that outlives the function that was permitted."""
-        moved = Permit(self.admission, self.items, self.bytes)
-        self.items = self.bytes = 0
-        return moved
-
-    def give_back(self) -> None:
-        """Return everything; harmless the second time."""
-        self.admission.items -= self.items
-        self.admission.bytes -= self.bytes
-        self.items = self.bytes = 0
 
 
 @dataclass(frozen=True)
@@ -169,6 +105,15 @@ class _Job(Generic[In, Out]):
     answer: asyncio.Future[Settled[Out]] = field(repr=False)
 
 
+@dataclass(eq=False)
+class _Running:
+    """A batch that was sent: when, at what cost, and since when it has had a slot (None: it was sent ahead)."""
+
+    began: float
+    cost: int
+    slot_since: float | None
+
+
 class Batcher(Generic[In, Out]):
     """Collects items into batches for `run`. Belongs to one event loop.
 
@@ -178,8 +123,11 @@ class Batcher(Generic[In, Out]):
         limits: bounds of one batch.
         batch_cost: cost of a batch from its item count, total cost and largest cost.
         slots: batches that may run at a time.
-        ahead: full batches that may be sent on while all slots are busy.
+        ahead: batches that may be sent on while all slots are busy.
+        early_s: how long before a slot is expected to be free the next batch is sent, full or not, seconds;
+            0: never. Only while forecasts are off by less than this on average.
         observe: told of every batch after it ran.
+        clock: seconds; finer than a loop's own time, which uvloop counts in whole milliseconds.
     """
 
     def __init__(
@@ -190,18 +138,24 @@ class Batcher(Generic[In, Out]):
         batch_cost: BatchCost = ragged,
         slots: int = 1,
         ahead: int = 1,
+        early_s: float = 0.0,
         observe: Callable[[BatchReport], None] = lambda report: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
         self._limits = limits
         self._batch_cost = batch_cost
         self._slots = slots
         self._ahead = ahead
+        self._early_s = early_s if ahead else 0.0
         self._observe = observe
+        self._clock = clock
         self._queue: deque[_Job[In, Out]] = deque()
         self._workers: set[asyncio.Task[None]] = set()
-        self._started_at: dict[int, float] = {}  # of the batches that run, by a number of their own
-        self._batches = 0
+        self._sent: list[_Running] = []  # in the order they were sent
+        self._forecast = Forecast()
+        self._early: asyncio.TimerHandle | None = None
+        self._early_until = float("-inf")  # until then a batch may go although no slot is free yet
 
     @property
     def waiting(self) -> int:
@@ -211,12 +165,12 @@ class Batcher(Generic[In, Out]):
     @property
     def running(self) -> int:
         """Batches that run now."""
-        return len(self._started_at)
+        return len(self._sent)
 
     def stalled_s(self) -> float:
         """How long the oldest running batch has been at it, seconds; 0 when none runs."""
-        now = asyncio.get_running_loop().time()
-        return max((now - began for began in self._started_at.values()), default=0.0)
+        now = self._clock()
+        return max((now - batch.began for batch in self._sent), default=0.0)
 
     def set_slots(self, slots: int) -> None:
         """Follow the number of workers there are; more are used at once."""
@@ -233,7 +187,7 @@ class Batcher(Generic[In, Out]):
         if nbytes > self._limits.nbytes:
             raise FrameTooLarge(f"the frame has {nbytes} bytes, a batch may have {self._limits.nbytes}")
         loop = asyncio.get_running_loop()
-        job: _Job[In, Out] = _Job(item, cost, nbytes, key, loop.time(), loop.create_future())
+        job: _Job[In, Out] = _Job(item, cost, nbytes, key, self._clock(), loop.create_future())
         self._queue.append(job)
         self._wake()
         try:
@@ -247,8 +201,11 @@ class Batcher(Generic[In, Out]):
     def _wake(self) -> None:
         """Start workers as far as there are free slots and something to take; one per waiting item at most."""
         wanted = min(self._slots, self.running + len(self._queue))
-        if len(self._workers) >= self._slots and len(self._queue) >= self._limits.items:
-            wanted = self._slots + self._ahead
+        if len(self._workers) >= self._slots:
+            if len(self._queue) >= self._limits.items:
+                wanted = self._slots + self._ahead
+            elif self._queue and self._nearly_free():
+                wanted = self._slots + 1
         while len(self._workers) < wanted:
             task = asyncio.create_task(self._work())
             self._workers.add(task)
@@ -270,8 +227,8 @@ class Batcher(Generic[In, Out]):
             self._workers.discard(task)
 
     def _next(self) -> list[_Job[In, Out]]:
-        """What may run beside what runs: anything in a free slot, a full batch ahead, else nothing."""
-        if self.running < self._slots:
+        """What may run beside what runs: anything in a slot that is free or about to be, a full batch ahead."""
+        if self.running < self._slots or (self.running == self._slots and self._nearly_free()):
             return self._take(full_only=False)
         return self._take(full_only=True) if self.running < self._slots + self._ahead else []
 
@@ -303,11 +260,10 @@ class Batcher(Generic[In, Out]):
         return batch
 
     async def _answer(self, batch: list[_Job[In, Out]]) -> None:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        self._batches += 1
-        number = self._batches
-        self._started_at[number] = began
+        began = self._clock()
+        costs = [job.cost for job in batch]
+        cost = self._batch_cost(len(batch), sum(costs), max(costs))
+        running = self._begin(began, cost)
         queue_s = tuple(began - job.queued_at for job in batch)
         failed: Exception | None = None
         outcomes: Sequence[Out | Exception] = ()
@@ -325,8 +281,8 @@ class Batcher(Generic[In, Out]):
                     job.answer.cancel()
                 raise
         finally:
-            del self._started_at[number]
-        run_s = loop.time() - began
+            self._end(running, self._clock(), went_well=failed is None)
+        run_s = self._clock() - began
         if failed is not None:
             logger.warning("a batch of %d failed: %s", len(batch), failed, exc_info=_unexpected(failed))
         for i, job in enumerate(batch):
@@ -337,9 +293,53 @@ class Batcher(Generic[In, Out]):
                 job.answer.set_exception(outcome)
             else:
                 job.answer.set_result(Settled(outcome, queue_s[i], run_s, len(batch)))
-        costs = [job.cost for job in batch]
-        cost = self._batch_cost(len(batch), sum(costs), max(costs))
         self._observe(BatchReport(len(batch), cost, queue_s, run_s, failed is not None))
+
+    def _begin(self, now: float, cost: int) -> _Running:
+        batch = _Running(now, cost, now if self.running < self._slots else None)
+        self._sent.append(batch)
+        self._early_until = float("-inf")
+        self._foresee()
+        return batch
+
+    def _end(self, batch: _Running, now: float, *, went_well: bool) -> None:
+        self._sent.remove(batch)
+        if batch.slot_since is not None:
+            if went_well:
+                self._forecast.tell(batch.cost, now - batch.slot_since)
+            # What was sent ahead has its slot now.
+            following = next((one for one in self._sent if one.slot_since is None), None)
+            if following is not None:
+                following.slot_since = now
+        self._early_until = float("-inf")
+        self._foresee()
+
+    def _foresee(self) -> None:
+        """Wake up `early_s` before the first slot is expected to be free, if all are taken and none is ahead."""
+        if self._early is not None:
+            self._early.cancel()
+            self._early = None
+        if not self._early_s or self.running != self._slots:
+            return
+        ends = []
+        for batch in self._sent:
+            seconds = self._forecast.seconds(batch.cost, within_s=self._early_s)
+            if seconds is None or batch.slot_since is None:
+                return
+            ends.append(batch.slot_since + seconds)
+        delay_s = max(0.0, min(ends) - self._early_s - self._clock())
+        self._early = asyncio.get_running_loop().call_later(
+            delay_s, self._open_early, min(ends) + self._early_s
+        )
+
+    def _open_early(self, until: float) -> None:
+        """A slot is about to be free; if it is not by then, the forecast was wrong and waiting is right again."""
+        self._early = None
+        self._early_until = until
+        self._wake()
+
+    def _nearly_free(self) -> bool:
+        return self._early_until > self._clock()
 
 
 def _fresh(error: Exception) -> ServeError:

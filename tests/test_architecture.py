@@ -30,13 +30,15 @@ MAY_IMPORT = {
     "serve.config_source": {"serve", "serve.errors", "serve.storage"},
     "serve.client": {"serve.errors"},
     "serve.torchserve": {"serve", "serve.torchserve", "serve.errors", "serve.archive"},
-    "serve.batching": {"serve.errors"},
+    "serve.admission": {"serve.errors"},
+    "serve.forecast": set(),
+    "serve.batching": {"serve.errors", "serve.forecast"},
     "serve.backend": {"serve.client", "serve.connection", "serve.errors", "serve.framing"},
     "serve.connection": {"serve.framing"},
     "serve.logs": set(),
     "serve.gateway": {
-        "serve", "serve.gateway", "serve.backend", "serve.batching", "serve.drawing", "serve.errors", "serve.framing",
-        "serve.settings", "serve.storage", "serve.wire",
+        "serve", "serve.gateway", "serve.admission", "serve.backend", "serve.batching", "serve.drawing", "serve.errors",
+        "serve.framing", "serve.settings", "serve.storage", "serve.wire",
     },
     "serve.comparison": {"serve.matching", "serve.errors", "serve.labels"},
     "serve.runtime": {

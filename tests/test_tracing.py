@@ -14,7 +14,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from starlette.responses import PlainTextResponse
 
-from serve.batching import Admission
+from serve.admission import Admission
 from serve.gateway.answering import Timing
 from serve.gateway.envelope import Envelope
 from serve.gateway.measures import Measures

@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from serve import __version__
+from serve.admission import Admission
 from serve.backend import TorchServeBackend
-from serve.batching import Admission
 from serve.errors import BadRequest, ServeError, UnknownOption
 from serve.gateway import kserve_routes, operations, predictions
 from serve.gateway.api_text import DESCRIPTION

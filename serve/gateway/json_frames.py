@@ -13,8 +13,8 @@ from typing import Any
 
 import orjson
 
+from serve.admission import Permit
 from serve.backend import Frame
-from serve.batching import Permit
 from serve.errors import BadRequest, FrameTooLarge, ServeError
 from serve.framing import Body
 from serve.storage.references import References

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve import __version__
-from serve.batching import Admission
+from serve.admission import Admission
 from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError
 from serve.gateway.answering import Timing
 from serve.gateway.api_text import errors

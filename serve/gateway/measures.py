@@ -10,7 +10,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from serve.batching import Admission, BatchReport
+from serve.admission import Admission
+from serve.batching import BatchReport
 
 __all__ = ["CONTENT_TYPE", "Measures"]
 

@@ -68,7 +68,14 @@ class GatewayOptions:
     )
     batch_bytes: int = field(default=48 * MIB, metadata=_said("most bytes in a batch", "BYTES"))
     batches_ahead: int = field(
-        default=1, metadata=_said("full batches sent on per model while all its workers are busy", "N")
+        default=1, metadata=_said("batches sent on per model while all its workers are busy", "N")
+    )
+    early_s: float = field(
+        default=0.0025,
+        metadata=_said(
+            "how long before a worker is expected to be free a batch that is not full is sent on; 0: never",
+            "S",
+        ),
     )
 
     max_frame_bytes: int = field(default=32 * MIB, metadata=_said("largest frame", "BYTES"))
@@ -90,7 +97,16 @@ class GatewayOptions:
     receive_timeout_s: float = field(
         default=30.0, metadata=_said("longest time that a body may take to arrive", "S")
     )
+    head_timeout_s: float = field(
+        default=10.0, metadata=_said("longest time for a connection to bring a request's head", "S")
+    )
     keep_alive_s: float = field(default=15.0, metadata=_said("how long an idle connection is kept", "S"))
+    connection_requests: int = field(
+        default=0,
+        metadata=_said(
+            "requests after which a connection is closed, so that clients spread anew; 0: never", "N"
+        ),
+    )
     stall_s: float = field(default=120.0, metadata=_said("a batch that runs longer turns readiness red", "S"))
     linger_s: float = field(
         default=0.0, metadata=_said("after SIGTERM, still answer for so long while readiness says no", "S")
@@ -173,7 +189,8 @@ class GatewayOptions:
                 continue
             least = (
                 0
-                if each.name in ("port", "linger_s", "batches_ahead", "drain_s")
+                if each.name
+                in ("port", "linger_s", "batches_ahead", "early_s", "connection_requests", "drain_s")
                 else 1
                 if each.type == "int"
                 else 0.001

@@ -15,8 +15,8 @@ from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
+from serve.admission import Admission, Permit
 from serve.backend import Frame
-from serve.batching import Admission, Permit
 from serve.errors import DeadlineExceeded, ServeError
 from serve.gateway import api_text
 from serve.gateway.answering import (

@@ -16,8 +16,8 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from serve.admission import Permit
 from serve.backend import Frame
-from serve.batching import Permit
 from serve.errors import (
     BadRequest,
     ClientError,

@@ -256,6 +256,7 @@ class ModelTable:
             batch_cost=ragged if clouds else padded,
             slots=max(1, state.ready),
             ahead=options.batches_ahead,
+            early_s=options.early_s,
             observe=lambda report: self._observe(state.name, report),
         )
 

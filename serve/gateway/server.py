@@ -18,10 +18,13 @@ from starlette.types import ASGIApp
 
 from serve.errors import SettingsError
 from serve.gateway.app import create_app
+from serve.gateway.http_protocol import bounded_protocol
 from serve.gateway.life import Life
 from serve.gateway.options import GatewayOptions
 
 __all__ = ["GatewayServer", "run"]
+
+_LAST_WORD_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,12 @@ class GatewayServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 date_header=False,
+                # A body that is late is answered 408 first; what was answered before its end is dropped until then.
+                http=bounded_protocol(
+                    options.head_timeout_s,
+                    options.receive_timeout_s + _LAST_WORD_S,
+                    options.connection_requests,
+                ),
                 timeout_keep_alive=max(1, round(options.keep_alive_s)),
                 timeout_graceful_shutdown=max(1, round(options.drain_s)),
                 lifespan="on",

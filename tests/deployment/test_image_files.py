@@ -24,7 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import serve.supervision
 from serve.__main__ import COMMANDS
-from serve.batching import Admission, BatchReport
+from serve.admission import Admission
+from serve.batching import BatchReport
 from serve.cli import serving
 from serve.gateway.measures import Measures
 from serve.gateway.options import GatewayOptions

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from serve.batching import Admission
+from serve.admission import Admission
 from serve.gateway.app import create_app
 from serve.gateway.life import Life
 from serve.gateway.options import GatewayOptions

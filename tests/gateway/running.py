@@ -44,19 +44,22 @@ class Background:
 
 
 class Listening:
-    """An ASGI application on a port of 127.0.0.1, served by uvicorn until it is closed."""
+    """An ASGI application on a port of 127.0.0.1, served by uvicorn (`config`) until it is closed."""
 
-    def __init__(self, background: Background, app: Any, port: int = 0) -> None:
+    def __init__(self, background: Background, app: Any, port: int = 0, **config: Any) -> None:
         self._background = background
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.bind(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1
-        )
-        self._server = uvicorn.Server(config)
+        plain = {
+            "log_config": None,
+            "access_log": False,
+            "server_header": False,
+            "timeout_graceful_shutdown": 1,
+        }
+        self._server = uvicorn.Server(uvicorn.Config(app, **plain, **config))
         background.call(self._start())
 
     async def _start(self) -> None:

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from serve.batching import Admission, BatchLimits, padded, ragged
+from serve.admission import Admission
+from serve.batching import BatchLimits, padded, ragged
 from serve.errors import BackendBroken, FrameTooLarge, NotReady, OutOfMemory, Overloaded, SettingsError
 from tests.gateway.device import Device, in_a_loop, submit, submitted, turns
 

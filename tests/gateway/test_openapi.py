@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.requests import Request
 
-from serve.batching import Admission
+from serve.admission import Admission
 from serve.errors import ClientError
 from serve.framing import FRAMES_CONTENT_TYPE, pack_frames
 from serve.gateway.options import GatewayOptions

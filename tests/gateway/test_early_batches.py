@@ -1,0 +1,171 @@
+"""A batch that is not full goes shortly before a slot is free, if batches take as long as those before them said."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from serve.batching import Batcher, BatchLimits
+from serve.errors import NotReady
+from serve.forecast import Forecast
+from tests.gateway.virtual_time import in_virtual_time
+
+HANDOVER_S, FIXED_S, EACH_S = 0.003, 0.020, 0.002
+
+
+class Worker:
+    """One worker behind a transport: batches wait for their turn there, and each takes its time."""
+
+    def __init__(self, early_s: float, jitter_s: float = 0.0, workers: int = 1) -> None:
+        self.sent: list[tuple[float, int]] = []
+        self.began: list[float] = []
+        self.ended: list[float] = []
+        self.jitter_s = jitter_s
+        self.dice = random.Random(0)
+        self.turn = asyncio.Semaphore(workers)
+        self.loop = asyncio.get_running_loop()
+        self.batcher: Batcher[Any, Any] = Batcher(
+            self.run, BatchLimits(items=16), slots=workers, ahead=1, early_s=early_s, clock=self.loop.time
+        )
+
+    async def run(self, items: Sequence[Any]) -> Sequence[Any]:
+        self.sent.append((self.loop.time(), len(items)))
+        await asyncio.sleep(HANDOVER_S)
+        async with self.turn:
+            self.began.append(self.loop.time())
+            late = self.jitter_s * self.dice.random()
+            await asyncio.sleep(FIXED_S + EACH_S * len(items) + late)
+            self.ended.append(self.loop.time())
+        return [ValueError("broken") if item == "broken" else item for item in items]
+
+    async def arrivals(self, count: int, gap_s: float) -> list[float]:
+        """Latencies of so many items that arrive at random, one every `gap_s` on average (Poisson)."""
+        gaps = random.Random(1)
+
+        async def one() -> float:
+            asked = self.loop.time()
+            await self.batcher.submit("item", cost=1)
+            return self.loop.time() - asked
+
+        tasks = []
+        for _ in range(count):
+            tasks.append(asyncio.create_task(one()))
+            await asyncio.sleep(gaps.expovariate(1 / gap_s))
+        return list(await asyncio.gather(*tasks))
+
+    def idle_s(self) -> list[float]:
+        """How long the worker had nothing between two batches."""
+        return [max(0.0, began - ended) for began, ended in zip(self.began[1:], self.ended[:-1], strict=True)]
+
+
+@in_virtual_time
+async def test_the_next_batch_is_there_when_the_worker_is_free():
+    late, early = Worker(early_s=0.0), Worker(early_s=HANDOVER_S)
+    slow, fast = await late.arrivals(2000, 0.010), await early.arrivals(2000, 0.010)
+    assert min(late.idle_s()) == pytest.approx(HANDOVER_S)
+    assert statistics.median(early.idle_s()) < HANDOVER_S / 10
+    # Fewer wait for the next batch but one, and none for the transport between two.
+    assert statistics.median(slow) - statistics.median(fast) > HANDOVER_S / 2
+    assert statistics.mean(slow) - statistics.mean(fast) > HANDOVER_S / 2
+    assert early.batcher.running == early.batcher.waiting == 0
+
+
+@in_virtual_time
+async def test_what_arrives_while_a_slot_is_about_to_be_free_goes_at_once():
+    worker = Worker(early_s=0.004)
+    for _ in range(10):  # it learns: 25 ms each, hand-over included
+        await worker.batcher.submit("item", cost=1)
+    start = worker.loop.time()
+    first = asyncio.create_task(worker.batcher.submit("first", cost=1))
+    await asyncio.sleep(0.023)
+    second = asyncio.create_task(worker.batcher.submit("second", cost=1))
+    await asyncio.gather(first, second)
+    assert [round(at - start, 4) for at, _ in worker.sent[-2:]] == [0.0, 0.023]
+
+
+@in_virtual_time
+async def test_a_worker_that_takes_longer_than_expected_gets_no_more_than_one_ahead():
+    worker = Worker(early_s=0.004)
+    for _ in range(10):
+        await worker.batcher.submit("item", cost=1)
+    worker.jitter_s = 1.0  # a hiccup
+    tasks = [asyncio.create_task(worker.batcher.submit("first", cost=1))]
+    await asyncio.sleep(0.0)
+    await asyncio.sleep(0.040)  # the window has been and gone: 21 to 29 ms
+    before = len(worker.sent)
+    for _ in range(5):
+        tasks.append(asyncio.create_task(worker.batcher.submit("later", cost=1)))
+        await asyncio.sleep(0.001)
+    assert len(worker.sent) == before and worker.batcher.waiting == 5
+    worker.jitter_s = 0.0
+    answers = await asyncio.gather(*tasks)
+    assert answers[-1].batch_items == 5
+
+
+@in_virtual_time
+async def test_where_times_cannot_be_foreseen_a_batch_waits_for_the_slot():
+    worker = Worker(early_s=0.004, jitter_s=0.040)
+    await worker.arrivals(300, 0.010)
+    first_idle = worker.idle_s()
+    assert min(first_idle[20:]) == pytest.approx(HANDOVER_S)
+
+
+@in_virtual_time
+async def test_with_two_workers_the_first_to_be_free_is_foreseen():
+    worker = Worker(early_s=0.004, workers=2)
+    latencies = await worker.arrivals(600, 0.004)
+    assert worker.batcher.running == worker.batcher.waiting == 0
+    assert max(latencies[100:]) < 0.080
+
+
+@in_virtual_time
+async def test_an_item_that_fails_teaches_as_much_as_one_that_does_not_and_a_failed_batch_nothing():
+    worker = Worker(early_s=0.004)
+    for _ in range(10):
+        with pytest.raises(ValueError, match="broken"):
+            await worker.batcher.submit("broken", cost=1)
+    assert worker.batcher._forecast.seconds(1, within_s=0.001) == pytest.approx(0.025)
+
+    async def gone(items: Sequence[Any]) -> Sequence[Any]:
+        await asyncio.sleep(30)
+        raise NotReady("gone")
+
+    worker.batcher._run = gone
+    with pytest.raises(NotReady):
+        await worker.batcher.submit("lost", cost=1)
+    assert worker.batcher._forecast.seconds(1, within_s=0.001) == pytest.approx(0.025)
+
+
+def told(pairs: Sequence[tuple[float, float]]) -> Forecast:
+    forecast = Forecast()
+    for cost, seconds in pairs:
+        forecast.tell(cost, seconds)
+    return forecast
+
+
+def test_a_forecast_follows_a_line_through_cost():
+    forecast = told(
+        [(cost, 0.02 + 1e-6 * cost) for cost in (20e3, 50e3, 120e3, 30e3, 70e3, 90e3, 20e3, 60e3)]
+    )
+    assert forecast.seconds(100e3, within_s=0.5) == pytest.approx(0.12)
+
+
+def test_a_forecast_says_nothing_before_it_has_seen_enough_or_after_it_was_wrong():
+    assert told([(1, 0.1)] * 5).seconds(1, within_s=1.0) is None
+    steady = told([(1, 0.1)] * 6)
+    assert steady.seconds(1, within_s=0.001) == pytest.approx(0.1)
+    steady.tell(1, 2.0)
+    assert steady.seconds(1, within_s=0.01) is None
+    for _ in range(80):
+        steady.tell(1, 0.1)
+    assert steady.seconds(1, within_s=0.01) == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_forecast_never_says_that_more_work_takes_less_time():
+    forecast = told([(10, 0.2), (20, 0.1)] * 5)
+    assert forecast.seconds(1000, within_s=9) <= forecast.seconds(2000, within_s=9)
