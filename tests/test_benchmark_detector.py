@@ -51,6 +51,7 @@ def test_both_sides_are_timed_by_stage_and_found_equal_and_the_json_repeats_the_
     subject: detector.Subject,
 ) -> None:
     done: list[int] = []
+    others = set(psutil.Process().children())  # servers that tests before this one share
     result = detector.run(subject, native_python=PYTHON, rounds=1, progress=done.append)
     assert done == [1, 2, 3]
     assert list(result.native) == list(result.ours)
@@ -71,7 +72,7 @@ def test_both_sides_are_timed_by_stage_and_found_equal_and_the_json_repeats_the_
     said = json.loads(result.json_line())
     assert "\n" not in result.json_line()
     assert said["ratio_total"] == result.native["total"] / result.ours["total"] == said["ratios"]["total"]
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= others
 
 
 def test_an_error_of_the_native_side_is_a_sentence_and_it_goes_on(tmp_path: Path) -> None:

@@ -36,7 +36,10 @@ def locked(path: Path) -> list[Requirement]:
 
 
 def installed() -> dict[str, str]:
-    return {canonicalize_name(one.metadata["Name"]): one.version for one in metadata.distributions()}
+    """As a fresh process sees it: setuptools, once imported, puts packages of its own on the path."""
+    program = "from importlib import metadata; [print(one.metadata['Name'], one.version) for one in metadata.distributions()]"
+    lines = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    return {canonicalize_name(name): version for name, version in map(str.split, lines.splitlines())}
 
 
 # The lock

@@ -68,6 +68,12 @@ class Up:
         (found,) = [each for each in everything if what in each.cmdline() or each.name() == what]
         return found
 
+    def worker(self) -> psutil.Process:
+        """The process that has the model."""
+        everything = psutil.Process(self.process.pid).children(recursive=True)
+        (found,) = [one for one in everything if any("model_service_worker" in word for word in one.cmdline())]
+        return found
+
     def text(self) -> str:
         return "".join(self.lines)
 
@@ -112,21 +118,21 @@ def test_sigterm_under_load_loses_no_request_and_ends_with_0(up: Callable[..., U
     service = up()
     service.await_ready()
     frame = sample_frame()
-    sent = threading.Semaphore(0)
     statuses: list[int] = []
 
     def ask() -> None:
         with httpx.Client(timeout=60) as client:
-            sent.release()
             statuses.append(client.post(f"{service.url}/predictions/second", content=frame).status_code)
 
+    worker = service.worker()
+    worker.suspend()  # so that none of the eight is answered before the last has come
     askers = [threading.Thread(target=ask) for _ in range(8)]
     for asker in askers:
         asker.start()
-    for _ in askers:
-        assert sent.acquire(timeout=10)
     wait_until(lambda: "mmdet3d_serve_pending_frames 8.0" in httpx.get(f"{service.url}/metrics").text, 10)
     service.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "draining" in service.text(), 10)
+    worker.resume()
     for asker in askers:
         asker.join(60)
     assert service.end() == 0, service.text()

@@ -87,6 +87,8 @@ def shrink(config: Any, origin: Path) -> Any:
     while isinstance(dataset, Mapping) and "pipeline" not in dataset and "dataset" in dataset:
         dataset = dataset["dataset"]
     for step in _steps((dataset or {}).get("pipeline") or ()):
+        if step.get("keep_ratio") is False and step.get("type", "").endswith("Resize"):
+            continue  # a network of one input size, as SSD: it takes no other
         for key in ("scale", "size", "img_scale"):
             value = step.get(key)
             if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(n, int) for n in value):

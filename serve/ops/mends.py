@@ -2,7 +2,8 @@
 
 * `furthest_point_sample`, `knn` and `points_in_boxes` ask torch.cuda for its current device, or for tensors, whatever
   the input is on: without CUDA they raise before any kernel is called.
-* `sparse_structure.scatter_nd` indexes with a list, which torch deprecates and will read as a tensor.
+* `sparse_structure.scatter_nd` indexes with a list, which torch deprecates and will read as a tensor; and
+  `SparseConvTensor` multiplies its extents with numpy, which fails where they are a tensor, as mmdet3d's MinkUNet has them.
 * `masked_conv` calls ``torch.addmm`` by an order of arguments that torch deprecates.
 * `multi_scale_deform_attn` never calls its kernel on a CPU but a slow way of its own.
 
@@ -73,7 +74,7 @@ def _add_products_in_order(module: ModuleType) -> None:
     module.__dict__["torch"] = _TorchBut(torch, addmm=addmm)
 
 
-def _index_with_a_tuple(module: ModuleType) -> None:
+def _mend_sparse_structure(module: ModuleType) -> None:
     def scatter_nd(indices: Any, updates: Any, shape: Any) -> Any:
         """A tensor of `shape` with `updates` (N, …) at `indices` (N, len(leading shape)), zero elsewhere."""
         out = updates.new_zeros(tuple(shape))
@@ -81,6 +82,14 @@ def _index_with_a_tuple(module: ModuleType) -> None:
         return out
 
     module.__dict__["scatter_nd"] = scatter_nd
+    made = module.SparseConvTensor.__init__
+
+    def with_extents_as_numbers(self: Any, features: Any, indices: Any, spatial_shape: Any, *more: Any, **named: Any) -> None:
+        """Make one; its extents may be a tensor."""
+        shape = spatial_shape.tolist() if hasattr(spatial_shape, "tolist") else spatial_shape
+        made(self, features, indices, shape, *more, **named)
+
+    module.SparseConvTensor.__init__ = with_extents_as_numbers
 
 
 def _attend_with_the_kernel(module: ModuleType) -> None:
@@ -94,6 +103,6 @@ MENDS: dict[str, Callable[[ModuleType], None]] = {
     "mmcv.ops.knn": _assume_no_cuda,
     "mmcv.ops.masked_conv": _add_products_in_order,
     "mmcv.ops.points_in_boxes": _assume_no_cuda,
-    "mmcv.ops.sparse_structure": _index_with_a_tuple,
+    "mmcv.ops.sparse_structure": _mend_sparse_structure,
     "mmcv.ops.multi_scale_deform_attn": _attend_with_the_kernel,
 }

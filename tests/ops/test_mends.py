@@ -49,6 +49,14 @@ def test_a_sparse_tensor_becomes_dense_without_a_deprecated_index():
     assert dense.shape == (1, 2, 2, 1, 3) and dense[0, :, 1, 0, 2].tolist() == [1.0, 2.0] and dense.sum() == 3
 
 
+def test_a_sparse_tensor_takes_its_extents_as_a_tensor():
+    from mmcv.ops import SparseConvTensor
+
+    places = torch.tensor([[0, 1, 0, 2]], dtype=torch.int32)
+    sparse = SparseConvTensor(torch.ones(1, 2), places, places.max(0)[0][1:] + 1, 1)
+    assert sparse.spatial_shape == [2, 1, 3] and sparse.sparity == pytest.approx(1 / 6)
+
+
 def test_deformable_attention_takes_the_kernel_on_a_cpu():
     from mmcv.ops import multi_scale_deform_attn
 
