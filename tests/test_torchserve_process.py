@@ -488,16 +488,41 @@ def test_the_reason_of_a_failed_load_is_the_last_exception_of_the_worker(log_pat
     assert (failure.model, failure.reason) == ("second", "ValueError: no such layer: neck.0")
 
 
-def test_a_worker_that_ends_without_a_word_is_told_as_such(log_path: Path) -> None:
+DEATH = (
+    ("W-9000-second_1.0", "WorkerThread", "Retry worker: 9000 in 1 seconds."),
+    (STDOUT, "WorkerLifeCycle", f"Stopped Scanner - {STDOUT}"),
+)
+
+
+def test_a_worker_that_ends_without_a_word_twice_is_told_as_such(
+    log_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("serve.torchserve.log.time.monotonic", lambda: now)
     log = WorkerLog(log_path)
-    logged(
-        log_path,
-        ("W-9000-second_1.0", "WorkerThread", "Retry worker: 9000 in 1 seconds."),
-        (STDOUT, "WorkerLifeCycle", f"Stopped Scanner - {STDOUT}"),
-    )
+    for second_at in (101.0, 200.0):
+        logged(log_path, *DEATH)
+        assert log.failure({"second"}) is None
+        now = second_at
     failure = log.failure({"second"})
     assert failure is not None
     assert "without saying why" in failure.reason
+
+
+def test_words_that_were_lost_with_a_first_death_are_taken_from_the_second(log_path: Path) -> None:
+    """TorchServe stops reading when it notices that a worker is gone, whatever the pipe still holds."""
+    log = WorkerLog(log_path)
+    logged(log_path, (STDOUT, "MODEL_LOG", "model_name: second, batchSize: 1"), *DEATH)
+    assert log.failure({"second"}) is None
+    logged(
+        log_path,
+        (STDOUT, "MODEL_LOG", "Traceback (most recent call last):"),
+        (STDOUT, "MODEL_LOG", "serve.errors.ArchiveError: weights.safetensors has the wrong hash"),
+        *DEATH,
+    )
+    failure = log.failure({"second"})
+    assert failure is not None
+    assert failure.reason == "weights.safetensors has the wrong hash"
 
 
 def test_the_death_of_another_model_is_not_the_reason(log_path: Path) -> None:

@@ -21,8 +21,11 @@ _THREAD = re.compile(r"(W-\d+-(.+)_[0-9.]+)(-stdout|-stderr)?")
 _RAISED = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)(?:: (.*))?")
 _SECOND_HAND = re.compile(r"\d{3} - ")
 _KEPT_LINES = 60
+_WORDLESS = "its worker ended without saying why (killed? out of memory?)"
 # What a worker printed can arrive a little after TorchServe has noticed its death.
 _GRACE_S = 1.0
+# Or never: TorchServe stops reading when it notices. It starts the worker again within seconds, which says it again.
+_DEATHS_WITHOUT_A_WORD = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class LoadFailure:
 class _WorkerTale:
     model: str
     printed: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
-    died_at: float | None = None
+    deaths: int = 0
+    died_at: float = 0.0
     all_read: bool = False
 
 
@@ -59,13 +63,20 @@ class WorkerLog:
         self._trouble: str | None = None
 
     def failure(self, models: Collection[str]) -> LoadFailure | None:
-        """The first worker of `models` that died, once all it printed is there; None while all is well."""
+        """The first worker of `models` that died, once all it printed is there; None while all is well.
+
+        One that died and left no reason behind gets another try first.
+        """
         self._read()
         for tale in self._tales.values():
-            if tale.model not in models or tale.died_at is None:
+            if tale.model not in models or not tale.deaths:
                 continue
-            if tale.all_read or time.monotonic() - tale.died_at > _GRACE_S:
-                return LoadFailure(tale.model, _reason(tale.printed), tuple(tale.printed))
+            waited = time.monotonic() - tale.died_at > _GRACE_S
+            reason = _reason(tale.printed)
+            if reason is not None and (waited or tale.all_read):
+                return LoadFailure(tale.model, reason, tuple(tale.printed))
+            if reason is None and waited and tale.deaths >= _DEATHS_WITHOUT_A_WORD:
+                return LoadFailure(tale.model, _WORDLESS, tuple(tale.printed))
         return None
 
     def forget(self) -> None:
@@ -106,13 +117,14 @@ class WorkerLog:
         if logger == "MODEL_LOG":
             tale.printed.append(message)
         elif stream is None and message.startswith("Retry worker"):
-            tale.died_at = tale.died_at or time.monotonic()
+            tale.deaths += 1
+            tale.died_at = time.monotonic()
         elif stream == "-stdout" and message.startswith("Stopped Scanner"):
             tale.all_read = True
 
 
-def _reason(printed: deque[str]) -> str:
-    """The last exception of the worker's tracebacks, but for TorchServe's own that repeats it as a code."""
+def _reason(printed: deque[str]) -> str | None:
+    """The last exception of the worker's tracebacks, but for TorchServe's own that repeats it as a code; None: none."""
     raised: list[str] = []
     inside = False
     for line in printed:
@@ -125,6 +137,4 @@ def _reason(printed: deque[str]) -> str:
                 if text and _SECOND_HAND.match(text):
                     continue
                 raised.append(text if kind.startswith("serve.errors.") and text else line)
-    if raised:
-        return raised[-1]
-    return "its worker ended without saying why (killed? out of memory?)"
+    return raised[-1] if raised else None
