@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from handlers.rows import Entry, Form, answer_row, read_row
+from handlers.worker_log import thin_out
 from serve import ops
 from serve.cpu_quota import cores
 from serve.errors import ArchiveError, ServeError
@@ -32,6 +33,7 @@ class DetectionHandler:
 
     def initialize(self, context: Any) -> None:
         """Load the unpacked archive; raises a `SetupError` that says why when it cannot be served."""
+        thin_out()
         self.settings = Settings.from_environment()
         ops.install(self.settings.ops, cache_dir=self.settings.cache_dir)
         import torch

@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import Any
 
 from handlers.rows import answer_row, read_row
+from handlers.worker_log import thin_out
 from serve.benchmark.serving import slept
 from serve.errors import ServeError
 from serve.wire import encode_json
@@ -23,6 +24,7 @@ class SleptHandler:
 
     def initialize(self, context: Any) -> None:
         """Nothing is loaded."""
+        thin_out()
 
     def handle(self, data: Sequence[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer every row."""

@@ -1,0 +1,59 @@
+"""What a worker prints for every batch is thinned out, and nothing else is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from handlers import worker_log
+
+METRICS = logging.getLogger("ts.metrics.caching_metric")
+
+
+@pytest.fixture(autouse=True)
+def filters_are_put_back() -> Iterator[None]:
+    before = {one: one.filters[:] for one in (logging.getLogger(), METRICS)}
+    yield
+    for one, filters in before.items():
+        one.filters[:] = filters
+
+
+def metric(name: str, value: float, kind: str = "GAUGE") -> str:
+    return f"[METRICS]{name}.ms:{value}|#ModelName:second,Level:Model|#type:{kind}|#hostname:h,1795266686"
+
+
+def test_of_a_gauge_only_a_value_per_second_is_printed_and_the_first_at_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 50.0
+    monkeypatch.setattr(worker_log.time, "monotonic", lambda: now)
+    worker_log.thin_out()
+    with caplog.at_level(logging.INFO):
+        for _ in range(25):
+            METRICS.info(metric("PredictionTime", now))
+            METRICS.info(metric("HandlerTime", now))
+            now += 0.1
+    said = [text for text in caplog.messages if "PredictionTime" in text]
+    assert len(said) == 3 and said[0] == metric("PredictionTime", 50.0)
+    assert len(caplog.messages) == 6
+
+
+def test_counters_are_all_printed(caplog: pytest.LogCaptureFixture) -> None:
+    worker_log.thin_out()
+    with caplog.at_level(logging.INFO):
+        for _ in range(5):
+            METRICS.info(metric("Frames", 1, "COUNTER"))
+    assert len(caplog.messages) == 5
+
+
+def test_that_a_request_came_is_not_printed_and_everything_else_is(caplog: pytest.LogCaptureFixture) -> None:
+    worker_log.thin_out()
+    worker_log.thin_out()
+    with caplog.at_level(logging.INFO):
+        logging.info("Backend received inference at: %d", 1)
+        logging.info("Frontend disconnected.")
+        logging.getLogger("ts.service").info("Backend received inference of a named logger")
+    assert caplog.messages == ["Frontend disconnected.", "Backend received inference of a named logger"]
+    assert len(logging.getLogger().filters) == 1
