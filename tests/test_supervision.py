@@ -71,7 +71,9 @@ class Up:
     def worker(self) -> psutil.Process:
         """The process that has the model."""
         everything = psutil.Process(self.process.pid).children(recursive=True)
-        (found,) = [one for one in everything if any("model_service_worker" in word for word in one.cmdline())]
+        (found,) = [
+            one for one in everything if any("model_service_worker" in word for word in one.cmdline())
+        ]
         return found
 
     def text(self) -> str:

@@ -84,7 +84,9 @@ def _mend_sparse_structure(module: ModuleType) -> None:
     module.__dict__["scatter_nd"] = scatter_nd
     made = module.SparseConvTensor.__init__
 
-    def with_extents_as_numbers(self: Any, features: Any, indices: Any, spatial_shape: Any, *more: Any, **named: Any) -> None:
+    def with_extents_as_numbers(
+        self: Any, features: Any, indices: Any, spatial_shape: Any, *more: Any, **named: Any
+    ) -> None:
         """Make one; its extents may be a tensor."""
         shape = spatial_shape.tolist() if hasattr(spatial_shape, "tolist") else spatial_shape
         made(self, features, indices, shape, *more, **named)

@@ -10,6 +10,7 @@ nothing about coordinates.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +19,21 @@ from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_same_device, loops_take
 from serve.ops.jit import jit, jit_contracted
-from serve.ops.point_checks import check_tensor
+from serve.ops.point_checks import check_shape, check_tensor
 from serve.ops.register_tile import CHANNELS, ROWS, add_products, panels
 from serve.ops.threads import in_parts
 from serve.ops.voxel_checks import check_rulebook, check_rulebook_rows
 
 __all__ = [
+    "Prepared",
+    "convolve_table",
     "fused_indice_conv_forward",
     "indice_conv_backward",
     "indice_conv_forward",
     "indice_maxpool_backward",
     "indice_maxpool_forward",
+    "neighbours_of_pairs",
+    "prepared",
 ]
 
 
@@ -93,11 +98,11 @@ def convolve(
     if bias is not None:
         check_tensor(("features", features), "bias", bias, weight.shape[2])
     if loops_take(features) and features.dtype == torch.float32:
-        neighbours = _neighbours_cpu(
-            indice_pairs, indice_pair_num, features.shape[0], num_act_out, bool(inverse)
+        neighbours = neighbours_of_pairs(
+            indice_pairs, indice_pair_num, features.shape[0], num_act_out, inverse=bool(inverse)
         )
         if neighbours is not None:
-            return _convolve_cpu(features, weight, bias, neighbours, relu)
+            return convolve_table(features, prepared(weight, bias), neighbours, relu=relu)
     check_rulebook_rows(indice_pairs, indice_pair_num, features.shape[0], num_act_out, bool(inverse))
     counts: list[int] = indice_pair_num.tolist()  # the one transfer
     centre = _identity_offset(counts, num_act_out, bool(subm))
@@ -201,8 +206,8 @@ def _weight(features: Tensor, filters: Tensor, indice_pairs: Tensor) -> Tensor:
     return weight[: indice_pairs.shape[0]]
 
 
-def _neighbours_cpu(
-    pairs: Tensor, pair_num: Tensor, num_act_in: int, num_act_out: int, inverse: bool
+def neighbours_of_pairs(
+    pairs: Tensor, pair_num: Tensor, num_act_in: int, num_act_out: int, *, inverse: bool
 ) -> npt.NDArray[np.int32] | None:
     """(K, M) input row of every offset and output row, -1 for none; None if an offset names an output twice.
 
@@ -224,17 +229,54 @@ def _neighbours_cpu(
     return None if (states == _NOT_UNIQUE).any() else table
 
 
-def _convolve_cpu(
-    features: Tensor, weight: Tensor, bias: Tensor | None, neighbours: npt.NDArray[np.int32], relu: bool
-) -> Tensor:
-    rows, kernel = as_numpy(features), as_numpy(panels(weight))
+@dataclass(frozen=True)
+class Prepared:
+    """Weights and bias as the compiled convolution reads them.
+
+    Attributes:
+        panels: (K, P, Cin, `CHANNELS`) float32, see `register_tile.panels`.
+        start: (P * `CHANNELS`,) float32: the bias, and zeros.
+        channels: Cout.
+    """
+
+    panels: npt.NDArray[np.float32]
+    start: npt.NDArray[np.float32]
+    channels: int
+
+
+def prepared(weight: Tensor, bias: Tensor | None) -> Prepared:
+    """`weight` (K, Cin, Cout) and `bias` (Cout,), float32 on the CPU, once for many calls."""
+    kernel = as_numpy(panels(weight))
     start = np.zeros(kernel.shape[1] * CHANNELS, dtype=np.float32)
     if bias is not None:
         start[: weight.shape[2]] = as_numpy(bias)
-    output = np.empty((neighbours.shape[1], weight.shape[2]), dtype=np.float32)
+    return Prepared(kernel, start, weight.shape[2])
+
+
+def convolve_table(
+    features: Tensor, kernel: Prepared, neighbours: npt.NDArray[np.int32], *, relu: bool = False
+) -> Tensor:
+    """The convolution of `features` (N, Cin) float32, on the CPU.
+
+    Args:
+        features: of the input voxels.
+        kernel: weights and bias.
+        neighbours: (K, M) int32: the input row of every offset and output row, -1 for none. Its values are trusted.
+        relu: set negative sums to zero.
+
+    Returns:
+        (M, Cout).
+    """
+    check_shape("features", features, None, kernel.panels.shape[2])
+    if len(neighbours) > len(kernel.panels):
+        raise ValueError(
+            f"neighbours has {len(neighbours)} kernel offsets, the weights have {len(kernel.panels)}"
+        )
+    rows = as_numpy(features)
+    output = np.empty((neighbours.shape[1], kernel.channels), dtype=np.float32)
 
     def work(first: int, last: int) -> None:
-        _convolve_tiles(rows, kernel, start, neighbours, relu, output, first, last)
+        _convolve_tiles(rows, kernel.panels, kernel.start, neighbours, relu, output, first, last)
 
     # Shared out by whole tiles: which rows are done together does not depend on the number of threads.
     in_parts(work, -(-len(output) // _TILE))
@@ -295,7 +337,7 @@ def _convolve_tiles(
         for o in range(rows):
             for c in range(start.shape[0]):
                 sums[o, c] = start[c]
-        for k in range(weight.shape[0]):
+        for k in range(neighbours.shape[0]):
             n = 0
             for o in range(rows):
                 # Written always, counted where there is a neighbour: no branch to mispredict.

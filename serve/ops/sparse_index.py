@@ -24,11 +24,14 @@ from serve.ops.point_checks import check_integer
 from serve.ops.threads import in_parts
 
 __all__ = [
+    "check_bounds",
     "get_indice_pairs_2d_backward",
     "get_indice_pairs_2d_forward",
     "get_indice_pairs_3d_backward",
     "get_indice_pairs_3d_forward",
     "get_indice_pairs_4d_forward",
+    "kernel_offsets",
+    "rulebook",
 ]
 
 I32 = npt.NDArray[np.int32]
@@ -37,7 +40,7 @@ Rulebook = list[Tensor]
 MAX_KERNEL_VOLUME = 4096
 
 
-def _forward(
+def rulebook(
     indices: Tensor,
     batch_size: int,
     out_shape: Sequence[int],
@@ -87,12 +90,13 @@ def _forward(
     if subm:
         stride, padding, transpose = [1] * ndim, [k // 2 for k in ksize], 0
     geometry = np.array([ksize, stride, padding, dilation, out_shape, spatial_shape], dtype=np.int64)
-    _check_bounds(indices, batch_size, spatial_shape)
+    check_bounds(indices, batch_size, spatial_shape)
     build = _rulebook_cpu if loops_take(indices) else _rulebook_torch
     return build(indices.to(torch.int32), geometry, bool(subm), bool(transpose))
 
 
-def _check_bounds(indices: Tensor, batch_size: int, spatial_shape: Sequence[int]) -> None:
+def check_bounds(indices: Tensor, batch_size: int, spatial_shape: Sequence[int]) -> None:
+    """Raise IndexError unless every voxel (batch index, coordinates) lies in the batch and the shape."""
     if indices.shape[0] == 0:
         return
     low, high = torch.aminmax(indices, dim=0)
@@ -106,15 +110,15 @@ def _check_bounds(indices: Tensor, batch_size: int, spatial_shape: Sequence[int]
         )
 
 
-get_indice_pairs_2d_forward = _forward
-get_indice_pairs_3d_forward = _forward
-get_indice_pairs_4d_forward = _forward
+get_indice_pairs_2d_forward = rulebook
+get_indice_pairs_3d_forward = rulebook
+get_indice_pairs_4d_forward = rulebook
 
 
 def _with_grid(indices: Tensor, grid: Tensor, *arguments: object) -> Rulebook:
     """The variant that reuses a caller's dense grid as scratch memory; ours needs none."""
     del grid
-    return _forward(indices, *arguments)  # type: ignore[arg-type]
+    return rulebook(indices, *arguments)  # type: ignore[arg-type]
 
 
 get_indice_pairs_2d_backward = _with_grid
@@ -133,7 +137,7 @@ def _rulebook_cpu(indices: Tensor, geometry: I64, subm: bool, transpose: bool) -
     return [torch.from_numpy(out), torch.from_numpy(pairs), torch.from_numpy(counts)]
 
 
-def _kernel_offsets(ksize: I64) -> I64:
+def kernel_offsets(ksize: I64) -> I64:
     """(K, D) kernel positions in row-major order, the order of a flattened weight."""
     return np.stack(np.unravel_index(np.arange(int(np.prod(ksize))), tuple(ksize)), axis=1).astype(np.int64)
 
@@ -148,7 +152,7 @@ def _submanifold_pairs(rows: I32, geometry: I64, pairs: I32, counts: I32) -> Non
     reach = np.maximum(0, (ksize - 1) * dilation - padding)
     widths = np.cumprod([1, *(shape + padding + reach)[::-1]])[::-1].astype(np.int64)
     key = (rows[:, 0] * widths[0]) + (rows[:, 1:] + padding) @ widths[1:]
-    distances = (_kernel_offsets(ksize) * dilation - padding) @ widths[1:]
+    distances = (kernel_offsets(ksize) * dilation - padding) @ widths[1:]
     order = np.argsort(key)
     known = key[order]
     # Where o sees i under one offset, i sees o under the opposite one: half the walks do. That holds for odd
@@ -279,7 +283,7 @@ def _rulebook_torch(indices: Tensor, geometry: I64, subm: bool, transpose: bool)
     """The same with sorts and searches only, for any device."""
     device = indices.device
     _, stride, padding, dilation, out_shape, in_shape = torch.from_numpy(geometry).to(device)
-    offsets = torch.from_numpy(_kernel_offsets(geometry[0])).to(device)
+    offsets = torch.from_numpy(kernel_offsets(geometry[0])).to(device)
     n, volume = indices.shape[0], offsets.shape[0]
     batch, coords = indices[:, :1].long(), indices[:, 1:].long()
     pairs = torch.full((volume, 2, n), -1, dtype=torch.int32, device=device)

@@ -1,22 +1,29 @@
 """A sparse convolution for inference: its bias and its ReLU are part of the kernel's one pass.
 
-mmcv's own layer adds the bias and leaves the ReLU to another layer: two more passes over all features. The layer
-here takes the place of one of mmcv's (`serve.runtime.folding` decides where) and keeps to its protocol: it shares
-rulebooks through ``indice_dict``, so both kinds may stand in one network. Imports mmcv; knows nothing about norms.
+mmcv's own layer adds the bias and leaves the ReLU to another layer: two more passes over all features; it turns its
+weights over on every call, and every layer makes a table of its own of the pairs that it shares with others. The layer
+here takes the place of one of mmcv's (`serve.runtime.folding` decides where, and takes all of a network). Layers share
+their geometry through ``indice_dict`` as mmcv's do, but as a table of neighbours where the CPU convolves, which is all
+that is needed there. Imports mmcv; knows nothing about norms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from mmcv.ops import sparse_ops
 from mmcv.ops.sparse_modules import SparseModule
 from mmcv.ops.sparse_structure import SparseConvTensor
 from torch import Tensor, nn
 
-from serve.ops.sparse_conv import convolve
+from serve.ops.checks import loops_take
+from serve.ops.neighbour_table import inverted, strided_table, submanifold_table
+from serve.ops.sparse_conv import Prepared, convolve, convolve_table, prepared
 
 __all__ = ["InferenceSparseConvolution", "SparseMap"]
 
@@ -48,6 +55,27 @@ def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_zeros(shape)
 
 
+@dataclass(frozen=True)
+class _Geometry:
+    """Which voxel meets which, found by one layer and used by all of its key.
+
+    Attributes:
+        rows: (M, 1 + D) output voxels.
+        inputs: (N, 1 + D) input voxels.
+        in_shape: D input extents, which an inverse layer puts out.
+        table: (K, M) as `serve.ops.neighbour_table` makes it, where the CPU convolves; else None, and
+        pairs: (K, 2, N) and
+        counts: (K,) as mmcv's rulebooks are.
+    """
+
+    rows: Tensor
+    inputs: Tensor
+    in_shape: Any
+    table: npt.NDArray[np.int32] | None = None
+    pairs: Tensor | None = None
+    counts: Tensor | None = None
+
+
 class InferenceSparseConvolution(SparseModule):  # type: ignore[misc]
     """One of mmcv's sparse convolutions as it stands, with a ReLU behind it if asked for. Not trainable."""
 
@@ -67,39 +95,77 @@ class InferenceSparseConvolution(SparseModule):  # type: ignore[misc]
         self.kernel_size, self.stride = list(layer.kernel_size), list(layer.stride)
         self.padding, self.dilation = list(layer.padding), list(layer.dilation)
         self.output_padding = list(layer.output_padding)
+        self._prepared: Prepared | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._prepared = None  # the weights move, or change their type
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Any) -> Any:
         """Convolve the features of a ``SparseConvTensor``; another with the same ``indice_dict``."""
-        rows, pairs, counts, shape = self._rulebook(x)
-        features = convolve(
-            x.features, self.weight, self.bias, pairs.to(x.features.device), counts, rows.shape[0],
-            int(self.inverse), int(self.subm), relu=self.relu,
-        )  # fmt: skip
+        on_table = loops_take(x.features) and x.features.dtype == self.weight.dtype == torch.float32
+        shape = self._out_shape(x.spatial_shape)
+        geometry = self._geometry(x, shape, on_table=on_table)
+        rows = geometry.rows
+        if self.inverse:
+            rows, shape = geometry.inputs, geometry.in_shape
+        if geometry.table is not None:
+            features = self._convolve_table(x.features, geometry, len(rows))
+        else:
+            assert geometry.pairs is not None and geometry.counts is not None
+            features = convolve(
+                x.features, self.weight, self.bias, geometry.pairs.to(x.features.device), geometry.counts,
+                rows.shape[0], int(self.inverse), int(self.subm), relu=self.relu,
+            )  # fmt: skip
         out = (SparseMap if self.ends_in_map else SparseConvTensor)(features, rows, shape, x.batch_size)
         out.indice_dict, out.grid = x.indice_dict, x.grid
         return out
 
-    def _rulebook(self, x: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Output rows, pairs, their counts and the output's spatial shape: a known rulebook or a new one."""
-        known = x.find_indice_pair(self.indice_key)
-        if self.inverse:
-            if known is None:
-                raise ValueError(f"no convolution {self.indice_key!r} has run that this layer could invert")
-            _, rows, pairs, counts, shape = known
-            return rows, pairs, counts, shape
-        shape = self._out_shape(x.spatial_shape)
-        if self.indice_key is not None and known is not None:
-            rows, _, pairs, counts, _ = known
+    def _convolve_table(self, features: Tensor, geometry: _Geometry, outputs: int) -> Tensor:
+        assert geometry.table is not None
+        inputs = geometry.rows if self.inverse else geometry.inputs
+        if len(features) != len(inputs):
+            raise ValueError(
+                f"{len(features)} rows of features for {len(inputs)} voxels of {self.indice_key!r}: layers that share "
+                "a key must stand on the same voxels"
+            )
+        if self._prepared is None:
+            weight = self.weight.detach().reshape(-1, *self.weight.shape[-2:])
+            self._prepared = prepared(weight, None if self.bias is None else self.bias.detach())
+        table = inverted(geometry.table, outputs) if self.inverse else geometry.table
+        return convolve_table(features, self._prepared, table, relu=self.relu)
+
+    def _geometry(self, x: Any, out_shape: Any, *, on_table: bool) -> _Geometry:
+        """What is known under the layer's key, or found now and noted there."""
+        known: _Geometry | None = x.find_indice_pair(self.indice_key)
+        if self.inverse and known is None:
+            raise ValueError(f"no convolution {self.indice_key!r} has run that this layer could invert")
+        if known is not None and (self.inverse or self.indice_key is not None):
+            return known
+        if on_table:
+            geometry = self._table(x, out_shape)
         else:
             rows, pairs, counts = sparse_ops.get_indice_pairs(
                 x.indices, x.batch_size, x.spatial_shape, self.kernel_size, self.stride, self.padding,
                 self.dilation, self.output_padding, self.subm, self.transposed, grid=x.grid,
             )  # fmt: skip
-            x.indice_dict[self.indice_key] = (rows, x.indices, pairs, counts, x.spatial_shape)
-        return rows, pairs, counts, shape
+            geometry = _Geometry(rows, x.indices, x.spatial_shape, pairs=pairs, counts=counts)
+        x.indice_dict[self.indice_key] = geometry
+        return geometry
+
+    def _table(self, x: Any, out_shape: Any) -> _Geometry:
+        indices, in_shape, batch = x.indices.to(torch.int32), list(x.spatial_shape), int(x.batch_size)
+        if self.subm:
+            table = submanifold_table(indices, batch, in_shape, self.kernel_size, self.dilation)
+            return _Geometry(x.indices, x.indices, in_shape, table)
+        rows, table = strided_table(
+            indices, batch, in_shape, list(out_shape), self.kernel_size, self.stride, self.padding,
+            self.dilation, self.transposed,
+        )  # fmt: skip
+        return _Geometry(rows, x.indices, in_shape, table)
 
     def _out_shape(self, shape: Any) -> Any:
-        if self.subm:
+        if self.subm or self.inverse:
             return shape
         if self.transposed:
             return sparse_ops.get_deconv_output_size(

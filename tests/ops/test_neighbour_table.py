@@ -1,0 +1,153 @@
+"""Tables of neighbours say what the rulebooks of mmcv's layers say, whatever way they were found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.ops import neighbour_table, sparse_conv, sparse_index
+
+
+def voxels(shape: list[int], batch: int, share: float, seed: int) -> torch.Tensor:
+    """Some voxels of a grid, in no order."""
+    dice = np.random.default_rng(seed)
+    taken = np.argwhere(dice.random((batch, *shape)) < share).astype(np.int32)
+    return torch.from_numpy(dice.permutation(taken))
+
+
+def by_pairs(indices, batch, out_shape, in_shape, ksize, stride, padding, dilation, subm, transpose):
+    """The same through a list of pairs, by torch's way, which shares no code with the tables."""
+    geometry = np.array([ksize, stride, padding, dilation, out_shape, in_shape], dtype=np.int64)
+    rows, pairs, counts = sparse_index._rulebook_torch(indices, geometry, subm, transpose)
+    table = np.full((len(counts), len(rows)), -1, np.int32)
+    for k, count in enumerate(counts.tolist()):
+        table[k, pairs[k, 1, :count]] = pairs[k, 0, :count]
+    return rows.numpy(), table
+
+
+dimensions = st.integers(1, 4)
+
+
+@st.composite
+def strided(draw):
+    ndim = draw(dimensions)
+    each = lambda low, high: [draw(st.integers(low, high)) for _ in range(ndim)]  # noqa: E731
+    in_shape, ksize, stride, dilation = each(1, 6), each(1, 3), each(1, 3), each(1, 2)
+    padding = [draw(st.integers(0, k)) for k in ksize]
+    transpose = draw(st.booleans())
+    if transpose:
+        dilation = [1] * ndim
+        out_shape = [
+            (n - 1) * s - 2 * p + k for n, s, p, k in zip(in_shape, stride, padding, ksize, strict=True)
+        ]
+    else:
+        out_shape = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, s, p, k, d in zip(in_shape, stride, padding, ksize, dilation, strict=True)
+        ]
+    seed, share, batch = (
+        draw(st.integers(0, 1000)),
+        draw(st.sampled_from([0.0, 0.1, 0.6, 1.0])),
+        draw(st.integers(1, 3)),
+    )
+    return in_shape, out_shape, ksize, stride, padding, dilation, transpose, seed, share, batch
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=strided(), marked=st.booleans())
+def test_a_strided_table_is_the_rulebook(case, marked):
+    in_shape, out_shape, ksize, stride, padding, dilation, transpose, seed, share, batch = case
+    if min(out_shape) <= 0:
+        return
+    indices = voxels(in_shape, batch, share, seed)
+    expected_rows, expected = by_pairs(
+        indices, batch, out_shape, in_shape, ksize, stride, padding, dilation, False, transpose
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if not marked:
+            patch.setattr(neighbour_table, "MAX_MARKED_CELLS", 0)
+        rows, table = neighbour_table.strided_table(
+            indices, batch, in_shape, out_shape, ksize, stride, padding, dilation, transpose
+        )
+    assert np.array_equal(rows.numpy(), expected_rows) and np.array_equal(table, expected)
+    assert rows.dtype == torch.int32 and table.dtype == np.int32
+    turned = neighbour_table.inverted(table, len(indices))
+    k, o = np.nonzero(table >= 0)
+    assert np.array_equal(turned[k, table[k, o]], o) and (turned >= 0).sum() == len(k)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), ndim=dimensions, seed=st.integers(0, 1000), ordered=st.booleans())
+def test_a_submanifold_table_is_the_rulebook(data, ndim, seed, ordered):
+    shape = [data.draw(st.integers(1, 6)) for _ in range(ndim)]
+    ksize = [data.draw(st.integers(1, 3)) for _ in range(ndim)]
+    dilation = [data.draw(st.integers(1, 2)) for _ in range(ndim)]
+    indices = voxels(shape, 2, data.draw(st.sampled_from([0.0, 0.2, 1.0])), seed)
+    if ordered and len(indices):
+        indices = torch.unique(indices, dim=0)
+    half = [k // 2 for k in ksize]
+    _, expected = by_pairs(indices, 2, shape, shape, ksize, [1] * ndim, half, dilation, True, False)
+    table = neighbour_table.submanifold_table(indices, 2, shape, ksize, dilation)
+    assert np.array_equal(table, expected)
+
+
+@pytest.mark.parametrize("wrong", [[0, 0, 0, 5], [0, -1, 0, 0], [2, 0, 0, 0]])
+def test_a_voxel_outside_is_an_index_error(wrong):
+    indices = torch.tensor([[0, 1, 1, 1], wrong], dtype=torch.int32)
+    with pytest.raises(IndexError, match="must lie in"):
+        neighbour_table.submanifold_table(indices, 2, [4, 4, 4], [3, 3, 3], [1, 1, 1])
+    with pytest.raises(IndexError, match="must lie in"):
+        neighbour_table.strided_table(
+            indices, 2, [4, 4, 4], [2, 2, 2], [3, 3, 3], [2, 2, 2], [1, 1, 1], [1, 1, 1], False
+        )
+
+
+def test_marks_are_counted():
+    dice = np.random.default_rng(0)
+    marks = dice.integers(0, 1 << 63, 1000, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    marks[::3] = 0
+    before = np.empty(1000, np.int32)
+    total = neighbour_table._count(marks, before)
+    ones = np.array([int(word).bit_count() for word in marks])
+    assert total == ones.sum() and np.array_equal(before, np.cumsum(ones) - ones)
+
+
+def test_layers_that_share_a_key_must_stand_on_the_same_voxels():
+    from mmcv.ops import SparseConvTensor, SubMConv3d
+
+    from serve.runtime.sparse_layer import InferenceSparseConvolution
+
+    layer = InferenceSparseConvolution(SubMConv3d(2, 2, 3, padding=1, indice_key="a"), relu=False)
+    first = SparseConvTensor(torch.ones(3, 2), voxels([4, 4, 4], 1, 1.0, 0)[:3], [4, 4, 4], 1)
+    layer(first)
+    other = SparseConvTensor(torch.ones(5, 2), voxels([4, 4, 4], 1, 1.0, 0)[:5], [4, 4, 4], 1)
+    other.indice_dict = first.indice_dict
+    with pytest.raises(ValueError, match="same voxels"):
+        layer(other)
+
+
+def test_weights_that_move_are_prepared_anew():
+    from mmcv.ops import SparseConvTensor, SubMConv3d
+
+    from serve.runtime.sparse_layer import InferenceSparseConvolution
+
+    layer = InferenceSparseConvolution(SubMConv3d(2, 2, 3, padding=1), relu=False)
+    x = SparseConvTensor(torch.ones(3, 2), voxels([4, 4, 4], 1, 1.0, 0)[:3], [4, 4, 4], 1)
+    with torch.no_grad():
+        single = layer(x).features
+        x.indice_dict.clear()
+        double = layer.double()(SparseConvTensor(x.features.double(), x.indices, [4, 4, 4], 1)).features
+        assert double.dtype == torch.float64
+        torch.testing.assert_close(double.float(), single)
+        assert torch.equal(layer.float()(x).features, single)
+
+
+def test_the_compiled_convolution_refuses_what_does_not_fit():
+    kernel = sparse_conv.prepared(torch.ones(3, 4, 5), None)
+    with pytest.raises(ValueError, match="features"):
+        sparse_conv.convolve_table(torch.ones(2, 3), kernel, np.full((3, 2), -1, np.int32))
+    with pytest.raises(ValueError, match="offsets"):
+        sparse_conv.convolve_table(torch.ones(2, 4), kernel, np.full((4, 2), -1, np.int32))
