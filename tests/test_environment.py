@@ -37,7 +37,10 @@ def locked(path: Path) -> list[Requirement]:
 
 def installed() -> dict[str, str]:
     """As a fresh process sees it: setuptools, once imported, puts packages of its own on the path."""
-    program = "from importlib import metadata; [print(one.metadata['Name'], one.version) for one in metadata.distributions()]"
+    program = (
+        "from importlib import metadata\n"
+        "for one in metadata.distributions(): print(one.metadata['Name'], one.version)"
+    )
     lines = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     return {canonicalize_name(name): version for name, version in map(str.split, lines.splitlines())}
 

@@ -3,7 +3,7 @@
 * `furthest_point_sample`, `knn` and `points_in_boxes` ask torch.cuda for its current device, or for tensors, whatever
   the input is on: without CUDA they raise before any kernel is called.
 * `sparse_structure.scatter_nd` indexes with a list, which torch deprecates and will read as a tensor; and
-  `SparseConvTensor` multiplies its extents with numpy, which fails where they are a tensor, as mmdet3d's MinkUNet has them.
+  `SparseConvTensor` multiplies its extents with numpy, which fails where they are a tensor, as in mmdet3d's MinkUNet.
 * `masked_conv` calls ``torch.addmm`` by an order of arguments that torch deprecates.
 * `multi_scale_deform_attn` never calls its kernel on a CPU but a slow way of its own.
 
