@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,9 @@ from serve.wire import Limits
 __all__ = ["PREFIX", "Settings"]
 
 PREFIX = "MMDET3D_SERVE_"
+_SERVICE_LINK = re.compile(
+    r"(\w+_)?(service_host|service_port(_\w+)?|port_\d+_(tcp|udp|sctp)(_(proto|port|addr))?)"
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Settings:
             if not variable.startswith(PREFIX):
                 continue
             name = variable[len(PREFIX) :].lower()
+            if _is_service_link(name, text):
+                continue
             if name.startswith("gateway_"):
                 gateway[name.removeprefix("gateway_")] = text
                 continue
@@ -87,6 +93,16 @@ class Settings:
     def limits(self) -> Limits:
         """The bounds on one frame."""
         return Limits(self.max_frame_bytes, self.max_points, self.max_pixels)
+
+
+def _is_service_link(name: str, text: str) -> bool:
+    """Whether Kubernetes put it there for a Service called mmdet3d-serve or mmdet3d-serve-something.
+
+    Every pod of a namespace gets such variables unless it says ``enableServiceLinks: false``.
+    """
+    if name.endswith("port") and "service" not in name:
+        return "://" in text  # ours, gateway_port, is a number; Kubernetes' is tcp://10.0.0.1:8000
+    return _SERVICE_LINK.fullmatch(name) is not None
 
 
 def _preference(text: str) -> Preference:

@@ -61,3 +61,28 @@ def test_a_wrong_setting_stops_every_command_with_a_sentence():
         check=False,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: MMDET3D_SERVE_OPS='fast'")
+
+
+def test_the_variables_that_kubernetes_adds_for_a_service_of_our_name_are_no_settings() -> None:
+    links = {
+        "MMDET3D_SERVE_SERVICE_HOST": "10.0.0.1",
+        "MMDET3D_SERVE_SERVICE_PORT": "8000",
+        "MMDET3D_SERVE_SERVICE_PORT_HTTP": "8000",
+        "MMDET3D_SERVE_PORT": "tcp://10.0.0.1:8000",
+        "MMDET3D_SERVE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "MMDET3D_SERVE_PORT_8000_TCP_PROTO": "tcp",
+        "MMDET3D_SERVE_PORT_8000_TCP_PORT": "8000",
+        "MMDET3D_SERVE_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "MMDET3D_SERVE_GATEWAY_SERVICE_HOST": "10.0.0.2",
+        "MMDET3D_SERVE_GATEWAY_PORT": "tcp://10.0.0.2:8000",
+        "MMDET3D_SERVE_GATEWAY_PORT_8000_TCP_ADDR": "10.0.0.2",
+    }
+    assert Settings.from_environment(links) == Settings()
+    ours = Settings.from_environment({**links, "MMDET3D_SERVE_GATEWAY_PORT": "9000"})
+    assert ours.gateway == {"port": "9000"}
+
+
+@pytest.mark.parametrize("name", ["SERVICES", "GATEWAY", "PORT_NUMBER", "PORT"])
+def test_what_only_looks_like_one_is_still_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match="unknown setting"):
+        Settings.from_environment({f"MMDET3D_SERVE_{name}": "8000"})
