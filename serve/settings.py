@@ -100,9 +100,10 @@ def _is_service_link(name: str, text: str) -> bool:
 
     Every pod of a namespace gets such variables unless it says ``enableServiceLinks: false``.
     """
-    if name.endswith("port") and "service" not in name:
-        return "://" in text  # ours, gateway_port, is a number; Kubernetes' is tcp://10.0.0.1:8000
-    return _SERVICE_LINK.fullmatch(name) is not None
+    if _SERVICE_LINK.fullmatch(name):
+        return True
+    # Ours, gateway_port, is a number; Kubernetes' is tcp://10.0.0.1:8000.
+    return name.endswith("port") and "://" in text
 
 
 def _preference(text: str) -> Preference:
