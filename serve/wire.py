@@ -20,20 +20,18 @@ import base64
 import binascii
 import io
 import struct
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import orjson
-from PIL import Image
 
 from serve.calibration import parse_calibration
 from serve.errors import BadRequest, FrameTooLarge, NonFinitePoints, UndecodableFrame, UnknownOption
 from serve.framing import Body, Bytes
+from serve.picture_decoding import Decoder, decode_image
 
 __all__ = [
     "MODALITIES",
@@ -62,15 +60,6 @@ MODALITIES: Mapping[Modality, str] = {
 
 NPY_MAGIC = b"\x93NUMPY"
 MAX_NPY_HEADER_BYTES = 10_000  # numpy's own bound for headers it parses
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-# cv2 flags for the `color_type` of mmcv's image loaders (mmcv.image.io.imread_flags).
-COLOR_TYPES = {
-    "color": cv2.IMREAD_COLOR,
-    "grayscale": cv2.IMREAD_GRAYSCALE,
-    "unchanged": cv2.IMREAD_UNCHANGED,
-    "color_ignore_orientation": cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR,
-    "grayscale_ignore_orientation": cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_GRAYSCALE,
-}
 # A LiDAR sees some hundred metres; what is beyond is not a coordinate but misread bytes.
 MAX_COORDINATE_M = 1e6
 
@@ -92,6 +81,7 @@ class FrameSpec:
         modality: one of `MODALITIES`.
         load_dim: float32 numbers per point in a ``.bin`` (clouds only).
         color_type: mmcv's name of the way an image is decoded.
+        decoder: ``cv2``, or ``pillow`` (``color`` only), whose pixels of a JPEG differ by a level here and there.
         cameras: names of the cameras in the model's order (multi-view only).
         calibration: names of the matrices the model needs, of every camera.
     """
@@ -99,6 +89,7 @@ class FrameSpec:
     modality: Modality
     load_dim: int = 4
     color_type: str = "color"
+    decoder: Decoder = "cv2"
     cameras: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
 
@@ -244,7 +235,7 @@ def _decode_part(name: str, body: Bytes, spec: FrameSpec, options: Options, limi
     if name == "calibration":
         return parse_calibration(body, spec.calibration, spec.cameras)
     try:
-        picture = _decode_image(body, spec.color_type, limits)
+        picture = decode_image(body, spec.color_type, spec.decoder, limits.max_pixels)
         if spec.cameras and picture.ndim != 3:
             raise UndecodableFrame("the image is grey; pictures of several cameras must have three channels")
         if spec.cameras and picture.shape[2] != 3:
@@ -334,45 +325,6 @@ def _read_npy(body: Bytes, load_dim: int, limits: Limits) -> npt.NDArray[np.floa
     )
     with np.errstate(over="ignore"):  # too large a double becomes inf and is refused with the others
         return np.ascontiguousarray(array, dtype=np.float32)
-
-
-def _decode_image(body: Bytes, color_type: str, limits: Limits) -> npt.NDArray[np.uint8]:
-    if len(body) == 0:
-        raise UndecodableFrame("the body is empty; send the bytes of a JPEG, PNG, WebP or BMP image")
-    _check_image(body, limits)
-    pixels = cv2.imdecode(np.frombuffer(body, dtype=np.uint8), COLOR_TYPES[color_type])
-    if pixels is None:
-        raise UndecodableFrame("the image cannot be decoded")
-    if pixels.dtype != np.uint8:
-        raise UndecodableFrame(f"the image has {pixels.dtype} samples; 8 bits per channel are expected")
-    decoded: npt.NDArray[np.uint8] = pixels
-    return decoded
-
-
-def _check_image(body: Bytes, limits: Limits) -> None:
-    """Size before memory, completeness before decoding: OpenCV fills what is missing with grey and says nothing."""
-    try:
-        with warnings.catch_warnings():
-            # Pillow's own limits warn or raise on sizes that ours refuse more plainly below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(body), formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width * height > limits.max_pixels:
-                    raise FrameTooLarge(
-                        f"the image is {width} x {height} pixels, the limit is {limits.max_pixels} in all"
-                    )
-                if image.format == "PNG":
-                    image.verify()  # checksums of all chunks; does not inflate
-                else:
-                    # An eighth of the size in grey (JPEG only) still reads every coded byte.
-                    image.draft("L", (max(1, width // 8), max(1, height // 8)))
-                    image.load()
-    except Image.DecompressionBombError as error:
-        raise FrameTooLarge(f"the image is too large: {error}") from None
-    except (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError) as error:
-        raise UndecodableFrame(
-            f"not a complete {', '.join(IMAGE_FORMATS)} image ({error}); send the unchanged bytes of the file"
-        ) from None
 
 
 def decode_json_request(body: Bytes) -> tuple[Body, dict[str, Any]]:

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "serve.framing": {"serve.errors"},
     "serve.calibration": {"serve.errors"},
     "serve.labels": set(),
-    "serve.wire": {"serve.calibration", "serve.errors", "serve.framing"},
+    "serve.picture_decoding": {"serve.errors", "serve.framing"},
+    "serve.wire": {"serve.calibration", "serve.errors", "serve.framing", "serve.picture_decoding"},
     "serve.settings": {"serve.errors", "serve.ops", "serve.wire"},
     "serve.autoload": {"serve.ops", "serve.settings"},
     "serve.archive": {"serve", "serve.config_json", "serve.errors"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "serve.comparison": {"serve.matching", "serve.errors", "serve.labels"},
     "serve.runtime": {
         "serve", "serve.runtime", "serve.archive", "serve.calibration", "serve.comparison", "serve.errors",
-        "serve.framing", "serve.labels", "serve.ops", "serve.storage", "serve.wire",
+        "serve.framing", "serve.labels", "serve.ops", "serve.picture_decoding", "serve.storage", "serve.wire",
     },
 }  # fmt: skip
 LIGHT = (

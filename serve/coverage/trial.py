@@ -44,6 +44,8 @@ PACKAGES = {
     "nltk": "nltk",
     "instaboostfast": "instaboostfast",
     "albumentations": "albumentations",
+    "torchvision": "torchvision",
+    "dsdl": "dsdl",
 }
 
 
@@ -147,7 +149,11 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> Verdict:
 
     # 1. The config, made small.
     small = folder / path.name
-    full = Config.fromfile(str(path), import_custom_modules=False)
+    try:
+        full = Config.fromfile(str(path), import_custom_modules=False)
+    except FileNotFoundError as error:
+        missing = Path(str(error.filename)).name
+        return Verdict(path.stem, "broken upstream", f"the config is based on {missing}, which is not there")
     if "model" not in full:
         return Verdict(path.stem, "not a model", "the config describes no model")
     if not full.get("test_dataloader"):

@@ -132,8 +132,24 @@ def modulated_deform_conv_forward(
         group, deformable_group, MODULATED_NAMES,
     )  # fmt: skip
     added = bias if with_bias else None
+    offset, mask = _as_read(offset, output), _as_read(mask, output)
     check(input, weight, added, offset, mask, output, geometry)
     convolve(input, weight, added, offset, mask, output, geometry)
+
+
+def _as_read(maps: Tensor, output: Tensor) -> Tensor:
+    """Offsets or masks (B, C, H, W) of a larger map than `output`, as the reference reads them.
+
+    It walks every image's as memory of the output's size (`modulated_deformable_im2col` in mmcv 2.1.0), whatever their
+    own; mmdet's DyHead hands it those of the level below, and its published weights were trained that way.
+    """
+    if maps.dim() != 4 or output.dim() != 4 or len(maps) != len(output):
+        return maps
+    rows, columns = output.shape[2:]
+    if maps.shape[2:] == output.shape[2:] or maps.shape[2] * maps.shape[3] <= rows * columns:
+        return maps
+    channels = maps.shape[1]
+    return maps.flatten(1)[:, : channels * rows * columns].view(-1, channels, rows, columns)
 
 
 def deform_conv_backward_input(

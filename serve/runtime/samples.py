@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.errors import ArchiveError
+from serve.picture_decoding import COLOR_TYPES, Decoder
 from serve.runtime.loaders import image_loader, mono_loader, multiview_loader, point_loader
 from serve.runtime.model import quiet_upstream, scope_of
-from serve.wire import COLOR_TYPES, Frame, FrameSpec
+from serve.wire import Frame, FrameSpec, Modality
 
 __all__ = ["SampleBuilder", "box_type_of", "dataset_of", "frame_spec", "pipeline_of"]
 
@@ -76,7 +77,7 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
         if kind in steps:
             raise ArchiveError(f"the model is not served frame by frame: {reason}")
     known = [kind for kind in LOADERS if kind in steps]
-    color_type = _color_type(steps)
+    color_type, decoder = _image_decoding(steps)
     box_type = box_type_of(config)
     match known:
         case ["LoadPointsFromFile"]:
@@ -85,24 +86,27 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
             return FrameSpec("depth" if depth else "lidar", load_dim=int(step.get("load_dim", 6)))
         case ["LoadImageFromFile"] if scope_of(config) == "mmdet3d" and "Pack3DDetInputs" in steps:
             matrices = _matrices(config, box_type)
-            return FrameSpec("mono3d" if matrices else "image", color_type=color_type, calibration=matrices)
+            lifted: Modality = "mono3d" if matrices else "image"
+            return FrameSpec(lifted, color_type=color_type, decoder=decoder, calibration=matrices)
         case ["LoadImageFromFile"]:
-            return FrameSpec("image", color_type=color_type)
+            return FrameSpec("image", color_type=color_type, decoder=decoder)
         case ["LoadImageFromFileMono3D"]:
             # ImVoxelNet loads as monocular detectors do, and projects from the LiDAR.
             matrices = tuple(dict.fromkeys(("cam2img", *_matrices(config, box_type))))
-            return FrameSpec("mono3d", color_type=color_type, calibration=matrices)
+            return FrameSpec("mono3d", color_type=color_type, decoder=decoder, calibration=matrices)
         case ["LoadPointsFromFile", "LoadImageFromFile"]:
             return FrameSpec(
                 "fusion",
                 load_dim=int(steps["LoadPointsFromFile"].get("load_dim", 6)),
                 color_type=color_type,
+                decoder=decoder,
                 calibration=("depth2img",) if box_type == "Depth" else ("lidar2img",),
             )
         case ["LoadMultiViewImageFromFiles"]:
             return FrameSpec(
                 "multiview",
                 color_type=color_type,
+                decoder=decoder,
                 cameras=_cameras(config, steps["LoadMultiViewImageFromFiles"]),
                 calibration=("cam2img", "lidar2cam"),
             )
@@ -124,7 +128,8 @@ def _matrices(config: Mapping[str, Any], box_type: str) -> tuple[str, ...]:
     return ("depth2img",) if box_type == "Depth" else ("lidar2img",)
 
 
-def _color_type(steps: Mapping[str, Mapping[str, Any]]) -> str:
+def _image_decoding(steps: Mapping[str, Mapping[str, Any]]) -> tuple[str, Decoder]:
+    """The colour type and the decoder of the pipeline's image loader."""
     for kind, usual in (
         ("LoadImageFromFile", "color"),
         ("LoadImageFromFileMono3D", "color"),
@@ -132,13 +137,16 @@ def _color_type(steps: Mapping[str, Mapping[str, Any]]) -> str:
     ):
         if kind in steps:
             color_type = str(steps[kind].get("color_type", usual))
-            if color_type not in COLOR_TYPES or steps[kind].get("imdecode_backend") not in (None, "cv2"):
-                raise ArchiveError(
-                    f"image loader {dict(steps[kind])} is not supported: color_type must be one of "
-                    f"{sorted(COLOR_TYPES)}"
-                )
-            return color_type
-    return "color"
+            match color_type, steps[kind].get("imdecode_backend"):
+                case _, None | "cv2" if color_type in COLOR_TYPES:
+                    return color_type, "cv2"
+                case "color", "pillow":
+                    return color_type, "pillow"
+            raise ArchiveError(
+                f"image loader {dict(steps[kind])} is not supported: color_type must be one of "
+                f"{sorted(COLOR_TYPES)}, imdecode_backend cv2, or pillow for color"
+            )
+    return "color", "cv2"
 
 
 def _cameras(config: Mapping[str, Any], loader: Mapping[str, Any]) -> tuple[str, ...]:

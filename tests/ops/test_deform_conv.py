@@ -198,6 +198,25 @@ def test_what_does_not_fit_is_named(name, change):
         )  # fmt: skip
 
 
+def test_offsets_of_a_larger_map_are_read_as_memory_of_the_outputs_size():
+    """As the reference does, which asks for no shape; mmdet's DyHead relies on it."""
+    g = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1, 1)
+    x, weight, bias, offset, mask = problem(0, g)
+    size = g.output_size(*x.shape[2:])
+    large = [torch.randn(len(x), maps.shape[1], 2 * size[0], 2 * size[1]) for maps in (offset, mask)]
+    read = []
+    for maps in large:
+        rows = np.zeros((len(x), maps.shape[1], *size), np.float32)
+        for at in np.ndindex(rows.shape):
+            memory = maps[at[0]].numpy().ravel()
+            rows[at] = memory[(at[1] * size[0] + at[2]) * size[1] + at[3]]
+        read.append(torch.from_numpy(rows))
+    expected = naive(x, weight, bias, *read, g)
+    np.testing.assert_allclose(forward_v2(x, weight, bias, *large, g), expected, atol=2e-4)
+    with pytest.raises(ValueError, match="offset"):
+        forward_v2(x, weight, bias, offset[:, :, 1:], mask, g)
+
+
 @pytest.fixture
 def mmcv_ops(monkeypatch):
     serve.ops.install("portable")
