@@ -25,6 +25,8 @@ from serve.wire import Limits, Options, decode_frame
 
 __all__ = ["write_random_checkpoint"]
 
+# Of a channel, as a share of its layer's mean.
+LEAST_VARIANCE = 0.1
 # Output layers by name: how far what they put out reaches from its median, and that median. Scores come out
 # between some hundredths and eight tenths without saturating, boxes stay near their anchors.
 OUTPUT_LAYERS: tuple[tuple[re.Pattern[str], float, float], ...] = (
@@ -83,6 +85,10 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
         network.test_step(pseudo_collate([sample]))  # type: ignore[operator]
     for handle in hooks:
         handle.remove()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.running_var is not None:
+            # A channel that hardly moves on this frame would blow up another's, and every rounding with it.
+            module.running_var.clamp_(min=float(module.running_var.mean()) * LEAST_VARIANCE)
     network.eval()
 
 
