@@ -27,6 +27,7 @@ __all__ = ["write_random_checkpoint"]
 
 # Of a channel, as a share of its layer's mean.
 LEAST_VARIANCE = 0.1
+_NO_EPS = 1e-30
 # Output layers by name: how far what they put out reaches from its median, and that median. Scores come out
 # between some hundredths and eight tenths without saturating, boxes stay near their anchors.
 OUTPUT_LAYERS: tuple[tuple[re.Pattern[str], float, float], ...] = (
@@ -77,6 +78,8 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
         if isinstance(module, _BatchNorm):
             module.train()
             module.momentum = 1.0  # running statistics become those of this run
+            if module.eps == 0:  # NAS-FCOS: fine to evaluate with, refused by torch in training
+                module.eps = _NO_EPS
         elif isinstance(module, nn.Conv2d | nn.Linear):
             target = next(((std, bias) for pattern, std, bias in OUTPUT_LAYERS if pattern.search(name)), None)
             if target:
@@ -86,6 +89,8 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
     for handle in hooks:
         handle.remove()
     for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.eps == _NO_EPS:
+            module.eps = 0.0
         if isinstance(module, _BatchNorm) and module.running_var is not None:
             # A channel that hardly moves on this frame would blow up another's, and every rounding with it.
             module.running_var.clamp_(min=float(module.running_var.mean()) * LEAST_VARIANCE)
