@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -192,18 +193,30 @@ def test_bad_archives_are_refused_with_a_reason_and_the_others_serve(
     damaged = bytearray((demo_store / "second.mar").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (store / "damaged.mar").write_bytes(damaged)
+    of_another_version(demo_store / "second.mar", store / "future.mar", format=2, serve_version="9.0.0")
     service = up(store)
     service.await_ready()
     models = {
         entry.get("archive") or entry["name"]: entry for entry in httpx.get(f"{service.url}/models").json()
     }
     assert models["second"]["status"] == "ready"
-    for name in ("foreign.mar", "damaged.mar"):
+    assert "9.0.0" in models["future.mar"]["reason"]
+    for name in ("foreign.mar", "damaged.mar", "future.mar"):
         assert models[name]["status"] == "refused" and models[name]["reason"]
         assert f"{name} is refused: " in service.text()
     assert (
         httpx.post(f"{service.url}/predictions/second", content=sample_frame(), timeout=60).status_code == 200
     )
+
+
+def of_another_version(path: Path, out: Path, **changes: object) -> None:
+    """The archive as a later version might have written it."""
+    with zipfile.ZipFile(path) as known, zipfile.ZipFile(out, "w") as made:
+        for entry in known.namelist():
+            body = known.read(entry)
+            if entry == "model.json":
+                body = json.dumps({**json.loads(body), **changes}).encode()
+            made.writestr(entry, body)
 
 
 def test_an_empty_store_serves_the_demonstration(up: Callable[..., Up], tmp_path: Path) -> None:
