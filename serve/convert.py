@@ -358,7 +358,8 @@ def _dataset_classes(dataset_type: Any, scope: str) -> Sequence[str]:
     with quiet_upstream():
         registry = importlib.import_module(f"{scope}.registry").DATASETS
         found = registry.get(dataset_type)
-    return tuple(getattr(found, "METAINFO", {}).get("classes", ()))
+    metainfo = getattr(found, "METAINFO", None) or {}
+    return tuple(metainfo.get("classes") or ())
 
 
 def _source(conversion: Conversion) -> dict[str, str]:

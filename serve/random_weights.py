@@ -33,6 +33,8 @@ _NO_EPS = 1e-30
 OUTPUT_LAYERS: tuple[tuple[re.Pattern[str], float, float], ...] = (
     (re.compile(r"(fc_cls)$"), 6.0, 0.0),
     (re.compile(r"(conv_cls|retina_cls|rpn_cls|cls_logits)$"), 4.0, -3.0),
+    (re.compile(r"multi_level_conv_(cls|obj)\.\d+$"), 4.0, -1.0),  # YOLOX
+    (re.compile(r"multi_level_conv_reg\.\d+$"), 0.5, 0.0),
     (re.compile(r"(conv_dir_cls|conv_logits)$"), 2.0, 0.0),
     (re.compile(r"(conv_reg|retina_reg|rpn_reg|fc_reg)$"), 0.5, 0.0),
 )
@@ -76,7 +78,8 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
     hooks = []
     for name, module in network.named_modules():
         if isinstance(module, _BatchNorm):
-            module.train()
+            # One value has no spread: such a norm (ResNeSt's, behind a mean over the picture) keeps its own.
+            hooks.append(module.register_forward_pre_hook(_train_where_there_is_spread))
             module.momentum = 1.0  # running statistics become those of this run
             if module.eps == 0:  # NAS-FCOS: fine to evaluate with, refused by torch in training
                 module.eps = _NO_EPS
@@ -95,6 +98,10 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
             # A channel that hardly moves on this frame would blow up another's, and every rounding with it.
             module.running_var.clamp_(min=float(module.running_var.mean()) * LEAST_VARIANCE)
     network.eval()
+
+
+def _train_where_there_is_spread(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+    norm.train(inputs[0].numel() > inputs[0].shape[1])
 
 
 def _spread(reach: float, median: float) -> Callable[[Any, Any, Tensor], Tensor]:

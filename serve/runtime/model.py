@@ -62,7 +62,8 @@ def strip_pretrained(config: Any) -> Any:
 def _fetches(key: str, value: Any) -> bool:
     if key in ("pretrained", "teacher_ckpt"):  # a teacher is of use in training only
         return isinstance(value, str)
-    return key == "init_cfg" and isinstance(value, Mapping) and value.get("type") == "Pretrained"
+    # A backbone such as PVT takes a checkpoint without saying that it is one of pretrained weights.
+    return key == "init_cfg" and isinstance(value, Mapping) and "checkpoint" in value
 
 
 def build_network(config: Mapping[str, Any], classes: Sequence[str]) -> nn.Module:
