@@ -71,7 +71,8 @@ def prove(detector: Detector, archive: Archive) -> float:
     ok, found = agrees(expected, actual, PRECISION_OF[archive.metadata.inference.autocast])
     if not ok:
         raise SelfTestError(
-            f"the golden frame of {archive.metadata.name} does not come out as recorded ({found.verdict()}); "
+            f"the golden frame of {archive.metadata.name} does not come out as recorded "
+            f"({'; '.join((found.verdict(), *getattr(found, 'problems', ())))}); "
             "convert the model again with this version of mmdet3d-serve and torch"
         )
     return seconds
