@@ -52,8 +52,8 @@ PACKAGES = {
 # What upstream's own code says where upstream's own inference fails, whatever the kernels.
 BROKEN_UPSTREAM = {
     "Default process group has not been initialized": "its norms (MMSyncBN) cannot be built without a process group",
-    "unexpected keyword argument 'train_cfg'": "a wrapper for semi-supervised training, which upstream's loading calls "
-    "with an argument it does not take; its detector is a model of its own",
+    "unexpected keyword argument 'train_cfg'": "a wrapper (for training on unlabelled pictures, or around another "
+    "package), which upstream's own loading calls with an argument it does not take",
     "'SSDHead' object has no attribute 'loss_cls'": "mmdet 3.2 asks SSD's head for a loss that it does not have",
 }
 
