@@ -132,7 +132,8 @@ def modulated_deform_conv_forward(
         group, deformable_group, MODULATED_NAMES,
     )  # fmt: skip
     added = bias if with_bias else None
-    offset, mask = _as_read(offset, output), _as_read(mask, output)
+    if offset.shape[2:] == mask.shape[2:]:
+        offset, mask = _as_read(offset, output), _as_read(mask, output)
     check(input, weight, added, offset, mask, output, geometry)
     convolve(input, weight, added, offset, mask, output, geometry)
 

@@ -25,15 +25,11 @@ from serve.ops.threads import in_parts
 from serve.ops.voxel_checks import check_rulebook, check_rulebook_rows
 
 __all__ = [
-    "Prepared",
-    "convolve_table",
     "fused_indice_conv_forward",
     "indice_conv_backward",
     "indice_conv_forward",
     "indice_maxpool_backward",
     "indice_maxpool_forward",
-    "neighbours_of_pairs",
-    "prepared",
 ]
 
 

@@ -24,14 +24,11 @@ from serve.ops.point_checks import check_integer
 from serve.ops.threads import in_parts
 
 __all__ = [
-    "check_bounds",
     "get_indice_pairs_2d_backward",
     "get_indice_pairs_2d_forward",
     "get_indice_pairs_3d_backward",
     "get_indice_pairs_3d_forward",
     "get_indice_pairs_4d_forward",
-    "kernel_offsets",
-    "rulebook",
 ]
 
 I32 = npt.NDArray[np.int32]
