@@ -150,7 +150,7 @@ def _as_read(maps: Tensor, output: Tensor) -> Tensor:
     if maps.shape[2:] == output.shape[2:] or maps.shape[2] * maps.shape[3] <= rows * columns:
         return maps
     channels = maps.shape[1]
-    return maps.flatten(1)[:, : channels * rows * columns].view(-1, channels, rows, columns)
+    return maps.flatten(1)[:, : channels * rows * columns].view(len(maps), channels, rows, columns)
 
 
 def deform_conv_backward_input(
