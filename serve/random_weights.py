@@ -8,6 +8,7 @@ sets each batch norm to the statistics it sees and scales each output layer to a
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from serve.golden import golden_frame
+from serve.golden import golden_frame, read_frame
 from serve.runtime.dice import seeded
 from serve.runtime.model import build_network, quiet_upstream
 from serve.runtime.samples import SampleBuilder
@@ -28,30 +29,46 @@ __all__ = ["write_random_checkpoint"]
 # Of a channel, as a share of its layer's mean.
 LEAST_VARIANCE = 0.1
 _NO_EPS = 1e-30
-# Output layers by name: how far what they put out reaches from its median, and that median. Scores come out
-# between some hundredths and eight tenths without saturating, boxes stay near their anchors.
+# Layers whose output is a score, a box or a place, by name: how far it reaches from its median, and that median.
+# Scores come out between some hundredths and eight tenths without saturating, boxes stay near their anchors.
 OUTPUT_LAYERS: tuple[tuple[re.Pattern[str], float, float], ...] = (
     (re.compile(r"(fc_cls)$"), 6.0, 0.0),
     (re.compile(r"(conv_cls|retina_cls|rpn_cls|cls_logits)$"), 4.0, -3.0),
     (re.compile(r"multi_level_conv_(cls|obj)\.\d+$"), 4.0, -1.0),  # YOLOX
     (re.compile(r"multi_level_conv_reg\.\d+$"), 0.5, 0.0),
     (re.compile(r"(conv_dir_cls|conv_logits)$"), 2.0, 0.0),
+    # Where deformable convolutions look, in pixels, and GCNet: far off or all in one place, rounding decides.
+    (re.compile(r"conv_offset$"), 1.0, 0.0),
+    (re.compile(r"context_block\.conv_mask$"), 2.0, 0.0),
     (re.compile(r"(conv_reg|retina_reg|rpn_reg|fc_reg)$"), 0.5, 0.0),
 )
+# The last norm of a residual branch (ResNet's bottlenecks, Darknet's), and its weight: with branches as strong as
+# what they are added to, every block of a hundred would make more of a rounding.
+RESIDUAL = re.compile(r"(\.bn3|\.blocks\.\d+\.conv2\.bn)$")
+RESIDUAL_WEIGHT = 0.3
 
 
 def write_random_checkpoint(
-    config: Mapping[str, Any], classes: tuple[str, ...], out: Path, seed: int = 0
+    config: Mapping[str, Any], classes: tuple[str, ...], out: Path, seed: int = 0, frame: Path | None = None
 ) -> None:
-    """Write a checkpoint that fits `config` (resolved), deterministic in `seed`.
+    """Write a checkpoint that fits `config` (resolved), deterministic in `seed` and `frame`.
 
-    The file holds ``state_dict`` and ``meta.dataset_meta.classes``, as mmengine's own do.
+    The file holds ``state_dict`` and ``meta.dataset_meta.classes``, as mmengine's own do. A deep network whose
+    norms know one picture may blow up another of another scale a thousandfold (YOLOX does): let `frame` be the
+    one that it will be tried with.
+
+    Args:
+        config: a resolved config.
+        classes: class names by label.
+        out: the file to write.
+        seed: of the initialisation.
+        frame: the frame that norms and output layers are set on; None for the golden frame of the modality.
     """
     with torch.random.fork_rng(), quiet_upstream():
         torch.manual_seed(seed)
         network = build_network(config, classes)
         _initialise(network)
-        _calibrate(network, config)
+        _calibrate(network, config, frame)
     torch.save({"state_dict": network.state_dict(), "meta": {"dataset_meta": {"classes": classes}}}, out)
 
 
@@ -67,12 +84,15 @@ def _initialise(network: Any) -> None:
         logger.setLevel(level)
 
 
-def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
+def _calibrate(network: nn.Module, config: Mapping[str, Any], frame: Path | None) -> None:
     samples = SampleBuilder(config)
-    body = {part: made for part, (_, made) in golden_frame(samples.spec).items()}
-    frame = decode_frame(body, samples.spec, Options(), Limits())
+    parts = golden_frame(samples.spec) if frame is None else read_frame(frame, samples.spec)
+    body = {part: made for part, (_, made) in parts.items()}
     with seeded(torch.device("cpu")):
-        sample = samples.build(frame)
+        sample = samples.build(decode_frame(body, samples.spec, Options(), Limits()))
+    views = [sample]
+    if isinstance(sample["inputs"], Tensor):  # a picture: norms that know one alone are far off on its mirror
+        views.append({**copy.deepcopy(sample), "inputs": sample["inputs"].flip(-1)})
     from mmengine.dataset import pseudo_collate
 
     hooks = []
@@ -81,6 +101,8 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
             # One value has no spread: such a norm (ResNeSt's, behind a mean over the picture) keeps its own.
             hooks.append(module.register_forward_pre_hook(_train_where_there_is_spread))
             module.momentum = 1.0  # running statistics become those of this run
+            if RESIDUAL.search(name) and module.affine:
+                module.weight.data.fill_(RESIDUAL_WEIGHT)
             if module.eps == 0:  # NAS-FCOS: fine to evaluate with, refused by torch in training
                 module.eps = _NO_EPS
         elif isinstance(module, nn.Conv2d | nn.Linear):
@@ -88,7 +110,7 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any]) -> None:
             if target:
                 hooks.append(module.register_forward_hook(_spread(*target)))
     with torch.no_grad(), seeded(torch.device("cpu")):
-        network.test_step(pseudo_collate([sample]))  # type: ignore[operator]
+        network.test_step(pseudo_collate(views))  # type: ignore[operator]
     for handle in hooks:
         handle.remove()
     for module in network.modules():

@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from serve import convert, golden, ops, zoo
-from serve.comparison import compare
+from serve.comparison import Tolerances, compare
 from serve.demo.training import CHECKPOINT, CONFIG
 
 ops.install()
@@ -20,6 +20,8 @@ ops.install()
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = (1, 2, 4)
 RUNS = 2
+# A deep network of random weights makes more of a rounding than a trained one: scores differ by 2e-5.
+OF_RANDOM_WEIGHTS = Tolerances(score=1e-4)
 # More threads than cores that wait for one another by spinning would take all day.
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive"}
 # Opens an archive and prints, for each number of threads, the answers of two runs on its golden frame.
@@ -97,6 +99,7 @@ def test_with_as_many_threads_every_run_gives_the_same_bytes(answers):
 @pytest.mark.timeout(900)
 def test_with_any_number_of_threads_the_detections_are_the_same_within_rounding(answers):
     one: dict[str, Any] = orjson.loads(answers[1][0])
+    tolerances = Tolerances() if "labels_3d" in one else OF_RANDOM_WEIGHTS
     for threads in THREADS[1:]:
-        result = compare(one, orjson.loads(answers[threads][0]))
-        assert result.ok, f"1 and {threads} threads: {result.problems}"
+        result = compare(one, orjson.loads(answers[threads][0]), tolerances)
+        assert result.ok, f"1 and {threads} threads: {result.verdict()}"

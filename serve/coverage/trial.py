@@ -87,7 +87,8 @@ class Verdict:
 def shrink(config: Any, origin: Path) -> Any:
     """A config whose test pipeline makes images small; in place.
 
-    Weights of teachers, which only training looks at, are left out, and a path to a teacher's config is made
+    Weights of teachers, which only training looks at, and those that a backbone of timm would fetch by itself are
+    left out, and a path to a teacher's config is made
     absolute, since it is meant from the root of upstream's repository.
 
     Args:
@@ -109,6 +110,8 @@ def shrink(config: Any, origin: Path) -> Any:
         model["teacher_config"] = str(origin.parents[2] / model["teacher_config"])
     if "teacher_ckpt" in model:
         model["teacher_ckpt"] = None
+    if (model.get("backbone") or {}).get("pretrained") is True:
+        model["backbone"]["pretrained"] = False
     return config
 
 
@@ -174,13 +177,13 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> Verdict:
     # 2. Weights and archive, which proves itself.
     classes = tuple(convert.configured_classes(resolved)) or _numbered(resolved["model"])
     checkpoint = folder / "random.pth"
-    write_random_checkpoint(resolved, classes, checkpoint)
     frame = None
     if spec.modality == "image":
         import cv2
 
         frame = folder / "picture.png"
         cv2.imwrite(str(frame), golden.golden_picture(*PICTURE_PX))
+    write_random_checkpoint(resolved, classes, checkpoint, frame=frame)
     made = convert.convert(convert.Conversion(small, checkpoint, folder, "tried", golden_frame=frame))
     opened = archive.extract(made.path, folder / "opened")
     detector = load_detector(opened, torch.device("cpu"), trust_code=True)
