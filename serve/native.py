@@ -62,7 +62,7 @@ class NativeModel:
         box_type_3d: ``LiDAR``, ``Camera`` or ``Depth``; None for 2D boxes and for labels.
         load_dim: floats per point in a ``.bin`` file; None without a cloud.
         module: the ``torch.nn.Module`` itself.
-        notes: sentences on what was changed in weights that mmdet3d cannot read as they are.
+        notes: sentences on what was changed in weights or a network that upstream cannot run as they are.
         parts: names of the parts of a frame.
     """
 
@@ -165,7 +165,7 @@ class NativeModel:
         answer = {
             "bboxes": getattr(found.bboxes, "tensor", found.bboxes).detach().float().cpu().tolist(),
             "scores": found.scores.detach().float().cpu().tolist(),
-            "labels": found.labels.detach().cpu().tolist(),
+            "labels": found.labels.detach().long().cpu().tolist(),
         }
         if "masks" in found:
             answer["masks"] = _as_rle(found.masks.detach().cpu().numpy())
@@ -229,17 +229,12 @@ def load_native(config: str | Path, checkpoint: str | Path, device: str | None =
     said = io.StringIO()
     with _quiet(), contextlib.redirect_stdout(said), _readable_checkpoint():
         try:
-            if scope == "mmdet3d":
-                from mmdet3d.apis import init_model as build
-            else:
-                from mmdet.apis import init_detector as build
-
-                _leave_out_truth(parsed)
-            module = build(parsed, str(checkpoint), device=device)
+            module = native_calls.build(parsed, Path(checkpoint), device)
         except Exception as error:
             kind = CheckpointError if "load" in str(error).lower() else SetupError
             raise kind(f"{scope} cannot build {path} with {checkpoint}: {error}") from error
     notes = _adapted(module, Path(checkpoint), fits="do not match exactly" not in said.getvalue())
+    notes = (*notes, *native_calls.mend(module))
     try:
         spec = frame_spec(parsed.to_dict())
     except ArchiveError as error:
@@ -263,13 +258,6 @@ def _config_path(config: str | Path) -> Path:
     from serve import zoo
 
     return zoo.resolve(config).config_path
-
-
-def _leave_out_truth(config: Any) -> None:
-    """Take the loader of panoptic truth out of the test pipeline: it wants a package, and there is no truth here."""
-    dataset = config.get("test_dataloader", {}).get("dataset", {})
-    if "pipeline" in dataset:
-        dataset.pipeline = [step for step in dataset.pipeline if step["type"] != "LoadPanopticAnnotations"]
 
 
 def _adapted(module: Any, checkpoint: Path, *, fits: bool) -> tuple[str, ...]:

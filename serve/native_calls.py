@@ -1,21 +1,56 @@
-"""Upstream's own inference calls, one per kind of model, and the files they insist on.
+"""Upstream's own calls: those that build a model, those that run one, and the files they insist on.
 
-mmdet3d's calls for cameras read calibrations from annotation files that list images by name; here such a
-file is written around one frame and thrown away. Knows nothing about our runtime, servers or answers.
+What stops upstream from building or running a model at all is got out of the way first (`serve.runtime.mended`),
+so that there is something to compare with. mmdet3d's calls for cameras read calibrations from annotation files
+that list images by name; here such a file is written around one frame and thrown away. Knows nothing about
+servers or answers.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["detect_in_cloud", "detect_in_image", "segment", "with_calibration"]
+__all__ = ["build", "detect_in_cloud", "detect_in_image", "mend", "segment", "with_calibration"]
 
 # The camera that mmdet3d's loader for one image takes without asking how many there are.
 CAMERA = "CAM2"
+
+
+def build(config: Any, checkpoint: Path, device: str) -> Any:
+    """`mmdet3d.apis.init_model` or `mmdet.apis.init_detector`, whichever `config` (mmengine's) is written for."""
+    if config.get("default_scope") == "mmdet3d":
+        from mmdet3d.apis import init_model
+
+        return init_model(config, str(checkpoint), device=device)
+    from mmdet.apis import init_detector
+
+    from serve.runtime import mended
+
+    dataset = config.get("test_dataloader", {}).get("dataset", {})
+    if "pipeline" in dataset:  # panoptic truth wants a package to be loaded, and there is no truth here
+        dataset.pipeline = [step for step in dataset.pipeline if step["type"] != "LoadPanopticAnnotations"]
+    mended.without_process_group(config.model)
+    # Without options to merge, mmdet looks for a backbone, which a teacher's and student's wrapper has not;
+    # without a palette, it builds the data set to ask for its colours, which may want a package.
+    options: dict[str, Any] | None = None if "backbone" in config.model else {}
+    return init_detector(config, str(checkpoint), palette="random", device=device, cfg_options=options)
+
+
+def mend(module: Any) -> tuple[str, ...]:
+    """Mend what upstream cannot run, and nothing else; sentences on what was done."""
+    from serve.runtime import mended
+
+    notes = []
+    if mended.give_missing_loss(module):
+        notes.append("mmdet asks SSD's head for a loss that it does not have; it was given none")
+    if importlib.util.find_spec("torchvision") is None and mended.align_without_torchvision(module):
+        notes.append("torchvision is not installed; mmcv's own kernel aligns the regions of interest")
+    return tuple(notes)
 
 
 def detect_in_cloud(module: Any, path: Path) -> Any:

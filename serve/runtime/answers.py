@@ -58,7 +58,7 @@ def to_answer(
         boxes, scores, labels = found.bboxes_3d.tensor, found.scores_3d, found.labels_3d
     else:
         found = sample.pred_instances
-        boxes, scores, labels = found.bboxes, found.scores, found.labels
+        boxes, scores, labels = found.bboxes, found.scores, found.labels.long()  # CrowdDet's are floats
         boxes = boxes if isinstance(boxes, torch.Tensor) else boxes.tensor
     order = torch.argsort(scores, descending=True, stable=True)
     boxes, scores, labels = (t[order].cpu().numpy() for t in (boxes.float(), scores.float(), labels))

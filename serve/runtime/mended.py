@@ -1,22 +1,63 @@
-"""Mends of networks that upstream cannot run everywhere, applied to the network after it is built.
+"""Mends of networks that upstream cannot build or run as they are.
 
-One so far: on the way into MinkUNet and SPVCNN mmdet3d 1.4.0 (`Det3DDataPreprocessor.voxelize`) moves its
-indices to CUDA by name, whatever the device, so that a CPU cannot run them. Knows nothing about weights.
+* On the way into MinkUNet and SPVCNN mmdet3d 1.4.0 (`Det3DDataPreprocessor.voxelize`) moves its indices to CUDA
+  by name, whatever the device, so that a CPU cannot run them.
+* SSD's head in mmdet 3.2.0 passes over the constructor of `AnchorHead`, which sets ``loss_cls``, and is then asked
+  for it by `BaseDenseHead._predict_by_feat_single`.
+* CrowdDet's config has its regions of interest aligned by torchvision, which may be missing, or be there without its
+  kernels beside another build of torch; mmcv's kernel computes the same.
+* mmcv's own synchronized norm (``MMSyncBN``) asks for its process group while it is built; torch's does not, and
+  both are turned into plain norms for inference.
+
+Knows nothing about weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["mend"]
+__all__ = ["align_without_torchvision", "give_missing_loss", "mend", "without_process_group"]
+
+
+def without_process_group(config: Any) -> Any:
+    """Name torch's synchronized norm wherever the config of a model names mmcv's; in place.
+
+    Args:
+        config: dictionaries and lists, mmengine's or plain.
+    """
+    for value in config.values() if isinstance(config, Mapping) else config:
+        if isinstance(value, Mapping | list | tuple):
+            without_process_group(value)
+    if isinstance(config, MutableMapping) and config.get("type") == "MMSyncBN":
+        config["type"] = "SyncBN"
+    return config
+
+
+def give_missing_loss(network: nn.Module) -> bool:
+    """Give SSD's heads the ``loss_cls`` that they are asked for: none; says whether there was one to mend."""
+    heads: list[Any] = [part for part in network.modules() if type(part).__name__ == "SSDHead"]
+    heads = [head for head in heads if not hasattr(head, "loss_cls")]
+    for head in heads:
+        head.loss_cls = None
+    return bool(heads)
+
+
+def align_without_torchvision(network: nn.Module) -> bool:
+    """Have every alignment of regions of interest done by mmcv's kernel; says whether one was not."""
+    layers: list[Any] = [part for part in network.modules() if getattr(part, "use_torchvision", False)]
+    for layer in layers:
+        layer.use_torchvision = False
+    return bool(layers)
 
 
 def mend(network: nn.Module) -> None:
     """Mend `network` in place, where it needs it."""
+    give_missing_loss(network)
+    align_without_torchvision(network)
     preprocessor: Any = getattr(network, "data_preprocessor", None)
     if getattr(preprocessor, "voxel", False) and preprocessor.voxel_type == "minkunet":
         preprocessor.voxelize = _QuantizeInPlace(preprocessor)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from serve import ops
 from serve.errors import CheckpointError
-from serve.runtime.mended import mend
+from serve.runtime.mended import mend, without_process_group
 
 __all__ = [
     "build_network",
@@ -61,7 +61,7 @@ def strip_pretrained(config: Any) -> Any:
 
 def _fetches(key: str, value: Any) -> bool:
     if key in ("pretrained", "teacher_ckpt"):  # a teacher is of use in training only
-        return isinstance(value, str)
+        return isinstance(value, str) or value is True  # timm's models know where theirs are
     # A backbone such as PVT takes a checkpoint without saying that it is one of pretrained weights.
     return key == "init_cfg" and isinstance(value, Mapping) and "checkpoint" in value
 
@@ -104,8 +104,9 @@ def _build(config: Any, scope: str) -> Any:
         convert_SyncBN(model)
     else:
         from mmdet.registry import MODELS
-    model.train_cfg = None
-    return MODELS.build(model)
+    if "train_cfg" in model:  # a teacher's and student's wrapper has none, and refuses one
+        model.train_cfg = None
+    return MODELS.build(without_process_group(model))
 
 
 def is_segmentor(network: nn.Module) -> bool:
