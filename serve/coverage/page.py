@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from serve.coverage.families import Family
 from serve.coverage.sweep import Result
-from serve.coverage.trial import PICTURE_PX, SHRUNK_PX
+from serve.coverage.trial import MOST_MASKED, PICTURE_PX, SHRUNK_PX
 
 __all__ = ["counts", "page"]
 
@@ -20,9 +20,9 @@ archive on its golden frame), loaded, run on two frames alone and as a batch, an
 inference call. Where the first config is not a model that answers single frames, or wants a package, the next
 ones of its folder are tried.
 
-Images inside the networks are limited to {inside} pixels and the picture sent is {picture}, so that the sweep
-ends on a small machine; nothing else of a config is changed. Random weights say nothing about how well a model
-detects, only that the same comes out.
+Images inside the networks are limited to {inside} pixels, the picture sent is {picture}, and detections with
+masks are at most {masked}, so that the sweep ends on a small machine; nothing else of a config is changed. Random
+weights say nothing about how well a model detects, only that the same comes out.
 
 Versions: {versions}.
 """
@@ -42,7 +42,7 @@ def page(families: Sequence[Family], results: Sequence[Result], versions: Mappin
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     picture, inside = (f"{width} x {height}" for width, height in (PICTURE_PX, SHRUNK_PX))
     lines = [
-        _HEAD.format(inside=inside, picture=picture, versions=named),
+        _HEAD.format(inside=inside, picture=picture, masked=MOST_MASKED, versions=named),
         *counts(families, results),
         "",
         _FOOT,

@@ -144,12 +144,14 @@ class Sweep:
 
     def _watch(self, process: Any) -> tuple[int, str]:
         """Wait for a trial; its peak memory in MiB, and why it was ended if it was."""
-        started, peak = time.monotonic(), 0
-        with suppress(psutil.Error):
-            psutil.Process(process.pid).nice(10)
-        ended = ""
+        started, peak, ended = time.monotonic(), 0, ""
+        try:
+            trial = psutil.Process(process.pid)
+            trial.nice(10)
+        except psutil.NoSuchProcess:
+            return peak, ended
         while process.is_alive():
-            peak = max(peak, _held_mb(process.pid))
+            peak = max(peak, _held_mb(trial))
             if self._stop.is_set():
                 ended = "stopped"
             elif peak > self._memory_mb:
@@ -157,28 +159,29 @@ class Sweep:
             elif time.monotonic() - started > self._timeout_s:
                 ended = f"it took longer than the {self._timeout_s:g} s of the sweep"
             if ended:
-                _end(process.pid)
+                _end(trial)
             process.join(_POLL_S)
+        # Where the fork server was ended first, nothing tells of its trials any more.
+        _end(trial)
         return peak, ended
 
 
-def _family_of(pid: int) -> Iterable[psutil.Process]:
+def _family_of(trial: psutil.Process) -> Iterable[psutil.Process]:
     try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
+        return [trial, *trial.children(recursive=True)]
+    except psutil.NoSuchProcess:  # also where another process has its number now
         return []
 
 
-def _held_mb(pid: int) -> int:
+def _held_mb(trial: psutil.Process) -> int:
     total = 0
-    for process in _family_of(pid):
+    for process in _family_of(trial):
         with suppress(psutil.Error):
             total += process.memory_info().rss
     return total >> 20
 
 
-def _end(pid: int) -> None:
-    for process in _family_of(pid):
+def _end(trial: psutil.Process) -> None:
+    for process in _family_of(trial):
         with suppress(psutil.Error):
             process.kill()
