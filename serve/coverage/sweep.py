@@ -149,6 +149,7 @@ class Sweep:
             trial = psutil.Process(process.pid)
             trial.nice(10)
         except psutil.NoSuchProcess:
+            process.join()
             return peak, ended
         while process.is_alive():
             peak = max(peak, _held_mb(trial))

@@ -51,15 +51,6 @@ PACKAGES = {
 }
 
 
-# What upstream's own code says where upstream's own inference fails, whatever the kernels.
-BROKEN_UPSTREAM = {
-    "Default process group has not been initialized": "its norms (MMSyncBN) cannot be built without a process group",
-    "unexpected keyword argument 'train_cfg'": "a wrapper (for training on unlabelled pictures, or around another "
-    "package), which upstream's own loading calls with an argument it does not take",
-    "'SSDHead' object has no attribute 'loss_cls'": "mmdet 3.2 asks SSD's head for a loss that it does not have",
-}
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What became of one config.
@@ -90,8 +81,8 @@ def shrink(config: Any, origin: Path) -> Any:
     """A config whose test pipeline makes images small and whose masks are few; in place.
 
     Weights of teachers, which only training looks at, and those that a backbone of timm would fetch by itself are
-    left out, and a path to a teacher's config is made
-    absolute, since it is meant from the root of upstream's repository.
+    left out, and a path to a teacher's config is made absolute, since it is meant from the root of upstream's
+    repository.
 
     Args:
         config: an mmengine ``Config``.
@@ -272,9 +263,6 @@ def _explained(path: Path, error: Exception) -> Verdict:
         link = link.__cause__ or link.__context__
     text = " ".join(f"{type(one).__name__}: {one}" for one in chain)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    for sign, said in BROKEN_UPSTREAM.items():
-        if sign in text:
-            return Verdict(path.stem, "broken upstream", said)
     if isinstance(error, ArchiveError) and "frame by frame" in str(error):
         return Verdict(path.stem, "not a per-frame model", str(error).rpartition(": ")[2])
     if isinstance(error, ArchiveError) and ("describes no model" in text or "nothing says how" in text):
