@@ -40,6 +40,7 @@ class DetectionHandler:
 
         from serve.archive import open_directory
         from serve.runtime import device_for, load_detector
+        from serve.runtime.memory import keep_freed_memory
         from serve.runtime.selftest import prove
 
         torch.set_num_threads(self.settings.threads or min(torch.get_num_threads(), cores()))
@@ -50,6 +51,8 @@ class DetectionHandler:
                 f"serves {self.package}"
             )
         device = device_for(context.system_properties.get("gpu_id"))
+        if device.type == "cpu" and self.settings.keep_memory:
+            keep_freed_memory()
         self.detector = load_detector(archive, device, trust_code=self.settings.trust_archive_code)
         self.self_test_s = prove(self.detector, archive)
         logger.info(

@@ -41,6 +41,8 @@ class Settings:
         open_management: let a container's management port be reached from outside, with tokens.
         workers: Python processes per model in a container.
         gateway: texts of ``MMDET3D_SERVE_GATEWAY_*`` by lower-case name; `serve.gateway.options` reads them.
+        keep_memory: on a CPU, keep freed memory for the next frame (`serve.runtime.memory`); off where the environment
+            tunes malloc itself, unless asked for.
         cache_max_bytes: bound on copies of remote objects there, bytes; files with a hash in their name stay.
     """
 
@@ -55,6 +57,7 @@ class Settings:
     workers: int = 1
     gateway: Mapping[str, str] = field(default_factory=dict, repr=False)
     cache_max_bytes: int = 20_000_000_000
+    keep_memory: bool = True
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -87,6 +90,7 @@ class Settings:
                 values[name] = _PARSERS[name](text)
             except ValueError as error:
                 raise SettingsError(f"{variable}={text!r}: {error}") from None
+        values.setdefault("keep_memory", not _malloc_is_tuned(environ))
         return cls(**values, gateway=gateway)
 
     @property
@@ -104,6 +108,16 @@ def _is_service_link(name: str, text: str) -> bool:
         return True
     # Ours, gateway_port, is a number; Kubernetes' is tcp://10.0.0.1:8000.
     return name.endswith("port") and "://" in text
+
+
+def _malloc_is_tuned(environ: Mapping[str, str]) -> bool:
+    """Whether somebody chose an allocator, or settings for glibc's."""
+    preloaded = environ.get("LD_PRELOAD", "")
+    return (
+        any(name.startswith("MALLOC_") for name in environ)
+        or "glibc.malloc" in environ.get("GLIBC_TUNABLES", "")
+        or any(name in preloaded for name in ("jemalloc", "tcmalloc", "mimalloc"))
+    )
 
 
 def _preference(text: str) -> Preference:
@@ -142,4 +156,5 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "workers": _count(1),
     "cache_dir": Path,
     "cache_max_bytes": _count(0),
+    "keep_memory": _flag,
 }

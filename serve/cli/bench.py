@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from serve import archive, convert, golden, storage, zoo
+from serve.settings import Settings
 
 __all__ = ["bench_detector", "bench_native"]
 
@@ -56,6 +57,10 @@ def bench_detector(argv: Sequence[str] | None) -> int:
         parser.error("--rounds must be at least 1")
     if args.scaling and (args.native_python or args.frame):
         parser.error("--scaling makes its own frames and has no native side")
+    if args.device == "cpu" and Settings.from_environment().keep_memory:
+        from serve.runtime.memory import keep_freed_memory
+
+        keep_freed_memory()  # as workers do
     for name in models:
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bench-") as folder:
             result = (_scale_one if args.scaling else _bench_one)(name, Path(folder), args)

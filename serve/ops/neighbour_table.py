@@ -1,37 +1,34 @@
 """The geometry of a sparse convolution as a table: the input row of every kernel offset and output voxel, -1 for none.
 
-What the compiled convolution (`serve.ops.sparse_conv.convolve_table`) reads. mmcv's layers exchange lists of pairs
+What the compiled convolution (`serve.ops.sparse_conv.convolve_table`) reads; here for layers whose output voxels are
+their input voxels, in `serve.ops.strided_table` for the others. mmcv's layers exchange lists of pairs
 (`serve.ops.sparse_index`, with the same geometry and the same order of output voxels); who needs none of those
 finds the table without them. On the CPU only. Knows nothing about features or weights.
-
-Places reached by a strided convolution are marked in a bitmap of the output grid, and a place's number is the
-count of marks before it (rank by population counts: G. Jacobson, "Space-efficient static trees and graphs", FOCS
-1989); grids too large for a bitmap take the way of sorted lists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from serve.ops import sparse_index
 from serve.ops.checks import as_numpy
 from serve.ops.jit import jit
-from serve.ops.sparse_conv import neighbours_of_pairs
+from serve.ops.rank_bitmap import count_marks, ones
 from serve.ops.threads import in_parts
 
-__all__ = ["inverted", "strided_table", "submanifold_table"]
+__all__ = ["ROWS_A_THREAD", "WORDS_PER_ROW", "inverted", "submanifold_table"]
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
-# Cells of an output grid that are marked in a bitmap: 16 MiB of it, and 8 MiB of counts.
-MAX_MARKED_CELLS = 1 << 27
+# Words of a bitmap that are cleared and counted in the time that sorting takes for a voxel.
+WORDS_PER_ROW = 32
+# Voxels that keep a thread busy for longer than it takes to wake up.
+ROWS_A_THREAD = 1 << 14
 
 
 def submanifold_table(
@@ -55,27 +52,35 @@ def submanifold_table(
     padding = kernel // 2
     reach = np.maximum(0, (kernel - 1) * steps - padding)
     widths = np.cumprod([1, *(np.array(shape, np.int64) + padding + reach)[::-1]])[::-1].astype(np.int64)
-    offsets = sparse_index.kernel_offsets(kernel)
-    distances = (offsets * steps - padding) @ widths[1:]
     rows = as_numpy(indices)
     keys = np.empty(len(rows), np.int64)
     inside, ascending = _keys(rows, np.array([batch_size, *shape], np.int64), padding, widths, keys)
     if not inside:
         sparse_index.check_bounds(indices, batch_size, shape)
-    if ascending:  # as the output voxels of a strided convolution are
-        order, known = np.arange(len(rows)), keys
-    else:
-        order = np.argsort(keys)
-        known = keys[order]
-    volume = len(distances)
+    # Kernel positions that differ in the last dimension only lie side by side, and are found together.
+    lines = sparse_index.kernel_offsets(np.array([*kernel[:-1], 1]))
+    starts, step = (lines * steps - padding) @ widths[1:], steps[-1]
+    words = -(-batch_size * int(widths[0]) // 64)
+    if ascending and step == 1 and words <= WORDS_PER_ROW * len(rows):
+        marks, before = np.zeros(words, np.uint64), np.empty(words, np.int32)
+        _mark_keys(keys, marks)
+        count_marks(marks, before)
+        table = np.empty((len(lines) * kernel[-1], len(rows)), np.int32)
+        in_parts(
+            lambda first, last: _look_up(keys, starts, kernel[-1], marks, before, table, first, last),
+            len(rows),
+            least=ROWS_A_THREAD,
+        )
+        return table
+    order = np.argsort(keys)
+    known = keys[order]
     mirrored = bool((kernel % 2 == 1).all() and (steps == 1).all())
-    table = np.empty((volume, len(rows)), np.int32)
-    walks = (volume + 1) // 2 if mirrored else volume
-
-    def work(first: int, last: int) -> None:
-        _walk(known, order, distances, mirrored, table, first, last)
-
-    in_parts(work, walks)
+    table = np.full((len(lines) * kernel[-1], len(rows)), -1, np.int32)
+    in_parts(
+        lambda first, last: _walk(known, order, starts, kernel[-1], step, mirrored, table, first, last),
+        len(rows),
+        least=ROWS_A_THREAD,
+    )
     return table
 
 
@@ -98,178 +103,70 @@ def _keys(
 
 @jit
 def _walk(
-    known: I64, order: I64, distances: I64, mirrored: bool, table: I32, first: int, last: int
+    known: I64,
+    order: I64,
+    starts: I64,
+    across: int,
+    step: int,
+    mirrored: bool,
+    table: I32,
+    first: int,
+    last: int,
 ) -> None:  # pragma: no cover - compiled
-    rows = known.shape[0]
-    for k in range(first, last):
-        opposite = distances.shape[0] - 1 - k
-        table[k] = -1
-        if mirrored:
-            if k == opposite:
-                for i in range(rows):
-                    table[k, i] = i
-                continue
-            table[opposite] = -1
-        j = 0
-        for i in range(rows):
-            wanted = known[i] + distances[k]
-            while j < rows and known[j] < wanted:
+    """Find the neighbours of the sorted voxels `first` to `last` along each line of the kernel.
+
+    A line begins `starts` away from a voxel and has `across` positions, `step` apart. Where o sees i under one
+    offset of a `mirrored` kernel, i sees o under the opposite one: then half of the lines do.
+    """
+    rows, lines = known.shape[0], starts.shape[0]
+    for line in range((lines + 1) // 2 if mirrored else lines):
+        j = np.searchsorted(known, known[first] + starts[line])
+        for i in range(first, last):
+            begin = known[i] + starts[line]
+            end = begin + across * step
+            while j < rows and known[j] < begin:
                 j += 1
-            if j == rows:
-                break
-            if known[j] == wanted:
-                table[k, order[i]] = order[j]
+            at = j
+            while at < rows and known[at] < end:
+                position = known[at] - begin
+                if step != 1:  # hardly ever; a division costs more than all the rest
+                    if position % step != 0:
+                        at += 1
+                        continue
+                    position //= step
+                k = line * across + position
+                table[k, order[i]] = order[at]
                 if mirrored:
-                    table[opposite, order[j]] = order[i]
-
-
-def strided_table(
-    indices: Tensor,
-    batch_size: int,
-    in_shape: Sequence[int],
-    out_shape: Sequence[int],
-    ksize: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transpose: bool,
-) -> tuple[Tensor, I32]:
-    """The output voxels (M, 1 + D) of a strided or transposed convolution and its table (K, M).
-
-    Args:
-        indices: (N, 1 + D) int32: batch index, then D coordinates, each voxel once.
-        batch_size: clouds in the batch.
-        in_shape: D input extents.
-        out_shape: D output extents.
-        ksize: D kernel extents.
-        stride: D strides.
-        padding: D paddings.
-        dilation: D dilations.
-        transpose: whether the convolution is a transposed one.
-
-    Raises:
-        IndexError: a voxel lies outside.
-    """
-    cells = batch_size * prod(out_shape)
-    if cells > MAX_MARKED_CELLS or not len(indices):
-        rows, pairs, counts = sparse_index.rulebook(
-            indices, batch_size, out_shape, in_shape, ksize, stride, padding, dilation, [0] * len(ksize),
-            0, int(transpose),
-        )  # fmt: skip
-        table = neighbours_of_pairs(pairs, counts, len(indices), len(rows), inverse=False)
-        assert table is not None  # an offset of a convolution names an output once
-        return rows, table
-    geometry = np.array([ksize, stride, padding, dilation, out_shape], dtype=np.int64)
-    steps = geometry[1] if not transpose else np.ones_like(geometry[1])
-    # Of the kernel positions along a dimension only every so-maniest meets the output grid.
-    most = len(indices) * int(np.prod(-(-geometry[0] // (steps // np.gcd(steps, geometry[3])))))
-    places, meetings = np.empty(most, np.int64), np.empty((most, 2), np.int32)
-    marks, before = np.zeros(-(-cells // 64), np.uint64), np.empty(-(-cells // 64), np.int32)
-    limits = np.array([batch_size, *in_shape], np.int64)
-    total = _mark(as_numpy(indices), limits, geometry, transpose, places, meetings, marks)
-    if total < 0:
-        sparse_index.check_bounds(indices, batch_size, in_shape)
-    count = _count(marks, before)
-    out = np.empty((count, indices.shape[1]), np.int32)
-    table = np.full((int(np.prod(geometry[0])), count), -1, np.int32)
-    _fill(places[:total], meetings, marks, before, geometry[4], out, table)
-    return torch.from_numpy(out), table
+                    table[lines * across - 1 - k, order[at]] = order[i]
+                at += 1
 
 
 @jit
-def _mark(
-    rows: I32, limits: I64, geometry: I64, transpose: bool, places: I64, meetings: I32, marks: U64
-) -> int:  # pragma: no cover - compiled
-    """List every pair's output place in `places` and its (offset, input row) in `meetings`, and mark the places.
-
-    Returns how many pairs there are; -1 where a row lies outside the `limits`.
-    """
-    ksize, stride, padding, dilation, shape = geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]
-    ndim = rows.shape[1] - 1
-    most = ksize.max()
-    # Along each dimension the kernel positions that meet the grid, and where.
-    positions, met = np.empty((ndim, most), np.int64), np.empty((ndim, most), np.int64)
-    counts, turn = np.empty(ndim, np.int64), np.empty(ndim, np.int64)
-    total = 0
-    for i in range(rows.shape[0]):
-        for d in range(ndim + 1):
-            if rows[i, d] < 0 or rows[i, d] >= limits[d]:
-                return -1
-        combinations = 1
-        for d in range(ndim):
-            n = 0
-            for position in range(ksize[d]):
-                if transpose:
-                    c = rows[i, d + 1] * stride[d] - padding[d] + position * dilation[d]
-                else:
-                    c = rows[i, d + 1] + padding[d] - position * dilation[d]
-                    if stride[d] == 2:  # most are; a division costs as much as all the rest
-                        if c & 1:
-                            continue
-                        c >>= 1
-                    elif stride[d] != 1:
-                        if c % stride[d] != 0:
-                            continue
-                        c //= stride[d]
-                if 0 <= c < shape[d]:
-                    positions[d, n], met[d, n] = position, c
-                    n += 1
-            counts[d], turn[d] = n, 0
-            combinations *= n
-        for _ in range(combinations):
-            offset, place = 0, np.int64(rows[i, 0])
-            for d in range(ndim):
-                offset = offset * ksize[d] + positions[d, turn[d]]
-                place = place * shape[d] + met[d, turn[d]]
-            places[total] = place
-            meetings[total, 0], meetings[total, 1] = offset, i
-            marks[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
-            total += 1
-            for d in range(ndim - 1, -1, -1):
-                turn[d] += 1
-                if turn[d] < counts[d]:
-                    break
-                turn[d] = 0
-    return total
+def _mark_keys(keys: I64, marks: U64) -> None:  # pragma: no cover - compiled
+    for i in range(keys.shape[0]):
+        marks[keys[i] >> 6] |= np.uint64(1) << np.uint64(keys[i] & 63)
 
 
 @jit
-def _ones(word: np.uint64) -> int:  # pragma: no cover - compiled
-    """Bits that are set (population count by adding within ever wider fields)."""
-    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return int((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
-
-
-@jit
-def _count(marks: U64, before: I32) -> int:  # pragma: no cover - compiled
-    """Fill in how many marks lie before each word; returns how many there are."""
-    total = 0
-    for w in range(marks.shape[0]):
-        before[w] = total
-        if marks[w] != np.uint64(0):
-            total += _ones(marks[w])
-    return total
-
-
-@jit
-def _fill(
-    places: I64, meetings: I32, marks: U64, before: I32, shape: I64, out: I32, table: I32
+def _look_up(
+    keys: I64, starts: I64, across: int, marks: U64, before: I32, table: I32, first: int, last: int
 ) -> None:  # pragma: no cover - compiled
-    """Write the coordinates of the marked places to `out` and the input rows to `table`."""
-    for e in range(places.shape[0]):
-        w = places[e] >> 6
-        below = (np.uint64(1) << np.uint64(places[e] & 63)) - np.uint64(1)
-        number = before[w] + _ones(marks[w] & below)
-        table[meetings[e, 0], number] = meetings[e, 1]
-        # Several inputs reach a place; each writes the same.
-        place = places[e]
-        for d in range(shape.shape[0] - 1, -1, -1):
-            rest = place // shape[d]
-            out[number, d + 1] = place - rest * shape[d]
-            place = rest
-        out[number, 0] = place
+    """Find the neighbours of the voxels `first` to `last`, which ascend: a voxel's row is the count of marks before it.
+
+    Without branches: whether there is a neighbour cannot be predicted.
+    """
+    # Unsigned: an index that might be negative costs a comparison each time.
+    one, low = np.uint64(1), np.uint64(63)
+    for line in range(starts.shape[0]):
+        for i in range(np.uint64(first), np.uint64(last)):
+            key = np.uint64(keys[i] + starts[line])
+            word = key >> np.uint64(6)
+            row = before[word] + ones(marks[word] & ((one << (key & low)) - one))
+            for position in range(across):
+                at = key + np.uint64(position)
+                marked = np.int64((marks[at >> np.uint64(6)] >> (at & low)) & one)
+                table[line * across + position, i] = row if marked else -1
+                row += marked
 
 
 def inverted(table: I32, inputs: int) -> I32:

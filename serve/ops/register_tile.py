@@ -13,11 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
+import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional
+
+from serve.ops.jit import jit
 
 __all__ = [
     "CHANNELS",
@@ -27,19 +31,22 @@ __all__ = [
     "VECTOR",
     "WIDE",
     "add_products",
+    "aligned",
     "everywhere",
     "load",
     "panels",
     "vector_at",
 ]
 
-# 6 x 2 sums, two weights and one value fit the 16 vector registers of AVX2, let alone the 32 of AVX-512 and NEON.
+# 6 x 2 sums, two weights and one value fit the 16 vector registers of AVX2; 6 x 4 sums the 32 of AVX-512.
 ROWS = 6
-_VECTORS = 2
+_VECTORS, _WIDE_VECTORS = 2, 4
 # Whether the CPU has vectors of 16 floats.
 WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 LANES = 16 if WIDE else 8
-CHANNELS = _VECTORS * LANES
+# Output channels of a panel, and of one for the many registers of AVX-512: each value read meets twice the weights.
+CHANNELS, _WIDE_CHANNELS = _VECTORS * LANES, _WIDE_VECTORS * LANES
+_CACHE_LINE_FLOATS = 16
 
 I64, _I32 = ir.IntType(64), ir.IntType(32)
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
@@ -48,10 +55,24 @@ _FUSED = ("contract",)
 
 
 def panels(weight: Tensor) -> Tensor:
-    """(…, Cin, Cout) as (…, ceil(Cout / `CHANNELS`), Cin, `CHANNELS`), zeros behind Cout, contiguous."""
-    count = -(-weight.shape[-1] // CHANNELS)
-    padded: Tensor = functional.pad(weight, (0, count * CHANNELS - weight.shape[-1]))
-    return padded.reshape(*weight.shape[:-1], count, CHANNELS).transpose(-3, -2).contiguous()
+    """Weights (…, Cin, Cout) as `add_products` reads them.
+
+    Returns:
+        (…, P, Cin, C), contiguous and zero behind Cout; C is `CHANNELS`, or twice as many where vectors are wide and
+        Cout is a multiple of that.
+    """
+    channels = _WIDE_CHANNELS if WIDE and weight.shape[-1] % _WIDE_CHANNELS == 0 else CHANNELS
+    count = -(-weight.shape[-1] // channels)
+    padded: Tensor = functional.pad(weight, (0, count * channels - weight.shape[-1]))
+    return padded.reshape(*weight.shape[:-1], count, channels).transpose(-3, -2).contiguous()
+
+
+@jit
+def aligned(count: int) -> npt.NDArray[np.float32]:  # pragma: no cover - compiled
+    """So many zeros that begin with a cache line, in compiled code: no vector of them lies in two lines."""
+    room = np.zeros(count + _CACHE_LINE_FLOATS, np.float32)
+    skipped = -(room.ctypes.data // 4) % _CACHE_LINE_FLOATS
+    return room[skipped : skipped + count]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -72,10 +93,10 @@ def add_products(
     Args:
         typing_context: numba's own; the caller passes the rest.
         features: (N, Cin) float32, C-contiguous.
-        panel: (Cin, `CHANNELS`) float32, C-contiguous.
-        sums: (M, >= channel + `CHANNELS`) float32, C-contiguous.
-        sources: int64, rows of `features`.
-        targets: int64, rows of `sums`, no two of the `ROWS` equal.
+        panel: (Cin, C) float32, C-contiguous, one of `panels`.
+        sums: (M, >= channel + C) float32, C-contiguous.
+        sources: int32, rows of `features`.
+        targets: int32, rows of `sums`, no two of the `ROWS` equal.
         row: where to begin in `sources` and `targets`.
         channel: where to begin in a row of `sums`.
     """
@@ -104,52 +125,70 @@ def _generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any
         for kind, value in zip(signature.args[:5], arguments[:5], strict=True)
     )
     row, channel = arguments[5:]
+    if not WIDE:
+        _products(builder, features, panel, sums, sources, targets, row, channel, _VECTORS)
+        return context.get_dummy_value()
+    is_wide = builder.icmp_signed("==", builder.extract_value(panel.shape, 1), I64(_WIDE_CHANNELS))
+    with builder.if_else(is_wide) as (wide, narrow):
+        with wide:
+            _products(builder, features, panel, sums, sources, targets, row, channel, _WIDE_VECTORS)
+        with narrow:
+            _products(builder, features, panel, sums, sources, targets, row, channel, _VECTORS)
+    return context.get_dummy_value()
+
+
+def _products(
+    builder: Any,
+    features: Any,
+    panel: Any,
+    sums: Any,
+    sources: Any,
+    targets: Any,
+    row: Any,
+    channel: Any,
+    vectors: int,
+) -> None:
+    """The loop for panels of so many vectors: all sums are read, stay in registers, and are written."""
     inputs = builder.extract_value(features.shape, 1)
     width = builder.extract_value(sums.shape, 1)
-    steps = [I64(v * LANES) for v in range(_VECTORS)]
+    steps = [I64(v * LANES) for v in range(vectors)]
 
     values, places = [], []
     for j in range(ROWS):
         at = builder.add(row, I64(j))
-        source = builder.load(builder.gep(sources.data, [at]))
-        target = builder.load(builder.gep(targets.data, [at]))
+        source = builder.sext(builder.load(builder.gep(sources.data, [at])), I64)
+        target = builder.sext(builder.load(builder.gep(targets.data, [at])), I64)
         values.append(builder.gep(features.data, [builder.mul(source, inputs)]))
         first = builder.add(builder.mul(target, width), channel)
-        places.append([builder.add(first, step) for step in steps])
-    before = [[load(builder, sums.data, at) for at in some] for some in places]
+        places += [builder.add(first, step) for step in steps]
+    before = [load(builder, sums.data, at) for at in places]
     begin = builder.block
     loop, end = builder.append_basic_block("products"), builder.append_basic_block("products.end")
     builder.cbranch(builder.icmp_signed(">", inputs, I64(0)), loop, end)
 
     builder.position_at_end(loop)
     a = builder.phi(I64)
-    running = [[builder.phi(VECTOR) for _ in steps] for _ in range(ROWS)]
-    first = builder.mul(a, I64(CHANNELS))
+    running = [builder.phi(VECTOR) for _ in places]
+    first = builder.mul(a, I64(vectors * LANES))
     weights = [load(builder, panel.data, builder.add(first, step)) for step in steps]
-    after = []
+    after: list[Any] = []
     for j in range(ROWS):
         value = everywhere(builder, builder.load(builder.gep(values[j], [a])))
-        products = [builder.fmul(value, one, flags=_FUSED) for one in weights]
-        after.append(
-            [builder.fadd(old, new, flags=_FUSED) for old, new in zip(running[j], products, strict=True)]
-        )
+        for one in weights:
+            product = builder.fmul(value, one, flags=_FUSED)
+            after.append(builder.fadd(running[len(after)], product, flags=_FUSED))
     a_next = builder.add(a, I64(1))
     a.add_incoming(I64(0), begin)
     a.add_incoming(a_next, loop)
-    for j in range(ROWS):
-        for v in range(_VECTORS):
-            running[j][v].add_incoming(before[j][v], begin)
-            running[j][v].add_incoming(after[j][v], loop)
+    for total, old, new in zip(running, before, after, strict=True):
+        total.add_incoming(old, begin)
+        total.add_incoming(new, loop)
     builder.cbranch(builder.icmp_signed("<", a_next, inputs), loop, end)
 
     builder.position_at_end(end)
-    totals = []
-    for j in range(ROWS):
-        for v in range(_VECTORS):
-            total = builder.phi(VECTOR)
-            total.add_incoming(before[j][v], begin)
-            total.add_incoming(after[j][v], loop)
-            totals.append((total, places[j][v]))
-    for total, at in totals:
+    totals = [builder.phi(VECTOR) for _ in places]
+    for total, old, new in zip(totals, before, after, strict=True):
+        total.add_incoming(old, begin)
+        total.add_incoming(new, loop)
+    for total, at in zip(totals, places, strict=True):
         builder.store(total, vector_at(builder, sums.data, at), align=4)
-    return context.get_dummy_value()

@@ -20,7 +20,7 @@ from torch import Tensor
 from serve.ops.checks import as_numpy, check_same_device, loops_take
 from serve.ops.jit import jit, jit_contracted
 from serve.ops.point_checks import check_shape, check_tensor
-from serve.ops.register_tile import CHANNELS, ROWS, add_products, panels
+from serve.ops.register_tile import ROWS, add_products, aligned, panels
 from serve.ops.threads import in_parts
 from serve.ops.voxel_checks import check_rulebook, check_rulebook_rows
 
@@ -230,8 +230,8 @@ class Prepared:
     """Weights and bias as the compiled convolution reads them.
 
     Attributes:
-        panels: (K, P, Cin, `CHANNELS`) float32, see `register_tile.panels`.
-        start: (P * `CHANNELS`,) float32: the bias, and zeros.
+        panels: (K, P, Cin, width of a panel) float32, see `register_tile.panels`.
+        start: (P * width of a panel,) float32: the bias, and zeros.
         channels: Cout.
     """
 
@@ -243,7 +243,7 @@ class Prepared:
 def prepared(weight: Tensor, bias: Tensor | None) -> Prepared:
     """`weight` (K, Cin, Cout) and `bias` (Cout,), float32 on the CPU, once for many calls."""
     kernel = as_numpy(panels(weight))
-    start = np.zeros(kernel.shape[1] * CHANNELS, dtype=np.float32)
+    start = np.zeros(kernel.shape[1] * kernel.shape[3], dtype=np.float32)
     if bias is not None:
         start[: weight.shape[2]] = as_numpy(bias)
     return Prepared(kernel, start, weight.shape[2])
@@ -324,9 +324,9 @@ def _convolve_tiles(
     """Fill the output rows of some tiles; `weight` is in `panels`, `start` as wide as those together."""
     # Behind the sums of a tile lie rows that nobody reads: groups of rows are filled up with them, so that every
     # row goes the same way and which rows are beside it, in a tile and so in a batch, never changes its bits.
-    sums = np.zeros((_TILE + ROWS, start.shape[0]), dtype=np.float32)
-    targets = np.empty(_TILE + ROWS, dtype=np.int64)
-    sources = np.empty(_TILE + ROWS, dtype=np.int64)
+    sums = aligned((_TILE + ROWS) * start.shape[0]).reshape(_TILE + ROWS, start.shape[0])
+    targets = np.empty(_TILE + ROWS, dtype=np.int32)
+    sources = np.empty(_TILE + ROWS, dtype=np.int32)
     for tile in range(first_tile, last_tile):
         begin = tile * _TILE
         rows = min(_TILE, output.shape[0] - begin)
@@ -334,20 +334,23 @@ def _convolve_tiles(
             for c in range(start.shape[0]):
                 sums[o, c] = start[c]
         for k in range(neighbours.shape[0]):
-            n = 0
+            counted = np.uint64(0)
             for o in range(rows):
                 # Written always, counted where there is a neighbour: no branch to mispredict.
-                targets[n] = o
-                sources[n] = neighbours[k, begin + o]
-                n += neighbours[k, begin + o] >= 0
+                source = neighbours[k, np.uint64(begin + o)]
+                targets[counted] = o
+                sources[counted] = source
+                counted += np.uint64(source >= 0)
+            n = np.int64(counted)
             if n == 0:
                 continue
             for extra in range(-n % ROWS):
                 targets[n + extra] = _TILE + extra
                 sources[n + extra] = sources[0]
             for p in range(weight.shape[1]):
+                panel = weight[k, p]
                 for r in range(0, n, ROWS):
-                    add_products(features, weight[k, p], sums, sources, targets, r, p * CHANNELS)
+                    add_products(features, panel, sums, sources, targets, r, p * panel.shape[1])
         for o in range(rows):
             for c in range(output.shape[1]):
                 total = sums[o, c]

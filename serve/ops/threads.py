@@ -21,12 +21,17 @@ __all__ = ["in_parts"]
 _PARTS_A_THREAD = 4
 
 
-def in_parts(work: Callable[[int, int], Any], total: int) -> None:
+def in_parts(work: Callable[[int, int], Any], total: int, *, least: int = 1) -> None:
     """Call ``work(first, last)`` for ranges that together cover ``range(total)``, and wait for all of them.
 
     The caller works too; who does which range is not fixed, so `work` must not care.
+
+    Args:
+        work: the kernel.
+        total: how many rows there are.
+        least: rows that a thread is worth waking up for, which takes it some 0.1 ms.
     """
-    threads = min(torch.get_num_threads(), total)
+    threads = min(torch.get_num_threads(), total // least)
     if threads <= 1:
         if total > 0:
             work(0, total)

@@ -29,6 +29,7 @@ from serve.ops.register_tile import (
     ROWS,
     WIDE,
     add_products,
+    aligned,
     everywhere,
     load,
     panels,
@@ -48,7 +49,7 @@ _G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
 def transform_weight(weight: Tensor) -> Tensor:
-    """(Cout, Cin, 3, 3) float32 to what `convolve_3x3` takes: (16, P, Cin, `CHANNELS`), computed in float64.
+    """(Cout, Cin, 3, 3) float32 to what `convolve_3x3` takes: 16 `panels`, (16, P, Cin, C), computed in float64.
 
     Raises:
         ValueError: another kernel size, or channel counts that are no multiples of a vector's (`CHANNELS`).
@@ -87,7 +88,7 @@ def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool =
     if x.shape[1] != weight.shape[2]:
         raise ValueError(f"x has {x.shape[1]} channels but weight takes {weight.shape[2]}")
     batch, _, height, width = x.shape
-    outputs = weight.shape[1] * CHANNELS
+    outputs = weight.shape[1] * weight.shape[3]
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias must be ({outputs},), got {tuple(bias.shape)}")
     source = as_numpy(x.permute(0, 2, 3, 1))
@@ -112,8 +113,8 @@ def _strips(
     across = (width + 1) // 2
     patch, corner = np.empty((4, 4, inputs), np.float32), np.empty((2, 2, outputs), np.float32)
     seen = np.zeros((16, _BLOCK, inputs), np.float32)
-    sums = np.empty((16, _BLOCK, outputs), np.float32)
-    rows = np.arange(_BLOCK)
+    sums = aligned(16 * _BLOCK * outputs).reshape(16, _BLOCK, outputs)
+    rows = np.arange(_BLOCK).astype(np.int32)
     for strip in range(first, last):
         picture, y = strip // ((height + 1) // 2), 2 * (strip % ((height + 1) // 2))
         for begin in range(0, across, _BLOCK):
@@ -132,9 +133,11 @@ def _strips(
                     _transform_inputs(patch, seen[:, t:])
             for place in range(16):
                 sums[place] = 0
+                here, there = seen[place], sums[place]
                 for p in range(weight.shape[1]):
+                    panel = weight[place, p]
                     for r in range(0, count, ROWS):
-                        add_products(seen[place], weight[place, p], sums[place], rows, rows, r, p * CHANNELS)
+                        add_products(here, panel, there, rows, rows, r, p * panel.shape[1])
             for t in range(count):
                 left = 2 * (begin + t)
                 if y + 1 < height and left + 1 < width:

@@ -22,8 +22,9 @@ from mmcv.ops.sparse_structure import SparseConvTensor
 from torch import Tensor, nn
 
 from serve.ops.checks import loops_take
-from serve.ops.neighbour_table import inverted, strided_table, submanifold_table
+from serve.ops.neighbour_table import inverted, submanifold_table
 from serve.ops.sparse_conv import Prepared, convolve, convolve_table, prepared
+from serve.ops.strided_table import strided_table
 
 __all__ = ["InferenceSparseConvolution", "SparseMap"]
 
@@ -40,19 +41,12 @@ class SparseMap(SparseConvTensor):  # type: ignore[misc]
         """
         first, *others = self.spatial_shape
         features, (batch, depth, *rest) = self.features, self.indices.long().unbind(1)
-        full = _zeros(features, (self.batch_size, *others, features.shape[1], first))
+        full: Tensor = features.new_zeros((self.batch_size, *others, features.shape[1], first))
         full[(batch, *rest, slice(None), depth)] = features
         dims = len(others)
         if channels_first:
             return full.permute(0, dims + 1, dims + 2, *range(1, dims + 1))
         return full.permute(0, dims + 2, *range(1, dims + 1), dims + 1)
-
-
-def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros of the type of `like`; on a CPU pages of them that nobody writes to are never made."""
-    if like.device.type == "cpu" and like.dtype == torch.float32:
-        return torch.from_numpy(np.zeros(shape, dtype=np.float32))
-    return like.new_zeros(shape)
 
 
 @dataclass(frozen=True)

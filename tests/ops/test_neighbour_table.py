@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.ops import neighbour_table, sparse_conv, sparse_index
+from serve.ops import neighbour_table, rank_bitmap, sparse_conv, sparse_index, strided_table
 
 
 def voxels(shape: list[int], batch: int, share: float, seed: int) -> torch.Tensor:
@@ -68,8 +68,8 @@ def test_a_strided_table_is_the_rulebook(case, marked):
     )
     with pytest.MonkeyPatch.context() as patch:
         if not marked:
-            patch.setattr(neighbour_table, "MAX_MARKED_CELLS", 0)
-        rows, table = neighbour_table.strided_table(
+            patch.setattr(strided_table, "MAX_MARKED_CELLS", 0)
+        rows, table = strided_table.strided_table(
             indices, batch, in_shape, out_shape, ksize, stride, padding, dilation, transpose
         )
     assert np.array_equal(rows.numpy(), expected_rows) and np.array_equal(table, expected)
@@ -100,9 +100,39 @@ def test_a_voxel_outside_is_an_index_error(wrong):
     with pytest.raises(IndexError, match="must lie in"):
         neighbour_table.submanifold_table(indices, 2, [4, 4, 4], [3, 3, 3], [1, 1, 1])
     with pytest.raises(IndexError, match="must lie in"):
-        neighbour_table.strided_table(
+        strided_table.strided_table(
             indices, 2, [4, 4, 4], [2, 2, 2], [3, 3, 3], [2, 2, 2], [1, 1, 1], [1, 1, 1], False
         )
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_threads_share_the_work_of_many_voxels_and_change_nothing(monkeypatch, ordered):
+    for module in (neighbour_table, strided_table):
+        monkeypatch.setattr(module, "ROWS_A_THREAD", 2048)
+    indices = voxels([20, 60, 60], 2, 0.1, 3)
+    indices = torch.unique(indices, dim=0) if ordered else indices
+    strided_case = ([20, 60, 60], [10, 30, 30], [3, 3, 3], [2, 2, 2], [1, 1, 1], [1, 1, 1])
+
+    def found(threads: int):
+        torch.set_num_threads(threads)
+        rows, table = strided_table.strided_table(indices, 2, *strided_case, False)
+        return rows, table, neighbour_table.submanifold_table(indices, 2, [20, 60, 60], [3, 3, 3], [1, 1, 1])
+
+    before = torch.get_num_threads()
+    try:
+        rows, table, same = found(1)
+        others = found(3)
+    finally:
+        torch.set_num_threads(before)
+    assert (
+        torch.equal(rows, others[0]) and np.array_equal(table, others[1]) and np.array_equal(same, others[2])
+    )
+    in_shape, out_shape, *rest = strided_case
+    expected = by_pairs(indices, 2, out_shape, in_shape, *rest, False, False)
+    assert np.array_equal(rows, expected[0]) and np.array_equal(table, expected[1])
+    half = [1, 1, 1]
+    _, expected_same = by_pairs(indices, 2, in_shape, in_shape, [3, 3, 3], half, half, half, True, False)
+    assert np.array_equal(same, expected_same)
 
 
 def test_marks_are_counted():
@@ -110,7 +140,7 @@ def test_marks_are_counted():
     marks = dice.integers(0, 1 << 63, 1000, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     marks[::3] = 0
     before = np.empty(1000, np.int32)
-    total = neighbour_table._count(marks, before)
+    total = rank_bitmap.count_marks(marks, before)
     ones = np.array([int(word).bit_count() for word in marks])
     assert total == ones.sum() and np.array_equal(before, np.cumsum(ones) - ones)
 

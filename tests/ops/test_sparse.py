@@ -271,7 +271,7 @@ def test_a_rulebook_that_names_a_missing_row_is_refused(source, target):
         )
 
 
-@pytest.mark.parametrize("channels", [(1, 3), (5, 8), (16, 16), (7, 64)])
+@pytest.mark.parametrize("channels", [(1, 3), (5, 8), (16, 16), (7, 64), (32, 128), (3, 96)])
 def test_the_compiled_loop_equals_the_way_of_other_devices(channels):
     shape = [6, 6, 6]
     indices, features, _ = random_sparse(9, (6, 6, 6), 2, 0.3, channels[0])
@@ -304,7 +304,7 @@ def test_the_number_of_threads_changes_nothing():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("channels", [(4, 16), (16, 24), (5, 7)])
+@pytest.mark.parametrize("channels", [(4, 16), (16, 24), (5, 7), (16, 64)])
 def test_a_row_has_the_same_bits_whatever_rows_are_computed_beside_it(channels):
     shape = [9, 9, 9]
     indices, features, _ = random_sparse(12, (9, 9, 9), 4, 0.4, channels[0])

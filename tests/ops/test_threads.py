@@ -31,6 +31,15 @@ def test_every_piece_is_done_once(threads, total):
     assert done == [1] * total
 
 
+def test_no_thread_is_woken_up_for_little_work(threads):
+    ranges: list[tuple[int, int]] = []
+    in_parts(lambda first, last: ranges.append((first, last)), 99, least=50)
+    assert ranges == [(0, 99)]
+    ranges.clear()
+    in_parts(lambda first, last: ranges.append((first, last)), 100, least=50)
+    assert (len(ranges) > 1) == (threads > 1) and sum(last - first for first, last in ranges) == 100
+
+
 def test_what_a_part_raises_reaches_the_caller(threads):
     def work(first: int, last: int) -> None:
         if first <= 40 < last:

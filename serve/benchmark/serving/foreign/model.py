@@ -24,9 +24,11 @@ def load(name: str) -> Model:
     from serve.archive import open_directory
     from serve.errors import ServeError
     from serve.runtime import load_detector
+    from serve.runtime.memory import keep_freed_memory
     from serve.wire import Limits, Options, encode_json
 
     ops.install()
+    keep_freed_memory()  # as ours does
     detector = load_detector(open_directory(Path(name)), torch.device("cpu"))
 
     def answers(bodies: Sequence[bytes]) -> list[bytes]:

@@ -1,0 +1,36 @@
+"""Bitmaps in which a mark's number is the count of marks before it.
+
+Rank by population counts (G. Jacobson, "Space-efficient static trees and graphs", FOCS 1989). For compiled code.
+Knows nothing about what is marked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from serve.ops.jit import jit
+
+__all__ = ["count_marks", "ones"]
+
+
+@jit
+def ones(word: np.uint64) -> int:  # pragma: no cover - compiled
+    """Bits that are set (population count by adding within ever wider fields)."""
+    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return int((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@jit
+def count_marks(
+    marks: npt.NDArray[np.uint64], before: npt.NDArray[np.int32]
+) -> int:  # pragma: no cover - compiled
+    """Fill in how many marks lie before each word; returns how many there are."""
+    total = 0
+    for w in range(marks.shape[0]):
+        before[w] = total
+        if marks[w] != np.uint64(0):
+            total += ones(marks[w])
+    return total

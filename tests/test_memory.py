@@ -1,0 +1,60 @@
+"""Freed memory is kept for the next frame, where the allocator is ours to tune."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serve.settings import Settings
+
+# Twenty times 32 MB taken, written to and freed; prints what was said and how many pages the system handed out.
+PROBE = """
+import resource
+import numpy as np
+from serve.runtime.memory import keep_freed_memory
+kept = KEEP
+def frame():
+    blocks = [np.ones(4_000_000) for _ in range(3)]
+frame()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    frame()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def probe(keep: bool) -> tuple[bool, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.replace("KEEP", "keep_freed_memory()" if keep else "False")],
+        env={"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    said, faults = done.stdout.split()
+    return said == "True", int(faults)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_of_a_frame_is_there_for_the_next():
+    kept, faults = probe(keep=True)
+    _, without = probe(keep=False)
+    assert kept
+    assert faults < 100 < without
+
+
+@pytest.mark.parametrize(
+    "tuned",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "131072"},
+        {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"},
+        {"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"},
+    ],
+)
+def test_who_tunes_malloc_is_not_overruled_unless_they_ask(tuned):
+    assert Settings.from_environment({}).keep_memory
+    assert not Settings.from_environment(tuned).keep_memory
+    assert Settings.from_environment(tuned | {"MMDET3D_SERVE_KEEP_MEMORY": "1"}).keep_memory
+    assert not Settings.from_environment({"MMDET3D_SERVE_KEEP_MEMORY": "0"}).keep_memory
