@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional
@@ -34,6 +35,7 @@ __all__ = [
     "aligned",
     "everywhere",
     "load",
+    "pack_partners",
     "panels",
     "vector_at",
 ]
@@ -101,6 +103,51 @@ def add_products(
         channel: where to begin in a row of `sums`.
     """
     return types.void(features, panel, sums, sources, targets, row, channel), _generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pack_partners(
+    typing_context: Any, partners: Any, sources: Any, targets: Any, packed: Any, first: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """Append the `LANES` rows from `first` that have a partner to `sources` and `targets`; compiled code, if `WIDE`.
+
+    Args:
+        typing_context: numba's own; the caller passes the rest.
+        partners: int32, negative for none.
+        sources: int32, gets the partners; `LANES` from `packed` on may be written over.
+        targets: int32, gets their indexes, counted from `first`'s own; the same.
+        packed: how many there are already.
+        first: where to begin in `partners`.
+
+    Returns:
+        How many there are now.
+    """
+    return types.int64(partners, sources, targets, packed, first), _generate_packing
+
+
+def _generate_packing(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    partners, sources, targets = (
+        context.make_array(kind)(context, builder, value)
+        for kind, value in zip(signature.args[:3], arguments[:3], strict=True)
+    )
+    packed, first = arguments[3:]
+    numbers = ir.VectorType(_I32, LANES)
+    truths = ir.VectorType(ir.IntType(1), LANES)
+    compress = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(numbers, [numbers, truths, numbers]),
+        f"llvm.experimental.vector.compress.v{LANES}i32",
+    )
+    there = builder.load(builder.bitcast(builder.gep(partners.data, [first]), numbers.as_pointer()), align=4)
+    has = builder.icmp_signed(">=", there, ir.Constant(numbers, [0] * LANES))
+    start = builder.insert_element(ir.Constant(numbers, ir.Undefined), builder.trunc(first, _I32), _I32(0))
+    start = builder.shuffle_vector(start, start, ir.Constant(numbers, [0] * LANES))
+    here = builder.add(start, ir.Constant(numbers, list(range(LANES))))
+    for values, kept in ((there, sources), (here, targets)):
+        dense = builder.call(compress, [values, has, ir.Constant(numbers, ir.Undefined)])
+        builder.store(dense, builder.bitcast(builder.gep(kept.data, [packed]), numbers.as_pointer()), align=4)
+    count = builder.ctpop(builder.bitcast(has, ir.IntType(LANES)))
+    return builder.add(packed, builder.zext(count, I64))
 
 
 def vector_at(builder: Any, data: Any, at: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from serve.ops.checks import as_numpy, check_same_device, loops_take
 from serve.ops.jit import jit, jit_contracted
 from serve.ops.point_checks import check_shape, check_tensor
-from serve.ops.register_tile import ROWS, add_products, aligned, panels
+from serve.ops.register_tile import LANES, ROWS, WIDE, add_products, aligned, pack_partners, panels
 from serve.ops.threads import in_parts
 from serve.ops.voxel_checks import check_rulebook, check_rulebook_rows
 
@@ -325,8 +325,8 @@ def _convolve_tiles(
     # Behind the sums of a tile lie rows that nobody reads: groups of rows are filled up with them, so that every
     # row goes the same way and which rows are beside it, in a tile and so in a batch, never changes its bits.
     sums = aligned((_TILE + ROWS) * start.shape[0]).reshape(_TILE + ROWS, start.shape[0])
-    targets = np.empty(_TILE + ROWS, dtype=np.int32)
-    sources = np.empty(_TILE + ROWS, dtype=np.int32)
+    targets = np.empty(_TILE + LANES, dtype=np.int32)
+    sources = np.empty(_TILE + LANES, dtype=np.int32)
     for tile in range(first_tile, last_tile):
         begin = tile * _TILE
         rows = min(_TILE, output.shape[0] - begin)
@@ -334,14 +334,7 @@ def _convolve_tiles(
             for c in range(start.shape[0]):
                 sums[o, c] = start[c]
         for k in range(neighbours.shape[0]):
-            counted = np.uint64(0)
-            for o in range(rows):
-                # Written always, counted where there is a neighbour: no branch to mispredict.
-                source = neighbours[k, np.uint64(begin + o)]
-                targets[counted] = o
-                sources[counted] = source
-                counted += np.uint64(source >= 0)
-            n = np.int64(counted)
+            n = _pack(neighbours[k, begin : begin + rows], sources, targets)
             if n == 0:
                 continue
             for extra in range(-n % ROWS):
@@ -355,6 +348,23 @@ def _convolve_tiles(
             for c in range(output.shape[1]):
                 total = sums[o, c]
                 output[begin + o, c] = np.float32(0) if relu and total < 0 else total
+
+
+@jit
+def _pack(
+    partners: npt.NDArray[np.int32], sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]
+) -> int:  # pragma: no cover - compiled
+    """List the rows of a tile that have a partner in `targets`, and the partners in `sources`; returns how many."""
+    n, done = 0, 0
+    if WIDE:
+        while done + LANES <= partners.shape[0]:
+            n = pack_partners(partners, sources, targets, n, done)
+            done += LANES
+    for o in range(done, partners.shape[0]):
+        # Written always, counted where there is a partner: no branch to mispredict.
+        targets[n], sources[n] = o, partners[o]
+        n += partners[o] >= 0
+    return n
 
 
 def _identity_offset(counts: list[int], num_act_out: int, subm: bool) -> int | None:
