@@ -121,6 +121,12 @@ class ModelTable:
             if self._trouble is not None:
                 raise type(self._trouble)(str(self._trouble))
             found = self._find(name, version)
+        elif self._hangs(found):
+            if self._age_s() > RETRY_S:
+                self._look()  # not waited for: it takes as long as questions may take
+            raise NotReady(
+                f"TorchServe hangs: it answers no question, and no batch of {name} ends; retry later"
+            )
         elif self._age_s() > FRESH_S:
             self._look()  # in the background; this request goes on with what is known
         if found is None:
@@ -176,6 +182,10 @@ class ModelTable:
         if version is not None:
             return self._models.get((name, version))
         return next((m for m in self._models.values() if m.state.name == name and m.state.default), None)
+
+    def _hangs(self, model: ServedModel) -> bool:
+        """Whether TorchServe neither answers nor finishes what it has: another frame would wait for its deadline."""
+        return self._trouble is not None and model.batcher is not None and model.batcher.stalled_s() > FRESH_S
 
     def _age_s(self) -> float:
         return asyncio.get_running_loop().time() - self._looked_at

@@ -151,6 +151,40 @@ def test_a_torchserve_that_hangs_turns_readiness_red_within_two_seconds(gateway,
     eventually(lambda: ready(gateway), 2.5)
 
 
+def test_while_torchserve_hangs_requests_are_answered_503_at_once(gateway, torchserve, backend, cloud):
+    eventually(lambda: ready(gateway))
+    torchserve.hang = True
+    backend.hold()
+    stuck = threading.Thread(target=lambda: gateway.post(content=cloud(1)))
+    stuck.start()
+    try:
+        eventually(lambda: not ready(gateway) and torchserve.held == 1, 5.0)
+
+        def refusal() -> str | None:
+            begun = time.perf_counter()
+            answer = gateway.post("/predictions/second?timeout_ms=500", content=cloud(2))
+            at_once = time.perf_counter() - begun < 0.4
+            return answer.json()["error"]["message"] if answer.status_code == 503 and at_once else None
+
+        assert "hangs" in eventually(refusal, 5.0)
+    finally:
+        torchserve.hang = False
+        backend.release()
+        stuck.join()
+    eventually(lambda: ready(gateway), 2.5)
+    assert gateway.post(content=cloud(3)).status_code == 200
+
+
+def test_a_management_port_that_is_slow_to_answer_stops_no_prediction(gateway, torchserve, cloud):
+    eventually(lambda: ready(gateway))
+    torchserve.hang = True
+    try:
+        eventually(lambda: not ready(gateway), 2.5)
+        assert gateway.post(content=cloud(1)).status_code == 200
+    finally:
+        torchserve.hang = False
+
+
 def test_a_batch_that_does_not_end_turns_readiness_red(start_gateway, backend, cloud):
     gateway = start_gateway(stall_s=0.1)
     eventually(lambda: ready(gateway))
