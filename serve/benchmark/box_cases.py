@@ -67,7 +67,7 @@ def iou3d_boxes_overlap_bev_forward(x: Inputs) -> list[Any]:
 
 
 def iou3d_nms3d_forward(x: Inputs) -> list[Any]:
-    n = x.size(12, 4000)
+    n = x.size(12, 1000)
     return [x.boxes3d(n), x.zeros(n, dtype=torch.int64), x.zeros(1, dtype=torch.int64), 0.01]
 
 
