@@ -37,7 +37,7 @@ class _PortableExtension(importlib.abc.Loader):
 
 
 class _ExtensionFinder(importlib.abc.MetaPathFinder):
-    """Answers for ``mmcv._ext``, and for the modules of mmcv that need a mend.
+    """Answers for ``mmcv._ext``, and for the modules of mmcv and mmdet3d that need a mend.
 
     A compiled extension goes first unless `preference` says otherwise; None: nobody has chosen yet.
     """
@@ -49,7 +49,7 @@ class _ExtensionFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not fullname.startswith("mmcv."):
+        if not fullname.startswith(("mmcv.", "mmdet3d.")):
             return None
         if fullname != EXTENSION:
             return _mended(fullname, path)

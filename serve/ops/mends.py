@@ -1,4 +1,4 @@
-"""What mmcv's own Python gets wrong around its kernels on a machine without CUDA or with a current torch.
+"""What upstream's own Python gets wrong around its kernels on a machine without CUDA or with a current torch.
 
 * `furthest_point_sample`, `knn` and `points_in_boxes` ask torch.cuda for its current device, or for tensors, whatever
   the input is on: without CUDA they raise before any kernel is called.
@@ -6,8 +6,11 @@
   `SparseConvTensor` multiplies its extents with numpy, which fails where they are a tensor, as in mmdet3d's MinkUNet.
 * `masked_conv` calls ``torch.addmm`` by an order of arguments that torch deprecates.
 * `multi_scale_deform_attn` never calls its kernel on a CPU but a slow way of its own.
+* `nms`, and mmdet3d's loading of labels, evaluate a text of a config as Python: the name of a function, or of a type
+  of numpy's. A config may come from an archive, which is data; here such a text is looked up.
 
-Each is mended when its module is imported (`serve.ops.install`). Knows these modules of mmcv 2.1.0 only.
+Each is mended when its module is imported (`serve.ops.install`). Knows these modules of mmcv 2.1.0 and mmdet3d
+1.4.0 only.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 __all__ = ["MENDS", "MendingLoader"]
@@ -100,11 +103,37 @@ def _attend_with_the_kernel(module: ModuleType) -> None:
     module.__dict__["multi_scale_deformable_attn_pytorch"] = attend
 
 
+def _look_functions_up(module: ModuleType) -> None:
+    def function_named(name: str) -> Any:
+        """The module's own function of that name."""
+        found = vars(module).get(name)
+        if not isinstance(found, FunctionType) or found.__module__ != module.__name__:
+            raise ValueError(f"{name!r} is no function of {module.__name__}; a config names one, as 'nms'")
+        return found
+
+    module.__dict__["eval"] = function_named
+
+
+def _look_types_up(module: ModuleType) -> None:
+    numpy = module.__dict__["np"]
+
+    def type_named(name: str) -> Any:
+        """The scalar type of numpy's of that name, as ``np.int64``."""
+        found = getattr(numpy, name.removeprefix("np."), None)
+        if not (isinstance(found, type) and issubclass(found, numpy.generic)):
+            raise ValueError(f"{name!r} is no type of numpy's; a config names one, as 'np.int64'")
+        return found
+
+    module.__dict__["eval"] = type_named
+
+
 MENDS: dict[str, Callable[[ModuleType], None]] = {
     "mmcv.ops.furthest_point_sample": _assume_no_cuda,
     "mmcv.ops.knn": _assume_no_cuda,
     "mmcv.ops.masked_conv": _add_products_in_order,
+    "mmcv.ops.nms": _look_functions_up,
     "mmcv.ops.points_in_boxes": _assume_no_cuda,
     "mmcv.ops.sparse_structure": _mend_sparse_structure,
     "mmcv.ops.multi_scale_deform_attn": _attend_with_the_kernel,
+    "mmdet3d.datasets.transforms.loading": _look_types_up,
 }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from serve import ops
 from serve.errors import CheckpointError
 from serve.runtime.mended import mend, without_process_group
+from serve.runtime.registered_names import name_registered_only
 
 __all__ = [
     "build_network",
@@ -70,7 +71,7 @@ def build_network(config: Mapping[str, Any], classes: Sequence[str]) -> nn.Modul
     """Build ``config['model']`` on the CPU, in evaluation mode, its weights as constructed.
 
     The same steps as `mmdet3d.apis.init_model` and `mmdet.apis.init_detector`, without reading files,
-    building data sets or touching CUDA.
+    building data sets or touching CUDA. A config is data: only what is registered can be built from it.
 
     Args:
         config: a resolved config.
@@ -84,6 +85,7 @@ def build_network(config: Mapping[str, Any], classes: Sequence[str]) -> nn.Modul
 
         from serve.storage import backends  # noqa: F401  (pipelines may read through s3:// or packed files)
 
+        name_registered_only()
         init_default_scope(scope_of(config))
         with DefaultScope.overwrite_default_scope(scope_of(config)):
             network = _build(Config(strip_pretrained(config)), scope_of(config))
