@@ -100,7 +100,7 @@ def test_a_native_side_that_dies_is_told_with_its_last_words(tmp_path: Path) -> 
 def test_a_native_side_that_talks_nonsense_or_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="cannot be started"):
         NativeProcess(tmp_path / "python", 1)
-    python = script(tmp_path / "talker", "echo Python 2.7")
+    python = script(tmp_path / "talker", "read -r question; echo Python 2.7")
     with pytest.raises(SetupError, match=r"no JSON: 'Python 2\.7"), NativeProcess(python, 1) as native:
         native.ask("load", config="", checkpoint="", device="cpu")
 
