@@ -1,7 +1,9 @@
 """What both handlers do: load an archive at start, prove it on its golden frame, answer rows.
 
-The life of a worker: `initialize`, then `handle` for every batch TorchServe forms. All rows of a call go
-through the network together; each gets its own status. Knows nothing about one modality: the archive does.
+The life of a worker: `initialize`, then `handle` for every batch that comes through TorchServe, and `answer_batch` for
+every one that comes directly (`handlers.direct_socket`). All frames of a call go through the network together; each
+gets its own status. One thread computes, whoever asks, so that the next batch is read and decoded meanwhile. Knows
+nothing about one modality: the archive does.
 """
 
 from __future__ import annotations
@@ -9,17 +11,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from handlers.rows import Entry, Form, answer_row, read_row
+from handlers.direct_socket import listen
+from handlers.rows import Entry, Form, answer_row, read_batch, read_row
 from handlers.worker_log import thin_out
 from serve import ops
 from serve.cpu_quota import cores
 from serve.errors import ArchiveError, ServeError
 from serve.settings import Settings
 from serve.wire import encode_json
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["DetectionHandler"]
 
@@ -36,23 +43,32 @@ class DetectionHandler:
         thin_out()
         self.settings = Settings.from_environment()
         ops.install(self.settings.ops, cache_dir=self.settings.cache_dir)
+        from serve.runtime import device_for
+        from serve.runtime.memory import keep_freed_memory
+
+        device = device_for(context.system_properties.get("gpu_id"))
+        if device.type == "cpu" and self.settings.keep_memory:
+            keep_freed_memory()  # before there is a second thread, which would get memory of its own
+        # Loads and computes: what torch and its kernels keep per thread (pools, the current device) is kept once.
+        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._engine.submit(self._load, Path(context.system_properties["model_dir"]), device).result()
+        if self.settings.worker_sockets is not None:
+            listen(self.settings.worker_sockets, self.answer_batch)
+
+    def _load(self, model_dir: Path, device: torch.device) -> None:
         import torch
 
         from serve.archive import open_directory
-        from serve.runtime import device_for, load_detector
-        from serve.runtime.memory import keep_freed_memory
+        from serve.runtime import load_detector
         from serve.runtime.selftest import prove
 
         torch.set_num_threads(self.settings.threads or min(torch.get_num_threads(), cores()))
-        archive = open_directory(Path(context.system_properties["model_dir"]))
+        archive = open_directory(model_dir)
         if archive.metadata.package != self.package:
             raise ArchiveError(
                 f"the archive holds a {archive.metadata.modality} model of {archive.metadata.package}, this handler "
                 f"serves {self.package}"
             )
-        device = device_for(context.system_properties.get("gpu_id"))
-        if device.type == "cpu" and self.settings.keep_memory:
-            keep_freed_memory()
         self.detector = load_detector(archive, device, trust_code=self.settings.trust_archive_code)
         self.self_test_s = prove(self.detector, archive)
         logger.info(
@@ -76,8 +92,9 @@ class DetectionHandler:
         decoded = time.perf_counter()
         # 2. One call for all frames that could be decoded.
         frames = [item for _, items in rows for item in items if not isinstance(item, ServeError)]
-        outcomes = iter(self.detector.run(frames))
-        seconds = {"decode": decoded - started, "inference": time.perf_counter() - decoded}
+        found, inference_s = self._engine.submit(self._infer, frames).result()
+        outcomes = iter(found)
+        seconds = {"decode": decoded - started, "inference": inference_s}
         # 3. Answer in order.
         answers = []
         for i, (form, items) in enumerate(rows):
@@ -88,6 +105,28 @@ class DetectionHandler:
             context.set_response_header(i, "content-type", content_type)
             answers.append(body)
         return answers
+
+    def answer_batch(self, body: memoryview) -> bytes:
+        """Framed frames to framed outcomes; from any thread.
+
+        Raises:
+            ServeError: it is not a framed batch.
+            Exception: what the network raised.
+        """
+        started = time.perf_counter()
+        items = [self._decode(entry) for entry in read_batch(body)]
+        decoded = time.perf_counter()
+        frames = [item for item in items if not isinstance(item, ServeError)]
+        found, inference_s = self._engine.submit(self._infer, frames).result()
+        outcomes = iter(found)
+        settled = [item if isinstance(item, ServeError) else next(outcomes) for item in items]
+        seconds = {"decode": decoded - started, "inference": inference_s}
+        return answer_row("outcomes", settled, None, seconds)[2]
+
+    def _infer(self, frames: Sequence[Any]) -> tuple[Sequence[Any], float]:
+        """The frames' outcomes, and how long the network took, seconds; in the engine's thread."""
+        began = time.perf_counter()
+        return self.detector.run(frames), time.perf_counter() - began
 
     def describe(self) -> dict[str, Any]:
         """What the served archive says of itself, and where it runs: the management API's ``?customized=true``."""

@@ -26,7 +26,7 @@ from serve.wire import Options, decode_json_request, encode_json, is_part, parse
 if TYPE_CHECKING:  # rows are read where there is no network too
     from serve.runtime import Outcome
 
-__all__ = ["Form", "Row", "answer_row", "read_row"]
+__all__ = ["Entry", "Form", "Row", "answer_row", "read_batch", "read_row"]
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 FRAME_FIELDS = ("body", "data", "file", "frame", "image", "points")
@@ -73,12 +73,23 @@ def read_row(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
     if isinstance(body, Mapping):
         return Row(((body, options),), "frame")
     if part_type == FRAMES_CONTENT_TYPE:
-        entries = tuple(_entry(frame, given, options) for frame, given in unpack_frames(body))
-        return Row(entries, "outcomes" if plain.get("accept") == OUTCOMES_CONTENT_TYPE else "list")
+        return Row(
+            read_batch(body, options), "outcomes" if plain.get("accept") == OUTCOMES_CONTENT_TYPE else "list"
+        )
     if part_type == "application/json":
         frame, given = decode_json_request(body)
         return Row((_entry(frame, given, options),), "frame")
     return Row(((body, options),), "frame")
+
+
+def read_batch(body: Bytes, base: Options | None = None) -> tuple[Entry, ...]:
+    """The frames of a framed batch, each with its options on top of `base`, or what is wrong with it.
+
+    Raises:
+        BadRequest: it is not a framed batch.
+    """
+    options = base or Options()
+    return tuple(_entry(frame, given, options) for frame, given in unpack_frames(body))
 
 
 def _frame_of(row: Mapping[str, Any], headers: Mapping[str, Any], content_type: str) -> tuple[Body, str]:
@@ -121,6 +132,8 @@ def _part(name: str, value: Any) -> Bytes:
 
 
 def _entry(body: Body, given: Mapping[str, Any], base: Options) -> Entry:
+    if not given:
+        return body, base
     try:
         return body, parse_options(given, base)
     except ClientError as error:

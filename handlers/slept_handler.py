@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
-from handlers.rows import answer_row, read_row
+from handlers.direct_socket import listen
+from handlers.rows import Entry, answer_row, read_batch, read_row
 from handlers.worker_log import thin_out
 from serve.benchmark.serving import slept
 from serve.errors import ServeError
+from serve.settings import Settings
 from serve.wire import encode_json
 
 __all__ = ["SleptHandler"]
@@ -25,21 +28,41 @@ class SleptHandler:
     def initialize(self, context: Any) -> None:
         """Nothing is loaded."""
         thin_out()
+        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        folder = Settings.from_environment().worker_sockets
+        if folder is not None:
+            listen(folder, self.answer_batch)
 
     def handle(self, data: Sequence[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer every row."""
         if context.get_request_header(0, "describe") == "True":
             return [encode_json({"modality": "lidar", "load_dim": 4, "classes": []})]
         rows = [read_row(row, context.get_all_request_header(i)) for i, row in enumerate(data)]
-        sizes = [len(entry[0]) for row in rows for entry in row.entries if not isinstance(entry, ServeError)]
-        began = time.perf_counter()
-        outcomes = iter(slept.answers(sizes))
-        seconds = {"inference": time.perf_counter() - began}
+        settled, seconds = self._sleep([entry for row in rows for entry in row.entries])
+        outcomes = iter(settled)
         answers = []
         for i, row in enumerate(rows):
-            settled = [entry if isinstance(entry, ServeError) else next(outcomes) for entry in row.entries]
-            status, content_type, body = answer_row(row.form, settled, context.get_request_id(i), seconds)
+            own = [next(outcomes) for _ in row.entries]
+            status, content_type, body = answer_row(row.form, own, context.get_request_id(i), seconds)
             context.set_response_status(status, HTTPStatus(status).phrase, i)
             context.set_response_header(i, "content-type", content_type)
             answers.append(body)
         return answers
+
+    def answer_batch(self, body: memoryview) -> bytes:
+        """A batch that came directly."""
+        settled, seconds = self._sleep(read_batch(body))
+        return answer_row("outcomes", settled, None, seconds)[2]
+
+    def _sleep(self, entries: Sequence[Entry]) -> tuple[list[Any], dict[str, float]]:
+        """An outcome per entry, and what was spent; one batch sleeps at a time."""
+        sizes = [len(entry[0]) for entry in entries if not isinstance(entry, ServeError)]
+        answered, inference_s = self._engine.submit(_timed, sizes).result()
+        outcomes = iter(answered)
+        settled = [entry if isinstance(entry, ServeError) else next(outcomes) for entry in entries]
+        return settled, {"inference": inference_s}
+
+
+def _timed(sizes: Sequence[int]) -> tuple[list[dict[str, int]], float]:
+    began = time.perf_counter()
+    return slept.answers(sizes), time.perf_counter() - began

@@ -1,6 +1,7 @@
 """The gateway's one door to TorchServe: a batch of frames there, an outcome per frame back.
 
-One POST carries a whole batch (`serve.framing`); TorchServe's own batching stays off. Everything TorchServe
+One message carries a whole batch (`serve.framing`): to a socket of a worker of TorchServe's where there is one
+(`serve.direct`), else a POST to TorchServe, whose own batching stays off. Everything TorchServe, its workers
 and httpx can do wrong becomes an error of ours here and nowhere else. A batch whose worker died is sent once
 more; one that was out of memory is halved; nothing else is retried. Knows nothing about queues, FastAPI or
 what is in a frame; nothing outside this module knows that the backend is TorchServe.
@@ -22,6 +23,7 @@ import httpx
 
 from serve.client import error_from_answer
 from serve.connection import BrokenOff, Connections, Unreachable
+from serve.direct import WorkerSockets
 from serve.errors import (
     BackendBroken,
     DeadlineExceeded,
@@ -93,6 +95,7 @@ class TorchServeBackend:
         management_url: where models are asked about.
         key_file: TorchServe's ``key_file.json`` where it runs in token mode; read anew when a token is refused.
         timeout_s: seconds to wait for a batch; TorchServe's own limit on a worker should be shorter.
+        worker_sockets: folder with the sockets of its workers, where it can be reached from here.
     """
 
     def __init__(
@@ -102,8 +105,11 @@ class TorchServeBackend:
         *,
         key_file: Path | None = None,
         timeout_s: float = 130.0,
+        worker_sockets: Path | None = None,
     ) -> None:
         self._timeout_s = timeout_s
+        self._direct = None if worker_sockets is None else WorkerSockets(worker_sockets)
+        self._workers: dict[tuple[str, str], tuple[int, ...]] = {}  # process ids, as last seen
         self._predict = Connections(inference_url)
         self._manage = httpx.AsyncClient(base_url=management_url, trust_env=False)
         self._key_file = key_file
@@ -112,6 +118,8 @@ class TorchServeBackend:
     async def close(self) -> None:
         """Close all connections."""
         self._predict.close()
+        if self._direct is not None:
+            self._direct.close()
         await self._manage.aclose()
 
     # Predictions
@@ -150,8 +158,21 @@ class TorchServeBackend:
         return [*first, *await self.run(name, version, frames[half:])]
 
     async def _once(self, name: str, version: str, frames: Sequence[Frame]) -> list[Answer | Exception]:
-        path = f"/predictions/{quote(name, safe='')}/{quote(version, safe='')}"
         chunks = frame_chunks([(frame.body, frame.options) for frame in frames])
+        body: Bytes | None = None
+        if self._direct is not None:
+            with self._mapped(f"a worker of {name}", self._timeout_s):
+                workers = self._workers.get((name, version), ())
+                body = await self._direct.ask(workers, chunks, self._timeout_s)
+        outcomes = unpack_outcomes(body or await self._through_torchserve(name, version, chunks))
+        return [
+            Answer(body, outcomes.seconds) if status == 200 else error_from_answer(status, _json(body))
+            for status, body in outcomes.items
+        ]
+
+    async def _through_torchserve(self, name: str, version: str, chunks: Sequence[Bytes]) -> Bytes:
+        """The framed outcomes of a framed batch."""
+        path = f"/predictions/{quote(name, safe='')}/{quote(version, safe='')}"
         headers = {"content-type": FRAMES_CONTENT_TYPE, "accept": OUTCOMES_CONTENT_TYPE}
         with self._mapped("TorchServe", self._timeout_s):
             reply = await self._predict.post(path, headers | self._auth("inference"), chunks, self._timeout_s)
@@ -162,11 +183,7 @@ class TorchServeBackend:
                 f"model {name} {version} is not one of ours: it answers {reply.headers.get('content-type')!r}; "
                 "make its archive with `make archive`"
             )
-        outcomes = unpack_outcomes(reply.body)
-        return [
-            Answer(body, outcomes.seconds) if status == 200 else error_from_answer(status, _json(body))
-            for status, body in outcomes.items
-        ]
+        return reply.body
 
     def _refusal(self, status: int, body: bytes) -> ServeError:
         """What a status other than 200 stands for."""
@@ -212,6 +229,9 @@ class TorchServeBackend:
                 found.extend(_state(name, version, default) for version in await self._ask(f"{path}/all"))
             except ModelNotFound:
                 continue  # removed since it was listed
+        self._workers = {(state.name, state.version): tuple(filter(None, state.workers)) for state in found}
+        if self._direct is not None:
+            self._direct.follow({pid for workers in self._workers.values() for pid in workers})
         return found
 
     async def describe(self, name: str, version: str) -> dict[str, Any]:

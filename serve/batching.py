@@ -293,7 +293,9 @@ class Batcher(Generic[In, Out]):
                 job.answer.set_exception(outcome)
             else:
                 job.answer.set_result(Settled(outcome, queue_s[i], run_s, len(batch)))
-        self._observe(BatchReport(len(batch), cost, queue_s, run_s, failed is not None))
+        # After the next batch was sent, which a device may be waiting for.
+        report = BatchReport(len(batch), cost, queue_s, run_s, failed is not None)
+        asyncio.get_running_loop().call_soon(self._observe, report)
 
     def _begin(self, now: float, cost: int) -> _Running:
         batch = _Running(now, cost, now if self.running < self._slots else None)

@@ -44,6 +44,8 @@ class Settings:
         keep_memory: on a CPU, keep freed memory for the next frame (`serve.runtime.memory`); off where the environment
             tunes malloc itself, unless asked for.
         cache_max_bytes: bound on copies of remote objects there, bytes; files with a hash in their name stay.
+        worker_sockets: folder in which a worker of TorchServe listens for batches that come directly; set by what
+            starts TorchServe (`serve.torchserve`).
     """
 
     ops: Preference = "auto"
@@ -58,6 +60,7 @@ class Settings:
     gateway: Mapping[str, str] = field(default_factory=dict, repr=False)
     cache_max_bytes: int = 20_000_000_000
     keep_memory: bool = True
+    worker_sockets: Path | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -157,4 +160,5 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "cache_dir": Path,
     "cache_max_bytes": _count(0),
     "keep_memory": _flag,
+    "worker_sockets": Path,
 }

@@ -176,6 +176,7 @@ class Service:
             "management_url": _reachable(self.torchserve.management_url),
             "backend_request_bytes": str(self._options.max_request_bytes),
             "backend_timeout_s": str(self._options.response_timeout_s + 10),
+            "worker_sockets": str(self.torchserve.worker_sockets),
             **flags,
         }
         if self.refused:

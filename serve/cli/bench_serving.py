@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tqdm import tqdm
 
-from serve.benchmark.serving.contenders import FOREIGN, GATEWAY, Subject, slept_archive
+from serve.benchmark.serving.contenders import FOREIGN, GATEWAY, GATEWAY_HTTP, Subject, slept_archive
 from serve.benchmark.serving.report import Report
 from serve.benchmark.serving.runs import Machine, Plan, Result, measure, priority
 from serve.cli.serving import stoppable
@@ -32,6 +33,7 @@ def bench_serving(argv: Sequence[str] | None) -> int:
     """Parse the command line, measure, print tables and then one line of JSON."""
     names = [
         GATEWAY,
+        GATEWAY_HTTP,
         "TorchServe batch 1",
         *(f"TorchServe batch {n}, {ms} ms" for n, ms in BATCHES),
         *FOREIGN,
@@ -68,12 +70,17 @@ def bench_serving(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.rounds is not None and not 1 <= args.rounds <= 20:
         parser.error("--rounds must be from 1 to 20")
-    load_before = os.getloadavg()[0]
+    load_before, times = os.getloadavg()[0], psutil.cpu_times()
     with stoppable(), tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bench-") as folder:
         results = _measure(args, Path(folder))
     spent = [result.others for result in results]
     machine = Machine(
-        os.cpu_count() or 1, load_before, sum(spent) / len(spent), os.getloadavg()[0], priority()
+        os.cpu_count() or 1,
+        load_before,
+        sum(spent) / len(spent),
+        os.getloadavg()[0],
+        priority(),
+        _stolen(times, psutil.cpu_times()),
     )
     report = Report(results, machine, datetime.date.today().isoformat(), args.quick)
     print(report.table())
@@ -82,6 +89,12 @@ def bench_serving(argv: Sequence[str] | None) -> int:
             print(f"wrote {path.relative_to(ROOT)}")
     print(report.json_line(), flush=True)
     return 0
+
+
+def _stolen(before: Any, after: Any) -> float:
+    """The share of CPU time between two looks that the host gave to others (Linux tells; elsewhere 0)."""
+    passed = sum(after) - sum(before)
+    return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / passed if passed else 0.0
 
 
 def _measure(args: argparse.Namespace, folder: Path) -> list[Result]:
@@ -95,7 +108,7 @@ def _measure(args: argparse.Namespace, folder: Path) -> list[Result]:
     results: list[Result] = []
     bar: tqdm[Any]
     total = sum(
-        plan.turns() * (len(args.only) or 2 + len(subject.batches) + len(FOREIGN))
+        plan.turns() * (len(args.only) or 3 + len(subject.batches) + len(FOREIGN))
         for subject, plans in todo
         for plan in plans
     )

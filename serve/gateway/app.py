@@ -46,6 +46,7 @@ def create_app(options: GatewayOptions, life: Life | None = None) -> ASGIApp:
         options.management_url,
         key_file=options.backend_key_file,
         timeout_s=options.backend_timeout_s,
+        worker_sockets=options.worker_sockets,
     )
     table = ModelTable(backend, options, observe=lambda model, report: measures.batch(model, report))
     measures = Measures(admission, table.knows)

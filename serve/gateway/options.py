@@ -42,6 +42,14 @@ class GatewayOptions:
     backend_key_file: Path | None = field(
         default=None, metadata=_said("TorchServe's key_file.json, where it runs in token mode", "FILE")
     )
+    worker_sockets: Path | None = field(
+        default=None,
+        metadata=_said(
+            "folder with the sockets of TorchServe's workers: batches go to them directly, and through TorchServe "
+            "where that fails; none: all through TorchServe",
+            "DIR",
+        ),
+    )
     refused_file: Path | None = field(
         default=None,
         metadata=_said(
@@ -71,7 +79,7 @@ class GatewayOptions:
         default=1, metadata=_said("batches sent on per model while all its workers are busy", "N")
     )
     early_s: float = field(
-        default=0.0025,
+        default=0.002,
         metadata=_said(
             "how long before a worker is expected to be free a batch that is not full is sent on; 0: never",
             "S",
@@ -307,7 +315,7 @@ def _parse(each: Field[Any], text: str, spelling: str) -> Any:
             raise SettingsError(f"{spelling}={text!r} must be true or false")
         return text.lower() in ("true", "1")
     if str(each.type).startswith("Path"):
-        return Path(text)
+        return None if text == "none" else Path(text)
     if str(each.type).startswith("tuple"):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     assert each.default is not MISSING

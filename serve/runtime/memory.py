@@ -13,7 +13,7 @@ import ctypes
 __all__ = ["keep_freed_memory"]
 
 # glibc's <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _NEVER = -1
 _LARGEST_KEPT_BYTES = 1 << 30
 
@@ -26,5 +26,6 @@ def keep_freed_memory() -> bool:
         mallopt = library.mallopt
     except (OSError, AttributeError, TypeError):  # TypeError: Windows has no library without a name
         return False
-    kept = mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES) and mallopt(_M_TRIM_THRESHOLD, _NEVER)
-    return bool(kept)
+    # One arena: another thread's, beyond the first, is made of small heaps that large blocks do not fit.
+    wanted = ((_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES), (_M_TRIM_THRESHOLD, _NEVER), (_M_ARENA_MAX, 1))
+    return all([mallopt(name, value) for name, value in wanted])

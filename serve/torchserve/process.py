@@ -36,6 +36,7 @@ from serve.errors import (
     ModelNotLoaded,
     NotReady,
 )
+from serve.settings import PREFIX
 from serve.torchserve.config import (
     Manifest,
     ServedModel,
@@ -111,6 +112,12 @@ class TorchServe:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    @property
+    def worker_sockets(self) -> Path:
+        """The folder with a socket of every worker, for batches that do not go through TorchServe (`serve.direct`)."""
+        assert self.run_dir is not None, "it is made at the start"
+        return self.run_dir / "w"  # short: a socket's path may have 107 bytes
 
     # Starting and ending
 
@@ -280,6 +287,7 @@ class TorchServe:
         self.run_dir = run_dir = Path(tempfile.mkdtemp(prefix="mmdet3d-serve-", dir=self.options.run_root))
         temporary, logs = run_dir / "tmp", self.options.log_dir or run_dir / "logs"
         temporary.mkdir()
+        self.worker_sockets.mkdir(mode=0o700)
         logs.mkdir(parents=True, exist_ok=True)
         if len(os.fsencode(temporary)) > _LONGEST_TMPDIR:
             shutil.rmtree(run_dir)
@@ -304,7 +312,7 @@ class TorchServe:
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=child_environment(),
+            env={**child_environment(), f"{PREFIX}WORKER_SOCKETS": str(self.worker_sockets)},
             start_new_session=True,
         )
         assert self._guard.stdout is not None

@@ -61,6 +61,7 @@ def server(tmp_path_factory) -> Iterator[TorchServe]:
 @pytest.fixture(scope="module")
 def gateway(server) -> Iterator[tuple[str, psutil.Process]]:
     urls = {"inference_url": server.inference_url, "management_url": server.management_url}
+    urls["worker_sockets"] = str(server.worker_sockets)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**LIMITS, **urls}.items()]
     popen = subprocess.Popen(
         [sys.executable, "-m", "serve", "gateway", "--port", "0", *flags],

@@ -159,11 +159,25 @@ def test_a_forecast_says_nothing_before_it_has_seen_enough_or_after_it_was_wrong
     assert told([(1, 0.1)] * 5).seconds(1, within_s=1.0) is None
     steady = told([(1, 0.1)] * 6)
     assert steady.seconds(1, within_s=0.001) == pytest.approx(0.1)
-    steady.tell(1, 2.0)
+    for _ in range(6):
+        steady.tell(1, 2.0)
     assert steady.seconds(1, within_s=0.01) is None
     for _ in range(80):
         steady.tell(1, 0.1)
     assert steady.seconds(1, within_s=0.01) == pytest.approx(0.1, rel=0.05)
+
+
+def test_one_batch_far_from_the_others_does_not_stop_the_forecasts():
+    steady = told([(cost, 0.02 + 0.002 * cost) for cost in (1, 2, 3, 4)] * 5)
+    steady.tell(2, 2.0)
+    assert steady.seconds(3, within_s=0.0015) == pytest.approx(0.026, abs=0.0005)
+
+
+def test_a_lasting_change_is_learnt():
+    changed = told([(1, 0.02)] * 40)
+    for _ in range(60):
+        changed.tell(1, 0.2)
+    assert changed.seconds(1, within_s=0.02) == pytest.approx(0.2, rel=0.1)
 
 
 def test_a_forecast_never_says_that_more_work_takes_less_time():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import os
+import re
+import signal
 from collections.abc import Iterator
 
 import httpx
@@ -42,10 +45,11 @@ def server(store) -> Iterator[TorchServe]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def gateway(server, background: Background) -> Iterator[RunningGateway]:
+@pytest.fixture(scope="module", params=["directly", "through TorchServe"])
+def gateway(request, server, background: Background) -> Iterator[RunningGateway]:
     urls = {"inference_url": server.inference_url, "management_url": server.management_url}
-    with running_gateway(background, **urls) as running:
+    sockets = server.worker_sockets if request.param == "directly" else None
+    with running_gateway(background, **urls, worker_sockets=sockets) as running:
         eventually(lambda: running.client.get("/health/ready").status_code == 200)
         yield running
 
@@ -58,6 +62,40 @@ def test_frames_come_back_with_their_own_answers(gateway, cloud):
     many = gateway.post(PATH, files=[("data", cloud(1)), ("data", b"odd"), ("data", cloud(2))]).json()
     assert [many[0], many[2]] == [json.loads(checksum(cloud(i))) for i in (1, 2)]
     assert many[1]["error"]["code"] == "undecodable_frame"
+
+
+def predictions_of(server: TorchServe) -> float:
+    """How many predictions TorchServe counts."""
+    text = httpx.get(f"{server.metrics_url}/metrics", trust_env=False).text
+    return sum(float(count) for count in re.findall(r"^ts_inference_requests_total\{.*} (\S+)", text, re.M))
+
+
+def test_batches_go_to_the_worker_directly_where_that_is_asked_for(gateway, server, cloud, request):
+    gateway.post(PATH, content=cloud(1))
+    before = predictions_of(server)
+    assert gateway.post(PATH, content=cloud(2)).content == checksum(cloud(2))
+    assert gateway.post(PATH, files=[("data", cloud(i)) for i in range(40)]).json() == [
+        json.loads(checksum(cloud(i))) for i in range(40)
+    ]
+    directly = "directly" in request.node.callspec.params.values()
+    assert (predictions_of(server) == before) == directly
+
+
+def test_a_worker_that_hangs_is_replaced(store, background, cloud):
+    model = ServedModel("checksum.mar", response_timeout_s=2)
+    with TorchServe(options(store, model)) as server:
+        urls = {"inference_url": server.inference_url, "management_url": server.management_url}
+        limits = {"backend_timeout_s": 4.0, "worker_sockets": server.worker_sockets}
+        with running_gateway(background, **urls, **limits) as gateway:
+            eventually(lambda: gateway.client.get("/health/ready").status_code == 200)
+            assert gateway.post(PATH, content=cloud(1)).content == checksum(cloud(1))
+            (before,) = server.workers("checksum")
+            os.kill(before.pid, signal.SIGSTOP)
+            assert gateway.post(PATH, content=cloud(2)).status_code == 504
+            # TorchServe has it now, misses its answer, and has another worker do it.
+            assert gateway.post(PATH, content=cloud(3), timeout=60).content == checksum(cloud(3))
+            (after,) = server.workers("checksum")
+            assert after.pid != before.pid
 
 
 def test_a_batch_whose_worker_dies_is_answered_by_its_successor(gateway, server, cloud, tmp_path):
@@ -126,7 +164,7 @@ def second(tmp_path_factory, background) -> Iterator[tuple[RunningGateway, Torch
     convert(Conversion(DEMO_CONFIG, DEMO_CHECKPOINT, store, "second"))
     with TorchServe(options(store, ServedModel("second.mar"))) as server:
         urls = {"inference_url": server.inference_url, "management_url": server.management_url}
-        with running_gateway(background, **urls) as running:
+        with running_gateway(background, **urls, worker_sockets=server.worker_sockets) as running:
             eventually(lambda: running.client.get("/health/ready").status_code == 200, 30)
             running.client.timeout = 60
             yield running, server

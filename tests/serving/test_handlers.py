@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import orjson
@@ -12,7 +13,7 @@ import pytest
 
 from handlers.mmdet3d_handler import MMDet3DHandler
 from handlers.mmdet_handler import MMDetHandler
-from serve.errors import ArchiveError
+from serve.errors import ArchiveError, BadRequest
 from serve.framing import FRAMES_CONTENT_TYPE, OUTCOMES_CONTENT_TYPE, pack_frames, unpack_outcomes
 from tests.serving.conftest import Context
 
@@ -93,6 +94,27 @@ def test_framed_outcomes_hold_the_bodies_each_frame_would_have_got_alone(handler
     assert [status for status, _ in outcomes.items] == [200, 422]
     assert bytes(outcomes.items[0][1]) == alone
     assert outcomes.seconds["inference"] > 0 and outcomes.seconds["decode"] > 0
+
+
+def test_a_batch_that_comes_directly_is_answered_as_one_through_torchserve(handler, demo_archive, street):
+    body = street.tobytes()
+    packed = pack_frames([(body, {}), (body[:-1], {}), (body, {"max_detections": 1}), (body, {"no": 1})])
+    headers = {"content-type": FRAMES_CONTENT_TYPE, "accept": OUTCOMES_CONTENT_TYPE}
+    (through,) = handler.handle([{"body": packed}], Context(demo_archive.root, headers=[headers]))
+    directly = unpack_outcomes(handler.answer_batch(memoryview(packed)))
+    assert [status for status, _ in directly.items] == [200, 422, 200, 400]
+    assert directly.items == unpack_outcomes(through).items
+    assert directly.seconds["inference"] > 0 and directly.seconds["decode"] > 0
+    with pytest.raises(BadRequest):
+        handler.answer_batch(memoryview(b"no batch at all"))
+
+
+def test_batches_from_several_threads_are_computed_one_at_a_time(handler, street):
+    packed = pack_frames([(street.tobytes(), {})])
+    expected = unpack_outcomes(handler.answer_batch(memoryview(packed))).items
+    with ThreadPoolExecutor(4) as callers:
+        answers = list(callers.map(handler.answer_batch, [memoryview(packed)] * 8))
+    assert all(unpack_outcomes(answer).items == expected for answer in answers)
 
 
 def test_the_handler_describes_what_it_serves(handler, demo_archive):

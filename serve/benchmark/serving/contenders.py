@@ -25,9 +25,11 @@ from serve.benchmark.serving.load_process import LoadProcess
 from serve.errors import BackendStartError
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 
-__all__ = ["FOREIGN", "GATEWAY", "Contender", "Field", "Subject", "slept_archive"]
+__all__ = ["FOREIGN", "GATEWAY", "GATEWAY_HTTP", "Contender", "Field", "Subject", "slept_archive"]
 
 GATEWAY = "gateway + TorchServe"
+# The same without the workers' sockets: every batch through TorchServe's port.
+GATEWAY_HTTP = "gateway + TorchServe, HTTP"
 # The servers that are not ours: package, and what is added to their command. mosec waits 10 ms for a batch to fill
 # unless it is told otherwise; 1 ms is the least it takes.
 FOREIGN: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -190,16 +192,23 @@ class Field:
             if self._wanted(name):
                 path = f"/predictions/{models[key]}"
                 self.contenders.append(Contender(name, inference, path, (server.pid,)))
-        if self._wanted(GATEWAY):
-            self.say("gateway")
-            command = [sys.executable, "-m", "serve", "gateway", "--port", "0"]
-            command += ["--inference-url", server.inference_url, "--management-url", server.management_url]
-            gateway = self._stack.enter_context(Guarded("the gateway", command))
-            port = int(gateway.wait_for("gateway      ", READY_S).rpartition(":")[2])
-            path = f"/predictions/{models[1, 1]}"
-            self.contenders.append(
-                Contender(GATEWAY, port, path, (server.pid, gateway.pid), own=(gateway.pid,))
-            )
+        for name, sockets in ((GATEWAY, str(server.worker_sockets)), (GATEWAY_HTTP, "none")):
+            if self._wanted(name):
+                self.say(name)
+                command = [sys.executable, "-m", "serve", "gateway", "--port", "0"]
+                command += [
+                    "--inference-url",
+                    server.inference_url,
+                    "--management-url",
+                    server.management_url,
+                ]
+                command += ["--worker-sockets", sockets]
+                gateway = self._stack.enter_context(Guarded("the gateway", command))
+                port = int(gateway.wait_for("gateway      ", READY_S).rpartition(":")[2])
+                path = f"/predictions/{models[1, 1]}"
+                self.contenders.append(
+                    Contender(name, port, path, (server.pid, gateway.pid), own=(gateway.pid,))
+                )
 
     def _start_foreign(self, name: str, package: str, settings: Sequence[str]) -> None:
         python = self.bench_python

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.benchmark.serving import slept
-from serve.benchmark.serving.contenders import GATEWAY
+from serve.benchmark.serving.contenders import GATEWAY, GATEWAY_HTTP
 from serve.benchmark.serving.runs import Machine, Result, Row
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ class Report:
         """A sentence about the machine, with a warning where it was busy."""
         machine = self.machine
         said = (
-            f"{machine.cores} CPU cores; other processes used {machine.others:.2f} of them; load average "
+            f"{machine.cores} CPU cores; other processes used {machine.others:.2f} of them; the host took "
+            f"{100 * machine.stolen:.0f} % of their time; load average "
             f"{machine.load_before:.1f} before, {machine.load_after:.1f} after"
             f"{f'; all that was measured ran with {machine.priority}' if machine.priority else ''}"
         )
@@ -175,7 +176,7 @@ class Report:
             if result.subject != "slept" or ours is None:
                 continue
             size = _size(result.frame_bytes)
-            others = [row for name, row in result.rows.items() if name != GATEWAY]
+            others = [row for name, row in result.rows.items() if name not in (GATEWAY, GATEWAY_HTTP)]
             if result.frame_bytes < 100_000:
                 found += self._speed_aims(size, ours, others, result.rows.get(ALONE))
             elif result.frame_bytes < 1_000_000 and ours.own_cpu_ms is not None:

@@ -94,6 +94,7 @@ class Machine:
         others: CPU cores that processes other than ours used on average meanwhile.
         load_after: load average at the end, ours included.
         priority: how the system was asked to favour all that was measured; empty: not at all.
+        stolen: share of the CPU time that a host below this machine gave to others meanwhile.
     """
 
     cores: int
@@ -101,11 +102,12 @@ class Machine:
     others: float
     load_after: float
     priority: str = ""
+    stolen: float = 0.0
 
     @property
     def busy(self) -> bool:
         """Whether the figures are of a machine that had other things to do."""
-        return self.others > 0.1 * self.cores
+        return self.others > 0.1 * self.cores or self.stolen > 0.1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""The worker's end of `serve.direct`: a Unix socket on which batches come that do not go through TorchServe.
+
+Every connection has a thread that reads a batch, has it answered and sends the answer; what may run only one at a time
+is the business of who answers. Whatever goes wrong is answered with no bytes, and the batch comes again through
+TorchServe. Knows nothing about models or frames.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from serve.direct import LENGTH, LONGEST_BYTES, socket_path
+from serve.errors import ServeError
+
+__all__ = ["listen"]
+
+# One gateway holds as many as it has batches here, two; several gateways may share a worker.
+_MOST_CONNECTIONS = 32
+
+logger = logging.getLogger(__name__)
+
+
+def listen(folder: Path, answer: Callable[[memoryview], bytes]) -> socket.socket:
+    """Listen for batches until the process ends; returns the socket, which may be closed to end sooner.
+
+    Args:
+        folder: where the socket goes; it must be this user's alone, for whoever can connect is answered.
+        answer: a framed batch to framed outcomes; called from several threads.
+
+    Raises:
+        OSError: the folder is not there, or the path is too long for a socket.
+    """
+    path = socket_path(folder, os.getpid())
+    path.unlink(missing_ok=True)  # of a process that had the same id
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(_MOST_CONNECTIONS)
+    except BaseException:
+        listener.close()
+        raise
+    threading.Thread(target=_accept, args=(listener, answer), name="direct", daemon=True).start()
+    return listener
+
+
+def _accept(listener: socket.socket, answer: Callable[[memoryview], bytes]) -> None:
+    room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # closed
+            return
+        if not room.acquire(blocking=False):
+            connection.close()  # its batch goes through TorchServe
+            continue
+        threading.Thread(
+            target=_serve, args=(connection, answer, room), name="direct-connection", daemon=True
+        ).start()
+
+
+def _serve(
+    connection: socket.socket, answer: Callable[[memoryview], bytes], room: threading.BoundedSemaphore
+) -> None:
+    """Answer one batch after the other, until the other side hangs up."""
+    try:
+        with connection:
+            while (message := _receive(connection)) is not None:
+                body = _answered(answer, message)
+                del message
+                connection.sendall(LENGTH.pack(len(body)) + body)  # one message, one wake-up
+    except OSError:
+        pass  # hung up
+    finally:
+        room.release()
+
+
+def _answered(answer: Callable[[memoryview], bytes], message: memoryview) -> bytes:
+    try:
+        return answer(message)
+    except ServeError as error:
+        logger.info("a batch is left to TorchServe: %s", error)
+    except Exception:
+        logger.warning("a batch is left to TorchServe", exc_info=True)
+    return b""
+
+
+def _receive(connection: socket.socket) -> memoryview | None:
+    """One message; None at the end of the connection, or where its length is impossible."""
+    prefix = bytearray(LENGTH.size)
+    if not _fill(connection, memoryview(prefix)):
+        return None
+    (length,) = LENGTH.unpack(prefix)
+    if length > LONGEST_BYTES:
+        return None
+    message = memoryview(bytearray(length))
+    return message if _fill(connection, message) else None
+
+
+def _fill(connection: socket.socket, buffer: memoryview) -> bool:
+    while buffer:
+        received = connection.recv_into(buffer)
+        if not received:
+            return False
+        buffer = buffer[received:]
+    return True

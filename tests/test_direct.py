@@ -1,0 +1,233 @@
+"""Batches that go to a worker directly: both ends, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from handlers.direct_socket import listen
+from serve.connection import BrokenOff
+from serve.direct import LENGTH, LONGEST_BYTES, WorkerSockets, socket_path
+from serve.errors import BadRequest
+
+OWN = os.getpid()
+
+
+@contextmanager
+def worker(folder: Path, answer: Callable[[memoryview], bytes], pid: int = OWN) -> Iterator[socket.socket]:
+    """A worker's end in this process, under the name of another one where `pid` says so."""
+    with closing(listen(folder, answer)) as listener:
+        if pid != OWN:
+            socket_path(folder, OWN).rename(socket_path(folder, pid))
+        yield listener
+    socket_path(folder, pid).unlink()
+
+
+def asking(folder: Path, calls):
+    """What the coroutine function `calls` makes of a `WorkerSockets`."""
+
+    async def run():
+        sockets = WorkerSockets(folder)
+        try:
+            return await calls(sockets)
+        finally:
+            sockets.close()
+
+    return asyncio.run(run())
+
+
+def test_a_batch_of_pieces_comes_whole_and_its_answer_too(tmp_path):
+    large = os.urandom(3_000_000)
+    pieces = (b"ab", memoryview(large), bytearray(b"c"), b"")
+    with worker(tmp_path, lambda body: bytes(body)[::-1]):
+
+        async def calls(sockets):
+            return [await sockets.ask([OWN], pieces, 20.0) for _ in range(3)]
+
+        answers = asking(tmp_path, calls)
+    assert answers == [(b"ab" + large + b"c")[::-1]] * 3
+
+
+def test_a_second_batch_is_taken_while_the_first_is_answered(tmp_path):
+    both = threading.Barrier(2, timeout=20)
+
+    def answer(body: memoryview) -> bytes:
+        both.wait()  # nobody gets an answer before both are here
+        return bytes(body)
+
+    with worker(tmp_path, answer):
+
+        async def calls(sockets):
+            return await asyncio.gather(*(sockets.ask([OWN], [name], 20.0) for name in (b"one", b"two")))
+
+        assert asking(tmp_path, calls) == [b"one", b"two"]
+
+
+@pytest.mark.parametrize("error", [BadRequest("not framed"), RuntimeError("CUDA error: out of memory")])
+def test_what_a_worker_cannot_do_is_left_to_torchserve_and_the_connection_lives(tmp_path, error):
+    def answer(body: memoryview) -> bytes:
+        if body == b"bad":
+            raise error
+        return bytes(body)
+
+    with worker(tmp_path, answer):
+
+        async def calls(sockets):
+            return [await sockets.ask([OWN], [name], 20.0) for name in (b"bad", b"good")]
+
+        assert asking(tmp_path, calls) == [None, b"good"]
+
+
+def test_without_a_worker_that_listens_torchserve_is_asked(tmp_path):
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(socket_path(tmp_path, 2)))  # of one that has died
+    stale.close()
+
+    async def calls(sockets):
+        return [await sockets.ask(pids, [b"x"], 20.0) for pids in ([], [1], [1, 2])]
+
+    assert asking(tmp_path, calls) == [None, None, None]
+
+
+def test_a_worker_that_went_away_with_a_batch_says_so_and_the_next_one_is_asked(tmp_path):
+    with socket.socket(socket.AF_UNIX) as dying:
+        dying.bind(str(socket_path(tmp_path, 1)))
+        dying.listen()
+
+        def die() -> None:
+            connection, _ = dying.accept()
+            connection.recv(LENGTH.size + 1)
+            connection.close()
+
+        thread = threading.Thread(target=die)
+        thread.start()
+
+        async def calls(sockets):
+            with pytest.raises(BrokenOff, match="closed by the worker"):
+                await sockets.ask([1, OWN], [b"x"], 20.0)
+            dying.close()
+            return await sockets.ask([1, OWN], [b"x"], 20.0)
+
+        with worker(tmp_path, bytes):
+            assert asking(tmp_path, calls) == b"x"
+        thread.join()
+
+
+@pytest.mark.parametrize("sent", [LENGTH.pack(LONGEST_BYTES + 1), LENGTH.pack(1) + b"too much"])
+def test_an_answer_of_impossible_length_is_not_waited_for(tmp_path, sent):
+    with socket.socket(socket.AF_UNIX) as wrong:
+        wrong.bind(str(socket_path(tmp_path, 1)))
+        wrong.listen()
+
+        def answer() -> None:
+            connection, _ = wrong.accept()
+            with connection:
+                connection.recv(LENGTH.size + 1)
+                connection.sendall(sent)
+                connection.recv(1)  # until it hangs up
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+
+        async def calls(sockets):
+            with pytest.raises(BrokenOff, match="impossible length"):
+                await sockets.ask([1], [b"x"], 20.0)
+
+        asking(tmp_path, calls)
+        thread.join()
+
+
+def test_a_worker_that_hangs_is_left_to_torchserve_until_it_was_replaced(tmp_path):
+    go_on = threading.Event()
+
+    def answer(body: memoryview) -> bytes:
+        go_on.wait(20)
+        return bytes(body)
+
+    with worker(tmp_path, answer):
+
+        async def calls(sockets):
+            with pytest.raises(TimeoutError):
+                await sockets.ask([OWN], [b"x"], 0.05)
+            go_on.set()
+            avoided = await sockets.ask([OWN], [b"x"], 20.0)
+            sockets.follow(set())  # it is gone, and another one has come with its number
+            return avoided, await sockets.ask([OWN], [b"x"], 20.0)
+
+        assert asking(tmp_path, calls) == (None, b"x")
+
+
+def test_the_worker_with_least_to_do_gets_the_batch(tmp_path):
+    busy, go_on = threading.Event(), threading.Event()
+
+    def slow(body: memoryview) -> bytes:
+        busy.set()
+        go_on.wait(20)
+        return b"slow"
+
+    with worker(tmp_path, slow, pid=1), worker(tmp_path, lambda body: b"quick", pid=2):
+
+        async def calls(sockets):
+            first = asyncio.create_task(sockets.ask([1, 2], [b"x"], 20.0))
+            await asyncio.to_thread(busy.wait, 20)
+            others = [await sockets.ask([1, 2], [b"x"], 20.0) for _ in range(3)]
+            go_on.set()
+            return await first, others
+
+        assert asking(tmp_path, calls) == (b"slow", [b"quick"] * 3)
+
+
+def test_a_message_of_impossible_length_ends_the_connection_before_memory_is_taken(tmp_path):
+    with worker(tmp_path, bytes), socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(str(socket_path(tmp_path, OWN)))
+        client.sendall(LENGTH.pack(1 << 60))
+        assert client.recv(1) == b""
+
+
+def test_a_socket_is_its_owners_alone_and_replaces_one_left_behind(tmp_path):
+    for name in (b"first", b"second"):
+        listener = listen(tmp_path, lambda body, name=name: name)
+        assert socket_path(tmp_path, OWN).stat().st_mode & 0o077 == 0
+
+        async def calls(sockets):
+            return await sockets.ask([OWN], [b"x"], 20.0)
+
+        assert asking(tmp_path, calls) == name
+        listener.close()  # its file stays, as after a kill
+
+
+def test_more_connections_than_there_is_room_for_are_closed(tmp_path):
+    with worker(tmp_path, bytes):
+        clients = []
+        for _ in range(40):
+            client = socket.socket(socket.AF_UNIX)
+            client.settimeout(20)
+            client.connect(str(socket_path(tmp_path, OWN)))
+            clients.append(client)
+        assert clients[-1].recv(1) == b""
+        clients[0].sendall(LENGTH.pack(1) + b"x")
+        assert clients[0].recv(9) == LENGTH.pack(1) + b"x"
+        for client in clients:
+            client.close()
+        # Room is given back: a new one is answered.
+        deadline = time.monotonic() + 20
+        answer = None
+        while answer is None and time.monotonic() < deadline:
+
+            async def calls(sockets):
+                try:
+                    return await sockets.ask([OWN], [b"x"], 20.0)
+                except BrokenOff:
+                    return None
+
+            answer = asking(tmp_path, calls)
+        assert answer == b"x"
