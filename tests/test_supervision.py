@@ -152,6 +152,19 @@ def port_is_open(port: int) -> bool:
 
 
 @pytest.mark.parametrize("which", ["gateway", "java"])
+def test_batches_go_to_the_worker_directly(up: Callable[..., Up]) -> None:
+    service = up()
+    service.await_ready()
+    frame = sample_frame()
+    through = httpx.post(f"{service.inference_url}/predictions/second", content=frame, timeout=60)
+    answer = httpx.post(f"{service.url}/predictions/second", content=frame, timeout=60)
+    assert answer.status_code == 200 and answer.content == through.content
+    counts = httpx.get(f"http://127.0.0.1:{service.ports[2]}/metrics").text.splitlines()
+    (counted,) = [line for line in counts if line.startswith("ts_inference_requests_total{")]
+    assert counted.endswith(" 1.0"), counted
+    assert "takes batches directly" in service.text()
+
+
 def test_the_death_of_either_process_ends_the_service_with_an_error(
     up: Callable[..., Up], which: str
 ) -> None:
