@@ -210,7 +210,9 @@ def test_more_connections_than_there_is_room_for_are_closed(tmp_path):
         clients = []
         for _ in range(40):
             client = socket.socket(socket.AF_UNIX)
-            client.connect(str(socket_path(tmp_path, OWN)))  # with a timeout it would not wait for the backlog
+            client.connect(
+                str(socket_path(tmp_path, OWN))
+            )  # with a timeout it would not wait for the backlog
             client.settimeout(20)
             clients.append(client)
         assert clients[-1].recv(1) == b""
