@@ -151,7 +151,6 @@ def port_is_open(port: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("which", ["gateway", "java"])
 def test_batches_go_to_the_worker_directly(up: Callable[..., Up]) -> None:
     service = up()
     service.await_ready()
@@ -165,6 +164,7 @@ def test_batches_go_to_the_worker_directly(up: Callable[..., Up]) -> None:
     assert "takes batches directly" in service.text()
 
 
+@pytest.mark.parametrize("which", ["gateway", "java"])
 def test_the_death_of_either_process_ends_the_service_with_an_error(
     up: Callable[..., Up], which: str
 ) -> None:
