@@ -132,8 +132,6 @@ def _part(name: str, value: Any) -> Bytes:
 
 
 def _entry(body: Body, given: Mapping[str, Any], base: Options) -> Entry:
-    if not given:
-        return body, base
     try:
         return body, parse_options(given, base)
     except ClientError as error:

@@ -152,6 +152,8 @@ def parse_options(values: Mapping[str, Any], base: Options | None = None) -> Opt
     Raises:
         UnknownOption: an unknown name or an impossible value; the message lists what is known.
     """
+    if not values:  # as nearly always
+        return base or Options()
     known = {field.name for field in fields(Options)}
     changes: dict[str, Any] = {}
     for name, value in values.items():

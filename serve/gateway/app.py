@@ -75,9 +75,13 @@ def create_app(options: GatewayOptions, life: Life | None = None) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.include_router(predictions.router(options, table, admission, references))
-    app.include_router(kserve_routes.router(options, table, admission, life))
-    app.include_router(operations.router(table, measures, life, options.refused()))
+    for routes in (
+        predictions.router(options, table, admission, references),
+        kserve_routes.router(options, table, admission, life),
+        operations.router(table, measures, life, options.refused()),
+    ):
+        # As they are: an included router is a second look-up within the first one's, for every request.
+        app.router.routes.extend(routes.routes)
     app.add_exception_handler(ServeError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -64,8 +64,9 @@ class Measures:
         self._batch_frames.labels(model).observe(report.items)
         self._batch_cost.labels(model).observe(report.cost)
         self._inference_s.labels(model).observe(report.run_s)
+        queue_s = self._queue_s.labels(model)
         for waited in report.queue_s:
-            self._queue_s.labels(model).observe(waited)
+            queue_s.observe(waited)
         if report.failed:
             self._failed.labels(model).inc()
 
