@@ -89,17 +89,14 @@ class DetectionHandler:
                 rows.append((request.form, [self._decode(entry) for entry in request.entries]))
             except ServeError as error:
                 rows.append(("frame", [error]))
-        decoded = time.perf_counter()
         # 2. One call for all frames that could be decoded.
-        frames = [item for _, items in rows for item in items if not isinstance(item, ServeError)]
-        found, inference_s = self._engine.submit(self._infer, frames).result()
+        found, seconds = self._settled([item for _, items in rows for item in items], started)
         outcomes = iter(found)
-        seconds = {"decode": decoded - started, "inference": inference_s}
         # 3. Answer in order.
         answers = []
         for i, (form, items) in enumerate(rows):
-            settled = [item if isinstance(item, ServeError) else next(outcomes) for item in items]
-            status, content_type, body = answer_row(form, settled, context.get_request_id(i), seconds)
+            own = [next(outcomes) for _ in items]
+            status, content_type, body = answer_row(form, own, context.get_request_id(i), seconds)
             # TorchServe counts characters but sends bytes: phrases must be ASCII.
             context.set_response_status(status, HTTPStatus(status).phrase, i)
             context.set_response_header(i, "content-type", content_type)
@@ -114,14 +111,17 @@ class DetectionHandler:
             Exception: what the network raised.
         """
         started = time.perf_counter()
-        items = [self._decode(entry) for entry in read_batch(body)]
+        settled, seconds = self._settled([self._decode(entry) for entry in read_batch(body)], started)
+        return answer_row("outcomes", settled, None, seconds)[2]
+
+    def _settled(self, items: Sequence[Any], started: float) -> tuple[list[Any], dict[str, float]]:
+        """An outcome per frame, of other items what is wrong with them; and what was spent since `started`, seconds."""
         decoded = time.perf_counter()
         frames = [item for item in items if not isinstance(item, ServeError)]
         found, inference_s = self._engine.submit(self._infer, frames).result()
         outcomes = iter(found)
         settled = [item if isinstance(item, ServeError) else next(outcomes) for item in items]
-        seconds = {"decode": decoded - started, "inference": inference_s}
-        return answer_row("outcomes", settled, None, seconds)[2]
+        return settled, {"decode": decoded - started, "inference": inference_s}
 
     def _infer(self, frames: Sequence[Any]) -> tuple[Sequence[Any], float]:
         """The frames' outcomes, and how long the network took, seconds; in the engine's thread."""
