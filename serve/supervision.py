@@ -176,9 +176,10 @@ class Service:
             "management_url": _reachable(self.torchserve.management_url),
             "backend_request_bytes": str(self._options.max_request_bytes),
             "backend_timeout_s": str(self._options.response_timeout_s + 10),
-            "worker_sockets": str(self.torchserve.worker_sockets),
             **flags,
         }
+        if "worker_sockets" not in self._environment():  # which a flag of ours would go before
+            said.setdefault("worker_sockets", str(self.torchserve.worker_sockets))
         if self.refused:
             listed = Path(self._folder.name, "refused.json")
             listed.write_text(json.dumps({refused.archive: refused.reason for refused in self.refused}))
@@ -213,10 +214,15 @@ class Service:
     def _drain_s(self) -> float:
         """What the gateway may take: as it was told, or as it says by itself."""
         from serve.gateway.options import GatewayOptions
+
+        options = GatewayOptions.build(self._flags or {}, self._environment())
+        return options.linger_s + options.drain_s
+
+    def _environment(self) -> Mapping[str, str]:
+        """What the environment says about the gateway."""
         from serve.settings import Settings
 
-        options = GatewayOptions.build(self._flags or {}, Settings.from_environment().gateway)
-        return options.linger_s + options.drain_s
+        return Settings.from_environment().gateway
 
 
 def _shell_code(code: int) -> int:

@@ -151,17 +151,20 @@ def port_is_open(port: int) -> bool:
     return True
 
 
-def test_batches_go_to_the_worker_directly(up: Callable[..., Up]) -> None:
-    service = up()
+@pytest.mark.parametrize("turned_off", [False, True])
+def test_batches_go_to_the_worker_directly_unless_turned_off(up: Callable[..., Up], turned_off: bool) -> None:
+    service = up(**({"MMDET3D_SERVE_GATEWAY_WORKER_SOCKETS": "none"} if turned_off else {}))
     service.await_ready()
     frame = sample_frame()
     through = httpx.post(f"{service.inference_url}/predictions/second", content=frame, timeout=60)
     answer = httpx.post(f"{service.url}/predictions/second", content=frame, timeout=60)
     assert answer.status_code == 200 and answer.content == through.content
     counts = httpx.get(f"http://127.0.0.1:{service.ports[2]}/metrics").text.splitlines()
-    (counted,) = [line for line in counts if line.startswith("ts_inference_requests_total{")]
-    assert counted.endswith(" 1.0"), counted
-    assert "takes batches directly" in service.text()
+    counted = sum(
+        float(line.rpartition(" ")[2]) for line in counts if line.startswith("ts_inference_requests_total{")
+    )
+    assert counted == (2 if turned_off else 1)
+    assert ("takes batches directly" in service.text()) != turned_off
 
 
 @pytest.mark.parametrize("which", ["gateway", "java"])

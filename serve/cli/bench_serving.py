@@ -39,8 +39,8 @@ def bench_serving(argv: Sequence[str] | None) -> int:
     ]
     parser = argparse.ArgumentParser(
         description="Measure our gateway in front of TorchServe beside TorchServe alone, LitServe, mosec and BentoML: "
-        "the same model, the same load over loopback, in turns. Prints tables and one line of JSON; takes up to "
-        "10 minutes."
+        "the same model, the same load over loopback, in turns. Prints tables and one line of JSON; takes some "
+        "13 minutes."
     )
     parser.add_argument("--quick", action="store_true", help="16 kB frames only, short turns: below 90 s")
     parser.add_argument(
