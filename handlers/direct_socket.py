@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from serve.direct import LENGTH, LONGEST_BYTES, socket_path
@@ -57,7 +58,8 @@ def _accept(listener: socket.socket, answer: Callable[[memoryview], bytes]) -> N
         except OSError:  # closed
             return
         if not room.acquire(blocking=False):
-            connection.close()  # its batch goes through TorchServe
+            with connection, suppress(OSError):  # hung up already
+                connection.sendall(LENGTH.pack(0))  # without it the worker would pass for dead
             continue
         threading.Thread(
             target=_serve, args=(connection, answer, room), name="direct-connection", daemon=True

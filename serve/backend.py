@@ -9,6 +9,7 @@ what is in a frame; nothing outside this module knows that the backend is TorchS
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -23,7 +24,7 @@ import httpx
 
 from serve.client import error_from_answer
 from serve.connection import BrokenOff, Connections, Unreachable
-from serve.direct import WorkerSockets
+from serve.direct import LostWithBatch, WorkerSockets
 from serve.errors import (
     BackendBroken,
     DeadlineExceeded,
@@ -49,6 +50,9 @@ logger = logging.getLogger(__name__)
 _WORKER_DIED = re.compile(r"worker died|worker.*(disconnect|closed)", re.IGNORECASE)
 # Questions of state are answered at once or not at all: a server that hangs must show within 2 s.
 _STATE_TIMEOUT_S = 1.5
+# How often TorchServe is asked whether it knows by now that a worker died; the first answer is a yes most often.
+_NOTICE_S = 0.05
+_NOTICES = 60
 _PAGE = 1000  # models per page of the management API; far more than fit a machine
 
 
@@ -134,10 +138,12 @@ class TorchServeBackend:
         """
         try:
             return await self._once(name, version, frames)
-        except _WorkerDied:
+        except _WorkerDied as death:
             logger.warning(
                 "a worker of %s %s died with a batch of %d; sending it again", name, version, len(frames)
             )
+            if death.pid is not None:
+                await self._noticed(name, version, death.pid)
         except OutOfMemory as error:
             if len(frames) > 1:
                 return await self._halved(name, version, frames)
@@ -210,6 +216,18 @@ class TorchServeBackend:
         # Whatever else TorchServe refuses of what the gateway sends is not the client's mistake.
         return BackendBroken(f"TorchServe answered {status}: {said or text}")
 
+    async def _noticed(self, name: str, version: str, pid: int) -> None:
+        """Wait until TorchServe knows of a death that only the gateway has seen.
+
+        Until then it hands a batch to the dead worker, and its answer would pass for a second death.
+        """
+        for _ in range(_NOTICES):
+            (entry,) = await self._ask(f"/models/{quote(name, safe='')}/{quote(version, safe='')}")
+            if pid not in _ready_workers(name, entry):
+                return
+            await asyncio.sleep(_NOTICE_S)
+        logger.warning("TorchServe takes worker %d of %s %s for alive; it only hung up", pid, name, version)
+
     # State
 
     async def models(self) -> list[ModelState]:
@@ -275,28 +293,47 @@ class TorchServeBackend:
             raise DeadlineExceeded(f"{what} gave no answer within {timeout_s:g} s") from error
         except (BrokenOff, httpx.TransportError) as error:
             # Broken off in mid-answer: the server went, and may be back at once.
-            raise _WorkerDied(f"the connection to {what} broke off: {error}") from error
+            pid = error.pid if isinstance(error, LostWithBatch) else None
+            raise _WorkerDied(f"the connection to {what} broke off: {error}", pid) from error
 
 
 class _WorkerDied(NotReady):
-    """The process that had the batch is gone; another may take it."""
+    """The process that had the batch is gone; another may take it. `pid` is told where TorchServe may not know yet."""
+
+    def __init__(self, message: str, pid: int | None = None) -> None:
+        super().__init__(message)
+        self.pid = pid
 
 
 class _WorkerKilled(OutOfMemory):
     """It was killed from outside (exit code 137, which TorchServe 0.12 answers with 507): most often for its memory."""
 
 
-def _state(name: str, entry: Mapping[str, Any], default: str) -> ModelState:
-    try:
-        workers = entry["workers"]
+def _state(name: str, version: Mapping[str, Any], default: str) -> ModelState:
+    with _known(name):
         return ModelState(
             name=name,
-            version=str(entry["modelVersion"]),
-            default=entry["modelVersion"] == default,
-            workers=tuple(int(worker.get("pid") or 0) for worker in workers),
-            ready=sum(worker["status"] == "READY" for worker in workers),
+            version=str(version["modelVersion"]),
+            default=version["modelVersion"] == default,
+            workers=tuple(_pid(worker) for worker in version["workers"]),
+            ready=len(_ready_workers(name, version)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+
+
+def _ready_workers(name: str, version: Mapping[str, Any]) -> list[int]:
+    with _known(name):
+        return [_pid(worker) for worker in version["workers"] if worker["status"] == "READY"]
+
+
+def _pid(worker: Mapping[str, Any]) -> int:
+    return int(worker.get("pid") or 0)
+
+
+@contextmanager
+def _known(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BackendBroken(f"TorchServe describes model {name} in a way we do not know: {error}") from None
 
 

@@ -21,13 +21,21 @@ from typing import cast
 from serve.connection import BrokenOff
 from serve.framing import Bytes
 
-__all__ = ["LENGTH", "LONGEST_BYTES", "WorkerSockets", "socket_path"]
+__all__ = ["LENGTH", "LONGEST_BYTES", "LostWithBatch", "WorkerSockets", "socket_path"]
 
 LENGTH = struct.Struct("<Q")
 LONGEST_BYTES = (1 << 31) - 1  # what TorchServe itself takes at the most
 CONNECT_S = 1.0
 
 logger = logging.getLogger(__name__)
+
+
+class LostWithBatch(BrokenOff):
+    """The worker with the process id `pid` hung up before it had answered."""
+
+    def __init__(self, pid: int, reason: str) -> None:
+        super().__init__(reason)
+        self.pid = pid
 
 
 def socket_path(folder: Path, pid: int) -> Path:
@@ -61,7 +69,7 @@ class WorkerSockets:
         """The answer of that one of the workers `pids` that has least to do; None where TorchServe is to be asked.
 
         Raises:
-            BrokenOff: the worker went away with the batch.
+            LostWithBatch: the worker went away with the batch.
             TimeoutError: no answer within `timeout_s`. That worker gets no more batches this way, so that TorchServe
                 sees for itself that it hangs, and replaces it.
         """
@@ -71,7 +79,7 @@ class WorkerSockets:
         return None
 
     def close(self) -> None:
-        """Hang up; calls under way end with `BrokenOff`."""
+        """Hang up; calls under way end with `LostWithBatch`."""
         for connections in (*self._idle.values(), *self._busy.values()):
             for connection in [*connections]:
                 connection.close()
@@ -89,6 +97,8 @@ class WorkerSockets:
             connection.close()
             if isinstance(error, TimeoutError):
                 self._hung.add(pid)
+            if isinstance(error, BrokenOff):
+                raise LostWithBatch(pid, str(error)) from None
             raise
         finally:
             busy.discard(connection)
@@ -107,6 +117,8 @@ class WorkerSockets:
             async with asyncio.timeout(CONNECT_S):
                 _, made = await asyncio.get_running_loop().create_unix_connection(_Connection, str(path))
         except (OSError, TimeoutError):  # not there yet, not there any more, or in another container
+            return None
+        if not made.open:  # it hung up at once
             return None
         if pid not in self._met:
             self._met.add(pid)

@@ -15,7 +15,7 @@ import pytest
 
 from handlers.direct_socket import listen
 from serve.connection import BrokenOff
-from serve.direct import LENGTH, LONGEST_BYTES, WorkerSockets, socket_path
+from serve.direct import LENGTH, LONGEST_BYTES, LostWithBatch, WorkerSockets, socket_path
 from serve.errors import BadRequest
 
 OWN = os.getpid()
@@ -111,8 +111,9 @@ def test_a_worker_that_went_away_with_a_batch_says_so_and_the_next_one_is_asked(
         thread.start()
 
         async def calls(sockets):
-            with pytest.raises(BrokenOff, match="closed by the worker"):
+            with pytest.raises(LostWithBatch, match="closed by the worker") as lost:
                 await sockets.ask([1, OWN], [b"x"], 20.0)
+            assert lost.value.pid == 1
             dying.close()
             return await sockets.ask([1, OWN], [b"x"], 20.0)
 
@@ -205,7 +206,7 @@ def test_a_socket_is_its_owners_alone_and_replaces_one_left_behind(tmp_path):
         listener.close()  # its file stays, as after a kill
 
 
-def test_more_connections_than_there_is_room_for_are_closed(tmp_path):
+def test_a_worker_without_room_for_a_connection_leaves_its_batch_to_torchserve(tmp_path):
     with worker(tmp_path, bytes):
         clients = []
         for _ in range(40):
@@ -215,21 +216,18 @@ def test_more_connections_than_there_is_room_for_are_closed(tmp_path):
             )  # with a timeout it would not wait for the backlog
             client.settimeout(20)
             clients.append(client)
-        assert clients[-1].recv(1) == b""
+        assert clients[-1].recv(9) == LENGTH.pack(0) and clients[-1].recv(1) == b""
+
+        async def calls(sockets):
+            return await sockets.ask([OWN], [b"x"], 20.0)
+
+        assert asking(tmp_path, calls) is None
         clients[0].sendall(LENGTH.pack(1) + b"x")
         assert clients[0].recv(9) == LENGTH.pack(1) + b"x"
         for client in clients:
             client.close()
         # Room is given back: a new one is answered.
         deadline = time.monotonic() + 20
-        answer = None
-        while answer is None and time.monotonic() < deadline:
-
-            async def calls(sockets):
-                try:
-                    return await sockets.ask([OWN], [b"x"], 20.0)
-                except BrokenOff:
-                    return None
-
-            answer = asking(tmp_path, calls)
+        while (answer := asking(tmp_path, calls)) is None and time.monotonic() < deadline:
+            pass
         assert answer == b"x"

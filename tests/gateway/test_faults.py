@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.gateway.fake_torchserve import FakeModel, answer_for
+from serve.direct import socket_path
+from tests.gateway.fake_torchserve import CLOUDS, FakeModel, FakeTorchServe, answer_for
 from tests.gateway.running import eventually
 
 
@@ -32,6 +38,66 @@ def test_a_batch_whose_worker_died_twice_is_answered_503(gateway, torchserve, cl
     assert answer.json()["error"]["code"] == "not_ready" and "died twice" in answer.json()["error"]["message"]
     assert len(torchserve.calls) == 2
     assert gateway.post(content=cloud(1)).status_code == 200
+
+
+@contextmanager
+def worker_that_dies(folder: Path, pid: int) -> Iterator[None]:
+    """A worker's socket that hangs up on its first batch."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(socket_path(folder, pid)))
+        listener.listen()
+
+        def die() -> None:
+            connection, _ = listener.accept()
+            listener.close()
+            with connection:
+                assert connection.recv(1)
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        yield
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+class NoticedLate(FakeModel):
+    """A worker that TorchServe calls ready for some answers after it died; what was asked of it until then."""
+
+    def __init__(self, torchserve: FakeTorchServe, answers: float) -> None:
+        super().__init__(spec=dict(CLOUDS), workers=[4711])
+        self.torchserve, self.answers, self.early_calls = torchserve, answers, 0
+
+    def described(self, name: str, version: str) -> dict[str, Any]:
+        if self.answers > 0:
+            self.early_calls = len(self.torchserve.calls)
+            self.answers -= 1
+        else:
+            self.ready = 0
+        return super().described(name, version)
+
+
+def test_a_batch_that_went_down_with_a_worker_waits_until_torchserve_knows_of_the_death(
+    start_gateway, torchserve, cloud, tmp_path
+):
+    model = torchserve.models["second"]["1.0"] = NoticedLate(torchserve, float("inf"))
+    with worker_that_dies(tmp_path, 4711):
+        gateway = start_gateway(worker_sockets=tmp_path)
+        eventually(lambda: ready(gateway))
+        model.answers = 12
+        answer = gateway.post(content=cloud(1))
+    assert answer.content == answer_for(cloud(1), {}), answer.text
+    assert model.ready == 0 and model.early_calls == 0
+    assert torchserve.calls == [[cloud(1)]]
+
+
+def test_a_worker_that_only_hung_up_is_not_waited_for_without_end(
+    start_gateway, torchserve, cloud, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("serve.backend._NOTICE_S", 0.001)
+    with worker_that_dies(tmp_path, 4711):
+        answer = start_gateway(worker_sockets=tmp_path).post(content=cloud(1))
+    assert answer.content == answer_for(cloud(1), {}), answer.text
+    assert "it only hung up" in caplog.text
 
 
 def test_a_frame_whose_worker_is_killed_twice_is_too_large_and_its_neighbour_is_answered(
