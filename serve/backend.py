@@ -3,8 +3,9 @@
 One message carries a whole batch (`serve.framing`): to a socket of a worker of TorchServe's where there is one
 (`serve.direct`), else a POST to TorchServe, whose own batching stays off. Everything TorchServe, its workers
 and httpx can do wrong becomes an error of ours here and nowhere else. A batch whose worker died is sent once
-more; one that was out of memory is halved; nothing else is retried. Knows nothing about queues, FastAPI or
-what is in a frame; nothing outside this module knows that the backend is TorchServe.
+more, one that was out of memory is halved, without those frames that nobody waits for any more; nothing else is
+retried. Knows nothing about queues, FastAPI or what is in a frame; nothing outside this module knows that the
+backend is TorchServe.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -56,12 +58,16 @@ _NOTICES = 60
 _PAGE = 1000  # models per page of the management API; far more than fit a machine
 
 
-@dataclass(frozen=True)
+@dataclass
 class Frame:
-    """One frame as it is sent on: its bytes (or those of its parts, by name) and its options."""
+    """One frame as it is sent on: its bytes (or those of its parts, by name), its options, and if anyone waits for it.
+
+    Whoever waits for it says so when he no longer does; it is not sent again then.
+    """
 
     body: Body
     options: Mapping[str, Any] = field(default_factory=dict)
+    wanted: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,9 @@ class Answer:
 
     body: Bytes
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+Outcomes = list[Answer | Exception]
 
 
 @dataclass(frozen=True)
@@ -128,14 +137,17 @@ class TorchServeBackend:
 
     # Predictions
 
-    async def run(self, name: str, version: str, frames: Sequence[Frame]) -> list[Answer | Exception]:
-        """One outcome per frame, in order.
+    async def run(self, name: str, version: str, frames: Sequence[Frame]) -> Outcomes:
+        """One outcome per frame, in order; frames that nobody waits for any more are not sent, or not again.
 
         Raises:
             NotReady: TorchServe is gone, has no worker, or lost the worker of this batch twice.
             DeadlineExceeded: no answer within the time limit.
             BackendBroken: an answer that is not one of ours.
         """
+        return await self._those_wanted(frames, partial(self._first, name, version))
+
+    async def _first(self, name: str, version: str, frames: Sequence[Frame]) -> Outcomes:
         try:
             return await self._once(name, version, frames)
         except _WorkerDied as death:
@@ -150,6 +162,9 @@ class TorchServeBackend:
             if not isinstance(error, _WorkerKilled):
                 return [error]
             logger.warning("a worker of %s %s was killed with a frame; sending it again", name, version)
+        return await self._those_wanted(frames, partial(self._second, name, version))
+
+    async def _second(self, name: str, version: str, frames: Sequence[Frame]) -> Outcomes:
         try:
             return await self._once(name, version, frames)
         except _WorkerDied:
@@ -157,13 +172,22 @@ class TorchServeBackend:
         except OutOfMemory as error:
             return [error] if len(frames) == 1 else await self._halved(name, version, frames)
 
-    async def _halved(self, name: str, version: str, frames: Sequence[Frame]) -> list[Answer | Exception]:
+    async def _halved(self, name: str, version: str, frames: Sequence[Frame]) -> Outcomes:
         logger.warning("a batch of %d frames is too much for %s %s; halving it", len(frames), name, version)
         half = len(frames) // 2
         first = await self.run(name, version, frames[:half])
         return [*first, *await self.run(name, version, frames[half:])]
 
-    async def _once(self, name: str, version: str, frames: Sequence[Frame]) -> list[Answer | Exception]:
+    async def _those_wanted(
+        self, frames: Sequence[Frame], send: Callable[[Sequence[Frame]], Awaitable[Outcomes]]
+    ) -> Outcomes:
+        """Outcomes of those frames that somebody waits for; of the others, that nobody does."""
+        wanted = [frame.wanted for frame in frames]
+        left = [frame for frame in frames if frame.wanted]
+        answers = iter(await send(left) if left else ())
+        return [next(answers) if wait else NotReady("nobody waits for this frame") for wait in wanted]
+
+    async def _once(self, name: str, version: str, frames: Sequence[Frame]) -> Outcomes:
         chunks = frame_chunks([(frame.body, frame.options) for frame in frames])
         body: Bytes | None = None
         if self._direct is not None:
@@ -171,6 +195,8 @@ class TorchServeBackend:
                 workers = self._workers.get((name, version), ())
                 body = await self._direct.ask(workers, chunks, self._timeout_s)
         outcomes = unpack_outcomes(body or await self._through_torchserve(name, version, chunks))
+        if len(outcomes.items) != len(frames):
+            raise BackendBroken(f"a worker of {name} answered {len(outcomes.items)} of {len(frames)} frames")
         return [
             Answer(body, outcomes.seconds) if status == 200 else error_from_answer(status, _json(body))
             for status, body in outcomes.items

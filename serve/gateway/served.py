@@ -59,7 +59,10 @@ class ServedModel:
             ServeError: the frame's own outcome, or its batch's.
         """
         assert self.batcher is not None
-        return await self.batcher.submit(frame, cost=size.cost, nbytes=size.nbytes, key=size.key)
+        try:
+            return await self.batcher.submit(frame, cost=size.cost, nbytes=size.nbytes, key=size.key)
+        finally:
+            frame.wanted = False
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,15 @@ class FakeBackend:
         self.app.gated_frames = set(frames)
         self._background.soon(self.app.gate.clear)
 
+    def let_pass(self) -> None:
+        """Let the calls that wait now go on, and hold those that follow."""
+
+        def pulse() -> None:
+            self.app.gate.set()
+            self.app.gate.clear()
+
+        self._background.soon(pulse)
+
     def release(self) -> None:
         self._background.soon(self.app.gate.set)
 

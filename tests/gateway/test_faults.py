@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,34 @@ def test_a_worker_that_only_hung_up_is_not_waited_for_without_end(
         answer = start_gateway(worker_sockets=tmp_path).post(content=cloud(1))
     assert answer.content == answer_for(cloud(1), {}), answer.text
     assert "it only hung up" in caplog.text
+
+
+@pytest.mark.parametrize("trouble", ["worker died", "out of memory"])
+def test_a_frame_that_nobody_waits_for_any_more_is_not_sent_again(
+    gateway, backend, torchserve, cloud, trouble
+):
+    """Two frames go out together, one of them expires there; what then goes wrong concerns the other one alone."""
+    backend.hold()
+    with ThreadPoolExecutor(3) as clients:
+        first = clients.submit(gateway.post, content=cloud(0))
+        eventually(lambda: torchserve.held == 1)
+        pending = [
+            clients.submit(gateway.post, f"/predictions/second?timeout_ms={limit_ms}", content=cloud(i))
+            for i, limit_ms in ((1, 400), (2, 20_000))
+        ]
+        eventually(lambda: gateway.admission.items == 3)
+        backend.let_pass()
+        assert first.result().status_code == 200
+        eventually(lambda: torchserve.held == 1)
+        assert {*torchserve.calls[-1]} == {cloud(1), cloud(2)}
+        if trouble == "out of memory":
+            torchserve.most_frames = 1
+        else:
+            torchserve.troubles.append(trouble)
+        assert pending[0].result().status_code == 504
+        backend.release()
+        assert pending[1].result().content == answer_for(cloud(2), {})
+    assert torchserve.calls[2:] == [[cloud(2)]]
 
 
 def test_a_frame_whose_worker_is_killed_twice_is_too_large_and_its_neighbour_is_answered(
