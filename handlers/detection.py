@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from handlers.direct_socket import listen
 from handlers.rows import Entry, Form, answer_row, read_batch, read_row
+from handlers.watchdog import limited_to
 from handlers.worker_log import thin_out
 from serve import ops
 from serve.cpu_quota import cores
@@ -103,30 +104,39 @@ class DetectionHandler:
             answers.append(body)
         return answers
 
-    def answer_batch(self, body: memoryview) -> bytes:
+    def answer_batch(self, body: memoryview, compute_s: int = 0) -> bytes:
         """Framed frames to framed outcomes; from any thread.
+
+        Args:
+            body: the frames.
+            compute_s: seconds after which the worker ends itself if it still computes them; 0: none.
 
         Raises:
             ServeError: it is not a framed batch.
             Exception: what the network raised.
         """
         started = time.perf_counter()
-        settled, seconds = self._settled([self._decode(entry) for entry in read_batch(body)], started)
+        settled, seconds = self._settled(
+            [self._decode(entry) for entry in read_batch(body)], started, compute_s
+        )
         return answer_row("outcomes", settled, None, seconds)[2]
 
-    def _settled(self, items: Sequence[Any], started: float) -> tuple[list[Any], dict[str, float]]:
+    def _settled(
+        self, items: Sequence[Any], started: float, compute_s: int = 0
+    ) -> tuple[list[Any], dict[str, float]]:
         """An outcome per frame, of other items what is wrong with them; and what was spent since `started`, seconds."""
         decoded = time.perf_counter()
         frames = [item for item in items if not isinstance(item, ServeError)]
-        found, inference_s = self._engine.submit(self._infer, frames).result()
+        found, inference_s = self._engine.submit(self._infer, frames, compute_s).result()
         outcomes = iter(found)
         settled = [item if isinstance(item, ServeError) else next(outcomes) for item in items]
         return settled, {"decode": decoded - started, "inference": inference_s}
 
-    def _infer(self, frames: Sequence[Any]) -> tuple[Sequence[Any], float]:
+    def _infer(self, frames: Sequence[Any], compute_s: int) -> tuple[Sequence[Any], float]:
         """The frames' outcomes, and how long the network took, seconds; in the engine's thread."""
         began = time.perf_counter()
-        return self.detector.run(frames), time.perf_counter() - began
+        with limited_to(compute_s):
+            return self.detector.run(frames), time.perf_counter() - began
 
     def describe(self) -> dict[str, Any]:
         """What the served archive says of itself, and where it runs: the management API's ``?customized=true``."""

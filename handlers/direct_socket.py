@@ -12,10 +12,9 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-from serve.direct import LENGTH, LONGEST_BYTES, socket_path
+from serve.direct import BATCH, GREETING, LENGTH, LONGEST_BYTES, socket_path
 from serve.errors import ServeError
 
 __all__ = ["listen"]
@@ -26,12 +25,13 @@ _MOST_CONNECTIONS = 32
 logger = logging.getLogger(__name__)
 
 
-def listen(folder: Path, answer: Callable[[memoryview], bytes]) -> socket.socket:
+def listen(folder: Path, answer: Callable[[memoryview, int], bytes]) -> socket.socket:
     """Listen for batches until the process ends; returns the socket, which may be closed to end sooner.
 
     Args:
         folder: where the socket goes; it must be this user's alone, for whoever can connect is answered.
-        answer: a framed batch to framed outcomes; called from several threads.
+        answer: a framed batch, and for how many seconds it may be computed (0: any number), to framed outcomes;
+            called from several threads.
 
     Raises:
         OSError: the folder is not there, or the path is too long for a socket.
@@ -50,7 +50,7 @@ def listen(folder: Path, answer: Callable[[memoryview], bytes]) -> socket.socket
     return listener
 
 
-def _accept(listener: socket.socket, answer: Callable[[memoryview], bytes]) -> None:
+def _accept(listener: socket.socket, answer: Callable[[memoryview, int], bytes]) -> None:
     room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
     while True:
         try:
@@ -58,8 +58,7 @@ def _accept(listener: socket.socket, answer: Callable[[memoryview], bytes]) -> N
         except OSError:  # closed
             return
         if not room.acquire(blocking=False):
-            with connection, suppress(OSError):  # hung up already
-                connection.sendall(LENGTH.pack(0))  # without it the worker would pass for dead
+            connection.close()  # without a greeting: its batch goes through TorchServe
             continue
         threading.Thread(
             target=_serve, args=(connection, answer, room), name="direct-connection", daemon=True
@@ -67,14 +66,15 @@ def _accept(listener: socket.socket, answer: Callable[[memoryview], bytes]) -> N
 
 
 def _serve(
-    connection: socket.socket, answer: Callable[[memoryview], bytes], room: threading.BoundedSemaphore
+    connection: socket.socket, answer: Callable[[memoryview, int], bytes], room: threading.BoundedSemaphore
 ) -> None:
     """Answer one batch after the other, until the other side hangs up."""
     try:
         with connection:
-            while (message := _receive(connection)) is not None:
-                body = _answered(answer, message)
-                del message
+            connection.sendall(GREETING)
+            while (received := _receive(connection)) is not None:
+                body = _answered(answer, *received)
+                del received
                 connection.sendall(LENGTH.pack(len(body)) + body)  # one message, one wake-up
     except OSError:
         pass  # hung up
@@ -82,9 +82,9 @@ def _serve(
         room.release()
 
 
-def _answered(answer: Callable[[memoryview], bytes], message: memoryview) -> bytes:
+def _answered(answer: Callable[[memoryview, int], bytes], batch: memoryview, compute_s: int) -> bytes:
     try:
-        return answer(message)
+        return answer(batch, compute_s)
     except ServeError as error:
         logger.info("a batch is left to TorchServe: %s", error)
     except Exception:
@@ -92,16 +92,16 @@ def _answered(answer: Callable[[memoryview], bytes], message: memoryview) -> byt
     return b""
 
 
-def _receive(connection: socket.socket) -> memoryview | None:
-    """One message; None at the end of the connection, or where its length is impossible."""
-    prefix = bytearray(LENGTH.size)
-    if not _fill(connection, memoryview(prefix)):
+def _receive(connection: socket.socket) -> tuple[memoryview, int] | None:
+    """One batch and its seconds; None at the end of the connection, or where its length is impossible."""
+    head = bytearray(BATCH.size)
+    if not _fill(connection, memoryview(head)):
         return None
-    (length,) = LENGTH.unpack(prefix)
+    length, compute_s = BATCH.unpack(head)
     if length > LONGEST_BYTES:
         return None
-    message = memoryview(bytearray(length))
-    return message if _fill(connection, message) else None
+    batch = memoryview(bytearray(length))
+    return (batch, compute_s) if _fill(connection, batch) else None
 
 
 def _fill(connection: socket.socket, buffer: memoryview) -> bool:

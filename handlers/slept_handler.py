@@ -13,6 +13,7 @@ from typing import Any
 
 from handlers.direct_socket import listen
 from handlers.rows import Entry, answer_row, read_batch, read_row
+from handlers.watchdog import limited_to
 from handlers.worker_log import thin_out
 from serve.benchmark.serving import slept
 from serve.errors import ServeError
@@ -49,20 +50,21 @@ class SleptHandler:
             answers.append(body)
         return answers
 
-    def answer_batch(self, body: memoryview) -> bytes:
+    def answer_batch(self, body: memoryview, compute_s: int) -> bytes:
         """A batch that came directly."""
-        settled, seconds = self._sleep(read_batch(body))
+        settled, seconds = self._sleep(read_batch(body), compute_s)
         return answer_row("outcomes", settled, None, seconds)[2]
 
-    def _sleep(self, entries: Sequence[Entry]) -> tuple[list[Any], dict[str, float]]:
+    def _sleep(self, entries: Sequence[Entry], compute_s: int = 0) -> tuple[list[Any], dict[str, float]]:
         """An outcome per entry, and what was spent; one batch sleeps at a time."""
         sizes = [len(entry[0]) for entry in entries if not isinstance(entry, ServeError)]
-        answered, inference_s = self._engine.submit(_timed, sizes).result()
+        answered, inference_s = self._engine.submit(_timed, sizes, compute_s).result()
         outcomes = iter(answered)
         settled = [entry if isinstance(entry, ServeError) else next(outcomes) for entry in entries]
         return settled, {"inference": inference_s}
 
 
-def _timed(sizes: Sequence[int]) -> tuple[list[dict[str, int]], float]:
+def _timed(sizes: Sequence[int], compute_s: int) -> tuple[list[dict[str, int]], float]:
     began = time.perf_counter()
-    return slept.answers(sizes), time.perf_counter() - began
+    with limited_to(compute_s):
+        return slept.answers(sizes), time.perf_counter() - began

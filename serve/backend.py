@@ -91,6 +91,7 @@ class ModelState:
         default: whether a request without a version means this one.
         workers: process ids of all its workers (0 for one without a process), in no order.
         ready: how many of them are ready.
+        response_timeout_s: seconds after which TorchServe ends a worker that has not answered.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ModelState:
     default: bool
     workers: tuple[int, ...]
     ready: int
+    response_timeout_s: int
 
 
 class TorchServeBackend:
@@ -122,7 +124,7 @@ class TorchServeBackend:
     ) -> None:
         self._timeout_s = timeout_s
         self._direct = None if worker_sockets is None else WorkerSockets(worker_sockets)
-        self._workers: dict[tuple[str, str], tuple[int, ...]] = {}  # process ids, as last seen
+        self._seen: dict[tuple[str, str], ModelState] = {}
         self._predict = Connections(inference_url)
         self._manage = httpx.AsyncClient(base_url=management_url, trust_env=False)
         self._key_file = key_file
@@ -190,10 +192,10 @@ class TorchServeBackend:
     async def _once(self, name: str, version: str, frames: Sequence[Frame]) -> Outcomes:
         chunks = frame_chunks([(frame.body, frame.options) for frame in frames])
         body: Bytes | None = None
-        if self._direct is not None:
+        if self._direct is not None and (seen := self._seen.get((name, version))):
             with self._mapped(f"a worker of {name}", self._timeout_s):
-                workers = self._workers.get((name, version), ())
-                body = await self._direct.ask(workers, chunks, self._timeout_s)
+                workers = [pid for pid in seen.workers if pid]
+                body = await self._direct.ask(workers, chunks, self._timeout_s, seen.response_timeout_s)
         outcomes = unpack_outcomes(body or await self._through_torchserve(name, version, chunks))
         if len(outcomes.items) != len(frames):
             raise BackendBroken(f"a worker of {name} answered {len(outcomes.items)} of {len(frames)} frames")
@@ -273,9 +275,9 @@ class TorchServeBackend:
                 found.extend(_state(name, version, default) for version in await self._ask(f"{path}/all"))
             except ModelNotFound:
                 continue  # removed since it was listed
-        self._workers = {(state.name, state.version): tuple(filter(None, state.workers)) for state in found}
+        self._seen = {(state.name, state.version): state for state in found}
         if self._direct is not None:
-            self._direct.follow({pid for workers in self._workers.values() for pid in workers})
+            self._direct.follow({pid for state in found for pid in state.workers})
         return found
 
     async def describe(self, name: str, version: str) -> dict[str, Any]:
@@ -343,6 +345,7 @@ def _state(name: str, version: Mapping[str, Any], default: str) -> ModelState:
             default=version["modelVersion"] == default,
             workers=tuple(_pid(worker) for worker in version["workers"]),
             ready=len(_ready_workers(name, version)),
+            response_timeout_s=max(0, int(version.get("responseTimeout") or 0)),
         )
 
 

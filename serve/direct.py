@@ -4,8 +4,10 @@ TorchServe starts, watches, scales and ends the workers; what goes past it is th
 threads would hand to each other five times each way while the device waits (docs/decisions/0010-direct-sockets.md).
 Two connections to a worker are two batches: the second is read and decoded while the first is computed.
 
-A message is its length (uint64, little-endian) and so many bytes: frames there, outcomes back (`serve.framing`). An
-answer of no bytes says that the worker could not do it; TorchServe is then asked, which has a word for every failure.
+A worker that takes a connection greets it; one that does not has no room, or hangs. A batch is its length (uint64,
+little-endian), the seconds for which the worker may compute it before it ends itself (uint32; 0: any number;
+`handlers.watchdog`), and so many bytes: frames (`serve.framing`). An answer is its length and outcomes; one of no
+bytes says that the worker could not do it, and TorchServe is asked, which has a word for every failure.
 Knows process ids and bytes, and nothing of models; `handlers.direct_socket` is the worker's end.
 """
 
@@ -21,9 +23,11 @@ from typing import cast
 from serve.connection import BrokenOff
 from serve.framing import Bytes
 
-__all__ = ["LENGTH", "LONGEST_BYTES", "LostWithBatch", "WorkerSockets", "socket_path"]
+__all__ = ["BATCH", "GREETING", "LENGTH", "LONGEST_BYTES", "LostWithBatch", "WorkerSockets", "socket_path"]
 
+BATCH = struct.Struct("<QI")  # bytes, seconds
 LENGTH = struct.Struct("<Q")
+GREETING = LENGTH.pack(0)  # an answer to nothing
 LONGEST_BYTES = (1 << 31) - 1  # what TorchServe itself takes at the most
 CONNECT_S = 1.0
 
@@ -65,8 +69,16 @@ class WorkerSockets:
         self._hung &= pids
         self._met &= pids
 
-    async def ask(self, pids: Sequence[int], chunks: Sequence[Bytes], timeout_s: float) -> bytes | None:
+    async def ask(
+        self, pids: Sequence[int], chunks: Sequence[Bytes], timeout_s: float, compute_s: int = 0
+    ) -> bytes | None:
         """The answer of that one of the workers `pids` that has least to do; None where TorchServe is to be asked.
+
+        Args:
+            pids: process ids.
+            chunks: the batch, in the pieces it is in.
+            timeout_s: seconds to wait for the answer.
+            compute_s: whole seconds after which the worker shall end itself if it still computes; 0: none.
 
         Raises:
             LostWithBatch: the worker went away with the batch.
@@ -75,7 +87,8 @@ class WorkerSockets:
         """
         for pid in sorted(pids, key=lambda pid: len(self._busy.get(pid, ()))):
             if pid not in self._hung and (connection := await self._connection(pid)) is not None:
-                return await self._call(pid, connection, chunks, timeout_s) or None
+                head = BATCH.pack(sum(len(chunk) for chunk in chunks), compute_s)
+                return await self._call(pid, connection, [head, *chunks], timeout_s) or None
         return None
 
     def close(self) -> None:
@@ -86,13 +99,13 @@ class WorkerSockets:
         self._idle.clear()
 
     async def _call(
-        self, pid: int, connection: _Connection, chunks: Sequence[Bytes], timeout_s: float
+        self, pid: int, connection: _Connection, message: Sequence[Bytes], timeout_s: float
     ) -> bytes:
         busy = self._busy.setdefault(pid, set())
         busy.add(connection)
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await connection.ask(chunks)
+                answer = await connection.ask(message)
         except BaseException as error:
             connection.close()
             if isinstance(error, TimeoutError):
@@ -112,14 +125,22 @@ class WorkerSockets:
         while idle:
             if (connection := idle.pop()).open:
                 return connection
-        path = socket_path(self._folder, pid)
+        made = _Connection()
         try:
             async with asyncio.timeout(CONNECT_S):
-                _, made = await asyncio.get_running_loop().create_unix_connection(_Connection, str(path))
-        except (OSError, TimeoutError):  # not there yet, not there any more, or in another container
+                path = str(socket_path(self._folder, pid))
+                await asyncio.get_running_loop().create_unix_connection(lambda: made, path)
+                await made.greeted()
+        except (
+            OSError,
+            TimeoutError,
+            BrokenOff,
+        ):  # not there yet, not any more, or in another container; no room
+            made.close()
             return None
-        if not made.open:  # it hung up at once
-            return None
+        except BaseException:
+            made.close()
+            raise
         if pid not in self._met:
             self._met.add(pid)
             logger.info("worker %d takes batches directly", pid)
@@ -132,15 +153,20 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.open = False
         self._transport: asyncio.Transport | None = None
-        self._answer: asyncio.Future[bytes] | None = None
+        self._answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._received = bytearray()
 
-    async def ask(self, chunks: Sequence[Bytes]) -> bytes:
-        """Send one message and wait for its answer."""
+    async def greeted(self) -> None:
+        """Wait for the worker's greeting."""
+        if await self._answer or not self.open:
+            raise BrokenOff("the worker does not greet")
+
+    async def ask(self, message: Sequence[Bytes]) -> bytes:
+        """Send one message, in pieces, and wait for its answer."""
         self._answer = asyncio.get_running_loop().create_future()
         assert self._transport is not None
         # What the socket does not take now is kept by reference until it does: nothing is joined here.
-        self._transport.writelines([LENGTH.pack(sum(len(chunk) for chunk in chunks)), *chunks])
+        self._transport.writelines(message)
         return await self._answer
 
     def close(self) -> None:
@@ -154,7 +180,7 @@ class _Connection(asyncio.Protocol):
         self.open = True
 
     def data_received(self, data: bytes) -> None:
-        if self._answer is None or self._answer.done():
+        if self._answer.done():
             self.close()  # nothing was asked
             return
         self._received += data
@@ -173,5 +199,5 @@ class _Connection(asyncio.Protocol):
 
     def _end(self, reason: str) -> None:
         self.close()
-        if self._answer is not None and not self._answer.done():
+        if not self._answer.done():
             self._answer.set_exception(BrokenOff(reason))

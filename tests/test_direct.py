@@ -15,7 +15,7 @@ import pytest
 
 from handlers.direct_socket import listen
 from serve.connection import BrokenOff
-from serve.direct import LENGTH, LONGEST_BYTES, LostWithBatch, WorkerSockets, socket_path
+from serve.direct import BATCH, GREETING, LENGTH, LONGEST_BYTES, LostWithBatch, WorkerSockets, socket_path
 from serve.errors import BadRequest
 
 OWN = os.getpid()
@@ -24,7 +24,7 @@ OWN = os.getpid()
 @contextmanager
 def worker(folder: Path, answer: Callable[[memoryview], bytes], pid: int = OWN) -> Iterator[socket.socket]:
     """A worker's end in this process, under the name of another one where `pid` says so."""
-    with closing(listen(folder, answer)) as listener:
+    with closing(listen(folder, lambda batch, compute_s: answer(batch))) as listener:
         if pid != OWN:
             socket_path(folder, OWN).rename(socket_path(folder, pid))
         yield listener
@@ -54,6 +54,15 @@ def test_a_batch_of_pieces_comes_whole_and_its_answer_too(tmp_path):
 
         answers = asking(tmp_path, calls)
     assert answers == [(b"ab" + large + b"c")[::-1]] * 3
+
+
+def test_the_worker_is_told_for_how_long_it_may_compute(tmp_path):
+    with closing(listen(tmp_path, lambda batch, compute_s: str(compute_s).encode())):
+
+        async def calls(sockets):
+            return [await sockets.ask([OWN], [b"x"], 20.0, 7), await sockets.ask([OWN], [b"x"], 20.0)]
+
+        assert asking(tmp_path, calls) == [b"7", b"0"]
 
 
 def test_a_second_batch_is_taken_while_the_first_is_answered(tmp_path):
@@ -104,7 +113,8 @@ def test_a_worker_that_went_away_with_a_batch_says_so_and_the_next_one_is_asked(
 
         def die() -> None:
             connection, _ = dying.accept()
-            connection.recv(LENGTH.size + 1)
+            connection.sendall(GREETING)
+            connection.recv(BATCH.size + 1)
             connection.close()
 
         thread = threading.Thread(target=die)
@@ -131,7 +141,8 @@ def test_an_answer_of_impossible_length_is_not_waited_for(tmp_path, sent):
         def answer() -> None:
             connection, _ = wrong.accept()
             with connection:
-                connection.recv(LENGTH.size + 1)
+                connection.sendall(GREETING)
+                connection.recv(BATCH.size + 1)
                 connection.sendall(sent)
                 connection.recv(1)  # until it hangs up
 
@@ -166,6 +177,31 @@ def test_a_worker_that_hangs_is_left_to_torchserve_until_it_was_replaced(tmp_pat
         assert asking(tmp_path, calls) == (None, b"x")
 
 
+@pytest.mark.parametrize("greeting", [b"", b"late", LENGTH.pack(1) + b"x", b"\xff" * 8])
+def test_without_a_greeting_a_worker_gets_no_batch(tmp_path, greeting, monkeypatch):
+    monkeypatch.setattr("serve.direct.CONNECT_S", 0.2)
+    came = []
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(socket_path(tmp_path, 1)))
+        mute.listen()
+
+        def say() -> None:
+            connection, _ = mute.accept()
+            with connection:
+                connection.sendall(greeting)
+                came.append(connection.recv(1))
+
+        thread = threading.Thread(target=say)
+        thread.start()
+
+        async def calls(sockets):
+            return await sockets.ask([1], [b"x"], 20.0)
+
+        assert asking(tmp_path, calls) is None
+        thread.join()
+    assert came == [b""]
+
+
 def test_the_worker_with_least_to_do_gets_the_batch(tmp_path):
     busy, go_on = threading.Event(), threading.Event()
 
@@ -190,13 +226,14 @@ def test_a_message_of_impossible_length_ends_the_connection_before_memory_is_tak
     with worker(tmp_path, bytes), socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
         client.connect(str(socket_path(tmp_path, OWN)))
-        client.sendall(LENGTH.pack(1 << 60))
+        client.sendall(BATCH.pack(1 << 60, 0))
+        assert client.recv(len(GREETING)) == GREETING
         assert client.recv(1) == b""
 
 
 def test_a_socket_is_its_owners_alone_and_replaces_one_left_behind(tmp_path):
     for name in (b"first", b"second"):
-        listener = listen(tmp_path, lambda body, name=name: name)
+        listener = listen(tmp_path, lambda batch, compute_s, name=name: name)
         assert socket_path(tmp_path, OWN).stat().st_mode & 0o077 == 0
 
         async def calls(sockets):
@@ -216,13 +253,13 @@ def test_a_worker_without_room_for_a_connection_leaves_its_batch_to_torchserve(t
             )  # with a timeout it would not wait for the backlog
             client.settimeout(20)
             clients.append(client)
-        assert clients[-1].recv(9) == LENGTH.pack(0) and clients[-1].recv(1) == b""
+        assert clients[-1].recv(1) == b"" and clients[0].recv(9) == GREETING
 
         async def calls(sockets):
             return await sockets.ask([OWN], [b"x"], 20.0)
 
         assert asking(tmp_path, calls) is None
-        clients[0].sendall(LENGTH.pack(1) + b"x")
+        clients[0].sendall(BATCH.pack(1, 0) + b"x")
         assert clients[0].recv(9) == LENGTH.pack(1) + b"x"
         for client in clients:
             client.close()

@@ -1,14 +1,18 @@
 """A handler for a real TorchServe that costs nothing: it answers every frame with its checksum.
 
 Reads and answers framed batches as ours do. A frame ``die once PATH`` ends its worker the first time it is
-seen, ``die`` always, ``too large`` is out of memory unless it is alone, ``too large alone`` even then.
+seen, ``die`` always, ``hang once PATH`` stops its interpreter for a minute the first time it is seen, ``too large``
+is out of memory unless it is alone, ``too large alone`` even then.
 """
 
+import ctypes
 import hashlib
 import json
 import os
+import threading
 
 from handlers.direct_socket import listen
+from handlers.watchdog import limited_to
 from serve.errors import BadRequest, OutOfMemory
 from serve.framing import OUTCOMES_CONTENT_TYPE, Outcomes, pack_outcomes, unpack_frames
 from serve.settings import Settings
@@ -19,6 +23,7 @@ SPEC = {"modality": "lidar", "parts": ["points"], "load_dim": 4, "box_type_3d": 
 class Checksum:
     def initialize(self, context):
         """Nothing to load."""
+        self.one_at_a_time = threading.Lock()
         listen(Settings.from_environment().worker_sockets, self.answer_batch)
 
     def handle(self, data, context):
@@ -41,20 +46,24 @@ class Checksum:
             answers.append(body)
         return answers
 
-    def answer_batch(self, body):
+    def answer_batch(self, body, compute_s):
         """A batch that came directly."""
-        status, answer = self.answer([bytes(frame) for frame, _ in unpack_frames(body)])
+        with self.one_at_a_time, limited_to(compute_s):
+            status, answer = self.answer([bytes(frame) for frame, _ in unpack_frames(body)])
         if status != 200:
             raise OutOfMemory("it does not fit")
         return answer
 
     def answer(self, frames):
         for frame in frames:
-            if frame.startswith(b"die once "):
-                flag = frame.decode().removeprefix("die once ")
+            if frame.startswith((b"die once ", b"hang once ")):
+                flag = frame.decode().partition(" once ")[2]
                 if not os.path.exists(flag):
                     with open(flag, "w"):
+                        pass
+                    if frame.startswith(b"die"):
                         os._exit(1)
+                    ctypes.PyDLL(None).sleep(60)  # and no other thread of Python's runs
             elif frame == b"die":
                 os._exit(1)
         if b"too large alone" in frames or (b"too large" in frames and len(frames) > 1):
@@ -63,7 +72,7 @@ class Checksum:
             ).encode()
         items = [
             (200, checksum(frame))
-            if len(frame) % 16 == 0 or frame.startswith((b"die once", b"too large"))
+            if len(frame) % 16 == 0 or frame.startswith((b"die once", b"hang once", b"too large"))
             else BAD
             for frame in frames
         ]

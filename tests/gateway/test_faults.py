@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from serve.direct import socket_path
+from serve.direct import GREETING, socket_path
 from tests.gateway.fake_torchserve import CLOUDS, FakeModel, FakeTorchServe, answer_for
 from tests.gateway.running import eventually
 
@@ -52,6 +52,7 @@ def worker_that_dies(folder: Path, pid: int) -> Iterator[None]:
             connection, _ = listener.accept()
             listener.close()
             with connection:
+                connection.sendall(GREETING)
                 assert connection.recv(1)
 
         thread = threading.Thread(target=die)

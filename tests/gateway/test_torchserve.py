@@ -98,6 +98,24 @@ def test_a_worker_that_hangs_is_replaced(store, background, cloud):
             assert after.pid != before.pid
 
 
+@pytest.mark.parametrize("way", ["directly", "through TorchServe"])
+def test_a_batch_whose_worker_computes_for_ever_is_answered_by_its_successor(
+    store, background, cloud, tmp_path, way
+):
+    model = ServedModel("checksum.mar", response_timeout_s=2)
+    with TorchServe(options(store, model, log_dir=tmp_path / "logs")) as server:
+        urls = {"inference_url": server.inference_url, "management_url": server.management_url}
+        sockets = server.worker_sockets if way == "directly" else None
+        with running_gateway(background, **urls, worker_sockets=sockets) as gateway:
+            eventually(lambda: gateway.client.get("/health/ready").status_code == 200)
+            frame = f"hang once {tmp_path / 'flag'}".encode()
+            answers = gateway.post(PATH, files=[("data", cloud(1)), ("data", frame)], timeout=60).json()
+            assert answers == [json.loads(checksum(cloud(1))), json.loads(checksum(frame))]
+    if way == "directly":  # the worker says where it was before it goes
+        said = (tmp_path / "logs" / "torchserve.log").read_text()
+        assert re.search(r"Timeout .*!", said) and re.search(r"line \d+ in answer_batch", said), said
+
+
 def test_a_batch_whose_worker_dies_is_answered_by_its_successor(gateway, server, cloud, tmp_path):
     (before,) = server.workers("checksum")
     frame = f"die once {tmp_path / 'flag'}".encode()

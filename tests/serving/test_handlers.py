@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import orjson
@@ -107,6 +109,21 @@ def test_a_batch_that_comes_directly_is_answered_as_one_through_torchserve(handl
     assert directly.seconds["inference"] > 0 and directly.seconds["decode"] > 0
     with pytest.raises(BadRequest):
         handler.answer_batch(memoryview(b"no batch at all"))
+
+
+def test_only_computing_is_watched_and_only_where_a_limit_is_given(handler, street, monkeypatch):
+    watched = []
+
+    @contextmanager
+    def limited_to(seconds):
+        watched.append((seconds, threading.current_thread().name.startswith("engine")))
+        yield
+
+    monkeypatch.setattr("handlers.detection.limited_to", limited_to)
+    packed = memoryview(pack_frames([(street.tobytes(), {})]))
+    handler.answer_batch(packed, 7)
+    handler.answer_batch(packed)
+    assert watched == [(7, True), (0, True)]
 
 
 def test_batches_from_several_threads_are_computed_one_at_a_time(handler, street):
