@@ -16,7 +16,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -57,7 +59,10 @@ class WorkerSockets:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._idle: dict[int, list[_Connection]] = {}
-        self._busy: dict[int, set[_Connection]] = {}
+        self._busy: set[_Connection] = set()
+        self._batches: Counter[int] = (
+            Counter()
+        )  # by process id, those included for which a connection is being made
         self._hung: set[int] = set()
         self._met: set[int] = set()
 
@@ -66,6 +71,7 @@ class WorkerSockets:
         for pid in self._idle.keys() - pids:
             for connection in self._idle.pop(pid):
                 connection.close()
+        self._batches = Counter({pid: count for pid, count in self._batches.items() if count or pid in pids})
         self._hung &= pids
         self._met &= pids
 
@@ -85,24 +91,28 @@ class WorkerSockets:
             TimeoutError: no answer within `timeout_s`. That worker gets no more batches this way, so that TorchServe
                 sees for itself that it hangs, and replaces it.
         """
-        for pid in sorted(pids, key=lambda pid: len(self._busy.get(pid, ()))):
-            if pid not in self._hung and (connection := await self._connection(pid)) is not None:
-                head = BATCH.pack(sum(len(chunk) for chunk in chunks), compute_s)
-                return await self._call(pid, connection, [head, *chunks], timeout_s) or None
+        for pid in sorted(pids, key=self._batches.__getitem__):
+            if pid in self._hung:
+                continue
+            self._batches[pid] += 1
+            try:
+                if (connection := await self._connection(pid)) is not None:
+                    head = BATCH.pack(sum(len(chunk) for chunk in chunks), compute_s)
+                    return await self._call(pid, connection, [head, *chunks], timeout_s) or None
+            finally:
+                self._batches[pid] -= 1
         return None
 
     def close(self) -> None:
         """Hang up; calls under way end with `LostWithBatch`."""
-        for connections in (*self._idle.values(), *self._busy.values()):
-            for connection in [*connections]:
-                connection.close()
+        for connection in [*self._busy, *chain.from_iterable(self._idle.values())]:
+            connection.close()
         self._idle.clear()
 
     async def _call(
         self, pid: int, connection: _Connection, message: Sequence[Bytes], timeout_s: float
     ) -> bytes:
-        busy = self._busy.setdefault(pid, set())
-        busy.add(connection)
+        self._busy.add(connection)
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await connection.ask(message)
@@ -114,9 +124,7 @@ class WorkerSockets:
                 raise LostWithBatch(pid, str(error)) from None
             raise
         finally:
-            busy.discard(connection)
-            if not busy:
-                self._busy.pop(pid, None)
+            self._busy.discard(connection)
         self._idle.setdefault(pid, []).append(connection)
         return answer
 

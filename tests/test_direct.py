@@ -222,6 +222,15 @@ def test_the_worker_with_least_to_do_gets_the_batch(tmp_path):
         assert asking(tmp_path, calls) == (b"slow", [b"quick"] * 3)
 
 
+def test_batches_that_come_together_go_to_different_workers(tmp_path):
+    with worker(tmp_path, lambda body: b"first", pid=1), worker(tmp_path, lambda body: b"second", pid=2):
+
+        async def calls(sockets):
+            return await asyncio.gather(*(sockets.ask([1, 2], [b"x"], 20.0) for _ in range(4)))
+
+        assert sorted(asking(tmp_path, calls)) == [b"first"] * 2 + [b"second"] * 2
+
+
 def test_a_message_of_impossible_length_ends_the_connection_before_memory_is_taken(tmp_path):
     with worker(tmp_path, bytes), socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
