@@ -136,6 +136,17 @@ def test_the_torch_of_this_environment_is_in_the_supported_range(setup_env: Modu
     assert setup_env.torch_in_range(metadata.version("torch"))
 
 
+def test_bytecode_is_kept_where_the_environment_would_have_none(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else every worker compiles all of torch and mmdet3d at its start."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
+    monkeypatch.setattr(setup_env, "SELF_CHECK", "import orjson, httpx; print('imported')")
+    assert setup_env.self_check(Path(sys.prefix)) == "imported"
+    assert [path.parent.name for path in tmp_path.rglob("_client.*.pyc")] == ["httpx"]
+
+
 def test_an_old_python_is_refused_with_what_to_do(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
