@@ -115,7 +115,9 @@ def test_an_interruption_leaves_no_process_even_if_the_native_side_does_not_list
 def test_the_native_side_sees_neither_our_packages_nor_more_threads(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("PYTHONPATH", "/of/ours")
     seen = tmp_path / "seen"
-    python = script(tmp_path / "python", f'echo "$PYTHONPATH,$OMP_NUM_THREADS" > {seen}; echo "{{}}"')
+    python = script(
+        tmp_path / "python", f'read -r question; echo "$PYTHONPATH,$OMP_NUM_THREADS" > {seen}; echo "{{}}"'
+    )
     with NativeProcess(python, 3) as native:
         assert native.ask("load") == {}
     assert seen.read_text() == ",3\n"
