@@ -250,7 +250,10 @@ class TorchServeBackend:
         Until then it hands a batch to the dead worker, and its answer would pass for a second death.
         """
         for _ in range(_NOTICES):
-            (entry,) = await self._ask(f"/models/{quote(name, safe='')}/{quote(version, safe='')}")
+            try:
+                (entry,) = await self._ask(f"/models/{quote(name, safe='')}/{quote(version, safe='')}")
+            except DeadlineExceeded:  # a slow management port stops no prediction
+                return
             if pid not in _ready_workers(name, entry):
                 return
             await asyncio.sleep(_NOTICE_S)

@@ -60,9 +60,8 @@ class WorkerSockets:
         self._folder = folder
         self._idle: dict[int, list[_Connection]] = {}
         self._busy: set[_Connection] = set()
-        self._batches: Counter[int] = (
-            Counter()
-        )  # by process id, those included for which a connection is being made
+        # Under way, by process id; those too for which a connection is being made.
+        self._batches: Counter[int] = Counter()
         self._hung: set[int] = set()
         self._met: set[int] = set()
 
@@ -139,11 +138,8 @@ class WorkerSockets:
                 path = str(socket_path(self._folder, pid))
                 await asyncio.get_running_loop().create_unix_connection(lambda: made, path)
                 await made.greeted()
-        except (
-            OSError,
-            TimeoutError,
-            BrokenOff,
-        ):  # not there yet, not any more, or in another container; no room
+        except (OSError, TimeoutError, BrokenOff):
+            # Not there yet, not any more, or in another container; no room, or it hangs.
             made.close()
             return None
         except BaseException:

@@ -102,6 +102,19 @@ def test_a_worker_that_only_hung_up_is_not_waited_for_without_end(
     assert "it only hung up" in caplog.text
 
 
+def test_a_management_port_that_is_slow_to_answer_does_not_stop_the_second_try(
+    start_gateway, torchserve, cloud, tmp_path
+):
+    torchserve.models["second"]["1.0"] = NoticedLate(torchserve, float("inf"))
+    with worker_that_dies(tmp_path, 4711):
+        gateway = start_gateway(worker_sockets=tmp_path)
+        eventually(lambda: ready(gateway))
+        torchserve.hang = True
+        answer = gateway.post(content=cloud(1))
+    assert answer.content == answer_for(cloud(1), {}), answer.text
+    assert torchserve.calls == [[cloud(1)]]
+
+
 @pytest.mark.parametrize("trouble", ["worker died", "out of memory"])
 def test_a_frame_that_nobody_waits_for_any_more_is_not_sent_again(
     gateway, backend, torchserve, cloud, trouble
