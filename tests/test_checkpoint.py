@@ -295,6 +295,16 @@ def test_a_checkpoint_without_weights_is_refused(tmp_path: Path, content: Any) -
         load_checkpoint(tmp_path / "a.pth")
 
 
+def test_a_zip_that_says_to_span_several_disks_is_damaged(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(4)}, tmp_path / "a.pth")
+    data = (tmp_path / "a.pth").read_bytes()
+    head, locator, end = data.rpartition(b"PK\x06\x07")
+    assert locator
+    (tmp_path / "b.pth").write_bytes(head + locator + end[:12] + (2).to_bytes(4, "little") + end[16:])
+    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+        load_checkpoint(tmp_path / "b.pth")
+
+
 @given(junk=st.binary(max_size=200), at=st.integers(0, 3000))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_anywhere_gives_weights_or_our_error(tmp_path: Path, junk: bytes, at: int) -> None:
