@@ -21,7 +21,7 @@ NAME ?= $(patsubst %.py,%,$(notdir $(MODEL)))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
 BENCH_STAMP := .venv-bench/.stamp
-SETUP_INPUTS := pyproject.toml tools/setup_env.py serve/autoload.py $(wildcard requirements/*.lock)
+SETUP_INPUTS := pyproject.toml tools/setup_env.py serve/ops/autoload.py $(wildcard requirements/*.lock)
 CODE := serve handlers tools tests
 UV_VERSION := 0.13.8
 
@@ -51,28 +51,28 @@ test: $(STAMP) ## Run the tests; TESTS="path -k words" picks some
 	$(PY) -m pytest $(TESTS)
 
 demo: $(STAMP) ## Serve the demonstration SECOND and print a curl line that works; Ctrl-C stops it
-	@exec $(PY) tools/demo.py
+	@exec $(PY) -m serve demo $(ARGS)
 
 demo-evaluate: $(STAMP) ## Measure the demonstration SECOND on held-out synthetic scenes
-	@exec $(PY) tools/demo_evaluate.py $(ARGS)
+	@exec $(PY) -m tools.demo evaluate $(ARGS)
 
 demo-train: $(STAMP) ## Train the demonstration SECOND anew on synthetic scenes (CPU)
-	@exec $(PY) tools/demo_train.py
+	@exec $(PY) -m tools.demo train $(ARGS)
 
 zoo-coverage: $(STAMP) ## Try a model of every zoo family, write docs/coverage.md; goes on where it was [ARGS="--jobs 2 --only atss"]
-	@exec $(PY) tools/zoo_coverage.py $(ARGS)
+	@exec $(PY) -m tools.zoo sweep $(ARGS)
 
 bench-detector: $(STAMP) ## Time upstream's inference beside ours [ARGS="second --frame F --device cuda:0"]
-	@exec $(PY) tools/bench_detector.py $(ARGS)
+	@exec $(PY) -m tools.bench detector $(ARGS)
 
 bench-ops: $(STAMP) ## Time every kernel by itself [ARGS="--filter nms --device cuda:0 --native-python P"]
-	@exec $(PY) tools/bench_ops.py $(ARGS)
+	@exec $(PY) -m tools.bench ops $(ARGS)
 
 bench-native: $(STAMP) ## Compile upstream's mmcv into .venv-native, for bench-detector's --native-python (needs a C++ compiler)
-	@exec $(PY) tools/bench_native_env.py $(ARGS)
+	@exec $(PY) -m tools.bench native-env $(ARGS)
 
 bench-serving: $(STAMP) ## Measure the gateway beside TorchServe alone, LitServe, mosec, BentoML [ARGS="--quick --write-docs"]
-	@exec $(PY) tools/bench_serving.py $(ARGS)
+	@exec $(PY) -m tools.bench serving $(ARGS)
 
 bench-env: $(BENCH_STAMP) ## Make .venv-bench with LitServe, mosec and BentoML, for bench-serving
 	@echo "bench-env: .venv-bench is up to date"
@@ -87,28 +87,28 @@ $(BENCH_STAMP): $(STAMP) requirements/bench.lock
 	@touch $@
 
 bench-storage: $(STAMP) ## Time reads of s3:// and FFRecord beside boto3 and pread, and packing [ARGS="--rounds 5"]
-	@exec $(PY) tools/bench_storage.py $(ARGS)
+	@exec $(PY) -m tools.bench storage $(ARGS)
 
 fetch-models: $(STAMP) ## Bring the archives of a bucket into STORE: FROM=s3://bucket/models [ARGS="--models NAME"]
 	@$(if $(FROM),,echo "error: say from where: make fetch-models FROM=s3://bucket/models" >&2; exit 2)
-	@exec $(PY) tools/fetch_models.py --from $(FROM) --to $(STORE) $(ARGS)
+	@exec $(PY) -m serve fetch --from $(FROM) --to $(STORE) $(ARGS)
 
 pack: $(STAMP) ## Pack a folder of frames into one FFRecord file: FOLDER=data/kitti OUT=kitti.ffr
 	@$(if $(and $(FOLDER),$(OUT)),,echo "error: say what and where to: make pack FOLDER=data/kitti OUT=kitti.ffr" >&2; exit 2)
-	@exec $(PY) tools/pack_frames.py $(FOLDER) $(OUT) $(ARGS)
+	@exec $(PY) -m serve pack $(FOLDER) $(OUT) $(ARGS)
 
 archive: $(STAMP) ## Make STORE/NAME.mar of MODEL=name [CONFIG=file CHECKPOINT=file NAME=name STORE=folder]
 	@$(if $(or $(MODEL),$(CONFIG)),,echo "error: say which model: make archive MODEL=second" >&2; exit 2)
-	@exec $(PY) tools/archive.py $(or $(CONFIG),$(MODEL)) --output-folder $(STORE) \
+	@exec $(PY) -m serve archive $(or $(CONFIG),$(MODEL)) --output-folder $(STORE) \
 		$(if $(NAME),--model-name $(NAME)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(ARGS)
 
 serve: $(STAMP) ## Serve MODEL=name on ports 8080-8082, archiving it first where STORE has none; Ctrl-C stops it
 	@$(if $(NAME),,echo "error: say which model: make serve MODEL=second" >&2; exit 2)
 	@test -f $(STORE)/$(NAME).mar || $(MAKE) --no-print-directory archive
-	@exec $(PY) tools/serve_archives.py --store $(STORE) --models $(NAME) $(ARGS)
+	@exec $(PY) -m serve serve --store $(STORE) --models $(NAME) $(ARGS)
 
 stop: $(STAMP) ## Stop what `make serve` or `make demo` left running elsewhere
-	@exec $(PY) tools/serve_archives.py --stop
+	@exec $(PY) -m serve stop
 
 image: ## Build the image mmdet3d-serve:latest [TARGET=gateway TORCH_LOCK=requirements/torch-cpu.lock TORCH_INDEX=URL]
 	docker build --file docker/Dockerfile --target $(TARGET) --tag $(IMAGE):latest --tag $(IMAGE):$(VERSION) \
@@ -117,7 +117,7 @@ image: ## Build the image mmdet3d-serve:latest [TARGET=gateway TORCH_LOCK=requir
 		$(foreach name,BASE_IMAGE TORCH_LOCK TORCH_INDEX PIP_INDEX_URL SOURCE,$(if $($(name)),--build-arg $(name)=$($(name)))) .
 
 image-check: $(STAMP) ## Build and run the image without an engine: root, buildah, debootstrap; minutes, gigabytes [ARGS=--help]
-	@exec $(PY) -m tests.deployment.build_image $(ARGS)
+	@exec $(PY) docker/check_image.py $(ARGS)
 
 compose-up: ## Start the service with Prometheus and Grafana [MODEL_STORE=folder WORKERS=1]; docker/compose.yaml
 	docker compose --file docker/compose.yaml up --build

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import psutil
 
-from serve.demo.scenes import sample_frame
 from tests.conftest import pick_free_ports
+from tools.demo.scenes import sample_frame
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 USER = "4711:0"  # not in the image's /etc/passwd; group 0 is what OpenShift gives
 BASE_PACKAGES = "python3,python3-venv,ca-certificates,curl"
 START_S = 400.0

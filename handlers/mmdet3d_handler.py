@@ -1,8 +1,8 @@
-"""TorchServe handler for models of MMDetection3D, whatever sensors they take. All logic is in `handlers.detection`."""
+"""TorchServe handler for models of MMDetection3D, whatever sensors they take. All logic is in `serve.worker.handler`."""
 
 from __future__ import annotations
 
-from handlers.detection import DetectionHandler
+from serve.worker.handler import DetectionHandler
 
 
 class MMDet3DHandler(DetectionHandler):

@@ -16,7 +16,7 @@ from typing import Any
 
 from serve.errors import SettingsError
 from serve.ops import Preference
-from serve.wire import Limits
+from serve.protocol.frames import Limits
 
 __all__ = ["PREFIX", "Settings"]
 
@@ -41,7 +41,7 @@ class Settings:
         open_management: let a container's management port be reached from outside, with tokens.
         workers: Python processes per model in a container.
         gateway: texts of ``MMDET3D_SERVE_GATEWAY_*`` by lower-case name; `serve.gateway.options` reads them.
-        keep_memory: on a CPU, keep freed memory for the next frame (`serve.runtime.memory`); off where the environment
+        keep_memory: on a CPU, keep freed memory for the next frame (`serve.runtime.malloc`); off where the environment
             tunes malloc itself, unless asked for.
         cache_max_bytes: bound on copies of remote objects there, bytes; files with a hash in their name stay.
         worker_sockets: folder in which a worker of TorchServe listens for batches that come directly; set by what

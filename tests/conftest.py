@@ -8,8 +8,18 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import orjson
 import psutil
 import pytest
+
+from serve import ops
+from tests.worker.context import Context
+
+ops.install()
+
+ASSETS = Path(__file__).parents[1] / "serve" / "assets"
+DEMO_CONFIG, DEMO_CHECKPOINT = ASSETS / "second_demo.py", ASSETS / "second_demo.pth"
 
 
 @pytest.fixture
@@ -60,3 +70,62 @@ def _described(process: psutil.Process) -> str:
         return ""
     # Python's own helper of multiprocessing lives as long as we do.
     return "" if "resource_tracker" in command or not command else f"{process.pid}: {command[:200]}"
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="session")
+def demo_mar(store) -> Path:
+    from serve.convert import Conversion, convert
+
+    return convert(Conversion(DEMO_CONFIG, DEMO_CHECKPOINT, store, "second")).path
+
+
+@pytest.fixture(scope="session")
+def demo_archive(demo_mar, tmp_path_factory):
+    from serve import archive
+
+    return archive.extract(demo_mar, tmp_path_factory.mktemp("opened"))
+
+
+@pytest.fixture(scope="session")
+def detector(demo_archive):
+    import torch
+
+    from serve.runtime import load_detector
+
+    return load_detector(demo_archive, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def street() -> np.ndarray:
+    """A synthetic street of some 17,000 points with cars in it."""
+    return np.fromfile(ASSETS / "sample.bin", dtype=np.float32).reshape(-1, 4)
+
+
+@pytest.fixture(scope="session")
+def handler(demo_archive):
+    from handlers.mmdet3d_handler import MMDet3DHandler
+
+    handler = MMDet3DHandler()
+    handler.initialize(Context(demo_archive.root))
+    return handler
+
+
+@pytest.fixture
+def ask(handler, demo_archive):
+    """Call the handler; returns [(status, document)] per row."""
+
+    def call(*rows, headers=()):
+        context = Context(demo_archive.root, headers=headers)
+        answers = handler.handle(
+            [{"body": row} if not isinstance(row, dict) else row for row in rows], context
+        )
+        assert len(answers) == len(rows) == len(context.status)
+        assert set(context.response_headers.values()) == {"application/json"}
+        return [(context.status[i][0], orjson.loads(answer)) for i, answer in enumerate(answers)]
+
+    return call

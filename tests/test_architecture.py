@@ -16,36 +16,36 @@ SOURCES = sorted([*(ROOT / "serve").rglob("*.py"), *(ROOT / "handlers").rglob("*
 MAY_IMPORT = {
     "serve.errors": set(),
     "serve.ops": {"serve.ops"},
-    "serve.config_json": {"serve.errors"},
-    "serve.framing": {"serve.errors"},
-    "serve.calibration": {"serve.errors"},
-    "serve.labels": set(),
-    "serve.picture_decoding": {"serve.errors", "serve.framing"},
-    "serve.wire": {"serve.calibration", "serve.errors", "serve.framing", "serve.picture_decoding"},
-    "serve.settings": {"serve.errors", "serve.ops", "serve.wire"},
-    "serve.autoload": {"serve.ops", "serve.settings"},
-    "serve.archive": {"serve", "serve.config_json", "serve.errors"},
-    "serve.download": {"serve.errors"},
-    "serve.storage": {"serve.storage", "serve.download", "serve.errors", "serve.settings"},
-    "serve.model_store": {"serve", "serve.archive", "serve.download", "serve.errors", "serve.storage"},
-    "serve.config_source": {"serve", "serve.errors", "serve.storage"},
+    "serve.archive.config_json": {"serve.errors"},
+    "serve.protocol.batch": {"serve.errors"},
+    "serve.protocol.calibration": {"serve.errors"},
+    "serve.compare.labels": set(),
+    "serve.protocol.images": {"serve.errors", "serve.protocol.batch"},
+    "serve.protocol.frames": {"serve.protocol.calibration", "serve.errors", "serve.protocol.batch", "serve.protocol.images"},
+    "serve.settings": {"serve.errors", "serve.ops", "serve.protocol.frames"},
+    "serve.ops.autoload": {"serve.ops", "serve.settings"},
+    "serve.archive.format": {"serve", "serve.archive.config_json", "serve.errors"},
+    "serve.storage.download": {"serve.errors"},
+    "serve.storage": {"serve.storage", "serve.storage.download", "serve.errors", "serve.settings"},
+    "serve.archive.store": {"serve", "serve.archive.format", "serve.storage.download", "serve.errors", "serve.storage"},
+    "serve.zoo.config_source": {"serve", "serve.errors", "serve.storage"},
     "serve.client": {"serve.errors"},
-    "serve.torchserve": {"serve", "serve.torchserve", "serve.errors", "serve.archive", "serve.settings"},
-    "serve.admission": {"serve.errors"},
-    "serve.forecast": set(),
-    "serve.batching": {"serve.errors", "serve.forecast"},
-    "serve.backend": {"serve.client", "serve.connection", "serve.direct", "serve.errors", "serve.framing"},
-    "serve.connection": {"serve.framing"},
-    "serve.direct": {"serve.connection", "serve.framing"},
+    "serve.torchserve": {"serve", "serve.torchserve", "serve.errors", "serve.archive.format", "serve.settings"},
+    "serve.gateway.admission": {"serve.errors"},
+    "serve.gateway.latency": set(),
+    "serve.gateway.batcher": {"serve.errors", "serve.gateway.latency"},
+    "serve.gateway.backend": {"serve.client", "serve.gateway.http_pool", "serve.gateway.worker_client", "serve.errors", "serve.protocol.batch"},
+    "serve.gateway.http_pool": {"serve.protocol.batch"},
+    "serve.gateway.worker_client": {"serve.gateway.http_pool", "serve.protocol.batch"},
     "serve.logs": set(),
     "serve.gateway": {
-        "serve", "serve.gateway", "serve.admission", "serve.backend", "serve.batching", "serve.drawing", "serve.errors",
-        "serve.framing", "serve.settings", "serve.storage", "serve.wire",
+        "serve", "serve.gateway", "serve.gateway.admission", "serve.gateway.backend", "serve.gateway.batcher", "serve.visualize.detections", "serve.errors",
+        "serve.protocol.batch", "serve.settings", "serve.storage", "serve.protocol.frames",
     },
-    "serve.comparison": {"serve.matching", "serve.errors", "serve.labels"},
+    "serve.compare.detections": {"serve.compare.assignment", "serve.errors", "serve.compare.labels"},
     "serve.runtime": {
-        "serve", "serve.runtime", "serve.archive", "serve.calibration", "serve.comparison", "serve.errors",
-        "serve.framing", "serve.labels", "serve.ops", "serve.picture_decoding", "serve.storage", "serve.wire",
+        "serve", "serve.runtime", "serve.archive.format", "serve.protocol.calibration", "serve.compare.detections", "serve.errors",
+        "serve.protocol.batch", "serve.compare.labels", "serve.ops", "serve.protocol.images", "serve.storage", "serve.protocol.frames",
     },
 }  # fmt: skip
 LIGHT = (
@@ -121,8 +121,8 @@ def test_every_module_says_what_it_does_and_only_settings_reads_the_environment(
     # The environment is handed on to other processes there, not read.
     assert not reads or module_of(path) in (
         "serve.settings",
-        "serve.torchserve.launch",
-        "serve.benchmark.native_process",
+        "serve.torchserve.java",
+        "tools.bench.reference.process",
     )
 
 
@@ -136,16 +136,16 @@ def test_only_the_backend_of_the_gateway_speaks_to_torchserve():
     speaking = set()
     for path in (
         *(ROOT / "serve/gateway").rglob("*.py"),
-        ROOT / "serve/batching.py",
-        ROOT / "serve/backend.py",
+        ROOT / "serve/gateway/batcher.py",
+        ROOT / "serve/gateway/backend.py",
     ):
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
                 [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             )
             module = getattr(node, "module", None) or ""
-            if {"httpx", "serve.connection", "serve.torchserve"} & {*names, module}:
+            if {"httpx", "serve.gateway.http_pool", "serve.torchserve"} & {*names, module}:
                 speaking.add(module_of(path))
             if isinstance(node, ast.Constant) and node.value in ("modelName", "customizedMetadata"):
                 speaking.add(module_of(path))
-    assert speaking == {"serve.backend"}
+    assert speaking == {"serve.gateway.backend"}

@@ -53,7 +53,7 @@ def test_a_wrong_setting_says_what_to_change(variable, value, says):
 
 def test_a_wrong_setting_stops_every_command_with_a_sentence():
     done = subprocess.run(
-        [sys.executable, "tools/archive.py", "--list", "second"],
+        [sys.executable, "-m", "serve", "zoo", "second"],
         env={**os.environ, "MMDET3D_SERVE_OPS": "fast"},
         cwd=Path(__file__).parents[1],
         capture_output=True,

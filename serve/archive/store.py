@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve import archive, storage
-from serve.download import sha256_of
 from serve.errors import ArchiveError, ObjectNotFound, StorageError, UriError
 from serve.storage import s3
 from serve.storage.cache import disk_errors
+from serve.storage.download import sha256_of
 
 __all__ = ["Fetched", "fetch", "place_of", "publish"]
 

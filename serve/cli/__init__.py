@@ -1,7 +1,4 @@
-"""Command lines: argument parsing and printing, shared by ``tools/`` and ``python -m serve``.
-
-The only place that prints. Knows how to ask and to tell; everything it asks for is done elsewhere.
-"""
+"""Command lines: one module per subcommand of ``mmdet3d-serve``. The only package that prints."""
 
 from serve.cli.entry import run
 

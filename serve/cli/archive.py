@@ -1,7 +1,7 @@
 """The commands that make archives: by config and checkpoint as upstream's do, or by the name of a model.
 
 Config, checkpoint and output folder may be addresses (`serve.storage`). Knows the arguments and the words; the
-work is `serve.zoo`'s, `serve.storage`'s and `serve.convert`'s.
+work is `serve.zoo.index`'s, `serve.storage`'s and `serve.convert.conversion`'s.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve import convert, model_store, storage, zoo
-from serve.config_source import config_at_hand
-from serve.errors import ArchiveError, ModelLookupError
+from serve import convert, storage, zoo
+from serve.archive import store as model_store
+from serve.cli.entry import command_parser
+from serve.errors import ArchiveError
 from serve.settings import Settings
+from serve.zoo.config_source import config_at_hand
 
-__all__ = ["archive_by_name", "to_torchserve"]
+__all__ = ["main", "to_torchserve"]
 
 
 def to_torchserve(argv: Sequence[str] | None, package: str) -> int:
@@ -43,28 +45,27 @@ def to_torchserve(argv: Sequence[str] | None, package: str) -> int:
         return _convert(entry.config_path, checkpoint, name, args.output_folder, args)
 
 
-def archive_by_name(argv: Sequence[str] | None) -> int:
-    """``make archive MODEL=second``: look the model up, fetch its weights, convert."""
-    parser = argparse.ArgumentParser(
-        description="Make a TorchServe archive of a model by its name (second, pointpillars, faster-rcnn, …, a full or "
-        "former zoo name, or a config path). Weights come from the zoo unless --checkpoint is given."
+def main(argv: Sequence[str] | None) -> int:
+    """Look the model up, fetch its weights, convert."""
+    parser = command_parser(
+        "archive",
+        "Make a TorchServe archive of a model by its name (second, pointpillars, faster-rcnn, …, a full or former zoo "
+        "name, or a config path). Weights come from the zoo unless --checkpoint is given.",
+        [
+            "archive second",
+            "archive my_config.py --checkpoint my.pth --model-name mine",
+            "archive second --output-folder s3://bucket/models",
+        ],
     )
-    parser.add_argument("model", nargs="?", help="name of the model, or path or address of a config")
+    parser.add_argument("model", metavar="MODEL", help="name of the model, or path or address of a config")
     parser.add_argument(
         "--checkpoint", help="checkpoint file or its address (s3://…, https://…) instead of the zoo's weights"
     )
     parser.add_argument(
         "--output-folder", default="model-store", help="folder, or s3://bucket/models (default: %(default)s)"
     )
-    parser.add_argument(
-        "--list", metavar="WORDS", nargs="*", help="list the models whose names hold all WORDS, and stop"
-    )
     _add_options(parser)
     args = parser.parse_args(argv)
-    if args.list is not None:
-        return _list(" ".join(args.list))
-    if not args.model:
-        parser.error("name a model, for instance: second (or --list)")
     with config_at_hand(args.model) as model:
         entry = zoo.resolve(model)
         _tell_notes(entry.notes)
@@ -171,13 +172,3 @@ def _convert_into(config: Path, checkpoint: Path, name: str, folder: Path, args:
 def _tell_notes(notes: Sequence[str]) -> None:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-
-
-def _list(query: str) -> int:
-    entries = zoo.list_models(query=query)
-    if not entries:
-        raise ModelLookupError(f"no model has a name with '{query}'")
-    for entry in entries:
-        weights = "" if entry.weights_url else "  (no published weights)"
-        print(f"{entry.package:8} {entry.name}{weights}")
-    return 0

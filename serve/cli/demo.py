@@ -1,38 +1,39 @@
-"""``make demo``: from nothing to a served SECOND, a sample frame, its answer and a picture of it.
-
-Knows the words; the work is done elsewhere.
-"""
+"""``mmdet3d-serve demo``: a served SECOND, a sample frame, its answer and a picture of it."""
 
 from __future__ import annotations
 
-import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serve import archive, wire
-from serve.cli.serving import STATE_DIR, demonstration, serve_until_stopped, stoppable
+from serve import archive
+from serve.cli.entry import command_parser
+from serve.cli.serve import STATE_DIR, demonstration, serve_until_stopped, stoppable
 from serve.client import Client
-from serve.demo.scenes import sample_frame
-from serve.download import sha256_of
-from serve.drawing import draw_frame, png_bytes
 from serve.errors import ArchiveError
-from serve.supervision import Service
+from serve.protocol import frames as wire
+from serve.storage.download import sha256_of
 from serve.torchserve import ServedModel, TorchServeOptions
+from serve.torchserve.supervisor import Service
+from serve.visualize.detections import draw_frame, png_bytes
 
-__all__ = ["demo"]
+__all__ = ["main"]
 
-ASSETS = Path(__file__).parents[1] / "demo"
+ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG, CHECKPOINT = ASSETS / "second_demo.py", ASSETS / "second_demo.pth"
+SAMPLE = ASSETS / "sample.bin"
 SCORE_THR = 0.3
 
 
-def demo(argv: Sequence[str] | None) -> int:
+def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, archive, serve, ask once, show, and wait for Ctrl-C."""
     default = TorchServeOptions(model_store=Path("demo"))
-    parser = argparse.ArgumentParser(
-        description="Serve the demonstration SECOND (synthetic streets, not KITTI) until Ctrl-C, and ask it once."
+    parser = command_parser(
+        "demo",
+        "Serve the demonstration SECOND (synthetic streets, not KITTI) until Ctrl-C, and send it one frame.",
+        ["demo", "demo --gateway-port 9000"],
     )
     parser.add_argument(
         "--folder",
@@ -51,7 +52,7 @@ def demo(argv: Sequence[str] | None) -> int:
         args.folder.mkdir(parents=True, exist_ok=True)
         _ensure_archive(args.folder)
         frame = args.folder / "sample.bin"
-        frame.write_bytes(sample_frame())
+        shutil.copyfile(SAMPLE, frame)
         options = TorchServeOptions(
             model_store=args.folder,
             models=(ServedModel("second.mar"),),

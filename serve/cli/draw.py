@@ -1,27 +1,30 @@
-"""Draw detections: a cloud from above with its boxes, or an image with its boxes and masks.
-
-DETECTIONS is the answer of a server, saved as a file:
-curl -T frame.bin http://127.0.0.1:8080/predictions/second > detections.json
-"""
+"""``mmdet3d-serve draw``: draw detections on a point cloud or an image."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.cli import run
-from serve.drawing import draw_frame, png_bytes
+from serve.cli.entry import command_parser
 from serve.errors import BadRequest
+from serve.visualize.detections import draw_frame, png_bytes
+
+__all__ = ["main"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw one frame; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: Sequence[str] | None) -> int:
+    """Parse the command line and draw one frame."""
+    parser = command_parser(
+        "draw",
+        "Draw detections: a point cloud from above with its boxes, or an image with its boxes and masks. DETECTIONS "
+        "is the answer of a server, saved as a file.",
+        [
+            "draw frame.bin detections.json -o frame.png",
+            "draw street.jpg detections.json -o street.png --score-thr 0.3",
+        ],
     )
-    parser.add_argument("frame", metavar="FRAME", type=Path, help="cloud (.bin, .npy) or image")
+    parser.add_argument("frame", metavar="FRAME", type=Path, help="point cloud (.bin, .npy) or image")
     parser.add_argument("detections", metavar="DETECTIONS", type=Path, help="JSON file with the answer")
     parser.add_argument("-o", "--output", type=Path, required=True, help="PNG file to write")
     parser.add_argument(
@@ -31,10 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--load-dim", type=int, default=4, help="floats per point of a .bin (default: %(default)s)"
     )
     parser.add_argument(
-        "--width", type=int, default=1200, help="of a cloud's picture, pixels (default: %(default)s)"
+        "--width",
+        type=int,
+        default=1200,
+        help="of the drawing of a point cloud, pixels (default: %(default)s)",
     )
     parser.add_argument(
-        "--height", type=int, default=900, help="of a cloud's picture, pixels (default: %(default)s)"
+        "--height",
+        type=int,
+        default=900,
+        help="of the drawing of a point cloud, pixels (default: %(default)s)",
     )
     parser.add_argument("--title", help="caption (default: the file name)")
     args = parser.parse_args(argv)
@@ -52,7 +61,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.write_bytes(png_bytes(picture))
     print(args.output)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -1,4 +1,4 @@
-"""``python -m serve gateway``: the arguments of the gateway; the work is `serve.gateway`'s."""
+"""``mmdet3d-serve gateway``: run the gateway alone, in front of a TorchServe elsewhere."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from serve.gateway.options import GatewayOptions, parser
 from serve.gateway.server import run
 from serve.settings import Settings
 
-__all__ = ["gateway"]
+__all__ = ["main"]
 
 
-def gateway(argv: Sequence[str] | None) -> int:
+def main(argv: Sequence[str] | None) -> int:
     """Parse the command line and serve until SIGTERM or Ctrl-C; 0 when everything in flight was answered."""
     made = parser(
         "Batch, limit and route requests for detections to TorchServe. Every flag is also an environment variable: "

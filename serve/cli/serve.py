@@ -1,7 +1,4 @@
-"""The command that serves archives in the foreground, and the one that stops what it finds running.
-
-Knows the arguments and the words; the work is `serve.supervision`'s.
-"""
+"""``mmdet3d-serve serve``: serve archives in the foreground; the work is `serve.torchserve.supervisor`'s."""
 
 from __future__ import annotations
 
@@ -15,14 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from serve import logs
+from serve.cli.entry import command_parser
 from serve.errors import SettingsError
 from serve.settings import Settings
-from serve.supervision import Service, archives_of
-from serve.torchserve import ServedModel, TorchServeOptions, stop_running
+from serve.torchserve import ServedModel, TorchServeOptions
+from serve.torchserve.supervisor import Service, archives_of
 
-__all__ = ["STATE_DIR", "demonstration", "serve_archives", "serve_until_stopped", "stoppable", "up"]
+__all__ = ["STATE_DIR", "demonstration", "main", "serve_until_stopped", "stoppable"]
 
 STATE_DIR = Path(".state")
 
@@ -42,45 +41,40 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def serve_archives(argv: Sequence[str] | None) -> int:
-    """``serve_archives.py --store DIR --models NAME …``: serve until Ctrl-C, SIGTERM or ``--stop`` elsewhere.
+def main(argv: Sequence[str] | None) -> int:
+    """Serve until Ctrl-C, SIGTERM or ``mmdet3d-serve stop``.
 
     Returns 0 when it was stopped, the exit code of what ended by itself otherwise.
     """
-    args = _parser(
-        "Serve archives with TorchServe and the gateway in the foreground until Ctrl-C or SIGTERM."
-    ).parse_args(argv)
-    if args.stop:
-        ended = stop_running(args.state_dir)
-        print("\n".join(f"stopped {address}" for address in ended) or "nothing of ours is running")
-        return 0
-    with stoppable():
-        return serve_until_stopped(_service(args, lenient=False, log_format="text"), _tell)
-
-
-def up(argv: Sequence[str] | None) -> int:
-    """``python -m serve up``: what the image runs. Listens everywhere but for management; serves what can be served.
-
-    An empty model store means the demonstration SECOND. Exit codes as `serve_archives`.
-    """
-    settings = Settings.from_environment()
-    parser = _parser("Serve every archive of a store, as a container does: until SIGTERM, then drain.")
-    everywhere = "0.0.0.0"
-    management = everywhere if settings.open_management else "127.0.0.1"
-    parser.set_defaults(
-        store=Path("/home/model-server/model-store"),
-        workers=settings.workers,
-        inference_host=everywhere,
-        metrics_host=everywhere,
-        gateway_host=settings.gateway.get("host", everywhere),
-        gateway_port=settings.gateway.get("port", "8000"),
-        management_host=management,
-        # Whoever opens management gets it with tokens, never without.
-        open_management=settings.open_management,
-        token_authorization=settings.open_management,
-        state_dir=None,
-    )
+    parser = _parser()
     args = parser.parse_args(argv)
+    if args.container:
+        parser.set_defaults(**_container_defaults())
+        return _serve_in_container(parser.parse_args(argv))
+    with stoppable():
+        return serve_until_stopped(_service(args, lenient=False, log_format="text"), _print_ready)
+
+
+def _container_defaults() -> dict[str, Any]:
+    settings = Settings.from_environment()
+    everywhere = "0.0.0.0"
+    return {
+        "store": Path("/home/model-server/model-store"),
+        "workers": settings.workers,
+        "inference_host": everywhere,
+        "metrics_host": everywhere,
+        "gateway_host": settings.gateway.get("host", everywhere),
+        "gateway_port": settings.gateway.get("port", "8000"),
+        "management_host": everywhere if settings.open_management else "127.0.0.1",
+        # Open management asks for tokens, always.
+        "open_management": settings.open_management,
+        "token_authorization": settings.open_management,
+        "state_dir": None,
+    }
+
+
+def _serve_in_container(args: argparse.Namespace) -> int:
+    """Serve what can be served of a store; an empty one means the demonstration SECOND."""
     logs.set_up("json", "info")
     if args.store.exists() and not os.access(args.store, os.R_OK | os.X_OK):
         raise SettingsError(
@@ -95,16 +89,15 @@ def up(argv: Sequence[str] | None) -> int:
                 flush=True,
             )
             args.store = demonstration(Path(folder))
-        return serve_until_stopped(
-            _service(args, lenient=True, log_format=settings.gateway.get("log_format", "json")), _tell
-        )
+        log_format = Settings.from_environment().gateway.get("log_format", "json")
+        return serve_until_stopped(_service(args, lenient=True, log_format=log_format), _print_ready)
 
 
 def demonstration(folder: Path) -> Path:
     """Put the archive of the demonstration SECOND into `folder`; returns the folder."""
     from serve.convert import Conversion, convert
 
-    assets = Path(__file__).parents[1] / "demo"
+    assets = Path(__file__).parents[1] / "assets"
     convert(
         Conversion(
             assets / "second_demo.py", assets / "second_demo.pth", folder, "second", force=True, report=_step
@@ -141,7 +134,7 @@ def serve_until_stopped(service: Service, tell: Callable[[Service, float], None]
     return 0
 
 
-def _tell(service: Service, seconds: float) -> None:
+def _print_ready(service: Service, seconds: float) -> None:
     server = service.torchserve
     print(f"ready after {seconds:.1f} s")
     best = service.gateway_url or server.inference_url
@@ -193,11 +186,19 @@ def _options(args: argparse.Namespace, models: Sequence[ServedModel]) -> TorchSe
     )
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     default = TorchServeOptions(model_store=Path("model-store"))
-    parser = argparse.ArgumentParser(
-        description=f"{description} Options of the gateway beyond these are environment variables; "
-        "`python -m serve gateway --help` lists them."
+    parser = command_parser(
+        "serve",
+        "Serve archives with TorchServe and the gateway in the foreground until Ctrl-C or SIGTERM. Options of the "
+        "gateway beyond these are environment variables; `mmdet3d-serve gateway --help` lists them.",
+        ["serve", "serve --models second --workers 2", "serve --store /srv/models --gateway-host 0.0.0.0"],
+    )
+    parser.add_argument(
+        "--container",
+        action="store_true",
+        help="defaults of a container: listen on all interfaces, log JSON, serve the rest where an archive is "
+        "rejected, serve the demonstration model where the store is empty",
     )
     parser.add_argument(
         "--store",
@@ -215,7 +216,6 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, default=1, help="Python processes per model (default: %(default)s)"
     )
-    parser.add_argument("--stop", action="store_true", help="end the servers noted in --state-dir, and stop")
     parser.add_argument(
         "--state-dir",
         type=Path,

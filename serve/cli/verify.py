@@ -1,7 +1,4 @@
-"""Compare a served model with native mmdet / mmdet3d inference on config and checkpoint.
-
-Exit status: 0 they agree, 1 they differ, 2 it could not be found out (one sentence says why).
-"""
+"""``mmdet3d-serve verify``: compare a served model with native inference on config and checkpoint."""
 
 from __future__ import annotations
 
@@ -11,18 +8,20 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from serve.cli import run
+from serve.cli.entry import command_parser
 from serve.client import Client
-from serve.comparison import Tolerances
-from serve.config_source import config_at_hand
-from serve.frame_source import frames_at
-from serve.native import load_native
+from serve.compare.detections import Tolerances
 from serve.storage import is_remote, local_path
-from serve.verification import draw_report, read_token, summary, verify
+from serve.verify.endpoint import draw_report, read_token, summary, verify
+from serve.verify.frame_source import frames_at
+from serve.verify.reference import load_native
+from serve.zoo.config_source import config_at_hand
+
+__all__ = ["main"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; returns the exit status."""
+def main(argv: Sequence[str] | None) -> int:
+    """Run the comparison; 0 they agree, 1 they differ."""
     args = _parser().parse_args(argv)
     limits = {
         name: value
@@ -59,8 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        "verify",
+        "Compare a served model with native mmdet / mmdet3d inference on config and checkpoint. Exit status: 0 they "
+        "agree, 1 they differ, 2 the comparison was not possible.",
+        [
+            "verify frame.bin second second.pth second",
+            "verify frames/ my_config.py my.pth my-model --inference-addr 127.0.0.1:8000 --score-thr 0.1",
+        ],
     )
     parser.add_argument(
         "img", metavar="IMAGE_FILE", help="cloud (.bin, .npy), image, a folder of them, or the address of either "
@@ -104,7 +109,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=20, help="rows per table (default: %(default)s)")
     parser.add_argument("--draw", metavar="DIR", help="draw both sides of every frame into this folder")
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

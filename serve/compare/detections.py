@@ -3,11 +3,11 @@
 Takes detections as they travel on the wire: plain dictionaries with OpenMMLab's names, 3D
 (``bboxes_3d``, ``scores_3d``, ``labels_3d``, ``box_type_3d``) or 2D (``bboxes``, ``scores``, ``labels``
 and perhaps ``masks`` as COCO RLE). The order of the detections means nothing. Answers of labels are handed
-to `serve.labels`.
+to `serve.compare.labels`.
 
 Knows nothing about models, servers, files or torch, and has no opinion about which side is right.
 
-How detections are paired is told in `serve.matching`. One left alone whose score lies within the score
+How detections are paired is told in `serve.compare.assignment`. One left alone whose score lies within the score
 tolerance of the threshold may have been cut off on the other side by rounding: it is reported as borderline,
 not as a failure. Masks take no part in the pairing; they are compared afterwards.
 """
@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.compare.assignment import YAW, Rows, angle_between, match_rows
+from serve.compare.labels import LabelComparison, compare_labels, has_labels
 from serve.errors import SettingsError
-from serve.labels import LabelComparison, compare_labels, has_labels
-from serve.matching import YAW, Rows, angle_between, match_rows
 
 __all__ = [
     "Comparison",
@@ -293,7 +293,7 @@ def compare_answers(
     *,
     sides: tuple[str, str] = ("native", "served"),
 ) -> Comparison | LabelComparison:
-    """`compare` for detections, `serve.labels.compare_labels` for labels; the reference says which it is."""
+    """`compare` for detections, `serve.compare.labels.compare_labels` for labels; the reference says which it is."""
     if not has_labels(expected):
         return compare(expected, actual, tolerances, score_thr, sides=sides)
     return compare_labels(expected, actual, (tolerances or Tolerances()).label_share, sides=sides)

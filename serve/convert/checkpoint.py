@@ -7,7 +7,7 @@ and the constructors of dates and slices, nothing is called, whatever the file s
 mmengine need not even be installed. Any other type is refused by name, unless the caller trusts the file.
 
 Does not know which model the weights are for: shapes, old layouts and missing keys are the business of
-`serve.legacy_weights`. Optimizer, scheduler, message hub and EMA duplicates are dropped: mmengine's EMA hook
+`serve.convert.legacy_weights`. Optimizer, scheduler, message hub and EMA duplicates are dropped: mmengine's EMA hook
 swaps the averaged weights into ``state_dict`` when it saves, so ``state_dict`` is what to serve.
 """
 
@@ -244,7 +244,7 @@ def _allowed() -> list[tuple[Any, str]]:
         for parent in ("mmdet3d.structures.bbox_3d", "mmdet3d.core.bbox.structures"):
             inert += [f"{parent}.{module}.{name}" for name in names]
     pairs += [(type("_Inert", (_Inert,), {"of": name}), name) for name in inert]
-    return [*pairs, (_Inert, "serve.checkpoint._Inert")]
+    return [*pairs, (_Inert, "serve.convert.checkpoint._Inert")]
 
 
 _ALLOWED = _allowed()

@@ -19,12 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from serve import archive, golden
-from serve.archive import InferenceOptions, Metadata, Source
-from serve.download import sha256_of
+from serve import archive
+from serve.archive import InferenceOptions, Metadata
+from serve.archive.format import WEIGHTS, Source
+from serve.convert import golden
 from serve.errors import ArchiveError, CheckpointError, SelfTestError
-from serve.framing import Body
-from serve.wire import FrameSpec
+from serve.protocol.batch import Body
+from serve.protocol.frames import FrameSpec
+from serve.storage.download import sha256_of
 
 __all__ = ["Conversion", "Converted", "configured_classes", "convert", "resolve_config"]
 
@@ -66,9 +68,9 @@ class Conversion:
         extra_files: packed under ``extra/``.
         golden_frame: a frame of the user's own instead of a made one; a folder of its parts
             (``points.bin``, ``image.png``, ``calibration.json``, …) where there are several.
-        channels_last: see `serve.archive.InferenceOptions`.
+        channels_last: see `serve.archive.format.InferenceOptions`.
         fold_batch_norm: fold where the answer stays the same.
-        autocast: see `serve.archive.InferenceOptions`.
+        autocast: see `serve.archive.format.InferenceOptions`.
         report: told of each step.
     """
 
@@ -117,11 +119,11 @@ def convert(conversion: Conversion) -> Converted:
     import torch
     from safetensors.torch import save_file
 
-    from serve.checkpoint import load_checkpoint
-    from serve.legacy_weights import load_weights
+    from serve.convert.checkpoint import load_checkpoint
+    from serve.convert.legacy_weights import load_weights
     from serve.runtime import load_detector
     from serve.runtime.model import build_network, is_segmentor
-    from serve.runtime.samples import box_type_of, frame_spec
+    from serve.runtime.pipeline import box_type_of, frame_spec
     from serve.runtime.selftest import prove
 
     say = conversion.report
@@ -174,7 +176,7 @@ def convert(conversion: Conversion) -> Converted:
     say("writing the archive")
     conversion.output_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as scratch:
-        weights = Path(scratch) / archive.WEIGHTS
+        weights = Path(scratch) / WEIGHTS
         save_file({key: tensor.contiguous() for key, tensor in sorted(state.items())}, weights)
         # In the store, so that taking its place is one step; not a name TorchServe would load.
         unproved = conversion.output_folder / f".{target.name}.{os.getpid()}.unproved"
@@ -273,9 +275,9 @@ def _record(
     """Decide about folding and record the golden answer of the network as it will be served."""
     import torch
 
-    from serve.comparison import Tolerances
+    from serve.compare.detections import Tolerances
     from serve.runtime.detector import Detector, apply_options
-    from serve.runtime.folding import find_pairs
+    from serve.runtime.fusion import find_pairs
     from serve.runtime.selftest import agrees, run_golden
 
     plain = replace(metadata, inference=replace(metadata.inference, autocast="off"))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import orjson
 
 from serve.errors import ArchiveError
-from serve.wire import FrameSpec
+from serve.protocol.frames import FrameSpec
 
 __all__ = ["golden_calibration", "golden_frame", "golden_picture", "golden_room", "read_frame"]
 
@@ -27,6 +27,7 @@ FOCAL_PX = 520.0
 LIDAR_AXES = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 DEPTH_AXES = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
 CAMERA_BELOW_LIDAR_M = 0.3
+_SAMPLE = Path(__file__).parents[1] / "assets" / "sample.bin"
 
 
 def golden_frame(spec: FrameSpec) -> dict[str, tuple[str, bytes]]:
@@ -111,9 +112,7 @@ def _camera(turn_rad: float) -> dict[str, Any]:
 
 
 def _street() -> npt.NDArray[np.float32]:
-    from serve.demo.scenes import sample_frame
-
-    return np.frombuffer(sample_frame(), dtype="<f4").reshape(-1, 4)
+    return np.frombuffer(_SAMPLE.read_bytes(), dtype="<f4").reshape(-1, 4)
 
 
 def _columns(cloud: npt.NDArray[np.float32], load_dim: int) -> npt.NDArray[np.float32]:

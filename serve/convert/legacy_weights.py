@@ -9,7 +9,7 @@ What changed under OpenMMLab's names since mmdet 2 / mmdet3d 0.x, and is mended 
 Key names of SECOND and PointPillars did not change; where other models' did (FCOS, VFNet, FCAF3D, two-stage
 detectors) the modules themselves rename while loading, which `load_weights` lets them do.
 
-Does not know files (`serve.checkpoint`), and does not convert mmdet 1.x (other class order) or VoteNet/H3DNet
+Does not know files (`serve.convert.checkpoint`), and does not convert mmdet 1.x (other class order) or VoteNet/H3DNet
 before 0.6: upstream has scripts for those, and such checkpoints are refused with a sentence that says so.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from serve.checkpoint import Checkpoint
+from serve.convert.checkpoint import Checkpoint
 from serve.errors import CheckpointError
 
 __all__ = [
@@ -231,7 +231,7 @@ def load_weights(
 
     Args:
         model: on any device; changed in place.
-        checkpoint: from `serve.checkpoint.load_checkpoint`.
+        checkpoint: from `serve.convert.checkpoint.load_checkpoint`.
         versions: module versions to go by instead of the checkpoint's own; give `versions_of` the same class
             of model for weights that were saved from it outside torch's format.
         allow_partial: go on with what fits.

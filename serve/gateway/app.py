@@ -17,16 +17,18 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from serve import __version__
-from serve.admission import Admission
-from serve.backend import TorchServeBackend
 from serve.errors import BadRequest, ServeError, UnknownOption
-from serve.gateway import kserve_routes, operations, predictions
-from serve.gateway.api_text import DESCRIPTION
-from serve.gateway.envelope import ClientGone, Envelope, error_response
-from serve.gateway.life import Life
-from serve.gateway.measures import Measures
+from serve.gateway.admission import Admission
+from serve.gateway.backend import TorchServeBackend
+from serve.gateway.lifecycle import Life
+from serve.gateway.metrics import Measures
+from serve.gateway.middleware import ClientGone, Envelope, error_response
+from serve.gateway.models import ModelTable
+from serve.gateway.openapi import DESCRIPTION
 from serve.gateway.options import GatewayOptions
-from serve.gateway.served import ModelTable
+from serve.gateway.routes import health as operations
+from serve.gateway.routes import kserve as kserve_routes
+from serve.gateway.routes import predictions
 from serve.gateway.tracing import Tracing
 from serve.storage.references import ReferenceLimits, References
 

@@ -1,7 +1,7 @@
 """The gateway's one door to TorchServe: a batch of frames there, an outcome per frame back.
 
-One message carries a whole batch (`serve.framing`): to a socket of a worker of TorchServe's where there is one
-(`serve.direct`), else a POST to TorchServe, whose own batching stays off. Everything TorchServe, its workers
+One message carries a whole batch (`serve.protocol.batch`): to a socket of a worker of TorchServe's where there is one
+(`serve.gateway.worker_client`), else a POST to TorchServe, whose own batching stays off. Everything TorchServe, its workers
 and httpx can do wrong becomes an error of ours here and nowhere else. A batch whose worker died is sent once
 more, one that was out of memory is halved, without those frames that nobody waits for any more; nothing else is
 retried. Knows nothing about queues, FastAPI or what is in a frame; nothing outside this module knows that the
@@ -25,8 +25,6 @@ from urllib.parse import quote
 import httpx
 
 from serve.client import error_from_answer
-from serve.connection import BrokenOff, Connections, Unreachable
-from serve.direct import LostWithBatch, WorkerSockets
 from serve.errors import (
     BackendBroken,
     DeadlineExceeded,
@@ -36,7 +34,9 @@ from serve.errors import (
     ServeError,
     SettingsError,
 )
-from serve.framing import (
+from serve.gateway.http_pool import BrokenOff, Connections, Unreachable
+from serve.gateway.worker_client import LostWithBatch, WorkerSockets
+from serve.protocol.batch import (
     FRAMES_CONTENT_TYPE,
     OUTCOMES_CONTENT_TYPE,
     Body,

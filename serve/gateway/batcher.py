@@ -16,7 +16,7 @@ Policy, per `Batcher`:
 * When all slots are busy, a batch that is already full has nothing to wait for: up to `ahead` of those are
   sent on, to hide the transport.
 * A batch that is not full is sent on `early_s` before a slot is expected to be free, where batches take as
-  long as forecast (`serve.forecast`); it is then there when the slot is, instead of on its way.
+  long as forecast (`serve.gateway.latency`); it is then there when the slot is, instead of on its way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from serve.errors import BackendBroken, FrameTooLarge, ServeError, SettingsError
-from serve.forecast import Forecast
+from serve.gateway.latency import Forecast
 
 __all__ = ["BatchLimits", "BatchReport", "Batcher", "Settled", "padded", "ragged"]
 

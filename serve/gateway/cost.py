@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from serve.errors import UndecodableFrame
-from serve.framing import Body, Bytes
+from serve.protocol.batch import Body, Bytes
 
 __all__ = ["Measure", "measure"]
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from serve.framing import Bytes
+from serve.protocol.batch import Bytes
 
 __all__ = ["BrokenOff", "Connections", "Reply", "Unreachable"]
 

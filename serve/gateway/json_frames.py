@@ -1,6 +1,6 @@
 """Frames in JSON: inline, by reference, one or many.
 
-``{"b64": …}``, ``{"points": {"b64": …}, …}`` (see `serve.wire.read_json_frame`), ``{"uri": "s3://…"}`` in the place of
+``{"b64": …}``, ``{"points": {"b64": …}, …}`` (see `serve.protocol.frames.read_json_frame`), ``{"uri": "s3://…"}`` in the place of
 any ``{"b64": …}``, and ``{"frames": [one of these, …]}`` for many. Whether an address may be read is `References`'
 to say; it is off unless the operator lists prefixes. What is wrong with one of many frames is its own error.
 """
@@ -13,12 +13,12 @@ from typing import Any
 
 import orjson
 
-from serve.admission import Permit
-from serve.backend import Frame
 from serve.errors import BadRequest, FrameTooLarge, ServeError
-from serve.framing import Body
+from serve.gateway.admission import Permit
+from serve.gateway.backend import Frame
+from serve.protocol.batch import Body
+from serve.protocol.frames import is_part, read_json_frame
 from serve.storage.references import References
-from serve.wire import is_part, read_json_frame
 
 __all__ = ["read_frames"]
 

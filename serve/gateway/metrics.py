@@ -10,8 +10,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from serve.admission import Admission
-from serve.batching import BatchReport
+from serve.gateway.admission import Admission
+from serve.gateway.batcher import BatchReport
 
 __all__ = ["CONTENT_TYPE", "Measures"]
 

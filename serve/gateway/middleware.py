@@ -24,7 +24,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import NotReady, Overloaded, ServeError, Unauthorized, error_body
-from serve.gateway.measures import Measures
+from serve.gateway.metrics import Measures
 from serve.gateway.tracing import Tracing
 
 __all__ = ["ClientGone", "Envelope", "error_response", "request_id_of"]

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from serve.backend import Answer, Frame, ModelState, TorchServeBackend
-from serve.batching import Batcher, BatchLimits, BatchReport, Settled, padded, ragged
 from serve.errors import BackendBroken, ModelNotFound, NotReady, ServeError
-from serve.gateway.measuring import Measure
+from serve.gateway.backend import Answer, Frame, ModelState, TorchServeBackend
+from serve.gateway.batcher import Batcher, BatchLimits, BatchReport, Settled, padded, ragged
+from serve.gateway.cost import Measure
 from serve.gateway.options import GatewayOptions
 
 __all__ = ["Health", "ModelTable", "ServedModel"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve.framing import FRAMES_CONTENT_TYPE
 from serve.gateway.options import GatewayOptions
+from serve.protocol.batch import FRAMES_CONTENT_TYPE
 
 __all__ = ["DESCRIPTION", "MAX_DETECTIONS", "SCORE_THR", "TIMEOUT_MS", "errors", "predictions"]
 

@@ -16,8 +16,6 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from serve.admission import Permit
-from serve.backend import Frame
 from serve.errors import (
     BadRequest,
     ClientError,
@@ -26,12 +24,14 @@ from serve.errors import (
     SlowRequest,
     UnknownOption,
 )
-from serve.framing import FRAMES_CONTENT_TYPE, Body, unpack_frames
-from serve.gateway.envelope import ClientGone
+from serve.gateway.admission import Permit
+from serve.gateway.backend import Frame
 from serve.gateway.json_frames import read_frames
+from serve.gateway.middleware import ClientGone
 from serve.gateway.options import GatewayOptions
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, Body, unpack_frames
+from serve.protocol.frames import Options, parse_options
 from serve.storage.references import References
-from serve.wire import Options, parse_options
 
 __all__ = ["Received", "RequestOptions", "checked_frames", "read_body", "receive_frames", "request_options"]
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import orjson
 import ormsgpack
 
-from serve.backend import Answer, Frame
-from serve.batching import Settled
 from serve.errors import BackendBroken, BadRequest, ServeError, error_body
+from serve.gateway.backend import Answer, Frame
+from serve.gateway.batcher import Settled
 
 __all__ = [
     "Media",
@@ -107,7 +107,7 @@ async def encode_one(outcome: Settled[Answer], frame: Frame, media: Media, load_
 
 
 def _picture(frame: Frame, answer: dict[str, Any], load_dim: int | None) -> bytes:
-    from serve.drawing import draw_frame, png_bytes
+    from serve.visualize.detections import draw_frame, png_bytes
 
     body = frame.body
     if isinstance(body, Mapping):

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from serve.errors import SettingsError
 from serve.gateway.app import create_app
 from serve.gateway.http_protocol import bounded_protocol
-from serve.gateway.life import Life
+from serve.gateway.lifecycle import Life
 from serve.gateway.options import GatewayOptions
 
 __all__ = ["GatewayServer", "run"]

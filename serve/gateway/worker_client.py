@@ -6,9 +6,9 @@ Two connections to a worker are two batches: the second is read and decoded whil
 
 A worker that takes a connection greets it; one that does not has no room, or hangs. A batch is its length (uint64,
 little-endian), the seconds for which the worker may compute it before it ends itself (uint32; 0: any number;
-`handlers.watchdog`), and so many bytes: frames (`serve.framing`). An answer is its length and outcomes; one of no
+`serve.worker.watchdog`), and so many bytes: frames (`serve.protocol.batch`). An answer is its length and outcomes; one of no
 bytes says that the worker could not do it, and TorchServe is asked, which has a word for every failure.
-Knows process ids and bytes, and nothing of models; `handlers.direct_socket` is the worker's end.
+Knows process ids and bytes, and nothing of models; `serve.worker.server` is the worker's end.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from itertools import chain
 from pathlib import Path
 from typing import cast
 
-from serve.connection import BrokenOff
-from serve.framing import Bytes
+from serve.gateway.http_pool import BrokenOff
+from serve.protocol.batch import Bytes
 
 __all__ = ["BATCH", "GREETING", "LENGTH", "LONGEST_BYTES", "LostWithBatch", "WorkerSockets", "socket_path"]
 

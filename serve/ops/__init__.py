@@ -3,7 +3,7 @@
 All of mmcv, mmdet and mmdet3d call their kernels through that one module. `install` puts a
 finder on ``sys.meta_path`` that supplies it on demand, written in torch (any device) and numba
 (CPU), so that no compiler and no prebuilt mmcv wheel is needed (mmcv#3319, mmdetection#11763). It also mends the few
-modules of mmcv whose own Python assumes CUDA (`serve.ops.mends`).
+modules of mmcv whose own Python assumes CUDA (`serve.ops.patches`).
 
 This package knows tensors only: nothing of detectors, archives, HTTP or the environment.
 """
@@ -63,7 +63,7 @@ class _ExtensionFinder(importlib.abc.MetaPathFinder):
 
 
 def _mended(fullname: str, path: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
-    from serve.ops.mends import MENDS, MendingLoader
+    from serve.ops.patches import MENDS, MendingLoader
 
     if fullname not in MENDS:
         return None
@@ -100,9 +100,9 @@ def install(
     finder.preference = preference or finder.preference
     finder.ask = ask or finder.ask
     if cache_dir is not None:
-        from serve.ops import machine_code
+        from serve.ops.cpu import jit_cache
 
-        machine_code.fallback = cache_dir
+        jit_cache.fallback = cache_dir
     return finder
 
 

@@ -2,7 +2,7 @@
 
 tools/setup_env.py copies this file into the environment's site-packages, beside a ``.pth`` file that calls
 `register` at interpreter start. That costs a look at one module of two imports; nothing of ours, and nothing
-heavy, is imported before mmcv is. A copy, because importing it as ``serve.autoload``
+heavy, is imported before mmcv is. A copy, because importing it as ``serve.ops.autoload``
 at every start would put our package in the place of a module called ``serve`` in somebody's own folder.
 
 Knows where to ask (`serve.ops`, `serve.settings`), not what kernels are.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.bilinear import on_numba, working_dtype
 from serve.ops.checks import as_numpy, check_rank, check_same_device
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
+from serve.ops.cpu.threads import in_parts
 from serve.ops.point_checks import check_floating, check_shape, check_tensor
-from serve.ops.threads import in_parts
+from serve.ops.roi.bilinear import on_numba, working_dtype
 
 __all__ = ["carafe_backward", "carafe_forward", "carafe_naive_backward", "carafe_naive_forward"]
 

@@ -11,37 +11,18 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
-from serve.ops import (
-    boxes3d,
-    carafe,
-    deform_attention,
-    deform_conv,
-    grouping,
-    info,
-    iou3d,
-    losses,
-    neighbours,
-    nms,
-    overlaps,
-    pixel_masks,
-    polygons,
-    pool3d,
-    quadrilaterals,
-    roi_align,
-    roi_gradients,
-    roi_pool,
-    roi_sampling,
-    rotated,
-    rotated_features,
-    sampling,
-    scatter,
-    score_assign,
-    sparse_conv,
-    sparse_index,
-    sync_bn,
-    text_regions,
-    voxelize,
-)
+from serve.ops import carafe, info, losses, masks, rotated_features, score_assign, sync_bn, text_regions
+from serve.ops.boxes import boxes3d, iou3d, nms, overlaps, polygons, quadrilaterals, rotated
+from serve.ops.deform import attention as deform_attention
+from serve.ops.deform import conv as deform_conv
+from serve.ops.points import grouping, neighbours, sampling, scatter, voxelize
+from serve.ops.roi import align as roi_align
+from serve.ops.roi import gradients as roi_gradients
+from serve.ops.roi import pool as roi_pool
+from serve.ops.roi import pool3d
+from serve.ops.roi import sampling as roi_sampling
+from serve.ops.sparse import conv as sparse_conv
+from serve.ops.sparse import rulebook
 
 __all__ = ["ASKED_FOR", "KERNEL_MODULES", "UnsupportedKernelError", "build", "kernels"]
 
@@ -54,10 +35,10 @@ KERNEL_MODULES: tuple[ModuleType, ...] = (
     info,
     iou3d,
     losses,
+    masks,
     neighbours,
     nms,
     overlaps,
-    pixel_masks,
     polygons,
     pool3d,
     quadrilaterals,
@@ -67,11 +48,11 @@ KERNEL_MODULES: tuple[ModuleType, ...] = (
     roi_sampling,
     rotated,
     rotated_features,
+    rulebook,
     sampling,
     scatter,
     score_assign,
     sparse_conv,
-    sparse_index,
     sync_bn,
     text_regions,
     voxelize,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve.ops.bilinear import working_dtype
 from serve.ops.checks import check_rank, check_same_device
 from serve.ops.point_checks import check_floating, check_shape
+from serve.ops.roi.bilinear import working_dtype
 
 __all__ = [
     "sigmoid_focal_loss_backward",

@@ -98,7 +98,7 @@ def _mend_sparse_structure(module: ModuleType) -> None:
 
 
 def _attend_with_the_kernel(module: ModuleType) -> None:
-    from serve.ops.deform_attention import attend
+    from serve.ops.deform.attention import attend
 
     module.__dict__["multi_scale_deformable_attn_pytorch"] = attend
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.bilinear import average_samples, average_samples_torch, working_dtype
 from serve.ops.checks import check_rank, check_same_device
 from serve.ops.point_checks import check_floating, check_holds, check_indices, check_integer, check_shape
+from serve.ops.roi.bilinear import average_samples, average_samples_torch, working_dtype
 
 __all__ = [
     "active_rotated_filter_backward",

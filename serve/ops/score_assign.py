@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_same_device, loops_take
-from serve.ops.jit import jit
-from serve.ops.neighbours import nearest
+from serve.ops.cpu.jit import jit
 from serve.ops.point_checks import check_floating, check_indices, check_shape, working
+from serve.ops.points.neighbours import nearest
 
 __all__ = [
     "assign_score_withk_backward",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_rank
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
 
 __all__ = ["contour_expand", "pixel_group"]
 

@@ -10,7 +10,7 @@ Formats:
 * ``.bin``: float32, little-endian, `load_dim` numbers per point, no header (KITTI, nuScenes).
 * ``.npy``: NumPy's format (NEP 1), a real array of shape (N, load_dim); never a pickle.
 * JPEG, PNG, WebP, BMP images.
-* JSON calibrations, see `serve.calibration`.
+* JSON calibrations, see `serve.protocol.calibration`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from serve.calibration import parse_calibration
 from serve.errors import BadRequest, FrameTooLarge, NonFinitePoints, UndecodableFrame, UnknownOption
-from serve.framing import Body, Bytes
-from serve.picture_decoding import Decoder, decode_image
+from serve.protocol.batch import Body, Bytes
+from serve.protocol.calibration import parse_calibration
+from serve.protocol.images import Decoder, decode_image
 
 __all__ = [
     "MODALITIES",
@@ -131,7 +131,7 @@ class Frame:
 
     Attributes:
         data: (N, load_dim) float32 or (H, W[, 3]) uint8 BGR for a frame of one part; for several, a
-            dictionary by part name of such arrays, with the calibration as `serve.calibration` gives it.
+            dictionary by part name of such arrays, with the calibration as `serve.protocol.calibration` gives it.
         options: what the caller asked for.
     """
 

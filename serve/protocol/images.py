@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from serve.errors import FrameTooLarge, UndecodableFrame
-from serve.framing import Bytes
+from serve.protocol.batch import Bytes
 
 __all__ = ["COLOR_TYPES", "IMAGE_FORMATS", "Decoder", "decode_image"]
 

@@ -19,14 +19,15 @@ import torch
 from torch import nn
 
 from serve.archive import Archive, InferenceOptions, Metadata
-from serve.calibration import MATRICES
 from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, ServeError
-from serve.framing import Body
-from serve.runtime import answers, folding
-from serve.runtime.dice import seeded
+from serve.protocol.batch import Body
+from serve.protocol.calibration import MATRICES
+from serve.protocol.frames import Frame, Limits, Options, decode_frame
+from serve.runtime import fusion as folding
+from serve.runtime import predictions as answers
 from serve.runtime.model import build_network, is_segmentor, load_weights, quiet_upstream
-from serve.runtime.samples import SampleBuilder
-from serve.wire import Frame, Limits, Options, decode_frame
+from serve.runtime.pipeline import SampleBuilder
+from serve.runtime.random_state import seeded
 
 __all__ = ["Detector", "Outcome", "load_detector"]
 
@@ -176,7 +177,7 @@ def load_detector(archive: Archive, device: torch.device, *, trust_code: bool = 
     """Build the model of a verified archive on `device`.
 
     Args:
-        archive: from `serve.archive.open_directory`.
+        archive: from `serve.archive.format.open_directory`.
         device: where to run.
         trust_code: allow modules packed in the archive to be imported.
 

@@ -1,6 +1,6 @@
 """A 3 x 3 convolution for inference on a CPU: bias and ReLU are part of one pass, by Winograd's filtering.
 
-`serve.runtime.folding` decides where it stands. Knows nothing about norms or networks.
+`serve.runtime.fusion` decides where it stands. Knows nothing about norms or networks.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from serve.ops import winograd
-from serve.ops.register_tile import CHANNELS, LANES
+from serve.ops.cpu import winograd
+from serve.ops.cpu.gemm import CHANNELS, LANES
 
 __all__ = ["InferenceConvolution", "suits"]
 

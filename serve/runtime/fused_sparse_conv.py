@@ -2,7 +2,7 @@
 
 mmcv's own layer adds the bias and leaves the ReLU to another layer: two more passes over all features; it turns its
 weights over on every call, and every layer makes a table of its own of the pairs that it shares with others. The layer
-here takes the place of one of mmcv's (`serve.runtime.folding` decides where, and takes all of a network). Layers share
+here takes the place of one of mmcv's (`serve.runtime.fusion` decides where, and takes all of a network). Layers share
 their geometry through ``indice_dict`` as mmcv's do, but as a table of neighbours where the CPU convolves, which is all
 that is needed there. Imports mmcv; knows nothing about norms.
 """
@@ -22,9 +22,9 @@ from mmcv.ops.sparse_structure import SparseConvTensor
 from torch import Tensor, nn
 
 from serve.ops.checks import loops_take
-from serve.ops.neighbour_table import inverted, submanifold_table
-from serve.ops.sparse_conv import Prepared, convolve, convolve_table, prepared
-from serve.ops.strided_table import strided_table
+from serve.ops.sparse.conv import Prepared, convolve, convolve_table, prepared
+from serve.ops.sparse.neighbour_table import inverted, submanifold_table
+from serve.ops.sparse.strided_table import strided_table
 
 __all__ = ["InferenceSparseConvolution", "SparseMap"]
 
@@ -57,7 +57,7 @@ class _Geometry:
         rows: (M, 1 + D) output voxels.
         inputs: (N, 1 + D) input voxels.
         in_shape: D input extents, which an inverse layer puts out.
-        table: (K, M) as `serve.ops.neighbour_table` makes it, where the CPU convolves; else None, and
+        table: (K, M) as `serve.ops.sparse.neighbour_table` makes it, where the CPU convolves; else None, and
         pairs: (K, 2, N) and
         counts: (K,) as mmcv's rulebooks are.
     """

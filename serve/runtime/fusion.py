@@ -1,7 +1,7 @@
 """Batch norms folded into the convolutions before them: fewer passes over memory, the same function.
 
 Then convolutions that our kernels compute in one pass, with the ReLU behind them, take that form
-(`serve.runtime.dense_layer`, `serve.runtime.sparse_layer`).
+(`serve.runtime.fused_conv`, `serve.runtime.fused_sparse_conv`).
 
 Which convolution feeds which norm is not guessed from the order of attributes (where a forward method may
 do otherwise) but seen in a forward run: a norm is foldable when in every call it received the very tensor
@@ -88,7 +88,7 @@ def fold(network: nn.Module, pairs: Iterable[Pair]) -> None:
 
 def _fuse_dense(network: nn.Module, folded: set[int]) -> None:
     """Give the `folded` convolutions (their ids) that stand in plain sequences the form of one pass, where it suits."""
-    from serve.runtime.dense_layer import InferenceConvolution, suits
+    from serve.runtime.fused_conv import InferenceConvolution, suits
 
     for parent in list(network.modules()):
         if type(parent).forward is nn.Sequential.forward:
@@ -108,7 +108,7 @@ def _fuse_sparse(network: nn.Module) -> None:
     with quiet_upstream():
         from mmdet3d.models.middle_encoders import SparseEncoder, SparseUNet
 
-    from serve.runtime.sparse_layer import InferenceSparseConvolution
+    from serve.runtime.fused_sparse_conv import InferenceSparseConvolution
 
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from serve import ops
 from serve.errors import CheckpointError
-from serve.runtime.mended import mend, without_process_group
-from serve.runtime.registered_names import name_registered_only
+from serve.runtime.patches import mend, without_process_group
+from serve.runtime.registry_guard import name_registered_only
 
 __all__ = [
     "build_network",

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.errors import ArchiveError
-from serve.picture_decoding import COLOR_TYPES, Decoder
+from serve.protocol.frames import Frame, FrameSpec, Modality
+from serve.protocol.images import COLOR_TYPES, Decoder
 from serve.runtime.loaders import image_loader, mono_loader, multiview_loader, point_loader
 from serve.runtime.model import quiet_upstream, scope_of
-from serve.wire import Frame, FrameSpec, Modality
 
 __all__ = ["SampleBuilder", "box_type_of", "dataset_of", "frame_spec", "pipeline_of"]
 

@@ -1,7 +1,7 @@
 """Predictions to answers: OpenMMLab's data samples become plain dictionaries with OpenMMLab's own names.
 
 Field names are those of `Det3DInferencer.pred2dict` and `DetInferencer.pred2dict`; labels of points and
-pixels are encoded as `serve.labels` says. Knows nothing about networks or frames.
+pixels are encoded as `serve.compare.labels` says. Knows nothing about networks or frames.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from serve.labels import encode_labels, encode_segments
-from serve.wire import Options
+from serve.compare.labels import encode_labels, encode_segments
+from serve.protocol.frames import Options
 
 __all__ = ["empty_answer", "empty_labels", "select", "to_answer"]
 

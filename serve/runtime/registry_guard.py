@@ -3,7 +3,7 @@
 mmengine's registries take a text that nobody registered for the path of an object, import its module and call it with
 what else the config says (`Registry.get`, meant for dumps of lazy configs): ``type='subprocess.Popen'`` would run a
 program. Here that way leads to registered classes only. Where upstream evaluates a text as Python,
-`serve.ops.mends` takes names. Knows nothing about archives.
+`serve.ops.patches` takes names. Knows nothing about archives.
 """
 
 from __future__ import annotations

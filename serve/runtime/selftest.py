@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve.archive import Archive
-from serve.comparison import Comparison, Tolerances, compare_answers
+from serve.compare.detections import Comparison, Tolerances, compare_answers
+from serve.compare.labels import LabelComparison
 from serve.errors import SelfTestError, ServeError
-from serve.framing import Body
-from serve.labels import LabelComparison
+from serve.protocol.batch import Body
+from serve.protocol.frames import Limits, Options
 from serve.runtime.detector import Detector
-from serve.wire import Limits, Options
 
 __all__ = ["PRECISION_OF", "agrees", "prove", "run_golden"]
 

@@ -16,10 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from serve.download import sha256_of
 from serve.errors import ObjectNotFound, StorageError, UriError
 from serve.settings import Settings
 from serve.storage.cache import Cache, disk_errors
+from serve.storage.download import sha256_of
 from serve.storage.packed_folder import PackedFolder
 from serve.storage.uri import Location, parse
 

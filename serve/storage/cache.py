@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from serve.download import one_at_a_time, sha256_of
 from serve.errors import StorageError
+from serve.storage.download import one_at_a_time, sha256_of
 
 __all__ = ["Cache", "disk_errors"]
 

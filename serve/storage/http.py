@@ -1,6 +1,6 @@
 """Files behind web addresses, for people and commands that trust the address (see `references` for clients').
 
-The transfer is `serve.download`'s: resumed, hash-checked, atomic. Here it is given a place: files whose name
+The transfer is `serve.storage.download`'s: resumed, hash-checked, atomic. Here it is given a place: files whose name
 carries a hash lie in the cache folder itself, where a person may have put them; any other is kept per version
 (ETag or date) in the bounded part of the cache, and without either it is fetched anew each time.
 
@@ -15,8 +15,8 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from serve import download
 from serve.errors import AccessDenied, ObjectNotFound, StorageError
+from serve.storage import download
 from serve.storage.cache import Cache
 from serve.storage.uri import Location
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from serve.download import sha256_of
 from serve.errors import AccessDenied, ObjectNotFound, StorageError, UriError
 from serve.storage.clusters import find_cluster
+from serve.storage.download import sha256_of
 from serve.storage.uri import Location
 
 if TYPE_CHECKING:

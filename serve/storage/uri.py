@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from serve.download import shown
 from serve.errors import UriError
+from serve.storage.download import shown
 
 __all__ = ["Location", "Scheme", "is_remote", "map_path", "parse"]
 

@@ -6,7 +6,7 @@ imports torch, and nothing outside this package knows how TorchServe is run.
 """
 
 from serve.torchserve.config import ServedModel, TorchServeOptions
+from serve.torchserve.pidfile import stop_running
 from serve.torchserve.process import TorchServe, Worker
-from serve.torchserve.state import stop_running
 
 __all__ = ["ServedModel", "TorchServe", "TorchServeOptions", "Worker", "stop_running"]

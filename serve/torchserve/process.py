@@ -46,9 +46,9 @@ from serve.torchserve.config import (
     read_manifest,
     url,
 )
-from serve.torchserve.launch import check_ports, child_environment, java_command
+from serve.torchserve.java import check_ports, child_environment, java_command
 from serve.torchserve.log import LoadFailure, WorkerLog
-from serve.torchserve.state import forget, remember
+from serve.torchserve.pidfile import forget, remember
 
 __all__ = ["DRAIN_S", "TorchServe", "Worker"]
 
@@ -115,7 +115,7 @@ class TorchServe:
 
     @property
     def worker_sockets(self) -> Path:
-        """The folder with a socket of every worker, for batches that do not go through TorchServe (`serve.direct`)."""
+        """The folder with a socket of every worker, for batches that do not go through TorchServe (`serve.gateway.worker_client`)."""
         assert self.run_dir is not None, "it is made at the start"
         return self.run_dir / "w"  # short: a socket's path may have 107 bytes
 

@@ -24,7 +24,7 @@ from types import TracebackType
 from serve import archive
 from serve.errors import ArchiveError, BackendStartError, ModelNotLoaded, SettingsError
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
-from serve.torchserve.launch import child_environment
+from serve.torchserve.java import child_environment
 
 __all__ = ["Refused", "Service", "archives_of", "examine"]
 

@@ -1,6 +1,6 @@
 """Does a server answer what the model itself detects? Frame by frame, native against served.
 
-Puts together `serve.native` (the reference), `serve.client` (the server) and `serve.comparison`. Both sides
+Puts together `serve.verify.reference` (the reference), `serve.client` (the server) and `serve.compare.detections`. Both sides
 get the same file and the same score threshold. That another model is served than the one compared with is
 told apart from a deviation of the right one.
 
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from serve.client import Client
-from serve.comparison import Comparison, Tolerances, compare_answers, detection_count, is_3d
-from serve.drawing import draw_frame, png_bytes
+from serve.compare.detections import Comparison, Tolerances, compare_answers, detection_count, is_3d
+from serve.compare.labels import LabelComparison, has_labels
 from serve.errors import BackendBroken, BadRequest, ModelNotFound, UndecodableFrame
-from serve.labels import LabelComparison, has_labels
-from serve.native import FRAME_SUFFIXES, above
-from serve.wire import Modality
+from serve.protocol.frames import Modality
+from serve.verify.reference import FRAME_SUFFIXES, above
+from serve.visualize.detections import draw_frame, png_bytes
 
 __all__ = ["FrameReport", "Reference", "draw_report", "find_frames", "read_token", "summary", "verify"]
 
@@ -35,11 +35,11 @@ _CONTENT_TYPES = {
 
 
 class Reference(Protocol):
-    """The side that is right: `serve.native.NativeModel`, or a stand-in."""
+    """The side that is right: `serve.verify.reference.NativeModel`, or a stand-in."""
 
     @property
     def modality(self) -> Modality:
-        """What a frame is, one of `serve.wire.MODALITIES`."""
+        """What a frame is, one of `serve.protocol.frames.MODALITIES`."""
 
     @property
     def classes(self) -> tuple[str, ...]:

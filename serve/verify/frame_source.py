@@ -6,7 +6,7 @@
     frames_at("ffrecord:///data/packed.ffr#velodyne/000008.bin", "lidar")
 
 What lies at an address is copied to a folder that is gone afterwards; which of it are frames is for
-`serve.verification` to say, as for any folder. Does not look into frames, nor into folders below a folder.
+`serve.verify.endpoint` to say, as for any folder. Does not look into frames, nor into folders below a folder.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from serve import storage
 from serve.errors import UndecodableFrame
-from serve.native import FRAME_SUFFIXES
-from serve.verification import find_frames
-from serve.wire import Modality
+from serve.protocol.frames import Modality
+from serve.verify.endpoint import find_frames
+from serve.verify.reference import FRAME_SUFFIXES
 
 __all__ = ["frames_at"]
 

@@ -8,7 +8,7 @@ Frames are given as paths, because mmdet3d 1.4.0 cannot take arrays in memory (i
 hands a wrapped cloud to a pipeline step that expects an array, and edits the model's config on the way).
 
 Knows nothing about servers and archives. Which of upstream's calls is for which kind of model, and what each
-wants in which file, is `serve.native_calls`'s.
+wants in which file, is `serve.verify.upstream`'s.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from serve import native_calls
+from serve.compare.labels import encode_labels, encode_segments
 from serve.errors import (
     ArchiveError,
     CheckpointError,
@@ -33,8 +33,8 @@ from serve.errors import (
     SetupError,
     UndecodableFrame,
 )
-from serve.labels import encode_labels, encode_segments
-from serve.wire import Modality
+from serve.protocol.frames import Modality
+from serve.verify import upstream as native_calls
 
 __all__ = ["FRAME_SUFFIXES", "NativeModel", "above", "load_native"]
 
@@ -57,7 +57,7 @@ class NativeModel:
     """A model as mmdet / mmdet3d built it.
 
     Attributes:
-        modality: what a frame is, one of `serve.wire.MODALITIES`.
+        modality: what a frame is, one of `serve.protocol.frames.MODALITIES`.
         classes: class names, by label.
         box_type_3d: ``LiDAR``, ``Camera`` or ``Depth``; None for 2D boxes and for labels.
         load_dim: floats per point in a ``.bin`` file; None without a cloud.
@@ -211,7 +211,7 @@ def load_native(config: str | Path, checkpoint: str | Path, device: str | None =
 
     serve.ops.install()
     from serve.runtime.model import is_segmentor
-    from serve.runtime.samples import box_type_of, frame_spec
+    from serve.runtime.pipeline import box_type_of, frame_spec
 
     with _quiet():
         from mmengine.config import Config
@@ -266,8 +266,8 @@ def _adapted(module: Any, checkpoint: Path, *, fits: bool) -> tuple[str, ...]:
     Where nothing had to be mended the weights stay as mmengine loaded them, so that the native side owes
     nothing to our loader.
     """
-    from serve.checkpoint import load_checkpoint
-    from serve.legacy_weights import load_weights
+    from serve.convert.checkpoint import load_checkpoint
+    from serve.convert.legacy_weights import load_weights
 
     loaded = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     read = load_checkpoint(checkpoint)
@@ -298,7 +298,7 @@ def _usable_device(device: str | None) -> str:
 @contextlib.contextmanager
 def _readable_checkpoint() -> Iterator[None]:
     """Let mmengine's own loader read OpenMMLab checkpoints with ``weights_only=True``."""
-    from serve.checkpoint import safe_globals_for_openmmlab
+    from serve.convert.checkpoint import safe_globals_for_openmmlab
 
     with safe_globals_for_openmmlab():
         yield
@@ -319,13 +319,13 @@ def _quiet() -> Iterator[None]:
 def _running(scope: str, path: Path, module: Any) -> Iterator[None]:
     """Inside, names in pipelines mean those of ``scope``, whatever was loaded last; errors are ours.
 
-    Random numbers are those that the runtime draws too (`serve.runtime.dice`): models that sample points would
+    Random numbers are those that the runtime draws too (`serve.runtime.random_state`): models that sample points would
     otherwise differ from themselves. On a CPU ``Tensor.cuda()`` stays there: mmdet3d 1.4.0 calls it on the
     way into MinkUNet whatever the device.
     """
     from mmengine.registry import DefaultScope
 
-    from serve.runtime.dice import seeded
+    from serve.runtime.random_state import seeded
 
     device = next(module.parameters()).device
     stays = _no_cuda() if device.type == "cpu" else contextlib.nullcontext()

@@ -1,6 +1,6 @@
 """Upstream's own calls: those that build a model, those that run one, and the files they insist on.
 
-What stops upstream from building or running a model at all is got out of the way first (`serve.runtime.mended`),
+What stops upstream from building or running a model at all is got out of the way first (`serve.runtime.patches`),
 so that there is something to compare with. mmdet3d's calls for cameras read calibrations from annotation files
 that list images by name; here such a file is written around one frame and thrown away. Knows nothing about
 servers or answers.
@@ -29,7 +29,7 @@ def build(config: Any, checkpoint: Path, device: str) -> Any:
         return init_model(config, str(checkpoint), device=device)
     from mmdet.apis import init_detector
 
-    from serve.runtime import mended
+    from serve.runtime import patches as mended
 
     dataset = config.get("test_dataloader", {}).get("dataset", {})
     if "pipeline" in dataset:  # panoptic truth wants a package to be loaded, and there is no truth here
@@ -43,7 +43,7 @@ def build(config: Any, checkpoint: Path, device: str) -> Any:
 
 def mend(module: Any) -> tuple[str, ...]:
     """Mend what upstream cannot run, and nothing else; sentences on what was done."""
-    from serve.runtime import mended
+    from serve.runtime import patches as mended
 
     notes = []
     if mended.give_missing_loss(module):

@@ -1,6 +1,6 @@
 """Pictures of detections: a cloud from above with its boxes, an image with its boxes and masks.
 
-Takes detections as they travel on the wire (see `serve.comparison`) and NumPy arrays; gives BGR uint8 arrays,
+Takes detections as they travel on the wire (see `serve.compare.detections`) and NumPy arrays; gives BGR uint8 arrays,
 which `png_bytes` encodes. Lines and points are drawn at twice the size and averaged down, text at full size
 with the font that ships with Pillow, so that pictures look the same on every machine.
 
@@ -19,8 +19,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from serve import overlays
-from serve.canvas import (
+from serve.protocol.batch import Body
+from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
+from serve.visualize import overlays
+from serve.visualize.canvas import (
     Area,
     Colour,
     Picture,
@@ -33,8 +35,6 @@ from serve.canvas import (
     free_place,
     measure,
 )
-from serve.framing import Body
-from serve.wire import FrameSpec, Limits, Options, decode_frame
 
 __all__ = ["draw_birds_eye_view", "draw_frame", "draw_image", "png_bytes"]
 

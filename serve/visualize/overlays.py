@@ -1,6 +1,6 @@
 """Pictures of answers that are no boxes in their own frame: labelled points, segments, boxes seen by a camera.
 
-Gives BGR uint8 arrays as `serve.drawing` does. Knows nothing about models, servers or files.
+Gives BGR uint8 arrays as `serve.visualize.detections` does. Knows nothing about models, servers or files.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.calibration import parse_calibration
-from serve.canvas import Picture, Text, class_colour, draw_line, draw_texts
-from serve.framing import Bytes
-from serve.labels import decode_labels, decode_segments
-from serve.wire import FrameSpec, Limits, Options, decode_frame
+from serve.compare.labels import decode_labels, decode_segments
+from serve.protocol.batch import Bytes
+from serve.protocol.calibration import parse_calibration
+from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
+from serve.visualize.canvas import Picture, Text, class_colour, draw_line, draw_texts
 
 __all__ = ["draw_point_labels", "draw_projected", "draw_segments"]
 

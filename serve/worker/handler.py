@@ -1,7 +1,7 @@
 """What both handlers do: load an archive at start, prove it on its golden frame, answer rows.
 
 The life of a worker: `initialize`, then `handle` for every batch that comes through TorchServe, and `answer_batch` for
-every one that comes directly (`handlers.direct_socket`). All frames of a call go through the network together; each
+every one that comes directly (`serve.worker.server`). All frames of a call go through the network together; each
 gets its own status. One thread computes, whoever asks, so that the next batch is read and decoded meanwhile. Knows
 nothing about one modality: the archive does.
 """
@@ -16,15 +16,15 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from handlers.direct_socket import listen
-from handlers.rows import Entry, Form, answer_row, read_batch, read_row
-from handlers.watchdog import limited_to
-from handlers.worker_log import thin_out
 from serve import ops
-from serve.cpu_quota import cores
 from serve.errors import ArchiveError, ServeError
+from serve.protocol.frames import encode_json
 from serve.settings import Settings
-from serve.wire import encode_json
+from serve.worker.cpu_quota import cores
+from serve.worker.log_filters import thin_out
+from serve.worker.rows import Entry, Form, answer_row, read_batch, read_row
+from serve.worker.server import listen
+from serve.worker.watchdog import limited_to
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class DetectionHandler:
         self.settings = Settings.from_environment()
         ops.install(self.settings.ops, cache_dir=self.settings.cache_dir)
         from serve.runtime import device_for
-        from serve.runtime.memory import keep_freed_memory
+        from serve.runtime.malloc import keep_freed_memory
 
         device = device_for(context.system_properties.get("gpu_id"))
         if device.type == "cpu" and self.settings.keep_memory:

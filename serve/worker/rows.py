@@ -2,7 +2,7 @@
 
 A row is what TorchServe 0.12 hands a handler for one request: a dictionary of body, form fields and
 parts. Options travel as headers (``X-Score-Thr: 0.3``), form fields or JSON members: TorchServe drops
-the query string of ``/predictions``. Knows nothing about models; decoding is `serve.wire`'s.
+the query string of ``/predictions``. Knows nothing about models; decoding is `serve.protocol.frames`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from serve.errors import BadRequest, ClientError, ServeError, error_body
-from serve.framing import (
+from serve.protocol.batch import (
     FRAMES_CONTENT_TYPE,
     OUTCOMES_CONTENT_TYPE,
     Body,
@@ -21,7 +21,7 @@ from serve.framing import (
     pack_outcomes,
     unpack_frames,
 )
-from serve.wire import Options, decode_json_request, encode_json, is_part, parse_options
+from serve.protocol.frames import Options, decode_json_request, encode_json, is_part, parse_options
 
 if TYPE_CHECKING:  # rows are read where there is no network too
     from serve.runtime import Outcome

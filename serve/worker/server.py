@@ -1,4 +1,4 @@
-"""The worker's end of `serve.direct`: a Unix socket on which batches come that do not go through TorchServe.
+"""The worker's end of `serve.gateway.worker_client`: a Unix socket on which batches come that do not go through TorchServe.
 
 Every connection has a thread that reads a batch, has it answered and sends the answer; what may run only one at a time
 is the business of who answers. Whatever goes wrong is answered with no bytes, and the batch comes again through
@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from serve.direct import BATCH, GREETING, LENGTH, LONGEST_BYTES, socket_path
 from serve.errors import ServeError
+from serve.gateway.worker_client import BATCH, GREETING, LENGTH, LONGEST_BYTES, socket_path
 
 __all__ = ["listen"]
 

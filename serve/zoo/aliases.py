@@ -1,7 +1,7 @@
 """Short names of popular models, and how model names changed over the years.
 
 Tables, and the rules by which a former name is recognised. Does not know where a config lies, whether the
-installed wheels have it, or where its weights are: `serve.zoo` looks that up.
+installed wheels have it, or where its weights are: `serve.zoo.index` looks that up.
 """
 
 from __future__ import annotations

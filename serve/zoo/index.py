@@ -3,10 +3,10 @@
 The index is the one inside the mmdet and mmdet3d wheels (``.mim/model-index.yml``, the metafiles it names
 and the configs beside them), found without importing either package. Old names are understood by rule, not
 by a list: the index's weight addresses still carry them, and the later renaming only moved words, swapped
-``BATCHxGPU`` for ``GPUxbBATCH`` and exchanged a few words (`serve.zoo_aliases`).
+``BATCHxGPU`` for ``GPUxbBATCH`` and exchanged a few words (`serve.zoo.aliases`).
 
 Does not know the network, torch, or how to read a config; whether weights fit a config is found out by
-`serve.checkpoint`. It trusts the wheels' index as far as it agrees with itself: where the index gives two
+`serve.convert.checkpoint`. It trusts the wheels' index as far as it agrees with itself: where the index gives two
 addresses for one config, the one whose file name says the same as the config's is taken.
 """
 
@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from serve.download import hash_in_name
 from serve.errors import ModelLookupError
-from serve.zoo_aliases import ADDED_WORDS, ALIASES, bare_name, flat_name, name_words
+from serve.storage.download import hash_in_name
+from serve.zoo.aliases import ADDED_WORDS, ALIASES, bare_name, flat_name, name_words
 
 __all__ = [
     "PACKAGES",
@@ -202,7 +202,7 @@ class Zoo:
             first = f"no model of {where} is called '{asked}'"
         close = self._close(stem, package)
         hint = f"; close to it: {', '.join(close)}" if close else ""
-        rest = "'python tools/archive.py --list' lists all names; an existing config file does as well"
+        rest = "`mmdet3d-serve zoo` lists all names; an existing config file does as well"
         return f"{first}{hint}. {rest}."
 
     def _close(self, stem: str, package: str | None, limit: int = 5) -> list[str]:

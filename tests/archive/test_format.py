@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve import __version__, archive, config_json
-from serve.archive import InferenceOptions, Metadata
+from serve import __version__, archive
+from serve.archive import InferenceOptions, Metadata, config_json
 from serve.errors import ArchiveError, ArchiveVersionError
 
 METADATA = Metadata(

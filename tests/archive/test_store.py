@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from serve import archive, model_store, storage
+from serve import archive, storage
 from serve.archive import Metadata
-from serve.cli.storage import fetch_models, pack
+from serve.archive import store as model_store
+from serve.cli import fetch as fetch_command
+from serve.cli import pack as pack_command
 from serve.errors import ArchiveError, ObjectNotFound, StorageError, UriError
 from serve.storage import s3
 from serve.storage.packed_folder import PackedFolder
@@ -42,13 +44,15 @@ def store(bucket, tmp_path) -> str:
 
 
 def test_what_was_published_is_fetched_with_its_hash(store, tmp_path, capsys):
-    assert fetch_models(["--from", store, "--to", str(tmp_path / "out")]) == 0
+    assert fetch_command.main(["--from", store, "--to", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     for name in ("second", "pointpillars"):
         assert (tmp_path / f"out/{name}.mar").read_bytes() == (tmp_path / f"{name}.mar").read_bytes()
         assert f"{name}.mar (fetched" in told
     before = (tmp_path / "out/second.mar").stat().st_mtime_ns
-    assert fetch_models(["--from", store + "/", "--to", str(tmp_path / "out"), "--models", "second"]) == 0
+    assert (
+        fetch_command.main(["--from", store + "/", "--to", str(tmp_path / "out"), "--models", "second"]) == 0
+    )
     assert "there already" in capsys.readouterr().out
     assert (tmp_path / "out/second.mar").stat().st_mtime_ns == before
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pointpillars.mar", "second.mar"]
@@ -92,7 +96,7 @@ def test_an_archive_put_there_by_other_means_is_checked_by_its_own_hashes_and_th
     store, tmp_path, capsys
 ):
     put(store, "third.mar", made(tmp_path, "third").read_bytes())
-    assert fetch_models(["--from", store, "--to", str(tmp_path / "out"), "--models", "third"]) == 0
+    assert fetch_command.main(["--from", store, "--to", str(tmp_path / "out"), "--models", "third"]) == 0
     assert "does not say what third.mar should hash to" in capsys.readouterr().err
 
 
@@ -114,15 +118,19 @@ def test_what_is_not_there_is_said(store, bucket, tmp_path):
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=os.environ
+        [sys.executable, "-m", "serve", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ,
     )
 
 
 def test_the_command_of_the_init_container(store, tmp_path):
-    done = run("tools/fetch_models.py", "--from", store, "--to", tmp_path / "out")
+    done = run("fetch", "--from", store, "--to", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/second.mar").is_file() and "AKIA" not in done.stdout + done.stderr
-    done = run("tools/fetch_models.py", "--from", f"{store}-none", "--to", tmp_path / "out")
+    done = run("fetch", "--from", f"{store}-none", "--to", tmp_path / "out")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
@@ -130,15 +138,15 @@ def test_the_command_that_packs(tmp_path, capsys):
     (tmp_path / "in/velodyne").mkdir(parents=True)
     (tmp_path / "in/velodyne/8.bin").write_bytes(b"frame")
     out = tmp_path / "p.ffr"
-    assert pack([str(tmp_path / "in"), str(out)]) == 0
+    assert pack_command.main([str(tmp_path / "in"), str(out)]) == 0
     assert "packed 1 files" in capsys.readouterr().out
     assert storage.read_bytes(f"ffrecord://{out}#velodyne/8.bin") == b"frame"
     packed = PackedFolder(out)
     assert packed.list(recursive=True) == ["velodyne", "velodyne/8.bin"]
     packed.close()
     with pytest.raises(SystemExit):
-        pack([str(tmp_path / "in"), str(out)])
+        pack_command.main([str(tmp_path / "in"), str(out)])
     assert "--force" in capsys.readouterr().err
-    assert pack([str(tmp_path / "in"), str(out), "--force"]) == 0
-    done = run("tools/pack_frames.py", tmp_path / "none", tmp_path / "q.ffr")
+    assert pack_command.main([str(tmp_path / "in"), str(out), "--force"]) == 0
+    done = run("pack", tmp_path / "none", tmp_path / "q.ffr")
     assert done.returncode == 2 and "there is no folder" in done.stderr and not (tmp_path / "q.ffr").exists()

@@ -1,4 +1,4 @@
-"""`serve.comparison`: sets of detections are matched one to one, whatever their order."""
+"""`serve.compare.detections`: sets of detections are matched one to one, whatever their order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from serve.comparison import Tolerances, compare
+from serve.compare.detections import Tolerances, compare
 from serve.errors import SettingsError
 
 FACTORS_ABOVE = st.floats(1.01, 1e5)

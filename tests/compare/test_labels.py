@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from serve.labels import (
+from serve.compare.labels import (
     compare_labels,
     decode_labels,
     decode_segments,

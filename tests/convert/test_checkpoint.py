@@ -1,4 +1,4 @@
-"""Reading checkpoints as data (`serve.checkpoint`)."""
+"""Reading checkpoints as data (`serve.convert.checkpoint`)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
 from torch import nn
 
-from serve.checkpoint import load_checkpoint, safe_globals_for_openmmlab
+from serve.convert.checkpoint import load_checkpoint, safe_globals_for_openmmlab
+from serve.convert.legacy_weights import compare_keys, load_weights, shapes_of, versions_of
 from serve.errors import CheckpointError
-from serve.legacy_weights import compare_keys, load_weights, shapes_of, versions_of
 
 
 def small_net() -> nn.Sequential:
@@ -369,10 +369,10 @@ def test_a_self_referring_meta_ends_somewhere(tmp_path: Path) -> None:
 def test_reading_needs_neither_mmengine_nor_mmdet(tmp_path: Path) -> None:
     torch.save(runner_like(small_net()), tmp_path / "a.pth")
     script = (
-        "import sys; from serve.checkpoint import load_checkpoint;"
+        "import sys; from serve.convert.checkpoint import load_checkpoint;"
         "print(load_checkpoint(sys.argv[1]).classes, 'mmengine' in sys.modules)"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", script, str(tmp_path / "a.pth")]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "('Pedestrian', 'Car') False"

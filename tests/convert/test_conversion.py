@@ -12,7 +12,7 @@ import torch
 from serve import archive
 from serve.convert import Conversion, convert
 from serve.errors import ArchiveError, CheckpointError, SelfTestError
-from tests.serving.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
+from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Fitting weights to models, old ones included (`serve.legacy_weights`)."""
+"""Fitting weights to models, old ones included (`serve.convert.legacy_weights`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from serve.checkpoint import Checkpoint, load_checkpoint
-from serve.errors import CheckpointError
-from serve.legacy_weights import (
+from serve.convert.checkpoint import Checkpoint, load_checkpoint
+from serve.convert.legacy_weights import (
     KeyReport,
     adapt_state_dict,
     compare_keys,
@@ -25,6 +24,7 @@ from serve.legacy_weights import (
     turn_anchor_head,
     versions_of,
 )
+from serve.errors import CheckpointError
 
 
 def small_net() -> nn.Sequential:

@@ -24,7 +24,7 @@ exec unshare --user --map-user=4711 --map-group=0 "$@"
 SCRIPT = """
 import getpass, http.client, json, os, signal, subprocess, sys, time
 from tests.conftest import pick_free_ports
-from serve.demo.scenes import sample_frame
+from tools.demo.scenes import sample_frame
 try:
     open("/work-file", "w")
 except OSError as error:

@@ -22,12 +22,12 @@ import yaml
 from check_jsonschema import builtin_schemas
 from prometheus_client.parser import text_string_to_metric_families
 
-import serve.supervision
-from serve.__main__ import COMMANDS
-from serve.admission import Admission
-from serve.batching import BatchReport
-from serve.cli import serving
-from serve.gateway.measures import Measures
+import serve.torchserve.supervisor
+from serve.cli import serve as serving
+from serve.cli.main import COMMANDS
+from serve.gateway.admission import Admission
+from serve.gateway.batcher import BatchReport
+from serve.gateway.metrics import Measures
 from serve.gateway.options import GatewayOptions
 from serve.settings import PREFIX, Settings
 from serve.torchserve import TorchServeOptions
@@ -120,7 +120,7 @@ def test_the_ports_are_those_of_the_code() -> None:
 
 def test_the_model_store_is_where_the_command_looks() -> None:
     made = " ".join(words("serve", "RUN"))
-    looked = re.findall(r'store=Path\("([^"]+)"\)', inspect.getsource(serving.up))
+    looked = re.findall(r'store=Path\("([^"]+)"\)', inspect.getsource(serving._container_defaults))
     assert looked and all(f"mkdir -p {folder} " in made for folder in looked)
 
 
@@ -291,7 +291,7 @@ def test_compose_is_as_closed_as_the_cluster() -> None:
 def test_compose_waits_until_everything_in_flight_is_answered() -> None:
     default = GatewayOptions()
     grace = int(compose("compose.yaml")["services"]["serve"]["stop_grace_period"].removesuffix("s"))
-    assert default.linger_s + default.drain_s + serve.supervision._EXIT_S + DRAIN_S + 10 < grace
+    assert default.linger_s + default.drain_s + serve.torchserve.supervisor._EXIT_S + DRAIN_S + 10 < grace
 
 
 def test_prometheus_scrapes_ports_that_there_are() -> None:

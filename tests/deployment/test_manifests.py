@@ -10,10 +10,10 @@ import kubernetes_validate
 import pytest
 from fastapi import FastAPI
 
-import serve.supervision
+import serve.torchserve.supervisor
 from serve import __version__
-from serve.__main__ import COMMANDS
-from serve.cli import serving
+from serve.cli import serve as serving
+from serve.cli.main import COMMANDS
 from serve.gateway.app import create_app
 from serve.gateway.options import GatewayOptions
 from serve.torchserve import TorchServeOptions
@@ -137,8 +137,8 @@ def test_variables_of_services_do_not_reach_the_settings(rendered: Rendered, ove
 @every_overlay
 def test_the_image_is_started_with_options_that_it_has(rendered: Rendered, overlay: str) -> None:
     container = main_container(rendered[overlay])
-    assert "command" not in container  # the image's own: python -m serve up
-    args = serving._parser("").parse_args(container["args"])
+    assert "command" not in container  # the image's own: python -m serve serve --container
+    args = serving._parser().parse_args(container["args"])
     # TorchServe's own predictions would go past every limit of the gateway.
     assert args.inference_host == "127.0.0.1"
 
@@ -188,7 +188,7 @@ def test_probes_ask_paths_that_the_gateway_has_on_its_port(rendered: Rendered, o
 @every_overlay
 def test_loading_fits_into_the_startup_probe(rendered: Rendered, overlay: str) -> None:
     probe = main_container(rendered[overlay])["startupProbe"]
-    loading = TorchServeOptions(ROOT).startup_timeout_s + serve.supervision._GATEWAY_START_S
+    loading = TorchServeOptions(ROOT).startup_timeout_s + serve.torchserve.supervisor._GATEWAY_START_S
     assert probe["periodSeconds"] * probe["failureThreshold"] > loading
     if overlay != "kserve":
         (deployment,) = of_kind(rendered[overlay], "Deployment")
@@ -246,7 +246,7 @@ def test_only_the_gateway_can_be_reached(rendered: Rendered, overlay: str) -> No
 def test_what_ending_takes_fits_into_the_grace_period(rendered: Rendered, overlay: str) -> None:
     objects = rendered[overlay]
     options = options_of(environment(objects, main_container(objects)))
-    ending_s = options.linger_s + options.drain_s + serve.supervision._EXIT_S + DRAIN_S + GUARD_S
+    ending_s = options.linger_s + options.drain_s + serve.torchserve.supervisor._EXIT_S + DRAIN_S + GUARD_S
     assert ending_s < pod_spec(objects)["terminationGracePeriodSeconds"]
 
 

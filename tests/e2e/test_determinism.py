@@ -11,13 +11,14 @@ from typing import Any
 import orjson
 import pytest
 
-from serve import convert, golden, ops, zoo
-from serve.comparison import Tolerances, compare
-from serve.demo.training import CHECKPOINT, CONFIG
+from serve import convert, ops, zoo
+from serve.compare.detections import Tolerances, compare
+from serve.convert import golden
+from tools.demo.training import CHECKPOINT, CONFIG
 
 ops.install()
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 THREADS = (1, 2, 4)
 RUNS = 2
 # A deep network of random weights makes more of a rounding than a trained one: scores differ by 2e-5.
@@ -32,7 +33,7 @@ import orjson, torch
 from serve import archive, ops
 ops.install()
 from serve.runtime import load_detector
-from serve.wire import Limits, Options, encode_json
+from serve.protocol.frames import Limits, Options, encode_json
 opened = archive.extract(Path(sys.argv[1]), Path(sys.argv[2]))
 detector = load_detector(opened, torch.device("cpu"))
 body = Path(sys.argv[3]).read_bytes()
@@ -47,14 +48,14 @@ for threads in map(int, sys.argv[4:]):
 
 
 def second(folder: Path) -> tuple[Path, bytes]:
-    from serve.demo.scenes import sample_frame
+    from tools.demo.scenes import sample_frame
 
     return convert.convert(convert.Conversion(CONFIG, CHECKPOINT, folder, "second")).path, sample_frame()
 
 
 def image_detector(folder: Path) -> tuple[Path, bytes]:
-    from serve.random_weights import write_random_checkpoint
-    from serve.runtime.samples import frame_spec
+    from serve.runtime.pipeline import frame_spec
+    from tools.zoo.random_weights import write_random_checkpoint
 
     config = zoo.resolve("yolox_tiny_8xb8-300e_coco").config_path
     resolved, _ = convert.resolve_config(config)

@@ -17,18 +17,17 @@ import torch
 
 from serve import convert, zoo
 from serve.convert import Conversion, configured_classes, resolve_config
+from serve.convert.golden import golden_picture
 from serve.errors import BackendStartError
-from serve.framing import FRAMES_CONTENT_TYPE, pack_frames
-from serve.golden import golden_picture
-from serve.random_weights import write_random_checkpoint
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
-from tests.conftest import pick_free_ports
-from tests.serving.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
+from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, pick_free_ports
+from tools.zoo.random_weights import write_random_checkpoint
 
 pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(600)]
 
 TOOL = Path(__file__).parents[2] / "tools" / "deployment" / "test_torchserver.py"
-# Random weights that behave (serve.random_weights); pictures below the zoo's size, for the clock's sake, and of sizes
+# Random weights that behave (tools.zoo.random_weights); pictures below the zoo's size, for the clock's sake, and of sizes
 # that need no padding: on constant regions a random network's candidates tie, and rounding decides between them.
 RANDOM = ("pointpillars", "faster-rcnn", "mask-rcnn", "retinanet")
 
@@ -61,7 +60,7 @@ def models(tmp_path_factory, store, demo_mar) -> dict[str, tuple[Path, Path]]:
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory) -> dict[str, Path]:
     """A folder of clouds and one of pictures; one of either has next to nothing in it."""
-    from serve.demo.scenes import generate_scene, held_out_seed
+    from tools.demo.scenes import generate_scene, held_out_seed
 
     clouds, pictures = tmp_path_factory.mktemp("clouds"), tmp_path_factory.mktemp("pictures")
     for i in range(2):

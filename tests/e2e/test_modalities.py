@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from handlers.mmdet3d_handler import MMDet3DHandler
 from handlers.mmdet_handler import MMDetHandler
-from serve.calibration import parse_calibration
-from serve.comparison import Tolerances, compare_answers
+from serve.compare.detections import Tolerances, compare_answers
 from serve.errors import ClientError, UndecodableFrame
-from serve.framing import FRAMES_CONTENT_TYPE, pack_frames
-from serve.native import load_native
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
+from serve.protocol.calibration import parse_calibration
 from serve.runtime.selftest import agrees
-from tests.serving.conftest import Context
-from tests.serving.small_models import MODELS, make
+from serve.verify.reference import load_native
+from tests.e2e.small_models import MODELS, make
+from tests.worker.context import Context
 
 # Folded batch norms and another order of sums are all that is between us and upstream.
 CLOSE = Tolerances(box_m=5e-3, box_px=0.1, yaw_rad=5e-3, score=1e-3, mask_iou=0.98, label_share=0.99)

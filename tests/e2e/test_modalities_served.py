@@ -9,17 +9,17 @@ import httpx
 import pytest
 
 from serve.client import Client
-from serve.comparison import Tolerances, compare_answers
+from serve.compare.detections import Tolerances, compare_answers
 from serve.errors import ClientError
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from tests.conftest import pick_free_ports
-from tests.serving.small_models import make
+from tests.e2e.small_models import make
 
 pytestmark = [pytest.mark.torchserve, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_parts_reach_the_model_through_torchserve(tmp_path):
-    from serve.native import load_native
+    from serve.verify.reference import load_native
 
     model = make("mono3d", tmp_path)
     parts = model.opened.golden_frame()

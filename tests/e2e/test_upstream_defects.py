@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from serve import archive
-from serve.comparison import compare
+from serve.compare.detections import compare
 from serve.errors import NonFinitePoints, UndecodableFrame
-from serve.native import load_native
-from serve.runtime import answers, device_for
-from serve.wire import FrameSpec, Limits, Options, decode_frame
-from tests.serving.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, Context
+from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
+from serve.runtime import device_for
+from serve.runtime import predictions as answers
+from serve.verify.reference import load_native
+from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, Context
 
 TOOLS = Path(__file__).parents[2] / "tools" / "deployment"
 
@@ -47,7 +48,7 @@ def test_d01_the_seeds_conversion_command_writes_an_archive(tmp_path):
 
 
 def test_d02_custom_modules_and_extra_files_are_packed_into_the_archive(tmp_path):
-    # tests/serving/test_convert.py packs both through the converter; here they come out again.
+    # tests/convert/test_conversion.py packs both through the converter; here they come out again.
     (tmp_path / "weights").write_bytes(b"")
     archive.write(
         tmp_path / "m.mar", archive.Metadata("m", "1.0", "lidar", "mmdet3d", (), "LiDAR", 4, None, "golden/f", {}),

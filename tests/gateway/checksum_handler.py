@@ -11,11 +11,11 @@ import json
 import os
 import threading
 
-from handlers.direct_socket import listen
-from handlers.watchdog import limited_to
 from serve.errors import BadRequest, OutOfMemory
-from serve.framing import OUTCOMES_CONTENT_TYPE, Outcomes, pack_outcomes, unpack_frames
+from serve.protocol.batch import OUTCOMES_CONTENT_TYPE, Outcomes, pack_outcomes, unpack_frames
 from serve.settings import Settings
+from serve.worker.server import listen
+from serve.worker.watchdog import limited_to
 
 SPEC = {"modality": "lidar", "parts": ["points"], "load_dim": 4, "box_type_3d": "LiDAR", "classes": ["Car"]}
 

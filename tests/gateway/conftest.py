@@ -12,11 +12,11 @@ import httpx
 import numpy as np
 import pytest
 
-from serve.admission import Admission
+from serve.gateway.admission import Admission
 from serve.gateway.app import create_app
-from serve.gateway.life import Life
+from serve.gateway.lifecycle import Life
+from serve.gateway.models import ModelTable
 from serve.gateway.options import GatewayOptions
-from serve.gateway.served import ModelTable
 from tests.gateway.fake_torchserve import FakeTorchServe
 from tests.gateway.running import Background, Listening, eventually
 

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from serve.batching import Batcher, BatchLimits, BatchReport
+from serve.gateway.batcher import Batcher, BatchLimits, BatchReport
 
 
 class Device:

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import orjson
 
-from serve.framing import OUTCOMES_CONTENT_TYPE, Outcomes, pack_outcomes, unpack_frames
+from serve.protocol.batch import OUTCOMES_CONTENT_TYPE, Outcomes, pack_outcomes, unpack_frames
 
 CLOUDS = {
     "modality": "lidar",

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from serve.admission import Admission
-from serve.batching import BatchLimits, padded, ragged
 from serve.errors import BackendBroken, FrameTooLarge, NotReady, OutOfMemory, Overloaded, SettingsError
+from serve.gateway.admission import Admission
+from serve.gateway.batcher import BatchLimits, padded, ragged
 from tests.gateway.device import Device, in_a_loop, submit, submitted, turns
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.batching import Batcher, BatchLimits, Settled, padded, ragged
 from serve.errors import NotReady
+from serve.gateway.batcher import Batcher, BatchLimits, Settled, padded, ragged
 from tests.gateway.device import in_a_loop, turns
 
 LIMITS = BatchLimits(items=3, cost=10, nbytes=20)

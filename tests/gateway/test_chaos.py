@@ -25,7 +25,7 @@ import httpx
 import psutil
 import pytest
 
-from serve.framing import FRAMES_CONTENT_TYPE, pack_frames
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from tests.conftest import pick_free_ports, write_archive
 from tests.gateway import checksum_handler, raw

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from serve.batching import Batcher, BatchLimits
 from serve.errors import NotReady
-from serve.forecast import Forecast
+from serve.gateway.batcher import Batcher, BatchLimits
+from serve.gateway.latency import Forecast
 from tests.gateway.virtual_time import in_virtual_time
 
 HANDOVER_S, FIXED_S, EACH_S = 0.003, 0.020, 0.002

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from serve.direct import GREETING, socket_path
+from serve.gateway.worker_client import GREETING, socket_path
 from tests.gateway.fake_torchserve import CLOUDS, FakeModel, FakeTorchServe, answer_for
 from tests.gateway.running import eventually
 
@@ -95,7 +95,7 @@ def test_a_batch_that_went_down_with_a_worker_waits_until_torchserve_knows_of_th
 def test_a_worker_that_only_hung_up_is_not_waited_for_without_end(
     start_gateway, torchserve, cloud, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr("serve.backend._NOTICE_S", 0.001)
+    monkeypatch.setattr("serve.gateway.backend._NOTICE_S", 0.001)
     with worker_that_dies(tmp_path, 4711):
         answer = start_gateway(worker_sockets=tmp_path).post(content=cloud(1))
     assert answer.content == answer_for(cloud(1), {}), answer.text

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
 from serve.errors import ClientError
-from serve.gateway.kserve import decode_infer
+from serve.gateway.routes.kserve_codec import decode_infer
 from tests.gateway.fake_torchserve import CLOUDS, FUSION, IMAGES, FakeModel, answer_for
 
 INFER = "/v2/models/second/infer"

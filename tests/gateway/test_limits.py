@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from serve.framing import FRAMES_CONTENT_TYPE, pack_frames
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from tests.gateway import raw
 from tests.gateway.fake_torchserve import answer_for
 from tests.gateway.running import eventually

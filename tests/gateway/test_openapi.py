@@ -19,11 +19,11 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.requests import Request
 
-from serve.admission import Admission
 from serve.errors import ClientError
-from serve.framing import FRAMES_CONTENT_TYPE, pack_frames
+from serve.gateway.admission import Admission
 from serve.gateway.options import GatewayOptions
-from serve.gateway.receiving import receive_frames
+from serve.gateway.request import receive_frames
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.storage.references import References
 from tests.gateway.conftest import FakeBackend, RunningGateway, running_gateway
 from tests.gateway.running import Background, eventually

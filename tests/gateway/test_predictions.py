@@ -14,7 +14,7 @@ import ormsgpack
 import pytest
 from PIL import Image
 
-from serve.framing import FRAMES_CONTENT_TYPE, pack_frames
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from tests.gateway.fake_torchserve import FUSION, IMAGES, FakeModel, answer_for
 
 NDJSON = {"accept": "application/x-ndjson"}

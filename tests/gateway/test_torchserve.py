@@ -176,7 +176,7 @@ def test_torchserves_token_mode_is_spoken(store, background, cloud):
 @pytest.fixture(scope="module")
 def second(tmp_path_factory, background) -> Iterator[tuple[RunningGateway, TorchServe]]:
     from serve.convert import Conversion, convert
-    from tests.serving.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
+    from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
 
     store = tmp_path_factory.mktemp("second")
     convert(Conversion(DEMO_CONFIG, DEMO_CHECKPOINT, store, "second"))
@@ -190,7 +190,7 @@ def second(tmp_path_factory, background) -> Iterator[tuple[RunningGateway, Torch
 
 @pytest.fixture(scope="module")
 def street() -> bytes:
-    from serve.demo.scenes import sample_frame
+    from tools.demo.scenes import sample_frame
 
     return sample_frame()
 

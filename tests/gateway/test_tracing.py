@@ -14,10 +14,10 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from starlette.responses import PlainTextResponse
 
-from serve.admission import Admission
-from serve.gateway.answering import Timing
-from serve.gateway.envelope import Envelope
-from serve.gateway.measures import Measures
+from serve.gateway.admission import Admission
+from serve.gateway.metrics import Measures
+from serve.gateway.middleware import Envelope
+from serve.gateway.response import Timing
 from serve.gateway.tracing import Tracing
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -13,10 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from handlers.direct_socket import listen
-from serve.connection import BrokenOff
-from serve.direct import BATCH, GREETING, LENGTH, LONGEST_BYTES, LostWithBatch, WorkerSockets, socket_path
 from serve.errors import BadRequest
+from serve.gateway.http_pool import BrokenOff
+from serve.gateway.worker_client import (
+    BATCH,
+    GREETING,
+    LENGTH,
+    LONGEST_BYTES,
+    LostWithBatch,
+    WorkerSockets,
+    socket_path,
+)
+from serve.worker.server import listen
 
 OWN = os.getpid()
 
@@ -179,7 +187,7 @@ def test_a_worker_that_hangs_is_left_to_torchserve_until_it_was_replaced(tmp_pat
 
 @pytest.mark.parametrize("greeting", [b"", b"late", LENGTH.pack(1) + b"x", b"\xff" * 8])
 def test_without_a_greeting_a_worker_gets_no_batch(tmp_path, greeting, monkeypatch):
-    monkeypatch.setattr("serve.direct.CONNECT_S", 0.2)
+    monkeypatch.setattr("serve.gateway.worker_client.CONNECT_S", 0.2)
     came = []
     with socket.socket(socket.AF_UNIX) as mute:
         mute.bind(str(socket_path(tmp_path, 1)))

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-from serve.benchmark import box_cases, image_cases, point_cases
-from serve.benchmark.inputs import Inputs
 from serve.ops import extension
+from tools.bench.kernels import boxes as box_cases
+from tools.bench.kernels import images as image_cases
+from tools.bench.kernels import points as point_cases
+from tools.bench.kernels.inputs import Inputs
 
 CASES = {**box_cases.CASES, **point_cases.CASES, **image_cases.CASES}
 OURS = (TypeError, ValueError, IndexError)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 USE = "import mmcv._ext as e; print('portable' if hasattr(e, 'PORTABLE') else 'compiled')"
 
 

@@ -1,6 +1,6 @@
 """No argument, however spoilt, ends the process or gives a silent wrong answer: every kernel, every tensor argument.
 
-`hostile_calls` does the calling, in a process of its own in which compiled loops check their bounds, so that a read
+`fuzz_kernels` does the calling, in a process of its own in which compiled loops check their bounds, so that a read
 of foreign memory is seen even where it would have done no harm.
 """
 
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from serve.benchmark.inputs import Inputs
 from serve.ops import extension
+from tools.bench.kernels.inputs import Inputs
 
-from .hostile_calls import CASES, names
+from .fuzz_kernels import CASES, names
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_TENSORS = {"get_compiler_version", "get_compiling_cuda_version"}
@@ -69,7 +69,7 @@ def outcomes(tmp_path_factory) -> dict[str, list[dict[str, str]]]:
         "NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("checked")),
     }
     ran = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-m", "tests.ops.hostile_calls"],
+        [sys.executable, "-X", "faulthandler", "-m", "tests.ops.fuzz_kernels"],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = ran.stdout.splitlines()

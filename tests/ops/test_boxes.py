@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.ops import iou3d, nms, roi_align, rotated
+from serve.ops.boxes import iou3d, nms, rotated
+from serve.ops.roi import align as roi_align
 
 
 def rectangles(seed: int, n: int) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.ops import boxes3d, pool3d
+from serve.ops.boxes import boxes3d
+from serve.ops.roi import pool3d
 from tests.ops.through_mmcv import mmcv_ops
 
 some_seeds = st.integers(0, 2**16)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serve.ops
-from serve.ops import deform_attention
+from serve.ops.deform import attention as deform_attention
 
 
 def problem(seed, batch, queries, heads, shapes, points, channels, dtype=torch.float32):

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serve.ops
-from serve.ops import deform_columns, deform_conv
-from serve.ops.deform_columns import Geometry
+from serve.ops.deform import columns as deform_columns
+from serve.ops.deform import conv as deform_conv
+from serve.ops.deform.columns import Geometry
 
 
 def sample(plane: np.ndarray, y: float, x: float) -> float:

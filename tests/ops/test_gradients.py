@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from serve.benchmark.image_cases import CASES
-from serve.benchmark.inputs import Inputs
-from serve.ops import carafe, roi_gradients, roi_pool, rotated_features, score_assign
+from serve.ops import carafe, rotated_features, score_assign
 from serve.ops.extension import kernels
+from serve.ops.roi import gradients as roi_gradients
+from serve.ops.roi import pool as roi_pool
+from tools.bench.kernels.images import CASES
+from tools.bench.kernels.inputs import Inputs
 
 from .through_mmcv import mmcv_ops
 

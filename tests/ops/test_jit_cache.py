@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.ops import machine_code
+from serve.ops.cpu import jit_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -25,11 +25,12 @@ from pathlib import Path
 import serve.ops
 serve.ops.install("portable", cache_dir=Path(sys.argv[1]))
 import torch
-from serve.ops import machine_code, nms
+from serve.ops.boxes import nms
+from serve.ops.cpu import jit_cache
 kept = nms.nms(torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4], [9, 9, 12, 12]]), torch.tensor([3.0, 2, 1]), 0.5, 0)
 stats = nms._nms_cpu.stats
 print(json.dumps({"kept": kept.tolist(), "hits": sum(stats.cache_hits.values()),
-                  "misses": sum(stats.cache_misses.values()), "folder": str(machine_code.folder('nms'))}))
+                  "misses": sum(stats.cache_misses.values()), "folder": str(jit_cache.folder('boxes.nms'))}))
 """
 
 
@@ -141,9 +142,9 @@ def test_a_truncated_file_is_compiled_anew(installed, tmp_path):
 def test_a_full_disk_costs_the_cache_and_not_the_answer(tmp_path):
     # In place of a full disk: the folder is gone when the first kernel is compiled, a file is in its place.
     program = PROGRAM.replace(
-        "from serve.ops import machine_code, nms",
-        "from serve.ops import machine_code, nms; import shutil\n"
-        "shutil.rmtree(machine_code.folder('nms')); machine_code.folder('nms').write_text('')",
+        "from serve.ops.cpu import jit_cache",
+        "from serve.ops.cpu import jit_cache; import shutil\n"
+        "shutil.rmtree(jit_cache.folder('boxes.nms')); jit_cache.folder('boxes.nms').write_text('')",
     )
     site = tmp_path / "site"
     shutil.copytree(ROOT / "serve", site / "serve", ignore=shutil.ignore_patterns("__pycache__"))
@@ -159,18 +160,18 @@ def test_a_full_disk_costs_the_cache_and_not_the_answer(tmp_path):
 def test_a_folder_that_others_can_write_is_not_read(tmp_path, mode):
     own, place = tmp_path / "file", tmp_path / "place"
     own.write_text("the sources' folder cannot be written")
-    made = machine_code.folder_among("nms", own, [place])
+    made = jit_cache.folder_among("boxes.nms", own, [place])
     assert made is not None and made.parent == place
     os.chmod(made, mode)
-    assert machine_code.folder_among("nms", own, [place]) is None
+    assert jit_cache.folder_among("boxes.nms", own, [place]) is None
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file away")
 def test_a_folder_of_somebody_else_is_not_read(tmp_path):
     own, place = tmp_path / "file", tmp_path / "place"
     own.write_text("")
-    made = machine_code.folder_among("nms", own, [place])
+    made = jit_cache.folder_among("boxes.nms", own, [place])
     assert made is not None
     os.chown(made, NOBODY, NOBODY)
-    other = machine_code.folder_among("nms", own, [place, tmp_path / "other"])
+    other = jit_cache.folder_among("boxes.nms", own, [place, tmp_path / "other"])
     assert other is not None and other.parent == tmp_path / "other"

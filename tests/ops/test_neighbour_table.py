@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.ops import neighbour_table, rank_bitmap, sparse_conv, sparse_index, strided_table
+from serve.ops.cpu import rank_bitmap
+from serve.ops.sparse import conv as sparse_conv
+from serve.ops.sparse import neighbour_table, strided_table
+from serve.ops.sparse import rulebook as sparse_index
 
 
 def voxels(shape: list[int], batch: int, share: float, seed: int) -> torch.Tensor:
@@ -148,7 +151,7 @@ def test_marks_are_counted():
 def test_layers_that_share_a_key_must_stand_on_the_same_voxels():
     from mmcv.ops import SparseConvTensor, SubMConv3d
 
-    from serve.runtime.sparse_layer import InferenceSparseConvolution
+    from serve.runtime.fused_sparse_conv import InferenceSparseConvolution
 
     layer = InferenceSparseConvolution(SubMConv3d(2, 2, 3, padding=1, indice_key="a"), relu=False)
     first = SparseConvTensor(torch.ones(3, 2), voxels([4, 4, 4], 1, 1.0, 0)[:3], [4, 4, 4], 1)
@@ -162,7 +165,7 @@ def test_layers_that_share_a_key_must_stand_on_the_same_voxels():
 def test_weights_that_move_are_prepared_anew():
     from mmcv.ops import SparseConvTensor, SubMConv3d
 
-    from serve.runtime.sparse_layer import InferenceSparseConvolution
+    from serve.runtime.fused_sparse_conv import InferenceSparseConvolution
 
     layer = InferenceSparseConvolution(SubMConv3d(2, 2, 3, padding=1), relu=False)
     x = SparseConvTensor(torch.ones(3, 2), voxels([4, 4, 4], 1, 1.0, 0)[:3], [4, 4, 4], 1)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serve.ops
-from serve.ops import overlaps
+from serve.ops.boxes import overlaps
 
 
 def boxes(seed: int, n: int) -> torch.Tensor:

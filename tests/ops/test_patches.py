@@ -60,7 +60,7 @@ def test_a_sparse_tensor_takes_its_extents_as_a_tensor():
 def test_deformable_attention_takes_the_kernel_on_a_cpu():
     from mmcv.ops import multi_scale_deform_attn
 
-    from serve.ops.deform_attention import attend
+    from serve.ops.deform.attention import attend
 
     assert multi_scale_deform_attn.multi_scale_deformable_attn_pytorch is attend
 

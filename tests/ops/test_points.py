@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.ops import grouping, neighbours, sampling
+from serve.ops.points import grouping, neighbours, sampling
 from tests.ops.through_mmcv import mmcv_ops
 
 some_seeds = st.integers(0, 2**16)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.ops import polygons, quadrilaterals
+from serve.ops.boxes import polygons, quadrilaterals
 from tests.ops.through_mmcv import mmcv_ops
 
 some_seeds = st.integers(0, 2**16)

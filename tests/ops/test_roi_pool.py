@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from scipy import integrate
 
 import serve.ops
-from serve.ops import bilinear, roi_pool, roi_sampling
+from serve.ops.roi import bilinear
+from serve.ops.roi import pool as roi_pool
+from serve.ops.roi import sampling as roi_sampling
 
 KERNELS = {name: getattr(module, name) for module in (roi_pool, roi_sampling) for name in module.__all__}
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.ops import sparse_conv, sparse_index
+from serve.ops.sparse import conv as sparse_conv
+from serve.ops.sparse import rulebook as sparse_index
 
 
 def random_sparse(seed: int, shape: tuple[int, ...], batch: int, fill: float, channels: int):

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from serve.ops.threads import in_parts
+from serve.ops.cpu.threads import in_parts
 
 
 @pytest.fixture(params=[1, 2, 5])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import serve.ops
-from serve.ops import carafe, pixel_masks
+from serve.ops import carafe
+from serve.ops import masks as pixel_masks
 
 KERNELS = {name: getattr(module, name) for module in (carafe, pixel_masks) for name in module.__all__}
 

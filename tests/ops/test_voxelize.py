@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.ops import scatter, voxelize
+from serve.ops.points import scatter, voxelize
 
 SIZE, RANGE = (0.5, 0.5, 1.0), (0.0, -2.0, -1.0, 4.0, 2.0, 2.0)
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.ops import winograd
-from serve.ops.register_tile import CHANNELS, LANES
+from serve.ops.cpu import winograd
+from serve.ops.cpu.gemm import CHANNELS, LANES
 
 
 def random_layer(seed: int, batch: int, inputs: int, outputs: int, height: int, width: int):

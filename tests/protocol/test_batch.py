@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.errors import BackendBroken, BadRequest
-from serve.framing import (
+from serve.protocol.batch import (
     Outcomes,
     frame_chunks,
     pack_frames,

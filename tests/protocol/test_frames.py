@@ -20,7 +20,7 @@ from serve.errors import (
     UndecodableFrame,
     UnknownOption,
 )
-from serve.wire import (
+from serve.protocol.frames import (
     FrameSpec,
     Limits,
     Options,

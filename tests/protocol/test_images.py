@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serve.errors import FrameTooLarge, UndecodableFrame
-from serve.picture_decoding import decode_image
+from serve.protocol.images import decode_image
 
 ORIENTATION = 0x0112
 

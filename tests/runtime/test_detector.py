@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from serve import archive
-from serve.comparison import Tolerances, compare
+from serve.compare.detections import Tolerances, compare
 from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, SelfTestError
+from serve.protocol.frames import Frame, Limits, Options, encode_json
 from serve.runtime import detector as detector_module
 from serve.runtime import device_for, load_detector
-from serve.runtime.folding import find_pairs, fold
+from serve.runtime.fusion import find_pairs, fold
 from serve.runtime.selftest import prove
-from serve.wire import Frame, Limits, Options, encode_json
 
 EXACT = Tolerances(box_m=1e-4, score=1e-5)
 

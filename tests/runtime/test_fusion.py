@@ -13,8 +13,8 @@ from serve import ops
 
 ops.install("portable")
 
-from serve.ops import winograd  # noqa: E402
-from serve.runtime import folding  # noqa: E402
+from serve.ops.cpu import winograd  # noqa: E402
+from serve.runtime import fusion as folding  # noqa: E402
 
 
 def settled(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -55,7 +55,7 @@ def sparse_network() -> nn.Module:
 
 
 def test_a_folded_sparse_network_computes_the_same_with_one_pass_a_layer():
-    from serve.runtime.sparse_layer import InferenceSparseConvolution
+    from serve.runtime.fused_sparse_conv import InferenceSparseConvolution
 
     plain = settled(sparse_network())
     folded = copy.deepcopy(plain)
@@ -72,7 +72,7 @@ def test_a_folded_sparse_network_computes_the_same_with_one_pass_a_layer():
 def test_an_inverse_convolution_without_its_partner_says_so():
     from mmcv.ops import SparseInverseConv3d
 
-    from serve.runtime.sparse_layer import InferenceSparseConvolution
+    from serve.runtime.fused_sparse_conv import InferenceSparseConvolution
 
     layer = InferenceSparseConvolution(SparseInverseConv3d(4, 4, 3, indice_key="nowhere"), relu=False)
     with pytest.raises(ValueError, match="nowhere"):
@@ -80,7 +80,7 @@ def test_an_inverse_convolution_without_its_partner_says_so():
 
 
 def test_the_map_of_an_encoder_is_what_mmcv_makes_of_it():
-    from serve.runtime.sparse_layer import SparseMap
+    from serve.runtime.fused_sparse_conv import SparseMap
 
     x = sparse_input((3, 5, 4), 6)
     laid_out = SparseMap(x.features, x.indices, x.spatial_shape, x.batch_size)
@@ -100,7 +100,7 @@ class Tapped(nn.Sequential):
 
 @pytest.mark.skipif(not winograd.SUITED, reason="only where vectors are wide")
 def test_a_folded_backbone_computes_the_same_and_sequences_of_another_kind_are_left_alone():
-    from serve.runtime.dense_layer import InferenceConvolution
+    from serve.runtime.fused_conv import InferenceConvolution
 
     def layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
         conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)

@@ -17,7 +17,7 @@ PROBE = """
 import resource
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
-from serve.runtime.memory import keep_freed_memory
+from serve.runtime.malloc import keep_freed_memory
 kept = KEEP
 def frame():
     blocks = [np.ones(4_000_000) for _ in range(3)]
@@ -33,7 +33,7 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def probe(keep: bool) -> tuple[bool, int]:
     done = subprocess.run(
         [sys.executable, "-c", PROBE.replace("KEEP", "keep_freed_memory()" if keep else "False")],
-        env={"PYTHONPATH": str(Path(__file__).parents[1])},
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     said, faults = done.stdout.split()

@@ -7,9 +7,9 @@ from mmengine.config import Config
 from torch import nn
 
 from serve import ops
-from serve.runtime import mended
-from serve.runtime.answers import to_answer
+from serve.runtime import patches as mended
 from serve.runtime.model import build_network
+from serve.runtime.predictions import to_answer
 
 ops.install()
 

@@ -11,7 +11,7 @@ import torch
 
 from serve import ops
 from serve.runtime.model import build_network
-from serve.runtime.registered_names import name_registered_only
+from serve.runtime.registry_guard import name_registered_only
 
 ops.install()
 

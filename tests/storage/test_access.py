@@ -10,7 +10,6 @@ import lmdb
 import pytest
 
 from serve import storage
-from serve.config_source import config_at_hand, fetch_config
 from serve.errors import (
     AccessDenied,
     ArchiveError,
@@ -20,13 +19,14 @@ from serve.errors import (
     UndecodableFrame,
     UriError,
 )
-from serve.frame_source import frames_at
 from serve.storage.packed_folder import pack_folder
+from serve.verify.frame_source import frames_at
+from serve.zoo.config_source import config_at_hand, fetch_config
 
 
 def test_importing_storage_imports_no_client_library():
     code = (
-        "import sys, serve.storage, serve.model_store, serve.cli.storage\n"
+        "import sys, serve.storage, serve.archive.store, serve.cli.storage\n"
         "heavy = {'boto3', 'botocore', 'lmdb', 'httpx', 'torch', 'mmengine', 'numpy'} & set(sys.modules)\n"
         "assert not heavy - {'numpy'}, heavy"
     )

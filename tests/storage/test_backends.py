@@ -372,7 +372,7 @@ def fresh():
 def registered():
     assert prefix_to_backends["s3"].__module__ == "serve.storage.backends" == backends["ffrecord"].__module__
 
-path = Path("serve/demo/second_demo.py")
+path = Path("serve/assets/second_demo.py")
 config, _ = convert.resolve_config(path)
 registered()
 fresh()

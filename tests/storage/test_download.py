@@ -1,4 +1,4 @@
-"""`serve.download` against a real HTTP server that misbehaves on demand."""
+"""`serve.storage.download` against a real HTTP server that misbehaves on demand."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from serve import download
-from serve.download import cache_path, fetch, hash_in_name, sha256_of
 from serve.errors import DownloadError
+from serve.storage import download
+from serve.storage.download import cache_path, fetch, hash_in_name, sha256_of
 
 BODY = bytes(range(256)) * 12_000  # 3 MB: several pieces
 DIGEST = hashlib.sha256(BODY).hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from serve import ops, storage
-from serve.cli.conversion import archive_by_name
+from serve.cli import archive as archive_command
 from serve.errors import ArchiveError
 from serve.storage.packed_folder import pack_folder
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
@@ -26,7 +26,11 @@ DEMO = ROOT / "serve" / "demo"
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=os.environ
+        [sys.executable, "-m", "serve", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ,
     )
 
 
@@ -41,7 +45,7 @@ def trained(bucket) -> tuple[str, str]:
 
 
 def test_an_archive_from_a_bucket_goes_to_a_bucket_and_is_served_from_it(bucket, trained, tmp_path, capsys):
-    from serve.demo.scenes import generate_scene, held_out_seed
+    from tools.demo.scenes import generate_scene, held_out_seed
 
     spec = importlib.util.spec_from_file_location(
         "comparing_tool", ROOT / "tools/deployment/test_torchserver.py"
@@ -58,11 +62,11 @@ def test_an_archive_from_a_bucket_goes_to_a_bucket_and_is_served_from_it(bucket,
     assert made.returncode == 0, made.stderr
     assert f"uploaded  {store}/second.mar" in made.stdout
     with pytest.raises(ArchiveError, match="exists; choose another"):
-        archive_by_name(
+        archive_command.main(
             [config, "--checkpoint", checkpoint, "--output-folder", store, "--model-name", "second"]
         )
 
-    fetched = run("tools/fetch_models.py", "--from", store, "--to", tmp_path / "store")
+    fetched = run("fetch", "--from", store, "--to", tmp_path / "store")
     assert fetched.returncode == 0, fetched.stderr
     sha256 = made.stdout.split("sha256")[1].split()[0]
     assert sha256 in fetched.stdout

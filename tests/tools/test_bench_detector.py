@@ -19,13 +19,16 @@ from serve import archive, convert, ops
 
 ops.install("portable")
 
-from serve.benchmark import detector, native_environment, race, scaling  # noqa: E402
-from serve.benchmark.native_process import NativeProcess  # noqa: E402
-from serve.cli.bench import bench_detector, bench_native  # noqa: E402
-from serve.demo.scenes import sample_frame  # noqa: E402
-from serve.demo.training import CHECKPOINT, CONFIG  # noqa: E402
 from serve.errors import InferenceFailed, SetupError  # noqa: E402
 from serve.runtime import load_detector  # noqa: E402
+from tools.bench import detector, scaling  # noqa: E402
+from tools.bench.commands import detector as detector_command  # noqa: E402
+from tools.bench.commands import native_env as native_env_command  # noqa: E402
+from tools.bench.reference import environment as native_environment  # noqa: E402
+from tools.bench.reference import nondeterminism as race  # noqa: E402
+from tools.bench.reference.process import NativeProcess  # noqa: E402
+from tools.demo.scenes import sample_frame  # noqa: E402
+from tools.demo.training import CHECKPOINT, CONFIG  # noqa: E402
 
 # In the tests the native side runs on our kernels: this environment has no others.
 PYTHON = Path(sys.executable)
@@ -171,14 +174,14 @@ def test_a_made_cloud_is_the_same_every_time_and_within_the_range() -> None:
 )
 def test_arguments_that_do_not_go_together_are_refused(arguments: list[str], said: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
-        bench_detector(arguments)
+        detector_command.main(arguments)
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_the_native_environment_asks_for_a_compiler_first(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SetupError, match=r"C\+\+ compiler"):
-        bench_native(["--folder", str(tmp_path / "native")])
+        native_env_command.main(["--folder", str(tmp_path / "native")])
     assert not (tmp_path / "native").exists()
 
 

@@ -15,16 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve.benchmark.serving import contenders, slept
-from serve.benchmark.serving.contenders import GATEWAY, Field, Subject, slept_archive
-from serve.benchmark.serving.guarded import Guarded, cpu_seconds, pause, resume
-from serve.benchmark.serving.load import Load, measure, quantile
-from serve.benchmark.serving.load_process import LoadProcess
-from serve.benchmark.serving.report import BEGIN, END, Report
-from serve.benchmark.serving.runs import Machine, Plan, Result, Row
 from serve.errors import BackendStartError
+from tools.bench.serving import sleep_model as slept
+from tools.bench.serving import targets as contenders
+from tools.bench.serving.load import Load, measure, quantile
+from tools.bench.serving.load_process import LoadProcess
+from tools.bench.serving.process import Guarded, cpu_seconds, pause, resume
+from tools.bench.serving.report import BEGIN, END, Report
+from tools.bench.serving.runs import Machine, Plan, Result, Row
+from tools.bench.serving.targets import GATEWAY, Field, Subject, slept_archive
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ONE_BY_ONE_S = 0.02
 
 
@@ -197,7 +198,7 @@ def test_a_server_that_ends_while_starting_is_named_with_its_last_words():
 
 def test_nothing_is_left_when_the_benchmark_is_killed(tmp_path):
     code = (
-        "import sys, time\nfrom serve.benchmark.serving.guarded import Guarded\n"
+        "import sys, time\nfrom tools.bench.serving.process import Guarded\n"
         f"with Guarded('it', [sys.executable, '-c', {SPIN!r}]) as server:\n"
         "    print(server.pid, flush=True)\n    time.sleep(60)\n"
     )
@@ -254,7 +255,15 @@ def test_ctrl_c_leaves_no_process(tmp_path):
 
 
 def bench(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "tools/bench_serving.py", "--bench-python", "/nowhere/python", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.bench",
+        "serving",
+        "--bench-python",
+        "/nowhere/python",
+        *arguments,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shapely.affinity import rotate, translate
 from shapely.geometry import box as rectangle
 
-from serve.demo.average_precision import (
+from tools.demo.average_precision import (
     FrameDetections,
     FrameTruth,
     average_precision,

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from serve.demo import training
-from serve.demo.evaluation import detect, evaluate, load_native, truth_of
-from serve.demo.layout import CLASSES
-from serve.demo.scenes import generate_scene, points_in_boxes, sample_scene
-from serve.demo.training import CHECKPOINT, CONFIG, TrainingOptions, augment, one_cycle, train
 from serve.errors import CheckpointError, SettingsError
+from tools.demo import training
+from tools.demo.evaluation import detect, evaluate, load_native, truth_of
+from tools.demo.layout import CLASSES
+from tools.demo.scenes import generate_scene, points_in_boxes, sample_scene
+from tools.demo.training import CHECKPOINT, CONFIG, TrainingOptions, augment, one_cycle, train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serve.demo import scenes
-from serve.demo.layout import CLASSES
-from serve.demo.raycast import MAX_RANGE, in_camera
-from serve.demo.scenes import Scene, generate_scene, held_out_seed, points_in_boxes, training_seed
-from serve.demo.shapes import Material, box, car, cyclist, disc_outline, frustum, pedestrian, place, prism
+from tools.demo import scenes
+from tools.demo.layout import CLASSES
+from tools.demo.raycast import MAX_RANGE, in_camera
+from tools.demo.scenes import Scene, generate_scene, held_out_seed, points_in_boxes, training_seed
+from tools.demo.shapes import Material, box, car, cyclist, disc_outline, frustum, pedestrian, place, prism
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2, 7, held_out_seed(0), held_out_seed(1), scenes.SAMPLE_SEED)
 
 
@@ -43,7 +43,7 @@ def test_a_scene_does_not_depend_on_numpys_global_random_state() -> None:
 
 def test_generating_scenes_does_not_import_torch() -> None:
     code = (
-        "import sys; from serve.demo import scenes; scenes.sample_frame(); sys.exit('torch' in sys.modules)"
+        "import sys; from tools.demo import scenes; scenes.sample_frame(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
@@ -201,7 +201,17 @@ def test_solids_hold_what_they_should() -> None:
 
 def test_make_scene_writes_cloud_and_ground_truth(tmp_path: Path) -> None:
     out, truth = tmp_path / "frame.bin", tmp_path / "frame.json"
-    command = [sys.executable, "tools/make_scene.py", str(out), "--seed", "3", "--ground-truth", str(truth)]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.demo",
+        "scene",
+        str(out),
+        "--seed",
+        "3",
+        "--ground-truth",
+        str(truth),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     expected = generate_scene(3)
@@ -214,7 +224,7 @@ def test_make_scene_writes_cloud_and_ground_truth(tmp_path: Path) -> None:
 def test_make_scene_says_what_is_wrong_in_one_sentence(tmp_path: Path) -> None:
     for arguments in (["x.bin", "--seed", "-1"], [str(tmp_path / "no" / "such" / "x.bin")]):
         done = subprocess.run(
-            [sys.executable, "tools/make_scene.py", *arguments],
+            [sys.executable, "-m", "tools.demo", "scene", *arguments],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -15,9 +15,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from serve.torchserve.launch import child_environment
+from serve.torchserve.java import child_environment
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOCKS = [ROOT / "requirements" / "runtime.lock", ROOT / "requirements" / "dev.lock"]
 
 
@@ -97,7 +97,7 @@ def test_opencv_is_there_once_and_headless() -> None:
 
 
 def test_importing_the_server_side_needs_no_torch() -> None:
-    program = "import serve.torchserve, serve.cli.serving, sys; print('torch' in sys.modules)"
+    program = "import serve.torchserve, serve.cli.serve, sys; print('torch' in sys.modules)"
     ran = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=child_environment(), check=True
     )

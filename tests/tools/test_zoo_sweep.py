@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from serve.coverage.families import Family, families
-from serve.coverage.page import counts, page
-from serve.coverage.sweep import Result, Sweep, load_results
-from serve.coverage.trial import Verdict
+from tools.zoo.families import Family, families
+from tools.zoo.probe import Verdict
+from tools.zoo.report import counts, page
+from tools.zoo.sweep import Result, Sweep, load_results
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def no_fork_server_is_left():
     forkserver._forkserver._stop()
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
 def test_the_page_has_a_row_for_every_family_of_the_installed_zoos():
@@ -100,7 +100,7 @@ def test_trials_that_hang_or_eat_memory_are_ended_and_a_sweep_remembers(tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_families_are_swept_and_written_to_a_page(tmp_path, capsys):
-    from serve.cli.coverage import zoo_coverage
+    from tools.zoo.command import zoo_coverage
 
     arguments = ["--only", "mmdet/common", "--only", "mmdet/atss", "--results", str(tmp_path / "r.jsonl")]
     assert zoo_coverage([*arguments, "--page", str(tmp_path / "page.md")]) == 0

@@ -16,14 +16,15 @@ import httpx
 import psutil
 import pytest
 
-from serve import supervision
-from serve.cli import run, serving
+from serve.cli import run
+from serve.cli import serve as serving
 from serve.errors import BackendStartError, ModelNotFound, NotReady, SettingsError
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions, stop_running
+from serve.torchserve import supervisor as supervision
 from serve.torchserve.config import Manifest, log_configuration, properties, read_manifest
-from serve.torchserve.launch import child_environment
+from serve.torchserve.java import child_environment
 from serve.torchserve.log import WorkerLog
-from serve.torchserve.state import remember
+from serve.torchserve.pidfile import remember
 from tests.conftest import pick_free_ports, write_archive
 
 ECHO = """
@@ -333,8 +334,8 @@ def test_the_command_serves_until_it_is_stopped_from_elsewhere(
     state, ready = tmp_path / "state", threading.Event()
     # The tiny archive is not one of ours, and the gateway would not serve it.
     monkeypatch.setattr(supervision, "examine", lambda store, models: (list(models), []))
-    tell = serving._tell
-    monkeypatch.setattr(serving, "_tell", lambda *arguments: (tell(*arguments), ready.set()))
+    tell = serving._print_ready
+    monkeypatch.setattr(serving, "_print_ready", lambda *arguments: (tell(*arguments), ready.set()))
     ended: list[str] = []
 
     def stop_when_ready() -> None:
@@ -353,7 +354,7 @@ def test_the_command_serves_until_it_is_stopped_from_elsewhere(
         f"{metrics}",
     ]
     where = ["--store", str(store), "--state-dir", str(state)]
-    assert run(serving.serve_archives, [*where, *ports, "--models", "echo", "--no-gateway"]) == 0
+    assert run(serving.main, [*where, *ports, "--models", "echo", "--no-gateway"]) == 0
     stopper.join()
     assert ended == [f"http://127.0.0.1:{inference}"]
     assert list(state.iterdir()) == []
@@ -363,7 +364,7 @@ def test_the_command_serves_until_it_is_stopped_from_elsewhere(
 def test_the_command_refuses_an_archive_that_is_not_ours(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(serving.serve_archives, ["--store", str(store), "--models", "echo"]) == 2
+    assert run(serving.main, ["--store", str(store), "--models", "echo"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: {store / 'echo.mar'}: ") and "mmdet3d-serve" in told
 

@@ -18,18 +18,18 @@ import httpx
 import psutil
 import pytest
 
-from serve.demo.scenes import sample_frame
 from serve.errors import ArchiveError, BackendStartError
-from serve.supervision import Service, archives_of, examine
 from serve.torchserve import ServedModel, TorchServeOptions
+from serve.torchserve.supervisor import Service, archives_of, examine
 from tests.conftest import pick_free_ports
+from tools.demo.scenes import sample_frame
 
 pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(300)]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Up:
-    """``python -m serve up`` as a container runs it, and what it says."""
+    """``python -m serve serve --container`` as a container runs it, and what it says."""
 
     def __init__(self, store: Path, home: Path, **environment: str) -> None:
         self.ports = pick_free_ports(4)
@@ -112,7 +112,7 @@ def up(demo_store: Path, tmp_path: Path) -> Iterator[Callable[..., Up]]:
 
 @pytest.fixture(scope="module")
 def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from serve.cli.serving import demonstration
+    from serve.cli.serve import demonstration
 
     return demonstration(tmp_path_factory.mktemp("store"))
 

@@ -1,4 +1,4 @@
-"""`serve.native`, `serve.verification` and `tools/deployment/test_torchserver.py`, on a real socket.
+"""`serve.verify.reference`, `serve.verify.endpoint` and `tools/deployment/test_torchserver.py`, on a real socket.
 
 The served side is a ten-line HTTP server that answers what a test tells it to; the native side is
 mmdet3d's SECOND (the demonstration's config) and mmdet's Faster R-CNN with random weights.
@@ -23,10 +23,10 @@ import pytest
 from serve import errors
 from serve.cli import run
 from serve.client import Client
-from serve.native import NativeModel, above, load_native
-from serve.verification import draw_report, find_frames, read_token, summary, verify
+from serve.verify.endpoint import draw_report, find_frames, read_token, summary, verify
+from serve.verify.reference import NativeModel, above, load_native
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SECOND = str(ROOT / "serve" / "demo" / "second_demo.py")
 ANOTHER_SECOND = "hv_second_secfpn_6x8_80e_kitti-3d-3class"  # its name before 1.0; the zoo knows today's
 FASTER_RCNN = "faster-rcnn_r50_fpn_1x_coco"
@@ -244,7 +244,7 @@ def test_a_model_that_looks_at_no_input_is_mentioned(server: FakeTorchServe, tmp
 def _random_weights(config: str, path: Path) -> Path:
     from serve import ops, zoo
     from serve.convert import configured_classes, resolve_config
-    from serve.random_weights import write_random_checkpoint
+    from tools.zoo.random_weights import write_random_checkpoint
 
     ops.install()
     parsed, _ = resolve_config(zoo.resolve(config).config_path)
@@ -264,7 +264,7 @@ def second(second_checkpoint: Path) -> NativeModel:
 
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from serve.demo.scenes import sample_frame
+    from tools.demo.scenes import sample_frame
 
     path = tmp_path_factory.mktemp("cloud") / "frame.bin"
     path.write_bytes(sample_frame())

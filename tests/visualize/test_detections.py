@@ -1,4 +1,4 @@
-"""`serve.drawing` and `tools/draw.py`: pictures show what is there, and nothing crashes on odd input."""
+"""`serve.visualize.detections` and `tools/draw.py`: pictures show what is there, and nothing crashes on odd input."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from serve.drawing import draw_birds_eye_view, draw_frame, draw_image, png_bytes
+from serve.visualize.detections import draw_birds_eye_view, draw_frame, draw_image, png_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GREEN = (110, 226, 124)  # of label 2, BGR
 VIEW = (0.0, -20.0, 30.0, 20.0)  # with 1200 x 900 pixels: 30 pixels per metre
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.cpu_quota import cores
+from serve.worker.cpu_quota import cores
 
 HERE = len(os.sched_getaffinity(0))
 

@@ -16,8 +16,8 @@ import pytest
 from handlers.mmdet3d_handler import MMDet3DHandler
 from handlers.mmdet_handler import MMDetHandler
 from serve.errors import ArchiveError, BadRequest
-from serve.framing import FRAMES_CONTENT_TYPE, OUTCOMES_CONTENT_TYPE, pack_frames, unpack_outcomes
-from tests.serving.conftest import Context
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, OUTCOMES_CONTENT_TYPE, pack_frames, unpack_outcomes
+from tests.worker.context import Context
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -119,7 +119,7 @@ def test_only_computing_is_watched_and_only_where_a_limit_is_given(handler, stre
         watched.append((seconds, threading.current_thread().name.startswith("engine")))
         yield
 
-    monkeypatch.setattr("handlers.detection.limited_to", limited_to)
+    monkeypatch.setattr("serve.worker.handler.limited_to", limited_to)
     packed = memoryview(pack_frames([(street.tobytes(), {})]))
     handler.answer_batch(packed, 7)
     handler.answer_batch(packed)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from handlers import worker_log
+from serve.worker import log_filters as worker_log
 
 METRICS = logging.getLogger("ts.metrics.caching_metric")
 

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from handlers.watchdog import limited_to
+from serve.worker.watchdog import limited_to
 
 PROGRAM = """
 import ctypes, time
-from handlers.watchdog import limited_to
+from serve.worker.watchdog import limited_to
 def kernel_that_does_not_return():
     {hang}
 with limited_to(0.3):
@@ -40,7 +40,7 @@ def test_what_is_quick_goes_on():
 def test_an_error_inside_takes_the_watch_off_too():
     program = """
 import time
-from handlers.watchdog import limited_to
+from serve.worker.watchdog import limited_to
 try:
     with limited_to(0.3):
         raise ValueError

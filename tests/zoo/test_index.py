@@ -1,4 +1,4 @@
-"""`serve.zoo` on the index of the installed wheels, and on a small one made here."""
+"""`serve.zoo.index` on the index of the installed wheels, and on a small one made here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serve import zoo
 from serve.errors import ModelLookupError
 from serve.zoo import Zoo
-from serve.zoo_aliases import ALIASES, RENAMED_WORDS, bare_name, name_words
+from serve.zoo.aliases import ALIASES, RENAMED_WORDS, bare_name, name_words
 
 SECOND = "second_hv_secfpn_8xb6-80e_kitti-3d-3class"
 SECOND_CAR = "second_hv_secfpn_8xb6-80e_kitti-3d-car"

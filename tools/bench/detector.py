@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from serve import archive, ops
-from serve.benchmark import race
-from serve.benchmark.native_process import NativeProcess
-from serve.benchmark.stages import STAGES, Stopwatch, timed
-from serve.comparison import Comparison, Tolerances, compare
+from serve.compare.detections import Comparison, Tolerances, compare
 from serve.errors import ServeError
-from serve.native import load_native
+from serve.protocol.frames import Limits, Options
 from serve.runtime import load_detector
-from serve.wire import Limits, Options
+from serve.verify.reference import load_native
+from tools.bench.reference import nondeterminism as race
+from tools.bench.reference.process import NativeProcess
+from tools.bench.stages import STAGES, Stopwatch, timed
 
 __all__ = ["DetectorBenchmark", "Subject", "run"]
 

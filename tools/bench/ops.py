@@ -1,6 +1,6 @@
 """Timing the kernels one by one: our CPU way, the torch way every device has, and a named alternative.
 
-Inputs are made up, from a seed, at the sizes of inference (`serve.benchmark.box_cases` and its kin). Alternatives are
+Inputs are made up, from a seed, at the sizes of inference (`tools.bench.kernels.boxes` and its kin). Alternatives are
 torchvision, where it can be imported, and a compiled mmcv in another Python, which makes the same inputs in a process
 of its own. Knows nothing about correctness: tests do.
 """
@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
-from serve.benchmark import box_cases, image_cases, point_cases
-from serve.benchmark.inputs import Inputs
 from serve.errors import SetupError
 from serve.ops import extension
 from serve.ops.checks import torch_only
+from tools.bench.kernels import boxes as box_cases
+from tools.bench.kernels import images as image_cases
+from tools.bench.kernels import points as point_cases
+from tools.bench.kernels.inputs import Inputs
 
 __all__ = ["CASES", "OpsBenchmark", "Row", "compile_all", "run", "time_native"]
 
@@ -187,9 +189,7 @@ def _torchvision_ms(name: str, a: list[Any], device: str) -> tuple[float | None,
 
 def _native(python: Path, names: list[str], device: str) -> dict[str, float | None]:
     """Milliseconds of each kernel of the compiled mmcv of another Python; None where it refused."""
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from serve.benchmark import ops; ops.time_native()"
-    )
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.bench import ops; ops.time_native()"
     names = [name for name in names if device != "cpu" or name in NATIVE_ON_CPU]
     asked = json.dumps({"names": names, "device": device, "threads": torch.get_num_threads()})
     ran = subprocess.run(

@@ -4,7 +4,7 @@ It answers HEAD and GET with ranges and If-Match, the bytes going from the page 
 passing through Python (``sendfile``). moto, which the tests use, copies every byte several times and would be
 what is measured. Checks no signature, lists nothing, writes nothing: only for benchmarks on loopback.
 
-    python -m serve.benchmark.range_server FILE        prints its port, ends when its standard input does
+    python -m tools.bench.range_server FILE        prints its port, ends when its standard input does
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from serve.benchmark.stages import Stopwatch, timed
 from serve.errors import SetupError
+from serve.protocol.frames import Limits, Options
 from serve.runtime.detector import Detector
-from serve.wire import Limits, Options
+from tools.bench.stages import Stopwatch, timed
 
 __all__ = ["BATCHES", "POINTS", "Row", "Scaling", "cloud", "run"]
 

@@ -1,6 +1,6 @@
 """How fast is storage? Reads of a large object beside boto3's own, random reads of FFRecord beside pread, packing.
 
-Sides take turns, round by round, in one process; the object comes from `serve.benchmark.range_server` on
+Sides take turns, round by round, in one process; the object comes from `tools.bench.range_server` on
 loopback, everything else from the page cache. Nothing outside this machine is asked.
 
 Knows nothing about networks with delays or disks that are cold: there, all sides wait for the same thing.
@@ -229,7 +229,7 @@ def _reads(root: Path, size: int, rounds: int, done: Callable[[], object]) -> di
 @contextmanager
 def _served(source: Path) -> Iterator[str]:
     server = subprocess.Popen(
-        [sys.executable, "-m", "serve.benchmark.range_server", str(source)],
+        [sys.executable, "-m", "tools.bench.range_server", str(source)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -3,7 +3,7 @@
 ``init_model`` and ``inference_detector`` do the work, not `serve.runtime`.
 
 Which boxes count: at least `min_points` returns inside and the centre within the detector's range; the
-others are ignored, found or not. AP is `serve.demo.average_precision`'s.
+others are ignored, found or not. AP is `tools.demo.average_precision`'s.
 
 Does not know: real recordings, nor how fast or right a server is.
 """
@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from serve.demo.average_precision import ClassResult, FrameDetections, FrameTruth, evaluate_class
-from serve.demo.scenes import CLASSES, Scene, generate_scene, held_out_seed
-from serve.demo.training import CHECKPOINT, CONFIG
 from serve.errors import CheckpointError, SettingsError
+from tools.demo.average_precision import ClassResult, FrameDetections, FrameTruth, evaluate_class
+from tools.demo.scenes import CLASSES, Scene, generate_scene, held_out_seed
+from tools.demo.training import CHECKPOINT, CONFIG
 
 __all__ = ["IOU_THRESHOLDS", "Evaluation", "detect", "evaluate", "load_native", "truth_of"]
 

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.demo.scenes import CLASSES, Scene, generate_scene, training_seed
+import serve
 from serve.errors import SettingsError
+from tools.demo.scenes import CLASSES, Scene, generate_scene, training_seed
 
 __all__ = [
     "CHECKPOINT",
@@ -39,8 +40,8 @@ __all__ = [
     "train",
 ]
 
-CONFIG = Path(__file__).with_name("second_demo.py")
-CHECKPOINT = Path(__file__).with_name("second_demo.pth")
+CONFIG = Path(serve.__file__).with_name("assets") / "second_demo.py"
+CHECKPOINT = CONFIG.with_suffix(".pth")
 PALETTE = [[220, 60, 60], [60, 170, 60], [60, 90, 220]]  # RGB, one per class
 
 _SCENES_PER_SEED = 10_000

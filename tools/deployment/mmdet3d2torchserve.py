@@ -1,11 +1,11 @@
-"""Convert a mmdet3d config and checkpoint to a TorchServe archive; see `serve.cli.conversion`."""
+"""Convert a mmdet3d config and checkpoint to a TorchServe archive; see `serve.cli.archive`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from serve.cli import run
-from serve.cli.conversion import to_torchserve
+from serve.cli.archive import to_torchserve
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -147,13 +147,14 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> Verdict:
     import torch
     from mmengine.config import Config
 
-    from serve import archive, convert, golden
-    from serve.native import load_native
-    from serve.random_weights import write_random_checkpoint
+    from serve import archive, convert
+    from serve.convert import golden
+    from serve.protocol.frames import Limits, Options
     from serve.runtime import load_detector
-    from serve.runtime.samples import frame_spec
+    from serve.runtime.pipeline import frame_spec
     from serve.runtime.selftest import PRECISION_OF, agrees
-    from serve.wire import Limits, Options
+    from serve.verify.reference import load_native
+    from tools.zoo.random_weights import write_random_checkpoint
 
     # 1. The config, made small.
     small = folder / path.name

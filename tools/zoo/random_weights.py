@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from serve.golden import golden_frame, read_frame
-from serve.runtime.dice import seeded
+from serve.convert.golden import golden_frame, read_frame
+from serve.protocol.frames import Limits, Options, decode_frame
 from serve.runtime.model import build_network, quiet_upstream
-from serve.runtime.samples import SampleBuilder
-from serve.wire import Limits, Options, decode_frame
+from serve.runtime.pipeline import SampleBuilder
+from serve.runtime.random_state import seeded
 
 __all__ = ["write_random_checkpoint"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from serve.coverage.families import Family
-from serve.coverage.sweep import Result
-from serve.coverage.trial import MOST_MASKED, PICTURE_PX, SHRUNK_PX
+from tools.zoo.families import Family
+from tools.zoo.probe import MOST_MASKED, PICTURE_PX, SHRUNK_PX
+from tools.zoo.sweep import Result
 
 __all__ = ["counts", "page"]
 
@@ -14,7 +14,7 @@ _NO_MODELS = ("not a model", "not a per-frame model")
 _HEAD = """\
 # What of the model zoos is served
 
-Written by `make zoo-coverage` (`python tools/zoo_coverage.py`); do not edit. For every folder of configs in the
+Written by `make zoo-coverage` (`python -m tools.zoo sweep`); do not edit. For every folder of configs in the
 installed packages the first config is built with random weights that behave, converted (which proves the
 archive on its golden frame), loaded, run on two frames alone and as a batch, and compared with upstream's own
 inference call. Where the first config is not a model that answers single frames, or wants a package, the next

@@ -2,7 +2,7 @@
 
 The first config of a family is tried first; where it is not a model that answers single frames, or wants a
 package, the next ones are, up to `MAX_CONFIGS`. Results are appended to a file of JSON lines as they come, so
-that a broken-off sweep goes on where it was. Knows nothing about models: `serve.coverage.trial` does.
+that a broken-off sweep goes on where it was. Knows nothing about models: `tools.zoo.probe` does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
-from serve.coverage.families import Family
-from serve.coverage.trial import Verdict, run
+from tools.zoo.families import Family
+from tools.zoo.probe import Verdict, run
 
 __all__ = ["Result", "Sweep", "load_results"]
 
@@ -40,7 +40,7 @@ class Result:
         family: package and name of the folder.
         position: 0 for the family's first config.
         extra: whether the packages of the ``zoo`` extra were installed.
-        verdict: see `serve.coverage.trial.Verdict`.
+        verdict: see `tools.zoo.probe.Verdict`.
         peak_mb: most memory its process held, MiB.
     """
 
@@ -85,7 +85,7 @@ class Sweep:
         self._jobs = jobs
         # Forked from a process that has imported everything, so that a trial is only the trial.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["serve.coverage.workshop"])
+        self._context.set_forkserver_preload(["tools.zoo.preload"])
         self._stop = threading.Event()
         self._writing = threading.Lock()
 

@@ -12,10 +12,10 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 from serve import __version__
-from serve.gateway.api_text import errors
-from serve.gateway.life import Life
-from serve.gateway.measures import CONTENT_TYPE, Measures
-from serve.gateway.served import ModelTable, ServedModel
+from serve.gateway.lifecycle import Life
+from serve.gateway.metrics import CONTENT_TYPE, Measures
+from serve.gateway.models import ModelTable, ServedModel
+from serve.gateway.openapi import errors
 
 __all__ = ["router"]
 

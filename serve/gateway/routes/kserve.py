@@ -1,4 +1,4 @@
-"""Routes of the Open Inference Protocol (KServe v2) under ``/v2``; the codec is `serve.gateway.kserve`."""
+"""Routes of the Open Inference Protocol (KServe v2) under ``/v2``; the codec is `serve.gateway.routes.kserve_codec`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve import __version__
-from serve.admission import Admission
 from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError
-from serve.gateway.answering import Timing
-from serve.gateway.api_text import errors
-from serve.gateway.envelope import request_id_of
-from serve.gateway.kserve import decode_infer, encode_infer, model_metadata
-from serve.gateway.life import Life
+from serve.gateway.admission import Admission
+from serve.gateway.lifecycle import Life
+from serve.gateway.middleware import request_id_of
+from serve.gateway.models import ModelTable
+from serve.gateway.openapi import errors
 from serve.gateway.options import GatewayOptions
-from serve.gateway.predictions import outcomes_of, unless_hung_up
-from serve.gateway.receiving import checked_frames, read_body, request_options
-from serve.gateway.served import ModelTable
+from serve.gateway.request import checked_frames, read_body, request_options
+from serve.gateway.response import Timing
+from serve.gateway.routes.kserve_codec import decode_infer, encode_infer, model_metadata
+from serve.gateway.routes.predictions import outcomes_of, unless_hung_up
 
 __all__ = ["router"]
 

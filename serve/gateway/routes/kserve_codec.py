@@ -24,9 +24,9 @@ import numpy.typing as npt
 import orjson
 from PIL import Image
 
-from serve.backend import Frame
 from serve.errors import BackendBroken, BadRequest, UndecodableFrame
-from serve.framing import Body, Bytes
+from serve.gateway.backend import Frame
+from serve.protocol.batch import Body, Bytes
 
 __all__ = ["InferRequest", "decode_infer", "encode_infer", "model_metadata"]
 

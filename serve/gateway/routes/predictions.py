@@ -15,11 +15,16 @@ from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
-from serve.admission import Admission, Permit
-from serve.backend import Frame
 from serve.errors import DeadlineExceeded, ServeError
-from serve.gateway import api_text
-from serve.gateway.answering import (
+from serve.gateway import openapi as api_text
+from serve.gateway.admission import Admission, Permit
+from serve.gateway.backend import Frame
+from serve.gateway.cost import measure
+from serve.gateway.middleware import ClientGone, request_id_of
+from serve.gateway.models import ModelTable, ServedModel
+from serve.gateway.options import GatewayOptions
+from serve.gateway.request import Received, receive_frames, request_options
+from serve.gateway.response import (
     Media,
     Outcome,
     Timing,
@@ -28,11 +33,6 @@ from serve.gateway.answering import (
     encode_list,
     encode_one,
 )
-from serve.gateway.envelope import ClientGone, request_id_of
-from serve.gateway.measuring import measure
-from serve.gateway.options import GatewayOptions
-from serve.gateway.receiving import Received, receive_frames, request_options
-from serve.gateway.served import ModelTable, ServedModel
 from serve.storage.references import References
 
 __all__ = ["outcomes_of", "router", "unless_hung_up"]

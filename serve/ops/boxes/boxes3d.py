@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_same_device, loops_take
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
 from serve.ops.point_checks import check_floating, check_shape, working
 
 __all__ = ["points_in_boxes_all_forward", "points_in_boxes_cpu_forward", "points_in_boxes_part_forward"]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from serve.ops.boxes.rotated import overlap_areas, suppress_rotated
 from serve.ops.checks import check_same_device, check_width
 from serve.ops.point_checks import check_floating, check_integer, check_shape, check_tensor
-from serve.ops.rotated import overlap_areas, suppress_rotated
 
 __all__ = ["iou3d_boxes_overlap_bev_forward", "iou3d_nms3d_forward", "iou3d_nms3d_normal_forward"]
 

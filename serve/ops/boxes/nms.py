@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from serve.ops.boxes.rotated import scan
 from serve.ops.checks import as_numpy, check_width, loops_take
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
 from serve.ops.point_checks import check_floating, check_tensor
-from serve.ops.rotated import scan
 
 __all__ = ["nms", "nms_match", "softnms"]
 

@@ -1,7 +1,7 @@
 """Overlaps of axis-aligned boxes (x1, y1, x2, y2), all with all or pair by pair.
 
 The reference is mmcv 2.1.0 `csrc/pytorch/cpu/bbox_overlaps_cpu.cpp`: two boxes without area give NaN.
-Rotated boxes are in `serve.ops.rotated`. Knows nothing of scores or NMS.
+Rotated boxes are in `serve.ops.boxes.rotated`. Knows nothing of scores or NMS.
 """
 
 from __future__ import annotations

@@ -15,10 +15,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from serve.ops.boxes.quadrilaterals import (
+    PAIRS_PER_BLOCK,
+    corners,
+    cross,
+    overlaps,
+    overlaps_aligned,
+    signed_area,
+)
 from serve.ops.checks import as_numpy, check_same_device, loops_take
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
 from serve.ops.point_checks import check_floating, check_shape
-from serve.ops.quadrilaterals import PAIRS_PER_BLOCK, corners, cross, overlaps, overlaps_aligned, signed_area
 
 __all__ = [
     "convex_giou",

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from serve.ops.boxes.rotated import check_sorted, scan
 from serve.ops.checks import as_numpy, check_same_device, check_width, loops_take
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
 from serve.ops.point_checks import check_floating
-from serve.ops.rotated import check_sorted, scan
 
 __all__ = ["box_iou_quadri", "nms_quadri"]
 

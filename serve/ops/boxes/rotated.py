@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_same_device, check_width, loops_take
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
 from serve.ops.point_checks import check_floating, check_indices, check_shape
 
 __all__ = ["box_iou_rotated", "nms_rotated"]

@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
 
 __all__ = [
     "CHANNELS",

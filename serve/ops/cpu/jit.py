@@ -1,4 +1,4 @@
-"""The one way our CPU kernels are compiled: numba, nogil, machine code kept where `machine_code` says.
+"""The one way our CPU kernels are compiled: numba, nogil, machine code kept where `serve.ops.cpu.jit_cache` says.
 
 Knows nothing about the kernels themselves.
 """
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numba
 from numba.core import config
 
-from serve.ops import machine_code
+from serve.ops.cpu import jit_cache
 
 __all__ = ["jit", "jit_contracted"]
 
@@ -34,7 +34,9 @@ def _compiled(function: F, options: dict[str, Any]) -> F:
     """Numba with its cache on disk where there is a place for it; numba's own setting of a place goes first."""
     compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     chosen = config.CACHE_DIR
-    place = chosen or str(machine_code.folder(Path(function.__code__.co_filename).stem) or "")
+    source = Path(function.__code__.co_filename).resolve()
+    module = ".".join(source.relative_to(jit_cache.SOURCES).with_suffix("").parts)
+    place = chosen or str(jit_cache.folder(module) or "")
     if place and not config.DISABLE_JIT:
         config.CACHE_DIR = place
         try:

@@ -24,8 +24,8 @@ from pathlib import Path
 
 __all__ = ["fallback", "folder", "folder_among"]
 
-SOURCES = Path(__file__).parent
-IMPORT = re.compile(r"^ *from serve\.ops(?:\.(\w+))? import ([\w, ]*)", re.MULTILINE)
+SOURCES = Path(__file__).resolve().parents[1]
+IMPORT = re.compile(r"^ *from serve\.ops\.?([\w.]*) import \(?([\w,\s]*)", re.MULTILINE)
 # Set by `serve.ops.install`, before the first kernel is imported.
 fallback: Path | None = None
 
@@ -43,7 +43,7 @@ def folder_among(module: str, own: Path, places: list[Path]) -> Path | None:
     """A folder for the present sources in `own`, else in the first of `places` that can be used, else None.
 
     Args:
-        module: such as ``nms``.
+        module: path below `serve.ops`, such as ``boxes.nms``.
         own: beside the sources; what lies there is trusted as the sources are.
         places: folders to make one in, begun as a copy of the one in `own`.
     """
@@ -72,14 +72,15 @@ def _digest(module: str) -> str:
     seen, ahead = set(), [module]
     while ahead:
         name = ahead.pop()
-        source = SOURCES / f"{name}.py"
+        source = SOURCES / f"{name.replace('.', '/')}.py"
         if name in seen or not source.exists():
             continue
         seen.add(name)
         text = source.read_text(encoding="utf-8")
         digest.update(f"{name}\0{text}\0".encode())
         for inner, names in IMPORT.findall(text):
-            ahead += [inner] if inner else [word.strip() for word in names.split(",")]
+            package = f"{inner}." if inner else ""
+            ahead += [inner, *(package + word.strip() for word in names.split(","))]
     return digest.hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
 
 __all__ = ["count_marks", "ones"]
 

@@ -1,6 +1,6 @@
 """Shares the rows of one CPU kernel out over as many threads as torch uses.
 
-Numba code compiled by `serve.ops.jit.jit` releases the GIL, so plain threads do. Every row is computed by
+Numba code compiled by `serve.ops.cpu.jit.jit` releases the GIL, so plain threads do. Every row is computed by
 the same instructions whatever the number of threads: results do not depend on it. Knows no kernel.
 """
 

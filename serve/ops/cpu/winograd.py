@@ -21,8 +21,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_rank
-from serve.ops.jit import jit, jit_contracted
-from serve.ops.register_tile import (
+from serve.ops.cpu.gemm import (
     CHANNELS,
     I64,
     LANES,
@@ -35,7 +34,8 @@ from serve.ops.register_tile import (
     panels,
     vector_at,
 )
-from serve.ops.threads import in_parts
+from serve.ops.cpu.jit import jit, jit_contracted
+from serve.ops.cpu.threads import in_parts
 
 __all__ = ["SUITED", "convolve_3x3", "transform_weight"]
 

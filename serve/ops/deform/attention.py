@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.bilinear import mix_rows, on_numba, padded_corners, working_dtype
 from serve.ops.checks import as_numpy, check_rank, check_same_device
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
+from serve.ops.cpu.threads import in_parts
 from serve.ops.point_checks import check_floating, check_integer, check_tensor
-from serve.ops.threads import in_parts
+from serve.ops.roi.bilinear import mix_rows, on_numba, padded_corners, working_dtype
 
 __all__ = ["ms_deform_attn_backward", "ms_deform_attn_forward"]
 

@@ -1,4 +1,4 @@
-"""The convolution behind `serve.ops.deform_conv`: sampled rows, then one matrix product per group.
+"""The convolution behind `serve.ops.deform.conv`: sampled rows, then one matrix product per group.
 
 The samples of a block of output pixels become rows of a matrix (numba along channels on CPU, torch
 elsewhere), one matrix product per group turns them into outputs, and blocks keep memory bounded. A mask is
@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.bilinear import mix_rows, on_numba, padded_corners, pixel_rows, working_dtype
 from serve.ops.checks import as_numpy, check_rank, check_same_device
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
+from serve.ops.cpu.threads import in_parts
 from serve.ops.point_checks import check_floating
-from serve.ops.threads import in_parts
+from serve.ops.roi.bilinear import mix_rows, on_numba, padded_corners, pixel_rows, working_dtype
 
 __all__ = ["Geometry", "check", "convolve", "convolve_torch", "gradients"]
 

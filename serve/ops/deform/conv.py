@@ -3,14 +3,14 @@
 Each kernel tap reads the input at its own place, shifted by an offset per output pixel and deformable
 group, with bilinear interpolation and zeros outside. The reference is mmcv 2.1.0
 `csrc/pytorch/cpu/deform_conv.cpp` and `modulated_deform_conv.cpp`. Gradients are those of the torch way, by
-autograd. Holds mmcv's argument lists; `serve.ops.deform_columns` does the work. Knows nothing of layers.
+autograd. Holds mmcv's argument lists; `serve.ops.deform.columns` does the work. Knows nothing of layers.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from serve.ops.deform_columns import Geometry, check, convolve, gradients
+from serve.ops.deform.columns import Geometry, check, convolve, gradients
 from serve.ops.point_checks import check_tensor
 
 __all__ = [

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import check_same_device
-from serve.ops.neighbours import counts
 from serve.ops.point_checks import check_floating, check_holds, check_indices, check_shape, working
+from serve.ops.points.neighbours import counts
 
 __all__ = [
     "gather_points_backward",

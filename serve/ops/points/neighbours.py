@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_same_device, loops_take
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
 from serve.ops.point_checks import check_floating, check_integer, check_shape, working
 
 __all__ = ["ball_query_forward", "knn_forward", "stack_ball_query_forward", "three_nn_forward"]

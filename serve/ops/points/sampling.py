@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_same_device, loops_take
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
 from serve.ops.point_checks import check_floating, check_shape
 
 __all__ = ["furthest_point_sampling_forward", "furthest_point_sampling_with_dist_forward"]

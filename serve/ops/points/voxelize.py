@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_same_device, loops_take
-from serve.ops.hashing import find_or_insert, table_size
-from serve.ops.jit import jit
+from serve.ops.cpu.hashing import find_or_insert, table_size
+from serve.ops.cpu.jit import jit
 from serve.ops.point_checks import check_integer, check_shape
 from serve.ops.voxel_checks import check_grid, check_voxel_buffers
 

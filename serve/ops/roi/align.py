@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.bilinear import on_numba, working_dtype
 from serve.ops.checks import as_numpy
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
+from serve.ops.cpu.threads import in_parts
 from serve.ops.point_checks import check_tensor
-from serve.ops.roi_sampling import Places, check_pooling
-from serve.ops.threads import in_parts
+from serve.ops.roi.bilinear import on_numba, working_dtype
+from serve.ops.roi.sampling import Places, check_pooling
 
 __all__ = ["roi_align_forward"]
 
@@ -92,7 +92,7 @@ def _sampling(
 def upright_places(
     rois: Tensor, bins: tuple[int, int], scale: float, ratio: int, aligned: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Places]:
-    """Grids and places for `serve.ops.roi_sampling.sample_blocks`: those of the forward function."""
+    """Grids and places for `serve.ops.roi.sampling.sample_blocks`: those of the forward function."""
     where, samples = _sampling(rois, bins, scale, ratio, aligned, dtype)
 
     def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:

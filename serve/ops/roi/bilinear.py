@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from serve.ops.checks import as_numpy, loops_take
-from serve.ops.jit import jit
-from serve.ops.threads import in_parts
+from serve.ops.cpu.jit import jit
+from serve.ops.cpu.threads import in_parts
 
 __all__ = [
     "add_at_corners",

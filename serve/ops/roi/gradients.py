@@ -2,8 +2,8 @@
 
 Means of samples and exact integrals are linear in the map: their gradients are those of the torch way, by
 autograd. Maxima send theirs to where the forward function found them. All are summed in a fixed order. The
-forward functions, and what their arguments mean, are in `serve.ops.roi_align`, `serve.ops.roi_sampling` and
-`serve.ops.roi_pool`. Every function here adds to its ``grad_`` arguments in place.
+forward functions, and what their arguments mean, are in `serve.ops.roi.align`, `serve.ops.roi.sampling` and
+`serve.ops.roi.pool`. Every function here adds to its ``grad_`` arguments in place.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve.ops import roi_align, roi_pool, roi_sampling
-from serve.ops.bilinear import add_at_corners, average_samples_torch, clamped_corners, working_dtype
 from serve.ops.checks import check_rank, check_same_device
 from serve.ops.point_checks import check_floating, check_indices, check_shape
+from serve.ops.roi import align as roi_align
+from serve.ops.roi import pool as roi_pool
+from serve.ops.roi import sampling as roi_sampling
+from serve.ops.roi.bilinear import add_at_corners, average_samples_torch, clamped_corners, working_dtype
 
 __all__ = [
     "bezier_align_backward",

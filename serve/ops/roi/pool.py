@@ -2,7 +2,7 @@
 
 The references are mmcv 2.1.0 `csrc/common/cuda/roi_pool_cuda_kernel.cuh` (Girshick, Fast R-CNN, ICCV 2015),
 `prroi_pool_cuda_kernel.cuh` (Jiang et al., IoU-Net, ECCV 2018) and `border_align_cuda_kernel.cuh` (Qiu et
-al., BorderDet, ECCV 2020). Pooling by samples is in `serve.ops.roi_align` and `serve.ops.roi_sampling`.
+al., BorderDet, ECCV 2020). Pooling by samples is in `serve.ops.roi.align` and `serve.ops.roi.sampling`.
 Knows nothing of detectors or pyramid levels.
 """
 
@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.bilinear import clamped_corners, mix_rows, on_numba, pixel_rows, working_dtype
 from serve.ops.checks import as_numpy, check_rank, check_same_device
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
+from serve.ops.cpu.threads import in_parts
 from serve.ops.point_checks import check_floating, check_integer, check_shape, check_tensor
-from serve.ops.roi_sampling import check_pooling
-from serve.ops.threads import in_parts
+from serve.ops.roi.bilinear import clamped_corners, mix_rows, on_numba, pixel_rows, working_dtype
+from serve.ops.roi.sampling import check_pooling
 
 __all__ = ["border_align_forward", "prroi_pool_forward", "roi_pool_forward"]
 

@@ -1,6 +1,6 @@
 """Features of the points in each 3D box: pooled over a grid of the box (RoI-aware) or sampled (RoI-point).
 
-Boxes and what "inside" means are those of `serve.ops.boxes3d`. Points of one cell, and of one box, are taken in
+Boxes and what "inside" means are those of `serve.ops.boxes.boxes3d`. Points of one cell, and of one box, are taken in
 the order of their rows; those beyond a cap are dropped. The reference is mmcv 2.1.0
 `csrc/common/cuda/roiaware_pool3d_cuda_kernel.cuh` and `roipoint_pool3d_cuda_kernel.cuh`. Sums are in float32 at
 least. Knows nothing about how boxes were proposed or enlarged.
@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.boxes3d import in_one_precision, inside_blocks, mark_inside
+from serve.ops.boxes.boxes3d import in_one_precision, inside_blocks, mark_inside
 from serve.ops.checks import as_numpy, check_same_device, loops_take
-from serve.ops.jit import jit
-from serve.ops.neighbours import first_hits
+from serve.ops.cpu.jit import jit
 from serve.ops.point_checks import check_floating, check_indices, check_shape, working
+from serve.ops.points.neighbours import first_hits
 
 __all__ = ["roiaware_pool3d_backward", "roiaware_pool3d_forward", "roipoint_pool3d_forward"]
 

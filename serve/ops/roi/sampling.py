@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from serve.ops.bilinear import average_samples, working_dtype
 from serve.ops.checks import check_rank, check_same_device, check_width
 from serve.ops.point_checks import check_floating
+from serve.ops.roi.bilinear import average_samples, working_dtype
 
 __all__ = [
     "bezier_align_forward",

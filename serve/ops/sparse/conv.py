@@ -1,6 +1,6 @@
 """Sparse convolution and max pooling over a rulebook: gather, multiply, add.
 
-A rulebook (`serve.ops.sparse_index`) lists for each kernel offset which input row meets which output
+A rulebook (`serve.ops.sparse.rulebook`) lists for each kernel offset which input row meets which output
 row; within one offset an output row occurs at most once, so additions never race and every device
 gives the same sum order. In float32 on the CPU one compiled pass does it all, tile by tile of output
 rows (docs/decisions/0005). The reference is mmcv 2.1.0 `csrc/pytorch/cuda/spconv_ops_cuda.cu`. Knows
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_same_device, loops_take
-from serve.ops.jit import jit, jit_contracted
+from serve.ops.cpu.gemm import LANES, ROWS, WIDE, add_products, aligned, pack_partners, panels
+from serve.ops.cpu.jit import jit, jit_contracted
+from serve.ops.cpu.threads import in_parts
 from serve.ops.point_checks import check_shape, check_tensor
-from serve.ops.register_tile import LANES, ROWS, WIDE, add_products, aligned, pack_partners, panels
-from serve.ops.threads import in_parts
 from serve.ops.voxel_checks import check_rulebook, check_rulebook_rows
 
 __all__ = [

@@ -1,8 +1,8 @@
 """The geometry of a sparse convolution as a table: the input row of every kernel offset and output voxel, -1 for none.
 
-What the compiled convolution (`serve.ops.sparse_conv.convolve_table`) reads; here for layers whose output voxels are
-their input voxels, in `serve.ops.strided_table` for the others. mmcv's layers exchange lists of pairs
-(`serve.ops.sparse_index`, with the same geometry and the same order of output voxels); who needs none of those
+What the compiled convolution (`serve.ops.sparse.conv.convolve_table`) reads; here for layers whose output voxels are
+their input voxels, in `serve.ops.sparse.strided_table` for the others. mmcv's layers exchange lists of pairs
+(`serve.ops.sparse.rulebook`, with the same geometry and the same order of output voxels); who needs none of those
 finds the table without them. On the CPU only. Knows nothing about features or weights.
 """
 
@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from serve.ops import sparse_index
 from serve.ops.checks import as_numpy
-from serve.ops.jit import jit
-from serve.ops.rank_bitmap import count_marks, ones
-from serve.ops.threads import in_parts
+from serve.ops.cpu.jit import jit
+from serve.ops.cpu.rank_bitmap import count_marks, ones
+from serve.ops.cpu.threads import in_parts
+from serve.ops.sparse import rulebook as sparse_index
 
 __all__ = ["ROWS_A_THREAD", "WORDS_PER_ROW", "inverted", "submanifold_table"]
 

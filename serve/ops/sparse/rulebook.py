@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_rank, loops_take
-from serve.ops.jit import jit
+from serve.ops.cpu.jit import jit
+from serve.ops.cpu.threads import in_parts
 from serve.ops.point_checks import check_integer
-from serve.ops.threads import in_parts
 
 __all__ = [
     "get_indice_pairs_2d_backward",

@@ -1,6 +1,6 @@
 """The table of neighbours of a strided or transposed sparse convolution, and its output voxels.
 
-See `serve.ops.neighbour_table`. Places that are reached are marked in a bitmap of the output grid, and numbered by
+See `serve.ops.sparse.neighbour_table`. Places that are reached are marked in a bitmap of the output grid, and numbered by
 counting marks; grids too large for a bitmap take the way of sorted lists. On the CPU only. Knows nothing about
 features or weights.
 """
@@ -15,13 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops import sparse_index
 from serve.ops.checks import as_numpy
-from serve.ops.jit import jit
-from serve.ops.neighbour_table import ROWS_A_THREAD, WORDS_PER_ROW
-from serve.ops.rank_bitmap import count_marks, ones
-from serve.ops.sparse_conv import neighbours_of_pairs
-from serve.ops.threads import in_parts
+from serve.ops.cpu.jit import jit
+from serve.ops.cpu.rank_bitmap import count_marks, ones
+from serve.ops.cpu.threads import in_parts
+from serve.ops.sparse import rulebook as sparse_index
+from serve.ops.sparse.conv import neighbours_of_pairs
+from serve.ops.sparse.neighbour_table import ROWS_A_THREAD, WORDS_PER_ROW
 
 __all__ = ["strided_table"]
 

@@ -1,7 +1,4 @@
-"""``tools/bench_detector.py``, ``tools/bench_native_env.py``: their arguments and words.
-
-The measuring is `serve.benchmark`'s.
-"""
+"""``python -m tools.bench detector``: upstream's inference beside ours."""
 
 from __future__ import annotations
 
@@ -14,15 +11,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from serve import archive, convert, golden, storage, zoo
+from serve import archive, convert, storage, zoo
+from serve.convert import golden
 from serve.settings import Settings
 
-__all__ = ["bench_detector", "bench_native"]
+__all__ = ["main"]
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
-def bench_detector(argv: Sequence[str] | None) -> int:
+def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, measure, print a table and then one line of JSON per model."""
     parser = argparse.ArgumentParser(
         description="Time mmdet's / mmdet3d's own inference_detector beside our runtime, turn by turn, or how our "
@@ -58,7 +56,7 @@ def bench_detector(argv: Sequence[str] | None) -> int:
     if args.scaling and (args.native_python or args.frame):
         parser.error("--scaling makes its own frames and has no native side")
     if args.device == "cpu" and Settings.from_environment().keep_memory:
-        from serve.runtime.memory import keep_freed_memory
+        from serve.runtime.malloc import keep_freed_memory
 
         keep_freed_memory()  # as workers do
     for name in models:
@@ -69,38 +67,9 @@ def bench_detector(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def bench_native(argv: Sequence[str] | None) -> int:
-    """Parse the command line and make the Python that ``--native-python`` takes."""
-    from importlib.metadata import version
-
-    from serve.benchmark import native_environment
-
-    parser = argparse.ArgumentParser(
-        description="Make an environment with upstream's compiled stack (mmcv from source, spconv) for "
-        "bench_detector.py --native-python. Needs a C++ compiler, and minutes: 15 to 40 on 2 cores."
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=ROOT / ".venv-native", help="where (default: .venv-native)"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (default: %(default)s)")
-    parser.add_argument("--torch-index-url", metavar="URL", help="package index to take torch from")
-    args = parser.parse_args(argv)
-    with tqdm(unit="file", file=sys.stderr) as bar:
-        python = native_environment.build(
-            args.folder.resolve(),
-            ROOT / "requirements",
-            torch_version=version("torch").partition("+")[0],
-            torch_index_url=args.torch_index_url,
-            jobs=args.jobs,
-            progress=lambda step, done, total: _step(bar, step, done, total),
-        )
-    print(python)
-    return 0
-
-
 def _archived(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, dict[str, Any], Path]:
     """Config, resolved config and checkpoint of a model that is now archived and unpacked in ``folder/opened``."""
-    from serve.random_weights import write_random_checkpoint
+    from tools.zoo.random_weights import write_random_checkpoint
 
     config = zoo.resolve(name).config_path
     resolved, _ = convert.resolve_config(config)
@@ -113,8 +82,8 @@ def _archived(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, 
 
 
 def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
-    from serve.benchmark import detector
-    from serve.runtime.samples import frame_spec
+    from serve.runtime.pipeline import frame_spec
+    from tools.bench import detector
 
     config, resolved, checkpoint = _archived(name, folder, args)
     frame = storage.local_path(args.frame) if args.frame else None
@@ -137,8 +106,8 @@ def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
 def _scale_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
     import torch
 
-    from serve.benchmark import scaling
     from serve.runtime import load_detector
+    from tools.bench import scaling
 
     _archived(name, folder, args)
     detector = load_detector(archive.open_directory(folder / "opened"), torch.device(args.device))
@@ -150,11 +119,3 @@ def _scale_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
 def _tick(bar: tqdm[Any], done: int) -> None:
     """Move the bar to `done` rounds."""
     bar.update(done - bar.n)
-
-
-def _step(bar: tqdm[Any], step: str, done: int, total: int) -> None:
-    """Name the step, and show how far it is where that is known."""
-    bar.set_description(step)
-    bar.total = total or None
-    bar.n = done
-    bar.refresh()

@@ -1,4 +1,4 @@
-"""``tools/bench_ops.py``: the arguments and the words; the measuring is `serve.benchmark.ops`'s."""
+"""``python -m tools.bench ops``: time every kernel by itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["bench_ops"]
+__all__ = ["main"]
 
 
-def bench_ops(argv: Sequence[str] | None) -> int:
+def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, measure, print a table and then one line of JSON."""
     parser = argparse.ArgumentParser(
         description="Time every kernel at inference sizes, in milliseconds: our CPU way, the torch way that every "
@@ -33,7 +33,7 @@ def bench_ops(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     import torch
 
-    from serve.benchmark import ops
+    from tools.bench import ops
 
     if args.threads:
         torch.set_num_threads(args.threads)

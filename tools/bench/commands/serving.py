@@ -1,4 +1,4 @@
-"""``tools/bench_serving.py``: the arguments and the words; the measuring is `serve.benchmark.serving`'s."""
+"""``python -m tools.bench serving``: the gateway beside TorchServe alone, LitServe, mosec and BentoML."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from serve.benchmark.serving.contenders import FOREIGN, GATEWAY, GATEWAY_HTTP, Subject, slept_archive
-from serve.benchmark.serving.report import Report
-from serve.benchmark.serving.runs import Machine, Plan, Result, measure, priority
-from serve.cli.serving import stoppable
+from serve.cli.serve import stoppable
+from tools.bench.serving.report import Report
+from tools.bench.serving.runs import Machine, Plan, Result, measure, priority
+from tools.bench.serving.targets import FOREIGN, GATEWAY, GATEWAY_HTTP, Subject, slept_archive
 
-__all__ = ["bench_serving"]
+__all__ = ["main"]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "benchmarks" / "serving.md"
 SIZES = (16_000, 276_000, 2_000_000)
 BATCHES = ((8, 5), (8, 100), (16, 5), (16, 100))
 QUICK_BATCHES = ((8, 100), (16, 5))
 
 
-def bench_serving(argv: Sequence[str] | None) -> int:
+def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, measure, print tables and then one line of JSON."""
     names = [
         GATEWAY,
@@ -148,7 +148,7 @@ def _slept_plans(args: argparse.Namespace) -> list[Plan]:
 
 
 def _second_plan(args: argparse.Namespace) -> Plan:
-    from serve.demo.scenes import sample_frame
+    from tools.demo.scenes import sample_frame
 
     seconds = 3.0 if args.quick else 4.0
     return Plan(sample_frame(), 1, seconds / 2, 0.0, 0.0, 8, seconds)

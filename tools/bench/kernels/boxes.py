@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from serve.benchmark.inputs import Inputs
+from tools.bench.kernels.inputs import Inputs
 
 __all__ = ["CASES"]
 

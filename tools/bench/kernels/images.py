@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from serve.benchmark.inputs import Inputs
+from tools.bench.kernels.inputs import Inputs
 
 __all__ = ["CASES"]
 
@@ -49,7 +49,7 @@ def roi_pool_forward(x: Inputs) -> list[Any]:
 
 
 def roi_pool_backward(x: Inputs) -> list[Any]:
-    from serve.ops.roi_pool import roi_pool_forward as forward
+    from serve.ops.roi.pool import roi_pool_forward as forward
 
     maps, rois, output, argmax, *rest = roi_pool_forward(x)
     forward(maps, rois, output, argmax, *rest)
@@ -78,7 +78,7 @@ def border_align_forward(x: Inputs) -> list[Any]:
 
 
 def border_align_backward(x: Inputs) -> list[Any]:
-    from serve.ops.roi_pool import border_align_forward as forward
+    from serve.ops.roi.pool import border_align_forward as forward
 
     maps, boxes, output, argmax, steps = border_align_forward(x)
     forward(maps, boxes, output, argmax, steps)

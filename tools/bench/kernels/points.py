@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from serve.benchmark.inputs import Inputs
+from tools.bench.kernels.inputs import Inputs
 
 __all__ = ["CASES"]
 
@@ -35,7 +35,7 @@ def dynamic_point_to_voxel_forward(x: Inputs) -> list[Any]:
 
 
 def dynamic_point_to_voxel_backward(x: Inputs) -> list[Any]:
-    from serve.ops.scatter import dynamic_point_to_voxel_forward as forward
+    from serve.ops.points.scatter import dynamic_point_to_voxel_forward as forward
 
     feats, coors, kind = dynamic_point_to_voxel_forward(x)
     reduced, _, where, count = forward(feats, coors, kind)
@@ -76,7 +76,7 @@ def get_indice_pairs_3d_backward(x: Inputs) -> list[Any]:
 
 
 def _layer(x: Inputs, subm: int = 1) -> tuple[Any, ...]:
-    from serve.ops.sparse_index import get_indice_pairs_3d_forward as rulebook
+    from serve.ops.sparse.rulebook import get_indice_pairs_3d_forward as rulebook
 
     out, pairs, counts = rulebook(*_rulebook(x, 3, subm))
     channels = x.size(4, 32)
@@ -104,7 +104,7 @@ def indice_maxpool_forward(x: Inputs) -> list[Any]:
 
 
 def indice_maxpool_backward(x: Inputs) -> list[Any]:
-    from serve.ops.sparse_conv import indice_maxpool_forward as forward
+    from serve.ops.sparse.conv import indice_maxpool_forward as forward
 
     features, pairs, counts, rows = indice_maxpool_forward(x)
     pooled = forward(features, pairs, counts, rows)
@@ -209,7 +209,7 @@ def roiaware_pool3d_forward(x: Inputs) -> list[Any]:
 
 
 def roiaware_pool3d_backward(x: Inputs) -> list[Any]:
-    from serve.ops.pool3d import roiaware_pool3d_forward as forward
+    from serve.ops.roi.pool3d import roiaware_pool3d_forward as forward
 
     rois, pts, features, argmax, held, pooled, method = roiaware_pool3d_forward(x)
     forward(rois, pts, features, argmax, held, pooled, method)

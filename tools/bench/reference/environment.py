@@ -15,8 +15,8 @@ import venv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from serve.benchmark.native_process import handed_on
 from serve.errors import SetupError
+from tools.bench.reference.process import handed_on
 
 __all__ = ["Progress", "build", "python_of", "without"]
 

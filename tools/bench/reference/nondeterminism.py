@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve.benchmark.native_process import NativeProcess
+from tools.bench.reference.process import NativeProcess
 
 __all__ = ["Race", "count_different", "observe"]
 

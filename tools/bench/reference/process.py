@@ -1,6 +1,6 @@
 """The process behind the native side of a benchmark: started, asked one thing at a time, and gone afterwards.
 
-Knows the line protocol of `serve.benchmark.native_side`, not what is asked.
+Knows the line protocol of `tools.bench.reference.worker`, not what is asked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serve.errors import InferenceFailed, SetupError
 
 __all__ = ["NativeProcess", "handed_on"]
 
-SCRIPT = Path(__file__).with_name("native_side.py")
+SCRIPT = Path(__file__).with_name("worker.py")
 FAREWELL_S = 5.0
 LAST_LINES = 12
 

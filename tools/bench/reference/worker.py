@@ -1,6 +1,6 @@
 """The native side of a benchmark, in a Python of its own: mmdet / mmdet3d as upstream wrote them, told what to do.
 
-Run by path (`serve.benchmark.native_process` does), not imported: that Python need not know this project. It reads
+Run by path (`tools.bench.reference.process` does), not imported: that Python need not know this project. It reads
 one JSON object a line from standard input, does what it says, and answers with one line; between two lines it
 sleeps, so that another process has the machine to itself. Whatever libraries print goes to standard error.
 

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 
-from serve.benchmark.serving.load import Load, Measured
 from serve.errors import SetupError
-from serve.torchserve.launch import child_environment
+from serve.torchserve.java import child_environment
+from tools.bench.serving.load import Load, Measured
 
 __all__ = ["LoadProcess"]
 
@@ -21,7 +21,7 @@ class LoadProcess:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "serve.benchmark.serving.load"],
+            [sys.executable, "-m", "tools.bench.serving.load"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

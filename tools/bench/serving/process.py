@@ -23,7 +23,7 @@ import psutil
 
 from serve.errors import BackendStartError
 from serve.torchserve import guard
-from serve.torchserve.launch import child_environment
+from serve.torchserve.java import child_environment
 
 __all__ = ["Guarded", "cpu_seconds", "pause", "resume"]
 

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.benchmark.serving import slept
-from serve.benchmark.serving.contenders import GATEWAY, GATEWAY_HTTP
-from serve.benchmark.serving.runs import Machine, Result, Row
+from tools.bench.serving import sleep_model as slept
+from tools.bench.serving.runs import Machine, Result, Row
+from tools.bench.serving.targets import GATEWAY, GATEWAY_HTTP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

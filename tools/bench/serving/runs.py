@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from serve.benchmark.serving.contenders import Contender, Field, Subject
-from serve.benchmark.serving.guarded import cpu_seconds
-from serve.benchmark.serving.load import Load, Measured
-from serve.benchmark.serving.load_process import LoadProcess
+from tools.bench.serving.load import Load, Measured
+from tools.bench.serving.load_process import LoadProcess
+from tools.bench.serving.process import cpu_seconds
+from tools.bench.serving.targets import Contender, Field, Subject
 
 __all__ = ["Machine", "Plan", "Result", "Row", "measure", "priority"]
 

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
-from handlers.direct_socket import listen
-from handlers.rows import Entry, answer_row, read_batch, read_row
-from handlers.watchdog import limited_to
-from handlers.worker_log import thin_out
-from serve.benchmark.serving import slept
 from serve.errors import ServeError
+from serve.protocol.frames import encode_json
 from serve.settings import Settings
-from serve.wire import encode_json
+from serve.worker.log_filters import thin_out
+from serve.worker.rows import Entry, answer_row, read_batch, read_row
+from serve.worker.server import listen
+from serve.worker.watchdog import limited_to
+from tools.bench.serving import sleep_model as slept
 
 __all__ = ["SleptHandler"]
 

@@ -19,11 +19,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serve.benchmark.serving.guarded import Guarded, pause, resume
-from serve.benchmark.serving.load import Load
-from serve.benchmark.serving.load_process import LoadProcess
 from serve.errors import BackendStartError
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+from tools.bench.serving.load import Load
+from tools.bench.serving.load_process import LoadProcess
+from tools.bench.serving.process import Guarded, pause, resume
 
 __all__ = ["FOREIGN", "GATEWAY", "GATEWAY_HTTP", "Contender", "Field", "Subject", "slept_archive"]
 
@@ -39,7 +39,7 @@ FOREIGN: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "BentoML": ("bentoml", ()),
 }
 READY_S = 60.0
-_APPS = "serve.benchmark.serving.foreign"
+_APPS = "tools.bench.serving.peers"
 _BOUNDARY = "frame-of-the-benchmark"
 
 
@@ -244,7 +244,7 @@ class Field:
 def slept_archive(folder: Path) -> Path:
     """An archive for TorchServe around the model that sleeps."""
     path = folder / "slept.mar"
-    model = {"modelName": "slept", "modelVersion": "1.0", "handler": "handlers.slept_handler"}
+    model = {"modelName": "slept", "modelVersion": "1.0", "handler": "tools.bench.serving.sleep_handler"}
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model}))
     return path

@@ -10,8 +10,8 @@ import bentoml
 import orjson
 from pydantic import BaseModel
 
-from serve.benchmark.serving import slept
-from serve.benchmark.serving.foreign import model
+from tools.bench.serving import sleep_model as slept
+from tools.bench.serving.peers import model
 
 
 class Arguments(BaseModel):

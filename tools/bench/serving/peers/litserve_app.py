@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import litserve
 from fastapi import Depends, Request, Response
 
-from serve.benchmark.serving import slept
-from serve.benchmark.serving.foreign import model
+from tools.bench.serving import sleep_model as slept
+from tools.bench.serving.peers import model
 
 
 async def whole(request: Request) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orjson
 
-from serve.benchmark.serving import slept
+from tools.bench.serving import sleep_model as slept
 
 __all__ = ["Model", "load"]
 
@@ -23,9 +23,9 @@ def load(name: str) -> Model:
     from serve import ops
     from serve.archive import open_directory
     from serve.errors import ServeError
+    from serve.protocol.frames import Limits, Options, encode_json
     from serve.runtime import load_detector
-    from serve.runtime.memory import keep_freed_memory
-    from serve.wire import Limits, Options, encode_json
+    from serve.runtime.malloc import keep_freed_memory
 
     ops.install()
     keep_freed_memory()  # as ours does

@@ -7,8 +7,8 @@ from typing import Any
 
 import mosec
 
-from serve.benchmark.serving import slept
-from serve.benchmark.serving.foreign import model
+from tools.bench.serving import sleep_model as slept
+from tools.bench.serving.peers import model
 
 
 class Frames(mosec.Worker):  # type: ignore[misc]

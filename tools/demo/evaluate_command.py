@@ -1,4 +1,4 @@
-"""Print the demonstration SECOND's average precision on held-out scenes (see `serve.demo.evaluation`)."""
+"""Print the demonstration SECOND's average precision on held-out scenes (see `tools.demo.evaluation`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.cli import run
-from serve.demo.evaluation import evaluate
-from serve.demo.training import CHECKPOINT, CONFIG
+from tools.demo.evaluation import evaluate
+from tools.demo.training import CHECKPOINT, CONFIG
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, measure, print a table and one line of JSON."""
     parser = argparse.ArgumentParser(
         description="Average precision (bird's-eye view, 40 recall positions) on synthetic scenes never "
@@ -45,7 +44,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(result.table())
     print(result.json_line())
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -1,4 +1,4 @@
-"""``tools/random_checkpoint.py``: weights for trying a model out offline. Knows only the arguments."""
+"""``python -m tools.zoo random-checkpoint``: weights for trying a model out offline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     from serve.convert import configured_classes, resolve_config
-    from serve.random_weights import write_random_checkpoint
+    from tools.zoo.random_weights import write_random_checkpoint
 
     config, _ = resolve_config(zoo.resolve(args.config).config_path)
     write_random_checkpoint(config, tuple(configured_classes(config)), args.out, args.seed)

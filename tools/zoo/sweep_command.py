@@ -1,4 +1,4 @@
-"""``tools/zoo_coverage.py``: the arguments, the bar and the page; the trying is `serve.coverage`'s."""
+"""``python -m tools.zoo sweep``: try one model of every family and write the page."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tqdm import tqdm
 from serve.errors import ModelLookupError
 from serve.settings import Settings
 
-__all__ = ["zoo_coverage"]
+__all__ = ["main"]
 
 PAGE = Path("docs/coverage.md")
 NAMED = ("torch", "mmengine", "mmcv-lite", "mmdet", "mmdet3d")
 
 
-def zoo_coverage(argv: Sequence[str] | None) -> int:
+def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, try what has no result yet, write the page."""
     parser = argparse.ArgumentParser(
         description="Try one model of every family of the mmdet and mmdet3d zoos with random weights (convert, "
@@ -50,9 +50,9 @@ def zoo_coverage(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write (default: %(default)s)")
     args = parser.parse_args(argv)
-    from serve.coverage.families import families
-    from serve.coverage.page import counts, page
-    from serve.coverage.sweep import Result, Sweep, load_results
+    from tools.zoo.families import families
+    from tools.zoo.report import counts, page
+    from tools.zoo.sweep import Result, Sweep, load_results
 
     known = families()
     results = (

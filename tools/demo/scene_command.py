@@ -1,4 +1,4 @@
-"""Write a synthetic LiDAR scene as a KITTI `.bin`, and its ground truth as JSON (see `serve.demo.scenes`)."""
+"""Write a synthetic LiDAR scene as a KITTI `.bin`, and its ground truth as JSON (see `tools.demo.scenes`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.cli import run
-from serve.demo.scenes import SAMPLE_SEED, generate_scene
 from serve.errors import SettingsError
+from tools.demo.scenes import SAMPLE_SEED, generate_scene
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, write the files, say what is in them."""
     parser = argparse.ArgumentParser(
         description="Write one synthetic LiDAR frame: float32 x, y, z in metres (forward, left, up), "
@@ -36,7 +35,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.ground_truth.write_text(scene.ground_truth_json() + "\n", encoding="utf-8")
     print(f"wrote {args.out}: {scene.summary()}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

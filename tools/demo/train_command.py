@@ -1,4 +1,4 @@
-"""Train the demonstration SECOND on synthetic scenes (see `serve.demo.training`)."""
+"""Train the demonstration SECOND on synthetic scenes (see `tools.demo.training`)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.cli import run
-from serve.demo.training import CHECKPOINT, TrainingOptions, train
+from tools.demo.training import CHECKPOINT, TrainingOptions, train
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, train, say where the checkpoint is."""
     defaults = TrainingOptions()
     parser = argparse.ArgumentParser(
@@ -51,7 +50,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     written = train(options, args.out, report=lambda line: print(line, flush=True))
     print(f"wrote {written} ({written.stat().st_size / 1e6:.2f} MB)")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -1,0 +1,60 @@
+"""The command ``mmdet3d-serve``: one file per subcommand, imported when it is called.
+
+Lazy imports keep ``mmdet3d-serve gateway`` free of torch, which its image lacks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from serve import __version__
+from serve.cli.entry import PROGRAM, run
+
+__all__ = ["COMMANDS", "main"]
+
+# Subcommand to module and summary, in the order in which people meet them.
+COMMANDS = {
+    "demo": ("serve.cli.demo", "archive, serve and ask the demonstration SECOND"),
+    "archive": (
+        "serve.cli.archive",
+        "make a .mar archive of a zoo model or of your own config and checkpoint",
+    ),
+    "serve": ("serve.cli.serve", "serve archives with TorchServe and the gateway in the foreground"),
+    "stop": ("serve.cli.stop", "stop what 'serve' or 'demo' left running"),
+    "verify": ("serve.cli.verify", "compare a served model with native mmdet / mmdet3d inference"),
+    "draw": ("serve.cli.draw", "draw detections on a point cloud or an image"),
+    "zoo": ("serve.cli.zoo", "list the models of the zoo by name"),
+    "fetch": ("serve.cli.fetch", "bring the archives of a bucket into a folder"),
+    "push": ("serve.cli.push", "upload an archive to a bucket, with its hash"),
+    "pack": ("serve.cli.pack", "pack a folder of frames into one FFRecord file"),
+    "gateway": ("serve.cli.gateway", "run the gateway alone, in front of a TorchServe elsewhere"),
+}
+# Former names, understood for one version.
+RENAMED = {"up": ["serve", "--container"], "fetch-models": ["fetch"]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that the first argument names; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in RENAMED:
+        now = RENAMED[arguments[0]]
+        print(
+            f"warning: '{arguments[0]}' is now '{' '.join(now)}'; the old name goes in 0.3", file=sys.stderr
+        )
+        arguments[:1] = now
+    name = arguments[0] if arguments else "--help"
+    if name in ("-V", "--version"):
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if name not in COMMANDS:
+        listed = "\n".join(f"  {known:<9} {summary}" for known, (_, summary) in COMMANDS.items())
+        usage = f"usage: {PROGRAM} COMMAND [OPTION …]\n\ncommands:\n{listed}\n\n{PROGRAM} COMMAND --help says more."
+        asked = name in ("-h", "--help")
+        if not asked:
+            print(f"error: unknown command '{name}'", file=sys.stderr)
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    module, _ = COMMANDS[name]
+    return run(importlib.import_module(module).main, arguments[1:])

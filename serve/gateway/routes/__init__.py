@@ -1,0 +1,1 @@
+"""HTTP routes: predictions, the KServe v2 protocol, health and metrics."""

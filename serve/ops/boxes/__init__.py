@@ -1,0 +1,1 @@
+"""Kernels on boxes: IoU, NMS, rotated boxes, polygons, quadrilaterals."""

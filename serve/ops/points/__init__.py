@@ -1,0 +1,1 @@
+"""Kernels on point clouds: voxels, neighbours, sampling, grouping, scatter."""

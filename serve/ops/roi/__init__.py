@@ -1,0 +1,1 @@
+"""Kernels on regions of interest: align, pool, sampling."""

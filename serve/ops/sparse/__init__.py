@@ -1,0 +1,1 @@
+"""Sparse convolution: rulebooks, neighbour tables, gather-scatter."""

@@ -1,0 +1,1 @@
+"""What travels: frames, batches of frames, images, calibrations. No torch, no server."""

@@ -1,0 +1,1 @@
+"""Prove that a served model equals native PyTorch."""

@@ -1,0 +1,1 @@
+"""Draw detections on point clouds and images."""

@@ -1,0 +1,1 @@
+"""What runs in TorchServe's Python process: handler, socket server, watchdog."""

@@ -1,0 +1,1 @@
+"""The workshop: benchmarks, zoo sweep, demonstration training. Not part of any image."""

@@ -1,0 +1,22 @@
+"""``python -m tools.bench NAME``: the benchmarks."""
+
+from __future__ import annotations
+
+from tools.commands import dispatch
+
+COMMANDS = {
+    "detector": ("tools.bench.commands.detector", "upstream's inference beside ours, stage by stage"),
+    "ops": ("tools.bench.commands.ops", "every kernel by itself"),
+    "serving": (
+        "tools.bench.commands.serving",
+        "the gateway beside TorchServe alone, LitServe, mosec, BentoML",
+    ),
+    "storage": ("tools.bench.commands.storage", "s3:// and FFRecord beside boto3 and pread; packing"),
+    "native-env": (
+        "tools.bench.commands.native_env",
+        "an environment with upstream's compiled mmcv and spconv",
+    ),
+}
+
+if __name__ == "__main__":
+    raise SystemExit(dispatch("python -m tools.bench", COMMANDS))

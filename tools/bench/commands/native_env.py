@@ -1,0 +1,52 @@
+"""``python -m tools.bench native-env``: an environment with upstream's compiled stack."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["main"]
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def main(argv: Sequence[str] | None) -> int:
+    """Parse the command line and make the Python that ``--native-python`` takes."""
+    from importlib.metadata import version
+
+    from tools.bench.reference import environment as native_environment
+
+    parser = argparse.ArgumentParser(
+        description="Make an environment with upstream's compiled stack (mmcv from source, spconv) for "
+        "bench_detector.py --native-python. Needs a C++ compiler, and minutes: 15 to 40 on 2 cores."
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".venv-native", help="where (default: .venv-native)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (default: %(default)s)")
+    parser.add_argument("--torch-index-url", metavar="URL", help="package index to take torch from")
+    args = parser.parse_args(argv)
+    with tqdm(unit="file", file=sys.stderr) as bar:
+        python = native_environment.build(
+            args.folder.resolve(),
+            ROOT / "requirements",
+            torch_version=version("torch").partition("+")[0],
+            torch_index_url=args.torch_index_url,
+            jobs=args.jobs,
+            progress=lambda step, done, total: _step(bar, step, done, total),
+        )
+    print(python)
+    return 0
+
+
+def _step(bar: tqdm[Any], step: str, done: int, total: int) -> None:
+    """Name the step, and show how far it is where that is known."""
+    bar.set_description(step)
+    bar.total = total or None
+    bar.n = done
+    bar.refresh()

@@ -1,0 +1,1 @@
+"""Inputs for every kernel at inference sizes."""

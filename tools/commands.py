@@ -1,0 +1,30 @@
+"""Dispatch of ``python -m tools.bench|zoo|demo NAME``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+
+from serve.cli import run
+
+__all__ = ["dispatch"]
+
+
+def dispatch(program: str, commands: Mapping[str, tuple[str, str]]) -> int:
+    """Run the command that the first argument names; returns the exit code.
+
+    Args:
+        program: shown in the usage.
+        commands: name to (module with a ``main(argv)``, summary).
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in commands:
+        listed = "\n".join(f"  {known:<18} {summary}" for known, (_, summary) in commands.items())
+        asked = name in ("-h", "--help")
+        print(f"usage: {program} NAME [OPTION …]\n\n{listed}", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    module, _ = commands[name]
+    arguments = sys.argv[2:]
+    sys.argv[0] = f"{program} {name}"  # argparse's name of the program
+    return run(importlib.import_module(module).main, arguments)

@@ -1,0 +1,14 @@
+"""``python -m tools.demo NAME``: train and evaluate the demonstration SECOND, write synthetic scenes."""
+
+from __future__ import annotations
+
+from tools.commands import dispatch
+
+COMMANDS = {
+    "train": ("tools.demo.train_command", "train the demonstration SECOND on synthetic scenes"),
+    "evaluate": ("tools.demo.evaluate_command", "average precision on held-out synthetic scenes"),
+    "scene": ("tools.demo.scene_command", "write one synthetic LiDAR frame"),
+}
+
+if __name__ == "__main__":
+    raise SystemExit(dispatch("python -m tools.demo", COMMANDS))
