@@ -41,6 +41,7 @@ lint: $(STAMP) ## Check style and types: ruff, mypy strict, hadolint
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
+	PYTHONPATH=. $(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/hadolint docker/Dockerfile
 
 format: $(STAMP) ## Rewrite the code in the style that lint checks

@@ -36,6 +36,7 @@ STOP_S = 60.0
 
 
 def say(text: str) -> None:
+    """Print a heading."""
     print(f"\n== {text}", flush=True)
 
 

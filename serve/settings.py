@@ -12,18 +12,26 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from serve.errors import SettingsError
-from serve.ops import Preference
-from serve.protocol.frames import Limits
 
-__all__ = ["PREFIX", "Settings"]
+__all__ = ["PREFIX", "Limits", "Preference", "Settings"]
 
 PREFIX = "MMDET3D_SERVE_"
+Preference = Literal["auto", "portable"]
 _SERVICE_LINK = re.compile(
     r"(\w+_)?(service_host|service_port(_\w+)?|port_\d+_(tcp|udp|sctp)(_(proto|port|addr))?)"
 )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds on one frame, checked before memory is taken."""
+
+    max_frame_bytes: int = 64 << 20
+    max_points: int = 2_000_000
+    max_pixels: int = 50_000_000
 
 
 @dataclass(frozen=True)

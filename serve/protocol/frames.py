@@ -32,6 +32,7 @@ from serve.errors import BadRequest, FrameTooLarge, NonFinitePoints, Undecodable
 from serve.protocol.batch import Body, Bytes
 from serve.protocol.calibration import parse_calibration
 from serve.protocol.images import Decoder, decode_image
+from serve.settings import Limits
 
 __all__ = [
     "MODALITIES",
@@ -62,15 +63,6 @@ NPY_MAGIC = b"\x93NUMPY"
 MAX_NPY_HEADER_BYTES = 10_000  # numpy's own bound for headers it parses
 # A LiDAR sees some hundred metres; what is beyond is not a coordinate but misread bytes.
 MAX_COORDINATE_M = 1e6
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Upper bounds on one frame, checked before memory is taken."""
-
-    max_frame_bytes: int = 64 << 20
-    max_points: int = 2_000_000
-    max_pixels: int = 50_000_000
 
 
 @dataclass(frozen=True)

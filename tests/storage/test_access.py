@@ -26,7 +26,7 @@ from serve.zoo.config_source import config_at_hand, fetch_config
 
 def test_importing_storage_imports_no_client_library():
     code = (
-        "import sys, serve.storage, serve.archive.store, serve.cli.storage\n"
+        "import sys, serve.storage, serve.archive.store, serve.cli.fetch\n"
         "heavy = {'boto3', 'botocore', 'lmdb', 'httpx', 'torch', 'mmengine', 'numpy'} & set(sys.modules)\n"
         "assert not heavy - {'numpy'}, heavy"
     )

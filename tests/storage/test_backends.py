@@ -361,7 +361,7 @@ import sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
 from mmengine.fileio.backends import PetrelBackend, backends, prefix_to_backends
-from serve import convert, native, storage
+from serve import convert, storage
 from serve.runtime import model
 
 def fresh():
@@ -379,7 +379,8 @@ fresh()
 model.build_network(config, ["a", "b", "c"])
 registered()
 fresh()
-native.load_native(path, path.with_suffix(".pth"), "cpu")
+from serve.verify import reference
+reference.load_native(path, path.with_suffix(".pth"), "cpu")
 registered()
 """
 

@@ -205,7 +205,7 @@ def test_an_empty_cloud_file_is_drawn_as_one() -> None:
 
 
 def draw_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "draw.py"), *arguments]
+    command = [sys.executable, "-m", "serve", "draw", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
