@@ -17,31 +17,31 @@ from pathlib import Path
 from serve import archive, storage
 from serve.errors import ArchiveError, ObjectNotFound, StorageError, UriError
 from serve.storage import s3
-from serve.storage.cache import disk_errors
+from serve.storage.cache import map_disk_errors
 from serve.storage.download import sha256_of
 
-__all__ = ["Fetched", "fetch", "place_of", "publish"]
+__all__ = ["FetchedArchive", "archive_uri", "fetch", "publish"]
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchedArchive:
     """One archive of a store that is now in the folder.
 
     Attributes:
         path: where it is.
         sha256: of the whole file, hex.
-        carried_hash: whether the store said what the hash must be; otherwise only the archive's own hashes were
+        has_store_hash: whether the store said what the hash must be; otherwise only the archive's own hashes were
             compared.
-        was_there: it was in the folder already, the same.
+        already_present: it was in the folder already, the same.
     """
 
     path: Path
     sha256: str
-    carried_hash: bool
-    was_there: bool
+    has_store_hash: bool
+    already_present: bool
 
 
-def place_of(store: str, name: str) -> str:
+def archive_uri(store: str, name: str) -> str:
     """The address of an archive in a store.
 
     Raises:
@@ -60,7 +60,7 @@ def publish(path: Path, store: str, *, force: bool = False, progress: bool = Tru
         ArchiveError: there is one of that name, and `force` is not given.
         StorageError: the bucket cannot be written.
     """
-    target = place_of(store, path.stem)
+    target = archive_uri(store, path.stem)
     if not force and storage.exists(target):
         raise ArchiveError(f"{target} exists; choose another --model-name, or replace it with --force")
     storage.upload(path, target, progress=progress)
@@ -73,8 +73,8 @@ def fetch(
     models: Sequence[str] = (),
     *,
     progress: bool = True,
-    report: Callable[[Fetched], None] | None = None,
-) -> list[Fetched]:
+    report: Callable[[FetchedArchive], None] | None = None,
+) -> list[FetchedArchive]:
     """Bring archives of a store into a folder, one after the other, each whole and checked or not at all.
 
     Args:
@@ -89,7 +89,7 @@ def fetch(
         ArchiveError: what is there is no archive that this version can serve.
         StorageError: wrong hash, unreachable, no room left on the disk.
     """
-    root = storage.parse(place_of(store, "any"))
+    root = storage.parse(archive_uri(store, "any"))
     source = s3.connect(root.cluster)
     names = [f"{name.removesuffix('.mar')}.mar" for name in models]
     if not names:
@@ -97,7 +97,7 @@ def fetch(
         names = [one.name for one in listed if not one.is_folder and one.name.endswith(".mar")]
     if not names:
         raise ObjectNotFound(f"{store} holds no archive (.mar); make one with `make archive STORE={store}`")
-    with disk_errors(str(folder)):
+    with map_disk_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
     done = []
     for name in names:
@@ -107,14 +107,14 @@ def fetch(
     return done
 
 
-def _fetch_one(source: s3.S3, where: storage.Location, target: Path, progress: bool) -> Fetched:
+def _fetch_one(source: s3.S3, where: storage.Location, target: Path, progress: bool) -> FetchedArchive:
     info = source.head(where)
     if info.sha256 and target.is_file() and sha256_of(target) == info.sha256:
-        return Fetched(target, info.sha256, True, True)
+        return FetchedArchive(target, info.sha256, True, True)
     # Not a name that TorchServe would load.
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with disk_errors(str(target)):
+        with map_disk_errors(str(target)):
             with part.open("w+b") as file:
                 source.download(where, file, info=info, progress=progress)
                 file.flush()
@@ -131,4 +131,4 @@ def _fetch_one(source: s3.S3, where: storage.Location, target: Path, progress: b
             os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-    return Fetched(target, sha256, bool(info.sha256), False)
+    return FetchedArchive(target, sha256, bool(info.sha256), False)

@@ -18,7 +18,7 @@ from serve.archive import store as model_store
 from serve.cli.entry import command_parser
 from serve.errors import ArchiveError
 from serve.settings import Settings
-from serve.zoo.config_source import config_at_hand
+from serve.zoo.config_source import local_config
 
 __all__ = ["main", "to_torchserve"]
 
@@ -37,7 +37,7 @@ def to_torchserve(argv: Sequence[str] | None, package: str) -> int:
     )
     _add_options(parser)
     args = parser.parse_args(argv)
-    with config_at_hand(args.config) as config:
+    with local_config(args.config) as config:
         entry = zoo.resolve(config, package=package)
         _tell_notes(entry.notes if not Path(config).is_file() else ())
         checkpoint = _fetched(args.checkpoint, args)
@@ -66,11 +66,11 @@ def main(argv: Sequence[str] | None) -> int:
     )
     _add_options(parser)
     args = parser.parse_args(argv)
-    with config_at_hand(args.model) as model:
+    with local_config(args.model) as model:
         entry = zoo.resolve(model)
         _tell_notes(entry.notes)
         checkpoint = _fetched(
-            args.checkpoint or zoo.weights_of(entry),
+            args.checkpoint or zoo.require_weights_url(entry),
             args,
             entry.sha256_prefix if not args.checkpoint else None,
         )
@@ -122,7 +122,7 @@ def _convert(config: Path, checkpoint: Path, name: str, store: str, args: argpar
     """Into the folder, or through a folder that is thrown away into the bucket."""
     if not storage.is_remote(store):
         return _convert_into(config, checkpoint, name, Path(store), args)
-    place = model_store.place_of(store, name)
+    place = model_store.archive_uri(store, name)
     if not args.force and storage.exists(place):
         raise ArchiveError(f"{place} exists; choose another --model-name, or replace it with --force")
     with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-store-") as folder:

@@ -17,7 +17,7 @@ from serve.protocol import frames as wire
 from serve.storage.download import sha256_of
 from serve.torchserve import ServedModel, TorchServeOptions
 from serve.torchserve.supervisor import Service
-from serve.visualize.detections import draw_frame, png_bytes
+from serve.visualize.detections import draw_frame, encode_png
 
 __all__ = ["main"]
 
@@ -87,7 +87,7 @@ def _show(service: Service, seconds: float, frame: Path) -> None:
     with Client(address) as client:
         answer = client.predict(body, "second", score_thr=SCORE_THR)
     frame.with_suffix(".json").write_bytes(wire.encode_json(answer))
-    frame.with_suffix(".png").write_bytes(png_bytes(draw_frame(body, answer, load_dim=4)))
+    frame.with_suffix(".png").write_bytes(encode_png(draw_frame(body, answer, load_dim=4)))
     print(
         f"ready after {seconds:.1f} s; the sample frame has {len(answer['names'])} detections of {SCORE_THR} or more:"
     )

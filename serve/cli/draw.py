@@ -8,7 +8,7 @@ from pathlib import Path
 
 from serve.cli.entry import command_parser
 from serve.errors import BadRequest
-from serve.visualize.detections import draw_frame, png_bytes
+from serve.visualize.detections import draw_frame, encode_png
 
 __all__ = ["main"]
 
@@ -58,6 +58,6 @@ def main(argv: Sequence[str] | None) -> int:
         )
     except (ValueError, TypeError, KeyError) as error:
         raise BadRequest(f"{args.detections} is not an answer that can be drawn: {error}") from None
-    args.output.write_bytes(png_bytes(picture))
+    args.output.write_bytes(encode_png(picture))
     print(args.output)
     return 0

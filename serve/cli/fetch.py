@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None) -> int:
     )
     args = parser.parse_args(argv)
     for one in store.fetch(args.source, args.to, args.models, report=_print_fetched):
-        if not one.carried_hash:
+        if not one.has_store_hash:
             print(
                 f"note: the bucket holds no sha256 for {one.path.name}; only the hashes inside it were compared. "
                 "`mmdet3d-serve push` uploads archives with theirs",
@@ -40,6 +40,6 @@ def main(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _print_fetched(one: store.Fetched) -> None:
-    what = "there already" if one.was_there else f"fetched, {one.path.stat().st_size / 1e6:.1f} MB"
+def _print_fetched(one: store.FetchedArchive) -> None:
+    what = "there already" if one.already_present else f"fetched, {one.path.stat().st_size / 1e6:.1f} MB"
     print(f"{one.path} ({what})  sha256 {one.sha256}", flush=True)

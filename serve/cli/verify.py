@@ -14,8 +14,8 @@ from serve.compare.detections import Tolerances
 from serve.storage import is_remote, local_path
 from serve.verify.endpoint import draw_report, read_token, summary, verify
 from serve.verify.frame_source import frames_at
-from serve.verify.reference import load_native
-from serve.zoo.config_source import config_at_hand
+from serve.verify.reference import load_reference
+from serve.zoo.config_source import local_config
 
 __all__ = ["main"]
 
@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None) -> int:
     token = read_token(args.token_file) if args.token_file else None
     with Client(args.inference_addr, token=token, timeout_s=args.timeout_s) as client:
         checkpoint = local_path(args.checkpoint) if is_remote(args.checkpoint) else args.checkpoint
-        with config_at_hand(args.config) as config:
-            native = load_native(config, checkpoint, args.device)
+        with local_config(args.config) as config:
+            native = load_reference(config, checkpoint, args.device)
         for note in native.notes:
             print(f"note: native weights: {note}", file=sys.stderr)
         reports = []

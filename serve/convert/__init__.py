@@ -1,5 +1,5 @@
 """Config and checkpoint to an archive that proves itself."""
 
-from serve.convert.conversion import Conversion, Converted, configured_classes, convert, resolve_config
+from serve.convert.conversion import Conversion, ConversionResult, configured_classes, convert, resolve_config
 
-__all__ = ["Conversion", "Converted", "configured_classes", "convert", "resolve_config"]
+__all__ = ["Conversion", "ConversionResult", "configured_classes", "convert", "resolve_config"]

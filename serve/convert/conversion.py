@@ -28,7 +28,7 @@ from serve.protocol.batch import Body
 from serve.protocol.frames import FrameSpec
 from serve.storage.download import sha256_of
 
-__all__ = ["Conversion", "Converted", "configured_classes", "convert", "resolve_config"]
+__all__ = ["Conversion", "ConversionResult", "configured_classes", "convert", "resolve_config"]
 
 # What a config says about training, evaluation and logging stays outside the archive.
 KEPT_KEYS = (
@@ -92,7 +92,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
     """What came out.
 
     Attributes:
@@ -110,7 +110,7 @@ class Converted:
     notes: tuple[str, ...]
 
 
-def convert(conversion: Conversion) -> Converted:
+def convert(conversion: Conversion) -> ConversionResult:
     """Do it all; nothing is left behind when a step fails.
 
     Raises:
@@ -120,7 +120,7 @@ def convert(conversion: Conversion) -> Converted:
     from safetensors.torch import save_file
 
     from serve.convert.checkpoint import load_checkpoint
-    from serve.convert.legacy_weights import load_weights
+    from serve.convert.legacy_weights import adapt_and_load
     from serve.runtime import load_detector
     from serve.runtime.model import build_network, is_segmentor
     from serve.runtime.pipeline import box_type_of, frame_spec
@@ -148,7 +148,7 @@ def convert(conversion: Conversion) -> Converted:
     with torch.random.fork_rng():
         torch.manual_seed(0)  # what the checkpoint lacks is the same every time
         network = build_network(config, classes)
-    report = load_weights(network, checkpoint, allow_partial=conversion.allow_partial)
+    report = adapt_and_load(network, checkpoint, allow_partial=conversion.allow_partial)
     notes = report.notes if report.ok else (*report.notes, f"converted in part:\n{report.summary()}")
     state = {key: tensor.detach().clone() for key, tensor in network.state_dict().items()}
     network.to(device)
@@ -200,7 +200,7 @@ def convert(conversion: Conversion) -> Converted:
             os.replace(unproved, target)
         finally:
             unproved.unlink(missing_ok=True)
-    return Converted(target, sha256, opened.metadata, _count(expected), notes)
+    return ConversionResult(target, sha256, opened.metadata, _count(expected), notes)
 
 
 def _count(answer: Mapping[str, Any]) -> int:

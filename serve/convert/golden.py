@@ -19,7 +19,7 @@ import orjson
 from serve.errors import ArchiveError
 from serve.protocol.frames import FrameSpec
 
-__all__ = ["golden_calibration", "golden_frame", "golden_picture", "golden_room", "read_frame"]
+__all__ = ["golden_calibration", "golden_frame", "golden_image", "golden_room", "read_frame"]
 
 # Of the drawn pictures: a common lens, and the middle of 640 x 480.
 FOCAL_PX = 520.0
@@ -38,7 +38,7 @@ def golden_frame(spec: FrameSpec) -> dict[str, tuple[str, bytes]]:
     """
     made: dict[str, tuple[str, bytes]] = {}
     for k, part in enumerate(name for name in spec.parts if name.startswith("image")):
-        encoded: npt.NDArray[np.uint8] = cv2.imencode(".png", golden_picture(seed=8 + k))[1]
+        encoded: npt.NDArray[np.uint8] = cv2.imencode(".png", golden_image(seed=8 + k))[1]
         made[part] = (f"{part}.png", encoded.tobytes())
     if spec.has_points:
         depth = spec.modality == "depth" or "depth2img" in spec.calibration
@@ -153,7 +153,7 @@ def golden_room(num_points: int = 8_000, seed: int = 8) -> npt.NDArray[np.float3
     return np.round(np.concatenate(parts), 4).astype(np.float32)
 
 
-def golden_picture(width: int = 640, height: int = 480, seed: int = 8) -> npt.NDArray[np.uint8]:
+def golden_image(width: int = 640, height: int = 480, seed: int = 8) -> npt.NDArray[np.uint8]:
     """(height, width, 3) uint8 BGR: a street of boxes under a sky, with noise, so that no region is flat."""
     rng = np.random.default_rng(seed)
     picture = np.empty((height, width, 3), dtype=np.float32)

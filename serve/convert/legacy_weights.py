@@ -7,7 +7,7 @@ What changed under OpenMMLab's names since mmdet 2 / mmdet3d 0.x, and is mended 
   anchors with it. The last layers of an `Anchor3DHead` are linear in that, so they can be turned exactly.
 
 Key names of SECOND and PointPillars did not change; where other models' did (FCOS, VFNet, FCAF3D, two-stage
-detectors) the modules themselves rename while loading, which `load_weights` lets them do.
+detectors) the modules themselves rename while loading, which `adapt_and_load` lets them do.
 
 Does not know files (`serve.convert.checkpoint`), and does not convert mmdet 1.x (other class order) or VoteNet/H3DNet
 before 0.6: upstream has scripts for those, and such checkpoints are refused with a sentence that says so.
@@ -30,11 +30,11 @@ from serve.errors import CheckpointError
 
 __all__ = [
     "KeyReport",
+    "adapt_and_load",
     "adapt_state_dict",
     "compare_keys",
-    "load_weights",
+    "convert_anchor_head",
     "shapes_of",
-    "turn_anchor_head",
     "versions_of",
 ]
 
@@ -160,7 +160,7 @@ def adapt_state_dict(
     return adapted, tuple(notes)
 
 
-def turn_anchor_head(
+def convert_anchor_head(
     state_dict: Mapping[str, torch.Tensor],
     prefix: str,
     *,
@@ -217,7 +217,7 @@ def turn_anchor_head(
     return turned
 
 
-def load_weights(
+def adapt_and_load(
     model: torch.nn.Module,
     checkpoint: Checkpoint,
     *,
@@ -262,7 +262,7 @@ def load_weights(
     return report
 
 
-# --- what load_weights is made of -------------------------------------------------------------------------
+# --- what adapt_and_load is made of -------------------------------------------------------------------------
 
 
 def _counting(names: Iterable[str]) -> tuple[str, ...]:
@@ -317,7 +317,7 @@ def _mended(
         if now == frame.sizes:
             return weights, (f"the config keeps the anchors of {_OLD_FRAME}",)
         if frame.turns_into(model, now):
-            turned = turn_anchor_head(
+            turned = convert_anchor_head(
                 weights,
                 "bbox_head.",
                 sizes=len(frame.sizes),
@@ -346,7 +346,7 @@ class _OldFrame:
     dir_offset: float
 
     def turns_into(self, model: torch.nn.Module, sizes: list[list[float]]) -> bool:
-        """Whether the model is one whose head `turn_anchor_head` understands, with the same anchors."""
+        """Whether the model is one whose head `convert_anchor_head` understands, with the same anchors."""
         head = getattr(model, "bbox_head", None)
         names = (type(model).__name__, type(head).__name__)
         known = names in (("VoxelNet", "Anchor3DHead"), ("DynamicVoxelNet", "Anchor3DHead"))

@@ -107,13 +107,13 @@ async def encode_one(outcome: Settled[Answer], frame: Frame, media: Media, load_
 
 
 def _picture(frame: Frame, answer: dict[str, Any], load_dim: int | None) -> bytes:
-    from serve.visualize.detections import draw_frame, png_bytes
+    from serve.visualize.detections import draw_frame, encode_png
 
     body = frame.body
     if isinstance(body, Mapping):
         body = next((part for name, part in body.items() if name in ("points", "image")), b"")
     try:
-        return png_bytes(draw_frame(bytes(body), answer, load_dim=load_dim or 4))
+        return encode_png(draw_frame(bytes(body), answer, load_dim=load_dim or 4))
     except ValueError as error:
         raise BadRequest(f"this answer cannot be drawn ({error}); accept application/json") from None
 

@@ -18,7 +18,7 @@ from typing import IO
 
 from serve.errors import ObjectNotFound, StorageError, UriError
 from serve.settings import Settings
-from serve.storage.cache import Cache, disk_errors
+from serve.storage.cache import Cache, map_disk_errors
 from serve.storage.download import sha256_of
 from serve.storage.packed_folder import PackedFolder
 from serve.storage.uri import Location, parse
@@ -156,7 +156,7 @@ def exists(uri: str | Path) -> bool:
         return store.is_file(where) or store.is_folder(where)
     try:
         if where.scheme == "ffrecord":
-            return packed(where.path).exists(where.member)
+            return open_packed_folder(where.path).exists(where.member)
         _member(where)
     except ObjectNotFound:
         return False
@@ -178,7 +178,7 @@ def list_files(uri: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
         found = [str(where.joined(one.name)) for one in store.list(where) if not one.is_folder]
     elif where.scheme == "ffrecord":
         inside = f"{where.member}/" if where.member else ""
-        names = packed(where.path).list(where.member, list_dir=False)
+        names = open_packed_folder(where.path).list(where.member, list_dir=False)
         found = [f"ffrecord://{where.path}#{inside}{name}" for name in names]
     elif where.scheme == "lmdb":
         from serve.storage import lmdb_file
@@ -194,7 +194,7 @@ def list_files(uri: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
     return sorted(one for one in found if not suffixes or one.lower().endswith(suffixes))
 
 
-def packed(path: str) -> PackedFolder:
+def open_packed_folder(path: str) -> PackedFolder:
     """The packed folder at a path, opened once as long as the file stays the same.
 
     Raises:
@@ -212,7 +212,7 @@ def _opened(path: str, stamp: str) -> PackedFolder:
 
 def _member(where: Location) -> bytes:
     if where.scheme == "ffrecord":
-        return bytes(packed(where.path).read(where.member))
+        return bytes(open_packed_folder(where.path).read(where.member))
     from serve.storage import lmdb_file
 
     return lmdb_file.read(where)
@@ -252,7 +252,7 @@ def _pieces(file: IO[bytes], tell: Callable[[bytes], None]) -> Iterator[bytes]:
 
 
 def _replace(path: Path, pieces: Iterator[bytes] | list[bytes]) -> None:
-    with disk_errors(str(path)):
+    with map_disk_errors(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:

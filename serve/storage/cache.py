@@ -23,7 +23,7 @@ from typing import IO
 from serve.errors import StorageError
 from serve.storage.download import one_at_a_time, sha256_of
 
-__all__ = ["Cache", "disk_errors"]
+__all__ = ["Cache", "map_disk_errors"]
 
 # Another process may just have been given a path that lies here.
 _IN_USE_S = 600.0
@@ -58,7 +58,7 @@ class Cache:
             StorageError: wrong hash, no room left on the disk, or whatever `fill` raises.
         """
         target = self.entry(identity, name)
-        with disk_errors(f"the cache folder {self.folder}"):
+        with map_disk_errors(f"the cache folder {self.folder}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             with one_at_a_time(target):
                 if not _is_good(target):
@@ -124,7 +124,7 @@ def _measured(folder: Path) -> Iterator[tuple[float, Path, int]]:
 
 
 @contextlib.contextmanager
-def disk_errors(place: str) -> Iterator[None]:
+def map_disk_errors(place: str) -> Iterator[None]:
     """Turn what the local disk refuses into a sentence; errors of ours pass.
 
     Raises:

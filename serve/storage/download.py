@@ -32,7 +32,7 @@ from serve.errors import DownloadError
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["cache_path", "fetch", "hash_in_name", "one_at_a_time", "sha256_of", "shown"]
+__all__ = ["cache_path", "fetch", "hash_in_name", "one_at_a_time", "redact_url", "sha256_of"]
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 20
@@ -74,10 +74,12 @@ def cache_path(url: str, cache_dir: Path, *, sha256_prefix: str | None = None) -
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise DownloadError(f"only http:// and https:// addresses can be downloaded, not '{shown(url)}'.")
+        raise DownloadError(
+            f"only http:// and https:// addresses can be downloaded, not '{redact_url(url)}'."
+        )
     name = unquote(parts.path).rsplit("/", 1)[-1]
     if name in ("", ".", "..") or any(character in name for character in '\\\0\n\r:*?"<>|'):
-        raise DownloadError(f"'{shown(url)}' does not end in a usable file name.")
+        raise DownloadError(f"'{redact_url(url)}' does not end in a usable file name.")
     if sha256_prefix or hash_in_name(url):
         return cache_dir / name
     return cache_dir / hashlib.sha256(url.encode()).hexdigest()[:12] / name
@@ -169,7 +171,7 @@ class _Transfer:
         if self.expected and not found.startswith(self.expected):
             self._discard()
             raise DownloadError(
-                f"{shown(self.url)} arrived with sha256 {found[:8]}… where {self.expected} was promised; "
+                f"{redact_url(self.url)} arrived with sha256 {found[:8]}… where {self.expected} was promised; "
                 "it was altered on the way or on the server, and was thrown away."
             )
         _note_hash(self.target, found)
@@ -228,7 +230,7 @@ class _Transfer:
         if status in _RETRIED_STATUS:
             raise _Again(f"the server answered {status}", wait_s=_retry_after(response))
         if status not in (200, 206) or (status == 206 and not have):
-            raise DownloadError(self._by_hand(f"the server answered {status} for {shown(self.url)}"))
+            raise DownloadError(self._by_hand(f"the server answered {status} for {redact_url(self.url)}"))
         if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
             raise DownloadError(self._by_hand("the server insists on sending it compressed"))
         if self.url.startswith("https:") and response.url.scheme == "http" and not self.expected:
@@ -328,7 +330,7 @@ class _Transfer:
             )
 
     def _by_hand(self, why: str) -> str:
-        return f"{why}; fetch {shown(self.url)} on a machine that can and save it as {self.target}."
+        return f"{why}; fetch {redact_url(self.url)} on a machine that can and save it as {self.target}."
 
 
 # --- small parts ------------------------------------------------------------------------------------------
@@ -399,7 +401,7 @@ def _digest(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """Give the URL without user name, password, query and fragment: fit for messages."""
     parts = urlsplit(url)
     host = parts.netloc.rsplit("@", 1)[-1]

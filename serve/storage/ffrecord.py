@@ -31,7 +31,7 @@ from typing import IO, Any, Self
 from isal.isal_zlib import crc32
 
 from serve.errors import ObjectNotFound, StorageError
-from serve.storage.cache import disk_errors
+from serve.storage.cache import map_disk_errors
 
 __all__ = ["Reader", "Writer"]
 
@@ -205,7 +205,7 @@ class Writer:
             raise StorageError(f"a file cannot have {count} samples")
         self.path, self.count = Path(path), count
         self._checksums, self._offsets = array("I"), array("q")
-        with disk_errors(str(self.path)):
+        with map_disk_errors(str(self.path)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(
                 dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part"
@@ -227,7 +227,7 @@ class Writer:
         if len(self._offsets) >= self.count:
             raise StorageError(f"{self.path} was begun for {self.count} samples, and got one more")
         checksum, start = 0, self._position
-        with disk_errors(str(self.path)):
+        with map_disk_errors(str(self.path)):
             for piece in pieces:
                 checksum = crc32(piece, checksum)
                 self._file.write(piece)
@@ -252,7 +252,7 @@ class Writer:
             self._offsets.byteswap()
         metadata = struct.pack("<q", self.count) + self._checksums.tobytes() + self._offsets.tobytes()
         try:
-            with disk_errors(str(self.path)):
+            with map_disk_errors(str(self.path)):
                 self._file.seek(0)
                 self._file.write(struct.pack("<I", crc32(metadata)) + metadata)
                 self._file.flush()

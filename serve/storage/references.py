@@ -226,9 +226,9 @@ def _read(where: Location, limits: ReferenceLimits) -> bytes:
         _require_small(info.size, limits)
         return store.read(where, info=info)
     if where.scheme == "ffrecord":
-        from serve.storage.access import packed
+        from serve.storage.access import open_packed_folder
 
-        view = packed(where.path).read(where.member)
+        view = open_packed_folder(where.path).read(where.member)
         _require_small(len(view), limits)
         return bytes(view)
     from serve.storage import lmdb_file

@@ -32,7 +32,7 @@ from serve.storage.uri import Location
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-__all__ = ["S3", "Listed", "ObjectInfo", "Options", "connect"]
+__all__ = ["S3", "ListEntry", "ObjectInfo", "Options", "connect"]
 
 _PART_BYTES = 8 << 20
 _SHOW_PROGRESS_FROM = 32 << 20
@@ -72,7 +72,7 @@ class ObjectInfo:
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListEntry:
     """One line of a listing: the name below the folder listed, whether it is a folder, and bytes."""
 
     name: str
@@ -201,7 +201,7 @@ class S3:
             return False
         return bool(found.get("KeyCount")) or not prefix
 
-    def list(self, where: Location, *, recursive: bool = False) -> Iterator[Listed]:
+    def list(self, where: Location, *, recursive: bool = False) -> Iterator[ListEntry]:
         """What lies in a bucket or below a prefix, by name; folders first seen where their first object is.
 
         Raises:
@@ -216,15 +216,15 @@ class S3:
         with _told(where):
             for page in pages:
                 for common in page.get("CommonPrefixes", ()):
-                    yield Listed(common["Prefix"][len(prefix) :].rstrip("/"), True)
+                    yield ListEntry(common["Prefix"][len(prefix) :].rstrip("/"), True)
                 for entry in page.get("Contents", ()):
                     name = entry["Key"][len(prefix) :]
                     for folder in _folders_of(name):
                         if folder not in seen:
                             seen.add(folder)
-                            yield Listed(folder, True)
+                            yield ListEntry(folder, True)
                     if name and not name.endswith("/"):
-                        yield Listed(name, False, entry["Size"])
+                        yield ListEntry(name, False, entry["Size"])
 
     # --- writing ---
 

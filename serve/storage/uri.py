@@ -20,7 +20,7 @@ from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from serve.errors import UriError
-from serve.storage.download import shown
+from serve.storage.download import redact_url
 
 __all__ = ["Location", "Scheme", "is_remote", "map_path", "parse"]
 
@@ -59,7 +59,7 @@ class Location:
         if self.scheme == "file":
             return self.path
         if self.scheme == "http":
-            return shown(self.path)
+            return redact_url(self.path)
         if self.scheme == "s3":
             cluster = f"{self.cluster}:" if self.cluster else ""
             return f"{cluster}s3://{self.bucket}/{self.path}"

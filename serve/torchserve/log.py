@@ -44,7 +44,7 @@ class LoadFailure:
 
 
 @dataclass
-class _WorkerTale:
+class _WorkerHistory:
     model: str
     printed: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_LINES))
     deaths: int = 0
@@ -59,7 +59,7 @@ class WorkerLog:
         self.path = path
         self._offset = path.stat().st_size if path.exists() else 0
         self._rest = b""
-        self._tales: dict[str, _WorkerTale] = {}
+        self._histories: dict[str, _WorkerHistory] = {}
         self._trouble: str | None = None
 
     def failure(self, models: Collection[str]) -> LoadFailure | None:
@@ -68,23 +68,23 @@ class WorkerLog:
         One that died and left no reason behind gets another try first.
         """
         self._read()
-        for tale in self._tales.values():
-            if tale.model not in models or not tale.deaths:
+        for history in self._histories.values():
+            if history.model not in models or not history.deaths:
                 continue
-            waited = time.monotonic() - tale.died_at > _GRACE_S
-            reason = _reason(tale.printed)
-            if reason is not None and (waited or tale.all_read):
-                return LoadFailure(tale.model, reason, tuple(tale.printed))
-            if reason is None and waited and tale.deaths >= _DEATHS_WITHOUT_A_WORD:
-                return LoadFailure(tale.model, _WORDLESS, tuple(tale.printed))
+            waited = time.monotonic() - history.died_at > _GRACE_S
+            reason = _reason(history.printed)
+            if reason is not None and (waited or history.all_read):
+                return LoadFailure(history.model, reason, tuple(history.printed))
+            if reason is None and waited and history.deaths >= _DEATHS_WITHOUT_A_WORD:
+                return LoadFailure(history.model, _WORDLESS, tuple(history.printed))
         return None
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Forget all that was read so far: what happened before is not about what is loaded now."""
         self._read()
-        self._tales.clear()
+        self._histories.clear()
 
-    def last_trouble(self) -> str | None:
+    def last_problem(self) -> str | None:
         """The last message of level ERROR or WARN, if there was one."""
         self._read()
         return self._trouble
@@ -113,14 +113,14 @@ class WorkerLog:
         if worker is None:
             return
         name, model, stream = worker.groups()
-        tale = self._tales.setdefault(name, _WorkerTale(model))
+        history = self._histories.setdefault(name, _WorkerHistory(model))
         if logger == "MODEL_LOG":
-            tale.printed.append(message)
+            history.printed.append(message)
         elif stream is None and message.startswith("Retry worker"):
-            tale.deaths += 1
-            tale.died_at = time.monotonic()
+            history.deaths += 1
+            history.died_at = time.monotonic()
         elif stream == "-stdout" and message.startswith("Stopped Scanner"):
-            tale.all_read = True
+            history.all_read = True
 
 
 def _reason(printed: deque[str]) -> str | None:

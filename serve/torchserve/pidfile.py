@@ -12,19 +12,19 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["forget", "remember", "stop_running"]
+__all__ = ["remove_pidfile", "stop_running", "write_pidfile"]
 
 _GUARD = str(Path(__file__).with_name("guard.py"))
 
 
-def remember(state_dir: Path, guard_pid: int, address: str) -> None:
+def write_pidfile(state_dir: Path, guard_pid: int, address: str) -> None:
     """Note a running server; `address` is what a person knows it by."""
     state_dir.mkdir(parents=True, exist_ok=True)
     state = {"pid": guard_pid, "started": psutil.Process(guard_pid).create_time(), "address": address}
     _file(state_dir, guard_pid).write_text(json.dumps(state) + "\n")
 
 
-def forget(state_dir: Path, guard_pid: int) -> None:
+def remove_pidfile(state_dir: Path, guard_pid: int) -> None:
     """Remove the note of a server."""
     _file(state_dir, guard_pid).unlink(missing_ok=True)
 
@@ -33,7 +33,7 @@ def stop_running(state_dir: Path, timeout_s: float = 20.0) -> list[str]:
     """End every server that is noted in `state_dir` and still runs.
 
     Args:
-        state_dir: folder given to `remember`; it need not exist.
+        state_dir: folder given to `write_pidfile`; it need not exist.
         timeout_s: seconds to wait for each before it is killed.
 
     Returns:

@@ -48,7 +48,7 @@ from serve.torchserve.config import (
 )
 from serve.torchserve.java import check_ports, child_environment, java_command
 from serve.torchserve.log import LoadFailure, WorkerLog
-from serve.torchserve.pidfile import forget, remember
+from serve.torchserve.pidfile import remove_pidfile, write_pidfile
 
 __all__ = ["DRAIN_S", "TorchServe", "Worker"]
 
@@ -147,7 +147,7 @@ class TorchServe:
         try:
             self._launch(manifests)
             self._await_ready(manifests)
-            self._remember()
+            self._write_pidfile()
         except BaseException:
             self.stop(drain_s=0)
             raise
@@ -165,7 +165,7 @@ class TorchServe:
         if guard is None:
             return
         if self.options.state_dir is not None:
-            forget(self.options.state_dir, guard.pid)
+            remove_pidfile(self.options.state_dir, guard.pid)
         assert guard.stdin is not None and guard.stdout is not None
         with contextlib.suppress(OSError):
             guard.stdin.write(f"stop {drain_s}\n".encode())
@@ -249,7 +249,7 @@ class TorchServe:
         )
         assert self._log is not None
         self._manage("POST", f"/models?{query}")
-        self._log.forget()
+        self._log.discard()
         try:
             scale = httpx.QueryParams(min_worker=model.workers, max_worker=model.workers)
             self._manage("PUT", f"/models/{name}/{manifest.version}?{scale}")
@@ -279,9 +279,9 @@ class TorchServe:
 
     # Inside
 
-    def _remember(self) -> None:
+    def _write_pidfile(self) -> None:
         if self.options.state_dir is not None and self._guard is not None:
-            remember(self.options.state_dir, self._guard.pid, self.inference_url)
+            write_pidfile(self.options.state_dir, self._guard.pid, self.inference_url)
 
     def _launch(self, manifests: list[Manifest]) -> None:
         self.run_dir = run_dir = Path(tempfile.mkdtemp(prefix="mmdet3d-serve-", dir=self.options.run_root))
@@ -386,7 +386,7 @@ class TorchServe:
 
     def _explain(self) -> str:
         assert self._log is not None
-        if said := self._log.last_trouble():
+        if said := self._log.last_problem():
             return said
         with contextlib.suppress(OSError):
             lines = self._log.path.with_name("java.log").read_text(errors="replace").splitlines()

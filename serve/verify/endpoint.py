@@ -20,8 +20,8 @@ from serve.compare.detections import Comparison, Tolerances, compare_answers, de
 from serve.compare.labels import LabelComparison, has_labels
 from serve.errors import BackendBroken, BadRequest, ModelNotFound, UndecodableFrame
 from serve.protocol.frames import Modality
-from serve.verify.reference import FRAME_SUFFIXES, above
-from serve.visualize.detections import draw_frame, png_bytes
+from serve.verify.reference import FRAME_SUFFIXES, filter_by_score
+from serve.visualize.detections import draw_frame, encode_png
 
 __all__ = ["FrameReport", "Reference", "draw_report", "find_frames", "read_token", "summary", "verify"]
 
@@ -35,7 +35,7 @@ _CONTENT_TYPES = {
 
 
 class Reference(Protocol):
-    """The side that is right: `serve.verify.reference.NativeModel`, or a stand-in."""
+    """The side that is right: `serve.verify.reference.ReferenceModel`, or a stand-in."""
 
     @property
     def modality(self) -> Modality:
@@ -133,7 +133,7 @@ def verify(
     """
     for path in frames:
         parts = _parts_of(path)
-        native = above(reference.detect(parts or path), score_thr)
+        native = filter_by_score(reference.detect(parts or path), score_thr)
         served = client.predict(
             {name: file.read_bytes() for name, file in parts.items()} if parts else path.read_bytes(),
             model,
@@ -200,7 +200,7 @@ def draw_report(report: FrameReport, folder: str | Path, load_dim: int | None = 
     for side, detections in (("native", report.native), ("served", report.served)):
         picture = draw_frame(body, detections, load_dim=load_dim or 4, title=f"{report.path.name}, {side}")
         written.append(folder / f"{report.path.name}.{side}.png")
-        written[-1].write_bytes(png_bytes(picture))
+        written[-1].write_bytes(encode_png(picture))
     return written
 
 

@@ -2,7 +2,7 @@
 
 Their own ``init_detector`` / ``init_model`` build the model from config and checkpoint, their own
 ``inference_detector`` reads the file and runs the network; here the outcome is only rewritten to the
-dictionary that also travels on the wire. Nothing is thresholded on the way; `above` does that.
+dictionary that also travels on the wire. Nothing is thresholded on the way; `filter_by_score` does that.
 
 Frames are given as paths, because mmdet3d 1.4.0 cannot take arrays in memory (its ``inference_detector``
 hands a wrapped cloud to a pipeline step that expects an array, and edits the model's config on the way).
@@ -34,9 +34,9 @@ from serve.errors import (
     UndecodableFrame,
 )
 from serve.protocol.frames import Modality
-from serve.verify import upstream as native_calls
+from serve.verify import upstream
 
-__all__ = ["FRAME_SUFFIXES", "NativeModel", "above", "load_native"]
+__all__ = ["FRAME_SUFFIXES", "ReferenceModel", "filter_by_score", "load_reference"]
 
 #: Endings of the files of each part of a frame.
 FRAME_SUFFIXES: Mapping[str, tuple[str, ...]] = {
@@ -53,7 +53,7 @@ _BOX_TYPES = {
 
 
 @dataclass(frozen=True)
-class NativeModel:
+class ReferenceModel:
     """A model as mmdet / mmdet3d built it.
 
     Attributes:
@@ -97,17 +97,17 @@ class NativeModel:
             return self._detect_in_image(files["image"])
         if self.modality not in ("lidar", "depth"):
             with _running("mmdet3d", files[self.parts[0]], self.module):
-                return self._read(native_calls.with_calibration(self.module, files, self.parts))
+                return self._read(upstream.detect_with_calibration(self.module, files, self.parts))
         with _as_bin(files["points"], self.load_dim or 4) as cloud:
             if self.box_type_3d is None:
                 with _running("mmdet3d", cloud, self.module):
-                    return self._read(native_calls.segment(self.module, cloud))
+                    return self._read(upstream.segment_points(self.module, cloud))
             if self._sees_nothing(cloud):
                 return self._named(
                     {"bboxes_3d": [], "scores_3d": [], "labels_3d": [], "box_type_3d": self.box_type_3d}
                 )
             with _running("mmdet3d", cloud, self.module):
-                return self._read(native_calls.detect_in_cloud(self.module, cloud))
+                return self._read(upstream.detect_in_points(self.module, cloud))
 
     def _files(self, frame: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
         if not isinstance(frame, Mapping):
@@ -157,7 +157,7 @@ class NativeModel:
             raise UndecodableFrame(f"{path} is not a readable image")
         scope = str(self.module.cfg.get("default_scope") or "mmdet")
         with _running(scope, path, self.module):
-            sample = native_calls.detect_in_image(self.module, path)
+            sample = upstream.detect_in_image(self.module, path)
         if "pred_panoptic_seg" in sample:
             segments = np.asarray(sample.pred_panoptic_seg.sem_seg)
             return encode_segments(segments.reshape(segments.shape[-2:]), self.classes)
@@ -178,7 +178,7 @@ class NativeModel:
         return answer
 
 
-def above(detections: Mapping[str, Any], score_thr: float) -> dict[str, Any]:
+def filter_by_score(detections: Mapping[str, Any], score_thr: float) -> dict[str, Any]:
     """The detections that score at least ``score_thr``, in the order they had; other entries are kept."""
     scores = detections.get("scores_3d", detections.get("scores"))
     if scores is None:
@@ -190,7 +190,7 @@ def above(detections: Mapping[str, Any], score_thr: float) -> dict[str, Any]:
     }
 
 
-def load_native(config: str | Path, checkpoint: str | Path, device: str | None = None) -> NativeModel:
+def load_reference(config: str | Path, checkpoint: str | Path, device: str | None = None) -> ReferenceModel:
     """Build a model with mmdet's / mmdet3d's own functions.
 
     Args:
@@ -229,18 +229,18 @@ def load_native(config: str | Path, checkpoint: str | Path, device: str | None =
     said = io.StringIO()
     with _quiet(), contextlib.redirect_stdout(said), _readable_checkpoint():
         try:
-            module = native_calls.build(parsed, Path(checkpoint), device)
+            module = upstream.build(parsed, Path(checkpoint), device)
         except Exception as error:
             kind = CheckpointError if "load" in str(error).lower() else SetupError
             raise kind(f"{scope} cannot build {path} with {checkpoint}: {error}") from error
     notes = _adapted(module, Path(checkpoint), fits="do not match exactly" not in said.getvalue())
-    notes = (*notes, *native_calls.mend(module))
+    notes = (*notes, *upstream.patch(module))
     try:
         spec = frame_spec(parsed.to_dict())
     except ArchiveError as error:
         raise SetupError(f"{path} cannot be compared: {error}") from None
     flat = scope == "mmdet" or spec.modality == "image" or is_segmentor(module)
-    return NativeModel(
+    return ReferenceModel(
         modality=spec.modality,
         classes=tuple(str(name) for name in module.dataset_meta["classes"]),
         box_type_3d=None if flat else box_type_of(parsed.to_dict()),
@@ -267,11 +267,11 @@ def _adapted(module: Any, checkpoint: Path, *, fits: bool) -> tuple[str, ...]:
     nothing to our loader.
     """
     from serve.convert.checkpoint import load_checkpoint
-    from serve.convert.legacy_weights import load_weights
+    from serve.convert.legacy_weights import adapt_and_load
 
     loaded = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     read = load_checkpoint(checkpoint)
-    report = load_weights(module, read, allow_partial=True)
+    report = adapt_and_load(module, read, allow_partial=True)
     if not report.ok:
         raise CheckpointError(f"{checkpoint} does not fit the config: {' '.join(report.summary(5).split())}")
     notes = report.notes[len(read.notes) :]

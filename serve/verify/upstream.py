@@ -15,7 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["build", "detect_in_cloud", "detect_in_image", "mend", "segment", "with_calibration"]
+__all__ = [
+    "build",
+    "detect_in_image",
+    "detect_in_points",
+    "detect_with_calibration",
+    "patch",
+    "segment_points",
+]
 
 # The camera that mmdet3d's loader for one image takes without asking how many there are.
 CAMERA = "CAM2"
@@ -41,7 +48,7 @@ def build(config: Any, checkpoint: Path, device: str) -> Any:
     return init_detector(config, str(checkpoint), palette="random", device=device, cfg_options=options)
 
 
-def mend(module: Any) -> tuple[str, ...]:
+def patch(module: Any) -> tuple[str, ...]:
     """Mend what upstream cannot run, and nothing else; sentences on what was done."""
     from serve.runtime import patches as mended
 
@@ -53,14 +60,14 @@ def mend(module: Any) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def detect_in_cloud(module: Any, path: Path) -> Any:
+def detect_in_points(module: Any, path: Path) -> Any:
     """`mmdet3d.apis.inference_detector` on a ``.bin``; the data sample."""
     from mmdet3d.apis import inference_detector
 
     return inference_detector(module, str(path))[0]
 
 
-def segment(module: Any, path: Path) -> Any:
+def segment_points(module: Any, path: Path) -> Any:
     """`mmdet3d.apis.inference_segmentor` on a ``.bin``; the data sample."""
     from mmdet3d.apis import inference_segmentor
 
@@ -85,7 +92,7 @@ def detect_in_image(module: Any, path: Path) -> Any:
         return module.test_step(pseudo_collate([prepared]))[0]
 
 
-def with_calibration(module: Any, files: Mapping[str, Path], parts: Sequence[str]) -> Any:
+def detect_with_calibration(module: Any, files: Mapping[str, Path], parts: Sequence[str]) -> Any:
     """The call for one camera, several cameras, or a cloud with a camera; the data sample.
 
     `inference_mono_3d_detector` where the pipeline has the loader for one camera, else

@@ -17,19 +17,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 __all__ = [
     "Area",
+    "BgrImage",
     "Colour",
-    "Picture",
     "Text",
     "class_colour",
     "draw_line",
     "draw_panel",
     "draw_polygon",
     "draw_texts",
-    "free_place",
-    "measure",
+    "place_label",
+    "text_size",
 ]
 
-Picture = NDArray[np.uint8]
+BgrImage = NDArray[np.uint8]
 Colour = tuple[int, int, int]  #: BGR
 Area = tuple[float, float, float, float]  #: left, top, right, bottom in pixels
 
@@ -52,7 +52,7 @@ class Text(NamedTuple):
     chip: bool = False
 
 
-def free_place(
+def place_label(
     outline: NDArray[np.float64],
     words: str,
     size: tuple[int, int],
@@ -76,7 +76,7 @@ def free_place(
     Returns:
         The upper left corner, or None when all is crowded.
     """
-    width, height = (side + 8 for side in measure(words, type_size))
+    width, height = (side + 8 for side in text_size(words, type_size))
     (x1, y1), (x2, y2) = outline.min(0), outline.max(0)
     gap = 0 if tight else 6
     middle = (y1 + y2 - height) / 2
@@ -100,11 +100,11 @@ def _covers(area: Area, others: Sequence[Area]) -> bool:
     return any(x1 < right and left < x2 and y1 < low and top < y2 for left, top, right, low in others)
 
 
-def draw_texts(picture: Picture, texts: Sequence[Text]) -> None:
+def draw_texts(picture: BgrImage, texts: Sequence[Text]) -> None:
     """All text at once, in place; chips are dark ground under their words."""
     for text in texts:
         if text.chip:
-            width, height = (side + 8 for side in measure(text.words, text.size))
+            width, height = (side + 8 for side in text_size(text.words, text.size))
             draw_panel(picture, (*text.at, text.at[0] + width, text.at[1] + height), 0.78)
     page = Image.fromarray(np.ascontiguousarray(picture[..., ::-1]))
     pen = ImageDraw.Draw(page)
@@ -120,12 +120,12 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def measure(words: str, size: int) -> tuple[float, float]:
+def text_size(words: str, size: int) -> tuple[float, float]:
     """Width and height of a line in pixels; the height of all lines of one size is the same."""
     return float(_font(size).getlength(words)), float(size)
 
 
-def draw_panel(picture: Picture, area: Area, cover: float = 0.86) -> None:
+def draw_panel(picture: BgrImage, area: Area, cover: float = 0.86) -> None:
     """Darken a rectangle."""
     x1, y1, x2, y2 = (max(0, round(value)) for value in area)
     part = picture[y1:y2, x1:x2]
@@ -143,13 +143,13 @@ def _fixed(points: Any) -> NDArray[np.int32]:
     return np.asarray(np.round(limited * 2**_FRACTION_BITS), np.int32)
 
 
-def draw_line(canvas: Picture, ends: Any, colour: Colour, thickness: int) -> None:
+def draw_line(canvas: BgrImage, ends: Any, colour: Colour, thickness: int) -> None:
     """Draw a smooth line through (K, 2) column, row; fractions of a pixel count."""
     cv2.polylines(canvas, [_fixed(ends)], False, colour, thickness, cv2.LINE_AA, _FRACTION_BITS)
 
 
 def draw_polygon(
-    canvas: Picture, corners: Any, colour: Colour, thickness: int = 1, *, fill: bool = False
+    canvas: BgrImage, corners: Any, colour: Colour, thickness: int = 1, *, fill: bool = False
 ) -> None:
     """Draw a smooth closed outline, or fill it; (K, 2) column, row, where fractions of a pixel count."""
     if fill:

@@ -1,7 +1,7 @@
 """Pictures of detections: a cloud from above with its boxes, an image with its boxes and masks.
 
 Takes detections as they travel on the wire (see `serve.compare.detections`) and NumPy arrays; gives BGR uint8 arrays,
-which `png_bytes` encodes. Lines and points are drawn at twice the size and averaged down, text at full size
+which `encode_png` encodes. Lines and points are drawn at twice the size and averaged down, text at full size
 with the font that ships with Pillow, so that pictures look the same on every machine.
 
 Knows nothing about models, servers, files or torch. Detections whose boxes are in camera coordinates cannot
@@ -24,19 +24,19 @@ from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
 from serve.visualize import overlays
 from serve.visualize.canvas import (
     Area,
+    BgrImage,
     Colour,
-    Picture,
     Text,
     class_colour,
     draw_line,
     draw_panel,
     draw_polygon,
     draw_texts,
-    free_place,
-    measure,
+    place_label,
+    text_size,
 )
 
-__all__ = ["draw_birds_eye_view", "draw_frame", "draw_image", "png_bytes"]
+__all__ = ["draw_birds_eye_view", "draw_frame", "draw_image", "encode_png"]
 
 _Floats = NDArray[np.float64]
 
@@ -82,7 +82,7 @@ def draw_birds_eye_view(
     title: str = "",
     score_thr: float = 0.0,
     extent_m: tuple[float, float, float, float] | None = None,
-) -> Picture:
+) -> BgrImage:
     """Draw a cloud from above with its 3D detections: forward is up, left is left.
 
     Args:
@@ -121,7 +121,7 @@ def draw_birds_eye_view(
     order = np.argsort(scores, kind="stable")
     for k in order:
         _draw_box(canvas, view, boxes[k], corners[k], class_colour(labels[k]))
-    picture: Picture = cv2.resize(canvas, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
+    picture: BgrImage = cv2.resize(canvas, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
 
     shown = f"{len(cloud):,} points, {len(boxes)} detection{'' if len(boxes) == 1 else 's'}"
     if score_thr > 0:
@@ -135,19 +135,19 @@ def draw_birds_eye_view(
     spare = [(*one.min(0), *one.max(0)) for one in (*outlines, ego)]
     for k in order[::-1]:
         words = f"{names[k]} {scores[k]:.2f}"
-        if (at := free_place(outlines[k], words, size, taken, spare=spare)) is not None:
+        if (at := place_label(outlines[k], words, size, taken, spare=spare)) is not None:
             chips.append(Text(at, words, 13, class_colour(labels[k]), chip=True))
     draw_texts(picture, [*texts, *chips])
     return picture
 
 
 def draw_image(
-    image: Picture,
+    image: BgrImage,
     detections: Mapping[str, Any],
     *,
     title: str = "",
     score_thr: float = 0.0,
-) -> Picture:
+) -> BgrImage:
     """Draw 2D detections into a copy of their image: translucent masks, boxes, names and scores.
 
     Args:
@@ -162,7 +162,7 @@ def draw_image(
     Raises:
         ValueError: no 2D detections, or masks that are not COCO RLE of the image's size.
     """
-    picture: Picture = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
+    picture: BgrImage = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
     height, width = picture.shape[:2]
     boxes, scores, labels, names = _arrays(detections, "", 4, score_thr)
     kept = [k for k, score in enumerate(detections["scores"]) if score >= score_thr]
@@ -186,7 +186,7 @@ def draw_image(
         x1, y1, x2, y2 = boxes[k, :4]
         outline = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
         words = f"{names[k]} {scores[k]:.2f}"
-        if (at := free_place(outline, words, (width, height), taken, type_size, tight=True)) is not None:
+        if (at := place_label(outline, words, (width, height), taken, type_size, tight=True)) is not None:
             texts.append(Text(at, words, type_size, class_colour(labels[k]), chip=True))
     if title:
         texts.append(Text((10 * unit, height - 28 * unit), title, type_size, _BRIGHT, chip=True))
@@ -202,7 +202,7 @@ def draw_frame(
     size: tuple[int, int] = (1200, 900),
     title: str = "",
     score_thr: float = 0.0,
-) -> Picture:
+) -> BgrImage:
     """Draw what a frame's bytes hold: a cloud from above or an image, as the answer is of one or the other.
 
     Args:
@@ -236,7 +236,7 @@ def draw_frame(
     return draw_image(data, detections, title=title, score_thr=score_thr)
 
 
-def png_bytes(picture: Picture) -> bytes:
+def encode_png(picture: BgrImage) -> bytes:
     """Encode a BGR picture as PNG."""
     return cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
 
@@ -293,7 +293,7 @@ def _fit(
     return _View(float(middle[0]), float(middle[1]), float(scale), width, height)
 
 
-def _draw_grid(canvas: Picture, view: _View) -> list[Text]:
+def _draw_grid(canvas: BgrImage, view: _View) -> list[Text]:
     """Lines every 10 m (more where they would crowd), labelled along the left and lower edges."""
     step = next(s for s in (10, 20, 50, 100) if s * view.scale >= 60 * _OVERSAMPLING or s == 100)
     x_min, y_min, x_max, y_max = view.range_m()
@@ -313,7 +313,7 @@ def _draw_grid(canvas: Picture, view: _View) -> list[Text]:
     return texts
 
 
-def _draw_points(canvas: Picture, view: _View, cloud: _Floats) -> tuple[float, float]:
+def _draw_points(canvas: BgrImage, view: _View, cloud: _Floats) -> tuple[float, float]:
     """Points as small squares shaded by height, the highest on top; the heights of both ends of the ramp."""
     if not len(cloud):
         return -2.0, 2.0
@@ -333,14 +333,14 @@ def _draw_points(canvas: Picture, view: _View, cloud: _Floats) -> tuple[float, f
     return float(low), float(high)
 
 
-def _draw_ego(canvas: Picture, view: _View) -> None:
+def _draw_ego(canvas: BgrImage, view: _View) -> None:
     """A small arrow head where the sensor stands, pointing forward."""
     origin = view.pixels(np.zeros(2))
     shape = np.array([(0, -11), (8, 9), (0, 4), (-8, 9)]) * _OVERSAMPLING
     draw_polygon(canvas, origin + shape, _BRIGHT, fill=True)
 
 
-def _draw_box(canvas: Picture, view: _View, box: _Floats, corners: _Floats, colour: Colour) -> None:
+def _draw_box(canvas: BgrImage, view: _View, box: _Floats, corners: _Floats, colour: Colour) -> None:
     outline = view.pixels(corners)
     low = np.maximum(np.floor(outline.min(0)).astype(int) - 4, 0)
     high = np.minimum(np.ceil(outline.max(0)).astype(int) + 5, (view.width, view.height))
@@ -363,9 +363,9 @@ def _draw_box(canvas: Picture, view: _View, box: _Floats, corners: _Floats, colo
         cv2.arrowedLine(canvas, tail, head, _BRIGHT, _OVERSAMPLING, cv2.LINE_AA, tipLength=0.15)
 
 
-def _caption(picture: Picture, texts: list[Text], title: str, shown: str) -> list[Area]:
+def _caption(picture: BgrImage, texts: list[Text], title: str, shown: str) -> list[Area]:
     lines = [(title, 19, _BRIGHT), (shown, 14, _FAINT)] if title else [(shown, 14, _BRIGHT)]
-    width = max(measure(words, size)[0] for words, size, _ in lines)
+    width = max(text_size(words, size)[0] for words, size, _ in lines)
     area = (12.0, 12.0, 12 + width + 24, 12 + sum(size + 8 for _, size, _ in lines) + 14.0)
     draw_panel(picture, area)
     top = 20.0
@@ -376,15 +376,15 @@ def _caption(picture: Picture, texts: list[Text], title: str, shown: str) -> lis
 
 
 def _legend(
-    picture: Picture, texts: list[Text], labels: NDArray[np.int64], names: Sequence[str]
+    picture: BgrImage, texts: list[Text], labels: NDArray[np.int64], names: Sequence[str]
 ) -> list[Area]:
     """Colour, name and count of every class that is drawn, upper right."""
     counted = Counter(zip(labels.tolist(), names, strict=True))
     if not counted:
         return []
     rows = [(label, f"{name}", str(count)) for (label, name), count in sorted(counted.items())][:12]
-    name_width = max(measure(name, 14)[0] for _, name, _ in rows)
-    count_width = max(measure(count, 14)[0] for *_, count in rows)
+    name_width = max(text_size(name, 14)[0] for _, name, _ in rows)
+    count_width = max(text_size(count, 14)[0] for *_, count in rows)
     right = picture.shape[1] - 12.0
     left = right - (12 + 14 + 10 + name_width + 18 + count_width + 12)
     area = (left, 12.0, right, 12 + 12 + 22.0 * len(rows) + 6)
@@ -394,11 +394,11 @@ def _legend(
         at = (int(left) + 12, top + 2), (int(left) + 26, top + 14)
         cv2.rectangle(picture, at[0], at[1], class_colour(label), -1, cv2.LINE_AA)
         texts.append(Text((left + 36, top), name, 14, _BRIGHT))
-        texts.append(Text((right - 12 - measure(count, 14)[0], top), count, 14, _FAINT))
+        texts.append(Text((right - 12 - text_size(count, 14)[0], top), count, 14, _FAINT))
     return [area]
 
 
-def _height_bar(picture: Picture, texts: list[Text], heights: tuple[float, float]) -> list[Area]:
+def _height_bar(picture: BgrImage, texts: list[Text], heights: tuple[float, float]) -> list[Area]:
     """The ramp of the points with the heights of its ends, lower right."""
     height, width = picture.shape[:2]
     if width < 480 or height < 240:
@@ -410,7 +410,7 @@ def _height_bar(picture: Picture, texts: list[Text], heights: tuple[float, float
     ramp = np.stack([np.interp(stops, np.arange(len(_HEIGHT_RAMP)), _HEIGHT_RAMP[:, k]) for k in range(3)], 1)
     left = int(area[0]) + 66
     picture[height - 31 : height - 22, left : left + len(ramp)] = ramp.astype(np.uint8)
-    texts.append(Text((left - 8 - measure(low, 12)[0], height - 34), low, 12, _FAINT))
+    texts.append(Text((left - 8 - text_size(low, 12)[0], height - 34), low, 12, _FAINT))
     texts.append(Text((left + len(ramp) + 8, height - 34), high, 12, _FAINT))
     return [area]
 

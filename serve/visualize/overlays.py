@@ -16,7 +16,7 @@ from serve.compare.labels import decode_labels, decode_segments
 from serve.protocol.batch import Bytes
 from serve.protocol.calibration import parse_calibration
 from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
-from serve.visualize.canvas import Picture, Text, class_colour, draw_line, draw_texts
+from serve.visualize.canvas import BgrImage, Text, class_colour, draw_line, draw_texts
 
 __all__ = ["draw_point_labels", "draw_projected", "draw_segments"]
 
@@ -30,7 +30,7 @@ _NEAR_M = 0.1
 
 def draw_point_labels(
     points: NDArray[Any], answer: Mapping[str, Any], *, size: tuple[int, int] = (1200, 900), title: str = ""
-) -> Picture:
+) -> BgrImage:
     """A cloud from above, each point in the colour of its class.
 
     Args:
@@ -46,7 +46,7 @@ def draw_point_labels(
     if len(labels) != len(points):
         raise ValueError(f"{len(labels)} labels for {len(points)} points")
     width, height = size
-    canvas: Picture = np.full((height, width, 3), _GROUND, np.uint8)
+    canvas: BgrImage = np.full((height, width, 3), _GROUND, np.uint8)
     if len(points):
         # x up and y left would turn indoor scans; x right and y up show either frame, turned at most.
         xy = np.asarray(points[:, :2], np.float64)
@@ -65,7 +65,7 @@ def draw_point_labels(
     return canvas
 
 
-def draw_segments(image: Picture, answer: Mapping[str, Any], *, title: str = "") -> Picture:
+def draw_segments(image: BgrImage, answer: Mapping[str, Any], *, title: str = "") -> BgrImage:
     """An image with its panoptic segments laid over it.
 
     Args:
@@ -76,7 +76,7 @@ def draw_segments(image: Picture, answer: Mapping[str, Any], *, title: str = "")
     Raises:
         ValueError: the map is not of the image's size.
     """
-    picture: Picture = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
+    picture: BgrImage = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
     ids = decode_segments(answer)
     if ids.shape != picture.shape[:2]:
         raise ValueError(f"a panoptic map of {ids.shape} over an image of {picture.shape[:2]}")
@@ -93,7 +93,7 @@ def draw_segments(image: Picture, answer: Mapping[str, Any], *, title: str = "")
 
 def draw_projected(
     parts: Mapping[str, Bytes], answer: Mapping[str, Any], *, title: str = "", score_thr: float = 0.0
-) -> Picture:
+) -> BgrImage:
     """The images of a frame with its 3D boxes projected into them, side by side.
 
     Args:
@@ -121,16 +121,16 @@ def draw_projected(
         drawn.append(_with_boxes(np.asarray(frame.data), matrices[needed], answer, kind, score_thr))
     height = max(picture.shape[0] for picture in drawn)
     padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0))) for p in drawn]
-    whole: Picture = np.ascontiguousarray(np.concatenate(padded, axis=1))
+    whole: BgrImage = np.ascontiguousarray(np.concatenate(padded, axis=1))
     if title:
         draw_texts(whole, [Text((10, 10), title, 15, _BRIGHT, chip=True)])
     return whole
 
 
 def _with_boxes(
-    image: Picture, projection: NDArray[np.float64], answer: Mapping[str, Any], kind: str, score_thr: float
-) -> Picture:
-    picture: Picture = image.copy()
+    image: BgrImage, projection: NDArray[np.float64], answer: Mapping[str, Any], kind: str, score_thr: float
+) -> BgrImage:
+    picture: BgrImage = image.copy()
     matrix = np.eye(4)
     matrix[: projection.shape[0], : projection.shape[1]] = projection
     texts = []
@@ -163,7 +163,7 @@ def _corners(box: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
     return np.asarray(np.stack([x, y, local[:, 2]], 1) + box[:3])
 
 
-def _legend(picture: Picture, title: str, rows: Sequence[tuple[int, str, int]]) -> None:
+def _legend(picture: BgrImage, title: str, rows: Sequence[tuple[int, str, int]]) -> None:
     shown = sorted((row for row in rows if row[2]), key=lambda row: -row[2])[:14]
     texts = [Text((12, 12), title, 17, _BRIGHT, chip=True)] if title else []
     texts += [

@@ -4,20 +4,20 @@ from serve.zoo.index import (
     PACKAGES,
     Zoo,
     ZooEntry,
+    detect_package,
     installed_roots,
     list_models,
-    package_of_config,
+    require_weights_url,
     resolve,
-    weights_of,
 )
 
 __all__ = [
     "PACKAGES",
     "Zoo",
     "ZooEntry",
+    "detect_package",
     "installed_roots",
     "list_models",
-    "package_of_config",
+    "require_weights_url",
     "resolve",
-    "weights_of",
 ]

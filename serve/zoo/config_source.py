@@ -19,13 +19,13 @@ from pathlib import Path
 from serve import storage
 from serve.errors import ArchiveError
 
-__all__ = ["config_at_hand", "fetch_config"]
+__all__ = ["fetch_config", "local_config"]
 
 _MOST_FILES = 200
 
 
 @contextmanager
-def config_at_hand(config: str) -> Iterator[str]:
+def local_config(config: str) -> Iterator[str]:
     """A path or name as it is; what lies at an address is there as a path until the ``with`` block ends.
 
     Raises:

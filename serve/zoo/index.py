@@ -33,11 +33,11 @@ __all__ = [
     "PACKAGES",
     "Zoo",
     "ZooEntry",
+    "detect_package",
     "installed_roots",
     "list_models",
-    "package_of_config",
+    "require_weights_url",
     "resolve",
-    "weights_of",
 ]
 
 PACKAGES = ("mmdet3d", "mmdet")
@@ -182,7 +182,7 @@ class Zoo:
             entry = each.entries.get(path.stem)
             if entry and (entry.config_path.resolve() == path or _same_bytes(entry.config_path, path)):
                 return replace(entry, config_path=path)
-        found = package or package_of_config(path)
+        found = package or detect_package(path)
         if found is None:
             raise ModelLookupError(
                 f"{path} does not say whether it is for mmdet or mmdet3d: set default_scope in it."
@@ -231,7 +231,7 @@ def list_models(package: str | None = None, query: str | None = None) -> list[Zo
     return _installed().list_models(package, query)
 
 
-def weights_of(entry: ZooEntry) -> str:
+def require_weights_url(entry: ZooEntry) -> str:
     """Give the address of the model's published weights.
 
     Raises:
@@ -345,7 +345,7 @@ def _same_bytes(one: Path, other: Path) -> bool:
     return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
 
 
-def package_of_config(path: Path, *, depth: int = 8) -> str | None:
+def detect_package(path: Path, *, depth: int = 8) -> str | None:
     """Give ``mmdet3d``, ``mmdet``, or None when the file and its bases do not say.
 
     A ``default_scope`` wins, that of the file before those of its bases; then a base of one of the packages

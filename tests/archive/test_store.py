@@ -64,7 +64,7 @@ def test_a_newer_archive_takes_the_place_of_the_old_one(store, tmp_path):
         model_store.publish(made(tmp_path, "second", b"newer"), store)
     model_store.publish(tmp_path / "second.mar", store, force=True)
     (fetched,) = model_store.fetch(store, tmp_path / "out", ["second.mar"])
-    assert not fetched.was_there and fetched.path.read_bytes() == (tmp_path / "second.mar").read_bytes()
+    assert not fetched.already_present and fetched.path.read_bytes() == (tmp_path / "second.mar").read_bytes()
 
 
 def put(store: str, name: str, body: bytes, **metadata: str) -> None:

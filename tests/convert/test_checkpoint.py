@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from serve.convert.checkpoint import load_checkpoint, safe_globals_for_openmmlab
-from serve.convert.legacy_weights import compare_keys, load_weights, shapes_of, versions_of
+from serve.convert.legacy_weights import adapt_and_load, compare_keys, shapes_of, versions_of
 from serve.errors import CheckpointError
 
 
@@ -330,7 +330,7 @@ def test_bare_weights_and_ddp_names_and_safetensors_are_read_alike(tmp_path: Pat
     for name in ("bare.pth", "ddp.pth", "a.safetensors"):
         found = load_checkpoint(tmp_path / name)
         assert compare_keys(found.state_dict, shapes_of(net)).ok
-        load_weights(small_net(), found)
+        adapt_and_load(small_net(), found)
     assert load_checkpoint(tmp_path / "a.safetensors").classes == ("Car",)
     assert load_checkpoint(tmp_path / "ddp.pth").versions == versions_of(net)
     assert "module." in load_checkpoint(tmp_path / "ddp.pth").notes[0]

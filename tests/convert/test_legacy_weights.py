@@ -17,11 +17,11 @@ from torch import nn
 from serve.convert.checkpoint import Checkpoint, load_checkpoint
 from serve.convert.legacy_weights import (
     KeyReport,
+    adapt_and_load,
     adapt_state_dict,
     compare_keys,
-    load_weights,
+    convert_anchor_head,
     shapes_of,
-    turn_anchor_head,
     versions_of,
 )
 from serve.errors import CheckpointError
@@ -42,7 +42,7 @@ def test_every_kind_of_misfit_is_listed_and_stops_the_load() -> None:
     weights["0.weight"] = torch.zeros(5, 3, 3, 3)
     del weights["1.bias"], weights["1.num_batches_tracked"]
     with pytest.raises(CheckpointError) as caught:
-        load_weights(small_net(), checkpoint_of(weights))
+        adapt_and_load(small_net(), checkpoint_of(weights))
     text = str(caught.value)
     assert "--allow-partial" in text
     for part in (
@@ -52,7 +52,7 @@ def test_every_kind_of_misfit_is_listed_and_stops_the_load() -> None:
     ):
         assert part in text
     net = small_net()
-    report = load_weights(net, checkpoint_of(weights), allow_partial=True)
+    report = adapt_and_load(net, checkpoint_of(weights), allow_partial=True)
     assert (report.missing, report.unexpected, report.ok) == (("1.bias",), ("extra.weight",), False)
     assert [key for key, _ in report.misshapen] == ["0.weight"]
     plain = compare_keys(weights, shapes_of(net))
@@ -89,18 +89,18 @@ class Renaming(nn.Module):
 def test_modules_rename_their_former_keys_and_only_those(tmp_path: Path) -> None:
     model = Renaming()
     former = {key.replace("bbox_head", "head"): value for key, value in model.state_dict().items()}
-    assert load_weights(Renaming(), checkpoint_of(dict(former))).ok
+    assert adapt_and_load(Renaming(), checkpoint_of(dict(former))).ok
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pth")
-    assert load_weights(Renaming(), load_checkpoint(tmp_path / "a.pth")).ok
+    assert adapt_and_load(Renaming(), load_checkpoint(tmp_path / "a.pth")).ok
     bare = checkpoint_of(dict(model.state_dict()))
     with pytest.raises(CheckpointError):  # renamed twice: why versions must travel with the weights
-        load_weights(Renaming(), bare)
-    assert load_weights(Renaming(), bare, versions=versions_of(model)).ok
+        adapt_and_load(Renaming(), bare)
+    assert adapt_and_load(Renaming(), bare, versions=versions_of(model)).ok
 
 
 def test_loading_agrees_with_torch_on_ordinary_modules() -> None:
     source, target = small_net(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    load_weights(target, checkpoint_of(dict(source.state_dict())))
+    adapt_and_load(target, checkpoint_of(dict(source.state_dict())))
     for name, value in target.state_dict().items():
         assert torch.equal(value, source.state_dict()[name])
     assert all(parameter.requires_grad for parameter in target.parameters())
@@ -161,14 +161,14 @@ class Spconv2(nn.Module):
 def test_an_adapted_kernel_is_not_permuted_once_more_by_its_module() -> None:
     model = nn.ModuleDict({"conv": Spconv2()})
     old = torch.rand(3, 3, 3, 16, 32)
-    report = load_weights(model, checkpoint_of({"conv.weight": old}))
+    report = adapt_and_load(model, checkpoint_of({"conv.weight": old}))
     assert torch.equal(model["conv"].weight.detach(), old.permute(4, 0, 1, 2, 3))
     assert "spconv 2" in report.notes[0]
 
 
 def test_weights_of_mmdet_1_are_refused() -> None:
     with pytest.raises(CheckpointError, match="upgrade_model_version"):
-        load_weights(small_net(), checkpoint_of(dict(small_net().state_dict()), mmdet_version="1.2.0+abc"))
+        adapt_and_load(small_net(), checkpoint_of(dict(small_net().state_dict()), mmdet_version="1.2.0+abc"))
 
 
 # --- the box frame before mmdetection3d 1.0.0rc0 ----------------------------------------------------------
@@ -240,7 +240,7 @@ def test_an_old_head_gives_the_same_boxes_after_it_was_turned(second: Any) -> No
         name: torch.randn(value.shape, generator=generator) * 0.05
         for name, value in head.state_dict().items()
     }
-    new = turn_anchor_head(
+    new = convert_anchor_head(
         old, "", sizes=3, old_rotations=ROTATIONS, new_rotations=head.prior_generator.rotations
     )
     for _ in range(20):
@@ -265,7 +265,7 @@ def test_a_pre_1_0_second_loads_with_turned_head_and_spconv_kernels(second: Any)
     old = {name: torch.rand_like(value, dtype=torch.float32) for name, value in second.state_dict().items()}
     saved = {name: value.permute(4, 0, 1, 2, 3) if value.dim() == 5 else value for name, value in old.items()}
     saved = {name: value for name, value in saved.items() if "num_batches" not in name}
-    report = load_weights(second, checkpoint_of(saved, config=OLD_CONFIG, mmdet3d_version="0.5.0"))
+    report = adapt_and_load(second, checkpoint_of(saved, config=OLD_CONFIG, mmdet3d_version="0.5.0"))
     assert report.ok
     assert any("12 sparse kernels" in note for note in report.notes)
     assert any("turned" in note for note in report.notes)
@@ -274,14 +274,14 @@ def test_a_pre_1_0_second_loads_with_turned_head_and_spconv_kernels(second: Any)
     assert torch.equal(loaded[name], old[name])
     assert torch.equal(loaded["bbox_head.conv_cls.weight"][:3], old["bbox_head.conv_cls.weight"][3:6])
     first = checkpoint_of(saved, config=OLD_CONFIG, mmdet_version="0.1.0")  # mmdet3d's, in June 2020
-    assert load_weights(second, first).ok
+    assert adapt_and_load(second, first).ok
     assert (
         "says mmdetection3d 0.16.0"
-        in load_weights(second, checkpoint_of(saved, mmdet3d_version="0.16.0")).notes[-1]
+        in adapt_and_load(second, checkpoint_of(saved, mmdet3d_version="0.16.0")).notes[-1]
     )
     today = OLD_CONFIG.replace(str(OLD_SIZES), "[[0.8, 0.6, 1.73], [1.76, 0.6, 1.73], [3.9, 1.6, 1.56]]")
     assert not any(
-        "turned" in note for note in load_weights(second, checkpoint_of(saved, config=today)).notes
+        "turned" in note for note in adapt_and_load(second, checkpoint_of(saved, config=today)).notes
     )
 
 
@@ -296,15 +296,15 @@ def test_a_pre_1_0_second_loads_with_turned_head_and_spconv_kernels(second: Any)
 def test_an_old_head_that_cannot_be_turned_is_refused(second: Any, config: str) -> None:
     weights = dict(second.state_dict())
     with pytest.raises(CheckpointError, match=r"before mmdetection3d 1\.0\.0rc0.*--allow-partial"):
-        load_weights(second, checkpoint_of(weights, config=config))
-    assert load_weights(second, checkpoint_of(weights, config=config), allow_partial=True).notes
+        adapt_and_load(second, checkpoint_of(weights, config=config))
+    assert adapt_and_load(second, checkpoint_of(weights, config=config), allow_partial=True).notes
 
 
 def test_rotations_that_do_not_match_are_refused() -> None:
     with pytest.raises(CheckpointError, match="rotations"):
-        turn_anchor_head({}, "", sizes=1, old_rotations=[0, 1.57], new_rotations=[0, 0.7])
+        convert_anchor_head({}, "", sizes=1, old_rotations=[0, 1.57], new_rotations=[0, 0.7])
     with pytest.raises(CheckpointError, match="channels"):
-        turn_anchor_head(
+        convert_anchor_head(
             {"conv_reg.weight": torch.zeros(18, 4, 1, 1)},
             "",
             sizes=1,

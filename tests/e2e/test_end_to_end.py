@@ -17,7 +17,7 @@ import torch
 
 from serve import convert, zoo
 from serve.convert import Conversion, configured_classes, resolve_config
-from serve.convert.golden import golden_picture
+from serve.convert.golden import golden_image
 from serve.errors import BackendStartError
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
@@ -66,8 +66,8 @@ def frames(tmp_path_factory) -> dict[str, Path]:
     for i in range(2):
         (clouds / f"{i}.bin").write_bytes(generate_scene(held_out_seed(i)).to_bytes())
     np.array([[200, 0, 0, 0]], dtype=np.float32).tofile(clouds / "nothing.bin")
-    cv2.imwrite(str(pictures / "street.jpg"), golden_picture(640, 384, seed=1))
-    cv2.imwrite(str(pictures / "upright.png"), golden_picture(384, 640, seed=2))
+    cv2.imwrite(str(pictures / "street.jpg"), golden_image(640, 384, seed=1))
+    cv2.imwrite(str(pictures / "upright.png"), golden_image(384, 640, seed=2))
     return {"lidar": clouds, "image": pictures}
 
 
@@ -172,7 +172,7 @@ def test_bad_input_is_a_4xx_and_the_worker_lives(address, server, street):
 
 @pytest.mark.parametrize("kept", [0.5, 0.98])
 def test_a_truncated_picture_is_refused_over_the_wire(address, kept):
-    body = cv2.imencode(".jpg", golden_picture())[1].tobytes()
+    body = cv2.imencode(".jpg", golden_image())[1].tobytes()
     answer = httpx.post(
         f"http://{address}/predictions/faster-rcnn", content=body[: int(kept * len(body))], timeout=60
     )

@@ -19,7 +19,7 @@ from serve.errors import ClientError, UndecodableFrame
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.protocol.calibration import parse_calibration
 from serve.runtime.selftest import agrees
-from serve.verify.reference import load_native
+from serve.verify.reference import load_reference
 from tests.e2e.small_models import MODELS, make
 from tests.worker.context import Context
 
@@ -97,7 +97,7 @@ def test_a_batch_gives_what_each_frame_gives_alone_and_what_upstream_gives(name,
     for alone, (_, batched) in zip((one, two, one), together, strict=True):
         found = compare_answers(alone, batched, SAME, sides=("alone", "together"))
         assert found.ok, found.table()
-    native = load_native(model.config, model.checkpoint, "cpu").detect(model.files())
+    native = load_reference(model.config, model.checkpoint, "cpu").detect(model.files())
     # A vote within a rounding of a ball's radius is a neighbour on one side only, which moves that ball's box.
     same, found = agrees(native, one, CLOSE)
     assert same and (name == "depth" or found.ok), found.table()

@@ -19,13 +19,13 @@ pytestmark = [pytest.mark.torchserve, pytest.mark.slow, pytest.mark.timeout(600)
 
 
 def test_parts_reach_the_model_through_torchserve(tmp_path):
-    from serve.verify.reference import load_native
+    from serve.verify.reference import load_reference
 
     model = make("mono3d", tmp_path)
     parts = model.opened.golden_frame()
     ports = dict(zip(("inference_port", "management_port", "metrics_port"), pick_free_ports(3), strict=True))
     options = TorchServeOptions(model_store=tmp_path, models=[ServedModel("mono3d.mar")], **ports)
-    native = load_native(model.config, model.checkpoint, "cpu").detect(model.files())
+    native = load_reference(model.config, model.checkpoint, "cpu").detect(model.files())
     with TorchServe(options), Client(f"127.0.0.1:{ports['inference_port']}") as client:
         served = client.predict(parts, "mono3d")
         found = compare_answers(native, served, Tolerances(box_m=5e-3, yaw_rad=5e-3, score=1e-3))

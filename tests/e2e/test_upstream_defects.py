@@ -21,7 +21,7 @@ from serve.errors import NonFinitePoints, UndecodableFrame
 from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
 from serve.runtime import device_for
 from serve.runtime import predictions as answers
-from serve.verify.reference import load_native
+from serve.verify.reference import load_reference
 from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, Context
 
 TOOLS = Path(__file__).parents[2] / "tools" / "deployment"
@@ -176,7 +176,7 @@ def test_d16_the_pipeline_is_built_once(detector, street, monkeypatch):
 
 @pytest.fixture(scope="module")
 def native():
-    return load_native(DEMO_CONFIG, DEMO_CHECKPOINT, "cpu")
+    return load_reference(DEMO_CONFIG, DEMO_CHECKPOINT, "cpu")
 
 
 def test_d17_the_test_reads_what_todays_inference_returns(native, street, tmp_path):

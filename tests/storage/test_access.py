@@ -21,7 +21,7 @@ from serve.errors import (
 )
 from serve.storage.packed_folder import pack_folder
 from serve.verify.frame_source import frames_at
-from serve.zoo.config_source import config_at_hand, fetch_config
+from serve.zoo.config_source import fetch_config, local_config
 
 
 def test_importing_storage_imports_no_client_library():
@@ -194,23 +194,23 @@ def test_a_config_is_fetched_with_what_it_inherits(bucket, tmp_path):
     storage.write_bytes(f"{root}/_base_/deep/a.py", b"a = 1\n")
     storage.write_bytes(f"{root}/_base_/b.py", b"_base_ = 'deep/a.py'\nb = 2\n")
     storage.write_bytes(f"{root}/second/c.py", b"_base_ = ['../_base_/b.py']\nc = 3\n")
-    with config_at_hand(f"{root}/second/c.py") as path:
+    with local_config(f"{root}/second/c.py") as path:
         config = Config.fromfile(path)
         assert (config.a, config.b, config.c) == (1, 2, 3)
     assert not Path(path).exists()
     new = b"from mmengine.config import read_base\nwith read_base():\n    from .._base_.deep.a import *\nc = 3\n"
     storage.write_bytes(f"{root}/second/n.py", new)
-    with config_at_hand(f"{root}/second/n.py") as path:
+    with local_config(f"{root}/second/n.py") as path:
         assert (Path(path).parents[1] / "_base_/deep/a.py").is_file()
-    with config_at_hand("second") as path:
+    with local_config("second") as path:
         assert path == "second"
 
 
 def test_a_config_in_a_file_is_that_file_and_one_elsewhere_is_refused(tmp_path, packed):
-    with config_at_hand(f"file://{tmp_path}/c.py") as path:
+    with local_config(f"file://{tmp_path}/c.py") as path:
         assert path == f"{tmp_path}/c.py"
     for uri in (f"{packed}#c.py", "https://host/c.py?token=x"):
-        with pytest.raises(ArchiveError, match="copy this one to a file"), config_at_hand(uri):
+        with pytest.raises(ArchiveError, match="copy this one to a file"), local_config(uri):
             pass
 
 

@@ -380,7 +380,7 @@ model.build_network(config, ["a", "b", "c"])
 registered()
 fresh()
 from serve.verify import reference
-reference.load_native(path, path.with_suffix(".pth"), "cpu")
+reference.load_reference(path, path.with_suffix(".pth"), "cpu")
 registered()
 """
 

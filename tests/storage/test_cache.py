@@ -12,7 +12,7 @@ import pytest
 
 from serve.errors import StorageError
 from serve.storage import Cache
-from serve.storage.cache import disk_errors
+from serve.storage.cache import map_disk_errors
 
 
 def filling(body: bytes, promised: str | None = None):
@@ -124,7 +124,7 @@ def test_of_several_processes_one_fills_and_all_use_it(tmp_path):
 
 
 def test_errors_of_ours_pass_through():
-    with pytest.raises(StorageError, match="as it is"), disk_errors("somewhere"):
+    with pytest.raises(StorageError, match="as it is"), map_disk_errors("somewhere"):
         raise StorageError("as it is")
-    with pytest.raises(StorageError, match="cannot write to somewhere"), disk_errors("somewhere"):
+    with pytest.raises(StorageError, match="cannot write to somewhere"), map_disk_errors("somewhere"):
         raise PermissionError("no")

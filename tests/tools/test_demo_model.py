@@ -15,7 +15,7 @@ import torch
 
 from serve.errors import CheckpointError, SettingsError
 from tools.demo import training
-from tools.demo.evaluation import detect, evaluate, load_native, truth_of
+from tools.demo.evaluation import detect, evaluate, load_model, truth_of
 from tools.demo.layout import CLASSES
 from tools.demo.scenes import generate_scene, points_in_boxes, sample_scene
 from tools.demo.training import CHECKPOINT, CONFIG, TrainingOptions, augment, one_cycle, train
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def native() -> Any:
-    return load_native()
+    return load_model()
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_held_out_average_precision_is_above_a_floor() -> None:
 
 def test_a_missing_checkpoint_is_said_with_the_way_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="make demo-train"):
-        load_native(checkpoint=tmp_path / "none.pth")
+        load_model(checkpoint=tmp_path / "none.pth")
 
 
 def test_augmentation_keeps_points_in_their_boxes() -> None:

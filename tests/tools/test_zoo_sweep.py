@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools.zoo.families import Family, families
-from tools.zoo.probe import Verdict
+from tools.zoo.probe import ProbeResult
 from tools.zoo.report import counts, page
 from tools.zoo.sweep import Result, Sweep, load_results
 
@@ -42,7 +42,7 @@ def test_there_are_as_many_families_as_folders():
 
 
 def result(family, verdict, *, position=0, extra=False, **values) -> Result:
-    return Result(family, position, extra, Verdict(f"config{position}", verdict, **values))
+    return Result(family, position, extra, ProbeResult(f"config{position}", verdict, **values))
 
 
 FAMILIES = [

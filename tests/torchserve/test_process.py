@@ -24,7 +24,7 @@ from serve.torchserve import supervisor as supervision
 from serve.torchserve.config import Manifest, log_configuration, properties, read_manifest
 from serve.torchserve.java import child_environment
 from serve.torchserve.log import WorkerLog
-from serve.torchserve.pidfile import remember
+from serve.torchserve.pidfile import write_pidfile
 from tests.conftest import pick_free_ports, write_archive
 
 ECHO = """
@@ -371,7 +371,7 @@ def test_the_command_refuses_an_archive_that_is_not_ours(
 
 def test_stop_ends_no_process_that_is_not_ours(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
-        remember(tmp_path, stranger.pid, "http://127.0.0.1:8080")
+        write_pidfile(tmp_path, stranger.pid, "http://127.0.0.1:8080")
         assert stop_running(tmp_path) == []
         assert stranger.poll() is None
         stranger.kill()
@@ -534,7 +534,7 @@ def test_the_death_of_another_model_is_not_the_reason(log_path: Path) -> None:
         (STDOUT, "WorkerLifeCycle", f"Stopped Scanner - {STDOUT}"),
     )
     assert log.failure({"other"}) is None
-    log.forget()
+    log.discard()
     assert log.failure({"second"}) is None
 
 

@@ -24,7 +24,7 @@ from serve import errors
 from serve.cli import run
 from serve.client import Client
 from serve.verify.endpoint import draw_report, find_frames, read_token, summary, verify
-from serve.verify.reference import NativeModel, above, load_native
+from serve.verify.reference import ReferenceModel, filter_by_score, load_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 SECOND = str(ROOT / "serve" / "demo" / "second_demo.py")
@@ -258,8 +258,8 @@ def second_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def second(second_checkpoint: Path) -> NativeModel:
-    return load_native(SECOND, second_checkpoint, "cpu")
+def second(second_checkpoint: Path) -> ReferenceModel:
+    return load_reference(SECOND, second_checkpoint, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -272,12 +272,12 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def detected(second: NativeModel, cloud: Path) -> dict[str, Any]:
+def detected(second: ReferenceModel, cloud: Path) -> dict[str, Any]:
     return second.detect(cloud)
 
 
 def test_the_native_second_detects_with_names_in_the_lidar_frame(
-    second: NativeModel, detected: dict[str, Any]
+    second: ReferenceModel, detected: dict[str, Any]
 ) -> None:
     assert (second.modality, second.box_type_3d, second.load_dim) == ("lidar", "LiDAR", 4)
     assert second.notes == ()
@@ -287,12 +287,12 @@ def test_the_native_second_detects_with_names_in_the_lidar_frame(
     assert found["names"] == [second.classes[label] for label in found["labels_3d"]]
     assert found["box_type_3d"] == "LiDAR"
     json.dumps(found, allow_nan=False)
-    best = above(found, max(found["scores_3d"]))
+    best = filter_by_score(found, max(found["scores_3d"]))
     assert len(best["scores_3d"]) == len(best["bboxes_3d"]) == len(best["names"]) >= 1
 
 
 def test_npy_clouds_are_read_as_points_and_not_as_their_header(
-    second: NativeModel, cloud: Path, detected: dict[str, Any], tmp_path: Path
+    second: ReferenceModel, cloud: Path, detected: dict[str, Any], tmp_path: Path
 ) -> None:
     copy = tmp_path / "frame.npy"
     np.save(copy, np.fromfile(cloud, np.float32).reshape(-1, 4))
@@ -310,7 +310,7 @@ def test_npy_clouds_are_read_as_points_and_not_as_their_header(
     ],
 )
 def test_unreadable_clouds_are_refused_with_a_sentence(
-    second: NativeModel, tmp_path: Path, name: str, body: bytes | None, sentence: str
+    second: ReferenceModel, tmp_path: Path, name: str, body: bytes | None, sentence: str
 ) -> None:
     if body is not None:
         (tmp_path / name).write_bytes(body)
@@ -322,13 +322,13 @@ def test_a_checkpoint_of_another_network_is_refused(
     second_checkpoint: Path, tmp_path: Path, cloud: Path
 ) -> None:
     with pytest.raises(errors.CheckpointError, match="no checkpoint file"):
-        load_native(SECOND, tmp_path / "none.pth", "cpu")
+        load_reference(SECOND, tmp_path / "none.pth", "cpu")
     with pytest.raises(errors.CheckpointError, match="does not fit"):
-        load_native(ANOTHER_SECOND, second_checkpoint, "cpu")
+        load_reference(ANOTHER_SECOND, second_checkpoint, "cpu")
     with pytest.raises(errors.ModelLookupError, match="no model"):
-        load_native("no-such-model", second_checkpoint, "cpu")
+        load_reference("no-such-model", second_checkpoint, "cpu")
     with pytest.raises(errors.SetupError, match="no device"):
-        load_native(SECOND, second_checkpoint, "quantum")
+        load_reference(SECOND, second_checkpoint, "quantum")
 
 
 def test_sparse_kernels_in_spconv_2_layout_are_brought_into_mmcvs(
@@ -340,25 +340,25 @@ def test_sparse_kernels_in_spconv_2_layout_are_brought_into_mmcvs(
     saved = torch.load(second_checkpoint, weights_only=True)
     turned = {k: v.permute(4, 0, 1, 2, 3) if v.dim() == 5 else v for k, v in saved["state_dict"].items()}
     torch.save({**saved, "state_dict": turned}, tmp_path / "spconv2.pth")
-    native = load_native(SECOND, tmp_path / "spconv2.pth", "cpu")
+    native = load_reference(SECOND, tmp_path / "spconv2.pth", "cpu")
     assert "sparse kernels were brought into mmcv's" in native.notes[0]
     assert native.detect(cloud) == detected
 
 
 @pytest.fixture(scope="module")
-def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> NativeModel:
+def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> ReferenceModel:
     path = _random_weights(FASTER_RCNN, tmp_path_factory.mktemp("faster") / "faster.pth")
-    return load_native(FASTER_RCNN, path, "cpu")
+    return load_reference(FASTER_RCNN, path, "cpu")
 
 
 def test_models_of_both_packages_work_in_one_process(
-    second: NativeModel, faster_rcnn: NativeModel, cloud: Path
+    second: ReferenceModel, faster_rcnn: ReferenceModel, cloud: Path
 ) -> None:
     """mmengine looks names up in the scope of whichever model was loaded last."""
     assert second.detect(cloud)["scores_3d"]
 
 
-def test_the_native_faster_rcnn_detects_in_an_image(faster_rcnn: NativeModel, tmp_path: Path) -> None:
+def test_the_native_faster_rcnn_detects_in_an_image(faster_rcnn: ReferenceModel, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
     path = tmp_path / "image.png"
     cv2.imwrite(str(path), noise)
@@ -387,9 +387,13 @@ def main() -> Callable[[list[str]], int]:
     return lambda argv: run(module.main, argv)
 
 
-def serving(native: NativeModel, found: Mapping[str, Any], **more: Any) -> Answer:
+def serving(native: ReferenceModel, found: Mapping[str, Any], **more: Any) -> Answer:
     def answer(body: bytes, options: Mapping[str, str]) -> dict[str, Any]:
-        return {**above(found, float(options["score_thr"])), "classes": list(native.classes), **more}
+        return {
+            **filter_by_score(found, float(options["score_thr"])),
+            "classes": list(native.classes),
+            **more,
+        }
 
     return answer
 
@@ -397,7 +401,7 @@ def serving(native: NativeModel, found: Mapping[str, Any], **more: Any) -> Answe
 def test_the_tool_agrees_with_a_server_that_answers_the_same(
     main: Callable[[list[str]], int],
     server: FakeTorchServe,
-    second: NativeModel,
+    second: ReferenceModel,
     second_checkpoint: Path,
     cloud: Path,
     detected: dict[str, Any],
@@ -416,7 +420,7 @@ def test_the_tool_agrees_with_a_server_that_answers_the_same(
 def test_the_tool_fails_when_one_box_deviates_and_passes_when_told_that_this_is_equal(
     main: Callable[[list[str]], int],
     server: FakeTorchServe,
-    second: NativeModel,
+    second: ReferenceModel,
     second_checkpoint: Path,
     cloud: Path,
     detected: dict[str, Any],
@@ -441,7 +445,7 @@ def test_the_tool_fails_when_one_box_deviates_and_passes_when_told_that_this_is_
 def test_the_tool_ends_with_2_and_one_sentence_when_it_cannot_find_out(
     main: Callable[[list[str]], int],
     server: FakeTorchServe,
-    second: NativeModel,
+    second: ReferenceModel,
     second_checkpoint: Path,
     cloud: Path,
     detected: dict[str, Any],

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from serve.visualize.detections import draw_birds_eye_view, draw_frame, draw_image, png_bytes
+from serve.visualize.detections import draw_birds_eye_view, draw_frame, draw_image, encode_png
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEN = (110, 226, 124)  # of label 2, BGR
@@ -194,7 +194,7 @@ def test_masks_follow_their_boxes_when_low_scores_are_left_out() -> None:
 
 def test_the_same_input_gives_the_same_png() -> None:
     pictures = [
-        png_bytes(draw_birds_eye_view(cloud(), boxes_3d((20, 8, -1, 4, 2, 1.5, 0)))) for _ in range(2)
+        encode_png(draw_birds_eye_view(cloud(), boxes_3d((20, 8, -1, 4, 2, 1.5, 0)))) for _ in range(2)
     ]
     assert pictures[0] == pictures[1]
     assert cv2.imdecode(np.frombuffer(pictures[0], np.uint8), cv2.IMREAD_COLOR).shape == (900, 1200, 3)

@@ -29,7 +29,7 @@ def test_an_alias_gives_config_weights_and_hash() -> None:
     assert entry.weights_url.endswith(f"/{SECOND}-b086d0a3.pth")
     assert entry.sha256_prefix == "b086d0a3"
     assert "second" in entry.aliases
-    assert zoo.weights_of(entry) == entry.weights_url
+    assert zoo.require_weights_url(entry) == entry.weights_url
 
 
 @pytest.mark.parametrize(("alias", "name"), sorted(ALIASES.items()))
@@ -139,7 +139,7 @@ def test_a_model_without_published_weights_says_so() -> None:
     entry = zoo.resolve("second-waymo")
     assert entry.weights_url is None
     with pytest.raises(ModelLookupError, match="published no weights for second_hv_secfpn_sbn-all_16xb2"):
-        zoo.weights_of(entry)
+        zoo.require_weights_url(entry)
 
 
 def test_a_folder_in_place_of_weights_is_no_weights() -> None:
@@ -148,7 +148,7 @@ def test_a_folder_in_place_of_weights_is_no_weights() -> None:
 
 def test_where_the_index_contradicts_itself_the_address_that_says_the_same_wins() -> None:
     name = "pointpillars_hv_regnet-400mf_fpn_sbn-all_8xb4-2x_nus-3d"
-    assert "hv_pointpillars_regnet-400mf_fpn_sbn-all" in zoo.weights_of(zoo.resolve(name))
+    assert "hv_pointpillars_regnet-400mf_fpn_sbn-all" in zoo.require_weights_url(zoo.resolve(name))
     assert zoo.resolve("cylinder3d_8xb2-laser-polar-mix-3x_semantickitti").weights_url is None
 
 

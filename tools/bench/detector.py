@@ -22,7 +22,7 @@ from serve.compare.detections import Comparison, Tolerances, compare
 from serve.errors import ServeError
 from serve.protocol.frames import Limits, Options
 from serve.runtime import load_detector
-from serve.verify.reference import load_native
+from serve.verify.reference import load_reference
 from tools.bench.reference import nondeterminism as race
 from tools.bench.reference.process import NativeProcess
 from tools.bench.stages import STAGES, Stopwatch, timed
@@ -179,7 +179,7 @@ def run(
 
 
 def _in_process(subject: Subject) -> Callable[[], Run]:
-    native = load_native(subject.config, subject.checkpoint, subject.device)
+    native = load_reference(subject.config, subject.checkpoint, subject.device)
     return lambda: _measure(native.module, lambda: native.detect(subject.frame), subject.device)
 
 

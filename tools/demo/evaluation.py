@@ -27,7 +27,7 @@ from tools.demo.average_precision import ClassResult, FrameDetections, FrameTrut
 from tools.demo.scenes import CLASSES, Scene, generate_scene, held_out_seed
 from tools.demo.training import CHECKPOINT, CONFIG
 
-__all__ = ["IOU_THRESHOLDS", "Evaluation", "detect", "evaluate", "load_native", "truth_of"]
+__all__ = ["IOU_THRESHOLDS", "Evaluation", "detect", "evaluate", "load_model", "truth_of"]
 
 IOU_THRESHOLDS = {"Pedestrian": (0.25, 0.5), "Cyclist": (0.25, 0.5), "Car": (0.5, 0.7)}
 
@@ -82,7 +82,7 @@ class Evaluation:
         )
 
 
-def load_native(config: Path = CONFIG, checkpoint: Path = CHECKPOINT, device: str = "cpu") -> Any:
+def load_model(config: Path = CONFIG, checkpoint: Path = CHECKPOINT, device: str = "cpu") -> Any:
     """mmdet3d's ``init_model`` on a configuration and a checkpoint; only plain weights are loaded.
 
     Raises:
@@ -147,7 +147,7 @@ def evaluate(
         raise SettingsError("frames must be at least 1, first and min_points must not be negative")
     from tqdm import tqdm
 
-    model = load_native(config, checkpoint, device)
+    model = load_model(config, checkpoint, device)
     limits = tuple(float(v) for v in model.cfg.point_cloud_range)
     detections, truths, spent = [], [], 0.0
     for index in tqdm(range(first, first + frames), unit="frame", desc="evaluating", disable=not progress):

@@ -22,7 +22,7 @@ import numpy as np
 
 from serve.errors import ArchiveError, ServeError
 
-__all__ = ["Verdict", "run", "shrink", "try_config"]
+__all__ = ["ProbeResult", "run", "shrink", "try_config"]
 
 # Longer and shorter side of images inside the network, and the size of the picture that is sent.
 SHRUNK_PX = (320, 224)
@@ -52,7 +52,7 @@ PACKAGES = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ProbeResult:
     """What became of one config.
 
     Attributes:
@@ -126,7 +126,7 @@ def _smaller(size: Any) -> tuple[int, int]:
     return one, two
 
 
-def try_config(path: Path) -> Verdict:
+def try_config(path: Path) -> ProbeResult:
     """Try one config; never raises for a model."""
     started = time.perf_counter()
     said: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def try_config(path: Path) -> Verdict:
     )
 
 
-def _try(path: Path, folder: Path, said: dict[str, Any]) -> Verdict:
+def _try(path: Path, folder: Path, said: dict[str, Any]) -> ProbeResult:
     import torch
     from mmengine.config import Config
 
@@ -153,7 +153,7 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> Verdict:
     from serve.runtime import load_detector
     from serve.runtime.pipeline import frame_spec
     from serve.runtime.selftest import PRECISION_OF, agrees
-    from serve.verify.reference import load_native
+    from serve.verify.reference import load_reference
     from tools.zoo.random_weights import write_random_checkpoint
 
     # 1. The config, made small.
@@ -162,11 +162,13 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> Verdict:
         full = Config.fromfile(str(path), import_custom_modules=False)
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
-        return Verdict(path.stem, "broken upstream", f"the config is based on {missing}, which is not there")
+        return ProbeResult(
+            path.stem, "broken upstream", f"the config is based on {missing}, which is not there"
+        )
     if "model" not in full:
-        return Verdict(path.stem, "not a model", "the config describes no model")
+        return ProbeResult(path.stem, "not a model", "the config describes no model")
     if not full.get("test_dataloader"):
-        return Verdict(path.stem, "broken upstream", "the config describes no test pipeline")
+        return ProbeResult(path.stem, "broken upstream", "the config describes no test pipeline")
     shrink(full, path).dump(str(small))
     resolved, _ = convert.resolve_config(small)
     spec = frame_spec(resolved)
@@ -179,7 +181,7 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> Verdict:
         import cv2
 
         frame = folder / "picture.png"
-        cv2.imwrite(str(frame), golden.golden_picture(*PICTURE_PX))
+        cv2.imwrite(str(frame), golden.golden_image(*PICTURE_PX))
     write_random_checkpoint(resolved, classes, checkpoint, frame=frame)
     made = convert.convert(convert.Conversion(small, checkpoint, folder, "tried", golden_frame=frame))
     opened = archive.extract(made.path, folder / "opened")
@@ -193,9 +195,9 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> Verdict:
     for one, two in zip(alone, together, strict=True):
         same, found = agrees(one, two, tolerances)
         if not same:
-            return Verdict(path.stem, "differs", f"a batch from its frames alone: {found.verdict()}")
+            return ProbeResult(path.stem, "differs", f"a batch from its frames alone: {found.verdict()}")
     # 4. Upstream's own call.
-    native = load_native(small, checkpoint, "cpu")
+    native = load_reference(small, checkpoint, "cpu")
     entries = opened.metadata.golden_frame
     files = (
         opened.root / entries
@@ -205,10 +207,10 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> Verdict:
     same, found = agrees(native.detect(files), alone[0], tolerances)
     figures = found.verdict()
     if not same:
-        return Verdict(
+        return ProbeResult(
             path.stem, "differs", f"from native inference: {figures}", answers=made.golden_detections
         )
-    return Verdict(
+    return ProbeResult(
         path.stem,
         "works",
         "; ".join(made.notes),
@@ -255,7 +257,7 @@ def _numbered(model: Any) -> tuple[str, ...]:
     return tuple(f"class {i}" for i in range(int(counts[0]) if counts else 1))
 
 
-def _explained(path: Path, error: Exception) -> Verdict:
+def _explained(path: Path, error: Exception) -> ProbeResult:
     """An exception as a verdict."""
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -265,21 +267,21 @@ def _explained(path: Path, error: Exception) -> Verdict:
     text = " ".join(f"{type(one).__name__}: {one}" for one in chain)
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if isinstance(error, ArchiveError) and "frame by frame" in str(error):
-        return Verdict(path.stem, "not a per-frame model", str(error).rpartition(": ")[2])
+        return ProbeResult(path.stem, "not a per-frame model", str(error).rpartition(": ")[2])
     if isinstance(error, ArchiveError) and ("describes no model" in text or "nothing says how" in text):
-        return Verdict(path.stem, "not a model", str(error)[:300])
+        return ProbeResult(path.stem, "not a model", str(error)[:300])
     wanted = {package for name, package in PACKAGES.items() if re.search(rf"\b{name}\b", text, re.IGNORECASE)}
     if wanted and re.search(r"install|No module named|import|registry", text, re.IGNORECASE):
         packages = tuple(sorted(wanted))
-        return Verdict(path.stem, "needs package", " ".join(packages), packages=packages)
+        return ProbeResult(path.stem, "needs package", " ".join(packages), packages=packages)
     if re.search(r"from_pretrained|huggingface|hub|couldn't connect|offline", text, re.IGNORECASE):
-        return Verdict(
+        return ProbeResult(
             path.stem,
             "needs package",
             "a text model and its tokenizer from a hub",
             packages=("a text model",),
         )
-    return Verdict(path.stem, "fails", reason)
+    return ProbeResult(path.stem, "fails", reason)
 
 
 def run(config: Path, out: Path, log: Path) -> None:

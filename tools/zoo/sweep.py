@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from tools.zoo.families import Family
-from tools.zoo.probe import Verdict, run
+from tools.zoo.probe import ProbeResult, run
 
 __all__ = ["Result", "Sweep", "load_results"]
 
@@ -40,14 +40,14 @@ class Result:
         family: package and name of the folder.
         position: 0 for the family's first config.
         extra: whether the packages of the ``zoo`` extra were installed.
-        verdict: see `tools.zoo.probe.Verdict`.
+        verdict: see `tools.zoo.probe.ProbeResult`.
         peak_mb: most memory its process held, MiB.
     """
 
     family: str
     position: int
     extra: bool
-    verdict: Verdict
+    verdict: ProbeResult
     peak_mb: int = 0
 
 
@@ -58,7 +58,7 @@ def load_results(path: Path) -> list[Result]:
         with suppress(ValueError, KeyError, TypeError):
             raw: dict[str, Any] = json.loads(line)
             raw["verdict"]["packages"] = tuple(raw["verdict"]["packages"])
-            result = Result(**{**raw, "verdict": Verdict(**raw["verdict"])})
+            result = Result(**{**raw, "verdict": ProbeResult(**raw["verdict"])})
             latest[result.family, result.position, result.extra] = result
     return list(latest.values())
 
@@ -132,14 +132,14 @@ class Sweep:
             peak_mb, ended = self._watch(process)
             if ended:
                 return Result(
-                    family.key, position, self._extra, Verdict(config.stem, "fails", ended), peak_mb
+                    family.key, position, self._extra, ProbeResult(config.stem, "fails", ended), peak_mb
                 )
             try:
                 raw = json.loads(out.read_text())
-                verdict = Verdict(**{**raw, "packages": tuple(raw["packages"])})
+                verdict = ProbeResult(**{**raw, "packages": tuple(raw["packages"])})
             except (OSError, ValueError):
                 last = f"its process ended with {process.exitcode}; see {log.name}"
-                verdict = Verdict(config.stem, "fails", last)
+                verdict = ProbeResult(config.stem, "fails", last)
             return Result(family.key, position, self._extra, verdict, peak_mb)
 
     def _watch(self, process: Any) -> tuple[int, str]:
