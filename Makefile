@@ -25,10 +25,12 @@ SETUP_INPUTS := pyproject.toml tools/setup_env.py serve/ops/autoload.py $(wildca
 CODE := serve handlers tools tests
 UV_VERSION := 0.13.8
 
-.PHONY: help setup lint format test demo demo-evaluate demo-train zoo-coverage bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom lock clean distclean
+.PHONY: help setup lint format docs test demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom lock clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':' '/^[a-z0-9-]+:.*#: / { line = line " " $$1 } END { print "Also, described in the Makefile:" line }' \
+		$(firstword $(MAKEFILE_LIST)) | fold -s -w 110
 	@echo "Settings: PYTHON, VENV, STORE (folder of archives), TORCH_INDEX (package index to take torch from)"
 
 $(STAMP): $(SETUP_INPUTS)
@@ -37,12 +39,16 @@ $(STAMP): $(SETUP_INPUTS)
 setup: $(STAMP) ## Make .venv with everything in it (wheels only; keeps a torch that fits)
 	@echo "setup: $(VENV) is up to date"
 
-lint: $(STAMP) ## Check style and types: ruff, mypy strict, hadolint
+lint: $(STAMP) ## Check style, types, layers of imports, Dockerfile and links of the documentation
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
 	PYTHONPATH=. $(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/hadolint docker/Dockerfile
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+docs: $(STAMP) ## Build the documentation as a site, build/site; a broken link or anchor fails
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 format: $(STAMP) ## Rewrite the code in the style that lint checks
 	$(VENV)/bin/ruff check --fix $(CODE)
@@ -54,28 +60,30 @@ test: $(STAMP) ## Run the tests; TESTS="path -k words" picks some
 demo: $(STAMP) ## Serve the demonstration SECOND and print a curl line that works; Ctrl-C stops it
 	@exec $(PY) -m serve demo $(ARGS)
 
-demo-evaluate: $(STAMP) ## Measure the demonstration SECOND on held-out synthetic scenes
+demo-evaluate: $(STAMP) #: Measure the demonstration SECOND on held-out synthetic scenes
 	@exec $(PY) -m tools.demo evaluate $(ARGS)
 
-demo-train: $(STAMP) ## Train the demonstration SECOND anew on synthetic scenes (CPU)
+demo-train: $(STAMP) #: Train the demonstration SECOND anew on synthetic scenes (CPU)
 	@exec $(PY) -m tools.demo train $(ARGS)
 
-zoo-coverage: $(STAMP) ## Try a model of every zoo family, write docs/coverage.md; goes on where it was [ARGS="--jobs 2 --only atss"]
+zoo-coverage: $(STAMP) #: Try a model of every zoo family, write docs/coverage.md; goes on where it was [ARGS="--jobs 2 --only atss"]
 	@exec $(PY) -m tools.zoo sweep $(ARGS)
 
-bench-detector: $(STAMP) ## Time upstream's inference beside ours [ARGS="second --frame F --device cuda:0"]
-	@exec $(PY) -m tools.bench detector $(ARGS)
+bench: $(STAMP) ## Measure: NAME=detector, ops, serving or storage [ARGS="--help"]
+	@exec $(PY) -m tools.bench $(or $(NAME),--help) $(ARGS)
 
-bench-ops: $(STAMP) ## Time every kernel by itself [ARGS="--filter nms --device cuda:0 --native-python P"]
-	@exec $(PY) -m tools.bench ops $(ARGS)
+# The former names of `make bench NAME=…`.
+bench-detector: $(STAMP) #: Time upstream's inference beside ours [ARGS="second --frame F --device cuda:0"]
+bench-ops: $(STAMP) #: Time every kernel by itself [ARGS="--filter nms --device cuda:0 --native-python P"]
+bench-serving: $(STAMP) #: Measure the gateway beside TorchServe alone, LitServe, mosec, BentoML [ARGS="--quick --write-docs"]
+bench-storage: $(STAMP) #: Time reads of s3:// and FFRecord beside boto3 and pread, and packing [ARGS="--rounds 5"]
+bench-detector bench-ops bench-serving bench-storage:
+	@exec $(PY) -m tools.bench $(@:bench-%=%) $(ARGS)
 
-bench-native: $(STAMP) ## Compile upstream's mmcv into .venv-native, for bench-detector's --native-python (needs a C++ compiler)
+bench-native: $(STAMP) #: Compile upstream's mmcv into .venv-native, for bench-detector's --native-python (needs a C++ compiler)
 	@exec $(PY) -m tools.bench native-env $(ARGS)
 
-bench-serving: $(STAMP) ## Measure the gateway beside TorchServe alone, LitServe, mosec, BentoML [ARGS="--quick --write-docs"]
-	@exec $(PY) -m tools.bench serving $(ARGS)
-
-bench-env: $(BENCH_STAMP) ## Make .venv-bench with LitServe, mosec and BentoML, for bench-serving
+bench-env: $(BENCH_STAMP) #: Make .venv-bench with LitServe, mosec and BentoML, for bench-serving
 	@echo "bench-env: .venv-bench is up to date"
 
 # Behind its own packages it sees the project's, so that those servers can serve our models.
@@ -87,14 +95,11 @@ $(BENCH_STAMP): $(STAMP) requirements/bench.lock
 		> "$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 	@touch $@
 
-bench-storage: $(STAMP) ## Time reads of s3:// and FFRecord beside boto3 and pread, and packing [ARGS="--rounds 5"]
-	@exec $(PY) -m tools.bench storage $(ARGS)
-
-fetch-models: $(STAMP) ## Bring the archives of a bucket into STORE: FROM=s3://bucket/models [ARGS="--models NAME"]
+fetch-models: $(STAMP) #: Bring the archives of a bucket into STORE: FROM=s3://bucket/models [ARGS="--models NAME"]
 	@$(if $(FROM),,echo "error: say from where: make fetch-models FROM=s3://bucket/models" >&2; exit 2)
 	@exec $(PY) -m serve fetch --from $(FROM) --to $(STORE) $(ARGS)
 
-pack: $(STAMP) ## Pack a folder of frames into one FFRecord file: FOLDER=data/kitti OUT=kitti.ffr
+pack: $(STAMP) #: Pack a folder of frames into one FFRecord file: FOLDER=data/kitti OUT=kitti.ffr
 	@$(if $(and $(FOLDER),$(OUT)),,echo "error: say what and where to: make pack FOLDER=data/kitti OUT=kitti.ffr" >&2; exit 2)
 	@exec $(PY) -m serve pack $(FOLDER) $(OUT) $(ARGS)
 
@@ -117,26 +122,26 @@ image: ## Build the image mmdet3d-serve:latest [TARGET=gateway TORCH_LOCK=requir
 		--build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) \
 		$(foreach name,BASE_IMAGE TORCH_LOCK TORCH_INDEX PIP_INDEX_URL SOURCE,$(if $($(name)),--build-arg $(name)=$($(name)))) .
 
-image-check: $(STAMP) ## Build and run the image without an engine: root, buildah, debootstrap; minutes, gigabytes [ARGS=--help]
+image-check: $(STAMP) #: Build and run the image without an engine: root, buildah, debootstrap; minutes, gigabytes [ARGS=--help]
 	@exec $(PY) docker/check_image.py $(ARGS)
 
-compose-up: ## Start the service with Prometheus and Grafana [MODEL_STORE=folder WORKERS=1]; docker/compose.yaml
+compose-up: #: Start the service with Prometheus and Grafana [MODEL_STORE=folder WORKERS=1]; docker/compose.yaml
 	docker compose --file docker/compose.yaml up --build
 
-k8s-render: $(STAMP) ## Print the Kubernetes objects of OVERLAY=cpu, gpu or kserve
+k8s-render: $(STAMP) #: Print the Kubernetes objects of OVERLAY=cpu, gpu or kserve
 	@$(VENV)/bin/kubectl kustomize k8s/overlays/$(OVERLAY)
 
-k8s-check: $(STAMP) ## Check the Kubernetes objects: schemas, Pod Security, and against the code (a part of make test)
+k8s-check: $(STAMP) #: Check the Kubernetes objects: schemas, Pod Security, and against the code (a part of make test)
 	$(PY) -m pytest tests/deployment/test_manifests.py
 
-sbom: $(STAMP) ## Write the list of all parts, CycloneDX: build/sbom.cdx.json
+sbom: $(STAMP) #: Write the list of all parts, CycloneDX: build/sbom.cdx.json
 	@test -x build/sbom/bin/cyclonedx-py || { $(PY) -m venv build/sbom && build/sbom/bin/python -m pip install --quiet \
 		--no-deps --require-hashes --only-binary=:all: -r requirements/sbom.lock; }
 	@build/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
 		--output-file build/sbom.cdx.json $(PY)
 	@echo "build/sbom.cdx.json: $$(grep -c '"bom-ref"' build/sbom.cdx.json) parts"
 
-lock: $(STAMP) ## Renew requirements/*.lock from requirements/*.in
+lock: $(STAMP) #: Renew requirements/*.lock from requirements/*.in
 	$(PY) -m pip install --quiet --only-binary=:all: uv==$(UV_VERSION)
 	cd requirements && for name in runtime dev gateway image sbom bench torch-cuda; do \
 		out=$$([ $$name = torch-cuda ] || echo --excludes excludes.txt); \
@@ -147,5 +152,5 @@ clean: ## Remove caches and build outputs; keeps the environment, archives and d
 	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## Also remove the environment
+distclean: clean #: Also remove the environment
 	rm -rf $(VENV) .venv-bench
