@@ -23,7 +23,6 @@ STAMP := $(VENV)/.setup-stamp
 BENCH_STAMP := .venv-bench/.stamp
 SETUP_INPUTS := pyproject.toml tools/setup_env.py serve/ops/autoload.py $(wildcard requirements/*.lock)
 CODE := serve handlers tools tests
-UV_VERSION := 0.13.8
 
 .PHONY: help setup lint format docs test demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom lock clean distclean
 
@@ -141,12 +140,18 @@ sbom: $(STAMP) #: Write the list of all parts, CycloneDX: build/sbom.cdx.json
 		--output-file build/sbom.cdx.json $(PY)
 	@echo "build/sbom.cdx.json: $$(grep -c '"bom-ref"' build/sbom.cdx.json) parts"
 
-lock: $(STAMP) #: Renew requirements/*.lock from requirements/*.in
-	$(PY) -m pip install --quiet --only-binary=:all: uv==$(UV_VERSION)
-	cd requirements && for name in runtime dev gateway image sbom bench torch-cuda; do \
-		out=$$([ $$name = torch-cuda ] || echo --excludes excludes.txt); \
-		../$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-			--no-emit-index-url --no-emit-find-links $$out $$name.in -o $$name.lock; done
+# Options of uv for every lock: valid on every platform and Python, no index named (every mirror works), wheels only.
+COMPILE = $(VENV)/uv/bin/uv pip compile --python $(PY) --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-index-url --no-emit-find-links --only-binary=:all: $(if $(UPGRADE),--upgrade)
+lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for the newest versions]
+	@test -x $(VENV)/uv/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check --target $(VENV)/uv --no-deps \
+		--require-hashes --only-binary=:all: -r requirements/installer.lock
+	$(COMPILE) pyproject.toml --extra models --group torch-needs --excludes requirements/torch.exclude -o requirements/runtime.lock
+	$(COMPILE) pyproject.toml -c requirements/runtime.lock -o requirements/gateway.lock
+	for name in dev otel image installer torch-cuda; do \
+		$(COMPILE) --group $$name -c requirements/runtime.lock -o requirements/$$name.lock; done
+	for name in sbom bench; do \
+		$(COMPILE) --group $$name --excludes requirements/torch.exclude -o requirements/$$name.lock; done
 
 clean: ## Remove caches and build outputs; keeps the environment, archives and downloads
 	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

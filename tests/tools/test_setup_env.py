@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -18,7 +21,8 @@ from packaging.utils import canonicalize_name
 from serve.torchserve.java import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKS = [ROOT / "requirements" / "runtime.lock", ROOT / "requirements" / "dev.lock"]
+REQUIREMENTS = ROOT / "requirements"
+LOCKS = [REQUIREMENTS / "runtime.lock", REQUIREMENTS / "dev.lock"]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,64 @@ def test_the_two_locks_agree() -> None:
 def test_no_file_names_a_package_index() -> None:
     for path in [*(ROOT / "requirements").iterdir(), ROOT / "Makefile", ROOT / "pyproject.toml"]:
         assert not re.search(r"https?://", path.read_text()), path.name
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_lock_holds_what_pyproject_asks_for() -> None:
+    project, groups = pyproject()["project"], pyproject()["dependency-groups"]
+    extras = project["optional-dependencies"]
+    asked = {
+        "runtime": project["dependencies"] + extras["models"] + groups["torch-needs"],
+        "gateway": project["dependencies"],
+        "dev": groups["lint"] + groups["test"] + groups["docs"],
+        "otel": extras["otel"],
+        **{name: groups[name] for name in ("bench", "image", "sbom", "installer", "torch-cuda")},
+    }
+    for name, lines in asked.items():
+        pinned = {one.name: str(one.specifier).removeprefix("==") for one in locked(REQUIREMENTS / f"{name}.lock")}
+        for wanted in (Requirement(line) for line in lines if isinstance(line, str)):
+            if wanted.name != "torch" or name == "torch-cuda":
+                assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), (name, str(wanted))
+
+
+def test_the_group_otel_is_the_extra_otel() -> None:
+    assert pyproject()["dependency-groups"]["otel"] == pyproject()["project"]["optional-dependencies"]["otel"]
+
+
+def test_the_range_of_torch_is_the_one_that_pyproject_declares(setup_env: ModuleType) -> None:
+    models = pyproject()["project"]["optional-dependencies"]["models"]
+    assert setup_env.torch_range_text() in models
+
+
+def test_every_import_of_the_package_is_a_declared_dependency() -> None:
+    """A gateway without torch is what `pip install .` gives, so that is checked apart from the models."""
+    project = pyproject()["project"]
+    extras = project["optional-dependencies"]
+    declared = {Requirement(line).name for line in project["dependencies"] + extras["models"] + extras["otel"]}
+    brought = {
+        "botocore": "boto3",
+        "llvmlite": "numba",
+        "mypy_boto3_s3": "types only",
+        "pydantic": "fastapi",
+        "s3transfer": "boto3",
+        "starlette": "fastapi",
+        "triton": "torch, where it has CUDA",
+    }
+    distributions = metadata.packages_distributions()
+    missing = set()
+    for path in [*(ROOT / "serve").rglob("*.py"), *(ROOT / "handlers").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [str(node.module)]
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - set(brought):
+                owners = {canonicalize_name(one) for one in distributions.get(name, [name])}
+                if name not in ("serve", "handlers") and not owners & declared:
+                    missing.add(f"{name} in {path.relative_to(ROOT)}")
+    assert missing == set()
 
 
 # The environment

@@ -28,7 +28,8 @@ Versions: {versions}.
 """
 _FOOT = """\
 *answers* are detections (segments, labelled points) of the golden frame; *deviation* is the largest between what
-is served and what upstream's call gives. *with the zoo extra* means after `pip install -r requirements/zoo.in`."""
+is served and what upstream's call gives. *with the zoo extra* means after
+`pip install --no-build-isolation --editable '.[zoo]'`."""
 
 
 def page(families: Sequence[Family], results: Sequence[Result], versions: Mapping[str, str]) -> str:
