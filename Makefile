@@ -23,8 +23,11 @@ STAMP := $(VENV)/.setup-stamp
 BENCH_STAMP := .venv-bench/.stamp
 SETUP_INPUTS := pyproject.toml tools/setup_env.py serve/ops/autoload.py $(wildcard requirements/*.lock)
 CODE := serve handlers tools tests
+# How `make test` divides the tests (docs/testing.md): JOBS processes side by side.
+JOBS ?= 2
+PARALLEL := --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help setup lint format docs test demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom lock clean distclean
+.PHONY: help setup lint format docs test test-quick test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom lock clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,8 +56,14 @@ format: $(STAMP) ## Rewrite the code in the style that lint checks
 	$(VENV)/bin/ruff check --fix $(CODE)
 	$(VENV)/bin/ruff format $(CODE)
 
-test: $(STAMP) ## Run the tests; TESTS="path -k words" picks some
-	$(PY) -m pytest $(TESTS)
+test: $(STAMP) ## Run all tests but the soak; TESTS="path -k words" picks some
+	$(PY) -m pytest -m "not soak" $(or $(TESTS),$(PARALLEL))
+
+test-quick: $(STAMP) ## Run the tests that need no server and no large model (minutes); TESTS picks some
+	$(PY) -m pytest -m "not soak and not slow and not torchserve and not timing" $(or $(TESTS),$(PARALLEL))
+
+test-soak: $(STAMP) ## Run chaos at length, benchmarks, the bounds-checked fuzz, the zoo sweep; TESTS picks some
+	$(PY) -m pytest -m soak $(TESTS)
 
 demo: $(STAMP) ## Serve the demonstration SECOND and print a curl line that works; Ctrl-C stops it
 	@exec $(PY) -m serve demo $(ARGS)

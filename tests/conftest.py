@@ -1,24 +1,37 @@
-"""Fixtures for all tests: free ports, tiny archives for TorchServe, a watch for what tests leave behind."""
+"""Fixtures for all tests: free ports, archives, a watch for what tests leave behind; docs/testing.md has the tiers.
+
+Under pytest-xdist every test has a group, and a group stays in one process: the tests of real servers share one, so
+that no two servers compete for the cores, those that measure time share another, and the rest is grouped by file, so
+that a fixture of a module is made once.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+import signal
 import socket
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import orjson
 import psutil
 import pytest
+from filelock import FileLock
 
 from serve import ops
 from tests.worker.context import Context
 
 ops.install()
 
-ASSETS = Path(__file__).parents[1] / "serve" / "assets"
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "serve" / "assets"
 DEMO_CONFIG, DEMO_CHECKPOINT = ASSETS / "second_demo.py", ASSETS / "second_demo.pth"
 
 
@@ -50,26 +63,118 @@ def write_archive(path: Path, handler: str, name: str | None = None, version: st
     return path
 
 
+def accept_ctrl_c() -> None:
+    """As `preexec_fn`: let SIGINT end the child, also if we run in the background of a shell and ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Every process of a parallel run carries this identifier in its environment: `pytest_sessionfinish` looks for it.
+    if hasattr(config.option, "testrunuid") and not config.option.testrunuid:
+        config.option.testrunuid = uuid.uuid4().hex
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test its group for xdist; what takes long goes first, so that no process is alone at the end."""
+
+    def rank(item: pytest.Item) -> int:
+        return 0 if item.get_closest_marker("torchserve") else 1 if item.get_closest_marker("slow") else 2
+
+    files = {item.path: 2 for item in items}
+    for item in items:
+        files[item.path] = min(files[item.path], rank(item))
+        if item.get_closest_marker("xdist_group") is None:
+            server, timing = (item.get_closest_marker(name) for name in ("torchserve", "timing"))
+            group = "torchserve" if server else "timing" if timing else str(item.path.relative_to(ROOT))
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: files[item.path])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_the_cores() -> None:
+    """Torch takes all cores; processes that test side by side divide them."""
+    import torch
+
+    if count := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Fail the session if a process started by a test outlives all tests."""
+    """Fail the session if a process started by a test outlives all tests (of this process of a parallel run)."""
     yield
-    mine = str(tmp_path_factory.getbasetemp())
-    left = {process.pid: process for process in psutil.Process().children(recursive=True)}
-    for process in psutil.process_iter(["cmdline"]):
-        if any(mine in word for word in process.info["cmdline"] or ()):
-            left[process.pid] = process
-    told = [text for process in left.values() if (text := _described(process))]
-    assert not told, "tests left processes running:\n" + "\n".join(told)
+    left = _processes_naming(tmp_path_factory.getbasetemp())
+    left += psutil.Process().children(recursive=True)
+    assert not (described := _described(left)), "tests left processes running:\n" + "\n".join(described)
 
 
-def _described(process: psutil.Process) -> str:
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Fail a parallel run if anything outlives its processes: a killed one cannot look for what it left."""
+    yield
+    run = getattr(session.config.option, "testrunuid", None)
+    if "PYTEST_XDIST_WORKER" in os.environ or not getattr(session.config.option, "numprocesses", None):
+        return
+    left = _processes_naming(session.config._tmp_path_factory.getbasetemp())
+    left += [
+        process
+        for process in psutil.process_iter()
+        if _environment(process, "PYTEST_XDIST_TESTRUNUID") == run
+    ]
+    if described := _described(left):
+        print("\ntests left processes running:\n" + "\n".join(described))
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _processes_naming(folder: Path) -> list[psutil.Process]:
+    """Processes with a path below `folder` on their command line."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(f"{folder}{os.sep}" in word for word in process.info["cmdline"] or ())
+    ]
+
+
+def _environment(process: psutil.Process, name: str) -> str | None:
     try:
-        command = " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
-    # Python's own helper of multiprocessing lives as long as we do.
-    return "" if "resource_tracker" in command or not command else f"{process.pid}: {command[:200]}"
+        return process.environ().get(name)
+    except psutil.Error:
+        return None
+
+
+def _described(processes: list[psutil.Process]) -> list[str]:
+    """One line per process that still runs, without our own and Python's helper of multiprocessing."""
+    lines = {}
+    for process in processes:
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+        if command and "resource_tracker" not in command and process.pid != os.getpid():
+            lines[process.pid] = f"{process.pid}: {command[:200]}"
+    return list(lines.values())
+
+
+def kept_folder(config: pytest.Config, name: str, *sources: Path) -> Path | None:
+    """A folder in pytest's cache for something that depends only on the files below `sources` and on what is installed.
+
+    What was made of other files under the same name is removed. None without pytest's cache (``-p no:cacheprovider``).
+    """
+    if config.cache is None:
+        return None
+    digest = hashlib.sha256()
+    for package in ("torch", "mmcv-lite", "mmdet", "mmdet3d", "numba"):
+        digest.update(f"{package} {version(package)}\n".encode())
+    for path in sorted(path for source in sources for path in source.rglob("*") if path.is_file()):
+        if "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(ROOT)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+    place = config.cache.mkdir(name)
+    with FileLock(place / "lock"):
+        for former in place.iterdir():
+            if former.is_dir() and former.name != digest.hexdigest():
+                shutil.rmtree(former)
+        (place / digest.hexdigest()).mkdir(exist_ok=True)
+    return place / digest.hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -78,10 +183,21 @@ def store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_mar(store) -> Path:
+def demo_mar(pytestconfig, tmp_path_factory, store) -> Path:
+    """The archive of the demonstration SECOND; made anew only if the code or the environment changed."""
     from serve.convert import Conversion, convert
 
-    return convert(Conversion(DEMO_CONFIG, DEMO_CHECKPOINT, store, "second")).path
+    kept = kept_folder(pytestconfig, "demo-archive", ROOT / "serve", ROOT / "handlers")
+    kept = kept or tmp_path_factory.mktemp("demo-archive")
+    with FileLock(kept / "lock"):
+        if not (kept / "second.mar").exists():
+            made = convert(
+                Conversion(DEMO_CONFIG, DEMO_CHECKPOINT, tmp_path_factory.mktemp("made"), "second")
+            )
+            shutil.copy(made.path, kept / "unfinished")
+            (kept / "unfinished").rename(kept / "second.mar")
+    # A copy, so that no test can spoil what the next session takes.
+    return Path(shutil.copy(kept / "second.mar", store))
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,25 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-# /tmp is new and empty, all else read-only; then another user, with no capability left.
+ROOT = Path(__file__).resolve().parents[2]
+# /tmp is new and empty, all else read-only; then another user, with no capability left. What the test runs on may
+# itself lie below /tmp ($KEPT): it stays visible there, and read-only.
 CONFINE = """
-mount -t tmpfs -o mode=1777,noexec,nosuid,nodev tmpfs /tmp
+mount -t tmpfs -o mode=1777,noexec,nosuid,nodev tmpfs "$NEW"
+for kept in $KEPT; do
+    mkdir -p "$NEW/${kept#/tmp/}"
+    mount --bind "$kept" "$NEW/${kept#/tmp/}"
+    mount -o remount,bind,ro "$NEW/${kept#/tmp/}"
+done
+mount --rbind "$NEW" /tmp
+cd "$PWD"
 mount -o remount,bind,ro /
 exec unshare --user --map-user=4711 --map-group=0 "$@"
 """
 # Starts the service, asks it, sends SIGTERM, and tells what it saw. Runs inside.
 SCRIPT = """
 import getpass, http.client, json, os, signal, subprocess, sys, time
+before = set(os.listdir("/tmp"))
 from tests.conftest import pick_free_ports
 from tools.demo.scenes import sample_frame
 try:
@@ -49,20 +58,28 @@ print("check:", subprocess.run([sys.executable, "-I", "-S", "docker/healthcheck.
 service.send_signal(signal.SIGTERM)
 service.stdout.read()
 print("code:", service.wait())
-print("left:", sorted(set(os.listdir("/tmp")) - {"mmdet3d-serve-cache", "mmdet3d-serve-4711", ".config", ".cache"}))
+print("left:", sorted(set(os.listdir("/tmp")) - before
+      - {"mmdet3d-serve-cache", "mmdet3d-serve-4711", ".config", ".cache"}))
 """
 
 
-def confined(*command: str, **environment: str) -> list[str]:
+def confined(new: Path, *command: str, **environment: str) -> list[str]:
+    """A command line that runs `command` with this environment; `new` is a folder to mount on."""
+    needed = {ROOT, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
+    kept = [path for path in needed if path.is_relative_to("/tmp")]
+    # None inside another: what is mounted read-only takes no mount points.
+    kept = [path for path in kept if not any(path.is_relative_to(other) for other in {*kept} - {path})]
     variables = [f"{name}={value}" for name, value in environment.items()]
     return [
-        "unshare", "--user", "--map-root-user", "--mount", "sh", "-ec", CONFINE, "sh", "env", *variables, *command,
+        "env", f"NEW={new}", f"KEPT={' '.join(map(str, kept))}", "unshare", "--user", "--map-root-user", "--mount",
+        "sh", "-ec", CONFINE, "sh", "env", *variables, *command,
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
-def namespaces() -> Iterator[None]:
-    tried = subprocess.run(confined("true"), capture_output=True, text=True, check=False)
+def namespaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    command = confined(tmp_path_factory.mktemp("new"), "true")
+    tried = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"no namespaces here: {tried.stderr.strip()}")
     yield
@@ -71,14 +88,14 @@ def namespaces() -> Iterator[None]:
 @pytest.mark.torchserve
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_service_runs_with_a_read_only_root_and_a_user_it_never_heard_of() -> None:
+def test_the_service_runs_with_a_read_only_root_and_a_user_it_never_heard_of(tmp_path: Path) -> None:
     # As the Dockerfile sets them.
     variables = {
         "HOME": "/tmp", "USER": "model-server", "MMDET3D_SERVE_CACHE_DIR": "/tmp/mmdet3d-serve-cache",
         "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     ran = subprocess.run(
-        confined(sys.executable, "-c", SCRIPT, **variables),
+        confined(tmp_path, sys.executable, "-c", SCRIPT, **variables),
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -14,7 +14,6 @@ import pytest
 from serve import convert, ops, zoo
 from serve.compare.detections import Tolerances, compare
 from serve.convert import golden
-from tools.demo.training import CHECKPOINT, CONFIG
 
 ops.install()
 
@@ -47,13 +46,13 @@ for threads in map(int, sys.argv[4:]):
 """
 
 
-def second(folder: Path) -> tuple[Path, bytes]:
+def second(folder: Path, demo_mar: Path) -> tuple[Path, bytes]:
     from tools.demo.scenes import sample_frame
 
-    return convert.convert(convert.Conversion(CONFIG, CHECKPOINT, folder, "second")).path, sample_frame()
+    return demo_mar, sample_frame()
 
 
-def image_detector(folder: Path) -> tuple[Path, bytes]:
+def image_detector(folder: Path, demo_mar: Path) -> tuple[Path, bytes]:
     from serve.runtime.pipeline import frame_spec
     from tools.zoo.random_weights import write_random_checkpoint
 
@@ -67,10 +66,10 @@ def image_detector(folder: Path) -> tuple[Path, bytes]:
 
 
 @pytest.fixture(scope="module", params=[second, image_detector], ids=lambda make: make.__name__)
-def answers(request, tmp_path_factory) -> dict[int, list[bytes]]:
+def answers(request, demo_mar, tmp_path_factory) -> dict[int, list[bytes]]:
     """Per number of threads the answers of two runs in each of two processes."""
     folder = tmp_path_factory.mktemp("model")
-    mar, body = request.param(folder)
+    mar, body = request.param(folder, demo_mar)
     frame = folder / "frame"
     frame.write_bytes(body)
     found: dict[int, list[bytes]] = {threads: [] for threads in THREADS}

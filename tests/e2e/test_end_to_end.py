@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from serve import convert, zoo
+from serve.cli import run, verify
 from serve.convert import Conversion, configured_classes, resolve_config
 from serve.convert.golden import golden_image
 from serve.errors import BackendStartError
@@ -27,8 +28,8 @@ from tools.zoo.random_weights import write_random_checkpoint
 pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(600)]
 
 TOOL = Path(__file__).parents[2] / "tools" / "deployment" / "test_torchserver.py"
-# Random weights that behave (tools.zoo.random_weights); pictures below the zoo's size, for the clock's sake, and of sizes
-# that need no padding: on constant regions a random network's candidates tie, and rounding decides between them.
+# Random weights that behave (tools.zoo.random_weights); pictures below the zoo's size, for the clock's sake, and of
+# sizes that need no padding: on constant regions a random network's candidates tie, and rounding decides between them.
 RANDOM = ("pointpillars", "faster-rcnn", "mask-rcnn", "retinanet")
 
 
@@ -86,18 +87,31 @@ def address(server) -> str:
     return f"127.0.0.1:{server.options.inference_port}"
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def run_tool(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The proof tool in this process, which has imported what it needs; the first test starts the program itself."""
+
+    def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = run(verify.main, list(map(str, arguments)))
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return tool
+
+
+def run_program(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300
     )
 
 
 @pytest.mark.parametrize("name", ["second", *RANDOM])
-def test_what_is_served_equals_native_pytorch(name, models, frames, address):
+def test_what_is_served_equals_native_pytorch(name, models, frames, address, run_tool):
     config, checkpoint = models[name]
+    prove = run_program if name == "second" else run_tool
     folder = frames["lidar" if name in ("second", "pointpillars") else "image"]
     # Two-stage detectors with random weights score low: compare what there is.
-    done = run_tool(
+    done = prove(
         folder, config, checkpoint, name, "--inference-addr", address, "--device", "cpu", "--score-thr", 0.1
     )
     print(done.stdout)
@@ -112,7 +126,7 @@ def test_what_is_served_equals_native_pytorch(name, models, frames, address):
     assert max(counted, default=0) > 0, "nothing was compared"
 
 
-def test_an_altered_weight_is_noticed(models, frames, store, server, address, tmp_path):
+def test_an_altered_weight_is_noticed(models, frames, store, server, address, run_tool, tmp_path):
     checkpoint = torch.load(DEMO_CHECKPOINT, weights_only=True)
     checkpoint["state_dict"]["bbox_head.conv_reg.bias"][2] += 0.01
     torch.save(checkpoint, tmp_path / "altered.pth")
@@ -132,7 +146,7 @@ def test_an_altered_weight_is_noticed(models, frames, store, server, address, tm
     assert done.returncode == 1, done.stdout + done.stderr
 
 
-def test_the_wrong_model_and_no_model_are_told_apart_from_a_deviation(models, frames, address):
+def test_the_wrong_model_and_no_model_are_told_apart_from_a_deviation(models, frames, address, run_tool):
     config, checkpoint = models["second"]
     for name in ("faster-rcnn", "nobody"):
         done = run_tool(

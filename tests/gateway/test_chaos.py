@@ -1,4 +1,4 @@
-"""Ten thousand requests, most of them wrong in some way, while workers are killed; and then a normal one.
+"""Thousands of requests, most of them wrong in some way, while workers are killed; and then a normal one.
 
 The gateway is the real command, TorchServe is real, its handler answers with a checksum of each frame: every
 200 is held against the frame it is for.
@@ -34,10 +34,8 @@ from tests.gateway.running import eventually
 
 pytestmark = [pytest.mark.torchserve, pytest.mark.slow, pytest.mark.timeout(900)]
 
-REQUESTS = 10_000
 WARM_UP = 1_000
 CLIENTS = 48
-KILL_EVERY_S = 2.0
 MAX_GROWTH_MIB = 20
 PATH = "/predictions/checksum"
 LIMITS = {
@@ -228,12 +226,58 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-async def storm(url: str, requests: int, seed: int, counts: Counter[tuple[str, int | str]]) -> None:
+class Killer:
+    """Kills a worker at each of `deaths` moments of a storm, counted in requests, not in seconds.
+
+    Before each it holds the requests back until both workers are ready, so that one of them is left; it kills when as
+    many requests as there are clients have gone out again.
+    """
+
+    def __init__(self, server: TorchServe, requests: int, deaths: int) -> None:
+        self.killed: list[int] = []
+        self._server = server
+        self._every = requests // (deaths + 1)
+        self._go = asyncio.Event()
+        self._go.set()
+        self._victims: list[int] = []
+
+    async def before(self, number: int) -> None:
+        """To be awaited before the request of this number."""
+        moment, after = divmod(number, self._every)
+        if moment and after == 0:
+            self._go.clear()
+            self._victims = await self._both()
+            self._go.set()
+        await self._go.wait()
+        if self._victims and after >= CLIENTS:
+            victim, self._victims = self._victims[moment % 2], []
+            os.kill(victim, signal.SIGKILL)
+            self.killed.append(victim)
+
+    async def _both(self) -> list[int]:
+        while len(ready := await asyncio.to_thread(ready_workers, self._server)) < 2:
+            await asyncio.sleep(0.05)
+        return ready
+
+
+def ready_workers(server: TorchServe) -> list[int]:
+    return [worker.pid for worker in server.workers("checksum") if worker.ready and worker.pid]
+
+
+async def storm(
+    url: str,
+    requests: int,
+    seed: int,
+    counts: Counter[tuple[str, int | str]],
+    killer: Killer | None = None,
+) -> None:
     left = iter(range(requests))
 
     async def work(number: int) -> None:
         client = Client(url, seed + number)
-        for _ in left:
+        for each in left:
+            if killer is not None:
+                await killer.before(each)
             (kind,) = client.dice.choices(list(WEIGHTS), list(WEIGHTS.values()))
             counts[kind, await asyncio.wait_for(getattr(client, kind)(), 60)] += 1
 
@@ -242,26 +286,12 @@ async def storm(url: str, requests: int, seed: int, counts: Counter[tuple[str, i
             group.create_task(work(number))
 
 
-async def storm_with_deaths(url: str, server: TorchServe, counts: Counter[tuple[str, int | str]]) -> int:
-    killed = 0
-
-    async def kill() -> None:
-        nonlocal killed
-        while True:
-            await asyncio.sleep(KILL_EVERY_S)
-            pids = [
-                worker.pid for worker in await asyncio.to_thread(server.workers, "checksum") if worker.ready
-            ]
-            if pids and pids[killed % len(pids)]:
-                os.kill(pids[killed % len(pids)], signal.SIGKILL)
-                killed += 1
-
-    killer = asyncio.create_task(kill())
-    try:
-        await storm(url, REQUESTS, WARM_UP, counts)
-    finally:
-        killer.cancel()
-    return killed
+async def storm_with_deaths(
+    url: str, server: TorchServe, requests: int, deaths: int, counts: Counter[tuple[str, int | str]]
+) -> int:
+    killer = Killer(server, requests, deaths)
+    await storm(url, requests, WARM_UP, counts, killer)
+    return len(killer.killed)
 
 
 def pending(url: str) -> dict[str, float]:
@@ -274,14 +304,17 @@ def pending(url: str) -> dict[str, float]:
     }
 
 
-def test_after_ten_thousand_mixed_requests_and_dead_workers_a_normal_one_is_answered(gateway, server):
+@pytest.mark.parametrize(
+    ("requests", "deaths"), [(2_000, 3), pytest.param(40_000, 12, marks=pytest.mark.soak)]
+)
+def test_after_mixed_requests_and_dead_workers_a_normal_one_is_answered(gateway, server, requests, deaths):
     url, process = gateway
     eventually(lambda: httpx.get(f"{url}/health/ready", trust_env=False).status_code == 200, 30)
     asyncio.run(storm(url, WARM_UP, 0, Counter()))
     rss_before = process.memory_info().rss
     counts: Counter[tuple[str, int | str]] = Counter()
     began = time.monotonic()
-    killed = asyncio.run(storm_with_deaths(url, server, counts))
+    killed = asyncio.run(storm_with_deaths(url, server, requests, deaths, counts))
     seconds = time.monotonic() - began
     quiet = eventually(lambda: (found := pending(url)) and not any(found.values()) and found, 60)
     growth_mib = (process.memory_info().rss - rss_before) / (1 << 20)
@@ -295,10 +328,10 @@ def test_after_ten_thousand_mixed_requests_and_dead_workers_a_normal_one_is_answ
     }  # fmt: skip
     print(json.dumps(summary))
     assert set(quiet) == {"frames", "bytes", "waiting", "running"}
-    assert counts.total() == REQUESTS and killed >= 3
+    assert counts.total() == requests and killed == deaths
     assert counts["one_frame", 200] > 0.5 * sum(n for (kind, _), n in counts.items() if kind == "one_frame")
     assert growth_mib <= MAX_GROWTH_MIB
-    eventually(lambda: len([worker for worker in server.workers("checksum") if worker.ready]) == 2, 60)
+    eventually(lambda: len(ready_workers(server)) == 2, 60)
     frame = bytes(range(256))
     answer = httpx.post(f"{url}{PATH}", content=frame, trust_env=False, timeout=30)
     assert answer.status_code == 200 and answer.content == checksum(frame)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 
@@ -174,12 +175,9 @@ def test_torchserves_token_mode_is_spoken(store, background, cloud):
 
 
 @pytest.fixture(scope="module")
-def second(tmp_path_factory, background) -> Iterator[tuple[RunningGateway, TorchServe]]:
-    from serve.convert import Conversion, convert
-    from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
-
+def second(demo_mar, tmp_path_factory, background) -> Iterator[tuple[RunningGateway, TorchServe]]:
     store = tmp_path_factory.mktemp("second")
-    convert(Conversion(DEMO_CONFIG, DEMO_CHECKPOINT, store, "second"))
+    shutil.copy(demo_mar, store)
     with TorchServe(options(store, ServedModel("second.mar"))) as server:
         urls = {"inference_url": server.inference_url, "management_url": server.management_url}
         with running_gateway(background, **urls, worker_sockets=server.worker_sockets) as running:

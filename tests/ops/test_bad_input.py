@@ -1,7 +1,8 @@
 """No argument, however spoilt, ends the process or gives a silent wrong answer: every kernel, every tensor argument.
 
-`fuzz_kernels` does the calling, in a process of its own in which compiled loops check their bounds, so that a read
-of foreign memory is seen even where it would have done no harm.
+`fuzz_kernels` does the calling, in a process of its own. A kernel that reads foreign memory is found out there by
+answers that differ with what lies in free memory; where compiled loops check their bounds (some kernels in `make
+test`, all of them in `make test-soak`), also where it would have done no harm.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from serve.ops import extension
+from tests.conftest import kept_folder
 from tools.bench.kernels.inputs import Inputs
 
 from .fuzz_kernels import CASES, names
@@ -59,18 +62,40 @@ VALID = [
 NOT_FINITE = {"one NaN", "all NaN", "infinite", "enormous"}
 
 
+Outcomes = dict[str, list[dict[str, str]]]
+# Checked bounds in `make test` too: a kernel of boxes, of points, of a grid, and of images.
+CHECKED_ALWAYS = ("nms", "points_in_boxes_part_forward", "hard_voxelize_forward", "roi_align_forward")
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict[str, list[dict[str, str]]]:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "NUMBA_BOUNDSCHECK": "1",
-        # Machine code that checks bounds is not for others to find.
-        "NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("checked")),
-    }
+def outcomes() -> Outcomes:
+    """Per kernel what came of its calls, with the machine code that everybody runs."""
+    return fuzzed()
+
+
+@pytest.fixture(scope="session")
+def checked(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcomes]:
+    """`checked("nms")`: what came of the calls of these kernels where loops check their bounds."""
+    # Machine code that checks bounds is not for others to find.
+    folder = kept_folder(pytestconfig, "checked-kernels", ROOT / "serve" / "ops")
+    folder = folder or tmp_path_factory.mktemp("checked")
+    return lambda *kernels: fuzzed(*kernels, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(folder))
+
+
+@pytest.fixture(scope="session")
+def checked_outcomes(checked: Callable[..., Outcomes]) -> Outcomes:
+    return checked()
+
+
+@pytest.fixture(scope="session")
+def some_checked_outcomes(checked: Callable[..., Outcomes]) -> Outcomes:
+    return checked(*CHECKED_ALWAYS)
+
+
+def fuzzed(*kernels: str, **variables: str) -> Outcomes:
     ran = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-m", "tests.ops.fuzz_kernels"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, "-X", "faulthandler", "-m", "tests.ops.fuzz_kernels", *kernels],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = ran.stdout.splitlines()
     assert ran.returncode == 0, (
@@ -91,6 +116,25 @@ def test_every_kernel_has_an_honest_call():
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kernel", sorted(CASES))
 def test_a_spoilt_argument_is_named_or_does_no_harm(kernel, outcomes):
+    judge(kernel, outcomes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kernel", CHECKED_ALWAYS)
+def test_no_loop_leaves_its_arrays_whatever_argument_is_spoilt(kernel, some_checked_outcomes):
+    judge(kernel, some_checked_outcomes)
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kernel", sorted(CASES))
+def test_no_loop_of_any_kernel_leaves_its_arrays_whatever_argument_is_spoilt(kernel, checked_outcomes):
+    judge(kernel, checked_outcomes)
+
+
+def judge(kernel: str, outcomes: Outcomes) -> None:
     wrong = [one for one in outcomes[kernel] if (why := complaint(one)) and one.setdefault("why", why)]
     assert not wrong, "\n".join(
         f"{one['argument']}, {one['change']}: {one['why']} {one.get('words', '')}" for one in wrong

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from serve import archive, convert, ops
+from serve import archive, ops
 
 ops.install("portable")
 
@@ -35,12 +35,11 @@ PYTHON = Path(sys.executable)
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> detector.Subject:
+def subject(demo_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> detector.Subject:
     folder = tmp_path_factory.mktemp("bench")
-    made = convert.convert(convert.Conversion(CONFIG, CHECKPOINT, folder, "demo", device="cpu"))
     frame = folder / "scene.bin"
     frame.write_bytes(sample_frame())
-    return detector.Subject(archive.extract(made.path, folder / "opened"), CONFIG, CHECKPOINT, frame)
+    return detector.Subject(archive.extract(demo_mar, folder / "opened"), CONFIG, CHECKPOINT, frame)
 
 
 def script(path: Path, text: str) -> Path:

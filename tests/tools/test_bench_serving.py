@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from serve.errors import BackendStartError
+from tests.conftest import accept_ctrl_c
 from tools.bench.serving import sleep_model as slept
 from tools.bench.serving import targets as contenders
 from tools.bench.serving.load import Load, measure, quantile
@@ -221,6 +222,7 @@ def test_a_contender_that_is_not_installed_is_skipped_with_name_and_reason(tmp_p
 
 @pytest.mark.torchserve
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_command_measures_ours_and_prints_one_line_of_json_last(tmp_path):
     ran = bench("--quick", "--models", "slept", "--only", GATEWAY, "TorchServe batch 1", "LitServe")
     said, errors = ran.communicate(timeout=280)
@@ -264,7 +266,14 @@ def bench(*arguments: str) -> subprocess.Popen[str]:
         "/nowhere/python",
         *arguments,
     ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=accept_ctrl_c,
+    )
 
 
 # The report

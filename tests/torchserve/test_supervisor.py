@@ -111,10 +111,11 @@ def up(demo_store: Path, tmp_path: Path) -> Iterator[Callable[..., Up]]:
 
 
 @pytest.fixture(scope="module")
-def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from serve.cli.serve import demonstration
-
-    return demonstration(tmp_path_factory.mktemp("store"))
+def demo_store(demo_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of one archive, the demonstration's."""
+    store = tmp_path_factory.mktemp("store")
+    shutil.copy(demo_mar, store)
+    return store
 
 
 def test_sigterm_under_load_loses_no_request_and_ends_with_0(up: Callable[..., Up]) -> None:
