@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(900)]
 
 ops.install()
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "serve" / "demo"
+DEMO = ROOT / "serve" / "assets"
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:

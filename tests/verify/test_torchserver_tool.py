@@ -27,7 +27,7 @@ from serve.verify.endpoint import draw_report, find_frames, read_token, summary,
 from serve.verify.reference import ReferenceModel, filter_by_score, load_reference
 
 ROOT = Path(__file__).resolve().parents[2]
-SECOND = str(ROOT / "serve" / "demo" / "second_demo.py")
+SECOND = str(ROOT / "serve" / "assets" / "second_demo.py")
 ANOTHER_SECOND = "hv_second_secfpn_6x8_80e_kitti-3d-3class"  # its name before 1.0; the zoo knows today's
 FASTER_RCNN = "faster-rcnn_r50_fpn_1x_coco"
 LIDAR_BOX = [10.0, 2.0, -1.0, 3.9, 1.6, 1.5, 0.1]
