@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from serve.ops.boxes import boxes3d
 from serve.ops.roi import pool3d
-from tests.ops.through_mmcv import mmcv_ops
 
 some_seeds = st.integers(0, 2**16)
 
 
 @pytest.fixture
-def mmcv(monkeypatch):
-    return mmcv_ops(monkeypatch, boxes3d, pool3d)
+def mmcv(mmcv_ops):
+    return mmcv_ops
 
 
 def scene(seed: int, boxes: int, points: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import serve.ops
 from serve.ops.deform import attention as deform_attention
 
 
@@ -64,12 +61,9 @@ def test_both_ways_equal_the_definition(seed, batch, queries, heads, points, cha
 
 
 @pytest.fixture
-def mmcv_attention(monkeypatch):
-    serve.ops.install("portable")
+def mmcv_attention(mmcv_ops):
     import mmcv.ops.multi_scale_deform_attn as module
 
-    for name in deform_attention.__all__:
-        monkeypatch.setattr(sys.modules["mmcv._ext"], name, getattr(deform_attention, name))
     return module
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import serve.ops
 from serve.ops.deform import columns as deform_columns
 from serve.ops.deform import conv as deform_conv
 from serve.ops.deform.columns import Geometry
@@ -216,16 +213,6 @@ def test_offsets_of_a_larger_map_are_read_as_memory_of_the_outputs_size():
     np.testing.assert_allclose(forward_v2(x, weight, bias, *large, g), expected, atol=2e-4)
     with pytest.raises(ValueError, match="offset"):
         forward_v2(x, weight, bias, offset[:, :, 1:], mask, g)
-
-
-@pytest.fixture
-def mmcv_ops(monkeypatch):
-    serve.ops.install("portable")
-    import mmcv.ops
-
-    for name in deform_conv.__all__:
-        monkeypatch.setattr(sys.modules["mmcv._ext"], name, getattr(deform_conv, name))
-    return mmcv.ops
 
 
 def test_mmcv_layers_run_and_their_gradients_are_those_of_differences(mmcv_ops):

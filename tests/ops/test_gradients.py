@@ -14,16 +14,14 @@ from serve.ops.roi import pool as roi_pool
 from tools.bench.kernels.images import CASES
 from tools.bench.kernels.inputs import Inputs
 
-from .through_mmcv import mmcv_ops
-
 MODULES = (roi_gradients, carafe, rotated_features, score_assign)
 EXTENT = 40.0
 SCALE = 0.25
 
 
 @pytest.fixture
-def ops(monkeypatch):
-    return mmcv_ops(monkeypatch, *MODULES)
+def ops(mmcv_ops):
+    return mmcv_ops
 
 
 def maps(x: Inputs, channels: int = 4) -> torch.Tensor:

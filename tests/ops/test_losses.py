@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import serve.ops
 from serve.ops import losses, sync_bn
-
-
-@pytest.fixture(scope="module")
-def mmcv_ops():
-    serve.ops.install("portable")
-    import mmcv.ops
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (losses, sync_bn):
-            for name in module.__all__:
-                patch.setattr(sys.modules["mmcv._ext"], name, getattr(module, name))
-        yield mmcv.ops
 
 
 def sigmoid_loss(logits, target, gamma, alpha):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import serve.ops
 from serve.ops.boxes import overlaps
 
 
@@ -50,18 +47,14 @@ def test_overlaps_follow_their_definition(seed, n, m, mode, offset, dtype):
     np.testing.assert_allclose(aligned, ious.diagonal()[:pairs], atol=1e-6)
 
 
-def test_mmcv_takes_half_precision_and_slices_in_blocks(monkeypatch):
-    serve.ops.install("portable")
-    import mmcv.ops
-
-    monkeypatch.setattr(sys.modules["mmcv._ext"], "bbox_overlaps", overlaps.bbox_overlaps)
+def test_mmcv_takes_half_precision_and_slices_in_blocks(mmcv_ops, monkeypatch):
     monkeypatch.setattr(overlaps, "PAIRS_PER_BLOCK", 7)
     first, second = boxes(0, 9), boxes(1, 5)
-    expected = mmcv.ops.bbox._bbox_overlaps_cpu(first, second)
-    torch.testing.assert_close(mmcv.ops.bbox_overlaps(first, second), expected)
+    expected = mmcv_ops.bbox._bbox_overlaps_cpu(first, second)
+    torch.testing.assert_close(mmcv_ops.bbox_overlaps(first, second), expected)
     wide = torch.cat((first, first), 1)[:, :4]
-    torch.testing.assert_close(mmcv.ops.bbox_overlaps(wide, second), expected)
-    coarse = mmcv.ops.bbox_overlaps(first.half(), second.half())
+    torch.testing.assert_close(mmcv_ops.bbox_overlaps(wide, second), expected)
+    coarse = mmcv_ops.bbox_overlaps(first.half(), second.half())
     assert coarse.dtype == torch.float16
     torch.testing.assert_close(coarse.float(), expected, atol=1e-2, rtol=1e-2)
 

@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.ops.points import grouping, neighbours, sampling
-from tests.ops.through_mmcv import mmcv_ops
 
 some_seeds = st.integers(0, 2**16)
 
 
 @pytest.fixture
-def mmcv(monkeypatch):
-    return mmcv_ops(monkeypatch, grouping, neighbours, sampling)
+def mmcv(mmcv_ops):
+    return mmcv_ops
 
 
 def cloud(seed: int, *shape: int) -> torch.Tensor:

@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.ops.boxes import polygons, quadrilaterals
-from tests.ops.through_mmcv import mmcv_ops
 
 some_seeds = st.integers(0, 2**16)
 
 
 @pytest.fixture
-def mmcv(monkeypatch):
-    return mmcv_ops(monkeypatch, polygons, quadrilaterals)
+def mmcv(mmcv_ops):
+    return mmcv_ops
 
 
 def quads(seed: int, n: int) -> torch.Tensor:
@@ -203,16 +202,14 @@ def rectangle_of(box) -> shapely.Polygon:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=some_seeds, n=st.integers(1, 8))
-def test_sorted_corners_give_the_area_of_overlap(seed, n):
-    with pytest.MonkeyPatch.context() as patch:
-        mmcv_ops(patch, polygons)
-        from mmcv.ops.diff_iou_rotated import diff_iou_rotated_2d
+def test_sorted_corners_give_the_area_of_overlap(mmcv_ops, seed, n):
+    from mmcv.ops.diff_iou_rotated import diff_iou_rotated_2d
 
-        first, second = turned(seed, n), turned(seed + 1, n)
-        second[0] = first[0]  # every corner twice
-        first[-1, 4] = 0
-        second[-1] = first[-1] * torch.tensor([1, 1, 0.5, 0.5, 1])
-        got = diff_iou_rotated_2d(first[None], second[None])[0]
+    first, second = turned(seed, n), turned(seed + 1, n)
+    second[0] = first[0]  # every corner twice
+    first[-1, 4] = 0
+    second[-1] = first[-1] * torch.tensor([1, 1, 0.5, 0.5, 1])
+    got = diff_iou_rotated_2d(first[None], second[None])[0]
     expected = [iou_of(rectangle_of(a), rectangle_of(b)) for a, b in zip(first, second, strict=True)]
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=1e-5)
 

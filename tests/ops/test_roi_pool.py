@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -13,22 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
-import serve.ops
 from serve.ops.roi import bilinear
 from serve.ops.roi import pool as roi_pool
 from serve.ops.roi import sampling as roi_sampling
 
 KERNELS = {name: getattr(module, name) for module in (roi_pool, roi_sampling) for name in module.__all__}
-
-
-@pytest.fixture
-def mmcv_ops(monkeypatch):
-    serve.ops.install("portable")
-    import mmcv.ops
-
-    for name, kernel in KERNELS.items():
-        monkeypatch.setattr(sys.modules["mmcv._ext"], name, kernel)
-    return mmcv.ops
 
 
 def sample(image: np.ndarray, y: float, x: float) -> np.ndarray:

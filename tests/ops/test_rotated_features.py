@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -11,19 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import serve.ops
 from serve.ops import rotated_features, text_regions
-
-
-@pytest.fixture
-def mmcv_ops(monkeypatch):
-    serve.ops.install("portable")
-    import mmcv.ops
-
-    for module in (rotated_features, text_regions):
-        for name in module.__all__:
-            monkeypatch.setattr(sys.modules["mmcv._ext"], name, getattr(module, name))
-    return mmcv.ops
 
 
 def sample(plane: np.ndarray, y: float, x: float) -> float:

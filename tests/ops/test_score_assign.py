@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.ops import score_assign
-from tests.ops.through_mmcv import mmcv_ops
 
 some_seeds = st.integers(0, 2**16)
 
@@ -85,8 +84,8 @@ def test_chamfer_distance_to_an_empty_set_is_left_alone():
     assert dist.tolist() == [[5, 5]] and idx.tolist() == [[5, 5]]
 
 
-def test_mmcv_computes_both_through_these_kernels(monkeypatch):
-    mmcv = mmcv_ops(monkeypatch, score_assign)
+def test_mmcv_computes_both_through_these_kernels(mmcv_ops):
+    mmcv = mmcv_ops
     points, centers, scores, idx = inputs(3, 2, 20, 8, 4, 5, 6, torch.float32)
     out = mmcv.assign_score_withk(scores, points, centers, idx.clamp(0, 19), "sum")
     torch.testing.assert_close(

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import serve.ops
 from serve.ops import carafe
 from serve.ops import masks as pixel_masks
-
-KERNELS = {name: getattr(module, name) for module in (carafe, pixel_masks) for name in module.__all__}
-
-
-@pytest.fixture
-def mmcv_ops(monkeypatch):
-    serve.ops.install("portable")
-    import mmcv.ops
-
-    for name in KERNELS:
-        monkeypatch.setattr(sys.modules["mmcv._ext"], name, KERNELS[name])
-    return mmcv.ops
 
 
 def naive_carafe(features, masks, kernel, groups, scale):
@@ -82,22 +67,16 @@ def test_carafe_through_mmcv_takes_half_precision_and_slices(mmcv_ops, monkeypat
     kernel=st.sampled_from([(3, 3), (1, 1), (3, 5)]),
     share=st.sampled_from([0.0, 0.4, 1.0]),
 )
-def test_masked_convolution_is_the_convolution_where_the_mask_is(seed, kernel, share):
-    serve.ops.install("portable")
-    import mmcv.ops
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in KERNELS:
-            patch.setattr(sys.modules["mmcv._ext"], name, KERNELS[name])
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(1, 3, 6, 7, generator=generator)
-        mask = (torch.rand(1, 6, 7, generator=generator) < share).float()
-        padding = (kernel[0] // 2, kernel[1] // 2)
-        layer = mmcv.ops.MaskedConv2d(3, 2, kernel, padding=padding)
-        with torch.no_grad():
-            got = layer(x, mask)
-            expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=padding) * mask
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+def test_masked_convolution_is_the_convolution_where_the_mask_is(mmcv_ops, seed, kernel, share):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 3, 6, 7, generator=generator)
+    mask = (torch.rand(1, 6, 7, generator=generator) < share).float()
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    layer = mmcv_ops.MaskedConv2d(3, 2, kernel, padding=padding)
+    with torch.no_grad():
+        got = layer(x, mask)
+        expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=padding) * mask
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
