@@ -19,37 +19,12 @@ from urllib.parse import quote
 
 import httpx
 
-from serve.errors import (
-    BackendBroken,
-    BadRequest,
-    ClientError,
-    DeadlineExceeded,
-    FrameTooLarge,
-    InferenceFailed,
-    ModelNotFound,
-    NotReady,
-    OutOfMemory,
-    Overloaded,
-    ServeError,
-    UndecodableFrame,
-)
+from serve.errors import BackendBroken, BadRequest, DeadlineExceeded, NotReady, error_from_response
 
-__all__ = ["Client", "error_from_answer"]
+__all__ = ["Client"]
 
-_BY_STATUS: dict[int, type[ServeError]] = {
-    400: BadRequest,
-    404: ModelNotFound,
-    413: FrameTooLarge,
-    422: UndecodableFrame,
-    429: Overloaded,
-    500: InferenceFailed,
-    502: BackendBroken,
-    503: NotReady,
-    504: DeadlineExceeded,
-    507: OutOfMemory,
-}
 _CONNECT_S = 10.0  # a server that is there takes a connection sooner
-_QUOTED_CHARACTERS = 200  # how much of an unreadable answer an error message repeats
+MAX_QUOTED_CHARS = 200  # how much of an unreadable answer an error message repeats
 
 
 class Client:
@@ -149,14 +124,14 @@ class Client:
             )
         answer = _json(response)
         if response.status_code != 200:
-            raise error_from_answer(response.status_code, answer, response.text)
+            raise error_from_response(response.status_code, answer, response.text)
         if not isinstance(answer, dict):
-            shown = response.text[:_QUOTED_CHARACTERS]
+            shown = response.text[:MAX_QUOTED_CHARS]
             raise BackendBroken(
                 f"{self._address} did not answer with detections of one frame but with: {shown}"
             )
         if "error" in answer:  # an outcome inside a 200 would be a broken contract, never a detection
-            raise error_from_answer(502, answer, response.text)
+            raise error_from_response(502, answer, response.text)
         return answer
 
     @contextmanager
@@ -176,44 +151,6 @@ class Client:
             raise NotReady(message) from error
         except httpx.TransportError as error:
             raise BackendBroken(f"the connection to {where} broke off: {error}") from error
-
-
-def error_from_answer(status: int, answer: Any, text: str = "") -> ServeError:
-    """The error an unsuccessful answer stands for.
-
-    Args:
-        status: HTTP status.
-        answer: the parsed JSON body, or None where it is no JSON. Both our body
-            ``{"error": {"code", "message"}}`` and TorchServe's ``{"code", "type", "message"}`` are read.
-        text: the body as text, quoted where it is neither.
-
-    Returns:
-        An exception of the class that our ``code`` names, else of the class that goes with ``status``.
-    """
-    body = answer.get("error") if isinstance(answer, Mapping) else None
-    if isinstance(body, Mapping):
-        kind = _by_code(ServeError).get(str(body.get("code"))) or _by_status(status)
-        return kind(str(body.get("message") or f"the server answered {status} without a message"))
-    if isinstance(answer, Mapping) and "message" in answer:
-        kind = _by_status(status)
-        if answer.get("type") == "ServiceUnavailableException" and "queue" in str(answer["message"]).lower():
-            kind = Overloaded
-        return kind(f"the server answered {status}: {answer['message']}")
-    return _by_status(status)(f"the server answered {status}: {text[:_QUOTED_CHARACTERS] or '(empty body)'}")
-
-
-def _by_status(status: int) -> type[ServeError]:
-    fallback = ClientError if 400 <= status < 500 else BackendBroken
-    return _BY_STATUS.get(status, fallback)
-
-
-def _by_code(base: type[ServeError]) -> dict[str, type[ServeError]]:
-    """``code`` → class over a whole tree; of classes that share a code the most general one wins."""
-    found = {base.code: base}
-    for child in base.__subclasses__():
-        for code, kind in _by_code(child).items():
-            found.setdefault(code, kind)
-    return found
 
 
 def _json(response: httpx.Response) -> Any:

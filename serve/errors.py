@@ -38,6 +38,7 @@ Knows nothing about who raises or who answers: no other module of ours is import
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "BackendStartError",
     "BadRequest",
     "CheckpointError",
+    "ClientDisconnected",
     "ClientError",
     "DeadlineExceeded",
     "DownloadError",
@@ -57,6 +59,7 @@ __all__ = [
     "ModelNotFound",
     "ModelNotLoaded",
     "NonFinitePoints",
+    "NotAcceptable",
     "NotReady",
     "ObjectNotFound",
     "OutOfMemory",
@@ -74,6 +77,7 @@ __all__ = [
     "UnknownOption",
     "UriError",
     "error_body",
+    "error_from_response",
 ]
 
 
@@ -82,6 +86,10 @@ class ServeError(Exception):
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
+
+
+class ClientDisconnected(Exception):
+    """The client closed the connection before its answer; no answer can be sent."""
 
 
 class ClientError(ServeError):
@@ -140,6 +148,13 @@ class FrameTooLarge(ClientError):
 
     status = 413
     code = "frame_too_large"
+
+
+class NotAcceptable(ClientError):
+    """The server writes none of the media types that the request accepts."""
+
+    status = 406
+    code = "not_acceptable"
 
 
 class ReferenceRefused(ClientError):
@@ -288,3 +303,57 @@ def error_body(error: ServeError, request_id: str | None = None) -> dict[str, An
     if request_id is not None:
         body["request_id"] = request_id
     return {"error": body}
+
+
+_BY_STATUS: dict[int, type[ServeError]] = {
+    400: BadRequest,
+    404: ModelNotFound,
+    406: NotAcceptable,
+    413: FrameTooLarge,
+    422: UndecodableFrame,
+    429: Overloaded,
+    500: InferenceFailed,
+    502: BackendBroken,
+    503: NotReady,
+    504: DeadlineExceeded,
+    507: OutOfMemory,
+}
+_MAX_QUOTED_CHARS = 200
+
+
+def error_from_response(status: int, answer: Any, text: str = "") -> ServeError:
+    """The error an unsuccessful answer stands for.
+
+    Args:
+        status: HTTP status.
+        answer: the parsed JSON body, or None where it is no JSON. Both our body
+            ``{"error": {"code", "message"}}`` and TorchServe's ``{"code", "type", "message"}`` are read.
+        text: the body as text, quoted where it is neither.
+
+    Returns:
+        An exception of the class that our ``code`` names, else of the class that goes with ``status``.
+    """
+    body = answer.get("error") if isinstance(answer, Mapping) else None
+    if isinstance(body, Mapping):
+        kind = _by_code(ServeError).get(str(body.get("code"))) or _by_status(status)
+        return kind(str(body.get("message") or f"the server answered {status} without a message"))
+    if isinstance(answer, Mapping) and "message" in answer:
+        kind = _by_status(status)
+        if answer.get("type") == "ServiceUnavailableException" and "queue" in str(answer["message"]).lower():
+            kind = Overloaded
+        return kind(f"the server answered {status}: {answer['message']}")
+    return _by_status(status)(f"the server answered {status}: {text[:_MAX_QUOTED_CHARS] or '(empty body)'}")
+
+
+def _by_status(status: int) -> type[ServeError]:
+    fallback = ClientError if 400 <= status < 500 else BackendBroken
+    return _BY_STATUS.get(status, fallback)
+
+
+def _by_code(base: type[ServeError]) -> dict[str, type[ServeError]]:
+    """``code`` → class over a whole tree; of classes that share a code the most general one wins."""
+    found = {base.code: base}
+    for child in base.__subclasses__():
+        for code, kind in _by_code(child).items():
+            found.setdefault(code, kind)
+    return found

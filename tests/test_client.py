@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from serve import errors
-from serve.client import Client, error_from_answer
+from serve.client import Client
+from serve.errors import error_from_response
 
 DETECTIONS = {"bboxes_3d": [[1, 2, 3, 4, 5, 6, 0.5]], "scores_3d": [0.75], "labels_3d": [0]}
 
@@ -163,7 +164,7 @@ def test_every_class_of_the_tree_survives_the_way_over_the_wire() -> None:
             yield from walk(child)
 
     for kind in walk(errors.ServeError):
-        back = error_from_answer(kind.status, errors.error_body(kind("why")))
+        back = error_from_response(kind.status, errors.error_body(kind("why")))
         assert (back.code, back.status, str(back)) == (kind.code, kind.status, "why")
 
 

@@ -1,7 +1,4 @@
-"""Puts the gateway together: options in, an ASGI application out.
-
-Knows every part and no part's work.
-"""
+"""Application factory of the gateway: options in, ASGI application out."""
 
 from __future__ import annotations
 
@@ -17,31 +14,33 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from serve import __version__
-from serve.errors import BadRequest, ServeError, UnknownOption
+from serve.errors import BadRequest, ClientDisconnected, ServeError, UnknownOption
 from serve.gateway.admission import Admission
 from serve.gateway.backend import TorchServeBackend
-from serve.gateway.lifecycle import Life
-from serve.gateway.metrics import Measures
-from serve.gateway.middleware import ClientGone, Envelope, error_response
-from serve.gateway.models import ModelTable
+from serve.gateway.lifecycle import Lifecycle
+from serve.gateway.metrics import Metrics
+from serve.gateway.middleware import RequestMiddleware, error_response, request_id_of
+from serve.gateway.models import ModelRegistry
 from serve.gateway.openapi import DESCRIPTION
 from serve.gateway.options import GatewayOptions
-from serve.gateway.routes import health as operations
-from serve.gateway.routes import kserve as kserve_routes
-from serve.gateway.routes import predictions
+from serve.gateway.routes import health, kserve, predictions
 from serve.gateway.tracing import Tracing
 from serve.storage.references import ReferenceLimits, References
 
 __all__ = ["create_app"]
 
 
-def create_app(options: GatewayOptions, life: Life | None = None) -> ASGIApp:
-    """The application, with its envelope around it.
+def create_app(options: GatewayOptions, lifecycle: Lifecycle | None = None) -> ASGIApp:
+    """Create the application with its middleware.
+
+    Args:
+        options: options of the gateway.
+        lifecycle: shared with the server that drains; a new one by default.
 
     Raises:
-        SettingsError: an option cannot be honoured.
+        SettingsError: an option needs a file or package that is missing.
     """
-    life = life or Life()
+    lifecycle = lifecycle or Lifecycle()
     admission = Admission(options.max_pending_frames, options.max_pending_bytes)
     backend = TorchServeBackend(
         options.inference_url,
@@ -50,8 +49,9 @@ def create_app(options: GatewayOptions, life: Life | None = None) -> ASGIApp:
         timeout_s=options.backend_timeout_s,
         worker_sockets=options.worker_sockets,
     )
-    table = ModelTable(backend, options, observe=lambda model, report: measures.batch(model, report))
-    measures = Measures(admission, table.knows)
+    registry = ModelRegistry(backend, options)
+    metrics = Metrics(admission, registry.is_registered)
+    registry.on_batch = metrics.observe_batch
     tracing = Tracing(options.otlp_endpoint)
     references = References(
         options.uri_prefixes,
@@ -62,10 +62,10 @@ def create_app(options: GatewayOptions, life: Life | None = None) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await table.renew()
+        await registry.refresh()
         yield
         references.close()
-        await table.close()
+        await registry.close()
         await backend.close()
         tracing.close()
 
@@ -78,25 +78,25 @@ def create_app(options: GatewayOptions, life: Life | None = None) -> ASGIApp:
         redirect_slashes=False,
     )
     for routes in (
-        predictions.router(options, table, admission, references),
-        kserve_routes.router(options, table, admission, life),
-        operations.router(table, measures, life, options.refused()),
+        predictions.router(options, registry, admission, references),
+        kserve.router(options, registry, admission, lifecycle),
+        health.router(registry, metrics, lifecycle, options.refused()),
     ):
-        # As they are: an included router is a second look-up within the first one's, for every request.
+        # Copied, because `include_router` adds a second route lookup to every request.
         app.router.routes.extend(routes.routes)
     app.add_exception_handler(ServeError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientGone, _on_client_gone)
+    app.add_exception_handler(ClientDisconnected, _on_client_disconnected)
     app.add_exception_handler(Exception, _on_unexpected)
     app.state.admission = admission
-    app.state.table = table
-    envelope = Envelope(app, keys=options.keys(), measures=measures, tracing=tracing)
+    app.state.registry = registry
+    wrapped = RequestMiddleware(app, keys=options.keys(), metrics=metrics, tracing=tracing)
     if not options.cors_origins:
-        return envelope
-    # Outermost: a browser asks its leave without a key, and must be able to read a 401.
+        return wrapped
+    # Outermost: a preflight request carries no API key, and the browser must be able to read a 401.
     return CORSMiddleware(
-        envelope,
+        wrapped,
         allow_origins=list(options.cors_origins),
         allow_methods=["GET", "POST", "PUT"],
         allow_headers=["*"],
@@ -110,7 +110,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
-    """FastAPI's complaint about a query value, in our words."""
+    """Answer FastAPI's validation error as `UnknownOption`."""
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = dict(error.errors()[0])
     where = ".".join(str(part) for part in first["loc"][1:])
@@ -120,15 +120,18 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """A path or method that is not there."""
+    """Answer an unknown path or method."""
     assert isinstance(error, HTTPException)
-    ours = BadRequest(f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is")
-    return error_response(ours, request.scope, status=error.status_code, headers=error.headers)
+    mapped = BadRequest(f"{request.method} {request.url.path}: {error.detail}; GET /docs lists the routes")
+    return error_response(mapped, request.scope, status=error.status_code, headers=error.headers)
 
 
-async def _on_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nginx's word for it; nobody reads it
+async def _on_client_disconnected(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nginx: client closed request; never sent
 
 
 async def _on_unexpected(request: Request, error: Exception) -> Response:
-    return error_response(ServeError("something went wrong here; see the gateway's log"), request.scope)
+    message = (
+        f"internal error; the gateway's log has the reason under request_id {request_id_of(request.scope)}"
+    )
+    return error_response(ServeError(message), request.scope)

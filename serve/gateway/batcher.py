@@ -1,22 +1,20 @@
-"""Requests to batches: greedy, late-binding, within a cost budget, one outcome per item.
+"""Dynamic batching: greedy, late-binding, within a cost budget, with one outcome per item.
 
-A free slot takes what is waiting, at once; while a batch runs the next one grows. There is no resident loop:
-a worker task lives only while there is work, so nothing can die and leave callers hanging, and nobody ever
-waits for a timer: the one there is (`early_s`) lets a batch go sooner.
-Knows nothing about HTTP, models, frames or TorchServe: an item has a cost, a size and a key, and `run`
-answers a list of them.
+A free slot takes what is queued at once; while a batch runs, the next one grows. There is no resident task and
+batches never wait for a timer: a worker task exists only while there is work, so none can die and leave callers
+waiting, and the only timer (`lead_time_s`) sends a batch earlier. An item is opaque: it has a cost, a size and a key.
 
-Policy, per `Batcher`:
+Policy of one `Batcher`:
 
-* First in, first out among items of one key; the head of the queue always goes, alone if need be, so
-  nothing starves and a lone giant cannot block the line.
-* A batch ends before the first item that would take it over the budget.
-* Deadline, hang-up and shutdown all end as a settled future: such an item is skipped and never run. What
-  runs is not interrupted and keeps its slot, because the device is still busy with it.
-* When all slots are busy, a batch that is already full has nothing to wait for: up to `ahead` of those are
-  sent on, to hide the transport.
-* A batch that is not full is sent on `early_s` before a slot is expected to be free, where batches take as
-  long as forecast (`serve.gateway.latency`); it is then there when the slot is, instead of on its way.
+* FIFO among items of one key. The head of the queue always goes, alone if it must, so that nothing starves and an
+  oversized item cannot block the queue.
+* A batch ends before the first item that would exceed the budget.
+* An item whose future is done (deadline, disconnect, shutdown) is skipped. A batch that runs is not interrupted and
+  keeps its slot, because the device is still busy with it.
+* Prefetch: while all slots are busy, up to `prefetch` batches are sent ahead if they are full, to hide the transport.
+* Early send: a batch that is not full is sent `lead_time_s` before a slot is expected to be free, as long as the
+  durations of batches are predictable (`serve.gateway.latency`). It then waits at the worker instead of being on its
+  way.
 """
 
 from __future__ import annotations
@@ -31,9 +29,9 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from serve.errors import BackendBroken, FrameTooLarge, ServeError, SettingsError
-from serve.gateway.latency import Forecast
+from serve.gateway.latency import LatencyModel
 
-__all__ = ["BatchLimits", "BatchReport", "Batcher", "Settled", "padded", "ragged"]
+__all__ = ["BatchLimits", "BatchReport", "BatchResult", "Batcher", "padded", "ragged"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -43,12 +41,12 @@ logger = logging.getLogger(__name__)
 
 
 def ragged(items: int, total: int, largest: int) -> int:
-    """Cost of a batch whose items are concatenated (clouds): the sum of their costs."""
+    """Cost of a batch whose items are concatenated (point clouds): the sum of their costs."""
     return total
 
 
 def padded(items: int, total: int, largest: int) -> int:
-    """Cost of a batch whose items are padded to the largest (images): n times the largest."""
+    """Cost of a batch whose items are padded to the largest (images): their number times the largest cost."""
     return items * largest
 
 
@@ -57,9 +55,9 @@ class BatchLimits:
     """Bounds of one batch.
 
     Attributes:
-        items: most items.
-        cost: most cost, in the unit of the items' costs; an item that alone costs more goes alone.
-        nbytes: most bytes of bodies; an item that alone has more is refused.
+        items: maximum number of items.
+        cost: maximum cost, in the unit of the items' costs; an item over it is sent alone.
+        nbytes: maximum bytes of bodies; an item over it is rejected.
     """
 
     items: int = 16
@@ -69,14 +67,20 @@ class BatchLimits:
     def __post_init__(self) -> None:
         for name in ("items", "cost", "nbytes"):
             if getattr(self, name) < 1:
-                raise SettingsError(
-                    f"a batch's limit of {name} must be at least 1, not {getattr(self, name)}"
-                )
+                raise SettingsError(f"batch limit {name} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class BatchReport:
-    """One batch that was run: how many items, their cost, how long each waited, how long it took, and if it failed."""
+    """Statistics of one batch.
+
+    Attributes:
+        items: number of items.
+        cost: cost of the batch.
+        queue_s: seconds that each item waited.
+        run_s: seconds from sending the batch to its answer.
+        failed: whether the batch failed as a whole.
+    """
 
     items: int
     cost: int
@@ -86,8 +90,15 @@ class BatchReport:
 
 
 @dataclass(frozen=True)
-class Settled(Generic[Out]):
-    """An item's answer, how long it waited, and the batch it was in."""
+class BatchResult(Generic[Out]):
+    """Answer to one item of a batch.
+
+    Attributes:
+        value: the answer.
+        queue_s: seconds that the item waited for its batch.
+        run_s: seconds from sending the batch to its answer.
+        batch_items: number of items in the batch.
+    """
 
     value: Out
     queue_s: float
@@ -102,12 +113,18 @@ class _Job(Generic[In, Out]):
     nbytes: int
     key: Hashable
     queued_at: float
-    answer: asyncio.Future[Settled[Out]] = field(repr=False)
+    answer: asyncio.Future[BatchResult[Out]] = field(repr=False)
 
 
 @dataclass(eq=False)
-class _Running:
-    """A batch that was sent: when, at what cost, and since when it has had a slot (None: it was sent ahead)."""
+class _SentBatch:
+    """A batch that was sent.
+
+    Attributes:
+        began: time of sending, seconds of the batcher's clock.
+        cost: its cost.
+        slot_since: time since which it occupies a slot; None while it is prefetched.
+    """
 
     began: float
     cost: int
@@ -115,19 +132,19 @@ class _Running:
 
 
 class Batcher(Generic[In, Out]):
-    """Collects items into batches for `run`. Belongs to one event loop.
+    """Collects items into batches for `run`; belongs to one event loop.
 
     Args:
-        run: answers a batch with one outcome per item, in order: a value or an exception. What it raises
-            fails the whole batch.
+        run: answers a batch with one outcome per item, in order: a value or an exception. An exception that it
+            raises fails the whole batch.
         limits: bounds of one batch.
         batch_cost: cost of a batch from its item count, total cost and largest cost.
-        slots: batches that may run at a time.
-        ahead: batches that may be sent on while all slots are busy.
-        early_s: how long before a slot is expected to be free the next batch is sent, full or not, seconds;
-            0: never. Only while forecasts are off by less than this on average.
-        observe: told of every batch after it ran.
-        clock: seconds; finer than a loop's own time, which uvloop counts in whole milliseconds.
+        slots: maximum number of batches that run at a time.
+        prefetch: maximum number of full batches sent ahead while all slots are busy.
+        lead_time_s: seconds before a slot is expected to be free at which the next batch is sent, full or not;
+            0 turns this off. Applies only while the mean error of the predictions is below it.
+        observe: called with the report of every batch after it ran.
+        clock: returns seconds; finer than the loop's own clock, which has whole milliseconds under uvloop.
     """
 
     def __init__(
@@ -137,8 +154,8 @@ class Batcher(Generic[In, Out]):
         *,
         batch_cost: BatchCost = ragged,
         slots: int = 1,
-        ahead: int = 1,
-        early_s: float = 0.0,
+        prefetch: int = 1,
+        lead_time_s: float = 0.0,
         observe: Callable[[BatchReport], None] = lambda report: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -146,101 +163,103 @@ class Batcher(Generic[In, Out]):
         self._limits = limits
         self._batch_cost = batch_cost
         self._slots = slots
-        self._ahead = ahead
-        self._early_s = early_s if ahead else 0.0
+        self._prefetch = prefetch
+        self._lead_time_s = lead_time_s if prefetch else 0.0
         self._observe = observe
         self._clock = clock
         self._queue: deque[_Job[In, Out]] = deque()
         self._workers: set[asyncio.Task[None]] = set()
-        self._sent: list[_Running] = []  # in the order they were sent
-        self._forecast = Forecast()
-        self._early: asyncio.TimerHandle | None = None
-        self._early_until = float("-inf")  # until then a batch may go although no slot is free yet
+        self._sent: list[_SentBatch] = []  # in the order of sending
+        self._latency_model = LatencyModel()
+        self._early_timer: asyncio.TimerHandle | None = None
+        self._early_send_until = float("-inf")  # until then a batch may be sent without a free slot
 
     @property
     def waiting(self) -> int:
-        """Items in the queue, settled ones not counted."""
+        """Number of items in the queue whose callers still wait."""
         return sum(not job.answer.done() for job in self._queue)
 
     @property
     def running(self) -> int:
-        """Batches that run now."""
+        """Number of batches that were sent and not yet answered."""
         return len(self._sent)
 
     def stalled_s(self) -> float:
-        """How long the oldest running batch has been at it, seconds; 0 when none runs."""
+        """Age of the oldest running batch, seconds; 0 if none runs."""
         now = self._clock()
         return max((now - batch.began for batch in self._sent), default=0.0)
 
     def set_slots(self, slots: int) -> None:
-        """Follow the number of workers there are; more are used at once."""
+        """Set the number of slots; additional ones are used at once."""
         self._slots = slots
-        self._wake()
+        self._start_workers()
 
-    async def submit(self, item: In, *, cost: int, nbytes: int = 0, key: Hashable = None) -> Settled[Out]:
-        """Wait for the outcome of one item; cancelling the wait takes it out of the queue.
+    async def submit(self, item: In, *, cost: int, nbytes: int = 0, key: Hashable = None) -> BatchResult[Out]:
+        """Queue one item and wait for its outcome; cancelling removes the item from the queue.
 
         Raises:
-            FrameTooLarge: it has more bytes than any batch may have.
-            Exception: the item's own outcome, or a fresh copy of what failed its batch.
+            FrameTooLarge: the item exceeds the byte limit of a batch.
+            Exception: the item's own outcome, or a copy of the error that failed its batch.
         """
         if nbytes > self._limits.nbytes:
-            raise FrameTooLarge(f"the frame has {nbytes} bytes, a batch may have {self._limits.nbytes}")
+            raise FrameTooLarge(
+                f"the frame has {nbytes} bytes; the limit of a batch is {self._limits.nbytes}"
+            )
         loop = asyncio.get_running_loop()
         job: _Job[In, Out] = _Job(item, cost, nbytes, key, self._clock(), loop.create_future())
         self._queue.append(job)
-        self._wake()
+        self._start_workers()
         try:
             return await job.answer
         except asyncio.CancelledError:
-            # Its bytes are no longer counted by anybody: they must not wait for a free slot to be let go.
+            # Admission no longer counts its bytes: release them now rather than at the next free slot.
             with suppress(ValueError):
                 self._queue.remove(job)
             raise
 
-    def _wake(self) -> None:
-        """Start workers as far as there are free slots and something to take; one per waiting item at most."""
-        wanted = min(self._slots, self.running + len(self._queue))
+    def _start_workers(self) -> None:
+        """Start worker tasks for free slots, at most one per queued item."""
+        target = min(self._slots, self.running + len(self._queue))
         if len(self._workers) >= self._slots:
             if len(self._queue) >= self._limits.items:
-                wanted = self._slots + self._ahead
-            elif self._queue and self._nearly_free():
-                wanted = self._slots + 1
-        while len(self._workers) < wanted:
-            task = asyncio.create_task(self._work())
+                target = self._slots + self._prefetch
+            elif self._queue and self._early_send_allowed():
+                target = self._slots + 1
+        while len(self._workers) < target:
+            task = asyncio.create_task(self._worker())
             self._workers.add(task)
 
-    async def _work(self) -> None:
-        # No await may come between the `_take` that finds nothing and the end: a submit in the gap would
-        # count on this worker.
+    async def _worker(self) -> None:
+        # No await between a `_take_batch` that returns nothing and the end of the task: a submit in between would
+        # rely on this worker.
         task = asyncio.current_task()
         assert task is not None
         try:
-            while batch := self._next():
-                await self._answer(batch)
+            while batch := self._next_batch():
+                await self._run_batch(batch)
         except Exception:
-            # A batch is lost, the queue is not.
+            # This batch is lost, but not the queue.
             self._workers.discard(task)
-            self._wake()
+            self._start_workers()
             raise
         finally:
             self._workers.discard(task)
 
-    def _next(self) -> list[_Job[In, Out]]:
-        """What may run beside what runs: anything in a slot that is free or about to be, a full batch ahead."""
-        if self.running < self._slots or (self.running == self._slots and self._nearly_free()):
-            return self._take(full_only=False)
-        return self._take(full_only=True) if self.running < self._slots + self._ahead else []
+    def _next_batch(self) -> list[_Job[In, Out]]:
+        """Take any batch for a slot that is free or about to be, or a full batch to prefetch."""
+        if self.running < self._slots or (self.running == self._slots and self._early_send_allowed()):
+            return self._take_batch(full_only=False)
+        return self._take_batch(full_only=True) if self.running < self._slots + self._prefetch else []
 
-    def _take(self, *, full_only: bool) -> list[_Job[In, Out]]:
-        """The head of the queue and what goes with it, at the last moment."""
+    def _take_batch(self, *, full_only: bool) -> list[_Job[In, Out]]:
+        """Take the head of the queue and the items that fit with it."""
         batch: list[_Job[In, Out]] = []
         passed: list[_Job[In, Out]] = []
         total = largest = nbytes = 0
         full = False
         while self._queue and not full:
             job = self._queue.popleft()
-            if job.answer.done():  # expired, hung up, or shut down
+            if job.answer.done():  # deadline, disconnect or shutdown
                 continue
             if batch and job.key != batch[0].key:
                 passed.append(job)
@@ -254,16 +273,16 @@ class Batcher(Generic[In, Out]):
             total, largest, nbytes = total + job.cost, max(largest, job.cost), nbytes + job.nbytes
             full = len(batch) >= self._limits.items
         if full_only and not full:
-            # Back where they were; order among keys need not be kept, first in first out within a key is.
+            # Put them back; the order within each key is kept, the order among keys need not be.
             passed, batch = batch + passed, []
         self._queue.extendleft(reversed(passed))
         return batch
 
-    async def _answer(self, batch: list[_Job[In, Out]]) -> None:
+    async def _run_batch(self, batch: list[_Job[In, Out]]) -> None:
         began = self._clock()
         costs = [job.cost for job in batch]
         cost = self._batch_cost(len(batch), sum(costs), max(costs))
-        running = self._begin(began, cost)
+        running = self._start_batch(began, cost)
         queue_s = tuple(began - job.queued_at for job in batch)
         failed: Exception | None = None
         outcomes: Sequence[Out | Exception] = ()
@@ -274,87 +293,89 @@ class Batcher(Generic[In, Out]):
         except Exception as error:
             failed = error
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError) and not _being_cancelled():
-                failed = BackendBroken("the call for the batch was cancelled from within")
-            else:  # the loop is being shut down: nobody may wait for what will not come
+            if isinstance(error, asyncio.CancelledError) and not _is_cancelling():
+                failed = BackendBroken("the call for the batch was cancelled internally")
+            else:  # the loop is shutting down: do not leave callers waiting
                 for job in batch:
                     job.answer.cancel()
                 raise
         finally:
-            self._end(running, self._clock(), went_well=failed is None)
+            self._finish_batch(running, self._clock(), went_well=failed is None)
         run_s = self._clock() - began
         if failed is not None:
-            logger.warning("a batch of %d failed: %s", len(batch), failed, exc_info=_unexpected(failed))
+            logger.warning(
+                "batch of %d frames failed: %s", len(batch), failed, exc_info=_traceback_of(failed)
+            )
         for i, job in enumerate(batch):
             if job.answer.done():
                 continue
-            outcome = _fresh(failed) if failed is not None else outcomes[i]
+            outcome = _copy_error(failed) if failed is not None else outcomes[i]
             if isinstance(outcome, Exception):
                 job.answer.set_exception(outcome)
             else:
-                job.answer.set_result(Settled(outcome, queue_s[i], run_s, len(batch)))
-        # After the next batch was sent, which a device may be waiting for.
+                job.answer.set_result(BatchResult(outcome, queue_s[i], run_s, len(batch)))
+        # Deferred until the next batch was sent, for which a device may be waiting.
         report = BatchReport(len(batch), cost, queue_s, run_s, failed is not None)
         asyncio.get_running_loop().call_soon(self._observe, report)
 
-    def _begin(self, now: float, cost: int) -> _Running:
-        batch = _Running(now, cost, now if self.running < self._slots else None)
+    def _start_batch(self, now: float, cost: int) -> _SentBatch:
+        batch = _SentBatch(now, cost, now if self.running < self._slots else None)
         self._sent.append(batch)
-        self._early_until = float("-inf")
-        self._foresee()
+        self._early_send_until = float("-inf")
+        self._schedule_early_send()
         return batch
 
-    def _end(self, batch: _Running, now: float, *, went_well: bool) -> None:
+    def _finish_batch(self, batch: _SentBatch, now: float, *, went_well: bool) -> None:
         self._sent.remove(batch)
         if batch.slot_since is not None:
             if went_well:
-                self._forecast.tell(batch.cost, now - batch.slot_since)
-            # What was sent ahead has its slot now.
-            following = next((one for one in self._sent if one.slot_since is None), None)
-            if following is not None:
-                following.slot_since = now
-        self._early_until = float("-inf")
-        self._foresee()
+                self._latency_model.observe(batch.cost, now - batch.slot_since)
+            # The oldest prefetched batch moves into the slot.
+            prefetched = next((sent for sent in self._sent if sent.slot_since is None), None)
+            if prefetched is not None:
+                prefetched.slot_since = now
+        self._early_send_until = float("-inf")
+        self._schedule_early_send()
 
-    def _foresee(self) -> None:
-        """Wake up `early_s` before the first slot is expected to be free, if all are taken and none is ahead."""
-        if self._early is not None:
-            self._early.cancel()
-            self._early = None
-        if not self._early_s or self.running != self._slots:
+    def _schedule_early_send(self) -> None:
+        """Set the timer for an early send if all slots are busy and no batch is prefetched."""
+        if self._early_timer is not None:
+            self._early_timer.cancel()
+            self._early_timer = None
+        if not self._lead_time_s or self.running != self._slots:
             return
         ends = []
         for batch in self._sent:
-            seconds = self._forecast.seconds(batch.cost, within_s=self._early_s)
+            seconds = self._latency_model.predict(batch.cost, max_error_s=self._lead_time_s)
             if seconds is None or batch.slot_since is None:
                 return
             ends.append(batch.slot_since + seconds)
-        delay_s = max(0.0, min(ends) - self._early_s - self._clock())
-        self._early = asyncio.get_running_loop().call_later(
-            delay_s, self._open_early, min(ends) + self._early_s
+        delay_s = max(0.0, min(ends) - self._lead_time_s - self._clock())
+        self._early_timer = asyncio.get_running_loop().call_later(
+            delay_s, self._allow_early_send, min(ends) + self._lead_time_s
         )
 
-    def _open_early(self, until: float) -> None:
-        """A slot is about to be free; if it is not by then, the forecast was wrong and waiting is right again."""
-        self._early = None
-        self._early_until = until
-        self._wake()
+    def _allow_early_send(self, until: float) -> None:
+        """Allow one batch without a free slot; after `until` the prediction was wrong, and batches wait again."""
+        self._early_timer = None
+        self._early_send_until = until
+        self._start_workers()
 
-    def _nearly_free(self) -> bool:
-        return self._early_until > self._clock()
+    def _early_send_allowed(self) -> bool:
+        return self._early_send_until > self._clock()
 
 
-def _fresh(error: Exception) -> ServeError:
-    """An exception of a caller's own: one that is shared collects every caller's traceback."""
+def _copy_error(error: Exception) -> ServeError:
+    """Copy an error for one caller: a shared exception collects the tracebacks of all of them."""
     if isinstance(error, ServeError):
         return type(error)(str(error))
-    return BackendBroken("the batch failed for a reason of ours; see the gateway's log")
+    return BackendBroken("the batch failed with an internal error; see the gateway's log")
 
 
-def _being_cancelled() -> bool:
+def _is_cancelling() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
-def _unexpected(error: Exception) -> Exception | None:
+def _traceback_of(error: Exception) -> Exception | None:
     return None if isinstance(error, ServeError) else error

@@ -1,7 +1,4 @@
-"""What a frame will cost, seen from its size alone: points of a cloud, pixels of an image.
-
-Looks at no more than a header; whether the rest decodes is the worker's to say. Knows nothing about queues.
-"""
+"""Estimate the cost of a frame from its size and image headers: points of a point cloud, pixels of an image."""
 
 from __future__ import annotations
 
@@ -16,20 +13,20 @@ from PIL import Image
 from serve.errors import UndecodableFrame
 from serve.protocol.batch import Body, Bytes
 
-__all__ = ["Measure", "measure"]
+__all__ = ["FrameCost", "estimate_cost"]
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What batching goes by.
+class FrameCost:
+    """Input of batching.
 
     Attributes:
-        cost: points of a cloud, or pixels of an image (of all images together).
+        cost: points of the point cloud, else the pixels of all images together.
         nbytes: size as sent.
-        key: frames of different keys are not put into one batch: images of different size would be padded to
-            each other's, which changes their answers.
+        key: frames of different keys do not share a batch: images of different sizes would be padded to the
+            largest, which changes their answers.
     """
 
     cost: int
@@ -37,18 +34,18 @@ class Measure:
     key: Hashable = None
 
 
-def measure(body: Body, spec: Mapping[str, Any]) -> Measure:
-    """Measure one frame for the model that describes itself as `spec`.
+def estimate_cost(body: Body, spec: Mapping[str, Any]) -> FrameCost:
+    """Estimate the cost of one frame for the model described by `spec`.
 
     Raises:
-        UndecodableFrame: an image's header cannot be read.
+        UndecodableFrame: the header of an image cannot be read.
     """
     parts = body if isinstance(body, Mapping) else {_only_part(spec): body}
     points = sum(len(part) for name, part in parts.items() if name == "points")
-    sizes = tuple(_size(part) for name, part in sorted(parts.items()) if name.startswith("image"))
+    sizes = tuple(_image_size(part) for name, part in sorted(parts.items()) if name.startswith("image"))
     stride = 4 * int(spec.get("load_dim") or 4)
     cost = points // stride if points else sum(width * height for width, height in sizes)
-    return Measure(max(1, cost), sum(len(part) for part in parts.values()), sizes or None)
+    return FrameCost(max(1, cost), sum(len(part) for part in parts.values()), sizes or None)
 
 
 def _only_part(spec: Mapping[str, Any]) -> str:
@@ -58,7 +55,7 @@ def _only_part(spec: Mapping[str, Any]) -> str:
     return "points" if spec["modality"] == "lidar" else "image"
 
 
-def _size(image: Bytes) -> tuple[int, int]:
+def _image_size(image: Bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
             return opened.size
@@ -66,5 +63,5 @@ def _size(image: Bytes) -> tuple[int, int]:
         raise UndecodableFrame(f"the image is too large: {error}") from None
     except (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError):
         raise UndecodableFrame(
-            f"not a {', '.join(_FORMATS)} image; send the unchanged bytes of the file"
+            f"the bytes are not a {', '.join(_FORMATS)} image; send the file unchanged"
         ) from None

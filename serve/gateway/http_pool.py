@@ -1,8 +1,7 @@
-"""Connections to one HTTP/1.1 server, kept open, for large bodies that are there already: POST, and the answer.
+"""Connection pool to one HTTP/1.1 server for POST requests with large bodies.
 
-A body goes out as the pieces it is in; nothing is joined or copied here. There is one way in, one request per
-connection at a time, no redirects, no cookies, no retries. It is there because a general client took ten times
-its CPU time for a call (docs/decisions/0009-hot-path.md). Knows HTTP, and nothing of what is sent.
+A body is sent as chunks without joining or copying them. One request per connection at a time; no redirects, cookies
+or retries. It exists because httpx took ten times its CPU time per call (docs/decisions/0009-hot-path.md).
 """
 
 from __future__ import annotations
@@ -18,33 +17,33 @@ import httptools
 
 from serve.protocol.batch import Bytes
 
-__all__ = ["BrokenOff", "Connections", "Reply", "Unreachable"]
+__all__ = ["ConnectFailed", "ConnectionLost", "ConnectionPool", "Reply"]
 
-CONNECT_S = 2.0
-
-
-class Unreachable(Exception):
-    """There is no connection to be had; nothing was sent."""
+CONNECT_TIMEOUT_S = 2.0
 
 
-class BrokenOff(Exception):
-    """The connection ended, or made no sense, before the answer was there."""
+class ConnectFailed(Exception):
+    """No connection could be opened; nothing was sent."""
+
+
+class ConnectionLost(Exception):
+    """The connection was closed, or broke the protocol, before the answer was complete."""
 
 
 @dataclass
 class Reply:
-    """An answer: status, headers by lower-case name, body."""
+    """Answer of the server: status, headers by lower-case name, body."""
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
 
 
-class Connections:
-    """A pool that belongs to one event loop; as many connections as calls at a time, kept for the next ones.
+class ConnectionPool:
+    """Persistent connections, one per concurrent call; belongs to one event loop.
 
     Args:
-        url: ``http://HOST[:PORT]`` or ``https://…``; a path is put before that of every call.
+        url: ``http://HOST[:PORT]`` or ``https://…``; its path is prepended to the path of every call.
     """
 
     def __init__(self, url: str) -> None:
@@ -60,12 +59,12 @@ class Connections:
     async def post(
         self, path: str, headers: Mapping[str, str], chunks: Sequence[Bytes], timeout_s: float
     ) -> Reply:
-        """The answer to a POST of `chunks`, back to back, with a Content-Length. A failed connection is not kept.
+        """Send a POST with the concatenated `chunks` as its body; returns the answer.
 
         Raises:
-            Unreachable: no connection.
-            BrokenOff: it ended before the answer was there; the server may have done the work or not.
-            TimeoutError: no whole answer within `timeout_s` seconds.
+            ConnectFailed: no connection could be opened.
+            ConnectionLost: the connection was lost before the answer; the server may have done the work or not.
+            TimeoutError: no complete answer within `timeout_s` seconds.
         """
         head = [
             f"POST {self._prefix}{path} HTTP/1.1",
@@ -77,7 +76,7 @@ class Connections:
         self._busy.add(connection)
         try:
             async with asyncio.timeout(timeout_s):
-                reply = await connection.ask([("\r\n".join(head) + "\r\n\r\n").encode("latin-1"), *chunks])
+                reply = await connection.call([("\r\n".join(head) + "\r\n\r\n").encode("latin-1"), *chunks])
         except BaseException:
             connection.close()
             raise
@@ -88,7 +87,7 @@ class Connections:
         return reply
 
     def close(self) -> None:
-        """Hang up; calls under way end with `BrokenOff`."""
+        """Close all connections; calls in flight end with `ConnectionLost`."""
         for connection in (*self._idle, *self._busy):
             connection.close()
         self._idle.clear()
@@ -96,40 +95,40 @@ class Connections:
     async def _connection(self) -> _Connection:
         while self._idle:
             connection = self._idle.pop()
-            if connection.open:  # the server may have closed it meanwhile
+            if connection.open:  # else the server has closed it meanwhile
                 return connection
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(CONNECT_S):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, made = await loop.create_connection(_Connection, *self._address, ssl=self._tls)
         except (OSError, TimeoutError) as error:
-            raise Unreachable(str(error) or "no connection in time") from error
+            raise ConnectFailed(str(error) or f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
         return made
 
 
 class _Connection(asyncio.Protocol):
-    """One connection; the callbacks in the second half are asyncio's and httptools'."""
+    """One connection; from `connection_made` on, the methods are callbacks of asyncio and httptools."""
 
     def __init__(self) -> None:
         self.open = False
         self._transport: asyncio.Transport | None = None
         self._reply = Reply()
-        self._pieces: list[bytes] = []
+        self._chunks: list[bytes] = []
         self._parser: Any = None
         self._answer: asyncio.Future[Reply] | None = None
 
-    async def ask(self, pieces: Sequence[Bytes]) -> Reply:
+    async def call(self, chunks: Sequence[Bytes]) -> Reply:
         """Send one request and wait for its answer."""
-        self._reply, self._pieces = Reply(), []
+        self._reply, self._chunks = Reply(), []
         self._parser = httptools.HttpResponseParser(self)
         self._answer = asyncio.get_running_loop().create_future()
         assert self._transport is not None
-        # Returns at once; what the socket does not take now is kept by reference until it does.
-        self._transport.writelines(pieces)
+        # Returns at once; the transport keeps references to chunks that the socket does not accept yet.
+        self._transport.writelines(chunks)
         return await self._answer
 
     def close(self) -> None:
-        """Hang up at once."""
+        """Close the connection at once."""
         self.open = False
         if self._transport is not None:
             self._transport.abort()
@@ -140,7 +139,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._answer is None or self._answer.done():
-            self.close()  # nothing was asked
+            self.close()  # unsolicited data
             return
         try:
             self._parser.feed_data(data)
@@ -154,14 +153,14 @@ class _Connection(asyncio.Protocol):
         self._reply.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_body(self, data: bytes) -> None:
-        self._pieces.append(data)
+        self._chunks.append(data)
 
     def on_message_complete(self) -> None:
         self._reply.status = self._parser.get_status_code()
-        if 100 <= self._reply.status < 200:  # an interim answer; the one that counts follows
+        if 100 <= self._reply.status < 200:  # interim answer; the final one follows
             self._reply = Reply()
             return
-        self._reply.body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._reply.body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         if not self._parser.should_keep_alive():
             self.close()
         if self._answer is not None and not self._answer.done():
@@ -170,4 +169,4 @@ class _Connection(asyncio.Protocol):
     def _end(self, reason: str) -> None:
         self.close()
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(BrokenOff(reason))
+            self._answer.set_exception(ConnectionLost(reason))

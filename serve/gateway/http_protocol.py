@@ -12,12 +12,12 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-__all__ = ["MAX_HEAD_BYTES", "bounded_protocol"]
+__all__ = ["MAX_HEADER_BYTES", "make_protocol_class"]
 
-MAX_HEAD_BYTES = 64 * 1024  # as uvicorn's other implementation has it
+MAX_HEADER_BYTES = 64 * 1024  # as uvicorn's other implementation has it
 
 
-def bounded_protocol(
+def make_protocol_class(
     head_timeout_s: float, request_timeout_s: float, connection_requests: int
 ) -> type[HttpToolsProtocol]:
     """A class of connections for `uvicorn.Config(http=…)`.
@@ -51,8 +51,8 @@ def bounded_protocol(
             self._head_bytes += len(data) if self._in_head else 0
             super().data_received(data)
             # The piece that ends a head may bring a body of any length with it; only a head without end is refused.
-            if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self.send_400_response(f"The head of a request may have {MAX_HEAD_BYTES} bytes.")
+            if self._in_head and self._head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self.send_400_response(f"The head of a request may have {MAX_HEADER_BYTES} bytes.")
 
         def on_message_begin(self) -> None:
             super().on_message_begin()

@@ -15,7 +15,7 @@ import orjson
 
 from serve.errors import BadRequest, FrameTooLarge, ServeError
 from serve.gateway.admission import Permit
-from serve.gateway.backend import Frame
+from serve.gateway.backend import EncodedFrame
 from serve.protocol.batch import Body
 from serve.protocol.frames import is_part, read_json_frame
 from serve.storage.references import References
@@ -25,7 +25,7 @@ __all__ = ["read_frames"]
 
 async def read_frames(
     body: bytes, references: References, permit: Permit, most: int
-) -> tuple[list[Frame | ServeError], bool]:
+) -> tuple[list[EncodedFrame | ServeError], bool]:
     """All frames of a JSON body, and whether it was a list of them.
 
     Args:
@@ -56,36 +56,36 @@ async def read_frames(
 
 async def _one_of(
     document: Any, common: Mapping[str, Any], references: References, permit: Permit
-) -> Frame | ServeError:
+) -> EncodedFrame | ServeError:
     try:
         frame = await _frame(document, references, permit)
     except ServeError as error:
         return error
-    return Frame(frame.body, {**common, **frame.options})
+    return EncodedFrame(frame.body, {**common, **frame.options})
 
 
-async def _frame(document: Any, references: References, permit: Permit) -> Frame:
+async def _frame(document: Any, references: References, permit: Permit) -> EncodedFrame:
     if not isinstance(document, Mapping):
-        return Frame(*read_json_frame(document))
+        return EncodedFrame(*read_json_frame(document))
     if "uri" in document:
         if "b64" in document or any(map(is_part, document)):
             raise BadRequest('"uri" stands for the frame; leave out "b64" and parts')
         options = {name: value for name, value in document.items() if name != "uri"}
-        return Frame(await _fetch(document["uri"], references, permit), options)
+        return EncodedFrame(await _fetch(document["uri"], references, permit), options)
     addresses = {
         name: value["uri"]
         for name, value in document.items()
         if is_part(name) and isinstance(value, Mapping) and set(value) == {"uri"}
     }
     if not addresses:
-        return Frame(*read_json_frame(document))
+        return EncodedFrame(*read_json_frame(document))
     fetched = await asyncio.gather(*(_fetch(uri, references, permit) for uri in addresses.values()))
     inline = {name: value for name, value in document.items() if name not in addresses}
     parts: Body = {}
     if any(map(is_part, inline)):
         parts, inline = read_json_frame(inline)
     assert isinstance(parts, Mapping)
-    return Frame({**parts, **dict(zip(addresses, fetched, strict=True))}, inline)
+    return EncodedFrame({**parts, **dict(zip(addresses, fetched, strict=True))}, inline)
 
 
 async def _fetch(uri: Any, references: References, permit: Permit) -> bytes:

@@ -1,16 +1,16 @@
-"""The life of the gateway in three words: start, serve, drain. Knows no routes."""
+"""Lifecycle of the gateway: serving, then draining."""
 
 from __future__ import annotations
 
-__all__ = ["Life"]
+__all__ = ["Lifecycle"]
 
 
-class Life:
-    """Whether the gateway is on its way out; the one owner of that word."""
+class Lifecycle:
+    """Shared flag that says whether the gateway is shutting down."""
 
     def __init__(self) -> None:
         self.draining = False
 
     def drain(self) -> None:
-        """From now on readiness says no."""
+        """Fail readiness from now on."""
         self.draining = True

@@ -1,46 +1,53 @@
-"""Prometheus metrics of the gateway, with labels that cannot grow without bound.
-
-Knows what is counted, not who counts.
-"""
+"""Prometheus metrics of the gateway, with labels of bounded cardinality."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from serve.gateway.admission import Admission
 from serve.gateway.batcher import BatchReport
 
-__all__ = ["CONTENT_TYPE", "Measures"]
+__all__ = ["CONTENT_TYPE", "DEPRECATED_NAMES", "Metrics"]
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+# Old name → new name. A renamed metric is exported under both names for one version.
+DEPRECATED_NAMES: Mapping[str, str] = {
+    "mmdet3d_serve_queue_seconds": "mmdet3d_serve_queue_duration_seconds",
+    "mmdet3d_serve_inference_seconds": "mmdet3d_serve_batch_duration_seconds",
+    "mmdet3d_serve_request_seconds": "mmdet3d_serve_request_duration_seconds",
+}
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _FRAMES = (1, 2, 4, 8, 16, 32, 64)
 _COST = (1e3, 1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8)
 
 
-class Measures:
-    """All metrics of one gateway, in a registry of its own."""
+class Metrics:
+    """All metrics of one gateway, in a registry of their own."""
 
-    def __init__(self, admission: Admission, known: Callable[[str], bool]) -> None:
-        """`known` says whether a model of that name is served; others are all counted under ``""``."""
+    def __init__(self, admission: Admission, is_registered: Callable[[str], bool]) -> None:
+        """Create the metrics; requests for a model that is not registered are counted under ``model=""``."""
         registry = self._registry = CollectorRegistry()
-        self._known = known
+        self._is_registered = is_registered
 
-        def histogram(
-            name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ("model",)
-        ) -> Histogram:
-            return Histogram(f"mmdet3d_serve_{name}", text, labels, buckets=buckets, registry=registry)
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"mmdet3d_serve_{name}", text, ("model",), buckets=buckets, registry=registry)
 
-        self._queue_s = histogram("queue_seconds", "Time a frame waited for its batch", _SECONDS)
+        self._queue_s = histogram(
+            "queue_duration_seconds", "Time a frame waited for its batch, in seconds", _SECONDS
+        )
         self._batch_frames = histogram("batch_frames", "Frames per batch", _FRAMES)
         self._batch_cost = histogram("batch_cost", "Points or pixels per batch", _COST)
-        self._inference_s = histogram(
-            "inference_seconds", "Time of a batch, from sending it to its answer", _SECONDS
+        self._batch_s = histogram(
+            "batch_duration_seconds", "Time from sending a batch to its answer, in seconds", _SECONDS
         )
-        self._request_s = histogram("request_seconds", "Time of a request, end to end", _SECONDS)
+        self._request_s = histogram(
+            "request_duration_seconds", "Time of a request from end to end, in seconds", _SECONDS
+        )
         self._requests = Counter(
             "mmdet3d_serve_requests", "Requests by HTTP status", ("model", "status"), registry=registry
         )
@@ -57,29 +64,49 @@ class Measures:
             ),
         ):
             Gauge(f"mmdet3d_serve_{name}", text, registry=registry).set_function(value)
-        self._ready = Gauge("mmdet3d_serve_ready", "1 when the last look found it ready", registry=registry)
+        self._ready = Gauge(
+            "mmdet3d_serve_ready", "1 if the latest readiness check passed, else 0", registry=registry
+        )
+        registry.register(_DeprecatedNames(self._queue_s, self._batch_s, self._request_s))
 
-    def batch(self, model: str, report: BatchReport) -> None:
+    def observe_batch(self, model: str, report: BatchReport) -> None:
         """Count a batch that ran."""
         self._batch_frames.labels(model).observe(report.items)
         self._batch_cost.labels(model).observe(report.cost)
-        self._inference_s.labels(model).observe(report.run_s)
+        self._batch_s.labels(model).observe(report.run_s)
         queue_s = self._queue_s.labels(model)
-        for waited in report.queue_s:
-            queue_s.observe(waited)
+        for waited_s in report.queue_s:
+            queue_s.observe(waited_s)
         if report.failed:
             self._failed.labels(model).inc()
 
-    def request(self, model: str | None, status: int, seconds: float) -> None:
+    def observe_request(self, model: str | None, status: int, seconds: float) -> None:
         """Count a request that was answered."""
-        label = model if model is not None and self._known(model) else ""
+        label = model if model is not None and self._is_registered(model) else ""
         self._request_s.labels(label).observe(seconds)
         self._requests.labels(label, str(status)).inc()
 
-    def ready(self, ready: bool) -> None:
-        """Note what a look at readiness found."""
+    def set_ready(self, ready: bool) -> None:
+        """Record the outcome of a readiness check."""
         self._ready.set(ready)
 
     def exposition(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class _DeprecatedNames(Collector):
+    """Exports renamed metrics under their old names as well; each is observed once."""
+
+    def __init__(self, *renamed: Histogram) -> None:
+        self._renamed = renamed
+
+    def collect(self) -> Iterator[Metric]:
+        old_names = {new: old for old, new in DEPRECATED_NAMES.items()}
+        for histogram in self._renamed:
+            for metric in histogram.collect():
+                old = Metric(old_names[metric.name], f"Deprecated: use {metric.name}", metric.type)
+                for sample in metric.samples:
+                    suffix = sample.name.removeprefix(metric.name)
+                    old.samples.append(sample._replace(name=old.name + suffix))
+                yield old

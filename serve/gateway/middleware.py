@@ -24,32 +24,28 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import NotReady, Overloaded, ServeError, Unauthorized, error_body
-from serve.gateway.metrics import Measures
+from serve.gateway.metrics import Metrics
 from serve.gateway.tracing import Tracing
 
-__all__ = ["ClientGone", "Envelope", "error_response", "request_id_of"]
+__all__ = ["RequestMiddleware", "error_response", "request_id_of"]
 
 RETRY_AFTER_S = 1
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _OPEN_PATHS = ("/health/", "/v2/health/", "/metrics")
 _CLOSING = (408, 413)  # the rest of such a body is not worth keeping
-_LAST_WORD_S = 2.0
+_LINGERING_CLOSE_S = 2.0
 
 logger = logging.getLogger("serve.gateway.access")
 
 
-class ClientGone(Exception):
-    """The client hung up; there is nobody to answer."""
-
-
-class Envelope:
+class RequestMiddleware:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str], measures: Measures, tracing: Tracing) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str], metrics: Metrics, tracing: Tracing) -> None:
         """`keys` are the API keys that are accepted; none means that none is asked for."""
         self._app = app
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self._measures = measures
+        self._metrics = metrics
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +82,7 @@ class Envelope:
                 self._note(scope, state, status, seconds)
 
     def _note(self, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
-        self._measures.request(state.get("model"), status, seconds)
+        self._metrics.observe_request(state.get("model"), status, seconds)
         quiet = scope["path"].startswith(_OPEN_PATHS) and status < 500
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
@@ -117,7 +113,7 @@ class Envelope:
 
 
 def request_id_of(scope: MutableMapping[str, Any]) -> str:
-    """The id that the envelope gave or took."""
+    """The id that the middleware gave or took."""
     return str(scope["state"]["request_id"])
 
 
@@ -142,11 +138,11 @@ def error_response(
         said["www-authenticate"] = "Bearer"
     if status in _CLOSING:
         said["connection"] = "close"
-        return _LastWord(orjson.dumps(body), status, said, media_type="application/json")
+        return _LingeringClose(orjson.dumps(body), status, said, media_type="application/json")
     return Response(orjson.dumps(body), status, said, media_type="application/json")
 
 
-class _LastWord(Response):
+class _LingeringClose(Response):
     """Answers, takes in and drops what the client is still sending for a while, and closes.
 
     Closing at once would reset the connection under a client that sends, and with it goes the answer.
@@ -156,7 +152,7 @@ class _LastWord(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORD_S):
+            async with asyncio.timeout(_LINGERING_CLOSE_S):
                 while (await receive()).get("more_body"):
                     pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})

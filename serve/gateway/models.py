@@ -1,8 +1,7 @@
-"""What is served now: every version of every model with its workers, its description and its batcher.
+"""Model registry: all served model versions with their workers, descriptions and batchers.
 
-The one owner of that state. Nothing is polled: the table is renewed when a request or a question of health
-finds it older than a second, so an idle gateway does nothing, and a model that is registered, scaled or
-removed is seen by the next request. Knows nothing about HTTP requests or what frames hold.
+Nothing is polled. A request, or a health check, that finds the registry older than a second triggers a refresh, so
+that an idle gateway does nothing, and a model that was registered, scaled or removed is noticed with the next request.
 """
 
 from __future__ import annotations
@@ -14,150 +13,150 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from serve.errors import BackendBroken, ModelNotFound, NotReady, ServeError
-from serve.gateway.backend import Answer, Frame, ModelState, TorchServeBackend
-from serve.gateway.batcher import Batcher, BatchLimits, BatchReport, Settled, padded, ragged
-from serve.gateway.cost import Measure
+from serve.gateway.backend import Answer, EncodedFrame, ModelState, TorchServeBackend
+from serve.gateway.batcher import Batcher, BatchLimits, BatchReport, BatchResult, padded, ragged
+from serve.gateway.cost import FrameCost
 from serve.gateway.options import GatewayOptions
 
-__all__ = ["Health", "ModelTable", "ServedModel"]
+__all__ = ["Health", "ModelRegistry", "ModelVersion"]
 
-FRESH_S = 1.0  # a table this young is believed
-RETRY_S = 0.2  # after a failed look, the next one comes no sooner
+MAX_AGE_S = 1.0  # maximum age before a refresh
+MIN_RETRY_S = 0.2  # minimum delay after a failed refresh
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class ServedModel:
+class ModelVersion:
     """One version of a model.
 
     Attributes:
-        state: as TorchServe has it.
-        spec: what the model says of itself; None until a worker of it could be asked.
-        refused: why it is not served, where it is not.
-        described_by: the workers that were there when `spec` was asked.
-        batcher: its queue; made with `spec`, which says what a batch costs.
+        state: its state in TorchServe.
+        spec: description of the archive; None until a worker has answered with it.
+        rejected: the reason if the gateway does not serve it, else None.
+        described_by: process ids of the workers when `spec` was read.
+        batcher: its queue; created from `spec`, which determines the cost of a batch.
     """
 
     state: ModelState
     spec: Mapping[str, Any] | None = None
-    refused: str | None = None
+    rejected: str | None = None
     described_by: frozenset[int] = frozenset()
-    batcher: Batcher[Frame, Answer] | None = field(default=None, repr=False)
+    batcher: Batcher[EncodedFrame, Answer] | None = field(default=None, repr=False)
 
     @property
     def status(self) -> Literal["ready", "loading", "refused"]:
-        """In a word."""
-        if self.refused is not None:
+        """Status as one word, as ``GET /models`` shows it."""
+        if self.rejected is not None:
             return "refused"
         return "ready" if self.state.ready and self.batcher is not None else "loading"
 
-    async def submit(self, frame: Frame, size: Measure) -> Settled[Answer]:
-        """The outcome of one frame.
+    async def submit(self, frame: EncodedFrame, cost: FrameCost) -> BatchResult[Answer]:
+        """Queue one frame and wait for its answer; marks the frame as cancelled when the caller stops waiting.
 
         Raises:
-            ServeError: the frame's own outcome, or its batch's.
+            ServeError: the error of the frame, or of its batch.
         """
         assert self.batcher is not None
         try:
-            return await self.batcher.submit(frame, cost=size.cost, nbytes=size.nbytes, key=size.key)
+            return await self.batcher.submit(frame, cost=cost.cost, nbytes=cost.nbytes, key=cost.key)
         finally:
-            frame.wanted = False
+            frame.cancelled = True
 
 
 @dataclass(frozen=True)
 class Health:
-    """Whether frames would be answered, and why not."""
+    """Readiness of the gateway, and the reasons against it."""
 
     ready: bool
     reasons: tuple[str, ...] = ()
 
 
-class ModelTable:
-    """All that is served; belongs to one event loop."""
+class ModelRegistry:
+    """All served model versions; belongs to one event loop."""
 
-    def __init__(
-        self,
-        backend: TorchServeBackend,
-        options: GatewayOptions,
-        observe: Callable[[str, BatchReport], None] = lambda model, report: None,
-    ) -> None:
-        """`observe` is told of every batch, with the model's name."""
+    def __init__(self, backend: TorchServeBackend, options: GatewayOptions) -> None:
+        """Start empty; the first `refresh` or `find` reads the models."""
         self._backend = backend
         self._options = options
-        self._observe = observe
-        self._models: dict[tuple[str, str], ServedModel] = {}
-        self._looked_at = float("-inf")
-        self._trouble: ServeError | None = NotReady("TorchServe has not been asked yet")
-        self._looking: asyncio.Task[None] | None = None
+        # Called with the model's name and the report of every batch.
+        self.on_batch: Callable[[str, BatchReport], None] = lambda model, report: None
+        self._models: dict[tuple[str, str], ModelVersion] = {}
+        self._refreshed_at = float("-inf")
+        self._error: ServeError | None = NotReady("the gateway has not reached TorchServe yet; retry later")
+        self._refreshing: asyncio.Task[None] | None = None
         self._describing: dict[tuple[str, str], asyncio.Task[None]] = {}
 
-    def all(self) -> Sequence[ServedModel]:
-        """Every version, by name and version."""
+    def all(self) -> Sequence[ModelVersion]:
+        """Return all versions of all models, sorted by name and version."""
         return [self._models[key] for key in sorted(self._models)]
 
-    def versions(self, name: str) -> Sequence[ServedModel]:
-        """All versions of one model.
+    def versions(self, name: str) -> Sequence[ModelVersion]:
+        """Return all versions of one model.
 
         Raises:
-            ModelNotFound: there is none.
+            ModelNotFound: no model has that name.
         """
         found = [model for model in self.all() if model.state.name == name]
         if not found:
             raise self._not_found(name)
         return found
 
-    def knows(self, name: str) -> bool:
-        """Whether a model of that name is registered."""
+    def is_registered(self, name: str) -> bool:
+        """Return whether a model of that name is registered."""
         return any(key[0] == name for key in self._models)
 
-    async def find(self, name: str, version: str | None) -> ServedModel:
-        """The model a request means, ready to take frames.
+    async def find(self, name: str, version: str | None) -> ModelVersion:
+        """Return the version that serves a request, ready to take frames.
+
+        Args:
+            name: name of the model.
+            version: its version; None selects the default version.
 
         Raises:
-            ModelNotFound: there is none of that name and version.
-            NotReady: TorchServe does not answer, or the model is still loading.
+            ModelNotFound: no model has that name and version.
+            NotReady: TorchServe is not reachable or hangs, or the model is loading or rejected.
         """
         found = self._find(name, version)
         if found is None or found.status != "ready":
-            await self.renew(RETRY_S)
-            if self._trouble is not None:
-                raise type(self._trouble)(str(self._trouble))
+            await self.refresh(MIN_RETRY_S)
+            if self._error is not None:
+                raise type(self._error)(str(self._error))
             found = self._find(name, version)
         elif self._hangs(found):
-            if self._age_s() > RETRY_S:
-                self._look()  # not waited for: it takes as long as questions may take
+            if self._age_s() > MIN_RETRY_S:
+                self._start_refresh()  # in the background: it may take until its timeout
             raise NotReady(
-                f"TorchServe hangs: it answers no question, and no batch of {name} ends; retry later"
+                f"TorchServe hangs: neither the management port nor a batch of {name} gets an answer; retry later"
             )
-        elif self._age_s() > FRESH_S:
-            self._look()  # in the background; this request goes on with what is known
+        elif self._age_s() > MAX_AGE_S:
+            self._start_refresh()  # in the background; this request uses the present state
         if found is None:
-            raise self._not_found(name if version is None else f"{name} {version}")
+            raise self._not_found(name, version)
         if found.spec is None and (
             describing := self._describing.get((found.state.name, found.state.version))
         ):
             await asyncio.wait([describing])
-        if found.refused is not None:
-            raise NotReady(f"model {name} is refused: {found.refused}")
+        if found.rejected is not None:
+            raise NotReady(f"model {name!r} was rejected: {found.rejected}")
         if found.batcher is None:
-            raise NotReady(f"model {name} is still loading; retry later")
+            raise NotReady(f"model {name!r} is still loading; retry later")
         return found
 
-    async def renew(self, older_than_s: float = FRESH_S) -> None:
-        """Look again, unless the table is younger than that; one look at a time, shared by all who wait."""
+    async def refresh(self, older_than_s: float = MAX_AGE_S) -> None:
+        """Refresh if the registry is older than `older_than_s`, and wait; concurrent callers share one refresh."""
         if self._age_s() > older_than_s:
-            await asyncio.wait([self._look()])
+            await asyncio.wait([self._start_refresh()])
 
-    def stale(self) -> None:
-        """Something went wrong with the backend: the next request looks again."""
-        self._looked_at = float("-inf")
+    def invalidate(self) -> None:
+        """Make the next request refresh, after a failure of the backend."""
+        self._refreshed_at = float("-inf")
 
     async def health(self) -> Health:
-        """Whether frames would be answered: TorchServe answers, models are ready, no batch is stuck."""
-        await self.renew(RETRY_S)
-        if self._trouble is not None:
-            return Health(False, (str(self._trouble),))
+        """Check readiness: TorchServe answers, the required models are ready, no batch is stuck."""
+        await self.refresh(MIN_RETRY_S)
+        if self._error is not None:
+            return Health(False, (str(self._error),))
         ready = {model.state.name for model in self._models.values() if model.status == "ready"}
         reasons = [f"model {name} is not ready" for name in self._options.require_models if name not in ready]
         if not ready:
@@ -169,111 +168,110 @@ class ModelTable:
         return Health(not reasons, tuple(reasons))
 
     async def close(self) -> None:
-        """End what looks in the background."""
-        tasks = [task for task in (self._looking, *self._describing.values()) if task is not None]
+        """Cancel background refreshes."""
+        tasks = [task for task in (self._refreshing, *self._describing.values()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # Inside
-
-    def _not_found(self, said: str) -> ModelNotFound:
+    def _not_found(self, name: str, version: str | None = None) -> ModelNotFound:
         known = ", ".join(sorted({key[0] for key in self._models})) or "none"
-        return ModelNotFound(f"no model {said} is served; served are: {known}")
+        suffix = "" if version is None else f" version {version!r}"
+        return ModelNotFound(f"model {name!r}{suffix} not found; available: {known}")
 
-    def _find(self, name: str, version: str | None) -> ServedModel | None:
+    def _find(self, name: str, version: str | None) -> ModelVersion | None:
         if version is not None:
             return self._models.get((name, version))
         return next((m for m in self._models.values() if m.state.name == name and m.state.default), None)
 
-    def _hangs(self, model: ServedModel) -> bool:
-        """Whether TorchServe neither answers nor finishes what it has: another frame would wait for its deadline."""
-        return self._trouble is not None and model.batcher is not None and model.batcher.stalled_s() > FRESH_S
+    def _hangs(self, model: ModelVersion) -> bool:
+        """Return whether TorchServe neither answers nor finishes a batch; a frame would wait for its deadline."""
+        return self._error is not None and model.batcher is not None and model.batcher.stalled_s() > MAX_AGE_S
 
     def _age_s(self) -> float:
-        return asyncio.get_running_loop().time() - self._looked_at
+        return asyncio.get_running_loop().time() - self._refreshed_at
 
-    def _look(self) -> asyncio.Task[None]:
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._renew())
-        return self._looking
+    def _start_refresh(self) -> asyncio.Task[None]:
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._refresh())
+        return self._refreshing
 
-    async def _renew(self) -> None:
+    async def _refresh(self) -> None:
         try:
             states = await self._backend.models()
         except ServeError as error:
-            if self._trouble is None:
-                logger.warning("TorchServe is not to be reached: %s", error)
-            self._trouble = error if isinstance(error, NotReady) else NotReady(str(error))
+            if self._error is None:
+                logger.warning("cannot reach TorchServe: %s", error)
+            self._error = error if isinstance(error, NotReady) else NotReady(str(error))
         except Exception:
-            logger.exception("the answer about models could not be read")
-            self._trouble = NotReady("TorchServe answers in a way the gateway cannot read; see its log")
+            logger.exception("cannot read TorchServe's list of models")
+            self._error = NotReady("cannot read TorchServe's list of models; see the gateway's log")
         else:
-            if self._trouble is not None:
-                logger.info("TorchServe answers")
-            self._trouble = None
-            self._take(states)
-        self._looked_at = asyncio.get_running_loop().time()
+            if self._error is not None:
+                logger.info("TorchServe is reachable")
+            self._error = None
+            self._update(states)
+        self._refreshed_at = asyncio.get_running_loop().time()
 
-    def _take(self, states: Sequence[ModelState]) -> None:
+    def _update(self, states: Sequence[ModelState]) -> None:
         now = {(state.name, state.version): state for state in states}
         for key in self._models.keys() - now.keys():
-            logger.info("model %s %s is gone", *key)
+            logger.info("model %s %s was removed", *key)
             del self._models[key]
         for key, state in now.items():
-            model = self._models.setdefault(key, ServedModel(state))
+            model = self._models.setdefault(key, ModelVersion(state))
             model.state = state
             if model.batcher is not None:
-                # With none ready a worker is being restarted; TorchServe keeps one batch for it.
+                # Without a ready worker one is being restarted; TorchServe holds one batch for it.
                 model.batcher.set_slots(max(1, state.ready))
             if state.ready and model.described_by.isdisjoint(state.workers) and key not in self._describing:
                 task = asyncio.create_task(self._describe(model))
                 self._describing[key] = task
                 task.add_done_callback(lambda done, key=key: self._describing.pop(key, None))  # type: ignore[misc]
 
-    async def _describe(self, model: ServedModel) -> None:
-        """Ask a model what it is: at first sight, and when all its workers are new, for it may be another one."""
+    async def _describe(self, model: ModelVersion) -> None:
+        """Read the description of a new model, or of one with new workers, whose archive may have changed."""
         state = model.state
         try:
             spec = await self._backend.describe(state.name, state.version)
         except BackendBroken as error:
-            logger.warning("model %s %s is refused: %s", state.name, state.version, error)
-            model.refused, model.described_by = str(error), frozenset(state.workers)
+            logger.warning("rejected model %s %s: %s", state.name, state.version, error)
+            model.rejected, model.described_by = str(error), frozenset(state.workers)
             return
         except ServeError as error:
-            logger.warning("model %s %s could not be asked what it is: %s", state.name, state.version, error)
+            logger.warning("cannot read the description of model %s %s: %s", state.name, state.version, error)
             return
         if model.spec is None or _identity(spec) != _identity(model.spec):
-            model.spec, model.batcher = spec, self._batcher(model, spec)
+            model.spec, model.batcher = spec, self._create_batcher(model, spec)
             logger.info("model %s %s is ready: %s", state.name, state.version, spec["modality"])
-        model.refused, model.described_by = None, frozenset(state.workers)
+        model.rejected, model.described_by = None, frozenset(state.workers)
 
-    def _batcher(self, model: ServedModel, spec: Mapping[str, Any]) -> Batcher[Frame, Answer]:
+    def _create_batcher(self, model: ModelVersion, spec: Mapping[str, Any]) -> Batcher[EncodedFrame, Answer]:
         options, state = self._options, model.state
-        clouds = "points" in spec["parts"] if spec.get("parts") else spec["modality"] == "lidar"
+        concatenated = "points" in spec["parts"] if spec.get("parts") else spec["modality"] == "lidar"
 
-        async def run(frames: Sequence[Frame]) -> Sequence[Answer | Exception]:
+        async def run(frames: Sequence[EncodedFrame]) -> Sequence[Answer | Exception]:
             try:
                 return await self._backend.run(state.name, state.version, frames)
             except ServeError:
-                self.stale()
+                self.invalidate()
                 raise
 
         return Batcher(
             run,
             BatchLimits(
                 items=options.batch_frames,
-                cost=options.batch_points if clouds else options.batch_pixels,
+                cost=options.batch_points if concatenated else options.batch_pixels,
                 nbytes=options.batch_bytes,
             ),
-            batch_cost=ragged if clouds else padded,
+            batch_cost=ragged if concatenated else padded,
             slots=max(1, state.ready),
-            ahead=options.batches_ahead,
-            early_s=options.early_s,
-            observe=lambda report: self._observe(state.name, report),
+            prefetch=options.batches_ahead,
+            lead_time_s=options.early_s,
+            observe=lambda report: self.on_batch(state.name, report),
         )
 
 
 def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes it the same model; a worker's own timing does not."""
+    """Return the part of a description that identifies the model: all but the worker's own timing."""
     return {name: value for name, value in spec.items() if name != "self_test"}

@@ -1,4 +1,4 @@
-"""What the API document says: descriptions and examples of the routes, in one place. Knows no behaviour."""
+"""Descriptions, parameters and error responses for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ from typing import Any
 from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import FRAMES_CONTENT_TYPE
 
-__all__ = ["DESCRIPTION", "MAX_DETECTIONS", "SCORE_THR", "TIMEOUT_MS", "errors", "predictions"]
+__all__ = ["DESCRIPTION", "errors", "predictions"]
 
-SCORE_THR = "Leave out detections that score less"
-MAX_DETECTIONS = "The best so many only"
-TIMEOUT_MS = "Deadline of the request, milliseconds; what waits longer is answered 504 and never computed"
 DESCRIPTION = """\
-Detections for point clouds and images. `curl -T frame.bin http://HOST:8000/predictions/second` is all it takes:
-TorchServe's own call, with batching across requests, deadlines, several frames in one call
-and the Open Inference Protocol (`/v2`) beside it."""
+3D and 2D object detection for point clouds and images: `curl -T frame.bin http://HOST:8000/predictions/second`.
+Compatible with TorchServe's predictions API; adds batching across requests, deadlines, several frames per request
+and the Open Inference Protocol (`/v2`)."""
+
+_SCORE_THR = {"type": "number", "minimum": 0, "maximum": 1}
+_MAX_DETECTIONS = {"type": "integer", "minimum": 0, "maximum": 2**31}
+_QUERY_PARAMETERS = [
+    {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+    for name, description, schema in (
+        ("score_thr", "Minimum score of a detection", _SCORE_THR),
+        ("max_detections", "Maximum number of detections, best first", _MAX_DETECTIONS),
+        (
+            "timeout_ms",
+            "Deadline of the request, milliseconds; frames still queued then are answered 504 and not computed",
+            {"type": "number", "minimum": 1},
+        ),
+    )
+]
 
 _ERROR = {
     "type": "object",
@@ -38,25 +50,26 @@ _PROTOCOL_ERROR = {
     "properties": {"error": {"type": "string"}, "code": {"type": "string"}},
 }
 _REASONS = {
-    400: "The request cannot be read, or has an unknown option",
-    401: "No API key, or one that is not known",
-    403: "The frame's address is not allowed here",
-    404: "No such model or version, or nothing at the frame's address",
-    405: "Another method is used here",
+    400: "Malformed request, or an unknown option",
+    401: "Missing or unknown API key",
+    403: "The frame's URI is not allowed",
+    404: "Model, version or the object of the frame's URI not found",
+    405: "Method not allowed",
+    406: "None of the accepted media types is supported",
     408: "The body did not arrive in time",
-    413: "Over a limit",
-    422: "The bytes are no frame of this model",
-    429: "Too much is waiting; see Retry-After",
+    413: "A limit was exceeded",
+    422: "The bytes are not a frame of this model",
+    429: "Too many pending frames or bytes; see Retry-After",
     500: "The model failed on this frame",
-    502: "TorchServe answered something unexpected",
+    502: "Unexpected answer of TorchServe",
     503: "Not ready; see Retry-After",
     504: "The deadline passed",
-    507: "This frame alone does not fit the device",
+    507: "The frame alone exceeds the memory of the device",
 }
 
 
 def errors(*statuses: int, protocol: bool = False) -> dict[int | str, dict[str, Any]]:
-    """Responses for `statuses`, all with the one error body, or that of the Open Inference `protocol`."""
+    """Document error responses for `statuses`, with the error body of the Open Inference Protocol if `protocol`."""
     schema = _PROTOCOL_ERROR if protocol else _ERROR
     return {
         status: {"description": _REASONS[status], "content": {"application/json": {"schema": schema}}}
@@ -65,23 +78,20 @@ def errors(*statuses: int, protocol: bool = False) -> dict[int | str, dict[str, 
 
 
 def predictions(options: GatewayOptions) -> dict[str, Any]:
-    """Of the routes that take frames."""
+    """Document the routes that take frames: arguments of FastAPI's route decorators."""
     binary = {"schema": {"type": "string", "format": "binary"}}
-    options_ = {
-        "score_thr": {"type": "number", "minimum": 0, "maximum": 1},
-        "max_detections": {"type": "integer", "minimum": 0},
-    }
+    frame_options = {"score_thr": _SCORE_THR, "max_detections": _MAX_DETECTIONS}
     inline = {
         "type": "object",
         "required": ["b64"],
-        "properties": {"b64": {"type": "string", "contentEncoding": "base64"}, **options_},
+        "properties": {"b64": {"type": "string", "contentEncoding": "base64"}, **frame_options},
     }
     named = {
         "type": "object",
         "required": ["uri"],
         "properties": {
-            "uri": {"type": "string", "description": "Below a prefix that the operator allows"},
-            **options_,
+            "uri": {"type": "string", "description": "Must start with a prefix that the operator allows"},
+            **frame_options,
         },
     }
     one = {"oneOf": [inline, named, {"type": "string", "contentEncoding": "base64"}]}
@@ -96,12 +106,12 @@ def predictions(options: GatewayOptions) -> dict[str, Any]:
         ]
     }
     form = {"type": "object", "properties": {"data": {"type": "array", "items": binary["schema"]}}}
-    answer = {"type": "object", "description": "Detections with OpenMMLab's names; see docs/answers.md"}
+    answer = {"type": "object", "description": "Detections with OpenMMLab's field names; see docs/answers.md"}
     return {
         "responses": {
             200: {
-                "description": f"Detections, best first. Several frames (up to {options.max_frames_per_request}) give "
-                "an array in order, or lines as they finish (Accept: application/x-ndjson).",
+                "description": f"Detections, best first. Several frames (up to {options.max_frames_per_request}) are "
+                "answered with an array in order, or with lines as they finish (Accept: application/x-ndjson).",
                 "content": {
                     "application/json": {"schema": {"oneOf": [answer, {"type": "array", "items": answer}]}},
                     "application/x-ndjson": {"schema": {"type": "string"}},
@@ -112,6 +122,7 @@ def predictions(options: GatewayOptions) -> dict[str, Any]:
             **errors(*_REASONS),
         },
         "openapi_extra": {
+            "parameters": _QUERY_PARAMETERS,
             "requestBody": {
                 "required": True,
                 "content": {
@@ -122,6 +133,6 @@ def predictions(options: GatewayOptions) -> dict[str, Any]:
                     "application/json": {"schema": frame},
                     FRAMES_CONTENT_TYPE: binary,
                 },
-            }
+            },
         },
     }

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from serve.errors import (
     BadRequest,
+    ClientDisconnected,
     ClientError,
     FrameTooLarge,
     ServeError,
@@ -25,17 +26,23 @@ from serve.errors import (
     UnknownOption,
 )
 from serve.gateway.admission import Permit
-from serve.gateway.backend import Frame
+from serve.gateway.backend import EncodedFrame
 from serve.gateway.json_frames import read_frames
-from serve.gateway.middleware import ClientGone
 from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, Body, unpack_frames
-from serve.protocol.frames import Options, parse_options
+from serve.protocol.frames import FrameOptions, parse_options
 from serve.storage.references import References
 
-__all__ = ["Received", "RequestOptions", "checked_frames", "read_body", "receive_frames", "request_options"]
+__all__ = [
+    "ParsedRequest",
+    "RequestOptions",
+    "check_frames",
+    "parse_request_options",
+    "read_body",
+    "receive_frames",
+]
 
-OPTION_NAMES = tuple(field.name for field in fields(Options))
+OPTION_NAMES = tuple(field.name for field in fields(FrameOptions))
 FRAME_FIELDS = frozenset(("body", "data", "file", "frame", "image", "points"))
 _TEXT_FIELD_BYTES = 64 * 1024
 
@@ -49,18 +56,18 @@ class RequestOptions:
 
 
 @dataclass(frozen=True)
-class Received:
+class ParsedRequest:
     """The frames of a request, or what is wrong with each; `many` when the answer is a list."""
 
-    frames: Sequence[Frame | ServeError]
+    frames: Sequence[EncodedFrame | ServeError]
     many: bool
     framed: bool = False
 
 
-def request_options(
+def parse_request_options(
     query: Mapping[str, str], headers: Mapping[str, str], options: GatewayOptions
 ) -> RequestOptions:
-    """Options of the query (checked, none is ignored) and of ``X-`` headers.
+    """FrameOptions of the query (checked, none is ignored) and of ``X-`` headers.
 
     Raises:
         UnknownOption: an unknown name or an impossible value.
@@ -94,7 +101,7 @@ async def read_body(request: Request, permit: Permit, options: GatewayOptions) -
         FrameTooLarge: over `max_body_bytes`; found from Content-Length where there is one.
         Overloaded: there is no room for it now.
         SlowRequest: it did not arrive in time.
-        ClientGone: the client hung up before the end of it.
+        ClientDisconnected: the client hung up before the end of it.
     """
     async with _in_time(options):
         chunks = [chunk async for chunk in _body_chunks(request, permit, options)]
@@ -120,7 +127,7 @@ async def _body_chunks(
                 counted = arrived
             yield chunk
     except ClientDisconnect:
-        raise ClientGone from None
+        raise ClientDisconnected from None
 
 
 @asynccontextmanager
@@ -145,7 +152,7 @@ async def receive_frames(
     given: Mapping[str, Any],
     parts: Sequence[str],
     references: References,
-) -> Received:
+) -> ParsedRequest:
     """All frames of a request.
 
     Args:
@@ -162,34 +169,34 @@ async def receive_frames(
     """
     if (coding := request.headers.get("content-encoding", "identity")) != "identity":
         raise BadRequest(f"Content-Encoding {coding} is not undone here; send the body as it is")
-    permit.expect(items=1)  # a full house is said before the body is read
+    permit.check(items=1)  # a full house is said before the body is read
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        received = await _from_form(request, permit, options, parts)
+        parsed = await _from_form(request, permit, options, parts)
     else:
         body = await read_body(request, permit, options)
         if kind == "application/json":
             frames, many = await read_frames(body, references, permit, options.max_frames_per_request)
-            received = Received(frames, many)
+            parsed = ParsedRequest(frames, many)
         else:
-            received = _from_body(kind, body)
-    if len(received.frames) > options.max_frames_per_request:
+            parsed = _from_body(kind, body)
+    if len(parsed.frames) > options.max_frames_per_request:
         raise FrameTooLarge(
-            f"the request has {len(received.frames)} frames, the limit is {options.max_frames_per_request}"
+            f"the request has {len(parsed.frames)} frames, the limit is {options.max_frames_per_request}"
         )
-    permit.grow(items=len(received.frames))
-    return Received(checked_frames(received.frames, given, options), received.many, received.framed)
+    permit.grow(items=len(parsed.frames))
+    return ParsedRequest(check_frames(parsed.frames, given, options), parsed.many, parsed.framed)
 
 
-def _from_body(kind: str, body: bytes) -> Received:
+def _from_body(kind: str, body: bytes) -> ParsedRequest:
     if kind == FRAMES_CONTENT_TYPE:
-        return Received([Frame(*entry) for entry in unpack_frames(body)], many=True, framed=True)
-    return Received([Frame(body)], many=False)
+        return ParsedRequest([EncodedFrame(*entry) for entry in unpack_frames(body)], many=True, framed=True)
+    return ParsedRequest([EncodedFrame(body)], many=False)
 
 
 async def _from_form(
     request: Request, permit: Permit, options: GatewayOptions, parts: Sequence[str]
-) -> Received:
+) -> ParsedRequest:
     fields_, files = await _parse_form(request, permit, options)
     if len(parts) > 1:
         names = [name for name, _ in files]
@@ -199,7 +206,7 @@ async def _from_form(
             )
         texts = {name: value.encode() for name, value in fields_ if name in parts}
         own = {name: value for name, value in fields_ if name not in parts}
-        return Received([Frame({**texts, **dict(files)}, own)], many=False)
+        return ParsedRequest([EncodedFrame({**texts, **dict(files)}, own)], many=False)
     own = dict(fields_)
     if "b64" in own:
         raise BadRequest("base64 goes into a JSON body, not into a form; send the bytes as a file part")
@@ -211,7 +218,7 @@ async def _from_form(
     parse_options(own)  # they hold for all frames: a wrong one is the request's mistake, not each frame's
     if not files:
         raise BadRequest("no frame in the form; send each as a file part (curl -F data=@frame.bin)")
-    return Received([Frame(body, own) for _, body in files], many=len(files) > 1)
+    return ParsedRequest([EncodedFrame(body, own) for _, body in files], many=len(files) > 1)
 
 
 async def _parse_form(
@@ -254,16 +261,16 @@ class _MemoryParser(MultiPartParser):
             file.close()
 
 
-def checked_frames(
-    frames: Sequence[Frame | ServeError], given: Mapping[str, Any], options: GatewayOptions
-) -> list[Frame | ServeError]:
+def check_frames(
+    frames: Sequence[EncodedFrame | ServeError], given: Mapping[str, Any], options: GatewayOptions
+) -> list[EncodedFrame | ServeError]:
     """Frames with the options `given` for all of them, each under its own; one that is wrong is its own error."""
     return [_checked(frame, given, options) for frame in frames]
 
 
 def _checked(
-    frame: Frame | ServeError, given: Mapping[str, Any], options: GatewayOptions
-) -> Frame | ServeError:
+    frame: EncodedFrame | ServeError, given: Mapping[str, Any], options: GatewayOptions
+) -> EncodedFrame | ServeError:
     if isinstance(frame, ServeError):
         return frame
     nbytes = _nbytes(frame.body)
@@ -274,7 +281,7 @@ def _checked(
         parse_options(said)
     except ClientError as error:
         return error
-    return Frame(frame.body, said)
+    return EncodedFrame(frame.body, said)
 
 
 def _nbytes(body: Body) -> int:

@@ -13,22 +13,21 @@ from typing import Any, Literal
 import orjson
 import ormsgpack
 
-from serve.errors import BackendBroken, BadRequest, ServeError, error_body
-from serve.gateway.backend import Answer, Frame
-from serve.gateway.batcher import Settled
+from serve.errors import BackendBroken, BadRequest, NotAcceptable, ServeError, error_body
+from serve.gateway.backend import Answer, EncodedFrame
+from serve.gateway.batcher import BatchResult
+from serve.gateway.dispatch import FrameResult
 
 __all__ = [
     "Media",
-    "Outcome",
     "Timing",
-    "chosen_media",
+    "choose_media",
     "encode_error",
     "encode_line",
     "encode_list",
     "encode_one",
 ]
 
-Outcome = Settled[Answer] | ServeError
 Media = Literal["application/json", "application/x-msgpack", "application/x-ndjson", "image/png"]
 
 _MEDIA: tuple[Media, ...] = ("application/json", "application/x-msgpack", "application/x-ndjson", "image/png")
@@ -51,7 +50,7 @@ class Timing:
     backend_s: float = 0.0
     encode_s: float = 0.0
 
-    def add(self, settled: Settled[Answer]) -> None:
+    def add(self, settled: BatchResult[Answer]) -> None:
         """Count one frame; of several the slowest is what the request waited for."""
         spent = settled.value.seconds
         self.queue_s = max(self.queue_s, settled.queue_s)
@@ -70,11 +69,11 @@ class Timing:
         return ", ".join(f"{stage};dur={seconds * 1e3:.3f}" for stage, seconds in spent.items())
 
 
-def chosen_media(accept: str | None) -> Media:
-    """The best of what a client accepts that we write, by its quality values; JSON where it says nothing.
+def choose_media(accept: str | None) -> Media:
+    """Choose the supported media type with the highest quality value of an Accept header; JSON without one.
 
     Raises:
-        BadRequest: none of it is known here.
+        NotAcceptable: none of the accepted media types is supported.
     """
     offers: list[tuple[float, int, Media]] = []
     for position, item in enumerate((accept or "*/*").split(",")):
@@ -88,13 +87,13 @@ def chosen_media(accept: str | None) -> Media:
         if media is not None and weight > 0:
             offers.append((-weight, position, media))
     if not offers:
-        raise BadRequest(
-            f"Accept: {accept} names nothing that is written here; known are {', '.join(_MEDIA)}"
-        )
+        raise NotAcceptable(f"cannot satisfy Accept: {accept}; supported: {', '.join(_MEDIA)}")
     return min(offers)[2]
 
 
-async def encode_one(outcome: Settled[Answer], frame: Frame, media: Media, load_dim: int | None) -> bytes:
+async def encode_one(
+    outcome: BatchResult[Answer], frame: EncodedFrame, media: Media, load_dim: int | None
+) -> bytes:
     """One answer as `media`; a line where that is NDJSON."""
     body = bytes(outcome.value.body)
     if media == "application/json":
@@ -106,7 +105,7 @@ async def encode_one(outcome: Settled[Answer], frame: Frame, media: Media, load_
     return await asyncio.to_thread(_picture, frame, _document(body), load_dim)
 
 
-def _picture(frame: Frame, answer: dict[str, Any], load_dim: int | None) -> bytes:
+def _picture(frame: EncodedFrame, answer: dict[str, Any], load_dim: int | None) -> bytes:
     from serve.visualize.detections import draw_frame, encode_png
 
     body = frame.body
@@ -118,7 +117,7 @@ def _picture(frame: Frame, answer: dict[str, Any], load_dim: int | None) -> byte
         raise BadRequest(f"this answer cannot be drawn ({error}); accept application/json") from None
 
 
-def encode_list(outcomes: list[Outcome], media: Media, request_id: str, *, framed: bool = False) -> bytes:
+def encode_list(outcomes: list[FrameResult], media: Media, request_id: str, *, framed: bool = False) -> bytes:
     """Several answers in order: an array of answers and ``{"error": …}``; as TorchServe's handler where `framed`.
 
     Raises:
@@ -140,7 +139,7 @@ def encode_list(outcomes: list[Outcome], media: Media, request_id: str, *, frame
     return ormsgpack.packb(orjson.loads(joined)) if media == "application/x-msgpack" else joined
 
 
-def encode_line(index: int, outcome: Outcome, request_id: str | None) -> bytes:
+def encode_line(index: int, outcome: FrameResult, request_id: str | None) -> bytes:
     """One line of NDJSON: ``{"index", "status", "answer" or "error"}``."""
     if isinstance(outcome, ServeError):
         return b'{"index":%d,"status":%d,%s\n' % (

@@ -18,13 +18,13 @@ from starlette.types import ASGIApp
 
 from serve.errors import SettingsError
 from serve.gateway.app import create_app
-from serve.gateway.http_protocol import bounded_protocol
-from serve.gateway.lifecycle import Life
+from serve.gateway.http_protocol import make_protocol_class
+from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.options import GatewayOptions
 
 __all__ = ["GatewayServer", "run"]
 
-_LAST_WORD_S = 5.0
+_LINGERING_CLOSE_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class GatewayServer(uvicorn.Server):
     """uvicorn with our end: signals drain, and the exit code is 0 when they did."""
 
     def __init__(
-        self, app: ASGIApp, options: GatewayOptions, life: Life, listening: Callable[[str], None]
+        self, app: ASGIApp, options: GatewayOptions, lifecycle: Lifecycle, listening: Callable[[str], None]
     ) -> None:
         """`listening` is told the address once connections are taken."""
         super().__init__(
@@ -44,9 +44,9 @@ class GatewayServer(uvicorn.Server):
                 server_header=False,
                 date_header=False,
                 # A body that is late is answered 408 first; what was answered before its end is dropped until then.
-                http=bounded_protocol(
+                http=make_protocol_class(
                     options.head_timeout_s,
-                    options.receive_timeout_s + _LAST_WORD_S,
+                    options.receive_timeout_s + _LINGERING_CLOSE_S,
                     options.connection_requests,
                 ),
                 timeout_keep_alive=max(1, round(options.keep_alive_s)),
@@ -55,10 +55,10 @@ class GatewayServer(uvicorn.Server):
             )
         )
         self._options = options
-        self._life = life
+        self._lifecycle = lifecycle
         self._listening = listening
         self._ending = asyncio.Event()
-        self.cut_off = 0  # requests that were in flight when the time to finish them was up
+        self.dropped_requests = 0  # requests that were in flight when the time to finish them was up
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -83,7 +83,7 @@ class GatewayServer(uvicorn.Server):
         """Finish what is in flight, and count what was not."""
         tasks = set(self.server_state.tasks)
         await super().shutdown(sockets)
-        self.cut_off = sum(not task.done() or task.cancelling() > 0 for task in tasks)
+        self.dropped_requests = sum(not task.done() or task.cancelling() > 0 for task in tasks)
 
     async def main_loop(self) -> None:
         """Wait for the word to end; uvicorn's own looks for it ten times a second, which costs when idle."""
@@ -91,13 +91,13 @@ class GatewayServer(uvicorn.Server):
         await self._ending.wait()
 
     def _on_signal(self) -> None:
-        if self._life.draining:
+        if self._lifecycle.draining:
             self.force_exit = True
             self._stop()
             return
         logger.info("draining: %g s more for new requests, then %g s for those in flight",
                     self._options.linger_s, self._options.drain_s)  # fmt: skip
-        self._life.drain()
+        self._lifecycle.drain()
         asyncio.get_running_loop().call_later(self._options.linger_s, self._stop)
 
     def _stop(self) -> None:
@@ -111,15 +111,15 @@ def run(options: GatewayOptions, listening: Callable[[str], None] = lambda addre
     Raises:
         SettingsError: an option cannot be honoured, or the address cannot be listened on.
     """
-    life = Life()
-    app = create_app(options, life)
+    lifecycle = Lifecycle()
+    app = create_app(options, lifecycle)
     listener = _listen(options.host, options.port)
-    server = GatewayServer(app, options, life, listening)
+    server = GatewayServer(app, options, lifecycle, listening)
     with listener:
         server.run(sockets=[listener])
-    if server.cut_off:
-        logger.error("%d requests in flight were not answered", server.cut_off)
-    return 0 if server.started and not server.cut_off else 1
+    if server.dropped_requests:
+        logger.error("%d requests in flight were not answered", server.dropped_requests)
+    return 0 if server.started and not server.dropped_requests else 1
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,94 +1,83 @@
-"""A batch to a worker without a detour: a Unix socket that every worker of TorchServe listens on beside TorchServe's.
+"""Client of the workers' sockets: sends batches to TorchServe's workers without passing through TorchServe.
 
-TorchServe starts, watches, scales and ends the workers; what goes past it is the batches themselves, which its Java
-threads would hand to each other five times each way while the device waits (docs/decisions/0010-direct-sockets.md).
-Two connections to a worker are two batches: the second is read and decoded while the first is computed.
-
-A worker that takes a connection greets it; one that does not has no room, or hangs. A batch is its length (uint64,
-little-endian), the seconds for which the worker may compute it before it ends itself (uint32; 0: any number;
-`serve.worker.watchdog`), and so many bytes: frames (`serve.protocol.batch`). An answer is its length and outcomes; one of no
-bytes says that the worker could not do it, and TorchServe is asked, which has a word for every failure.
-Knows process ids and bytes, and nothing of models; `serve.worker.server` is the worker's end.
+TorchServe starts, watches, scales and ends the workers; only the batches bypass it, because its Java threads pass each
+of them on five times in both directions while the device waits (docs/decisions/0010-direct-sockets.md). With two
+connections to a worker, the second batch is read and decoded while the first is computed. The messages are described
+in `serve.protocol.worker`; the worker's end is `serve.worker.server`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import cast
 
-from serve.gateway.http_pool import BrokenOff
+from serve.gateway.http_pool import ConnectionLost
 from serve.protocol.batch import Bytes
+from serve.protocol.worker import BATCH_HEADER, LENGTH, MAX_MESSAGE_BYTES, socket_path
 
-__all__ = ["BATCH", "GREETING", "LENGTH", "LONGEST_BYTES", "LostWithBatch", "WorkerSockets", "socket_path"]
+__all__ = ["WorkerLost", "WorkerSockets"]
 
-BATCH = struct.Struct("<QI")  # bytes, seconds
-LENGTH = struct.Struct("<Q")
-GREETING = LENGTH.pack(0)  # an answer to nothing
-LONGEST_BYTES = (1 << 31) - 1  # what TorchServe itself takes at the most
-CONNECT_S = 1.0
+CONNECT_TIMEOUT_S = 1.0
 
 logger = logging.getLogger(__name__)
 
 
-class LostWithBatch(BrokenOff):
-    """The worker with the process id `pid` hung up before it had answered."""
+class WorkerLost(ConnectionLost):
+    """The worker with process id `pid` closed the connection before it answered."""
 
     def __init__(self, pid: int, reason: str) -> None:
         super().__init__(reason)
         self.pid = pid
 
 
-def socket_path(folder: Path, pid: int) -> Path:
-    """Where the worker with this process id listens."""
-    return folder / f"{pid}.sock"
-
-
 class WorkerSockets:
-    """Connections to workers, kept open; belongs to one event loop.
+    """Persistent connections to workers; belongs to one event loop.
 
     Args:
-        folder: where the sockets are; it must be the workers' owner's alone.
+        folder: folder of the sockets; only the owner of the workers may have access.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._idle: dict[int, list[_Connection]] = {}
         self._busy: set[_Connection] = set()
-        # Under way, by process id; those too for which a connection is being made.
+        # Batches in flight by process id, including those that still connect.
         self._batches: Counter[int] = Counter()
         self._hung: set[int] = set()
-        self._met: set[int] = set()
+        self._known: set[int] = set()
 
-    def follow(self, pids: set[int]) -> None:
-        """Hang up on workers that are not among `pids`: they are gone."""
+    def retain(self, pids: set[int]) -> None:
+        """Close the connections to workers that are not among `pids`."""
         for pid in self._idle.keys() - pids:
             for connection in self._idle.pop(pid):
                 connection.close()
         self._batches = Counter({pid: count for pid, count in self._batches.items() if count or pid in pids})
         self._hung &= pids
-        self._met &= pids
+        self._known &= pids
 
-    async def ask(
+    async def call(
         self, pids: Sequence[int], chunks: Sequence[Bytes], timeout_s: float, compute_s: int = 0
     ) -> bytes | None:
-        """The answer of that one of the workers `pids` that has least to do; None where TorchServe is to be asked.
+        """Send a batch to the worker with the fewest batches in flight.
 
         Args:
-            pids: process ids.
-            chunks: the batch, in the pieces it is in.
-            timeout_s: seconds to wait for the answer.
-            compute_s: whole seconds after which the worker shall end itself if it still computes; 0: none.
+            pids: process ids of the workers.
+            chunks: framed batch, in chunks.
+            timeout_s: timeout of the answer, seconds.
+            compute_s: whole seconds of computing after which the worker ends itself; 0 for no limit.
+
+        Returns:
+            Framed outcomes; None if the batch must go through TorchServe.
 
         Raises:
-            LostWithBatch: the worker went away with the batch.
-            TimeoutError: no answer within `timeout_s`. That worker gets no more batches this way, so that TorchServe
-                sees for itself that it hangs, and replaces it.
+            WorkerLost: the worker died with the batch.
+            TimeoutError: no answer within `timeout_s`. That worker gets no more batches here, so that TorchServe
+                notices that it hangs and replaces it.
         """
         for pid in sorted(pids, key=self._batches.__getitem__):
             if pid in self._hung:
@@ -96,31 +85,31 @@ class WorkerSockets:
             self._batches[pid] += 1
             try:
                 if (connection := await self._connection(pid)) is not None:
-                    head = BATCH.pack(sum(len(chunk) for chunk in chunks), compute_s)
-                    return await self._call(pid, connection, [head, *chunks], timeout_s) or None
+                    head = BATCH_HEADER.pack(sum(len(chunk) for chunk in chunks), compute_s)
+                    return await self._send(pid, connection, [head, *chunks], timeout_s) or None
             finally:
                 self._batches[pid] -= 1
         return None
 
     def close(self) -> None:
-        """Hang up; calls under way end with `LostWithBatch`."""
+        """Close all connections; calls in flight end with `WorkerLost`."""
         for connection in [*self._busy, *chain.from_iterable(self._idle.values())]:
             connection.close()
         self._idle.clear()
 
-    async def _call(
+    async def _send(
         self, pid: int, connection: _Connection, message: Sequence[Bytes], timeout_s: float
     ) -> bytes:
         self._busy.add(connection)
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await connection.ask(message)
+                answer = await connection.call(message)
         except BaseException as error:
             connection.close()
             if isinstance(error, TimeoutError):
                 self._hung.add(pid)
-            if isinstance(error, BrokenOff):
-                raise LostWithBatch(pid, str(error)) from None
+            if isinstance(error, ConnectionLost):
+                raise WorkerLost(pid, str(error)) from None
             raise
         finally:
             self._busy.discard(connection)
@@ -134,25 +123,25 @@ class WorkerSockets:
                 return connection
         made = _Connection()
         try:
-            async with asyncio.timeout(CONNECT_S):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 path = str(socket_path(self._folder, pid))
                 await asyncio.get_running_loop().create_unix_connection(lambda: made, path)
-                await made.greeted()
-        except (OSError, TimeoutError, BrokenOff):
-            # Not there yet, not any more, or in another container; no room, or it hangs.
+                await made.wait_for_hello()
+        except (OSError, TimeoutError, ConnectionLost):
+            # Not started yet, gone or in another container; or full or hung.
             made.close()
             return None
         except BaseException:
             made.close()
             raise
-        if pid not in self._met:
-            self._met.add(pid)
-            logger.info("worker %d takes batches directly", pid)
+        if pid not in self._known:
+            self._known.add(pid)
+            logger.info("sending batches to the socket of worker %d", pid)
         return made
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, one batch at a time."""
+    """One connection with one batch at a time."""
 
     def __init__(self) -> None:
         self.open = False
@@ -160,39 +149,39 @@ class _Connection(asyncio.Protocol):
         self._answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._received = bytearray()
 
-    async def greeted(self) -> None:
-        """Wait for the worker's greeting."""
+    async def wait_for_hello(self) -> None:
+        """Wait for the worker's hello."""
         if await self._answer or not self.open:
-            raise BrokenOff("the worker does not greet")
+            raise ConnectionLost("the worker sent no hello")
 
-    async def ask(self, message: Sequence[Bytes]) -> bytes:
-        """Send one message, in pieces, and wait for its answer."""
+    async def call(self, message: Sequence[Bytes]) -> bytes:
+        """Send one message and wait for its answer."""
         self._answer = asyncio.get_running_loop().create_future()
         assert self._transport is not None
-        # What the socket does not take now is kept by reference until it does: nothing is joined here.
+        # The transport keeps references to chunks that the socket does not accept yet; nothing is joined.
         self._transport.writelines(message)
         return await self._answer
 
     def close(self) -> None:
-        """Hang up at once."""
+        """Close the connection at once."""
         self.open = False
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are not derived from it
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclass of it
         self.open = True
 
     def data_received(self, data: bytes) -> None:
         if self._answer.done():
-            self.close()  # nothing was asked
+            self.close()  # unsolicited data
             return
         self._received += data
         if len(self._received) < LENGTH.size:
             return
         (length,) = LENGTH.unpack_from(self._received)
-        if length > LONGEST_BYTES or len(self._received) > LENGTH.size + length:
-            self._end("the worker's answer has an impossible length")
+        if length > MAX_MESSAGE_BYTES or len(self._received) > LENGTH.size + length:
+            self._end("invalid length of the worker's answer")
         elif len(self._received) == LENGTH.size + length:
             answer = bytes(memoryview(self._received)[LENGTH.size :])
             self._received = bytearray()
@@ -204,4 +193,4 @@ class _Connection(asyncio.Protocol):
     def _end(self, reason: str) -> None:
         self.close()
         if not self._answer.done():
-            self._answer.set_exception(BrokenOff(reason))
+            self._answer.set_exception(ConnectionLost(reason))

@@ -37,9 +37,9 @@ from serve.settings import Limits
 __all__ = [
     "MODALITIES",
     "Frame",
+    "FrameOptions",
     "FrameSpec",
     "Limits",
-    "Options",
     "decode_frame",
     "decode_json_request",
     "encode_json",
@@ -101,7 +101,7 @@ class FrameSpec:
 
 
 @dataclass(frozen=True)
-class Options:
+class FrameOptions:
     """What a caller may say about one frame.
 
     Attributes:
@@ -128,7 +128,7 @@ class Frame:
     """
 
     data: npt.NDArray[Any] | dict[str, Any]
-    options: Options
+    options: FrameOptions
 
     @property
     def points(self) -> npt.NDArray[np.float32] | None:
@@ -138,21 +138,21 @@ class Frame:
         return self.data if self.data.ndim == 2 and self.data.dtype == np.float32 else None
 
 
-def parse_options(values: Mapping[str, Any], base: Options | None = None) -> Options:
-    """Options from query values or JSON; strings and numbers alike.
+def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -> FrameOptions:
+    """FrameOptions from query values or JSON; strings and numbers alike.
 
     Raises:
         UnknownOption: an unknown name or an impossible value; the message lists what is known.
     """
     if not values:  # as nearly always
-        return base or Options()
-    known = {field.name for field in fields(Options)}
+        return base or FrameOptions()
+    known = {field.name for field in fields(FrameOptions)}
     changes: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
             raise UnknownOption(f"unknown option '{name}'; known are: {', '.join(sorted(known))}")
         changes[name] = _score(name, value) if name == "score_thr" else _count(name, value)
-    return replace(base or Options(), **changes)
+    return replace(base or FrameOptions(), **changes)
 
 
 def _score(name: str, value: Any) -> float:
@@ -180,7 +180,7 @@ def is_part(name: str) -> bool:
     return name in ("points", "image", "calibration", "text") or name.startswith("image.")
 
 
-def decode_frame(body: Body, spec: FrameSpec, options: Options, limits: Limits) -> Frame:
+def decode_frame(body: Body, spec: FrameSpec, options: FrameOptions, limits: Limits) -> Frame:
     """Decode one frame.
 
     Args:
@@ -223,7 +223,7 @@ def _spelled(spec: FrameSpec) -> str:
     return f"{'the parts ' if len(spec.parts) > 1 else 'one part, '}{', '.join(spec.parts)}"
 
 
-def _decode_part(name: str, body: Bytes, spec: FrameSpec, options: Options, limits: Limits) -> Any:
+def _decode_part(name: str, body: Bytes, spec: FrameSpec, options: FrameOptions, limits: Limits) -> Any:
     if name == "points":
         return _decode_points(body, spec.load_dim, options, limits)
     if name == "calibration":
@@ -239,7 +239,9 @@ def _decode_part(name: str, body: Bytes, spec: FrameSpec, options: Options, limi
     return picture
 
 
-def _decode_points(body: Bytes, load_dim: int, options: Options, limits: Limits) -> npt.NDArray[np.float32]:
+def _decode_points(
+    body: Bytes, load_dim: int, options: FrameOptions, limits: Limits
+) -> npt.NDArray[np.float32]:
     if options.load_dim is not None and options.load_dim != load_dim:
         raise UndecodableFrame(
             f"the request declares {options.load_dim} floats per point, this model takes {load_dim}"
@@ -263,7 +265,7 @@ def _decode_points(body: Bytes, load_dim: int, options: Options, limits: Limits)
     return points
 
 
-def _read_bin(body: Bytes, load_dim: int, options: Options, limits: Limits) -> npt.NDArray[np.float32]:
+def _read_bin(body: Bytes, load_dim: int, options: FrameOptions, limits: Limits) -> npt.NDArray[np.float32]:
     if len(body) == 0 and options.num_points != 0:
         raise UndecodableFrame(
             "the body is empty; an empty cloud is sent with num_points=0, or as .npy (0, load_dim)"

@@ -22,7 +22,7 @@ from serve.archive import Archive, InferenceOptions, Metadata
 from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, ServeError
 from serve.protocol.batch import Body
 from serve.protocol.calibration import MATRICES
-from serve.protocol.frames import Frame, Limits, Options, decode_frame
+from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
 from serve.runtime import fusion as folding
 from serve.runtime import predictions as answers
 from serve.runtime.model import build_network, is_segmentor, load_weights, quiet_upstream
@@ -67,7 +67,7 @@ class Detector:
             "serve_version": said.serve_version,
         }
 
-    def decode(self, body: Body, options: Options, limits: Limits) -> Frame:
+    def decode(self, body: Body, options: FrameOptions, limits: Limits) -> Frame:
         """Decode one frame for this model; raises what `wire.decode_frame` raises."""
         return decode_frame(body, self._samples.spec, options, limits)
 
@@ -264,5 +264,5 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _selected(outcome: Outcome, options: Options) -> Outcome:
+def _selected(outcome: Outcome, options: FrameOptions) -> Outcome:
     return outcome if isinstance(outcome, ServeError) else answers.select(outcome, options)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from serve.compare.labels import encode_labels, encode_segments
-from serve.protocol.frames import Options
+from serve.protocol.frames import FrameOptions
 
 __all__ = ["empty_answer", "empty_labels", "select", "to_answer"]
 
@@ -82,7 +82,7 @@ def empty_labels(classes: Sequence[str], model: dict[str, str]) -> dict[str, Any
     return _labels(np.zeros(0, dtype=np.uint8), classes, model)
 
 
-def select(answer: dict[str, Any], options: Options) -> dict[str, Any]:
+def select(answer: dict[str, Any], options: FrameOptions) -> dict[str, Any]:
     """The part of an answer (best score first) that a caller asked for; labels have no scores and stay whole."""
     scores = answer.get("scores", answer.get("scores_3d"))
     if scores is None:

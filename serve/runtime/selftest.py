@@ -15,7 +15,7 @@ from serve.compare.detections import Comparison, Tolerances, compare_answers
 from serve.compare.labels import LabelComparison
 from serve.errors import SelfTestError, ServeError
 from serve.protocol.batch import Body
-from serve.protocol.frames import Limits, Options
+from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime.detector import Detector
 
 __all__ = ["PRECISION_OF", "agrees", "prove", "run_golden"]
@@ -38,7 +38,7 @@ def run_golden(detector: Detector, frame: Body) -> dict[str, Any]:
         SelfTestError: the frame cannot be run.
     """
     num_points = 0 if not frame else None  # an empty file is an empty cloud here
-    outcome = detector.run([detector.decode(frame, Options(num_points=num_points), Limits())])[0]
+    outcome = detector.run([detector.decode(frame, FrameOptions(num_points=num_points), Limits())])[0]
     if isinstance(outcome, ServeError):
         raise SelfTestError(f"the golden frame cannot be run: {outcome}")
     return outcome

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.protocol.batch import Body
-from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
+from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
 from serve.visualize import overlays
 from serve.visualize.canvas import (
     Area,
@@ -226,7 +226,7 @@ def draw_frame(
         body = body["points" if cloud else "image"]
     spec = FrameSpec("lidar" if cloud else "image", load_dim=load_dim)
     count = 0 if cloud and not body else None  # an empty .bin is an empty cloud here
-    data: Any = decode_frame(body, spec, Options(num_points=count), Limits()).data
+    data: Any = decode_frame(body, spec, FrameOptions(num_points=count), Limits()).data
     if "pts_semantic_mask" in detections:
         return overlays.draw_point_labels(data, detections, size=size, title=title)
     if "panoptic_seg" in detections:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from serve.compare.labels import decode_labels, decode_segments
 from serve.protocol.batch import Bytes
 from serve.protocol.calibration import parse_calibration
-from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
+from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
 from serve.visualize.canvas import BgrImage, Text, class_colour, draw_line, draw_texts
 
 __all__ = ["draw_point_labels", "draw_projected", "draw_segments"]
@@ -116,7 +116,7 @@ def draw_projected(
     calibration: Any = parse_calibration(parts["calibration"], (needed,), cameras)
     drawn = []
     for name in images:
-        frame = decode_frame(parts[name], FrameSpec("image"), Options(), Limits())
+        frame = decode_frame(parts[name], FrameSpec("image"), FrameOptions(), Limits())
         matrices = calibration[name.partition(".")[2]] if cameras else calibration
         drawn.append(_with_boxes(np.asarray(frame.data), matrices[needed], answer, kind, score_thr))
     height = max(picture.shape[0] for picture in drawn)

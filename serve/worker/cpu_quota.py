@@ -13,10 +13,10 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["cores"]
+__all__ = ["available_cores"]
 
 
-def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
+def available_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
     """Cores to start threads for, at least 1: of those this process may run on, as many as its quota pays for.
 
     Args:

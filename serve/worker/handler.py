@@ -20,11 +20,11 @@ from serve import ops
 from serve.errors import ArchiveError, ServeError
 from serve.protocol.frames import encode_json
 from serve.settings import Settings
-from serve.worker.cpu_quota import cores
-from serve.worker.log_filters import thin_out
+from serve.worker.cpu_quota import available_cores
+from serve.worker.log_filters import install_log_filters
 from serve.worker.rows import Entry, Form, answer_row, read_batch, read_row
 from serve.worker.server import listen
-from serve.worker.watchdog import limited_to
+from serve.worker.watchdog import watchdog
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class DetectionHandler:
 
     def initialize(self, context: Any) -> None:
         """Load the unpacked archive; raises a `SetupError` that says why when it cannot be served."""
-        thin_out()
+        install_log_filters()
         self.settings = Settings.from_environment()
         ops.install(self.settings.ops, cache_dir=self.settings.cache_dir)
         from serve.runtime import device_for
@@ -63,7 +63,7 @@ class DetectionHandler:
         from serve.runtime import load_detector
         from serve.runtime.selftest import prove
 
-        torch.set_num_threads(self.settings.threads or min(torch.get_num_threads(), cores()))
+        torch.set_num_threads(self.settings.threads or min(torch.get_num_threads(), available_cores()))
         archive = open_directory(model_dir)
         if archive.metadata.package != self.package:
             raise ArchiveError(
@@ -135,7 +135,7 @@ class DetectionHandler:
     def _infer(self, frames: Sequence[Any], compute_s: int) -> tuple[Sequence[Any], float]:
         """The frames' outcomes, and how long the network took, seconds; in the engine's thread."""
         began = time.perf_counter()
-        with limited_to(compute_s):
+        with watchdog(compute_s):
             return self.detector.run(frames), time.perf_counter() - began
 
     def describe(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 
-__all__ = ["thin_out"]
+__all__ = ["install_log_filters"]
 
 GAUGE_EVERY_S = 1.0
 _METRICS_LOGGER = "ts.metrics.caching_metric"
@@ -42,7 +42,7 @@ class _GaugesSeldom(logging.Filter):
         return True
 
 
-def thin_out() -> None:
+def install_log_filters() -> None:
     """Do so in this process from now on; harmless the second time."""
     for name, made in (("root", _NotPerRequest), (_METRICS_LOGGER, _GaugesSeldom)):
         said_by = logging.getLogger(None if name == "root" else name)

@@ -1,7 +1,7 @@
 """TorchServe rows to frames, outcomes to bodies.
 
 A row is what TorchServe 0.12 hands a handler for one request: a dictionary of body, form fields and
-parts. Options travel as headers (``X-Score-Thr: 0.3``), form fields or JSON members: TorchServe drops
+parts. FrameOptions travel as headers (``X-Score-Thr: 0.3``), form fields or JSON members: TorchServe drops
 the query string of ``/predictions``. Knows nothing about models; decoding is `serve.protocol.frames`'s.
 """
 
@@ -21,19 +21,19 @@ from serve.protocol.batch import (
     pack_outcomes,
     unpack_frames,
 )
-from serve.protocol.frames import Options, decode_json_request, encode_json, is_part, parse_options
+from serve.protocol.frames import FrameOptions, decode_json_request, encode_json, is_part, parse_options
 
 if TYPE_CHECKING:  # rows are read where there is no network too
     from serve.runtime import Outcome
 
 __all__ = ["Entry", "Form", "Row", "answer_row", "read_batch", "read_row"]
 
-OPTION_NAMES = tuple(field.name for field in fields(Options))
+OPTION_NAMES = tuple(field.name for field in fields(FrameOptions))
 FRAME_FIELDS = ("body", "data", "file", "frame", "image", "points")
 # Names TorchServe itself puts into a row on its older addresses.
 IGNORED_FIELDS = ("model_name", "model", "model_version", "explain")
 
-Entry = tuple[Body, Options] | ClientError
+Entry = tuple[Body, FrameOptions] | ClientError
 # How a row is answered: as one frame, as a list of outcomes in JSON, or as framed outcomes (the gateway's way).
 Form = Literal["frame", "list", "outcomes"]
 
@@ -82,13 +82,13 @@ def read_row(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
     return Row(((body, options),), "frame")
 
 
-def read_batch(body: Bytes, base: Options | None = None) -> tuple[Entry, ...]:
+def read_batch(body: Bytes, base: FrameOptions | None = None) -> tuple[Entry, ...]:
     """The frames of a framed batch, each with its options on top of `base`, or what is wrong with it.
 
     Raises:
         BadRequest: it is not a framed batch.
     """
-    options = base or Options()
+    options = base or FrameOptions()
     return tuple(_entry(frame, given, options) for frame, given in unpack_frames(body))
 
 
@@ -131,7 +131,7 @@ def _part(name: str, value: Any) -> Bytes:
     return parts[name] if isinstance(parts, Mapping) else parts
 
 
-def _entry(body: Body, given: Mapping[str, Any], base: Options) -> Entry:
+def _entry(body: Body, given: Mapping[str, Any], base: FrameOptions) -> Entry:
     try:
         return body, parse_options(given, base)
     except ClientError as error:

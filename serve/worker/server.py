@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from serve.errors import ServeError
-from serve.gateway.worker_client import BATCH, GREETING, LENGTH, LONGEST_BYTES, socket_path
+from serve.protocol.worker import BATCH_HEADER, HELLO, LENGTH, MAX_MESSAGE_BYTES, socket_path
 
 __all__ = ["listen"]
 
@@ -71,7 +71,7 @@ def _serve(
     """Answer one batch after the other, until the other side hangs up."""
     try:
         with connection:
-            connection.sendall(GREETING)
+            connection.sendall(HELLO)
             while (received := _receive(connection)) is not None:
                 body = _answered(answer, *received)
                 del received
@@ -94,11 +94,11 @@ def _answered(answer: Callable[[memoryview, int], bytes], batch: memoryview, com
 
 def _receive(connection: socket.socket) -> tuple[memoryview, int] | None:
     """One batch and its seconds; None at the end of the connection, or where its length is impossible."""
-    head = bytearray(BATCH.size)
+    head = bytearray(BATCH_HEADER.size)
     if not _fill(connection, memoryview(head)):
         return None
-    length, compute_s = BATCH.unpack(head)
-    if length > LONGEST_BYTES:
+    length, compute_s = BATCH_HEADER.unpack(head)
+    if length > MAX_MESSAGE_BYTES:
         return None
     batch = memoryview(bytearray(length))
     return (batch, compute_s) if _fill(connection, batch) else None

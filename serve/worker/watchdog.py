@@ -12,11 +12,11 @@ import faulthandler
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["limited_to"]
+__all__ = ["watchdog"]
 
 
 @contextmanager
-def limited_to(seconds: float) -> Iterator[None]:
+def watchdog(seconds: float) -> Iterator[None]:
     """Let the process end if what is inside takes longer than `seconds` (0: however long it takes).
 
     A process has one such watch: not to be used in two threads at a time.

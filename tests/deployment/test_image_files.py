@@ -27,7 +27,7 @@ from serve.cli import serve as serving
 from serve.cli.main import COMMANDS
 from serve.gateway.admission import Admission
 from serve.gateway.batcher import BatchReport
-from serve.gateway.metrics import Measures
+from serve.gateway.metrics import DEPRECATED_NAMES, Metrics
 from serve.gateway.options import GatewayOptions
 from serve.settings import PREFIX, Settings
 from serve.torchserve import TorchServeOptions
@@ -306,13 +306,14 @@ def test_prometheus_scrapes_ports_that_there_are() -> None:
 
 @cache
 def exported() -> set[str]:
-    """Every name that the gateway, TorchServe and NVIDIA's exporter can export."""
-    measures = Measures(Admission(1, 1), lambda model: True)
-    measures.request("m", 200, 0.1)
-    measures.batch("m", BatchReport(items=1, cost=1, queue_s=(0.0,), run_s=0.1, failed=True))
-    measures.ready(True)
-    parsed = text_string_to_metric_families(measures.exposition().decode())
-    ours = {sample.name for family in parsed for sample in family.samples}
+    """Names of all metrics of the gateway (without deprecated ones), TorchServe and NVIDIA's exporter."""
+    metrics = Metrics(Admission(1, 1), lambda model: True)
+    metrics.observe_request("m", 200, 0.1)
+    metrics.observe_batch("m", BatchReport(items=1, cost=1, queue_s=(0.0,), run_s=0.1, failed=True))
+    metrics.set_ready(True)
+    parsed = text_string_to_metric_families(metrics.exposition().decode())
+    current = (family for family in parsed if family.name not in DEPRECATED_NAMES)
+    ours = {sample.name for family in current for sample in family.samples}
     torchserve = importlib.util.find_spec("ts")
     assert torchserve is not None and torchserve.origin is not None
     theirs = yaml.safe_load((Path(torchserve.origin).parent / "configs" / "metrics.yaml").read_text())[
@@ -355,9 +356,9 @@ def test_every_expression_is_about_metrics_that_there_are(title: str, expression
 def test_the_dashboard_shows_queue_batches_latency_outcomes_and_gpus() -> None:
     shown = {name for _, expression in expressions() for name in names_in(expression)}
     assert {
-        "mmdet3d_serve_queue_seconds_bucket", "mmdet3d_serve_batch_frames_bucket", "mmdet3d_serve_batch_cost_bucket",
-        "mmdet3d_serve_request_seconds_bucket", "mmdet3d_serve_requests_total", "mmdet3d_serve_pending_ratio",
-        "mmdet3d_serve_ready", "ts_queue_latency_microseconds", *DCGM,
+        "mmdet3d_serve_queue_duration_seconds_bucket", "mmdet3d_serve_request_duration_seconds_bucket",
+        "mmdet3d_serve_batch_frames_bucket", "mmdet3d_serve_batch_cost_bucket", "mmdet3d_serve_requests_total",
+        "mmdet3d_serve_pending_ratio", "mmdet3d_serve_ready", "ts_queue_latency_microseconds", *DCGM,
     } <= shown  # fmt: skip
 
 

@@ -32,14 +32,14 @@ import orjson, torch
 from serve import archive, ops
 ops.install()
 from serve.runtime import load_detector
-from serve.protocol.frames import Limits, Options, encode_json
+from serve.protocol.frames import Limits, FrameOptions, encode_json
 opened = archive.extract(Path(sys.argv[1]), Path(sys.argv[2]))
 detector = load_detector(opened, torch.device("cpu"))
 body = Path(sys.argv[3]).read_bytes()
 for threads in map(int, sys.argv[4:]):
     torch.set_num_threads(threads)
     for _ in range(2):
-        (outcome,) = detector.run([detector.decode(body, Options(), Limits())])
+        (outcome,) = detector.run([detector.decode(body, FrameOptions(), Limits())])
         if isinstance(outcome, Exception):
             raise outcome
         print(threads, encode_json(outcome).decode())

@@ -18,7 +18,7 @@ import torch
 from serve import archive
 from serve.compare.detections import compare
 from serve.errors import NonFinitePoints, UndecodableFrame
-from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
+from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
 from serve.runtime import device_for
 from serve.runtime import predictions as answers
 from serve.verify.reference import load_reference
@@ -80,7 +80,7 @@ def test_d06_n_rows_give_n_answers(ask, street):
 
 
 def test_d07_points_reach_the_pipeline_as_an_array(detector, street):
-    prepared = detector.prepare(decode_frame(street.tobytes(), FrameSpec("lidar"), Options(), Limits()))
+    prepared = detector.prepare(decode_frame(street.tobytes(), FrameSpec("lidar"), FrameOptions(), Limits()))
     assert prepared["inputs"]["points"].shape[1] == 4 and len(prepared["inputs"]["points"]) > 10_000
 
 
@@ -155,15 +155,15 @@ def test_d13_a_clients_mistake_is_a_4xx_and_its_batch_mates_are_served(ask, stre
 def test_d14_what_is_not_finite_or_too_large_never_reaches_the_network(value):
     points = np.full((5, 4), value, dtype=np.float32)
     with pytest.raises(NonFinitePoints):
-        decode_frame(points.tobytes(), FrameSpec("lidar"), Options(), Limits())
+        decode_frame(points.tobytes(), FrameSpec("lidar"), FrameOptions(), Limits())
     with pytest.raises(Exception, match="limit is 4") as refused:
-        decode_frame(points.tobytes(), FrameSpec("lidar"), Options(), Limits(max_points=4))
+        decode_frame(points.tobytes(), FrameSpec("lidar"), FrameOptions(), Limits(max_points=4))
     assert refused.value.status == 413
 
 
 def test_d15_inference_does_not_change_the_models_config(detector, street):
     before = orjson.dumps(detector.network.cfg.to_dict(), default=str)
-    detector.run([decode_frame(street.tobytes(), FrameSpec("lidar"), Options(), Limits())] * 2)
+    detector.run([decode_frame(street.tobytes(), FrameSpec("lidar"), FrameOptions(), Limits())] * 2)
     assert orjson.dumps(detector.network.cfg.to_dict(), default=str) == before
 
 
@@ -171,7 +171,7 @@ def test_d16_the_pipeline_is_built_once(detector, street, monkeypatch):
     from mmengine.dataset import Compose
 
     monkeypatch.setattr(Compose, "__init__", lambda *_: pytest.fail("built again"))
-    detector.run([decode_frame(street.tobytes(), FrameSpec("lidar"), Options(), Limits())])
+    detector.run([decode_frame(street.tobytes(), FrameSpec("lidar"), FrameOptions(), Limits())])
 
 
 @pytest.fixture(scope="module")
@@ -214,4 +214,4 @@ def test_the_worker_survives_every_refusal(handler, demo_archive, street):
     handler.handle([{"body": street.tobytes()}], context)
     assert context.status[0][0] == 200
     with pytest.raises(UndecodableFrame):
-        handler.detector.decode(b"", Options(), Limits())
+        handler.detector.decode(b"", FrameOptions(), Limits())

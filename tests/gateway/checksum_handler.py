@@ -15,7 +15,7 @@ from serve.errors import BadRequest, OutOfMemory
 from serve.protocol.batch import OUTCOMES_CONTENT_TYPE, Outcomes, pack_outcomes, unpack_frames
 from serve.settings import Settings
 from serve.worker.server import listen
-from serve.worker.watchdog import limited_to
+from serve.worker.watchdog import watchdog
 
 SPEC = {"modality": "lidar", "parts": ["points"], "load_dim": 4, "box_type_3d": "LiDAR", "classes": ["Car"]}
 
@@ -48,7 +48,7 @@ class Checksum:
 
     def answer_batch(self, body, compute_s):
         """A batch that came directly."""
-        with self.one_at_a_time, limited_to(compute_s):
+        with self.one_at_a_time, watchdog(compute_s):
             status, answer = self.answer([bytes(frame) for frame, _ in unpack_frames(body)])
         if status != 200:
             raise OutOfMemory("it does not fit")

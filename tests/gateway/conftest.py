@@ -14,8 +14,8 @@ import pytest
 
 from serve.gateway.admission import Admission
 from serve.gateway.app import create_app
-from serve.gateway.lifecycle import Life
-from serve.gateway.models import ModelTable
+from serve.gateway.lifecycle import Lifecycle
+from serve.gateway.models import ModelRegistry
 from serve.gateway.options import GatewayOptions
 from tests.gateway.fake_torchserve import FakeTorchServe
 from tests.gateway.running import Background, Listening, eventually
@@ -30,8 +30,8 @@ class RunningGateway:
     client: httpx.Client
     listening: Listening
     admission: Admission
-    table: ModelTable
-    life: Life
+    registry: ModelRegistry
+    lifecycle: Lifecycle
 
     @property
     def url(self) -> str:
@@ -42,7 +42,7 @@ class RunningGateway:
 
     def idle(self) -> bool:
         """Whether nothing is counted, waiting or running any more."""
-        batchers = [model.batcher for model in self.table.all() if model.batcher is not None]
+        batchers = [model.batcher for model in self.registry.all() if model.batcher is not None]
         return not (
             self.admission.items
             or self.admission.bytes
@@ -116,14 +116,14 @@ def torchserve(backend: FakeBackend) -> FakeTorchServe:
 @contextmanager
 def running_gateway(background: Background, **options: Any) -> Iterator[RunningGateway]:
     """A gateway with these options; it must end with nothing pending."""
-    life = Life()
-    app: Any = background.call(_created(GatewayOptions(**options), life))
+    lifecycle = Lifecycle()
+    app: Any = background.call(_created(GatewayOptions(**options), lifecycle))
     listening = Listening(background, app)
     client = httpx.Client(base_url=listening.url, trust_env=False, timeout=20.0, verify=NO_TLS)
     inner = app
     while not hasattr(inner, "state"):
         inner = getattr(inner, "_app", None) or inner.app
-    made = RunningGateway(client, listening, inner.state.admission, inner.state.table, life)
+    made = RunningGateway(client, listening, inner.state.admission, inner.state.registry, lifecycle)
     try:
         yield made
         eventually(made.idle)
@@ -145,8 +145,8 @@ def start_gateway(background: Background, backend: FakeBackend) -> Iterator[Call
         backend.release()
 
 
-async def _created(options: GatewayOptions, life: Life) -> Any:
-    return create_app(options, life)
+async def _created(options: GatewayOptions, lifecycle: Lifecycle) -> Any:
+    return create_app(options, lifecycle)
 
 
 @pytest.fixture

@@ -43,14 +43,14 @@ class Device:
         cost: int = 100,
         nbytes: int = 1000,
         slots: int = 1,
-        ahead: int = 0,
+        prefetch: int = 0,
         **more: Any,
     ) -> Batcher[Any, Any]:
         return Batcher(
             self.run,
             BatchLimits(items, cost, nbytes),
             slots=slots,
-            ahead=ahead,
+            prefetch=prefetch,
             observe=self.reports.append,
             **more,
         )

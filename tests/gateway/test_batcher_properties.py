@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.errors import NotReady
-from serve.gateway.batcher import Batcher, BatchLimits, Settled, padded, ragged
+from serve.gateway.batcher import Batcher, BatchLimits, BatchResult, padded, ragged
 from tests.gateway.device import in_a_loop, turns
 
 LIMITS = BatchLimits(items=3, cost=10, nbytes=20)
@@ -25,15 +25,15 @@ Item = tuple[int, int, int, str]  # number, cost, bytes, key
 class Watched:
     """Runs batches until told to end them, and checks each at its start against what was promised."""
 
-    def __init__(self, batch_cost: Any, slots: int, ahead: int) -> None:
-        self.cost_of, self.slots, self.ahead = batch_cost, slots, ahead
+    def __init__(self, batch_cost: Any, slots: int, prefetch: int) -> None:
+        self.cost_of, self.slots, self.prefetch = batch_cost, slots, prefetch
         self.running: list[tuple[list[Item], asyncio.Future[str]]] = []
         self.last_of: dict[str, int] = {}
         self.ran: set[int] = set()
         self.given_up: set[int] = set()
         self.wrong: list[AssertionError] = []
         self.batcher: Batcher[Item, int] = Batcher(
-            self.run, LIMITS, batch_cost=batch_cost, slots=slots, ahead=ahead
+            self.run, LIMITS, batch_cost=batch_cost, slots=slots, prefetch=prefetch
         )
 
     async def run(self, batch: Any) -> Any:
@@ -45,7 +45,7 @@ class Watched:
 
     def check(self, batch: Any) -> None:
         costs, sizes = [item[1] for item in batch], [item[2] for item in batch]
-        assert len(self.running) < self.slots + self.ahead
+        assert len(self.running) < self.slots + self.prefetch
         assert 1 <= len(batch) <= LIMITS.items
         assert len({item[3] for item in batch}) == 1
         if len(batch) > 1:
@@ -73,13 +73,15 @@ class Watched:
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(steps=STEPS, cost=st.sampled_from([ragged, padded]), slots=st.integers(1, 3), ahead=st.integers(0, 2))
+@given(
+    steps=STEPS, cost=st.sampled_from([ragged, padded]), slots=st.integers(1, 3), prefetch=st.integers(0, 2)
+)
 @in_a_loop
 async def test_every_item_is_settled_once_with_its_own_answer_and_no_bound_is_passed(
-    steps, cost, slots, ahead
+    steps, cost, slots, prefetch
 ):
-    watched = Watched(cost, slots, ahead)
-    tasks: list[asyncio.Task[Settled[int]]] = []
+    watched = Watched(cost, slots, prefetch)
+    tasks: list[asyncio.Task[BatchResult[int]]] = []
     broken: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: broken.append(context))
     for step in [*steps, ("turn",)]:

@@ -160,8 +160,8 @@ class Client:
     async def refused(self, sent: bytes, *statuses: int, drip=None):
         status, body = await self.exchange(sent, drip=drip)
         # Whoever is still sending when the gateway has answered and closed may see the reset before the answer.
-        cut_off = status == 0 and drip is not None
-        assert cut_off or status in statuses or status in BUSY - {200}, (status, body, sent[:100])
+        dropped_requests = status == 0 and drip is not None
+        assert dropped_requests or status in statuses or status in BUSY - {200}, (status, body, sent[:100])
         return status
 
     async def odd_length(self):
@@ -318,7 +318,7 @@ def test_after_mixed_requests_and_dead_workers_a_normal_one_is_answered(gateway,
     seconds = time.monotonic() - began
     quiet = eventually(lambda: (found := pending(url)) and not any(found.values()) and found, 60)
     growth_mib = (process.memory_info().rss - rss_before) / (1 << 20)
-    table(counts)
+    registry(counts)
     by_status = Counter[str]()
     for (_, status), number in counts.items():
         by_status[str(status)] += number
@@ -337,7 +337,7 @@ def test_after_mixed_requests_and_dead_workers_a_normal_one_is_answered(gateway,
     assert answer.status_code == 200 and answer.content == checksum(frame)
 
 
-def table(counts: Counter[tuple[str, int | str]]) -> None:
+def registry(counts: Counter[tuple[str, int | str]]) -> None:
     statuses = sorted({status for _, status in counts}, key=str)
     print("\n" + f"{'kind':16}" + "".join(f"{status!s:>7}" for status in statuses))
     for kind in WEIGHTS:

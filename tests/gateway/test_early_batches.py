@@ -12,7 +12,7 @@ import pytest
 
 from serve.errors import NotReady
 from serve.gateway.batcher import Batcher, BatchLimits
-from serve.gateway.latency import Forecast
+from serve.gateway.latency import LatencyModel
 from tests.gateway.virtual_time import in_virtual_time
 
 HANDOVER_S, FIXED_S, EACH_S = 0.003, 0.020, 0.002
@@ -21,7 +21,7 @@ HANDOVER_S, FIXED_S, EACH_S = 0.003, 0.020, 0.002
 class Worker:
     """One worker behind a transport: batches wait for their turn there, and each takes its time."""
 
-    def __init__(self, early_s: float, jitter_s: float = 0.0, workers: int = 1) -> None:
+    def __init__(self, lead_time_s: float, jitter_s: float = 0.0, workers: int = 1) -> None:
         self.sent: list[tuple[float, int]] = []
         self.began: list[float] = []
         self.ended: list[float] = []
@@ -30,7 +30,12 @@ class Worker:
         self.turn = asyncio.Semaphore(workers)
         self.loop = asyncio.get_running_loop()
         self.batcher: Batcher[Any, Any] = Batcher(
-            self.run, BatchLimits(items=16), slots=workers, ahead=1, early_s=early_s, clock=self.loop.time
+            self.run,
+            BatchLimits(items=16),
+            slots=workers,
+            prefetch=1,
+            lead_time_s=lead_time_s,
+            clock=self.loop.time,
         )
 
     async def run(self, items: Sequence[Any]) -> Sequence[Any]:
@@ -65,7 +70,7 @@ class Worker:
 
 @in_virtual_time
 async def test_the_next_batch_is_there_when_the_worker_is_free():
-    late, early = Worker(early_s=0.0), Worker(early_s=HANDOVER_S)
+    late, early = Worker(lead_time_s=0.0), Worker(lead_time_s=HANDOVER_S)
     slow, fast = await late.arrivals(2000, 0.010), await early.arrivals(2000, 0.010)
     assert min(late.idle_s()) == pytest.approx(HANDOVER_S)
     assert statistics.median(early.idle_s()) < HANDOVER_S / 10
@@ -77,7 +82,7 @@ async def test_the_next_batch_is_there_when_the_worker_is_free():
 
 @in_virtual_time
 async def test_what_arrives_while_a_slot_is_about_to_be_free_goes_at_once():
-    worker = Worker(early_s=0.004)
+    worker = Worker(lead_time_s=0.004)
     for _ in range(10):  # it learns: 25 ms each, hand-over included
         await worker.batcher.submit("item", cost=1)
     start = worker.loop.time()
@@ -90,7 +95,7 @@ async def test_what_arrives_while_a_slot_is_about_to_be_free_goes_at_once():
 
 @in_virtual_time
 async def test_a_worker_that_takes_longer_than_expected_gets_no_more_than_one_ahead():
-    worker = Worker(early_s=0.004)
+    worker = Worker(lead_time_s=0.004)
     for _ in range(10):
         await worker.batcher.submit("item", cost=1)
     worker.jitter_s = 1.0  # a hiccup
@@ -109,7 +114,7 @@ async def test_a_worker_that_takes_longer_than_expected_gets_no_more_than_one_ah
 
 @in_virtual_time
 async def test_where_times_cannot_be_foreseen_a_batch_waits_for_the_slot():
-    worker = Worker(early_s=0.004, jitter_s=0.040)
+    worker = Worker(lead_time_s=0.004, jitter_s=0.040)
     await worker.arrivals(300, 0.010)
     first_idle = worker.idle_s()
     assert min(first_idle[20:]) == pytest.approx(HANDOVER_S)
@@ -117,7 +122,7 @@ async def test_where_times_cannot_be_foreseen_a_batch_waits_for_the_slot():
 
 @in_virtual_time
 async def test_with_two_workers_the_first_to_be_free_is_foreseen():
-    worker = Worker(early_s=0.004, workers=2)
+    worker = Worker(lead_time_s=0.004, workers=2)
     latencies = await worker.arrivals(600, 0.004)
     assert worker.batcher.running == worker.batcher.waiting == 0
     assert max(latencies[100:]) < 0.080
@@ -125,11 +130,11 @@ async def test_with_two_workers_the_first_to_be_free_is_foreseen():
 
 @in_virtual_time
 async def test_an_item_that_fails_teaches_as_much_as_one_that_does_not_and_a_failed_batch_nothing():
-    worker = Worker(early_s=0.004)
+    worker = Worker(lead_time_s=0.004)
     for _ in range(10):
         with pytest.raises(ValueError, match="broken"):
             await worker.batcher.submit("broken", cost=1)
-    assert worker.batcher._forecast.seconds(1, within_s=0.001) == pytest.approx(0.025)
+    assert worker.batcher._latency_model.predict(1, max_error_s=0.001) == pytest.approx(0.025)
 
     async def gone(items: Sequence[Any]) -> Sequence[Any]:
         await asyncio.sleep(30)
@@ -138,48 +143,46 @@ async def test_an_item_that_fails_teaches_as_much_as_one_that_does_not_and_a_fai
     worker.batcher._run = gone
     with pytest.raises(NotReady):
         await worker.batcher.submit("lost", cost=1)
-    assert worker.batcher._forecast.seconds(1, within_s=0.001) == pytest.approx(0.025)
+    assert worker.batcher._latency_model.predict(1, max_error_s=0.001) == pytest.approx(0.025)
 
 
-def told(pairs: Sequence[tuple[float, float]]) -> Forecast:
-    forecast = Forecast()
+def told(pairs: Sequence[tuple[float, float]]) -> LatencyModel:
+    latency = LatencyModel()
     for cost, seconds in pairs:
-        forecast.tell(cost, seconds)
-    return forecast
+        latency.observe(cost, seconds)
+    return latency
 
 
 def test_a_forecast_follows_a_line_through_cost():
-    forecast = told(
-        [(cost, 0.02 + 1e-6 * cost) for cost in (20e3, 50e3, 120e3, 30e3, 70e3, 90e3, 20e3, 60e3)]
-    )
-    assert forecast.seconds(100e3, within_s=0.5) == pytest.approx(0.12)
+    latency = told([(cost, 0.02 + 1e-6 * cost) for cost in (20e3, 50e3, 120e3, 30e3, 70e3, 90e3, 20e3, 60e3)])
+    assert latency.predict(100e3, max_error_s=0.5) == pytest.approx(0.12)
 
 
 def test_a_forecast_says_nothing_before_it_has_seen_enough_or_after_it_was_wrong():
-    assert told([(1, 0.1)] * 5).seconds(1, within_s=1.0) is None
+    assert told([(1, 0.1)] * 5).predict(1, max_error_s=1.0) is None
     steady = told([(1, 0.1)] * 6)
-    assert steady.seconds(1, within_s=0.001) == pytest.approx(0.1)
+    assert steady.predict(1, max_error_s=0.001) == pytest.approx(0.1)
     for _ in range(6):
-        steady.tell(1, 2.0)
-    assert steady.seconds(1, within_s=0.01) is None
+        steady.observe(1, 2.0)
+    assert steady.predict(1, max_error_s=0.01) is None
     for _ in range(80):
-        steady.tell(1, 0.1)
-    assert steady.seconds(1, within_s=0.01) == pytest.approx(0.1, rel=0.05)
+        steady.observe(1, 0.1)
+    assert steady.predict(1, max_error_s=0.01) == pytest.approx(0.1, rel=0.05)
 
 
 def test_one_batch_far_from_the_others_does_not_stop_the_forecasts():
     steady = told([(cost, 0.02 + 0.002 * cost) for cost in (1, 2, 3, 4)] * 5)
-    steady.tell(2, 2.0)
-    assert steady.seconds(3, within_s=0.0015) == pytest.approx(0.026, abs=0.0005)
+    steady.observe(2, 2.0)
+    assert steady.predict(3, max_error_s=0.0015) == pytest.approx(0.026, abs=0.0005)
 
 
 def test_a_lasting_change_is_learnt():
     changed = told([(1, 0.02)] * 40)
     for _ in range(60):
-        changed.tell(1, 0.2)
-    assert changed.seconds(1, within_s=0.02) == pytest.approx(0.2, rel=0.1)
+        changed.observe(1, 0.2)
+    assert changed.predict(1, max_error_s=0.02) == pytest.approx(0.2, rel=0.1)
 
 
 def test_a_forecast_never_says_that_more_work_takes_less_time():
-    forecast = told([(10, 0.2), (20, 0.1)] * 5)
-    assert forecast.seconds(1000, within_s=9) <= forecast.seconds(2000, within_s=9)
+    latency = told([(10, 0.2), (20, 0.1)] * 5)
+    assert latency.predict(1000, max_error_s=9) <= latency.predict(2000, max_error_s=9)

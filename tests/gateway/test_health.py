@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import threading
 
+import pytest
+
+from serve.gateway.metrics import DEPRECATED_NAMES
 from tests.gateway.fake_torchserve import CLOUDS, FakeModel
 from tests.gateway.running import eventually
 
@@ -109,7 +112,7 @@ def test_without_any_model_it_is_not_ready(start_gateway, torchserve):
 
 def test_draining_is_not_ready_but_alive_and_answering(gateway, cloud):
     eventually(lambda: ready(gateway))
-    gateway.life.drain()
+    gateway.lifecycle.drain()
     assert gateway.client.get("/health/ready").json()["reasons"] == ["draining"]
     assert gateway.client.get("/v2/health/ready").status_code == 503
     assert gateway.client.get("/health/live").json()["live"] is True
@@ -129,7 +132,7 @@ def test_torchserve_is_not_asked_while_nothing_is_asked_of_the_gateway(
 async def _quiet_for(seconds: float) -> None:
     import asyncio
 
-    await asyncio.sleep(seconds)  # longer than a table is believed: what is shown is that nothing happens
+    await asyncio.sleep(seconds)  # longer than a registry is believed: what is shown is that nothing happens
 
 
 def metrics(gateway) -> dict[str, float]:
@@ -166,9 +169,19 @@ def test_metrics_count_requests_batches_and_what_is_pending(gateway, backend, cl
     assert grown('mmdet3d_serve_batch_frames_count{model="second"}') == 3
     assert grown('mmdet3d_serve_batch_frames_sum{model="second"}') == 5
     assert grown('mmdet3d_serve_batch_cost_sum{model="second"}') == 3 * 16 + 1 + 16
-    assert grown('mmdet3d_serve_queue_seconds_count{model="second"}') == 5
-    assert grown('mmdet3d_serve_inference_seconds_count{model="second"}') == 3
+    assert grown('mmdet3d_serve_queue_duration_seconds_count{model="second"}') == 5
+    assert grown('mmdet3d_serve_batch_duration_seconds_count{model="second"}') == 3
     assert after["mmdet3d_serve_pending_frames"] == after["mmdet3d_serve_pending_bytes"] == 0
+
+
+@pytest.mark.parametrize(("old", "new"), DEPRECATED_NAMES.items())
+def test_renamed_metric_is_exported_under_its_old_name_too(gateway, cloud, old, new):
+    gateway.post(content=cloud(1))
+    found = metrics(gateway)
+    labels = '{model="second"}'
+    assert found[f"{old}_count{labels}"] == found[f"{new}_count{labels}"] > 0
+    assert found[f"{old}_sum{labels}"] == found[f"{new}_sum{labels}"]
+    assert f"# HELP {old} Deprecated: use {new}" in gateway.client.get("/metrics").text
 
 
 def test_labels_do_not_grow_with_names_that_clients_make_up(gateway, cloud):

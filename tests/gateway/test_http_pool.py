@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from serve.gateway.http_pool import BrokenOff, Connections, Unreachable
+from serve.gateway.http_pool import ConnectFailed, ConnectionLost, ConnectionPool
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nX-Kind: plain\r\n\r\nok"
@@ -66,7 +66,7 @@ def ask(answer: Answer, times: int = 1, timeout_s: float = 20.0, chunks: tuple[b
 
     async def run():
         async with Server(answer) as server:
-            connections = Connections(server.url)
+            connections = ConnectionPool(server.url)
             try:
                 replies = [
                     await connections.post("/x", {"content-type": "a/b"}, chunks, timeout_s)
@@ -127,7 +127,7 @@ def test_a_broken_answer_is_broken_off(said):
         await read(reader)
         writer.write(said)
 
-    with pytest.raises(BrokenOff):
+    with pytest.raises(ConnectionLost):
         ask(answer)
 
 
@@ -142,7 +142,7 @@ def test_no_answer_in_time_is_a_timeout_and_the_connection_goes():
 
         async with Server(answer) as server:
             with pytest.raises(TimeoutError):
-                await Connections(server.url).post("/x", {}, [b"a"], 0.05)
+                await ConnectionPool(server.url).post("/x", {}, [b"a"], 0.05)
             async with asyncio.timeout(20):
                 await ended.wait()
 
@@ -153,9 +153,9 @@ def test_nobody_there_is_unreachable(free_ports):
     (port,) = free_ports(1)
 
     async def run():
-        await Connections(f"http://127.0.0.1:{port}").post("/x", {}, [b"a"], 5.0)
+        await ConnectionPool(f"http://127.0.0.1:{port}").post("/x", {}, [b"a"], 5.0)
 
-    with pytest.raises(Unreachable):
+    with pytest.raises(ConnectFailed):
         asyncio.run(run())
 
 
@@ -174,7 +174,7 @@ def test_calls_at_a_time_have_a_connection_each():
             writer.write(OK)
 
         async with Server(answer) as server:
-            connections = Connections(server.url)
+            connections = ConnectionPool(server.url)
             replies = await asyncio.gather(*(connections.post("/x", {}, [b"a"], 20.0) for _ in range(3)))
             connections.close()
             return replies, server.taken
@@ -194,7 +194,7 @@ def test_a_call_that_is_cancelled_hangs_up():
             ended.set()
 
         async with Server(answer) as server:
-            connections = Connections(server.url)
+            connections = ConnectionPool(server.url)
             call = asyncio.create_task(connections.post("/x", {}, [b"a"], 20.0))
             await asked.wait()
             call.cancel()
@@ -216,11 +216,11 @@ def test_closing_ends_calls_under_way():
             await reader.read()
 
         async with Server(answer) as server:
-            connections = Connections(server.url)
+            connections = ConnectionPool(server.url)
             call = asyncio.create_task(connections.post("/x", {}, [b"a"], 20.0))
             await asked.wait()
             connections.close()
-            with pytest.raises(BrokenOff):
+            with pytest.raises(ConnectionLost):
                 await call
 
     asyncio.run(run())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serve.gateway.http_protocol import MAX_HEAD_BYTES, bounded_protocol
+from serve.gateway.http_protocol import MAX_HEADER_BYTES, make_protocol_class
 from tests.gateway import raw
 from tests.gateway.running import Background, Listening
 
@@ -29,7 +29,7 @@ def listen(background: Background) -> Iterator[Callable[..., str]]:
     with ExitStack() as stack:
 
         def start(head_timeout_s: float = 10.0, request_timeout_s: float = 10.0, requests: int = 0) -> str:
-            protocol = bounded_protocol(head_timeout_s, request_timeout_s, requests)
+            protocol = make_protocol_class(head_timeout_s, request_timeout_s, requests)
             listening = Listening(background, at_once, http=protocol, lifespan="off")
             stack.callback(listening.close)
             return listening.url
@@ -81,15 +81,15 @@ def test_a_head_without_end_is_refused_before_it_is_kept(listen):
 
 def test_a_head_over_the_limit_is_told_so(listen):
     with raw.connected(listen()) as connection:
-        connection.sendall(raw.head("/")[:-2] + b"x-more: " + b"y" * MAX_HEAD_BYTES)
+        connection.sendall(raw.head("/")[:-2] + b"x-more: " + b"y" * MAX_HEADER_BYTES)
         received = raw.answer(connection)
-    assert raw.status(received) == 400 and str(MAX_HEAD_BYTES).encode() in received
+    assert raw.status(received) == 400 and str(MAX_HEADER_BYTES).encode() in received
 
 
 def test_a_large_body_in_the_same_piece_as_its_head_is_no_large_head(listen):
     with raw.connected(listen()) as connection:
         for _ in range(3):
-            connection.sendall(raw.request("/", b"x" * (4 * MAX_HEAD_BYTES)))
+            connection.sendall(raw.request("/", b"x" * (4 * MAX_HEADER_BYTES)))
             assert raw.status(raw.answer(connection)) == 404
 
 

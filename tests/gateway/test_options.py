@@ -108,7 +108,7 @@ def run_gateway(*arguments: str, **variables: str) -> subprocess.CompletedProces
             {},
             "error: api_keys_file /nonexistent/keys: No such file",
         ),
-        (["--backend-key-file", "/nonexistent/keys"], {}, "is not TorchServe's key_file.json"),
+        (["--backend-key-file", "/nonexistent/keys"], {}, "cannot read /nonexistent/keys"),
         (["--host", "203.0.113.1"], {}, "error: cannot listen on 203.0.113.1 port 8000"),
         (["--host", "not a host"], {}, "error: cannot listen on not a host"),
         (["--colour", "red"], {}, "unrecognized arguments"),

@@ -1,4 +1,4 @@
-"""The life of the real process: start, serve, drain, end; and what it costs when nothing happens."""
+"""The lifecycle of the real process: start, serve, drain, end; and what it costs when nothing happens."""
 
 from __future__ import annotations
 

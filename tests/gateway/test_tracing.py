@@ -15,8 +15,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from starlette.responses import PlainTextResponse
 
 from serve.gateway.admission import Admission
-from serve.gateway.metrics import Measures
-from serve.gateway.middleware import Envelope
+from serve.gateway.metrics import Metrics
+from serve.gateway.middleware import RequestMiddleware
 from serve.gateway.response import Timing
 from serve.gateway.tracing import Tracing
 
@@ -57,8 +57,8 @@ async def app(scope, receive, send):
 
 
 def ask(tracing: Tracing, headers: dict[str, str]) -> httpx.Response:
-    enveloped = Envelope(
-        app, keys=(), measures=Measures(Admission(1, 1), lambda name: False), tracing=tracing
+    enveloped = RequestMiddleware(
+        app, keys=(), metrics=Metrics(Admission(1, 1), lambda name: False), tracing=tracing
     )
 
     async def send() -> httpx.Response:

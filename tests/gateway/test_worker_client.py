@@ -14,16 +14,9 @@ from pathlib import Path
 import pytest
 
 from serve.errors import BadRequest
-from serve.gateway.http_pool import BrokenOff
-from serve.gateway.worker_client import (
-    BATCH,
-    GREETING,
-    LENGTH,
-    LONGEST_BYTES,
-    LostWithBatch,
-    WorkerSockets,
-    socket_path,
-)
+from serve.gateway.http_pool import ConnectionLost
+from serve.gateway.worker_client import WorkerLost, WorkerSockets
+from serve.protocol.worker import BATCH_HEADER, HELLO, LENGTH, MAX_MESSAGE_BYTES, socket_path
 from serve.worker.server import listen
 
 OWN = os.getpid()
@@ -58,7 +51,7 @@ def test_a_batch_of_pieces_comes_whole_and_its_answer_too(tmp_path):
     with worker(tmp_path, lambda body: bytes(body)[::-1]):
 
         async def calls(sockets):
-            return [await sockets.ask([OWN], pieces, 20.0) for _ in range(3)]
+            return [await sockets.call([OWN], pieces, 20.0) for _ in range(3)]
 
         answers = asking(tmp_path, calls)
     assert answers == [(b"ab" + large + b"c")[::-1]] * 3
@@ -68,7 +61,7 @@ def test_the_worker_is_told_for_how_long_it_may_compute(tmp_path):
     with closing(listen(tmp_path, lambda batch, compute_s: str(compute_s).encode())):
 
         async def calls(sockets):
-            return [await sockets.ask([OWN], [b"x"], 20.0, 7), await sockets.ask([OWN], [b"x"], 20.0)]
+            return [await sockets.call([OWN], [b"x"], 20.0, 7), await sockets.call([OWN], [b"x"], 20.0)]
 
         assert asking(tmp_path, calls) == [b"7", b"0"]
 
@@ -83,7 +76,7 @@ def test_a_second_batch_is_taken_while_the_first_is_answered(tmp_path):
     with worker(tmp_path, answer):
 
         async def calls(sockets):
-            return await asyncio.gather(*(sockets.ask([OWN], [name], 20.0) for name in (b"one", b"two")))
+            return await asyncio.gather(*(sockets.call([OWN], [name], 20.0) for name in (b"one", b"two")))
 
         assert asking(tmp_path, calls) == [b"one", b"two"]
 
@@ -98,7 +91,7 @@ def test_what_a_worker_cannot_do_is_left_to_torchserve_and_the_connection_lives(
     with worker(tmp_path, answer):
 
         async def calls(sockets):
-            return [await sockets.ask([OWN], [name], 20.0) for name in (b"bad", b"good")]
+            return [await sockets.call([OWN], [name], 20.0) for name in (b"bad", b"good")]
 
         assert asking(tmp_path, calls) == [None, b"good"]
 
@@ -109,7 +102,7 @@ def test_without_a_worker_that_listens_torchserve_is_asked(tmp_path):
     stale.close()
 
     async def calls(sockets):
-        return [await sockets.ask(pids, [b"x"], 20.0) for pids in ([], [1], [1, 2])]
+        return [await sockets.call(pids, [b"x"], 20.0) for pids in ([], [1], [1, 2])]
 
     assert asking(tmp_path, calls) == [None, None, None]
 
@@ -121,26 +114,26 @@ def test_a_worker_that_went_away_with_a_batch_says_so_and_the_next_one_is_asked(
 
         def die() -> None:
             connection, _ = dying.accept()
-            connection.sendall(GREETING)
-            connection.recv(BATCH.size + 1)
+            connection.sendall(HELLO)
+            connection.recv(BATCH_HEADER.size + 1)
             connection.close()
 
         thread = threading.Thread(target=die)
         thread.start()
 
         async def calls(sockets):
-            with pytest.raises(LostWithBatch, match="closed by the worker") as lost:
-                await sockets.ask([1, OWN], [b"x"], 20.0)
+            with pytest.raises(WorkerLost, match="closed by the worker") as lost:
+                await sockets.call([1, OWN], [b"x"], 20.0)
             assert lost.value.pid == 1
             dying.close()
-            return await sockets.ask([1, OWN], [b"x"], 20.0)
+            return await sockets.call([1, OWN], [b"x"], 20.0)
 
         with worker(tmp_path, bytes):
             assert asking(tmp_path, calls) == b"x"
         thread.join()
 
 
-@pytest.mark.parametrize("sent", [LENGTH.pack(LONGEST_BYTES + 1), LENGTH.pack(1) + b"too much"])
+@pytest.mark.parametrize("sent", [LENGTH.pack(MAX_MESSAGE_BYTES + 1), LENGTH.pack(1) + b"too much"])
 def test_an_answer_of_impossible_length_is_not_waited_for(tmp_path, sent):
     with socket.socket(socket.AF_UNIX) as wrong:
         wrong.bind(str(socket_path(tmp_path, 1)))
@@ -149,8 +142,8 @@ def test_an_answer_of_impossible_length_is_not_waited_for(tmp_path, sent):
         def answer() -> None:
             connection, _ = wrong.accept()
             with connection:
-                connection.sendall(GREETING)
-                connection.recv(BATCH.size + 1)
+                connection.sendall(HELLO)
+                connection.recv(BATCH_HEADER.size + 1)
                 connection.sendall(sent)
                 connection.recv(1)  # until it hangs up
 
@@ -158,8 +151,8 @@ def test_an_answer_of_impossible_length_is_not_waited_for(tmp_path, sent):
         thread.start()
 
         async def calls(sockets):
-            with pytest.raises(BrokenOff, match="impossible length"):
-                await sockets.ask([1], [b"x"], 20.0)
+            with pytest.raises(ConnectionLost, match="invalid length"):
+                await sockets.call([1], [b"x"], 20.0)
 
         asking(tmp_path, calls)
         thread.join()
@@ -176,18 +169,18 @@ def test_a_worker_that_hangs_is_left_to_torchserve_until_it_was_replaced(tmp_pat
 
         async def calls(sockets):
             with pytest.raises(TimeoutError):
-                await sockets.ask([OWN], [b"x"], 0.05)
+                await sockets.call([OWN], [b"x"], 0.05)
             go_on.set()
-            avoided = await sockets.ask([OWN], [b"x"], 20.0)
-            sockets.follow(set())  # it is gone, and another one has come with its number
-            return avoided, await sockets.ask([OWN], [b"x"], 20.0)
+            avoided = await sockets.call([OWN], [b"x"], 20.0)
+            sockets.retain(set())  # it is gone, and another one has come with its number
+            return avoided, await sockets.call([OWN], [b"x"], 20.0)
 
         assert asking(tmp_path, calls) == (None, b"x")
 
 
 @pytest.mark.parametrize("greeting", [b"", b"late", LENGTH.pack(1) + b"x", b"\xff" * 8])
 def test_without_a_greeting_a_worker_gets_no_batch(tmp_path, greeting, monkeypatch):
-    monkeypatch.setattr("serve.gateway.worker_client.CONNECT_S", 0.2)
+    monkeypatch.setattr("serve.gateway.worker_client.CONNECT_TIMEOUT_S", 0.2)
     came = []
     with socket.socket(socket.AF_UNIX) as mute:
         mute.bind(str(socket_path(tmp_path, 1)))
@@ -203,7 +196,7 @@ def test_without_a_greeting_a_worker_gets_no_batch(tmp_path, greeting, monkeypat
         thread.start()
 
         async def calls(sockets):
-            return await sockets.ask([1], [b"x"], 20.0)
+            return await sockets.call([1], [b"x"], 20.0)
 
         assert asking(tmp_path, calls) is None
         thread.join()
@@ -221,9 +214,9 @@ def test_the_worker_with_least_to_do_gets_the_batch(tmp_path):
     with worker(tmp_path, slow, pid=1), worker(tmp_path, lambda body: b"quick", pid=2):
 
         async def calls(sockets):
-            first = asyncio.create_task(sockets.ask([1, 2], [b"x"], 20.0))
+            first = asyncio.create_task(sockets.call([1, 2], [b"x"], 20.0))
             await asyncio.to_thread(busy.wait, 20)
-            others = [await sockets.ask([1, 2], [b"x"], 20.0) for _ in range(3)]
+            others = [await sockets.call([1, 2], [b"x"], 20.0) for _ in range(3)]
             go_on.set()
             return await first, others
 
@@ -234,7 +227,7 @@ def test_batches_that_come_together_go_to_different_workers(tmp_path):
     with worker(tmp_path, lambda body: b"first", pid=1), worker(tmp_path, lambda body: b"second", pid=2):
 
         async def calls(sockets):
-            return await asyncio.gather(*(sockets.ask([1, 2], [b"x"], 20.0) for _ in range(4)))
+            return await asyncio.gather(*(sockets.call([1, 2], [b"x"], 20.0) for _ in range(4)))
 
         assert sorted(asking(tmp_path, calls)) == [b"first"] * 2 + [b"second"] * 2
 
@@ -243,8 +236,8 @@ def test_a_message_of_impossible_length_ends_the_connection_before_memory_is_tak
     with worker(tmp_path, bytes), socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
         client.connect(str(socket_path(tmp_path, OWN)))
-        client.sendall(BATCH.pack(1 << 60, 0))
-        assert client.recv(len(GREETING)) == GREETING
+        client.sendall(BATCH_HEADER.pack(1 << 60, 0))
+        assert client.recv(len(HELLO)) == HELLO
         assert client.recv(1) == b""
 
 
@@ -254,7 +247,7 @@ def test_a_socket_is_its_owners_alone_and_replaces_one_left_behind(tmp_path):
         assert socket_path(tmp_path, OWN).stat().st_mode & 0o077 == 0
 
         async def calls(sockets):
-            return await sockets.ask([OWN], [b"x"], 20.0)
+            return await sockets.call([OWN], [b"x"], 20.0)
 
         assert asking(tmp_path, calls) == name
         listener.close()  # its file stays, as after a kill
@@ -270,13 +263,13 @@ def test_a_worker_without_room_for_a_connection_leaves_its_batch_to_torchserve(t
             )  # with a timeout it would not wait for the backlog
             client.settimeout(20)
             clients.append(client)
-        assert clients[-1].recv(1) == b"" and clients[0].recv(9) == GREETING
+        assert clients[-1].recv(1) == b"" and clients[0].recv(9) == HELLO
 
         async def calls(sockets):
-            return await sockets.ask([OWN], [b"x"], 20.0)
+            return await sockets.call([OWN], [b"x"], 20.0)
 
         assert asking(tmp_path, calls) is None
-        clients[0].sendall(BATCH.pack(1, 0) + b"x")
+        clients[0].sendall(BATCH_HEADER.pack(1, 0) + b"x")
         assert clients[0].recv(9) == LENGTH.pack(1) + b"x"
         for client in clients:
             client.close()

@@ -21,9 +21,9 @@ from serve.errors import (
     UnknownOption,
 )
 from serve.protocol.frames import (
+    FrameOptions,
     FrameSpec,
     Limits,
-    Options,
     decode_frame,
     decode_json_request,
     encode_json,
@@ -44,7 +44,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def decode(body, spec=LIDAR, limits=None, **options):
-    return decode_frame(body, spec, Options(**options), limits or Limits()).data
+    return decode_frame(body, spec, FrameOptions(**options), limits or Limits()).data
 
 
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
@@ -181,10 +181,12 @@ def test_damaged_files_never_raise_anything_else(data, image):
 
 
 def test_options_take_strings_and_numbers():
-    assert parse_options({"score_thr": "0.3", "max_detections": 5}) == Options(
+    assert parse_options({"score_thr": "0.3", "max_detections": 5}) == FrameOptions(
         score_thr=0.3, max_detections=5
     )
-    assert parse_options({"num_points": "0"}, Options(score_thr=0.2)) == Options(score_thr=0.2, num_points=0)
+    assert parse_options({"num_points": "0"}, FrameOptions(score_thr=0.2)) == FrameOptions(
+        score_thr=0.2, num_points=0
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 from serve import archive
 from serve.compare.detections import Tolerances, compare
 from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, SelfTestError
-from serve.protocol.frames import Frame, Limits, Options, encode_json
+from serve.protocol.frames import Frame, FrameOptions, Limits, encode_json
 from serve.runtime import detector as detector_module
 from serve.runtime import device_for, load_detector
 from serve.runtime.fusion import find_pairs, fold
@@ -22,7 +22,7 @@ EXACT = Tolerances(box_m=1e-4, score=1e-5)
 
 
 def frame(points: np.ndarray, **options) -> Frame:
-    return Frame(points, Options(**options))
+    return Frame(points, FrameOptions(**options))
 
 
 def cloud(street: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -272,5 +272,5 @@ def test_an_archive_that_packs_code_is_not_run_unless_trusted(tmp_path, demo_arc
 
 
 def test_decoding_knows_the_models_own_point_size(detector, street):
-    decoded = detector.decode(street.tobytes(), Options(), Limits())
+    decoded = detector.decode(street.tobytes(), FrameOptions(), Limits())
     np.testing.assert_array_equal(decoded.data, street)

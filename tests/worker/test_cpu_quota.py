@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.worker.cpu_quota import cores
+from serve.worker.cpu_quota import available_cores
 
 HERE = len(os.sched_getaffinity(0))
 
@@ -37,13 +37,13 @@ def v1(root: Path, quota: str, period: str) -> Path:
     ],
 )
 def test_a_quota_of_version_2_bounds_the_cores(tmp_path: Path, text: str, expected: int) -> None:
-    assert cores(v2(tmp_path, text)) == expected
+    assert available_cores(v2(tmp_path, text)) == expected
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("100000\n", 1), ("-1\n", HERE), ("x\n", HERE)])
 def test_a_quota_of_version_1_bounds_the_cores(tmp_path: Path, quota: str, expected: int) -> None:
-    assert cores(v1(tmp_path, quota, "100000\n")) == expected
+    assert available_cores(v1(tmp_path, quota, "100000\n")) == expected
 
 
 def test_without_control_groups_all_cores_count(tmp_path: Path) -> None:
-    assert cores(tmp_path / "absent") == HERE
+    assert available_cores(tmp_path / "absent") == HERE

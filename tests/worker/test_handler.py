@@ -115,11 +115,11 @@ def test_only_computing_is_watched_and_only_where_a_limit_is_given(handler, stre
     watched = []
 
     @contextmanager
-    def limited_to(seconds):
+    def watchdog(seconds):
         watched.append((seconds, threading.current_thread().name.startswith("engine")))
         yield
 
-    monkeypatch.setattr("serve.worker.handler.limited_to", limited_to)
+    monkeypatch.setattr("serve.worker.handler.watchdog", watchdog)
     packed = memoryview(pack_frames([(street.tobytes(), {})]))
     handler.answer_batch(packed, 7)
     handler.answer_batch(packed)

@@ -29,7 +29,7 @@ def test_of_a_gauge_only_a_value_per_second_is_printed_and_the_first_at_once(
 ) -> None:
     now = 50.0
     monkeypatch.setattr(worker_log.time, "monotonic", lambda: now)
-    worker_log.thin_out()
+    worker_log.install_log_filters()
     with caplog.at_level(logging.INFO):
         for _ in range(25):
             METRICS.info(metric("PredictionTime", now))
@@ -41,7 +41,7 @@ def test_of_a_gauge_only_a_value_per_second_is_printed_and_the_first_at_once(
 
 
 def test_counters_are_all_printed(caplog: pytest.LogCaptureFixture) -> None:
-    worker_log.thin_out()
+    worker_log.install_log_filters()
     with caplog.at_level(logging.INFO):
         for _ in range(5):
             METRICS.info(metric("Frames", 1, "COUNTER"))
@@ -49,8 +49,8 @@ def test_counters_are_all_printed(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_that_a_request_came_is_not_printed_and_everything_else_is(caplog: pytest.LogCaptureFixture) -> None:
-    worker_log.thin_out()
-    worker_log.thin_out()
+    worker_log.install_log_filters()
+    worker_log.install_log_filters()
     with caplog.at_level(logging.INFO):
         logging.info("Backend received inference at: %d", 1)
         logging.info("Frontend disconnected.")

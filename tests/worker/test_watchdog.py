@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from serve.worker.watchdog import limited_to
+from serve.worker.watchdog import watchdog
 
 PROGRAM = """
 import ctypes, time
-from serve.worker.watchdog import limited_to
+from serve.worker.watchdog import watchdog
 def kernel_that_does_not_return():
     {hang}
-with limited_to(0.3):
+with watchdog(0.3):
     kernel_that_does_not_return()
 print("went on")
 """
@@ -36,9 +36,9 @@ def test_a_batch_that_ends_in_time_takes_the_watch_off(inside):
     # The watch is a thread of the process: a second or two for its end, or else it ends the process with 1.
     program = f"""
 import contextlib, os
-from serve.worker.watchdog import limited_to
+from serve.worker.watchdog import watchdog
 before = len(os.listdir("/proc/self/task"))
-with contextlib.suppress(ValueError), limited_to(10):
+with contextlib.suppress(ValueError), watchdog(10):
     print(len(os.listdir("/proc/self/task")) - before)
     {inside}
 while len(os.listdir("/proc/self/task")) > before:
@@ -50,5 +50,5 @@ print("gone")
 
 
 def test_without_a_limit_nothing_is_watched():
-    with limited_to(0):
+    with watchdog(0):
         pass

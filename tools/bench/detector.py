@@ -20,7 +20,7 @@ import torch
 from serve import archive, ops
 from serve.compare.detections import Comparison, Tolerances, compare
 from serve.errors import ServeError
-from serve.protocol.frames import Limits, Options
+from serve.protocol.frames import Limits, FrameOptions
 from serve.runtime import load_detector
 from serve.verify.reference import load_reference
 from tools.bench.reference import nondeterminism as race
@@ -129,7 +129,7 @@ def run(
     body = subject.frame.read_bytes()
 
     def run_ours() -> Any:
-        (outcome,) = ours.run([ours.decode(body, Options(), Limits())])
+        (outcome,) = ours.run([ours.decode(body, FrameOptions(), Limits())])
         if isinstance(outcome, ServeError):
             raise outcome
         return outcome

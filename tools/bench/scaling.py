@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from serve.errors import SetupError
-from serve.protocol.frames import Limits, Options
+from serve.protocol.frames import Limits, FrameOptions
 from serve.runtime.detector import Detector
 from tools.bench.stages import Stopwatch, timed
 
@@ -112,7 +112,7 @@ def run(
 def _measure(detector: Detector, clouds: Sequence[npt.NDArray[np.float32]], rounds: int) -> Row:
     width = detector.metadata.load_dim or 4
     frames = [
-        detector.decode(np.pad(one, ((0, 0), (0, width - 4))).tobytes(), Options(), Limits())
+        detector.decode(np.pad(one, ((0, 0), (0, width - 4))).tobytes(), FrameOptions(), Limits())
         for one in clouds
     ]
     samples = [detector.prepare(frame) for frame in frames]

@@ -149,7 +149,7 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> ProbeResult:
 
     from serve import archive, convert
     from serve.convert import golden
-    from serve.protocol.frames import Limits, Options
+    from serve.protocol.frames import Limits, FrameOptions
     from serve.runtime import load_detector
     from serve.runtime.pipeline import frame_spec
     from serve.runtime.selftest import PRECISION_OF, agrees
@@ -187,7 +187,7 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> ProbeResult:
     opened = archive.extract(made.path, folder / "opened")
     detector = load_detector(opened, torch.device("cpu"), trust_code=True)
     # 3. Two different frames alone and together.
-    first = detector.decode(opened.golden_frame(), Options(), Limits())
+    first = detector.decode(opened.golden_frame(), FrameOptions(), Limits())
     second = _other(first)
     alone = [_good(detector.run([one])[0]) for one in (first, second)]
     together = [_good(outcome) for outcome in detector.run([first, second])]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from serve.convert.golden import golden_frame, read_frame
-from serve.protocol.frames import Limits, Options, decode_frame
+from serve.protocol.frames import Limits, FrameOptions, decode_frame
 from serve.runtime.model import build_network, quiet_upstream
 from serve.runtime.pipeline import SampleBuilder
 from serve.runtime.random_state import seeded
@@ -89,7 +89,7 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any], frame: Path | None
     parts = golden_frame(samples.spec) if frame is None else read_frame(frame, samples.spec)
     body = {part: made for part, (_, made) in parts.items()}
     with seeded(torch.device("cpu")):
-        sample = samples.build(decode_frame(body, samples.spec, Options(), Limits()))
+        sample = samples.build(decode_frame(body, samples.spec, FrameOptions(), Limits()))
     views = [sample]
     if isinstance(sample["inputs"], Tensor):  # a picture: norms that know one alone are far off on its mirror
         views.append({**copy.deepcopy(sample), "inputs": sample["inputs"].flip(-1)})

@@ -1,7 +1,4 @@
-"""Routes for those who operate: liveness, readiness, models, metrics.
-
-Liveness asks whether this process turns; readiness whether a frame would be answered. Knows nothing about frames.
-"""
+"""Operational routes: liveness, readiness, models and metrics."""
 
 from __future__ import annotations
 
@@ -12,55 +9,59 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 from serve import __version__
-from serve.gateway.lifecycle import Life
-from serve.gateway.metrics import CONTENT_TYPE, Measures
-from serve.gateway.models import ModelTable, ServedModel
+from serve.gateway.lifecycle import Lifecycle
+from serve.gateway.metrics import CONTENT_TYPE, Metrics
+from serve.gateway.models import ModelRegistry, ModelVersion
 from serve.gateway.openapi import errors
 
 __all__ = ["router"]
 
 
-def router(table: ModelTable, measures: Measures, life: Life, refused: Mapping[str, str]) -> APIRouter:
-    """The routes of operation; `refused` are archives that were not loaded, with the reason of each."""
+def router(
+    registry: ModelRegistry, metrics: Metrics, lifecycle: Lifecycle, refused: Mapping[str, str]
+) -> APIRouter:
+    """Create the operational routes; `refused` maps archives that were not loaded to the reason."""
     routes = APIRouter(tags=["operation"])
 
     @routes.get("/health/live", responses=errors(405))
     async def live() -> dict[str, Any]:
-        """Whether the process turns."""
+        """Return 200 while the process runs."""
         return {"live": True, "version": __version__}
 
     @routes.get("/health/ready", responses={503: {"description": "Not ready; `reasons` says why"}})
     async def ready() -> Response:
-        """Whether a frame would be answered now; every model's golden frame ran before its worker was ready."""
-        reasons = ("draining",) if life.draining else (await table.health()).reasons
-        measures.ready(not reasons)
+        """Return 200 if frames can be answered; a worker is ready only after its golden frame matched."""
+        reasons = ("draining",) if lifecycle.draining else (await registry.health()).reasons
+        metrics.set_ready(not reasons)
         body = {"ready": not reasons, "reasons": list(reasons)}
         return JSONResponse(body, 503 if reasons else 200)
 
     @routes.get("/models")
     async def models() -> list[dict[str, Any]]:
-        """What is served, what is loading, and what is refused and why."""
-        await table.renew()
-        left_out = [{"archive": file, "status": "refused", "reason": why} for file, why in refused.items()]
-        return [*(_described(model) for model in table.all()), *left_out]
+        """List models that are ready, loading or refused, with the reason for the latter."""
+        await registry.refresh()
+        unloaded = [{"archive": file, "status": "refused", "reason": why} for file, why in refused.items()]
+        return [*(_describe(model) for model in registry.all()), *unloaded]
 
     @routes.get("/models/{model}", responses=errors(404))
     async def model(model: str) -> list[dict[str, Any]]:
-        """All versions of one model."""
-        await table.renew()
-        return [_described(each) for each in table.versions(model)]
+        """List the versions of one model."""
+        await registry.refresh()
+        return [_describe(each) for each in registry.versions(model)]
 
     @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(measures.exposition(), headers={"content-type": CONTENT_TYPE})
+    async def prometheus_metrics() -> Response:
+        """Return the metrics in Prometheus' text format."""
+        return Response(metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
     return routes
 
 
-def _described(model: ServedModel) -> dict[str, Any]:
+def _describe(model: ModelVersion) -> dict[str, Any]:
     state = model.state
-    said = {name: value for name, value in (model.spec or {}).items() if name not in ("name", "version")}
+    description = {
+        name: value for name, value in (model.spec or {}).items() if name not in ("name", "version")
+    }
     return {
         "name": state.name,
         "version": state.version,
@@ -68,6 +69,6 @@ def _described(model: ServedModel) -> dict[str, Any]:
         "status": model.status,
         "workers": {"ready": state.ready, "all": len(state.workers)},
         **({"waiting": model.batcher.waiting, "running": model.batcher.running} if model.batcher else {}),
-        **({"reason": model.refused} if model.refused else {}),
-        **said,
+        **({"reason": model.rejected} if model.rejected else {}),
+        **description,
     }

@@ -25,7 +25,7 @@ import orjson
 from PIL import Image
 
 from serve.errors import BackendBroken, BadRequest, UndecodableFrame
-from serve.gateway.backend import Frame
+from serve.gateway.backend import EncodedFrame
 from serve.protocol.batch import Body, Bytes
 
 __all__ = ["InferRequest", "decode_infer", "encode_infer", "model_metadata"]
@@ -55,7 +55,7 @@ class InferRequest:
     """
 
     id: str | None
-    frames: Sequence[Frame]
+    frames: Sequence[EncodedFrame]
     parameters: Mapping[str, str]
     outputs: Mapping[str, bool] | None
     binary: bool
@@ -191,11 +191,11 @@ def _parts(spec: Mapping[str, Any]) -> tuple[str, ...]:
     return parts or (("points",) if spec["modality"] == "lidar" else ("image",))
 
 
-def _frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[Frame]:
+def _frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[EncodedFrame]:
     parts = _parts(spec)
     several = tensors.get("frame")
     if len(parts) == 1 and set(tensors) == {"frame"} and isinstance(several, list):
-        return [Frame(body) for body in several]
+        return [EncodedFrame(body) for body in several]
     unknown = set(tensors) - set(parts)
     if unknown or not tensors:
         raise BadRequest(
@@ -206,9 +206,9 @@ def _frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[Frame]:
     if len(parts) == 1:
         (only,) = bodies.values()
         # An empty cloud declares itself, as it does everywhere.
-        return [Frame(only, {"num_points": 0} if parts == ("points",) and not len(only) else {})]
+        return [EncodedFrame(only, {"num_points": 0} if parts == ("points",) and not len(only) else {})]
     body: Body = bodies
-    return [Frame(body)]
+    return [EncodedFrame(body)]
 
 
 def _part(name: str, tensor: npt.NDArray[Any] | list[Bytes], spec: Mapping[str, Any]) -> Bytes:

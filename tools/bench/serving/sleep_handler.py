@@ -14,10 +14,10 @@ from typing import Any
 from serve.errors import ServeError
 from serve.protocol.frames import encode_json
 from serve.settings import Settings
-from serve.worker.log_filters import thin_out
+from serve.worker.log_filters import install_log_filters
 from serve.worker.rows import Entry, answer_row, read_batch, read_row
 from serve.worker.server import listen
-from serve.worker.watchdog import limited_to
+from serve.worker.watchdog import watchdog
 from tools.bench.serving import sleep_model as slept
 
 __all__ = ["SleptHandler"]
@@ -28,7 +28,7 @@ class SleptHandler:
 
     def initialize(self, context: Any) -> None:
         """Nothing is loaded."""
-        thin_out()
+        install_log_filters()
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
         folder = Settings.from_environment().worker_sockets
         if folder is not None:
@@ -66,5 +66,5 @@ class SleptHandler:
 
 def _timed(sizes: Sequence[int], compute_s: int) -> tuple[list[dict[str, int]], float]:
     began = time.perf_counter()
-    with limited_to(compute_s):
+    with watchdog(compute_s):
         return slept.answers(sizes), time.perf_counter() - began

@@ -23,7 +23,7 @@ def load(name: str) -> Model:
     from serve import ops
     from serve.archive import open_directory
     from serve.errors import ServeError
-    from serve.protocol.frames import Limits, Options, encode_json
+    from serve.protocol.frames import Limits, FrameOptions, encode_json
     from serve.runtime import load_detector
     from serve.runtime.malloc import keep_freed_memory
 
@@ -32,7 +32,7 @@ def load(name: str) -> Model:
     detector = load_detector(open_directory(Path(name)), torch.device("cpu"))
 
     def answers(bodies: Sequence[bytes]) -> list[bytes]:
-        outcomes = detector.run([detector.decode(body, Options(), Limits()) for body in bodies])
+        outcomes = detector.run([detector.decode(body, FrameOptions(), Limits()) for body in bodies])
         found = []
         for outcome in outcomes:
             if isinstance(outcome, ServeError):
