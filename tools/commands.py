@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from serve.cli import run
 
-__all__ = ["dispatch"]
+__all__ = ["dispatch", "replace_renamed"]
 
 
 def dispatch(program: str, commands: Mapping[str, tuple[str, str]]) -> int:
@@ -28,3 +28,19 @@ def dispatch(program: str, commands: Mapping[str, tuple[str, str]]) -> int:
     arguments = sys.argv[2:]
     sys.argv[0] = f"{program} {name}"  # argparse's name of the program
     return run(importlib.import_module(module).main, arguments)
+
+
+def replace_renamed(argv: Sequence[str] | None, renamed: Mapping[str, str]) -> list[str]:
+    """Replace former names of flags and values by the present ones, with a warning on standard error.
+
+    Args:
+        argv: arguments; None for those of the process.
+        renamed: former to present name; an entry is removed one version after the renaming.
+    """
+    arguments = []
+    for argument in sys.argv[1:] if argv is None else argv:
+        name, equals, value = argument.partition("=")
+        if name in renamed:
+            print(f"warning: {name} is now {renamed[name]}; the former name will be removed", file=sys.stderr)
+        arguments.append(f"{renamed.get(name, name)}{equals}{value}")
+    return arguments

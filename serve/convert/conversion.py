@@ -124,7 +124,7 @@ def convert(conversion: Conversion) -> ConversionResult:
     from serve.runtime import load_detector
     from serve.runtime.model import build_network, is_segmentor
     from serve.runtime.pipeline import box_type_of, frame_spec
-    from serve.runtime.selftest import prove
+    from serve.runtime.selftest import self_test
 
     say = conversion.report
     target = conversion.output_folder / f"{conversion.model_name}.mar"
@@ -196,7 +196,7 @@ def convert(conversion: Conversion) -> ConversionResult:
         try:
             opened = archive.extract(unproved, Path(scratch) / "opened")
             detector = load_detector(opened, device, trust_code=True)
-            prove(detector, opened)
+            self_test(detector, opened)
             os.replace(unproved, target)
         finally:
             unproved.unlink(missing_ok=True)
@@ -219,12 +219,12 @@ def resolve_config(path: Path) -> tuple[dict[str, Any], Literal["mmdet", "mmdet3
         ArchiveError: missing, unreadable, or not for mmdet or mmdet3d.
     """
     from serve import ops
-    from serve.runtime.model import quiet_upstream, scope_of, strip_pretrained
+    from serve.runtime.model import scope_of, strip_pretrained, suppress_warnings
 
     ops.install()
     if not path.is_file():
         raise ArchiveError(f"config {path} does not exist")
-    with quiet_upstream():
+    with suppress_warnings():
         from mmengine.config import Config
 
         from serve.storage import backends  # noqa: F401  (registers s3:// and packed files with mmengine)
@@ -243,7 +243,7 @@ def resolve_config(path: Path) -> tuple[dict[str, Any], Literal["mmdet", "mmdet3
     kept["default_scope"] = scope
     config: dict[str, Any] = strip_pretrained(kept)
     if config.get("custom_imports"):
-        with quiet_upstream():
+        with suppress_warnings():
             from mmengine.utils import import_modules_from_strings
 
             import_modules_from_strings(**dict(config["custom_imports"]))
@@ -277,8 +277,8 @@ def _record(
 
     from serve.compare.detections import Tolerances
     from serve.runtime.detector import Detector, apply_options
-    from serve.runtime.fusion import find_pairs
-    from serve.runtime.selftest import agrees, run_golden
+    from serve.runtime.fusion import find_fusable
+    from serve.runtime.selftest import matches, run_golden_frame
 
     plain = replace(metadata, inference=replace(metadata.inference, autocast="off"))
     detector = Detector(network, config, plain, device)
@@ -286,7 +286,7 @@ def _record(
     answers: list[dict[str, Any]] = []
     notes: tuple[str, ...] = ()
     try:
-        pairs = find_pairs(network, lambda: answers.append(run_golden(detector, frame)))
+        pairs = find_fusable(network, lambda: answers.append(run_golden_frame(detector, frame)))
     except SelfTestError:
         if not plain.inference.channels_last:
             raise
@@ -296,7 +296,7 @@ def _record(
             replace(said, inference=replace(said.inference, channels_last=False))
             for said in (plain, metadata)
         )
-        pairs = find_pairs(network, lambda: answers.append(run_golden(detector, frame)))
+        pairs = find_fusable(network, lambda: answers.append(run_golden_frame(detector, frame)))
         notes = ("channels_last is off: the model cannot run with it",)
     unfolded = answers[0]
     if not fold or not pairs:
@@ -304,7 +304,7 @@ def _record(
     folding = replace(plain.inference, fold_batch_norm=pairs)
     apply_options(network, folding)
     try:
-        folded = run_golden(detector, frame)
+        folded = run_golden_frame(detector, frame)
     except SelfTestError as error:
         return (
             metadata,
@@ -312,7 +312,7 @@ def _record(
             (*notes, f"batch norms are not folded: the model cannot run then ({error})"),
         )
     tolerances = Tolerances(box_m=FOLDING_BOX_M, box_px=FOLDING_BOX_PX, yaw_rad=1e-3, score=FOLDING_SCORE)
-    same, found = agrees(unfolded, folded, tolerances)
+    same, found = matches(unfolded, folded, tolerances)
     if not same:
         return (
             metadata,
@@ -353,11 +353,11 @@ def configured_classes(config: Mapping[str, Any]) -> Sequence[str]:
 
 def _dataset_classes(dataset_type: Any, scope: str) -> Sequence[str]:
     """The METAINFO of the data set class, without building it (which would read annotations)."""
-    from serve.runtime.model import quiet_upstream
+    from serve.runtime.model import suppress_warnings
 
     if not dataset_type:
         return ()
-    with quiet_upstream():
+    with suppress_warnings():
         registry = importlib.import_module(f"{scope}.registry").DATASETS
         found = registry.get(dataset_type)
     metainfo = getattr(found, "METAINFO", None) or {}

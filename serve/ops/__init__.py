@@ -1,11 +1,9 @@
-"""Portable kernels that stand in for ``mmcv._ext``, mmcv's compiled extension.
+"""Portable kernels in place of ``mmcv._ext``, mmcv's compiled extension.
 
-All of mmcv, mmdet and mmdet3d call their kernels through that one module. `install` puts a
-finder on ``sys.meta_path`` that supplies it on demand, written in torch (any device) and numba
-(CPU), so that no compiler and no prebuilt mmcv wheel is needed (mmcv#3319, mmdetection#11763). It also mends the few
-modules of mmcv whose own Python assumes CUDA (`serve.ops.patches`).
-
-This package knows tensors only: nothing of detectors, archives, HTTP or the environment.
+mmcv, mmdet and mmdet3d call all their kernels through that one module. `install` puts a finder on
+``sys.meta_path`` that supplies it on demand, written in torch (any device) and numba (CPU), so that neither a
+compiler nor a prebuilt mmcv wheel is needed (mmcv#3319, mmdetection#11763). It also patches the few modules of
+mmcv and mmdet3d whose own Python assumes CUDA (`serve.ops.patches`).
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -25,7 +23,7 @@ Preference = Literal["auto", "portable"]
 
 
 class _PortableExtension(importlib.abc.Loader):
-    """Creates ``mmcv._ext`` from our kernels."""
+    """Loader that builds ``mmcv._ext`` from the kernels of this package."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         from serve.ops import extension
@@ -33,18 +31,18 @@ class _PortableExtension(importlib.abc.Loader):
         return extension.build(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """All was done in `create_module`."""
+        """Do nothing: `create_module` returns a complete module."""
 
 
 class _ExtensionFinder(importlib.abc.MetaPathFinder):
-    """Answers for ``mmcv._ext``, and for the modules of mmcv and mmdet3d that need a mend.
+    """Finder for ``mmcv._ext`` and for the modules of mmcv and mmdet3d that need a patch.
 
-    A compiled extension goes first unless `preference` says otherwise; None: nobody has chosen yet.
+    A compiled extension takes precedence unless `preference` is ``"portable"``. While `preference` is None,
+    the settings of the environment decide when the extension is first needed.
     """
 
     def __init__(self) -> None:
         self.preference: Preference | None = None
-        self.ask: Callable[[], None] | None = None
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -52,9 +50,12 @@ class _ExtensionFinder(importlib.abc.MetaPathFinder):
         if not fullname.startswith(("mmcv.", "mmdet3d.")):
             return None
         if fullname != EXTENSION:
-            return _mended(fullname, path)
-        if self.preference is None and self.ask is not None:
-            self.ask()
+            return _find_patched(fullname, path)
+        if self.preference is None:
+            from serve.settings import Settings
+
+            settings = Settings.from_environment()
+            install(settings.ops, cache_dir=settings.cache_dir)
         if self.preference != "portable":
             compiled = importlib.machinery.PathFinder.find_spec(fullname, path)
             if compiled is not None:
@@ -62,43 +63,39 @@ class _ExtensionFinder(importlib.abc.MetaPathFinder):
         return importlib.machinery.ModuleSpec(fullname, _PortableExtension(), origin="serve.ops")
 
 
-def _mended(fullname: str, path: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
-    from serve.ops.patches import MENDS, MendingLoader
+def _find_patched(fullname: str, path: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
+    from serve.ops.patches import PATCHES, PatchingLoader
 
-    if fullname not in MENDS:
+    if fullname not in PATCHES:
         return None
     spec = importlib.machinery.PathFinder.find_spec(fullname, path)
     if spec is not None:
-        spec.loader = MendingLoader(spec.loader, MENDS[fullname])
+        spec.loader = PatchingLoader(spec.loader, PATCHES[fullname])
     return spec
 
 
 def install(
-    preference: Preference | None = None,
-    *,
-    cache_dir: Path | None = None,
-    ask: Callable[[], None] | None = None,
+    preference: Preference | None = None, *, cache_dir: Path | None = None
 ) -> importlib.abc.MetaPathFinder:
     """Make ``import mmcv.ops`` work in this process. Cheap, idempotent; imports nothing heavy.
 
-    Must run before the first ``import mmcv.ops`` (so before mmdet and mmdet3d); afterwards the
-    extension that was found first stays in use.
+    Call it before the first ``import mmcv.ops`` (hence before mmdet and mmdet3d): the extension that is imported
+    first stays in use.
 
     Args:
-        preference: ``"auto"`` takes a compiled ``mmcv._ext`` where one is installed;
-            ``"portable"`` always takes ours; None keeps what was asked for before, ``"auto"`` at first.
-        cache_dir: where compiled kernels are kept if the package's own folder cannot be written.
-        ask: called when the extension is needed and no preference was given by then; may call `install`.
+        preference: ``"auto"`` uses a compiled ``mmcv._ext`` if one is installed, ``"portable"`` always uses the
+            kernels of this package. None keeps an earlier choice; without one, ``MMDET3D_SERVE_OPS`` decides
+            when the extension is first imported.
+        cache_dir: folder for compiled kernels if the package's own folder is not writable.
 
     Returns:
         The finder, the only one of its kind on ``sys.meta_path``.
     """
-    finder = next((one for one in sys.meta_path if isinstance(one, _ExtensionFinder)), None)
+    finder = next((each for each in sys.meta_path if isinstance(each, _ExtensionFinder)), None)
     if finder is None:
         finder = _ExtensionFinder()
         sys.meta_path.insert(0, finder)
     finder.preference = preference or finder.preference
-    finder.ask = ask or finder.ask
     if cache_dir is not None:
         from serve.ops.cpu import jit_cache
 
@@ -107,7 +104,7 @@ def install(
 
 
 def kernels_in_use() -> str:
-    """``"portable"`` or ``"compiled"`` after ``mmcv.ops`` was imported, else ``"none"``."""
+    """Return ``"portable"`` or ``"compiled"`` once ``mmcv.ops`` is imported, else ``"none"``."""
     module = sys.modules.get(EXTENSION)
     if module is None:
         return "none"

@@ -1,11 +1,8 @@
-"""Makes ``import mmcv.ops`` work in every Python of an environment, without a call of ours.
+"""Finder that installs `serve.ops` at the first import of mmcv, in every Python of an environment.
 
-tools/setup_env.py copies this file into the environment's site-packages, beside a ``.pth`` file that calls
-`register` at interpreter start. That costs a look at one module of two imports; nothing of ours, and nothing
-heavy, is imported before mmcv is. A copy, because importing it as ``serve.ops.autoload``
-at every start would put our package in the place of a module called ``serve`` in somebody's own folder.
-
-Knows where to ask (`serve.ops`, `serve.settings`), not what kernels are.
+Set-up copies this file into the environment's site-packages, beside a ``.pth`` file that calls `register` at
+interpreter start. The copy imports nothing then but this file; `serve.ops` is imported when mmcv is. It is a copy
+because importing ``serve.ops.autoload`` at every start would shadow a module named ``serve`` in a user's folder.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ __all__ = ["register"]
 
 
 class _Autoload:
-    """Answers nothing by itself: at the first import of mmcv it installs `serve.ops` and asks that."""
+    """Installs `serve.ops` at the first import of mmcv and asks its finder; finds nothing itself."""
 
     def __init__(self) -> None:
         self.done = False
@@ -28,18 +25,9 @@ class _Autoload:
         try:
             from serve import ops
         except ImportError:
-            # The project is gone, or another `serve` is first on the path: mmcv says itself what it lacks.
+            # The project is gone, or another `serve` comes first on the path; mmcv reports what it lacks.
             return None
-        return ops.install(ask=_choose).find_spec(fullname, path, target)
-
-
-def _choose() -> None:
-    """What the environment asks for; called when the extension is needed and nobody has chosen by then."""
-    from serve import ops
-    from serve.settings import Settings
-
-    settings = Settings.from_environment()
-    ops.install(settings.ops, cache_dir=settings.cache_dir)
+        return ops.install().find_spec(fullname, path, target)
 
 
 def register() -> None:

@@ -12,11 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.checks import as_numpy, check_rank, check_same_device
+from serve.ops.checks import (
+    as_numpy,
+    check_floating,
+    check_rank,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    uses_float32_kernel,
+)
 from serve.ops.cpu.jit import jit
-from serve.ops.cpu.threads import in_parts
-from serve.ops.point_checks import check_floating, check_shape, check_tensor
-from serve.ops.roi.bilinear import on_numba, working_dtype
+from serve.ops.cpu.threads import parallel_for
 
 __all__ = ["carafe_backward", "carafe_forward", "carafe_naive_backward", "carafe_naive_forward"]
 
@@ -72,9 +79,9 @@ def carafe_naive_forward(
     _check(features, masks, output, kernel_size, group_size, scale_factor, "output")
     if output.numel() == 0:
         return
-    dtype = working_dtype(features)
+    dtype = compute_dtype(features)
     maps, weights = features.detach().to(dtype), masks.detach().to(dtype)
-    if not on_numba(features):
+    if not uses_float32_kernel(features):
         output.copy_(reassemble_torch(maps, weights, kernel_size, group_size, scale_factor))
         return
     source = as_numpy(maps.permute(0, 2, 3, 1))
@@ -85,7 +92,7 @@ def carafe_naive_forward(
     def work(first: int, last: int) -> None:
         _reassemble_kernel(source, window, made, kernel_size, group_size, scale_factor, first, last)
 
-    in_parts(work, output.shape[0] * output.shape[2])
+    parallel_for(work, output.shape[0] * output.shape[2])
     if not direct:
         output.copy_(result)
 
@@ -128,7 +135,7 @@ def carafe_naive_backward(
         check_tensor(("features", features), name, grad, *like.shape)
     if top_grad.numel() == 0:
         return
-    dtype = working_dtype(features)
+    dtype = compute_dtype(features)
     with torch.enable_grad():
         leaves = [one.detach().to(dtype).requires_grad_() for one in (features, masks)]
         made = reassemble_torch(leaves[0], leaves[1], kernel_size, group_size, scale_factor)

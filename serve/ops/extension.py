@@ -24,7 +24,7 @@ from serve.ops.roi import sampling as roi_sampling
 from serve.ops.sparse import conv as sparse_conv
 from serve.ops.sparse import rulebook
 
-__all__ = ["ASKED_FOR", "KERNEL_MODULES", "UnsupportedKernelError", "build", "kernels"]
+__all__ = ["KERNEL_MODULES", "MMCV_KERNELS", "UnsupportedKernelError", "build", "kernels"]
 
 KERNEL_MODULES: tuple[ModuleType, ...] = (
     boxes3d,
@@ -91,7 +91,7 @@ _NAMES = """
     sync_bn_forward_output sync_bn_forward_var three_interpolate_backward three_interpolate_forward
     three_nn_forward tin_shift_backward tin_shift_forward upfirdn2d
 """
-ASKED_FOR: frozenset[str] = frozenset(_NAMES.split())
+MMCV_KERNELS: frozenset[str] = frozenset(_NAMES.split())
 
 
 class UnsupportedKernelError(NotImplementedError):
@@ -107,7 +107,7 @@ def build(name: str) -> ModuleType:
     """A module with every function mmcv asks for."""
     module = ModuleType(name, "Portable kernels of mmdet3d-serve in place of mmcv's compiled extension.")
     module.__dict__["PORTABLE"] = True
-    for missing in ASKED_FOR:
+    for missing in MMCV_KERNELS:
         setattr(module, missing, _unsupported(missing))
     for kernel_name, kernel in kernels().items():
         setattr(module, kernel_name, kernel)

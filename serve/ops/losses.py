@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve.ops.checks import check_rank, check_same_device
-from serve.ops.point_checks import check_floating, check_shape
-from serve.ops.roi.bilinear import working_dtype
+from serve.ops.checks import check_floating, check_rank, check_same_device, check_shape, compute_dtype
 
 __all__ = [
     "sigmoid_focal_loss_backward",
@@ -44,7 +42,7 @@ def sigmoid_focal_loss_forward(
     """
     factor = _check(input, target, weight, background=True)
     _check_like("output", output, input.shape)
-    loss = _sigmoid_loss(input.detach().to(working_dtype(input)), target, gamma, alpha)
+    loss = _sigmoid_loss(input.detach().to(compute_dtype(input)), target, gamma, alpha)
     output.copy_(loss if factor is None else loss * factor[:, None])
 
 
@@ -55,7 +53,7 @@ def sigmoid_focal_loss_backward(
     factor = _check(input, target, weight, background=True)
     _check_like("grad_input", grad_input, input.shape)
     with torch.enable_grad():
-        logits = input.detach().to(working_dtype(input)).requires_grad_()
+        logits = input.detach().to(compute_dtype(input)).requires_grad_()
         (grad,) = torch.autograd.grad(_sigmoid_loss(logits, target, gamma, alpha).sum(), logits)
     grad_input.copy_(grad if factor is None else grad * factor[:, None])
 
@@ -79,7 +77,7 @@ def softmax_focal_loss_forward(
     """
     factor = _check(input, target, weight, background=False)
     _check_like("output", output, target.shape)
-    p = _of_target(input, target)
+    p = _gather_target(input, target)
     loss = -alpha * (1 - p) ** gamma * p.clamp(min=SMALLEST).log()
     loss = torch.where(target >= 0, loss, torch.zeros_like(loss))
     output.copy_(loss if factor is None else loss * factor)
@@ -101,7 +99,7 @@ def softmax_focal_loss_backward(
     factor = _check(input, target, weight, background=False)
     _check_like("buff", buff, target.shape)
     _check_like("grad_input", grad_input, input.shape)
-    p = _of_target(input, target)
+    p = _gather_target(input, target)
     slope = alpha * (1 - p) ** (gamma - 1) * (gamma * p * p.clamp(min=SMALLEST).log() - (1 - p))
     slope = torch.where(target >= 0, slope, torch.zeros_like(slope))
     if factor is not None:
@@ -119,16 +117,16 @@ def _sigmoid_loss(logits: Tensor, target: Tensor, gamma: float, alpha: float) ->
     return torch.where(hot, positive, negative)
 
 
-def _of_target(input: Tensor, target: Tensor) -> Tensor:
+def _gather_target(input: Tensor, target: Tensor) -> Tensor:
     """(N,) probabilities of the targets; that of class 0 where a target is negative."""
-    rows = input.detach().to(working_dtype(input))
+    rows = input.detach().to(compute_dtype(input))
     return rows.gather(1, target.clamp(min=0)[:, None])[:, 0] if input.shape[0] else rows.sum(1)
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor, background: bool) -> Tensor | None:
     """The factor of each row, or None without weights."""
     check_rank("input", input, 2)
-    working_dtype(input)
+    compute_dtype(input)
     check_same_device(input=input, target=target, weight=weight)
     rows, classes = input.shape
     if tuple(target.shape) != (rows,) or target.dtype != torch.int64:
@@ -144,7 +142,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor, background: bool) -> T
         raise IndexError(f"target must lie in 0..{limit}, got {low}..{high}")
     if not weighted:
         return None
-    return weight.detach().to(working_dtype(input))[target.clamp(min=0)]
+    return weight.detach().to(compute_dtype(input))[target.clamp(min=0)]
 
 
 def _check_like(name: str, tensor: Tensor, shape: torch.Size) -> None:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.checks import check_rank, check_same_device
-from serve.ops.point_checks import check_floating, check_holds
+from serve.ops.checks import check_floating, check_rank, check_same_device, check_writable_from
 
 __all__ = [
     "masked_col2im_forward",
@@ -53,7 +52,7 @@ def masked_im2col_forward(
     """
     check_rank("im", im, 4)
     check_same_device(im=im, mask_h_idx=mask_h_idx, mask_w_idx=mask_w_idx, col=col)
-    check_holds("col", col, "im", im)
+    check_writable_from("col", col, "im", im)
     batch, channels, height, width = im.shape
     count = mask_h_idx.numel()
     if batch != 1:
@@ -101,7 +100,7 @@ def masked_col2im_forward(
         IndexError: a pixel is not in `im`.
     """
     check_same_device(im=im, mask_h_idx=mask_h_idx, mask_w_idx=mask_w_idx, col=col)
-    check_holds("im", im, "col", col)
+    check_writable_from("im", im, "col", col)
     if tuple(im.shape) != (1, channels, height, width):
         raise ValueError(f"im must be {(1, channels, height, width)}, got {tuple(im.shape)}")
     if tuple(col.shape) != (channels, mask_h_idx.numel()):

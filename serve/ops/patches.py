@@ -21,10 +21,10 @@ from collections.abc import Callable
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
-__all__ = ["MENDS", "MendingLoader"]
+__all__ = ["PATCHES", "PatchingLoader"]
 
 
-class MendingLoader(importlib.abc.Loader):
+class PatchingLoader(importlib.abc.Loader):
     """Loads a module as its own loader does, then mends it."""
 
     def __init__(self, loader: Any, mend: Callable[[ModuleType], None]) -> None:
@@ -43,7 +43,7 @@ class MendingLoader(importlib.abc.Loader):
         self._mend(module)
 
 
-class _TorchBut:
+class _TorchOverlay:
     """`torch` as one module should see it: some of it replaced."""
 
     def __init__(self, torch: Any, **replaced: Any) -> None:
@@ -64,20 +64,20 @@ def _assume_no_cuda(module: ModuleType) -> None:
             IntTensor=torch.IntTensor,
             FloatTensor=torch.FloatTensor,
         )
-        module.__dict__["torch"] = _TorchBut(torch, cuda=cuda)
+        module.__dict__["torch"] = _TorchOverlay(torch, cuda=cuda)
 
 
-def _add_products_in_order(module: ModuleType) -> None:
+def _patch_addmm(module: ModuleType) -> None:
     torch = module.__dict__["torch"]
 
     def addmm(beta: float, added: Any, alpha: float, first: Any, second: Any) -> Any:
         """``beta * added + alpha * first @ second``, called as torch once was."""
         return torch.addmm(added, first, second, beta=beta, alpha=alpha)
 
-    module.__dict__["torch"] = _TorchBut(torch, addmm=addmm)
+    module.__dict__["torch"] = _TorchOverlay(torch, addmm=addmm)
 
 
-def _mend_sparse_structure(module: ModuleType) -> None:
+def _patch_sparse_structure(module: ModuleType) -> None:
     def scatter_nd(indices: Any, updates: Any, shape: Any) -> Any:
         """A tensor of `shape` with `updates` (N, …) at `indices` (N, len(leading shape)), zero elsewhere."""
         out = updates.new_zeros(tuple(shape))
@@ -87,53 +87,53 @@ def _mend_sparse_structure(module: ModuleType) -> None:
     module.__dict__["scatter_nd"] = scatter_nd
     made = module.SparseConvTensor.__init__
 
-    def with_extents_as_numbers(
+    def initialize(
         self: Any, features: Any, indices: Any, spatial_shape: Any, *more: Any, **named: Any
     ) -> None:
         """Make one; its extents may be a tensor."""
         shape = spatial_shape.tolist() if hasattr(spatial_shape, "tolist") else spatial_shape
         made(self, features, indices, shape, *more, **named)
 
-    module.SparseConvTensor.__init__ = with_extents_as_numbers
+    module.SparseConvTensor.__init__ = initialize
 
 
-def _attend_with_the_kernel(module: ModuleType) -> None:
+def _use_attention_kernel(module: ModuleType) -> None:
     from serve.ops.deform.attention import attend
 
     module.__dict__["multi_scale_deformable_attn_pytorch"] = attend
 
 
-def _look_functions_up(module: ModuleType) -> None:
-    def function_named(name: str) -> Any:
+def _look_up_functions(module: ModuleType) -> None:
+    def find_function(name: str) -> Any:
         """The module's own function of that name."""
         found = vars(module).get(name)
         if not isinstance(found, FunctionType) or found.__module__ != module.__name__:
             raise ValueError(f"{name!r} is no function of {module.__name__}; a config names one, as 'nms'")
         return found
 
-    module.__dict__["eval"] = function_named
+    module.__dict__["eval"] = find_function
 
 
-def _look_types_up(module: ModuleType) -> None:
+def _look_up_types(module: ModuleType) -> None:
     numpy = module.__dict__["np"]
 
-    def type_named(name: str) -> Any:
+    def find_type(name: str) -> Any:
         """The scalar type of numpy's of that name, as ``np.int64``."""
         found = getattr(numpy, name.removeprefix("np."), None)
         if not (isinstance(found, type) and issubclass(found, numpy.generic)):
             raise ValueError(f"{name!r} is no type of numpy's; a config names one, as 'np.int64'")
         return found
 
-    module.__dict__["eval"] = type_named
+    module.__dict__["eval"] = find_type
 
 
-MENDS: dict[str, Callable[[ModuleType], None]] = {
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "mmcv.ops.furthest_point_sample": _assume_no_cuda,
     "mmcv.ops.knn": _assume_no_cuda,
-    "mmcv.ops.masked_conv": _add_products_in_order,
-    "mmcv.ops.nms": _look_functions_up,
+    "mmcv.ops.masked_conv": _patch_addmm,
+    "mmcv.ops.nms": _look_up_functions,
     "mmcv.ops.points_in_boxes": _assume_no_cuda,
-    "mmcv.ops.sparse_structure": _mend_sparse_structure,
-    "mmcv.ops.multi_scale_deform_attn": _attend_with_the_kernel,
-    "mmdet3d.datasets.transforms.loading": _look_types_up,
+    "mmcv.ops.sparse_structure": _patch_sparse_structure,
+    "mmcv.ops.multi_scale_deform_attn": _use_attention_kernel,
+    "mmdet3d.datasets.transforms.loading": _look_up_types,
 }

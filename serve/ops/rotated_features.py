@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.checks import check_rank, check_same_device
-from serve.ops.point_checks import check_floating, check_holds, check_indices, check_integer, check_shape
-from serve.ops.roi.bilinear import average_samples, average_samples_torch, working_dtype
+from serve.ops.checks import (
+    check_floating,
+    check_indices,
+    check_integer,
+    check_rank,
+    check_same_device,
+    check_shape,
+    check_writable_from,
+    compute_dtype,
+)
+from serve.ops.roi.bilinear import average_samples, average_samples_torch
 
 __all__ = [
     "active_rotated_filter_backward",
@@ -56,7 +64,7 @@ def rotated_feature_align_forward(
     _check_aligned(features, best_bboxes, output, points, "features", "output")
     if output.numel() == 0:
         return
-    image, y, x = _aligned_places(best_bboxes, working_dtype(features), spatial_scale, points)
+    image, y, x = _aligned_places(best_bboxes, compute_dtype(features), spatial_scale, points)
     maps = features.detach().permute(0, 2, 3, 1).to(y.dtype).contiguous()
     mean = average_samples(maps, image, y[:, None], x[:, None]).view(maps.shape)
     output.copy_((maps + mean * points).permute(0, 3, 1, 2))
@@ -69,7 +77,7 @@ def rotated_feature_align_backward(
     _check_aligned(grad_input, best_bboxes, grad_output, points, "grad_input", "grad_output")
     if grad_output.numel() == 0:
         return
-    image, y, x = _aligned_places(best_bboxes, working_dtype(grad_input), spatial_scale, points)
+    image, y, x = _aligned_places(best_bboxes, compute_dtype(grad_input), spatial_scale, points)
     grad = grad_output.detach().to(y.dtype).permute(0, 2, 3, 1)
     with torch.enable_grad():
         maps = torch.zeros_like(grad, memory_format=torch.contiguous_format, requires_grad=True)
@@ -216,7 +224,7 @@ def correlation_forward(
     )
     _check_correlation(input1, input2, output, steps, "output")
     if output.numel() > 0:
-        dtype = working_dtype(input1)
+        dtype = compute_dtype(input1)
         output.copy_(_correlate(input1.detach().to(dtype), input2.detach().to(dtype), steps))
 
 
@@ -261,7 +269,7 @@ def correlation_backward(
         check_same_device(**{"input1": input1, name: grad})
     if grad_output.numel() == 0:
         return
-    dtype = working_dtype(input1)
+    dtype = compute_dtype(input1)
     with torch.enable_grad():
         leaves = [one.detach().to(dtype).requires_grad_() for one in (input1, input2)]
         grads = torch.autograd.grad(_correlate(leaves[0], leaves[1], steps), leaves, grad_output.to(dtype))
@@ -334,7 +342,7 @@ def _shift(source: Tensor, shift: Tensor, target: Tensor, sign: int, names: tupl
     batch, frames, channels, _ = source.shape
     groups = shift.shape[1]
     check_shape(names[1], target, *source.shape)
-    check_holds(names[1], target, names[0], source)
+    check_writable_from(names[1], target, names[0], source)
     if shift.shape[0] != batch or groups < 1 or channels % groups:
         raise ValueError(f"shift must be ({batch}, a divisor of {channels}), got {tuple(shift.shape)}")
     if target.numel() == 0:

@@ -11,9 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device, loops_take
+from serve.ops.checks import (
+    as_compute_dtype,
+    as_numpy,
+    check_floating,
+    check_indices,
+    check_same_device,
+    check_shape,
+    uses_numba,
+)
 from serve.ops.cpu.jit import jit
-from serve.ops.point_checks import check_floating, check_indices, check_shape, working
 from serve.ops.points.neighbours import nearest
 
 __all__ = [
@@ -68,10 +75,10 @@ def assign_score_withk_forward(
     _check_assign(points, centers, scores, knn_idx, (B, N0, N1, M, K, O), aggregate, output=output)
     if output.numel() == 0 or N0 == 0:
         return
-    dtype = torch.promote_types(working(points).dtype, working(scores).dtype)
+    dtype = torch.promote_types(as_compute_dtype(points).dtype, as_compute_dtype(scores).dtype)
     points, centers, scores = (part.detach().to(dtype) for part in (points, centers, scores))
     total = output.detach().to(dtype, copy=True).contiguous()
-    if loops_take(points):
+    if uses_numba(points):
         _assign_cpu(
             as_numpy(points), as_numpy(centers), as_numpy(scores), as_numpy(knn_idx.long()), total.numpy()
         )
@@ -106,7 +113,7 @@ def assign_score_withk_backward(
         check_same_device(**{"points": points, name: target})
     if grad_out.numel() == 0 or N0 == 0:
         return
-    dtype = torch.promote_types(working(points).dtype, working(scores).dtype)
+    dtype = torch.promote_types(as_compute_dtype(points).dtype, as_compute_dtype(scores).dtype)
     with torch.enable_grad():
         leaves = [part.detach().to(dtype).requires_grad_() for part in (points, centers, scores)]
         total = torch.zeros(grad_out.shape, dtype=dtype, device=grad_out.device)
@@ -188,7 +195,7 @@ def chamfer_distance_forward(
     if xyz1.shape[1] == 0 or xyz2.shape[1] == 0:
         return
     # The search is one in space: here all of it lies in the plane z = 0.
-    first, second = (torch.nn.functional.pad(working(points), (0, 1)) for points in (xyz1, xyz2))
+    first, second = (torch.nn.functional.pad(as_compute_dtype(points), (0, 1)) for points in (xyz1, xyz2))
     for cloud in range(xyz1.shape[0]):
         for own, other, dist, idx in (
             (first[cloud], second[cloud], dist1[cloud], idx1[cloud]),
@@ -223,7 +230,7 @@ def chamfer_distance_backward(
     check_shape("grad_xyz2", grad_xyz2, *xyz2.shape)
     check_floating(xyz1=xyz1, xyz2=xyz2, grad_xyz1=grad_xyz1, grad_xyz2=grad_xyz2)
     check_same_device(xyz1=xyz1, xyz2=xyz2, grad_xyz1=grad_xyz1, grad_xyz2=grad_xyz2)
-    first, second = working(xyz1), working(xyz2)
+    first, second = as_compute_dtype(xyz1), as_compute_dtype(xyz2)
     for number, own, other, idx, grad, into, into_other in (
         (1, first, second, idx1, grad_dist1, grad_xyz1, grad_xyz2),
         (2, second, first, idx2, grad_dist2, grad_xyz2, grad_xyz1),
@@ -236,7 +243,7 @@ def chamfer_distance_backward(
             continue
         check_indices(f"idx{number}", idx, other.shape[1])
         cloud = torch.arange(own.shape[0], device=own.device)[:, None].expand(idx.shape)
-        slope = 2 * working(grad)[..., None] * (own - other[cloud, idx.long()])
+        slope = 2 * as_compute_dtype(grad)[..., None] * (own - other[cloud, idx.long()])
         into += slope
         into_other.index_put_((cloud, idx.long()), -slope.to(into_other.dtype), accumulate=True)
 

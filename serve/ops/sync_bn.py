@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve.ops.checks import check_rank
-from serve.ops.point_checks import check_floating, check_tensor
+from serve.ops.checks import check_floating, check_rank, check_tensor
 
 __all__ = [
     "sync_bn_backward_data",

@@ -23,11 +23,11 @@ from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, ServeError
 from serve.protocol.batch import Body
 from serve.protocol.calibration import MATRICES
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
-from serve.runtime import fusion as folding
-from serve.runtime import predictions as answers
-from serve.runtime.model import build_network, is_segmentor, load_weights, quiet_upstream
-from serve.runtime.pipeline import SampleBuilder
-from serve.runtime.random_state import seeded
+from serve.runtime import fusion
+from serve.runtime.model import build_network, is_segmentor, load_state_dict_strict, suppress_warnings
+from serve.runtime.pipeline import InputPipeline
+from serve.runtime.predictions import empty_detections, empty_labels, filter_detections, postprocess
+from serve.runtime.random_state import fixed_seed
 
 __all__ = ["Detector", "Outcome", "load_detector"]
 
@@ -45,7 +45,7 @@ class Detector:
         self.network = network
         self.metadata = metadata
         self.device = device
-        self._samples = SampleBuilder(config)
+        self._samples = InputPipeline(config)
         self._model = {"name": metadata.name, "version": metadata.version}
         self._segments = is_segmentor(network)
         # A segmentor labels every point, also where it does not look.
@@ -82,7 +82,7 @@ class Detector:
             try:
                 sample = self.prepare(frame)
             except Exception as error:
-                outcomes[i] = self._failed(error)
+                outcomes[i] = self._to_error(error)
                 continue
             if self._is_empty(sample):
                 outcomes[i] = self._empty()
@@ -90,33 +90,33 @@ class Detector:
                 groups.setdefault(_batch_key(sample), {})[i] = sample
         for members in groups.values():
             outcomes.update(zip(members, self._run_group(list(members.values())), strict=True))
-        return [_selected(outcomes[i], frame.options) for i, frame in enumerate(frames)]
+        return [_filter(outcomes[i], frame.options) for i, frame in enumerate(frames)]
 
     def forward(self, samples: Sequence[dict[str, Any]]) -> list[Any]:
         """The network's own data samples for prepared inputs, one real batch."""
         from mmengine.dataset import pseudo_collate
 
-        with torch.no_grad(), self._precision(), quiet_upstream():
+        with torch.no_grad(), self._precision(), suppress_warnings():
             step: Any = self.network.test_step
             results: list[Any] = step(pseudo_collate(list(samples)))
         return results
 
     def prepare(self, frame: Frame) -> dict[str, Any]:
         """One frame through the test pipeline."""
-        with quiet_upstream(), seeded(self.device):
+        with suppress_warnings(), fixed_seed(self.device):
             return self._samples.build(frame)
 
     def _run_group(self, samples: list[dict[str, Any]]) -> list[Outcome]:
         """One batch; frame by frame where the network draws random numbers, which neighbours would change."""
         if not self._draws:
-            with seeded(self.device) as dice:
+            with fixed_seed(self.device) as random_state:
                 outcomes = self._run_batch(samples)
-            self._draws = dice.were_thrown
+            self._draws = random_state.used
             if not self._draws or len(samples) == 1:
                 return outcomes
         alone: list[Outcome] = []
         for sample in samples:
-            with seeded(self.device):
+            with fixed_seed(self.device):
                 alone += self._run_batch([sample])
         return alone
 
@@ -126,12 +126,12 @@ class Detector:
             if len(results) != len(samples):
                 raise InferenceFailed(f"the network answered {len(results)} of {len(samples)} frames")
             return [
-                answers.to_answer(result, self.metadata.classes, self.metadata.box_type_3d, self._model)
+                postprocess(result, self.metadata.classes, self.metadata.box_type_3d, self._model)
                 for result in results
             ]
         except Exception as error:
             if len(samples) == 1:
-                return [self._failed(error)]
+                return [self._to_error(error)]
             # Half of it may fit the device; and one bad frame must not fail its neighbours.
             logger.warning("a batch of %d frames failed (%s); running it in halves", len(samples), error)
             if _is_out_of_memory(error) and self.device.type == "cuda":
@@ -139,7 +139,7 @@ class Detector:
         half = len(samples) // 2
         return [*self._run_batch(samples[:half]), *self._run_batch(samples[half:])]
 
-    def _failed(self, error: Exception) -> ServeError:
+    def _to_error(self, error: Exception) -> ServeError:
         if isinstance(error, ServeError):
             return error
         if _is_out_of_memory(error):
@@ -162,9 +162,9 @@ class Detector:
 
     def _empty(self) -> dict[str, Any]:
         if self._segments:
-            return answers.empty_labels(self.metadata.classes, self._model)
+            return empty_labels(self.metadata.classes, self._model)
         width = 4 if self.metadata.box_type_3d is None else _box_width(self.network)
-        return answers.empty_answer(self.metadata.classes, self.metadata.box_type_3d, self._model, width)
+        return empty_detections(self.metadata.classes, self.metadata.box_type_3d, self._model, width)
 
     def _precision(self) -> AbstractContextManager[Any]:
         autocast = self.metadata.inference.autocast
@@ -190,7 +190,7 @@ def load_detector(archive: Archive, device: torch.device, *, trust_code: bool = 
     config = archive.config()
     _import_packed_code(archive, config, trust_code)
     network = build_network(config, archive.metadata.classes)
-    load_weights(network, load_file(archive.weights))
+    load_state_dict_strict(network, load_file(archive.weights))
     network.to(device)
     apply_options(network, archive.metadata.inference)
     return Detector(network, config, archive.metadata, device)
@@ -203,7 +203,7 @@ def apply_options(network: nn.Module, options: InferenceOptions) -> None:
         ArchiveError: a name to fold is not in the network.
     """
     try:
-        folding.fold(network, options.fold_batch_norm)
+        fusion.fuse(network, options.fold_batch_norm)
     except KeyError as error:
         raise ArchiveError(
             f"the archive folds a module {error} that its model does not have; convert again"
@@ -226,7 +226,7 @@ def _import_packed_code(archive: Archive, config: Mapping[str, Any], trust_code:
     if imports:
         from mmengine.utils import import_modules_from_strings
 
-        with quiet_upstream():
+        with suppress_warnings():
             import_modules_from_strings(**dict(config["custom_imports"]))
 
 
@@ -264,5 +264,5 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _selected(outcome: Outcome, options: FrameOptions) -> Outcome:
-    return outcome if isinstance(outcome, ServeError) else answers.select(outcome, options)
+def _filter(outcome: Outcome, options: FrameOptions) -> Outcome:
+    return outcome if isinstance(outcome, ServeError) else filter_detections(outcome, options)

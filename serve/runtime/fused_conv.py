@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from serve.ops.cpu import winograd
 from serve.ops.cpu.gemm import CHANNELS, LANES
 
-__all__ = ["InferenceConvolution", "suits"]
+__all__ = ["FusedConv", "supports"]
 
 
-class InferenceConvolution(nn.Module):
+class FusedConv(nn.Module):
     """A convolution as it stands, with a ReLU behind it if asked for. Not trainable, and bound to the CPU."""
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, layer: nn.Conv2d, *, relu: bool) -> None:
-        """Take over what `layer`, which `suits`, computes."""
+        """Take over what `layer`, which `supports`, computes."""
         super().__init__()
         self.register_buffer("weight", winograd.transform_weight(layer.weight), persistent=False)
         bias = None if layer.bias is None else layer.bias.detach().clone()
@@ -33,10 +33,10 @@ class InferenceConvolution(nn.Module):
         return winograd.convolve_3x3(x, self.weight, self.bias, relu=self.relu)
 
 
-def suits(layer: nn.Conv2d) -> bool:
-    """Whether `InferenceConvolution` can, and on this machine should, stand in for a plain convolution of torch's."""
+def supports(layer: nn.Conv2d) -> bool:
+    """Whether `FusedConv` can, and on this machine should, stand in for a plain convolution of torch's."""
     return (
-        winograd.SUITED
+        winograd.PREFERRED
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype == torch.float32
         and tuple(layer.kernel_size) == (3, 3)

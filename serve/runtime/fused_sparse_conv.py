@@ -21,12 +21,12 @@ from mmcv.ops.sparse_modules import SparseModule
 from mmcv.ops.sparse_structure import SparseConvTensor
 from torch import Tensor, nn
 
-from serve.ops.checks import loops_take
-from serve.ops.sparse.conv import Prepared, convolve, convolve_table, prepared
-from serve.ops.sparse.neighbour_table import inverted, submanifold_table
+from serve.ops.checks import uses_numba
+from serve.ops.sparse.conv import PackedFilters, convolve, convolve_table, pack_filters
+from serve.ops.sparse.neighbour_table import invert_table, submanifold_table
 from serve.ops.sparse.strided_table import strided_table
 
-__all__ = ["InferenceSparseConvolution", "SparseMap"]
+__all__ = ["FusedSparseConv", "SparseMap"]
 
 
 class SparseMap(SparseConvTensor):  # type: ignore[misc]
@@ -70,7 +70,7 @@ class _Geometry:
     counts: Tensor | None = None
 
 
-class InferenceSparseConvolution(SparseModule):  # type: ignore[misc]
+class FusedSparseConv(SparseModule):  # type: ignore[misc]
     """One of mmcv's sparse convolutions as it stands, with a ReLU behind it if asked for. Not trainable."""
 
     def __init__(self, layer: Any, *, relu: bool) -> None:
@@ -89,15 +89,15 @@ class InferenceSparseConvolution(SparseModule):  # type: ignore[misc]
         self.kernel_size, self.stride = list(layer.kernel_size), list(layer.stride)
         self.padding, self.dilation = list(layer.padding), list(layer.dilation)
         self.output_padding = list(layer.output_padding)
-        self._prepared: Prepared | None = None
+        self._filters: PackedFilters | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._prepared = None  # the weights move, or change their type
+        self._filters = None  # the weights move, or change their type
         return super()._apply(fn, recurse)
 
     def forward(self, x: Any) -> Any:
         """Convolve the features of a ``SparseConvTensor``; another with the same ``indice_dict``."""
-        on_table = loops_take(x.features) and x.features.dtype == self.weight.dtype == torch.float32
+        on_table = uses_numba(x.features) and x.features.dtype == self.weight.dtype == torch.float32
         shape = self._out_shape(x.spatial_shape)
         geometry = self._geometry(x, shape, on_table=on_table)
         rows = geometry.rows
@@ -123,11 +123,11 @@ class InferenceSparseConvolution(SparseModule):  # type: ignore[misc]
                 f"{len(features)} rows of features for {len(inputs)} voxels of {self.indice_key!r}: layers that share "
                 "a key must stand on the same voxels"
             )
-        if self._prepared is None:
+        if self._filters is None:
             weight = self.weight.detach().reshape(-1, *self.weight.shape[-2:])
-            self._prepared = prepared(weight, None if self.bias is None else self.bias.detach())
-        table = inverted(geometry.table, outputs) if self.inverse else geometry.table
-        return convolve_table(features, self._prepared, table, relu=self.relu)
+            self._filters = pack_filters(weight, None if self.bias is None else self.bias.detach())
+        table = invert_table(geometry.table, outputs) if self.inverse else geometry.table
+        return convolve_table(features, self._filters, table, relu=self.relu)
 
     def _geometry(self, x: Any, out_shape: Any, *, on_table: bool) -> _Geometry:
         """What is known under the layer's key, or found now and noted there."""

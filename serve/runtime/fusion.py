@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from serve import ops
-from serve.runtime.model import quiet_upstream
+from serve.runtime.model import suppress_warnings
 
-__all__ = ["find_pairs", "fold"]
+__all__ = ["find_fusable", "fuse"]
 
 Pair = tuple[str, str]
 
 
-def find_pairs(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, ...]:
+def find_fusable(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, ...]:
     """Names of (convolution, batch norm) that `run`, which must call the network, shows to be foldable."""
     outputs: dict[int, tuple[str, Tensor]] = {}
     fed_by: dict[str, set[str | None]] = {}
@@ -69,7 +69,7 @@ def find_pairs(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, ...
     return tuple(sorted(pairs))
 
 
-def fold(network: nn.Module, pairs: Iterable[Pair]) -> None:
+def fuse(network: nn.Module, pairs: Iterable[Pair]) -> None:
     """Fold each pair in place; the norm becomes an identity.
 
     Raises:
@@ -78,7 +78,7 @@ def fold(network: nn.Module, pairs: Iterable[Pair]) -> None:
     modules = dict(network.named_modules())
     for conv_name, norm_name in pairs:
         conv, norm = modules[conv_name], modules[norm_name]
-        _fold_one(conv, norm)
+        _fuse_norm(conv, norm)
         parent, _, child = norm_name.rpartition(".")
         setattr(modules[parent], child, nn.Identity())
     _fuse_dense(network, {id(modules[conv_name]) for conv_name, _ in pairs})
@@ -87,15 +87,15 @@ def fold(network: nn.Module, pairs: Iterable[Pair]) -> None:
 
 
 def _fuse_dense(network: nn.Module, folded: set[int]) -> None:
-    """Give the `folded` convolutions (their ids) that stand in plain sequences the form of one pass, where it suits."""
-    from serve.runtime.fused_conv import InferenceConvolution, suits
+    """Give the `folded` convolutions (their ids) that stand in plain sequences the form of one pass, where it supports."""
+    from serve.runtime.fused_conv import FusedConv, supports
 
     for parent in list(network.modules()):
         if type(parent).forward is nn.Sequential.forward:
             for name, layer in list(parent.named_children()):
-                if id(layer) in folded and isinstance(layer, nn.Conv2d) and suits(layer):
-                    relu = _take_relu_behind(parent, name)
-                    setattr(parent, name, InferenceConvolution(layer, relu=relu))
+                if id(layer) in folded and isinstance(layer, nn.Conv2d) and supports(layer):
+                    relu = _take_next_relu(parent, name)
+                    setattr(parent, name, FusedConv(layer, relu=relu))
 
 
 def _fuse_sparse(network: nn.Module) -> None:
@@ -105,25 +105,25 @@ def _fuse_sparse(network: nn.Module) -> None:
 
     if not any(isinstance(layer, SparseConvolution) for layer in network.modules()):
         return
-    with quiet_upstream():
+    with suppress_warnings():
         from mmdet3d.models.middle_encoders import SparseEncoder, SparseUNet
 
-    from serve.runtime.fused_sparse_conv import InferenceSparseConvolution
+    from serve.runtime.fused_sparse_conv import FusedSparseConv
 
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, SparseConvolution) and not layer.conv1x1:
-                relu = type(parent).forward is SparseSequential.forward and _take_relu_behind(parent, name)
-                setattr(parent, name, InferenceSparseConvolution(layer, relu=relu))
+                relu = type(parent).forward is SparseSequential.forward and _take_next_relu(parent, name)
+                setattr(parent, name, FusedSparseConv(layer, relu=relu))
     for encoder in network.modules():
         # What these put out is viewed as a bird's-eye picture, and nothing else is done with it.
         if isinstance(encoder, SparseEncoder | SparseUNet):
             for layer in encoder.conv_out.children():
-                if isinstance(layer, InferenceSparseConvolution):
+                if isinstance(layer, FusedSparseConv):
                     layer.ends_in_map = True
 
 
-def _take_relu_behind(parent: nn.Module, name: str) -> bool:
+def _take_next_relu(parent: nn.Module, name: str) -> bool:
     """Make the ReLU right behind child `name` of a sequence, identities aside, an identity; whether there is one."""
     followers = iter(parent.named_children())
     while next(followers)[0] != name:
@@ -138,7 +138,7 @@ def _take_relu_behind(parent: nn.Module, name: str) -> bool:
 
 
 @torch.no_grad()
-def _fold_one(conv: Any, norm: Any) -> None:
+def _fuse_norm(conv: Any, norm: Any) -> None:
     """``norm(conv(x)) = scale * (W x + b - mean) + shift``, computed in float64."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     scale = torch.rsqrt(variance + norm.eps)
@@ -146,12 +146,12 @@ def _fold_one(conv: Any, norm: Any) -> None:
         scale = scale * norm.weight.double()
     shift = norm.bias.double() if norm.bias is not None else torch.zeros_like(mean)
     bias = conv.bias.double() if conv.bias is not None else torch.zeros_like(mean)
-    conv.weight.copy_(_scaled(conv, scale))
+    conv.weight.copy_(_scale_weight(conv, scale))
     folded = (scale * (bias - mean) + shift).to(conv.weight.dtype)
     conv.bias = nn.Parameter(folded, requires_grad=conv.weight.requires_grad)
 
 
-def _scaled(conv: Any, scale: Tensor) -> Tensor:
+def _scale_weight(conv: Any, scale: Tensor) -> Tensor:
     """The weight with its output channels scaled, wherever the layout keeps them."""
     weight: Tensor = conv.weight.double()
     if isinstance(conv, nn.ConvTranspose2d):  # (in, out / groups, k, k)

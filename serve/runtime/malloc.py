@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["disable_malloc_trim"]
 
 # glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -18,7 +18,7 @@ _NEVER = -1
 _LARGEST_KEPT_BYTES = 1 << 30
 
 
-def keep_freed_memory() -> bool:
+def disable_malloc_trim() -> bool:
     """Tell glibc's malloc to keep what is freed, for the whole process; False where the C library is another one."""
     try:
         library = ctypes.CDLL(None)

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from serve import ops
 from serve.errors import CheckpointError
-from serve.runtime.patches import mend, without_process_group
-from serve.runtime.registry_guard import name_registered_only
+from serve.runtime.patches import patch, use_torch_sync_bn
+from serve.runtime.registry_guard import restrict_registry
 
 __all__ = [
     "build_network",
     "device_for",
     "is_segmentor",
-    "load_weights",
-    "quiet_upstream",
+    "load_state_dict_strict",
     "scope_of",
     "strip_pretrained",
+    "suppress_warnings",
 ]
 
 
@@ -39,7 +39,7 @@ def device_for(gpu_id: int | str | None) -> torch.device:
 
 
 @contextmanager
-def quiet_upstream() -> Iterator[None]:
+def suppress_warnings() -> Iterator[None]:
     """Around OpenMMLab's code: it warns of its own deprecations, which nobody who serves a model can act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -78,20 +78,20 @@ def build_network(config: Mapping[str, Any], classes: Sequence[str]) -> nn.Modul
         classes: class names by label.
     """
     ops.install()
-    with quiet_upstream():
+    with suppress_warnings():
         from mmengine.config import Config
         from mmengine.model import revert_sync_batchnorm
         from mmengine.registry import DefaultScope, init_default_scope
 
         from serve.storage import backends  # noqa: F401  (pipelines may read through s3:// or packed files)
 
-        name_registered_only()
+        restrict_registry()
         init_default_scope(scope_of(config))
         with DefaultScope.overwrite_default_scope(scope_of(config)):
             network = _build(Config(strip_pretrained(config)), scope_of(config))
         network = revert_sync_batchnorm(network)
         network.cfg = Config(dict(config))
-    mend(network)
+    patch(network)
     network.dataset_meta = {"classes": tuple(classes)}
     network.eval()
     return network  # type: ignore[no-any-return]
@@ -108,7 +108,7 @@ def _build(config: Any, scope: str) -> Any:
         from mmdet.registry import MODELS
     if "train_cfg" in model:  # a teacher's and student's wrapper has none, and refuses one
         model.train_cfg = None
-    return MODELS.build(without_process_group(model))
+    return MODELS.build(use_torch_sync_bn(model))
 
 
 def is_segmentor(network: nn.Module) -> bool:
@@ -116,7 +116,7 @@ def is_segmentor(network: nn.Module) -> bool:
     return any(kind.__name__ == "Base3DSegmentor" for kind in type(network).__mro__)
 
 
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_state_dict_strict(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load a state dict strictly (only the counters of batch norms may be missing).
 
     Raises:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["align_without_torchvision", "give_missing_loss", "mend", "without_process_group"]
+__all__ = ["add_missing_loss", "disable_torchvision_align", "patch", "use_torch_sync_bn"]
 
 
-def without_process_group(config: Any) -> Any:
+def use_torch_sync_bn(config: Any) -> Any:
     """Name torch's synchronized norm wherever the config of a model names mmcv's; in place.
 
     Args:
@@ -31,13 +31,13 @@ def without_process_group(config: Any) -> Any:
     """
     for value in config.values() if isinstance(config, Mapping) else config:
         if isinstance(value, Mapping | list | tuple):
-            without_process_group(value)
+            use_torch_sync_bn(value)
     if isinstance(config, MutableMapping) and config.get("type") == "MMSyncBN":
         config["type"] = "SyncBN"
     return config
 
 
-def give_missing_loss(network: nn.Module) -> bool:
+def add_missing_loss(network: nn.Module) -> bool:
     """Give SSD's heads the ``loss_cls`` that they are asked for: none; says whether there was one to mend."""
     heads: list[Any] = [part for part in network.modules() if type(part).__name__ == "SSDHead"]
     heads = [head for head in heads if not hasattr(head, "loss_cls")]
@@ -46,7 +46,7 @@ def give_missing_loss(network: nn.Module) -> bool:
     return bool(heads)
 
 
-def align_without_torchvision(network: nn.Module) -> bool:
+def disable_torchvision_align(network: nn.Module) -> bool:
     """Have every alignment of regions of interest done by mmcv's kernel; says whether one was not."""
     layers: list[Any] = [part for part in network.modules() if getattr(part, "use_torchvision", False)]
     for layer in layers:
@@ -54,10 +54,10 @@ def align_without_torchvision(network: nn.Module) -> bool:
     return bool(layers)
 
 
-def mend(network: nn.Module) -> None:
+def patch(network: nn.Module) -> None:
     """Mend `network` in place, where it needs it."""
-    give_missing_loss(network)
-    align_without_torchvision(network)
+    add_missing_loss(network)
+    disable_torchvision_align(network)
     preprocessor: Any = getattr(network, "data_preprocessor", None)
     if getattr(preprocessor, "voxel", False) and preprocessor.voxel_type == "minkunet":
         preprocessor.voxelize = _QuantizeInPlace(preprocessor)

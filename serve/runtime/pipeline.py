@@ -18,9 +18,9 @@ from serve.errors import ArchiveError
 from serve.protocol.frames import Frame, FrameSpec, Modality
 from serve.protocol.images import COLOR_TYPES, Decoder
 from serve.runtime.loaders import image_loader, mono_loader, multiview_loader, point_loader
-from serve.runtime.model import quiet_upstream, scope_of
+from serve.runtime.model import scope_of, suppress_warnings
 
-__all__ = ["SampleBuilder", "box_type_of", "dataset_of", "frame_spec", "pipeline_of"]
+__all__ = ["InputPipeline", "box_type_of", "dataset_of", "frame_spec", "pipeline_of"]
 
 LOADERS = {
     "LoadPointsFromFile": point_loader,
@@ -163,19 +163,19 @@ def _cameras(config: Mapping[str, Any], loader: Mapping[str, Any]) -> tuple[str,
     return named if len(named) == count else tuple(f"CAM{i}" for i in range(count))
 
 
-class SampleBuilder:
+class InputPipeline:
     """Turns one frame into what ``model.test_step`` takes; built once per model, not safe for threads."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Build the pipeline of a resolved `config`; raises what `frame_spec` raises."""
         self.spec = frame_spec(config)
-        with quiet_upstream():
+        with suppress_warnings():
             from mmengine.dataset import Compose
             from mmengine.registry import DefaultScope
 
             with DefaultScope.overwrite_default_scope(scope_of(config)):
                 self._constants = _constants(config)
-                self._compose = Compose(_fed_from_memory(copy.deepcopy(pipeline_of(config))))
+                self._compose = Compose(_replace_loaders(copy.deepcopy(pipeline_of(config))))
 
     def build(self, frame: Frame) -> dict[str, Any]:
         """Run the pipeline on one frame.
@@ -185,7 +185,7 @@ class SampleBuilder:
         """
         data = frame.data if isinstance(frame.data, dict) else {self.spec.parts[0]: frame.data}
         inputs: dict[str, Any] = {key: copy.copy(value) for key, value in self._constants.items()}
-        inputs.update(_loadable(data, self.spec))
+        inputs.update(_loader_inputs(data, self.spec))
         sample: Any = self._compose(inputs)
         if not isinstance(sample, dict):
             raise ArchiveError(
@@ -194,12 +194,12 @@ class SampleBuilder:
         return sample
 
 
-def _fed_from_memory(pipeline: Sequence[dict[str, Any]]) -> list[Any]:
+def _replace_loaders(pipeline: Sequence[dict[str, Any]]) -> list[Any]:
     steps = [step for step in pipeline if not _kind(step).startswith(ANNOTATION_LOADERS)]
     return [LOADERS[_kind(step)](step) if _kind(step) in LOADERS else step for step in steps]
 
 
-def _loadable(data: Mapping[str, Any], spec: FrameSpec) -> dict[str, Any]:
+def _loader_inputs(data: Mapping[str, Any], spec: FrameSpec) -> dict[str, Any]:
     """What the loaders look for, under the names mmdet's and mmdet3d's own inference calls give it."""
     inputs: dict[str, Any] = {}
     if "points" in data:

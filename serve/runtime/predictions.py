@@ -16,7 +16,7 @@ import torch
 from serve.compare.labels import encode_labels, encode_segments
 from serve.protocol.frames import FrameOptions
 
-__all__ = ["empty_answer", "empty_labels", "select", "to_answer"]
+__all__ = ["empty_detections", "empty_labels", "filter_detections", "postprocess"]
 
 UNITS_3D = {
     "LiDAR": {"length": "m", "angle": "rad", "frame": "x forward, y left, z up", "origin": "bottom centre"},
@@ -31,7 +31,7 @@ UNITS_3D = {
 UNITS_2D = {"length": "px", "frame": "x right, y down, from the top left of the original image"}
 
 
-def to_answer(
+def postprocess(
     sample: Any, classes: Sequence[str], box_type_3d: str | None, model: dict[str, str]
 ) -> dict[str, Any]:
     """One prediction as an answer; detections best score first, nothing left out.
@@ -68,7 +68,7 @@ def to_answer(
     return answer
 
 
-def empty_answer(
+def empty_detections(
     classes: Sequence[str], box_type_3d: str | None, model: dict[str, str], width: int
 ) -> dict[str, Any]:
     """The answer to a frame with nothing in it; boxes would have `width` numbers."""
@@ -82,7 +82,7 @@ def empty_labels(classes: Sequence[str], model: dict[str, str]) -> dict[str, Any
     return _labels(np.zeros(0, dtype=np.uint8), classes, model)
 
 
-def select(answer: dict[str, Any], options: FrameOptions) -> dict[str, Any]:
+def filter_detections(answer: dict[str, Any], options: FrameOptions) -> dict[str, Any]:
     """The part of an answer (best score first) that a caller asked for; labels have no scores and stay whole."""
     scores = answer.get("scores", answer.get("scores_3d"))
     if scores is None:

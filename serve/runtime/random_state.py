@@ -1,7 +1,7 @@
 """Random numbers that are the same every time.
 
 Some models draw points at random while they answer (VoteNet's `PointSample`, the sliding windows of
-PointNet++): seeded alike for every frame, the same frame gets the same answer on every run. Knows nothing
+PointNet++): fixed_seed alike for every frame, the same frame gets the same answer on every run. Knows nothing
 about models.
 """
 
@@ -16,27 +16,27 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Dice", "seeded"]
+__all__ = ["RandomState", "fixed_seed"]
 
 SEED = 0
 
 
 @dataclass
-class Dice:
-    """Whether random numbers were drawn; known once the `seeded` block is left."""
+class RandomState:
+    """Whether random numbers were drawn; known once the `fixed_seed` block is left."""
 
-    were_thrown: bool = False
+    used: bool = False
 
 
 @contextmanager
-def seeded(device: torch.device, seed: int = SEED) -> Iterator[Dice]:
+def fixed_seed(device: torch.device, seed: int = SEED) -> Iterator[RandomState]:
     """Inside, the global generators of Python, NumPy and torch start from `seed`; afterwards they go on as before.
 
     Args:
-        device: where the model runs; the generator of a CUDA device is seeded too.
+        device: where the model runs; the generator of a CUDA device is fixed_seed too.
         seed: where to start.
     """
-    dice = Dice()
+    random_state = RandomState()
     kept = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         random.seed(seed)
@@ -44,9 +44,9 @@ def seeded(device: torch.device, seed: int = SEED) -> Iterator[Dice]:
         torch.random.manual_seed(seed)
         before = _state(device)
         try:
-            yield dice
+            yield random_state
         finally:
-            dice.were_thrown = before != _state(device)
+            random_state.used = before != _state(device)
             random.setstate(kept[0])
             np.random.set_state(kept[1])
 

@@ -11,20 +11,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["name_registered_only"]
+__all__ = ["restrict_registry"]
 
 # Whose modules may be imported for a class that a path names.
 _OPENMMLAB = frozenset({"mmcv", "mmdet", "mmdet3d", "mmengine", "mmpretrain", "mmseg"})
 
 
-def name_registered_only() -> None:
+def restrict_registry() -> None:
     """From now on, registries of this process build registered classes and functions only."""
     from mmengine.registry import registry
 
-    registry.get_object_from_string = _registered
+    registry.get_object_from_string = _find_registered
 
 
-def _registered(path: str) -> Any:
+def _find_registered(path: str) -> Any:
     """The class or function at `path` if it is registered somewhere, else None."""
     from mmengine.utils import get_object_from_string
 

@@ -18,20 +18,20 @@ from serve.protocol.batch import Body
 from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime.detector import Detector
 
-__all__ = ["PRECISION_OF", "agrees", "prove", "run_golden"]
+__all__ = ["TOLERANCES", "matches", "run_golden_frame", "self_test"]
 
 # Wider than between two runs on one machine: other processors sum in another order. Reduced precision is
 # compared with an answer recorded in float32.
-PRECISION_OF: dict[str, Tolerances] = {
+TOLERANCES: dict[str, Tolerances] = {
     "off": Tolerances(box_m=1e-2, box_px=1.0, yaw_rad=1e-2, score=1e-3, mask_iou=0.9, label_share=0.99),
     "fp16": Tolerances(box_m=0.1, box_px=4.0, yaw_rad=5e-2, score=2e-2, mask_iou=0.8, label_share=0.95),
     "bf16": Tolerances(box_m=0.3, box_px=8.0, yaw_rad=0.1, score=5e-2, mask_iou=0.7, label_share=0.9),
 }
 # Where two candidates nearly tie, rounding decides which one suppression keeps.
-TOLERATED_SHARE = 0.05
+MAX_MISMATCH_SHARE = 0.05
 
 
-def run_golden(detector: Detector, frame: Body) -> dict[str, Any]:
+def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
     """The detector's answer to the golden frame, with no score threshold.
 
     Raises:
@@ -44,31 +44,31 @@ def run_golden(detector: Detector, frame: Body) -> dict[str, Any]:
     return outcome
 
 
-def agrees(
+def matches(
     expected: Mapping[str, Any], actual: Mapping[str, Any], tolerances: Tolerances
 ) -> tuple[bool, Comparison | LabelComparison]:
-    """Whether all but `TOLERATED_SHARE` of the detections match within `tolerances`, or of the labels are equal."""
+    """Whether all but `MAX_MISMATCH_SHARE` of the detections match within `tolerances`, or of the labels are equal."""
     found = compare_answers(expected, actual, tolerances, sides=("recorded", "now"))
     if isinstance(found, LabelComparison):
         return found.ok, found
     wrong = sum(not pair.ok for pair in found.pairs) + max(
         len(found.unmatched_expected), len(found.unmatched_actual)
     )
-    allowed = TOLERATED_SHARE * max(found.expected_count, found.actual_count)
+    allowed = MAX_MISMATCH_SHARE * max(found.expected_count, found.actual_count)
     return not found.problems and wrong <= allowed, found
 
 
-def prove(detector: Detector, archive: Archive) -> float:
+def self_test(detector: Detector, archive: Archive) -> float:
     """Run the golden frame and compare; returns the seconds it took.
 
     Raises:
         SelfTestError: the detections are not those recorded at conversion.
     """
     started = time.perf_counter()
-    actual = run_golden(detector, archive.golden_frame())
+    actual = run_golden_frame(detector, archive.golden_frame())
     seconds = time.perf_counter() - started
     expected = archive.golden_expected()
-    ok, found = agrees(expected, actual, PRECISION_OF[archive.metadata.inference.autocast])
+    ok, found = matches(expected, actual, TOLERANCES[archive.metadata.inference.autocast])
     if not ok:
         raise SelfTestError(
             f"the golden frame of {archive.metadata.name} does not come out as recorded "

@@ -325,12 +325,12 @@ def _running(scope: str, path: Path, module: Any) -> Iterator[None]:
     """
     from mmengine.registry import DefaultScope
 
-    from serve.runtime.random_state import seeded
+    from serve.runtime.random_state import fixed_seed
 
     device = next(module.parameters()).device
     stays = _no_cuda() if device.type == "cpu" else contextlib.nullcontext()
     try:
-        with _quiet(), DefaultScope.overwrite_default_scope(scope), seeded(device), stays:
+        with _quiet(), DefaultScope.overwrite_default_scope(scope), fixed_seed(device), stays:
             yield
     except Exception as error:
         raise InferenceFailed(f"native inference on {path.name} failed: {error}") from error

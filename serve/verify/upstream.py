@@ -36,12 +36,12 @@ def build(config: Any, checkpoint: Path, device: str) -> Any:
         return init_model(config, str(checkpoint), device=device)
     from mmdet.apis import init_detector
 
-    from serve.runtime import patches as mended
+    from serve.runtime import patches
 
     dataset = config.get("test_dataloader", {}).get("dataset", {})
     if "pipeline" in dataset:  # panoptic truth wants a package to be loaded, and there is no truth here
         dataset.pipeline = [step for step in dataset.pipeline if step["type"] != "LoadPanopticAnnotations"]
-    mended.without_process_group(config.model)
+    patches.use_torch_sync_bn(config.model)
     # Without options to merge, mmdet looks for a backbone, which a teacher's and student's wrapper has not;
     # without a palette, it builds the data set to ask for its colours, which may want a package.
     options: dict[str, Any] | None = None if "backbone" in config.model else {}
@@ -50,12 +50,12 @@ def build(config: Any, checkpoint: Path, device: str) -> Any:
 
 def patch(module: Any) -> tuple[str, ...]:
     """Mend what upstream cannot run, and nothing else; sentences on what was done."""
-    from serve.runtime import patches as mended
+    from serve.runtime import patches
 
     notes = []
-    if mended.give_missing_loss(module):
+    if patches.add_missing_loss(module):
         notes.append("mmdet asks SSD's head for a loss that it does not have; it was given none")
-    if importlib.util.find_spec("torchvision") is None and mended.align_without_torchvision(module):
+    if importlib.util.find_spec("torchvision") is None and patches.disable_torchvision_align(module):
         notes.append("torchvision is not installed; mmcv's own kernel aligns the regions of interest")
     return tuple(notes)
 

@@ -45,11 +45,11 @@ class DetectionHandler:
         self.settings = Settings.from_environment()
         ops.install(self.settings.ops, cache_dir=self.settings.cache_dir)
         from serve.runtime import device_for
-        from serve.runtime.malloc import keep_freed_memory
+        from serve.runtime.malloc import disable_malloc_trim
 
         device = device_for(context.system_properties.get("gpu_id"))
         if device.type == "cpu" and self.settings.keep_memory:
-            keep_freed_memory()  # before there is a second thread, which would get memory of its own
+            disable_malloc_trim()  # before there is a second thread, which would get memory of its own
         # Loads and computes: what torch and its kernels keep per thread (pools, the current device) is kept once.
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._engine.submit(self._load, Path(context.system_properties["model_dir"]), device).result()
@@ -61,7 +61,7 @@ class DetectionHandler:
 
         from serve.archive import open_directory
         from serve.runtime import load_detector
-        from serve.runtime.selftest import prove
+        from serve.runtime.selftest import self_test
 
         torch.set_num_threads(self.settings.threads or min(torch.get_num_threads(), available_cores()))
         archive = open_directory(model_dir)
@@ -71,7 +71,7 @@ class DetectionHandler:
                 f"serves {self.package}"
             )
         self.detector = load_detector(archive, device, trust_code=self.settings.trust_archive_code)
-        self.self_test_s = prove(self.detector, archive)
+        self.self_test_s = self_test(self.detector, archive)
         logger.info(
             "%s %s is ready on %s with %s kernels; its golden frame came out as recorded in %.2f s",
             archive.metadata.name, archive.metadata.version, device, ops.kernels_in_use(), self.self_test_s,

@@ -72,7 +72,7 @@ def test_a_conversion_that_fails_its_proof_keeps_the_archive_it_was_to_replace(d
     def disagree(*_):
         raise SelfTestError("does not come out as recorded")
 
-    monkeypatch.setattr("serve.runtime.selftest.prove", disagree)
+    monkeypatch.setattr("serve.runtime.selftest.self_test", disagree)
     with pytest.raises(SelfTestError):
         convert(replace(demo, force=True, model_version="2.0"))
     assert made.path.read_bytes() == before

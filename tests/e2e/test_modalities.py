@@ -18,7 +18,7 @@ from serve.compare.detections import Tolerances, compare_answers
 from serve.errors import ClientError, UndecodableFrame
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.protocol.calibration import parse_calibration
-from serve.runtime.selftest import agrees
+from serve.runtime.selftest import matches
 from serve.verify.reference import load_reference
 from tests.e2e.small_models import MODELS, make
 from tests.worker.context import Context
@@ -99,7 +99,7 @@ def test_a_batch_gives_what_each_frame_gives_alone_and_what_upstream_gives(name,
         assert found.ok, found.table()
     native = load_reference(model.config, model.checkpoint, "cpu").detect(model.files())
     # A vote within a rounding of a ball's radius is a neighbour on one side only, which moves that ball's box.
-    same, found = agrees(native, one, CLOSE)
+    same, found = matches(native, one, CLOSE)
     assert same and (name == "depth" or found.ok), found.table()
     assert len(one.get("names", one.get("segments_info", one.get("pts_semantic_mask")))) > 0
 

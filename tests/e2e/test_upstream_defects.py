@@ -19,8 +19,7 @@ from serve import archive
 from serve.compare.detections import compare
 from serve.errors import NonFinitePoints, UndecodableFrame
 from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
-from serve.runtime import device_for
-from serve.runtime import predictions as answers
+from serve.runtime import device_for, predictions
 from serve.verify.reference import load_reference
 from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, Context
 
@@ -109,7 +108,7 @@ def test_d09_results_are_brought_to_the_host():
         labels=torch.tensor([0, 1, 0]).as_subclass(OnDevice),
         masks=torch.ones(3, 4, 4, dtype=torch.bool).as_subclass(OnDevice),
     )
-    answer = answers.to_answer(Found(pred_instances=found), ("a", "b"), None, {})
+    answer = predictions.postprocess(Found(pred_instances=found), ("a", "b"), None, {})
     assert answer["names"] == ["b", "a", "a"] and len(answer["masks"]) == 3
 
 

@@ -18,12 +18,10 @@ from typing import Any
 import torch
 
 from serve.ops import extension
-from tools.bench.kernels import boxes as box_cases
-from tools.bench.kernels import images as image_cases
-from tools.bench.kernels import points as point_cases
+from tools.bench.kernels import boxes, images, points
 from tools.bench.kernels.inputs import Inputs
 
-CASES = {**box_cases.CASES, **point_cases.CASES, **image_cases.CASES}
+CASES = {**boxes.CASES, **points.CASES, **images.CASES}
 OURS = (TypeError, ValueError, IndexError)
 # What another precision, or order of summation, may change.
 TOLERANCE = {"float16": 0.06, "float64": 1e-4, "not contiguous": 1e-5}

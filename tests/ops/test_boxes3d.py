@@ -69,13 +69,13 @@ def test_side_faces_are_outside_and_bottom_and_top_inside(seed, t, m, index):
     each = torch.full((t, m), 9, dtype=index)
     boxes3d.points_in_boxes_cpu_forward(boxes, points, each)
     assert torch.equal(each, expected.to(index))
-    everywhere = torch.zeros((1, m, t), dtype=index)
-    boxes3d.points_in_boxes_all_forward(boxes[None], points[None], everywhere)
-    assert torch.equal(everywhere[0].t(), expected.to(index))
+    splat = torch.zeros((1, m, t), dtype=index)
+    boxes3d.points_in_boxes_all_forward(boxes[None], points[None], splat)
+    assert torch.equal(splat[0].t(), expected.to(index))
     first = torch.full((1, m), -1, dtype=index)
     boxes3d.points_in_boxes_part_forward(boxes[None], points[None], first)
     assert first[0].tolist() == [next((b for b in range(t) if expected[b, p]), -1) for p in range(m)]
-    exact = boxes3d.in_one_precision(points, boxes)
+    exact = boxes3d.to_common_dtype(points, boxes)
     assert torch.equal(boxes3d.first_box_torch(*exact), first[0].long())
     assert all(torch.equal(hits, expected[block]) for block, hits in boxes3d.inside_blocks(*exact))
 
@@ -139,7 +139,7 @@ def test_pooling_over_a_grid_takes_the_first_points_of_each_cell(method, seed, n
     _, other_held, other = outputs(rois, features, grid, k)
     other_winners = torch.full_like(winners, -1)
     pool3d.roiaware_torch(
-        *boxes3d.in_one_precision(points, rois), features, other_winners, other_held, other, method
+        *boxes3d.to_common_dtype(points, rois), features, other_winners, other_held, other, method
     )
     assert torch.equal(other_held, held) and torch.equal(other, pooled)
     assert method == pool3d.MEAN or torch.equal(other_winners, winners)
@@ -170,7 +170,7 @@ def test_no_number_is_ever_the_maximum():
     pool3d.roiaware_pool3d_forward(roi, points, features, winners, held, pooled, pool3d.MAX)
     assert winners.flatten().tolist() == [2, -1] and pooled.flatten().tolist() == [2, 0]
     other = pooled.new_zeros(pooled.shape)
-    frames, nothing = boxes3d.in_one_precision(points, roi), torch.full_like(winners, -1)
+    frames, nothing = boxes3d.to_common_dtype(points, roi), torch.full_like(winners, -1)
     pool3d.roiaware_torch(*frames, features, nothing, held.clone(), other, pool3d.MAX)
     assert torch.equal(nothing, winners) and torch.equal(other, pooled)
 
@@ -191,9 +191,11 @@ def test_sampling_a_box_repeats_its_points_in_turn(seed, t, m, samples):
             continue
         rows = [int(rows[i % len(rows)]) for i in range(samples)]
         assert torch.equal(pooled[0, b], torch.cat((points[rows], features[rows]), dim=1))
-    frames = boxes3d.in_one_precision(points, boxes)
+    frames = boxes3d.to_common_dtype(points, boxes)
     pairs = zip(
-        pool3d.first_inside(*frames, samples), pool3d.first_inside_torch(*frames, samples), strict=True
+        pool3d.find_first_inside(*frames, samples),
+        pool3d.find_first_inside_torch(*frames, samples),
+        strict=True,
     )
     assert all(torch.equal(a, b) for a, b in pairs)
 

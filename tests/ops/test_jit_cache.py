@@ -125,7 +125,7 @@ def test_where_nothing_can_be_written_each_process_compiles_for_itself(installed
 
 def test_another_version_of_what_a_kernel_rests_on_is_compiled_anew(installed, tmp_path):
     first = run(installed, tmp_path / "cache")
-    with (installed / "serve" / "ops" / "jit.py").open("a") as source:
+    with (installed / "serve" / "ops" / "cpu" / "jit.py").open("a") as source:
         source.write("# another version\n")
     second = run(installed, tmp_path / "cache")
     assert second["misses"] == 1 and second["folder"] != first["folder"]
@@ -160,18 +160,18 @@ def test_a_full_disk_costs_the_cache_and_not_the_answer(tmp_path):
 def test_a_folder_that_others_can_write_is_not_read(tmp_path, mode):
     own, place = tmp_path / "file", tmp_path / "place"
     own.write_text("the sources' folder cannot be written")
-    made = jit_cache.folder_among("boxes.nms", own, [place])
+    made = jit_cache.choose_folder("boxes.nms", own, [place])
     assert made is not None and made.parent == place
     os.chmod(made, mode)
-    assert jit_cache.folder_among("boxes.nms", own, [place]) is None
+    assert jit_cache.choose_folder("boxes.nms", own, [place]) is None
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file away")
 def test_a_folder_of_somebody_else_is_not_read(tmp_path):
     own, place = tmp_path / "file", tmp_path / "place"
     own.write_text("")
-    made = jit_cache.folder_among("boxes.nms", own, [place])
+    made = jit_cache.choose_folder("boxes.nms", own, [place])
     assert made is not None
     os.chown(made, NOBODY, NOBODY)
-    other = jit_cache.folder_among("boxes.nms", own, [place, tmp_path / "other"])
+    other = jit_cache.choose_folder("boxes.nms", own, [place, tmp_path / "other"])
     assert other is not None and other.parent == tmp_path / "other"

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from serve.ops.cpu import rank_bitmap
 from serve.ops.sparse import conv as sparse_conv
-from serve.ops.sparse import neighbour_table, strided_table
-from serve.ops.sparse import rulebook as sparse_index
+from serve.ops.sparse import neighbour_table, rulebook, strided_table
 
 
 def voxels(shape: list[int], batch: int, share: float, seed: int) -> torch.Tensor:
@@ -24,7 +23,7 @@ def voxels(shape: list[int], batch: int, share: float, seed: int) -> torch.Tenso
 def by_pairs(indices, batch, out_shape, in_shape, ksize, stride, padding, dilation, subm, transpose):
     """The same through a list of pairs, by torch's way, which shares no code with the tables."""
     geometry = np.array([ksize, stride, padding, dilation, out_shape, in_shape], dtype=np.int64)
-    rows, pairs, counts = sparse_index._rulebook_torch(indices, geometry, subm, transpose)
+    rows, pairs, counts = rulebook._rulebook_torch(indices, geometry, subm, transpose)
     table = np.full((len(counts), len(rows)), -1, np.int32)
     for k, count in enumerate(counts.tolist()):
         table[k, pairs[k, 1, :count]] = pairs[k, 0, :count]
@@ -77,7 +76,7 @@ def test_a_strided_table_is_the_rulebook(case, marked):
         )
     assert np.array_equal(rows.numpy(), expected_rows) and np.array_equal(table, expected)
     assert rows.dtype == torch.int32 and table.dtype == np.int32
-    turned = neighbour_table.inverted(table, len(indices))
+    turned = neighbour_table.invert_table(table, len(indices))
     k, o = np.nonzero(table >= 0)
     assert np.array_equal(turned[k, table[k, o]], o) and (turned >= 0).sum() == len(k)
 
@@ -111,7 +110,7 @@ def test_a_voxel_outside_is_an_index_error(wrong):
 @pytest.mark.parametrize("ordered", [True, False])
 def test_threads_share_the_work_of_many_voxels_and_change_nothing(monkeypatch, ordered):
     for module in (neighbour_table, strided_table):
-        monkeypatch.setattr(module, "ROWS_A_THREAD", 2048)
+        monkeypatch.setattr(module, "ROWS_PER_THREAD", 2048)
     indices = voxels([20, 60, 60], 2, 0.1, 3)
     indices = torch.unique(indices, dim=0) if ordered else indices
     strided_case = ([20, 60, 60], [10, 30, 30], [3, 3, 3], [2, 2, 2], [1, 1, 1], [1, 1, 1])
@@ -143,7 +142,7 @@ def test_marks_are_counted():
     marks = dice.integers(0, 1 << 63, 1000, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     marks[::3] = 0
     before = np.empty(1000, np.int32)
-    total = rank_bitmap.count_marks(marks, before)
+    total = rank_bitmap.prefix_popcounts(marks, before)
     ones = np.array([int(word).bit_count() for word in marks])
     assert total == ones.sum() and np.array_equal(before, np.cumsum(ones) - ones)
 
@@ -151,9 +150,9 @@ def test_marks_are_counted():
 def test_layers_that_share_a_key_must_stand_on_the_same_voxels():
     from mmcv.ops import SparseConvTensor, SubMConv3d
 
-    from serve.runtime.fused_sparse_conv import InferenceSparseConvolution
+    from serve.runtime.fused_sparse_conv import FusedSparseConv
 
-    layer = InferenceSparseConvolution(SubMConv3d(2, 2, 3, padding=1, indice_key="a"), relu=False)
+    layer = FusedSparseConv(SubMConv3d(2, 2, 3, padding=1, indice_key="a"), relu=False)
     first = SparseConvTensor(torch.ones(3, 2), voxels([4, 4, 4], 1, 1.0, 0)[:3], [4, 4, 4], 1)
     layer(first)
     other = SparseConvTensor(torch.ones(5, 2), voxels([4, 4, 4], 1, 1.0, 0)[:5], [4, 4, 4], 1)
@@ -165,9 +164,9 @@ def test_layers_that_share_a_key_must_stand_on_the_same_voxels():
 def test_weights_that_move_are_prepared_anew():
     from mmcv.ops import SparseConvTensor, SubMConv3d
 
-    from serve.runtime.fused_sparse_conv import InferenceSparseConvolution
+    from serve.runtime.fused_sparse_conv import FusedSparseConv
 
-    layer = InferenceSparseConvolution(SubMConv3d(2, 2, 3, padding=1), relu=False)
+    layer = FusedSparseConv(SubMConv3d(2, 2, 3, padding=1), relu=False)
     x = SparseConvTensor(torch.ones(3, 2), voxels([4, 4, 4], 1, 1.0, 0)[:3], [4, 4, 4], 1)
     with torch.no_grad():
         single = layer(x).features
@@ -179,7 +178,7 @@ def test_weights_that_move_are_prepared_anew():
 
 
 def test_the_compiled_convolution_refuses_what_does_not_fit():
-    kernel = sparse_conv.prepared(torch.ones(3, 4, 5), None)
+    kernel = sparse_conv.pack_filters(torch.ones(3, 4, 5), None)
     with pytest.raises(ValueError, match="features"):
         sparse_conv.convolve_table(torch.ones(2, 3), kernel, np.full((3, 2), -1, np.int32))
     with pytest.raises(ValueError, match="offsets"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.ops.sparse import conv as sparse_conv
-from serve.ops.sparse import rulebook as sparse_index
+from serve.ops.sparse import rulebook
 
 
 def random_sparse(seed: int, shape: tuple[int, ...], batch: int, fill: float, channels: int):
@@ -42,7 +42,7 @@ def at_rows(dense: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     )
 
 
-def rulebook(path, indices, batch, out, shape, ksize, stride, padding, dilation, subm=0, transpose=0):
+def build_rulebook(path, indices, batch, out, shape, ksize, stride, padding, dilation, subm=0, transpose=0):
     """`path` names the implementation: the CPU one, or the sort-based one that other devices take."""
     geometry = np.array(
         [
@@ -55,7 +55,7 @@ def rulebook(path, indices, batch, out, shape, ksize, stride, padding, dilation,
         ],
         dtype=np.int64,
     )
-    build = {"numba": sparse_index._rulebook_cpu, "torch": sparse_index._rulebook_torch}[path]
+    build = {"numba": rulebook._rulebook_cpu, "torch": rulebook._rulebook_torch}[path]
     return build(indices, geometry, bool(subm), bool(transpose))
 
 
@@ -78,7 +78,7 @@ def test_strided_convolution_equals_dense_convolution(path, seed, ndim, stride, 
     indices, features, dense = random_sparse(seed, shape, 2, fill, 3)
     weight = torch.randn(*ksize, 3, 4, generator=torch.Generator().manual_seed(seed))
     out = out_shape(shape, ksize, strides, pads, ones)
-    rows, pairs, counts = rulebook(path, indices, 2, out, shape, ksize, strides, pads, ones)
+    rows, pairs, counts = build_rulebook(path, indices, 2, out, shape, ksize, strides, pads, ones)
     got = sparse_conv.indice_conv_forward(features, weight, pairs, counts, rows.shape[0])
     expected = CONV[ndim](dense, weight.permute(-1, -2, *range(ndim)), stride=stride, padding=padding)
     full = torch.zeros_like(expected)
@@ -94,7 +94,7 @@ def test_submanifold_convolution_equals_dense_convolution_at_its_own_voxels(path
     shape = (6, 5, 7)[:ndim]
     indices, features, dense = random_sparse(seed, shape, 2, fill, 3)
     weight = torch.randn(*[3] * ndim, 3, 4, generator=torch.Generator().manual_seed(seed))
-    rows, pairs, counts = rulebook(
+    rows, pairs, counts = build_rulebook(
         path, indices, 2, shape, shape, [3] * ndim, [1] * ndim, [1] * ndim, [1] * ndim, subm=1
     )
     assert torch.equal(rows, indices)
@@ -109,7 +109,7 @@ def test_transposed_convolution_equals_dense_transposed_convolution(path):
     indices, features, dense = random_sparse(3, shape, 2, 0.3, 3)
     weight = torch.randn(3, 3, 3, 3, 4, generator=torch.Generator().manual_seed(0))
     out = [(n - 1) * 2 - 2 + 3 for n in shape]
-    rows, pairs, counts = rulebook(
+    rows, pairs, counts = build_rulebook(
         path, indices, 2, out, shape, kernel, stride, padding, [1] * 3, transpose=1
     )
     got = sparse_conv.indice_conv_forward(features, weight, pairs, counts, rows.shape[0])
@@ -122,7 +122,7 @@ def test_both_index_builders_agree_on_the_pairs():
     indices, _, _ = random_sparse(5, tuple(shape), 3, 0.2, 1)
     out = out_shape(shape, [3] * 3, [2] * 3, [1] * 3, [1] * 3)
     books = [
-        rulebook(path, indices, 3, out, shape, [3] * 3, [2] * 3, [1] * 3, [1] * 3)
+        build_rulebook(path, indices, 3, out, shape, [3] * 3, [2] * 3, [1] * 3, [1] * 3)
         for path in ("numba", "torch")
     ]
     connections = []
@@ -146,7 +146,7 @@ def test_gradients_equal_numerical_ones(subm, inverse):
     indices, _, _ = random_sparse(1, tuple(shape), 1, 0.3, 2)
     ksize = [3] * 3
     out = shape if subm else out_shape(shape, ksize, [2] * 3, [1] * 3, [1] * 3)
-    rows, pairs, counts = sparse_index.get_indice_pairs_3d_forward(
+    rows, pairs, counts = rulebook.get_indice_pairs_3d_forward(
         indices, 1, out, shape, ksize, [2] * 3, [1] * 3, [1] * 3, [0] * 3, subm, 0
     )
     n_in, n_out = (rows.shape[0], indices.shape[0]) if inverse else (indices.shape[0], rows.shape[0])
@@ -177,7 +177,7 @@ def test_max_pooling_takes_the_maximum_and_sends_gradients_to_it():
     shape, ksize = [4, 4], [2, 2]
     indices, features, _ = random_sparse(2, (4, 4), 1, 0.6, 2)
     features = features.abs()
-    rows, pairs, counts = sparse_index.get_indice_pairs_2d_forward(
+    rows, pairs, counts = rulebook.get_indice_pairs_2d_forward(
         indices, 1, [2, 2], shape, ksize, [2, 2], [0, 0], [1, 1], [0, 0], 0, 0
     )
     pooled = sparse_conv.indice_maxpool_forward(features, pairs, counts, rows.shape[0])
@@ -195,7 +195,7 @@ def test_no_voxels_give_no_voxels():
     for subm in (0, 1):
         shape = [5, 5, 5]
         out = shape if subm else [3, 3, 3]
-        rows, pairs, counts = sparse_index.get_indice_pairs_3d_forward(
+        rows, pairs, counts = rulebook.get_indice_pairs_3d_forward(
             empty, 1, out, shape, [3] * 3, [2] * 3, [1] * 3, [1] * 3, [0] * 3, subm, 0
         )
         result = sparse_conv.indice_conv_forward(
@@ -207,7 +207,7 @@ def test_no_voxels_give_no_voxels():
 def test_an_index_outside_the_grid_is_named_not_read():
     indices = torch.tensor([[0, 1, 1, 9]], dtype=torch.int32)
     with pytest.raises(IndexError, match="must lie in"):
-        sparse_index.get_indice_pairs_3d_forward(
+        rulebook.get_indice_pairs_3d_forward(
             indices, 1, [5] * 3, [5] * 3, [3] * 3, [1] * 3, [1] * 3, [1] * 3, [0] * 3, 1, 0
         )
 
@@ -230,7 +230,7 @@ def test_many_output_voxels_grow_the_table():
     # A 3x3x3 kernel of stride 1 makes 27 outputs of each lonely voxel: far more than the first guess.
     places = [(0, x, y, z) for x, y, z in itertools.product(range(1, 30, 4), repeat=3)]
     indices = torch.tensor(places, dtype=torch.int32)
-    rows, _, counts = sparse_index.get_indice_pairs_3d_forward(
+    rows, _, counts = rulebook.get_indice_pairs_3d_forward(
         indices, 1, [32] * 3, [32] * 3, [3] * 3, [1] * 3, [1] * 3, [1] * 3, [0] * 3, 0, 0
     )
     assert rows.shape[0] == 27 * len(places) == len({tuple(r) for r in rows.tolist()})
@@ -242,7 +242,7 @@ def test_autocast_around_the_layer_changes_nothing():
     indices, features, _ = random_sparse(4, (6, 6, 6), 1, 0.3, 3)
     weight = torch.randn(3, 3, 3, 3, 4, generator=torch.Generator().manual_seed(0))
     for subm, out in ((1, shape), (0, [3, 3, 3])):
-        rows, pairs, counts = sparse_index.get_indice_pairs_3d_forward(
+        rows, pairs, counts = rulebook.get_indice_pairs_3d_forward(
             indices, 1, out, shape, [3] * 3, [2] * 3, [1] * 3, [1] * 3, [0] * 3, subm, 0
         )
         plain = sparse_conv.indice_conv_forward(features, weight, pairs, counts, len(rows), 0, subm)
@@ -255,7 +255,7 @@ def test_voxels_that_occur_twice_are_both_summed():
     indices = torch.tensor([[0, 2, 2], [0, 2, 2], [0, 3, 3]], dtype=torch.int32)
     features = torch.tensor([[1.0], [10.0], [100.0]])
     weight = torch.ones(2, 2, 1, 1)
-    rows, pairs, counts = sparse_index.get_indice_pairs_2d_forward(
+    rows, pairs, counts = rulebook.get_indice_pairs_2d_forward(
         indices, 1, [2, 2], [4, 4], [2, 2], [2, 2], [0, 0], [1, 1], [0, 0], 0, 0
     )
     got = sparse_conv.indice_conv_forward(features, weight, pairs, counts, len(rows))
@@ -277,7 +277,7 @@ def test_the_compiled_loop_equals_the_way_of_other_devices(channels):
     shape = [6, 6, 6]
     indices, features, _ = random_sparse(9, (6, 6, 6), 2, 0.3, channels[0])
     weight = torch.randn(3, 3, 3, *channels, generator=torch.Generator().manual_seed(0))
-    rows, pairs, counts = sparse_index.get_indice_pairs_3d_forward(
+    rows, pairs, counts = rulebook.get_indice_pairs_3d_forward(
         indices, 2, [3] * 3, shape, [3] * 3, [2] * 3, [1] * 3, [1] * 3, [0] * 3, 0, 0
     )
     compiled = sparse_conv.indice_conv_forward(features, weight, pairs, counts, len(rows))
@@ -289,7 +289,7 @@ def test_the_number_of_threads_changes_nothing():
     indices, features, _ = random_sparse(11, (14, 14, 14), 1, 0.5, 16)  # several tiles, the last one short
     weight = torch.randn(3, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     shape = [14, 14, 14]
-    _, pairs, counts = sparse_index.get_indice_pairs_3d_forward(
+    _, pairs, counts = rulebook.get_indice_pairs_3d_forward(
         indices, 1, shape, shape, [3] * 3, [1] * 3, [1] * 3, [1] * 3, [0] * 3, 1, 0
     )
     before = torch.get_num_threads()
@@ -314,7 +314,7 @@ def test_a_row_has_the_same_bits_whatever_rows_are_computed_beside_it(channels):
     def convolve(rows: torch.Tensor) -> torch.Tensor:
         own = indices[rows].clone()
         own[:, 0] -= own[:, 0].min()
-        _, pairs, counts = sparse_index.get_indice_pairs_3d_forward(
+        _, pairs, counts = rulebook.get_indice_pairs_3d_forward(
             own, 4, shape, shape, [3] * 3, [1] * 3, [1] * 3, [1] * 3, [0] * 3, 1, 0
         )
         return sparse_conv.indice_conv_forward(features[rows], weight, pairs, counts, len(rows), 0, 1)

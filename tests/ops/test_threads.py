@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from serve.ops.cpu.threads import in_parts
+from serve.ops.cpu.threads import parallel_for
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -27,16 +27,16 @@ def test_every_piece_is_done_once(threads, total):
         for k in range(first, last):
             done[k] += 1
 
-    in_parts(work, total)
+    parallel_for(work, total)
     assert done == [1] * total
 
 
 def test_no_thread_is_woken_up_for_little_work(threads):
     ranges: list[tuple[int, int]] = []
-    in_parts(lambda first, last: ranges.append((first, last)), 99, least=50)
+    parallel_for(lambda first, last: ranges.append((first, last)), 99, min_per_thread=50)
     assert ranges == [(0, 99)]
     ranges.clear()
-    in_parts(lambda first, last: ranges.append((first, last)), 100, least=50)
+    parallel_for(lambda first, last: ranges.append((first, last)), 100, min_per_thread=50)
     assert (len(ranges) > 1) == (threads > 1) and sum(last - first for first, last in ranges) == 100
 
 
@@ -46,7 +46,7 @@ def test_what_a_part_raises_reaches_the_caller(threads):
             raise IndexError("part 40")
 
     with pytest.raises(IndexError, match="part 40"):
-        in_parts(work, 100)
+        parallel_for(work, 100)
 
 
 def test_the_caller_does_not_wait_for_a_thread_that_has_not_begun():
@@ -54,14 +54,14 @@ def test_the_caller_does_not_wait_for_a_thread_that_has_not_begun():
     torch.set_num_threads(2)
     release, held = threading.Event(), threading.Semaphore(0)
     outer = threading.Thread(
-        target=lambda: in_parts(lambda first, last: (held.release(), release.wait(30)), 2)
+        target=lambda: parallel_for(lambda first, last: (held.release(), release.wait(30)), 2)
     )
     try:
         outer.start()
         # Its own thread and the pool's only one are held.
         assert held.acquire(timeout=30) and held.acquire(timeout=30)
         done: list[int] = []
-        in_parts(lambda first, last: done.extend(range(first, last)), 50)
+        parallel_for(lambda first, last: done.extend(range(first, last)), 50)
         assert sorted(done) == list(range(50))
     finally:
         release.set()

@@ -26,10 +26,12 @@ def random_layer(seed: int, batch: int, inputs: int, outputs: int, height: int, 
     width=st.sampled_from([1, 2, 3, 7, 8, 97, 100]),  # more than one block of patches too
     channels_last=st.booleans(),
     relu=st.booleans(),
-    panels=st.integers(1, 2),  # two of them make a wide one where vectors are wide
+    pack_panels=st.integers(1, 2),  # two of them make a wide one where vectors are wide
 )
-def test_it_equals_direct_convolution_at_every_size(seed, batch, height, width, channels_last, relu, panels):
-    x, weight, bias = random_layer(seed, batch, LANES, panels * CHANNELS, height, width)
+def test_it_equals_direct_convolution_at_every_size(
+    seed, batch, height, width, channels_last, relu, pack_panels
+):
+    x, weight, bias = random_layer(seed, batch, LANES, pack_panels * CHANNELS, height, width)
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)

@@ -13,10 +13,9 @@ from serve import archive
 from serve.compare.detections import Tolerances, compare
 from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, SelfTestError
 from serve.protocol.frames import Frame, FrameOptions, Limits, encode_json
-from serve.runtime import detector as detector_module
-from serve.runtime import device_for, load_detector
-from serve.runtime.fusion import find_pairs, fold
-from serve.runtime.selftest import prove
+from serve.runtime import Detector, device_for, load_detector
+from serve.runtime.fusion import find_fusable, fuse
+from serve.runtime.selftest import self_test
 
 EXACT = Tolerances(box_m=1e-4, score=1e-5)
 
@@ -213,30 +212,28 @@ def test_norms_are_folded_where_the_run_shows_it_and_nowhere_else():
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = network(x)
-        pairs = find_pairs(network, lambda: network(x))
+        pairs = find_fusable(network, lambda: network(x))
         assert pairs == (("conv_a", "bn_a"), ("up", "bn_b"))
-        fold(network, pairs)
+        fuse(network, pairs)
         torch.testing.assert_close(network(x), expected, atol=1e-5, rtol=1e-5)
     assert isinstance(network.bn_a, nn.Identity) and isinstance(network.summed, nn.BatchNorm2d)
 
 
 def test_the_demonstration_is_folded_and_unchanged(demo_archive, detector, street):
-    from serve.runtime.model import build_network, load_weights
+    from serve.runtime.model import build_network, load_state_dict_strict
 
     assert len(demo_archive.metadata.inference.fold_batch_norm) >= 10
     from safetensors.torch import load_file
 
     plain = build_network(demo_archive.config(), demo_archive.metadata.classes)
-    load_weights(plain, load_file(demo_archive.weights))
-    reference = detector_module.Detector(
-        plain, demo_archive.config(), demo_archive.metadata, torch.device("cpu")
-    )
+    load_state_dict_strict(plain, load_file(demo_archive.weights))
+    reference = Detector(plain, demo_archive.config(), demo_archive.metadata, torch.device("cpu"))
     found = compare(reference.run([frame(street)])[0], detector.run([frame(street)])[0], EXACT)
     assert found.ok, found.table()
 
 
 def test_a_worker_proves_itself_on_the_golden_frame(demo_archive, detector):
-    assert prove(detector, demo_archive) > 0
+    assert self_test(detector, demo_archive) > 0
 
 
 def test_a_detector_that_answers_otherwise_is_not_served(demo_archive):
@@ -246,7 +243,7 @@ def test_a_detector_that_answers_otherwise_is_not_served(demo_archive):
     with torch.no_grad():
         changed.network.bbox_head.conv_reg.weight.mul_(1.05)
     with pytest.raises(SelfTestError, match="does not come out as recorded"):
-        prove(changed, demo_archive)
+        self_test(changed, demo_archive)
 
 
 def test_an_archive_that_packs_code_is_not_run_unless_trusted(tmp_path, demo_archive):

@@ -14,7 +14,7 @@ from serve import ops
 ops.install("portable")
 
 from serve.ops.cpu import winograd  # noqa: E402
-from serve.runtime import fusion as folding  # noqa: E402
+from serve.runtime import fusion  # noqa: E402
 
 
 def settled(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -55,15 +55,15 @@ def sparse_network() -> nn.Module:
 
 
 def test_a_folded_sparse_network_computes_the_same_with_one_pass_a_layer():
-    from serve.runtime.fused_sparse_conv import InferenceSparseConvolution
+    from serve.runtime.fused_sparse_conv import FusedSparseConv
 
     plain = settled(sparse_network())
     folded = copy.deepcopy(plain)
-    pairs = folding.find_pairs(plain, lambda: plain(sparse_input((9, 8, 7), 4)))
+    pairs = fusion.find_fusable(plain, lambda: plain(sparse_input((9, 8, 7), 4)))
     assert len(pairs) == 4
-    folding.fold(folded, pairs)
+    fusion.fuse(folded, pairs)
     kinds = [type(module) for module in folded.modules()]
-    assert kinds.count(InferenceSparseConvolution) == 5 and nn.ReLU not in kinds
+    assert kinds.count(FusedSparseConv) == 5 and nn.ReLU not in kinds
     expected, got = plain(sparse_input((9, 8, 7), 4)), folded(sparse_input((9, 8, 7), 4))
     assert torch.equal(got.indices, expected.indices) and list(got.spatial_shape) == [9, 8, 7]
     torch.testing.assert_close(got.features, expected.features, atol=1e-4, rtol=1e-4)
@@ -72,9 +72,9 @@ def test_a_folded_sparse_network_computes_the_same_with_one_pass_a_layer():
 def test_an_inverse_convolution_without_its_partner_says_so():
     from mmcv.ops import SparseInverseConv3d
 
-    from serve.runtime.fused_sparse_conv import InferenceSparseConvolution
+    from serve.runtime.fused_sparse_conv import FusedSparseConv
 
-    layer = InferenceSparseConvolution(SparseInverseConv3d(4, 4, 3, indice_key="nowhere"), relu=False)
+    layer = FusedSparseConv(SparseInverseConv3d(4, 4, 3, indice_key="nowhere"), relu=False)
     with pytest.raises(ValueError, match="nowhere"):
         layer(sparse_input((4, 4, 4), 4))
 
@@ -98,9 +98,9 @@ class Tapped(nn.Sequential):
         return self[1](self[0](x))
 
 
-@pytest.mark.skipif(not winograd.SUITED, reason="only where vectors are wide")
+@pytest.mark.skipif(not winograd.PREFERRED, reason="only where vectors are wide")
 def test_a_folded_backbone_computes_the_same_and_sequences_of_another_kind_are_left_alone():
-    from serve.runtime.fused_conv import InferenceConvolution
+    from serve.runtime.fused_conv import FusedConv
 
     def layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
         conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
@@ -113,9 +113,9 @@ def test_a_folded_backbone_computes_the_same_and_sequences_of_another_kind_are_l
     )
     folded = copy.deepcopy(plain)
     x = torch.randn(2, 32, 17, 22, generator=torch.Generator().manual_seed(0))
-    folding.fold(folded, folding.find_pairs(plain, lambda: plain(x)))
+    fusion.fuse(folded, fusion.find_fusable(plain, lambda: plain(x)))
     kinds = [type(module) for module in folded[0]]
     # Stride 2 and 48 channels are not for it; the second layer is.
-    assert kinds.count(InferenceConvolution) == 1 and kinds.count(nn.ReLU) == 2
-    assert not any(isinstance(module, InferenceConvolution) for module in folded[1])
+    assert kinds.count(FusedConv) == 1 and kinds.count(nn.ReLU) == 2
+    assert not any(isinstance(module, FusedConv) for module in folded[1])
     torch.testing.assert_close(folded(x), plain(x), atol=1e-4, rtol=1e-4)

@@ -17,7 +17,7 @@ PROBE = """
 import resource
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
-from serve.runtime.malloc import keep_freed_memory
+from serve.runtime.malloc import disable_malloc_trim
 kept = KEEP
 def frame():
     blocks = [np.ones(4_000_000) for _ in range(3)]
@@ -32,7 +32,7 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def probe(keep: bool) -> tuple[bool, int]:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE.replace("KEEP", "keep_freed_memory()" if keep else "False")],
+        [sys.executable, "-c", PROBE.replace("KEEP", "disable_malloc_trim()" if keep else "False")],
         env={"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip

@@ -7,9 +7,9 @@ from mmengine.config import Config
 from torch import nn
 
 from serve import ops
-from serve.runtime import patches as mended
+from serve.runtime import patches
 from serve.runtime.model import build_network
-from serve.runtime.predictions import to_answer
+from serve.runtime.predictions import postprocess
 
 ops.install()
 
@@ -68,7 +68,7 @@ def test_ssds_head_answers_though_it_has_no_loss():
     with torch.no_grad():
         (found,) = network.bbox_head.predict_by_feat(*network.bbox_head(features), batch_img_metas=metas)
     assert len(found.scores) > 0
-    assert not mended.give_missing_loss(network), "it was mended before"
+    assert not patches.add_missing_loss(network), "it was mended before"
 
 
 def test_regions_are_aligned_without_torchvision():
@@ -78,9 +78,9 @@ def test_regions_are_aligned_without_torchvision():
     picture = torch.rand(1, 2, 8, 8)
     wanted = RoIAlign((2, 2), 1.0, 0)(picture, regions)
     network = nn.Sequential(RoIAlign((2, 2), 1.0, 0, use_torchvision=True))
-    assert mended.align_without_torchvision(network)
+    assert patches.disable_torchvision_align(network)
     assert torch.equal(network[0](picture, regions), wanted)
-    assert not mended.align_without_torchvision(network), "it was mended before"
+    assert not patches.disable_torchvision_align(network), "it was mended before"
 
 
 def test_labels_that_upstream_leaves_as_floats_are_whole_numbers():
@@ -90,7 +90,9 @@ def test_labels_that_upstream_leaves_as_floats_are_whole_numbers():
     found = InstanceData(
         bboxes=torch.tensor([[0.0, 0.0, 4.0, 4.0]]), scores=torch.tensor([0.5]), labels=torch.zeros(1)
     )
-    answer = to_answer(DetDataSample(pred_instances=found), ("person",), None, {"name": "m", "version": "1"})
+    answer = postprocess(
+        DetDataSample(pred_instances=found), ("person",), None, {"name": "m", "version": "1"}
+    )
     assert answer["labels"].tolist() == [0] and answer["labels"].dtype.kind == "i"
     assert answer["names"] == ["person"]
 
@@ -114,4 +116,4 @@ def test_the_teacher_of_a_wrapper_for_training_is_built():
 
 def test_a_config_without_such_norms_is_left_alone():
     config = Config({"model": {"neck": [{"norm_cfg": {"type": "GN"}}, 3]}})
-    assert mended.without_process_group(config).model.neck[0].norm_cfg.type == "GN"
+    assert patches.use_torch_sync_bn(config).model.neck[0].norm_cfg.type == "GN"

@@ -11,7 +11,7 @@ import torch
 
 from serve import ops
 from serve.runtime.model import build_network
-from serve.runtime.registry_guard import name_registered_only
+from serve.runtime.registry_guard import restrict_registry
 
 ops.install()
 
@@ -40,7 +40,7 @@ def test_a_model_that_names_no_registered_class_is_refused(tmp_path, which):
 def test_neither_does_a_step_of_its_pipeline(tmp_path, which):
     from mmdet3d.registry import TRANSFORMS
 
-    name_registered_only()
+    restrict_registry()
     part = hostile(tmp_path / "mark")[which]
     with pytest.raises((KeyError, RuntimeError), match=part["type"]):
         TRANSFORMS.build(part)
@@ -51,7 +51,7 @@ def test_neither_does_a_step_of_its_pipeline(tmp_path, which):
 def test_no_module_is_imported_because_a_config_names_it(name):
     from mmdet.registry import MODELS
 
-    name_registered_only()
+    restrict_registry()
     with pytest.raises((KeyError, RuntimeError)):
         MODELS.build({"type": name})
     assert name not in sys.modules
@@ -61,7 +61,7 @@ def test_a_registered_class_may_be_named_by_its_path():
     from mmdet.models import ResNet
     from mmdet.registry import MODELS
 
-    name_registered_only()
+    restrict_registry()
     for name in ("ResNet", "mmdet.ResNet", "mmdet.models.backbones.resnet.ResNet"):
         assert MODELS.get(name) is ResNet
 

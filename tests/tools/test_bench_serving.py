@@ -1,4 +1,4 @@
-"""The serving benchmark: its load against a server of known behaviour, its report, and what it leaves behind."""
+"""The serving benchmark: its load on a server of known behaviour, its processes, and its report."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ import pytest
 
 from serve.errors import BackendStartError
 from tests.conftest import accept_ctrl_c
-from tools.bench.serving import sleep_model as slept
-from tools.bench.serving import targets as contenders
+from tools.bench.serving import sleep_model
 from tools.bench.serving.load import Load, measure, quantile
 from tools.bench.serving.load_process import LoadProcess
-from tools.bench.serving.process import Guarded, cpu_seconds, pause, resume
+from tools.bench.serving.process import ManagedProcess, cpu_seconds, pause, resume
 from tools.bench.serving.report import BEGIN, END, Report
 from tools.bench.serving.runs import Machine, Plan, Result, Row
-from tools.bench.serving.targets import GATEWAY, Field, Subject, slept_archive
+from tools.bench.serving.targets import GATEWAY, Target, TargetSet, Workload, sleep_archive
+from tools.commands import replace_renamed
 
 ROOT = Path(__file__).parents[2]
 ONE_BY_ONE_S = 0.02
 
 
 class KnownServer:
-    """Answers one request at a time, each after `ONE_BY_ONE_S`; from then on what `failing` says."""
+    """Server that answers one request at a time after `ONE_BY_ONE_S`, with the status line `failing` if set."""
 
     def __init__(self) -> None:
         self.failing: bytes | None = None
@@ -56,7 +56,7 @@ class KnownServer:
                 body = await reader.readexactly(length)
                 self.asked += 1
                 async with self._line:
-                    # Real time is what this server stands for.
+                    # The load is measured in real time, so this is no fake clock.
                     await asyncio.sleep(ONE_BY_ONE_S)
                 answer = json.dumps({"bytes": len(body), "batch": 1}).encode()
                 status = b"200 OK" if self.failing is None else self.failing
@@ -92,7 +92,7 @@ def asking(known, tmp_path):
     body = tmp_path / "frame.bin"
     body.write_bytes(bytes(1000))
     return Load(
-        "127.0.0.1", known.port, "/predict", str(body), warm_s=0.1, seconds=0.8, expect={"bytes": 1000}
+        "127.0.0.1", known.port, "/predict", str(body), warmup_s=0.1, seconds=0.8, expect={"bytes": 1000}
     )
 
 
@@ -100,10 +100,10 @@ def changed(load: Load, **values) -> Load:
     return Load(**{**load.__dict__, **values})
 
 
-def test_a_closed_loop_measures_the_rate_and_the_latency_of_a_known_server(asking):
+def test_closed_loop_measures_rate_and_latency(asking):
     measured = measure(changed(asking, clients=4))
     assert measured.failed == 0 and not measured.failures
-    # Four in line, one at a time: each waits for four; a busy machine can only be slower.
+    # Four clients, served one at a time: each waits for four; a busy machine is only slower.
     assert 25 <= measured.rate <= 1 / ONE_BY_ONE_S * 1.05
     assert measured.p50_ms >= 4 * ONE_BY_ONE_S * 1e3 * 0.95
     assert measured.rate == pytest.approx(4e3 / measured.mean_ms, rel=0.2)
@@ -111,59 +111,61 @@ def test_a_closed_loop_measures_the_rate_and_the_latency_of_a_known_server(askin
     assert measured.total >= measured.answered
 
 
-def test_an_open_loop_counts_from_the_moment_a_request_should_have_left(asking):
+def test_open_loop_counts_latency_from_the_scheduled_arrival(asking):
     measured = measure(changed(asking, rate=15.0, seconds=1.5))
     assert not measured.overrun and measured.failed == 0
     assert measured.p99_ms >= measured.p50_ms >= ONE_BY_ONE_S * 1e3 * 0.95
 
 
-def test_an_open_loop_says_when_it_is_not_kept_up_with(asking):
+def test_open_loop_reports_an_overrun(asking):
     assert measure(changed(asking, rate=400.0, seconds=1.2)).overrun
 
 
-def test_the_load_is_bounded_in_number(asking, known):
-    measure(changed(asking, clients=2, most=5))
+def test_load_stops_at_max_requests(asking, known):
+    measure(changed(asking, clients=2, max_requests=5))
     assert known.asked == 5
 
 
 @pytest.mark.parametrize(
     ("expect", "reason"), [({"bytes": 7}, "wrong answer"), ({"boxes": 1}, "unreadable answer")]
 )
-def test_an_answer_about_something_else_is_a_failure(asking, expect, reason):
+def test_response_with_other_content_counts_as_failed(asking, expect, reason):
     measured = measure(changed(asking, clients=1, expect=expect))
     assert measured.answered == 0 and set(measured.failures) == {reason}
 
 
-def test_a_refusal_is_a_failure_by_its_status(asking, known):
+def test_error_status_counts_as_failed_by_status(asking, known):
     known.failing = b"503 Service Unavailable"
     measured = measure(changed(asking, clients=2))
     assert measured.answered == 0 and set(measured.failures) == {"503"}
     assert measured.p50_ms is None and measured.rate == 0
 
 
-def test_nobody_there_is_a_failure_and_not_a_tight_loop(asking, free_ports):
+def test_refused_connection_fails_without_busy_loop(asking, free_ports):
     (port,) = free_ports(1)
     measured = measure(changed(asking, clients=1, port=port))
     assert set(measured.failures) == {"ConnectionRefusedError"} and measured.failed <= 100
 
 
-def test_quantiles_are_values_that_were_seen():
+def test_quantile_returns_an_observed_value():
     assert [quantile([1.0, 2.0, 3.0, 4.0], share) for share in (0.5, 0.99, 0.25)] == [2.0, 4.0, 1.0]
     assert quantile([5.0], 0.5) == 5.0
 
 
-def test_the_load_process_measures_and_goes(asking):
+def test_load_process_measures_and_exits(asking):
     with LoadProcess() as load:
         process = psutil.Process(load.pid)
         assert load.measure(changed(asking, clients=1, seconds=0.2)).answered
     assert not process.is_running()
 
 
-def test_the_slept_model_takes_what_it_says():
+def test_sleep_model_takes_its_nominal_time():
     began = time.perf_counter()
-    assert slept.answers([3, 4]) == [{"bytes": 3, "batch": 2}, {"bytes": 4, "batch": 2}]
+    assert sleep_model.answers([3, 4]) == [{"bytes": 3, "batch": 2}, {"bytes": 4, "batch": 2}]
     assert time.perf_counter() - began >= 0.024
-    assert slept.lone_s() == pytest.approx(0.022) and slept.ideal_rate() == pytest.approx(307.7, abs=0.1)
+    assert sleep_model.lone_s() == pytest.approx(0.022) and sleep_model.ideal_rate() == pytest.approx(
+        307.7, abs=0.1
+    )
 
 
 # Processes
@@ -172,8 +174,8 @@ def test_the_slept_model_takes_what_it_says():
 SPIN = "import sys; print('spinning', flush=True)\nwhile True: pass"
 
 
-def test_a_paused_server_uses_no_cpu_and_goes_on_afterwards():
-    with Guarded("a loop", [sys.executable, "-c", SPIN]) as server:
+def test_paused_process_uses_no_cpu_and_resumes():
+    with ManagedProcess("a loop", [sys.executable, "-c", SPIN]) as server:
         pause(server.pid)
         # A stop takes effect at the next tick.
         while psutil.Process(server.pid).status() != psutil.STATUS_STOPPED:
@@ -184,23 +186,23 @@ def test_a_paused_server_uses_no_cpu_and_goes_on_afterwards():
         deadline = time.monotonic() + 20
         while cpu_seconds([server.pid]) == before:
             assert time.monotonic() < deadline
-        pause(server.pid)  # and is ended although it is paused
+        pause(server.pid)  # a paused process is ended too
         child = psutil.Process(server.pid)
     assert not child.is_running()
 
 
-def test_a_server_that_ends_while_starting_is_named_with_its_last_words():
+def test_process_that_exits_during_start_reports_its_log():
     with (
-        Guarded("it", [sys.executable, "-c", "import sys; sys.exit('no port left')"]) as server,
-        pytest.raises(BackendStartError, match="it ended while starting: no port left"),
+        ManagedProcess("it", [sys.executable, "-c", "import sys; sys.exit('no port left')"]) as server,
+        pytest.raises(BackendStartError, match=r"^it .*no port left"),
     ):
         server.wait_for("ready", 20)
 
 
-def test_nothing_is_left_when_the_benchmark_is_killed(tmp_path):
+def test_killed_benchmark_leaves_no_process(tmp_path):
     code = (
-        "import sys, time\nfrom tools.bench.serving.process import Guarded\n"
-        f"with Guarded('it', [sys.executable, '-c', {SPIN!r}]) as server:\n"
+        "import sys, time\nfrom tools.bench.serving.process import ManagedProcess\n"
+        f"with ManagedProcess('it', [sys.executable, '-c', {SPIN!r}]) as server:\n"
         "    print(server.pid, flush=True)\n    time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -211,23 +213,23 @@ def test_nothing_is_left_when_the_benchmark_is_killed(tmp_path):
 
 
 @pytest.mark.torchserve
-def test_a_contender_that_is_not_installed_is_skipped_with_name_and_reason(tmp_path):
-    subject = Subject("slept", slept_archive(tmp_path), "slept", (), answers_batch=True)
+def test_peer_that_is_not_installed_is_skipped_with_a_reason(tmp_path):
+    workload = Workload("sleep", sleep_archive(tmp_path), "sleep", (), reports_batch=True)
     missing = tmp_path / "bin" / "python"
-    with Field(subject, missing, ("TorchServe batch 1", "mosec, 1 ms")) as field:
-        assert [one.name for one in field.contenders] == ["TorchServe batch 1"]
-        assert list(field.skipped) == ["mosec, 1 ms"]
-        assert "make bench-env" in field.skipped["mosec, 1 ms"]
+    with TargetSet(workload, missing, ("TorchServe batch 1", "mosec, 1 ms")) as started:
+        assert [target.name for target in started.targets] == ["TorchServe batch 1"]
+        assert list(started.skipped) == ["mosec, 1 ms"]
+        assert "make bench-env" in started.skipped["mosec, 1 ms"]
 
 
 @pytest.mark.torchserve
 @pytest.mark.slow
 @pytest.mark.soak
-def test_the_command_measures_ours_and_prints_one_line_of_json_last(tmp_path):
-    ran = bench("--quick", "--models", "slept", "--only", GATEWAY, "TorchServe batch 1", "LitServe")
-    said, errors = ran.communicate(timeout=280)
+def test_command_measures_the_gateway_and_prints_json_last(tmp_path):
+    ran = bench("--quick", "--models", "sleep", "--only", GATEWAY, "TorchServe batch 1", "LitServe")
+    output, errors = ran.communicate(timeout=280)
     assert ran.returncode == 0, errors
-    document = json.loads(said.splitlines()[-1])
+    document = json.loads(output.splitlines()[-1])
     (result,) = document["results"]
     rows = result["rows"]
     assert set(rows) == {GATEWAY, "TorchServe batch 1"} and list(result["skipped"]) == ["LitServe"]
@@ -242,7 +244,7 @@ def test_the_command_measures_ours_and_prints_one_line_of_json_last(tmp_path):
 @pytest.mark.torchserve
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_process(tmp_path):
-    ran = bench("--quick", "--models", "slept", "--only", GATEWAY, "TorchServe batch 1")
+    ran = bench("--quick", "--models", "sleep", "--only", GATEWAY, "TorchServe batch 1")
     me = psutil.Process(ran.pid)
     deadline = time.monotonic() + 120
     while not any("gateway" in each.cmdline() for each in me.children(recursive=True)):
@@ -289,8 +291,8 @@ def report(ours: Row, others: float = 0.0) -> Report:
         "mosec, 1 ms": Row(lone_ms=25.0, p50_ms=44.0, p99_ms=66.0, rate=299.0),
     }
     results = [
-        Result("slept", 16_000, SMALL, rows, {"BentoML": "it is not there"}, others),
-        Result("slept", 276_000, MEDIUM, rows, {}, others),
+        Result("sleep", 16_000, SMALL, rows, {"BentoML": "it is not there"}, others),
+        Result("sleep", 276_000, MEDIUM, rows, {}, others),
     ]
     return Report(results, Machine(2, 0.1, others, 1.5), "2026-01-31", quick=False)
 
@@ -298,30 +300,30 @@ def report(ours: Row, others: float = 0.0) -> Report:
 GOOD = Row(lone_ms=25.5, p50_ms=43.0, p99_ms=65.0, rate=301.0, own_cpu_ms=1.2, idle_cpu=0.0)
 
 
-def test_the_aims_are_judged_by_the_rows():
+def test_verdicts_follow_the_rows():
     assert all(line.startswith("holds") for line in report(GOOD).verdicts())
     slow = Row(lone_ms=26.5, p50_ms=44.5, p99_ms=66.5, rate=298.0, own_cpu_ms=1.6, idle_cpu=0.1)
     verdicts = report(slow).verdicts()
     assert len(verdicts) == 6 and all(line.startswith("MISSED") for line in verdicts)
 
 
-def test_an_overrun_is_said_and_whoever_is_missing_is_named():
+def test_table_shows_overruns_and_skipped_peers():
     table = report(GOOD).table()
     assert "overrun" in table and "skipped BentoML: it is not there" in table
 
 
-def test_a_busy_machine_is_a_warning():
+def test_busy_machine_adds_a_warning():
     assert "warning" not in report(GOOD).table()
     assert "warning: the machine was busy" in report(GOOD, others=1.2).table()
 
 
-def test_the_line_is_one_line_of_json_with_everything():
+def test_json_line_has_rows_day_and_aims():
     document = json.loads(report(GOOD).json_line())
     assert document["results"][0]["rows"][GATEWAY]["p50_ms"] == 43.0
     assert document["day"] == "2026-01-31" and all(document["aims"].values())
 
 
-def test_the_page_keeps_what_is_written_around_the_measured_part(tmp_path):
+def test_write_page_replaces_the_measured_part_only(tmp_path):
     page = tmp_path / "serving.md"
     page.write_text(f"before\n{BEGIN}\nof last year\n{END}\nafter\n")
     written = report(GOOD).write_page(page)
@@ -334,17 +336,25 @@ def test_the_page_keeps_what_is_written_around_the_measured_part(tmp_path):
     assert page.read_text() == text
 
 
-def test_a_page_without_a_measured_part_is_not_written(tmp_path):
+def test_page_without_markers_is_not_written(tmp_path):
     page = tmp_path / "serving.md"
     page.write_text("mine")
-    with pytest.raises(ValueError, match="has no part between"):
+    with pytest.raises(ValueError, match=BEGIN):
         report(GOOD).write_page(page)
     assert page.read_text() == "mine" and os.listdir(tmp_path) == ["serving.md"]
 
 
-def test_a_form_carries_the_frame_as_it_is(tmp_path):
+def test_form_contains_the_frame_unchanged(tmp_path):
     body = tmp_path / "frame.bin"
     body.write_bytes(b"\r\n--x\r\n")
-    load = contenders.Contender("it", 1, "/predict", (), form=True).load(body, {})
+    load = Target("it", 1, "/predict", (), form=True).load(body, {})
     assert b"\r\n\r\n\r\n--x\r\n\r\n--" in Path(load.body).read_bytes()
     assert load.headers["content-type"].startswith("multipart/form-data; boundary=")
+
+
+def test_former_names_of_flags_and_values_work_with_a_warning(capsys):
+    renamed = {"--patience": "--retries", "slept": "sleep"}
+    arguments = ["--patience=2", "--models", "slept", "--rounds", "1"]
+    assert replace_renamed(arguments, renamed) == ["--retries=2", "--models", "sleep", "--rounds", "1"]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and "--retries" in warnings[0] and "sleep" in warnings[1]

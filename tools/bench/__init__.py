@@ -1,1 +1,1 @@
-"""Timing this project against named alternatives, in one process, as ratios. Knows nothing about correctness."""
+"""Benchmarks of this project against named alternatives, reported as ratios; tests check correctness."""

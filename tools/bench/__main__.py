@@ -5,13 +5,13 @@ from __future__ import annotations
 from tools.commands import dispatch
 
 COMMANDS = {
-    "detector": ("tools.bench.commands.detector", "upstream's inference beside ours, stage by stage"),
-    "ops": ("tools.bench.commands.ops", "every kernel by itself"),
+    "detector": ("tools.bench.commands.detector", "upstream's inference against ours, stage by stage"),
+    "ops": ("tools.bench.commands.ops", "each kernel on its own"),
     "serving": (
         "tools.bench.commands.serving",
-        "the gateway beside TorchServe alone, LitServe, mosec, BentoML",
+        "the gateway against TorchServe alone, LitServe, mosec, BentoML",
     ),
-    "storage": ("tools.bench.commands.storage", "s3:// and FFRecord beside boto3 and pread; packing"),
+    "storage": ("tools.bench.commands.storage", "s3:// and FFRecord against boto3 and pread; packing"),
     "native-env": (
         "tools.bench.commands.native_env",
         "an environment with upstream's compiled mmcv and spconv",

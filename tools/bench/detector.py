@@ -1,7 +1,7 @@
-"""Native eager inference beside our runtime: the same model, the same frame, turn by turn.
+"""Benchmark of native eager inference against our runtime: same model, same frame, alternating rounds.
 
-Native is `inference_detector` of mmdet or mmdet3d as upstream wrote it, from a file: in this process, with
-whatever kernels are installed, or in another Python with upstream's compiled ones. Knows nothing about servers.
+Native means upstream's own `inference_detector` of mmdet or mmdet3d on a file, either in this process with the
+installed kernels or in another Python with upstream's compiled ones.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import torch
 from serve import archive, ops
 from serve.compare.detections import Comparison, Tolerances, compare
 from serve.errors import ServeError
-from serve.protocol.frames import Limits, FrameOptions
+from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime import load_detector
 from serve.verify.reference import load_reference
-from tools.bench.reference import nondeterminism as race
-from tools.bench.reference.process import NativeProcess
-from tools.bench.stages import STAGES, Stopwatch, timed
+from tools.bench.reference import nondeterminism
+from tools.bench.reference.nondeterminism import Nondeterminism
+from tools.bench.reference.process import ReferenceProcess
+from tools.bench.stages import STAGES, Stopwatch, time_stages
 
-__all__ = ["DetectorBenchmark", "Subject", "run"]
+__all__ = ["DetectorBenchmark", "Workload", "run"]
 
 REST, TOTAL = "decode, rest", "total"
 EQUAL = Tolerances(box_m=1e-4, score=1e-4)
@@ -36,14 +37,14 @@ Run = tuple[dict[str, float], Any]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured.
+class Workload:
+    """Model, frame and device to measure.
 
     Attributes:
-        archived: the model as we serve it.
-        config: its config, for the native side.
-        checkpoint: its checkpoint.
-        frame: one frame of the model's kind.
+        archived: unpacked archive of the model, for our runtime.
+        config: config of the model, for native inference.
+        checkpoint: checkpoint of the model, for native inference.
+        frame: file with one frame of the model's kind.
         device: ``cpu`` or ``cuda:N``.
     """
 
@@ -56,10 +57,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class DetectorBenchmark:
-    """Medians over the rounds, in seconds, by stage; `largest_*` are deviations of the answers.
+    """Medians over the rounds in seconds, by stage, and the largest deviations of the detections.
 
-    `equal` says that every detection has its counterpart within 1e-4 (metres, radians, score). `race` has what
-    `race.observe` found, None where the native side has no sparse convolution or is this process.
+    Attributes:
+        native: medians of native inference.
+        ours: medians of our runtime.
+        equal: whether every detection has a counterpart within 1e-4 (metres, radians, score).
+        largest_box: largest deviation of a box, metres or radians.
+        largest_score: largest deviation of a score.
+        nondeterminism: result of `nondeterminism.check`; None if the model has no sparse convolution or native
+            inference runs in this process.
+        ratios: how many times faster ours is, by stage.
     """
 
     model: str
@@ -75,16 +83,16 @@ class DetectorBenchmark:
     equal: bool
     largest_box: float
     largest_score: float
-    race: race.Race | None = None
+    nondeterminism: Nondeterminism | None = None
     ratios: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Work out how many times faster ours is, by stage."""
+        """Compute the ratios."""
         faster = {s: self.native[s] / self.ours[s] for s in self.native if self.ours.get(s, 0.0) > 0}
         object.__setattr__(self, "ratios", faster)
 
     def table(self) -> str:
-        """Stages, both sides in milliseconds, and how many times faster ours is."""
+        """Format a table of stages with both sides in milliseconds and their ratio."""
         lines = [
             f"{self.model}, {self.frame}, {self.device} with {self.threads} threads, median of {self.rounds} rounds",
             f"native: {self.native_side}; ours: {self.kernels} kernels",
@@ -94,39 +102,40 @@ class DetectorBenchmark:
             ratio = f"{self.ratios[stage]:.2f}" if stage in self.ratios else "-"
             ours = self.ours.get(stage, 0.0)
             lines.append(f"{stage:<14}{native * 1e3:>12.1f}{ours * 1e3:>12.1f}{ratio:>8}")
-        told = "equal within 1e-4" if self.equal else "NOT equal within 1e-4"
+        verdict = "equal within 1e-4" if self.equal else "NOT equal within 1e-4"
+        side = "native with 1 thread" if self.nondeterminism else "native"
         lines.append(
-            f"{self.detections} detections, {told} (native{' with 1 thread' if self.race else ''}): largest deviation "
-            f"of a box {self.largest_box:.1e}, of a score {self.largest_score:.1e}"
+            f"{self.detections} detections, {verdict} ({side}): largest deviation of a box {self.largest_box:.1e}, "
+            f"of a score {self.largest_score:.1e}"
         )
-        return "\n".join([*lines, *(self.race.lines() if self.race else ())])
+        return "\n".join([*lines, *(self.nondeterminism.lines() if self.nondeterminism else ())])
 
     def json_line(self) -> str:
-        """Everything on one line."""
+        """Format all fields as one line of JSON."""
         return json.dumps({**asdict(self), "ratio_total": self.ratios[TOTAL]})
 
 
 def run(
-    subject: Subject,
+    workload: Workload,
     *,
     native_python: Path | None = None,
     rounds: int = 7,
     progress: Callable[[int], None] = lambda done: None,
 ) -> DetectorBenchmark:
-    """Measure.
+    """Measure native inference and our runtime in alternating rounds.
 
     Args:
-        subject: model, frame and device.
-        native_python: the Python the native side runs in; None: this process.
-        rounds: counted rounds, after two that are not; native and ours take turns.
-        progress: told the number of rounds done.
+        workload: model, frame and device.
+        native_python: Python for native inference; None for this process.
+        rounds: counted rounds, after two warm-up rounds.
+        progress: called with the number of rounds done.
 
     Raises:
-        SetupError: the other Python does not run, or its process has ended.
+        SetupError: the other Python does not run, or its process has exited.
         InferenceFailed: a side cannot run this model or this frame.
     """
-    ours = load_detector(subject.archived, torch.device(subject.device))
-    body = subject.frame.read_bytes()
+    ours = load_detector(workload.archived, torch.device(workload.device))
+    body = workload.frame.read_bytes()
 
     def run_ours() -> Any:
         (outcome,) = ours.run([ours.decode(body, FrameOptions(), Limits())])
@@ -136,15 +145,16 @@ def run(
 
     with ExitStack() as stack:
         if native_python is None:
-            run_native, said = _in_process(subject), f"upstream's Python on {ops.kernels_in_use()} kernels"
+            run_native = _load_in_process(workload)
+            description = f"upstream's Python on {ops.kernels_in_use()} kernels"
         else:
-            run_native, said = _in(stack, native_python, subject, torch.get_num_threads())
+            run_native, description = _start(stack, native_python, workload, torch.get_num_threads())
         times: dict[str, list[dict[str, float]]] = {"native": [], "ours": []}
         answers: dict[str, Any] = {}
         for done in range(rounds + 2):
             for side, once in (
                 ("native", run_native),
-                ("ours", lambda: _measure(ours.network, run_ours, subject.device)),
+                ("ours", lambda: _measure(ours.network, run_ours, workload.device)),
             ):
                 seconds, answers[side] = once()
                 if done >= 2:
@@ -152,46 +162,46 @@ def run(
             progress(done + 1)
     seen = None
     if native_python is not None:
-        # What races with many threads is compared where it does not.
+        # spconv is nondeterministic with several threads, so detections are compared with one.
         with ExitStack() as stack:
-            answers["native"] = _in(stack, native_python, subject, 1)[0]()[1]
-        if subject.device == "cpu":
-            seen = race.observe(
-                native_python, subject.config, subject.checkpoint, subject.frame, torch.get_num_threads()
+            answers["native"] = _start(stack, native_python, workload, 1)[0]()[1]
+        if workload.device == "cpu":
+            seen = nondeterminism.check(
+                native_python, workload.config, workload.checkpoint, workload.frame, torch.get_num_threads()
             )
-    found = _compared(answers["native"], answers["ours"])
+    found = _compare(answers["native"], answers["ours"])
     return DetectorBenchmark(
-        model=subject.archived.metadata.name,
-        frame=subject.frame.name,
-        device=subject.device,
+        model=workload.archived.metadata.name,
+        frame=workload.frame.name,
+        device=workload.device,
         threads=torch.get_num_threads(),
         rounds=rounds,
         kernels=ops.kernels_in_use(),
-        native_side=said,
+        native_side=description,
         native=_medians(times["native"]),
         ours=_medians(times["ours"]),
         detections=found.expected_count,
         equal=found.ok,
         largest_box=found.largest_box,
         largest_score=found.largest_score,
-        race=seen,
+        nondeterminism=seen,
     )
 
 
-def _in_process(subject: Subject) -> Callable[[], Run]:
-    native = load_reference(subject.config, subject.checkpoint, subject.device)
-    return lambda: _measure(native.module, lambda: native.detect(subject.frame), subject.device)
+def _load_in_process(workload: Workload) -> Callable[[], Run]:
+    native = load_reference(workload.config, workload.checkpoint, workload.device)
+    return lambda: _measure(native.module, lambda: native.detect(workload.frame), workload.device)
 
 
-def _in(stack: ExitStack, python: Path, subject: Subject, threads: int) -> tuple[Callable[[], Run], str]:
-    """How to run the native side in another Python until `stack` closes, and what it is."""
-    process = stack.enter_context(NativeProcess(python, threads))
-    loaded = process.ask(
-        "load", config=str(subject.config), checkpoint=str(subject.checkpoint), device=subject.device
+def _start(stack: ExitStack, python: Path, workload: Workload, threads: int) -> tuple[Callable[[], Run], str]:
+    """Start native inference in another Python until `stack` closes; return a call and a description."""
+    process = stack.enter_context(ReferenceProcess(python, threads))
+    loaded = process.call(
+        "load", config=str(workload.config), checkpoint=str(workload.checkpoint), device=workload.device
     )
 
     def once() -> Run:
-        answer = process.ask("run", frame=str(subject.frame))
+        answer = process.call("run", frame=str(workload.frame))
         return answer["seconds"], answer["answer"]
 
     versions = ", ".join(f"{name} {version}" for name, version in loaded["versions"].items())
@@ -199,15 +209,15 @@ def _in(stack: ExitStack, python: Path, subject: Subject, threads: int) -> tuple
     return once, f"{versions}, {loaded['kernels']} kernels of mmcv{sparse}"
 
 
-def _compared(native: Any, ours: Any) -> Comparison:
-    """Ours may have more to tell (names, model), which is not compared."""
+def _compare(native: Any, ours: Any) -> Comparison:
+    """Compare the fields that both have; ours adds names and model."""
     shared = {key: value for key, value in ours.items() if key in native}
     return compare(native, shared, EQUAL, sides=("native", "ours"))
 
 
 def _measure(network: Any, once: Callable[[], Any], device: str) -> Run:
     stopwatch = Stopwatch(torch.cuda.synchronize if device.startswith("cuda") else lambda: None)
-    with timed(network, stopwatch):
+    with time_stages(network, stopwatch):
         started = time.perf_counter()
         answer = once()
         total = time.perf_counter() - started
@@ -215,7 +225,7 @@ def _measure(network: Any, once: Callable[[], Any], device: str) -> Run:
 
 
 def _disjoint(seconds: dict[str, float]) -> dict[str, float]:
-    """In the order of the stages; what they leave over is decoding, the pipeline, and the answer."""
+    """Order by stage and add the remainder: decoding, the pipeline and postprocessing."""
     stages = {stage: seconds[stage] for stage in STAGES if stage in seconds}
     return {REST: max(0.0, seconds[TOTAL] - sum(stages.values())), **stages, TOTAL: seconds[TOTAL]}
 

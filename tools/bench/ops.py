@@ -1,8 +1,8 @@
-"""Timing the kernels one by one: our CPU way, the torch way every device has, and a named alternative.
+"""Benchmark of single kernels: the numba version, the torch version for any device, and an alternative.
 
-Inputs are made up, from a seed, at the sizes of inference (`tools.bench.kernels.boxes` and its kin). Alternatives are
-torchvision, where it can be imported, and a compiled mmcv in another Python, which makes the same inputs in a process
-of its own. Knows nothing about correctness: tests do.
+Inputs are synthetic and seeded, at inference sizes (`tools.bench.kernels`). Alternatives are torchvision, if it can be
+imported, and a compiled mmcv in another Python, which generates the same inputs in its own process. Tests check
+correctness.
 """
 
 from __future__ import annotations
@@ -22,26 +22,24 @@ import torch
 from serve.errors import SetupError
 from serve.ops import extension
 from serve.ops.checks import torch_only
-from tools.bench.kernels import boxes as box_cases
-from tools.bench.kernels import images as image_cases
-from tools.bench.kernels import points as point_cases
+from tools.bench.kernels import boxes, images, points
 from tools.bench.kernels.inputs import Inputs
 
-__all__ = ["CASES", "OpsBenchmark", "Row", "compile_all", "run", "time_native"]
+__all__ = ["CASES", "OpsBenchmark", "Row", "compile_all", "run", "time_compiled"]
 
 CASES: dict[str, Callable[[Inputs], list[Any]]] = {
-    **box_cases.CASES,
-    **point_cases.CASES,
-    **image_cases.CASES,
+    **boxes.CASES,
+    **points.CASES,
+    **images.CASES,
 }
-# A side of a kernel is measured for about so long, after one call that is not counted.
+# Duration of one measurement, after one warm-up call.
 SECONDS_PER_SIDE = 0.4
-LEAST_ROUNDS, MOST_ROUNDS = 3, 200
-# A call that takes so long is counted by itself: torch's ways of some kernels take minutes on a CPU.
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+# A warm-up call this long is the measurement: torch versions of some kernels take minutes on a CPU.
 LONG_CALL_S = 2.0
 SIZES_SHOWN = 2
-# What mmcv 2.1.0 has compiled for the CPU (`mmcv/ops/csrc/pytorch/cpu`).
-NATIVE_ON_CPU = {
+# Kernels that mmcv 2.1.0 compiles for the CPU (`mmcv/ops/csrc/pytorch/cpu`).
+COMPILED_ON_CPU = {
     "bezier_align_forward", "box_iou_quadri", "box_iou_rotated", "contour_expand", "deform_conv_forward",
     "dynamic_voxelize_forward", "hard_voxelize_forward", "modulated_deform_conv_forward", "nms", "nms_match",
     "nms_quadri", "nms_rotated", "pixel_group", "points_in_boxes_cpu_forward", "psamask_forward",
@@ -52,12 +50,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel: medians in milliseconds; None where there is no such side, or it refused."""
+    """Medians of one kernel in milliseconds; None if there is no such version or it failed."""
 
     kernel: str
     sizes: str
     ours_ms: float
-    twin_ms: float | None
+    torch_ms: float | None
     alternative: str
     alternative_ms: float | None
 
@@ -72,68 +70,68 @@ class OpsBenchmark:
     rows: list[Row] = field(default_factory=list)
 
     def table(self) -> str:
-        """Kernels, sizes of their first arguments, and milliseconds of each side."""
+        """Format a table of kernels, sizes of their first arguments, and milliseconds of each version."""
         wide = max((len(row.sizes) for row in self.rows), default=5)
         lines = [
             f"{self.device} with {self.threads} threads, torch {self.torch}; median ms",
-            f"{'kernel':<44}{'sizes':<{wide}}{'ours':>10}{'torch way':>11}{'other':>10}  what",
+            f"{'kernel':<44}{'sizes':<{wide}}{'ours':>10}{'torch':>11}{'other':>10}  what",
         ]
         for row in self.rows:
             lines.append(
-                f"{row.kernel:<44}{row.sizes:<{wide}}{row.ours_ms:>10.3f}{_shown(row.twin_ms):>11}"
-                f"{_shown(row.alternative_ms):>10}  {row.alternative}".rstrip()
+                f"{row.kernel:<44}{row.sizes:<{wide}}{row.ours_ms:>10.3f}{_format_ms(row.torch_ms):>11}"
+                f"{_format_ms(row.alternative_ms):>10}  {row.alternative}".rstrip()
             )
         return "\n".join(lines)
 
     def json_line(self) -> str:
-        """Everything on one line."""
+        """Format all rows as one line of JSON."""
         rows = [row.__dict__ for row in self.rows]
         return json.dumps({"device": self.device, "threads": self.threads, "torch": self.torch, "rows": rows})
 
 
-def _shown(milliseconds: float | None) -> str:
+def _format_ms(milliseconds: float | None) -> str:
     return "-" if milliseconds is None else f"{milliseconds:.3f}"
 
 
 def run(
     device: str = "cpu",
-    wanted: str = "",
+    substring: str = "",
     native_python: Path | None = None,
     progress: Callable[[str], None] = lambda kernel: None,
 ) -> OpsBenchmark:
-    """Measure the kernels whose names contain `wanted`.
+    """Measure the kernels whose names contain `substring`.
 
     Args:
-        device: ``cpu`` or ``cuda:N``; on the latter our way is the torch way, and there is no other column.
-        wanted: part of the names; empty for all.
-        native_python: a Python with a compiled mmcv, to measure its kernels too.
-        progress: told each kernel before it is measured.
+        device: ``cpu`` or ``cuda:N``; CUDA has the torch version only.
+        substring: part of the names; empty for all.
+        native_python: Python with a compiled mmcv, to measure its kernels too.
+        progress: called with each kernel's name before it is measured.
 
     Raises:
-        SetupError: no kernel is named so, or the other Python has no compiled mmcv.
+        SetupError: no name contains `substring`, or the other Python has no compiled mmcv.
     """
-    names = sorted(name for name in CASES if wanted in name)
+    names = sorted(name for name in CASES if substring in name)
     if not names:
-        raise SetupError(f"no kernel has {wanted!r} in its name")
+        raise SetupError(f"no kernel name contains {substring!r}")
     native = {} if native_python is None else _native(native_python, names, device)
     found = OpsBenchmark(device, torch.get_num_threads(), torch.__version__)
     for name in names:
         progress(name)
         kernel, arguments = extension.kernels()[name], CASES[name](Inputs(True, device))
         ours = _median_ms(kernel, arguments, device)
-        twin = None
+        torch_ms = None
         if device == "cpu":
             with torch_only():
-                twin = _median_ms(kernel, arguments, device)
+                torch_ms = _median_ms(kernel, arguments, device)
         other, what = native.get(name), "mmcv, compiled"
         if other is None:
             other, what = _torchvision_ms(name, arguments, device)
-        found.rows.append(Row(name, _sizes(arguments), ours, twin, what if other else "", other))
+        found.rows.append(Row(name, _sizes(arguments), ours, torch_ms, what if other else "", other))
     return found
 
 
 def compile_all(progress: Callable[[str], None] = lambda kernel: None) -> int:
-    """Call every kernel once on small inputs, so that its machine code is there for all processes; how many."""
+    """Call each kernel once on small inputs to fill the JIT cache; return how many."""
     for name, build in CASES.items():
         progress(name)
         extension.kernels()[name](*build(Inputs(False)))
@@ -146,8 +144,8 @@ def _sizes(arguments: Sequence[Any]) -> str:
 
 
 def _median_ms(kernel: Callable[..., Any], arguments: list[Any], device: str) -> float:
-    """Milliseconds of one call; arguments written in place hold what the last call left."""
-    wait: Callable[[], Any] = torch.cuda.synchronize if device.startswith("cuda") else _nothing
+    """Measure one call in milliseconds; output arguments keep the values of the previous call."""
+    wait: Callable[[], Any] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     started = time.perf_counter()
     kernel(*arguments)
     wait()
@@ -155,16 +153,12 @@ def _median_ms(kernel: Callable[..., Any], arguments: list[Any], device: str) ->
     if first_s > LONG_CALL_S:
         return first_s * 1e3
     taken: list[float] = []
-    while len(taken) < LEAST_ROUNDS or (sum(taken) < SECONDS_PER_SIDE and len(taken) < MOST_ROUNDS):
+    while len(taken) < MIN_ROUNDS or (sum(taken) < SECONDS_PER_SIDE and len(taken) < MAX_ROUNDS):
         started = time.perf_counter()
         kernel(*arguments)
         wait()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken) * 1e3
-
-
-def _nothing() -> None:
-    """The CPU has nothing to wait for."""
 
 
 def _torchvision_ms(name: str, a: list[Any], device: str) -> tuple[float | None, str]:
@@ -188,9 +182,11 @@ def _torchvision_ms(name: str, a: list[Any], device: str) -> tuple[float | None,
 
 
 def _native(python: Path, names: list[str], device: str) -> dict[str, float | None]:
-    """Milliseconds of each kernel of the compiled mmcv of another Python; None where it refused."""
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.bench import ops; ops.time_native()"
-    names = [name for name in names if device != "cpu" or name in NATIVE_ON_CPU]
+    """Measure the compiled kernels of another Python's mmcv, in milliseconds; None if a kernel failed."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.bench import ops; ops.time_compiled()"
+    )
+    names = [name for name in names if device != "cpu" or name in COMPILED_ON_CPU]
     asked = json.dumps({"names": names, "device": device, "threads": torch.get_num_threads()})
     ran = subprocess.run(
         [str(python), "-c", program],
@@ -200,14 +196,14 @@ def _native(python: Path, names: list[str], device: str) -> dict[str, float | No
         check=False,
     )
     if ran.returncode:
-        last = ran.stderr.strip().splitlines()[-1:] or ["no words"]
-        raise SetupError(f"{python} could not measure a compiled mmcv: {last[0]}")
+        last = ran.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise SetupError(f"{python} cannot measure a compiled mmcv: {last[0]}")
     answer: dict[str, float | None] = json.loads(ran.stdout.splitlines()[-1])
     return answer
 
 
-def time_native() -> None:
-    """In the other process: measure the kernels named on standard input, print milliseconds as JSON."""
+def time_compiled() -> None:
+    """Measure the kernels named on standard input and print milliseconds as JSON; runs in the other process."""
     import importlib
 
     compiled = importlib.import_module("mmcv._ext")
@@ -220,6 +216,6 @@ def time_native() -> None:
         try:
             arguments = CASES[name](Inputs(True, asked["device"]))
             taken[name] = _median_ms(getattr(compiled, name), arguments, asked["device"])
-        except Exception:  # most of its kernels are for CUDA only and say so
+        except Exception:  # most of its kernels exist for CUDA only
             taken[name] = None
     print(json.dumps(taken))

@@ -1,10 +1,10 @@
-"""A server of one object over S3's protocol, as fast as one process of Python can be: for timing its readers.
+"""Fast S3 server of one object, to benchmark its readers.
 
-It answers HEAD and GET with ranges and If-Match, the bytes going from the page cache to the socket without
-passing through Python (``sendfile``). moto, which the tests use, copies every byte several times and would be
-what is measured. Checks no signature, lists nothing, writes nothing: only for benchmarks on loopback.
+It serves HEAD and GET with ranges and If-Match. Bytes go from the page cache to the socket without passing through
+Python (``sendfile``); moto, which the tests use, copies each byte several times and would dominate the measurement.
+It checks no signature: only for benchmarks on loopback.
 
-    python -m tools.bench.range_server FILE        prints its port, ends when its standard input does
+    python -m tools.bench.range_server FILE        prints its port, exits when standard input closes
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Object(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _answer(self) -> None:
         size, etag = self.server.size, '"benchmark"'

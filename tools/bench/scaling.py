@@ -1,8 +1,7 @@
-"""How the time of one model of sparse convolutions grows with the points of a frame and the frames of a batch.
+"""Benchmark of how a sparse-convolution model scales with points per frame and frames per batch.
 
-Clouds are made: a rolling ground with boxes on it, points spread evenly over the model's range, so that twice the
-points occupy about twice the voxels. The model's cap on voxels is lifted. Knows nothing about other
-implementations.
+Point clouds are synthetic: rolling ground with boxes on it, points uniform over the model's range, so that twice the
+points occupy about twice the voxels. The model's limit on voxels is lifted.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import numpy.typing as npt
 import torch
 
 from serve.errors import SetupError
-from serve.protocol.frames import Limits, FrameOptions
+from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime.detector import Detector
-from tools.bench.stages import Stopwatch, timed
+from tools.bench.stages import Stopwatch, time_stages
 
-__all__ = ["BATCHES", "POINTS", "Row", "Scaling", "cloud", "run"]
+__all__ = ["BATCHES", "POINTS", "Row", "Scaling", "run", "synthetic_cloud"]
 
 POINTS = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 BATCHES = (1, 2, 4, 8)
@@ -31,7 +30,7 @@ POINTS_OF_BATCHES = 30_000
 
 @dataclass(frozen=True)
 class Row:
-    """One size: points per frame, frames in the batch, voxels of the batch, and least seconds by stage."""
+    """One size: points per frame, frames per batch, voxels of the batch, and minimum seconds by stage."""
 
     points: int
     batch: int
@@ -52,9 +51,9 @@ class Scaling:
     rows: tuple[Row, ...]
 
     def table(self) -> str:
-        """Milliseconds, and nanoseconds per point of the batch for what should grow with it."""
+        """Format a table of milliseconds, and nanoseconds per point for the stages that should grow with it."""
         lines = [
-            f"{self.model}, made clouds, {self.device} with {self.threads} threads, least of {self.rounds} rounds",
+            f"{self.model}, synthetic, {self.device} with {self.threads} threads, minimum of {self.rounds} rounds",
             f"{'points':>9}{'batch':>7}{'voxels':>9}{'voxelize':>10}{'':>10}{'encode':>10}{'':>10}{'whole':>10}",
             f"{'a frame':>9}{'':>16}" + f"{'ms':>10}{'ns/point':>10}" * 2 + f"{'ms':>10}{'ms/frame':>10}",
         ]
@@ -68,7 +67,7 @@ class Scaling:
         return "\n".join(lines)
 
     def json_line(self) -> str:
-        """Everything on one line."""
+        """Format all rows as one line of JSON."""
         return json.dumps({"scaling": asdict(self)})
 
 
@@ -80,29 +79,33 @@ def run(
     rounds: int = 3,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Scaling:
-    """Measure one frame of each of `points`, then each of `batches` of `POINTS_OF_BATCHES` points a frame.
+    """Measure one frame of each of `points`, then each of `batches` of `POINTS_OF_BATCHES` points per frame.
 
     Args:
-        detector: of a LiDAR model with hard voxelization.
-        points: points a frame.
-        batches: frames a batch.
-        rounds: counted rounds, after one that is not.
-        progress: told the number of sizes done.
+        detector: detector of a LiDAR model with hard voxelization.
+        points: points per frame.
+        batches: frames per batch.
+        rounds: counted rounds, after one warm-up round.
+        progress: called with the number of sizes done.
 
     Raises:
-        SetupError: the model has no hard voxelization to lift the cap of.
+        SetupError: the model has no hard voxelization.
     """
     network: Any = detector.network
     layer: Any = getattr(getattr(network, "data_preprocessor", None), "voxel_layer", None)
     if not hasattr(layer, "max_voxels"):
-        raise SetupError(f"{detector.metadata.name} has no hard voxelization, whose growth this measures")
+        raise SetupError(
+            f"{detector.metadata.name} has no hard voxelization; choose a model that has, as second"
+        )
     bounds = np.asarray(layer.point_cloud_range, dtype=np.float64)
     kept, rows = layer.max_voxels, []
     sizes = [(n, 1) for n in points] + [(POINTS_OF_BATCHES, n) for n in batches]
     try:
         for done, (n, batch) in enumerate(sizes):
             layer.max_voxels = (n, n)
-            rows.append(_measure(detector, [cloud(n, bounds, seed) for seed in range(batch)], rounds))
+            rows.append(
+                _measure(detector, [synthetic_cloud(n, bounds, seed) for seed in range(batch)], rounds)
+            )
             progress(done + 1)
     finally:
         layer.max_voxels = kept
@@ -128,7 +131,7 @@ def _measure(detector: Detector, clouds: Sequence[npt.NDArray[np.float32]], roun
     for _ in range(rounds + 1):
         stopwatch = Stopwatch(torch.cuda.synchronize if cuda else lambda: None)
         hook = network.data_preprocessor.register_forward_hook(count)
-        with timed(network, stopwatch):
+        with time_stages(network, stopwatch):
             started = time.perf_counter()
             detector.forward(samples)
             total = time.perf_counter() - started
@@ -138,14 +141,14 @@ def _measure(detector: Detector, clouds: Sequence[npt.NDArray[np.float32]], roun
     return Row(len(clouds[0]), len(clouds), voxels, *least)
 
 
-def cloud(points: int, bounds: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float32]:
-    """(points, 4) float32: x, y, z in metres within `bounds` (minima, maxima), and intensity."""
+def synthetic_cloud(points: int, bounds: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float32]:
+    """Generate (points, 4) float32: x, y, z in metres within `bounds` (minima, maxima), and intensity."""
     rng = np.random.default_rng(seed)
     low, high = bounds[:3], bounds[3:]
     xy = low[:2] + rng.random((points, 2)) * (high[:2] - low[:2])
     middle, height = (low[2] + high[2]) / 2, high[2] - low[2]
     z = middle + 0.1 * height * np.sin(xy[:, 0] / 9) * np.cos(xy[:, 1] / 7) + rng.normal(0, 0.02, points)
-    # Blocks of 4 m, every ninth of them a box whose walls the points are on.
+    # Of blocks of 4 m, every ninth has points up to 30 % of the height above the ground.
     block = np.floor(xy / 4).astype(np.int64)
     boxed = (block[:, 0] + 5 * block[:, 1]) % 9 == 0
     z[boxed] += rng.random(int(boxed.sum())) * 0.3 * height

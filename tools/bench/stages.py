@@ -1,7 +1,7 @@
-"""Where the time of one inference goes: a stopwatch around the parts of a detector.
+"""Stopwatch around the parts of a detector.
 
-Parts are found by OpenMMLab's attribute names; what a detector lacks is left out. Knows nothing about what
-is compared with what.
+Parts are found by OpenMMLab's attribute names; parts that a detector lacks are skipped. `tools.bench.reference.worker`
+loads this file by path, so it may import the standard library only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["STAGES", "Stopwatch", "timed"]
+__all__ = ["STAGES", "Stopwatch", "time_stages"]
 
 # Stage → (attribute path, method). A method that is called from within another one is timed in both.
 STAGES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -29,12 +29,12 @@ class Stopwatch:
     """Seconds per stage, summed over one run."""
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
-        """`synchronize` waits for the device, so that a stage is charged with its own work."""
+        """Use `synchronize` to wait for the device, so that a stage is charged with its own work only."""
         self.synchronize = synchronize
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def around(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its time charged to `stage`."""
+        """Wrap `function` so that its time is charged to `stage`."""
 
         def measured(*args: Any, **kwargs: Any) -> Any:
             self.synchronize()
@@ -49,8 +49,8 @@ class Stopwatch:
 
 
 @contextmanager
-def timed(network: Any, stopwatch: Stopwatch) -> Iterator[None]:
-    """Inside, calls of the network's parts are measured; afterwards it is as before."""
+def time_stages(network: Any, stopwatch: Stopwatch) -> Iterator[None]:
+    """Measure calls of the network's parts inside the block; restore them afterwards."""
     touched = []
     for stage, places in STAGES.items():
         for attribute, method in places:

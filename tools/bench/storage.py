@@ -1,9 +1,7 @@
-"""How fast is storage? Reads of a large object beside boto3's own, random reads of FFRecord beside pread, packing.
+"""Storage benchmark: large S3 reads against boto3, random FFRecord reads against pread, and packing.
 
-Sides take turns, round by round, in one process; the object comes from `tools.bench.range_server` on
-loopback, everything else from the page cache. Nothing outside this machine is asked.
-
-Knows nothing about networks with delays or disks that are cold: there, all sides wait for the same thing.
+The sides alternate by round in one process. The object comes from `tools.bench.range_server` on loopback, everything
+else from the page cache. Network latency and cold disks are out of scope: all sides would wait for the same thing.
 """
 
 from __future__ import annotations
@@ -33,9 +31,9 @@ from serve.storage.ffrecord import Reader, Writer
 __all__ = ["Packing", "StorageBenchmark", "run"]
 
 FRAME_BYTES = 300_000
-FRAMES = 3000  # more than processors cache
+FRAMES = 3000  # larger than the CPU caches
 PACKED_BYTES = 30_000
-# Nobody's: the server on loopback does not look at them.
+# Dummy: the server on loopback does not check them.
 _CREDENTIALS: Mapping[str, Any] = {
     "aws_access_key_id": "benchmark",
     "aws_secret_access_key": "benchmark",
@@ -56,7 +54,7 @@ print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru
 
 @dataclass(frozen=True)
 class Packing:
-    """One pack: files of 30 kB, seconds, and by how many MB the peak of memory grew meanwhile."""
+    """Packing of files of 30 kB: seconds, and growth of peak memory in MB (10^6 bytes)."""
 
     files: int
     seconds: float
@@ -65,14 +63,14 @@ class Packing:
 
 @dataclass(frozen=True)
 class StorageBenchmark:
-    """What came out: medians.
+    """Medians over the rounds.
 
     Attributes:
         object_mb: size of the object, MB of 10^6 bytes.
         rounds: counted rounds.
         cores: CPU cores of this process.
-        read_s: seconds for one whole object, by side.
-        frames_us: microseconds for one random frame of 300 kB, by side.
+        read_s: seconds per object, by side.
+        frames_us: microseconds per random frame of 300 kB, by side.
         packing: one entry per number of files.
     """
 
@@ -84,7 +82,7 @@ class StorageBenchmark:
     packing: tuple[Packing, ...]
 
     def table(self) -> str:
-        """What was measured, each beside what it is measured against."""
+        """Format tables of all three measurements with ratios."""
         lines = [
             f"{self.object_mb} MB over S3 on loopback, {self.cores} CPU cores, median of {self.rounds} rounds",
             f"{'':<52}{'s':>8}{'MB/s':>8}{'ratio':>8}",
@@ -106,26 +104,26 @@ class StorageBenchmark:
         return "\n".join(lines)
 
     def _best(self, sink: str) -> float:
-        """Seconds of the faster of boto3's two ways, the default and the tuned one."""
+        """Return the seconds of boto3's faster configuration, default or tuned."""
         return min(seconds for side, seconds in self.read_s.items() if side.startswith(f"boto3, {sink}"))
 
     def json_line(self) -> str:
-        """Everything on one line."""
+        """Format all fields as one line of JSON."""
         return json.dumps(asdict(self))
 
 
 def run(
     *, object_bytes: int = 10**9, rounds: int = 5, pack_counts: Sequence[int] = (1000, 3000, 10_000)
 ) -> StorageBenchmark:
-    """Measure all three.
+    """Measure reads, random frames and packing.
 
     Args:
-        object_bytes: size of the object; twice that is needed on the disk.
-        rounds: counted rounds, after one that is not.
+        object_bytes: size of the object; needs twice that on disk.
+        rounds: counted rounds, after one warm-up round.
         pack_counts: numbers of files to pack.
 
     Raises:
-        SetupError: a process of the benchmark does not run.
+        SetupError: a process of the benchmark failed.
     """
     steps = (rounds + 1) * (len(_SIDES) + 3) + len(pack_counts)
     bar: tqdm[Any]
@@ -209,9 +207,9 @@ def _reads(root: Path, size: int, rounds: int, done: Callable[[], object]) -> di
             file.write(random.Random(left).randbytes(min(left, 16 << 20)))
             left -= 16 << 20
     found: dict[str, list[float]] = {side: [] for side in _SIDES}
-    with _served(source) as endpoint, _store_at(endpoint) as store:
+    with _serve(source) as endpoint, _connect(endpoint) as store:
         client = boto3.session.Session().client("s3", endpoint_url=endpoint, **_CREDENTIALS)
-        for turn in range(rounds + 1):
+        for number in range(rounds + 1):
             for side, read in _SIDES.items():
                 with tempfile.TemporaryDirectory(dir=root) as folder:
                     started = time.perf_counter()
@@ -219,7 +217,7 @@ def _reads(root: Path, size: int, rounds: int, done: Callable[[], object]) -> di
                     seconds = time.perf_counter() - started
                 if got != size:
                     raise SetupError(f"{side} read {got} of {size} bytes")
-                if turn:
+                if number:
                     found[side].append(seconds)
                 done()
     source.unlink()
@@ -227,7 +225,7 @@ def _reads(root: Path, size: int, rounds: int, done: Callable[[], object]) -> di
 
 
 @contextmanager
-def _served(source: Path) -> Iterator[str]:
+def _serve(source: Path) -> Iterator[str]:
     server = subprocess.Popen(
         [sys.executable, "-m", "tools.bench.range_server", str(source)],
         stdin=subprocess.PIPE,
@@ -238,7 +236,7 @@ def _served(source: Path) -> Iterator[str]:
     try:
         port = server.stdout.readline().strip()
         if not port:
-            raise SetupError("the server of the benchmark did not start")
+            raise SetupError("the benchmark's S3 server did not start; see its output above")
         yield f"http://127.0.0.1:{port}"
     finally:
         server.stdin.close()
@@ -247,8 +245,8 @@ def _served(source: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _store_at(endpoint: str) -> Iterator[s3.S3]:
-    """Our side's connection, by a petrel configuration of its own."""
+def _connect(endpoint: str) -> Iterator[s3.S3]:
+    """Connect our client, with a petrel configuration of its own."""
     with tempfile.TemporaryDirectory() as folder:
         conf = Path(folder, "petreloss.conf")
         conf.write_text(
@@ -277,12 +275,12 @@ def _frames(root: Path, rounds: int, done: Callable[[], object]) -> dict[str, fl
                 "Reader.read, checksum compared, copied to bytes": lambda i: bytes(reader.read(i)),
             }
             found: dict[str, list[float]] = {side: [] for side in sides}
-            for turn in range(rounds + 1):
+            for number in range(rounds + 1):
                 for side, read in sides.items():
                     started = time.perf_counter()
                     for index in order:
                         read(index)
-                    if turn:
+                    if number:
                         found[side].append((time.perf_counter() - started) / len(order) * 1e6)
                     done()
     finally:

@@ -149,10 +149,10 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> ProbeResult:
 
     from serve import archive, convert
     from serve.convert import golden
-    from serve.protocol.frames import Limits, FrameOptions
+    from serve.protocol.frames import FrameOptions, Limits
     from serve.runtime import load_detector
     from serve.runtime.pipeline import frame_spec
-    from serve.runtime.selftest import PRECISION_OF, agrees
+    from serve.runtime.selftest import TOLERANCES, matches
     from serve.verify.reference import load_reference
     from tools.zoo.random_weights import write_random_checkpoint
 
@@ -191,9 +191,9 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> ProbeResult:
     second = _other(first)
     alone = [_good(detector.run([one])[0]) for one in (first, second)]
     together = [_good(outcome) for outcome in detector.run([first, second])]
-    tolerances = PRECISION_OF["off"]
+    tolerances = TOLERANCES["off"]
     for one, two in zip(alone, together, strict=True):
-        same, found = agrees(one, two, tolerances)
+        same, found = matches(one, two, tolerances)
         if not same:
             return ProbeResult(path.stem, "differs", f"a batch from its frames alone: {found.verdict()}")
     # 4. Upstream's own call.
@@ -204,7 +204,7 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> ProbeResult:
         if isinstance(entries, str)
         else {name: opened.root / entry for name, entry in entries.items()}
     )
-    same, found = agrees(native.detect(files), alone[0], tolerances)
+    same, found = matches(native.detect(files), alone[0], tolerances)
     figures = found.verdict()
     if not same:
         return ProbeResult(

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from serve.convert.golden import golden_frame, read_frame
-from serve.protocol.frames import Limits, FrameOptions, decode_frame
-from serve.runtime.model import build_network, quiet_upstream
-from serve.runtime.pipeline import SampleBuilder
-from serve.runtime.random_state import seeded
+from serve.protocol.frames import FrameOptions, Limits, decode_frame
+from serve.runtime.model import build_network, suppress_warnings
+from serve.runtime.pipeline import InputPipeline
+from serve.runtime.random_state import fixed_seed
 
 __all__ = ["write_random_checkpoint"]
 
@@ -64,7 +64,7 @@ def write_random_checkpoint(
         seed: of the initialisation.
         frame: the frame that norms and output layers are set on; None for the golden frame of the modality.
     """
-    with torch.random.fork_rng(), quiet_upstream():
+    with torch.random.fork_rng(), suppress_warnings():
         torch.manual_seed(seed)
         network = build_network(config, classes)
         _initialise(network)
@@ -85,10 +85,10 @@ def _initialise(network: Any) -> None:
 
 
 def _calibrate(network: nn.Module, config: Mapping[str, Any], frame: Path | None) -> None:
-    samples = SampleBuilder(config)
+    samples = InputPipeline(config)
     parts = golden_frame(samples.spec) if frame is None else read_frame(frame, samples.spec)
     body = {part: made for part, (_, made) in parts.items()}
-    with seeded(torch.device("cpu")):
+    with fixed_seed(torch.device("cpu")):
         sample = samples.build(decode_frame(body, samples.spec, FrameOptions(), Limits()))
     views = [sample]
     if isinstance(sample["inputs"], Tensor):  # a picture: norms that know one alone are far off on its mirror
@@ -109,7 +109,7 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any], frame: Path | None
             target = next(((std, bias) for pattern, std, bias in OUTPUT_LAYERS if pattern.search(name)), None)
             if target:
                 hooks.append(module.register_forward_hook(_spread(*target)))
-    with torch.no_grad(), seeded(torch.device("cpu")):
+    with torch.no_grad(), fixed_seed(torch.device("cpu")):
         network.test_step(pseudo_collate(views))  # type: ignore[operator]
     for handle in hooks:
         handle.remove()

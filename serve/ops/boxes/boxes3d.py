@@ -16,9 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device, loops_take
+from serve.ops.checks import (
+    as_compute_dtype,
+    as_numpy,
+    check_floating,
+    check_same_device,
+    check_shape,
+    uses_numba,
+)
 from serve.ops.cpu.jit import jit
-from serve.ops.point_checks import check_floating, check_shape, working
 
 __all__ = ["points_in_boxes_all_forward", "points_in_boxes_cpu_forward", "points_in_boxes_part_forward"]
 
@@ -46,8 +52,8 @@ def points_in_boxes_part_forward(
     check_shape("box_idx_of_points_tensor", box_idx_of_points_tensor, clouds, points_of)
     check_same_device(pts_tensor=pts_tensor, box_idx_of_points_tensor=box_idx_of_points_tensor)
     for points, boxes, out in zip(pts_tensor, boxes_tensor, box_idx_of_points_tensor, strict=True):
-        points, frames = in_one_precision(points, boxes)
-        if loops_take(points):
+        points, frames = to_common_dtype(points, boxes)
+        if uses_numba(points):
             first = torch.full((points_of,), -1, dtype=torch.int32)
             _first_box_cpu(as_numpy(points.t()), as_numpy(frames), first.numpy())
         else:
@@ -96,8 +102,8 @@ def points_in_boxes_all_forward(
 
 def inside(points: Tensor, boxes: Tensor) -> Tensor:
     """(T, M) bool: which of the points (M, 3) lie in which of the boxes (T, 7)."""
-    points, frames = in_one_precision(points, boxes)
-    if loops_take(points):
+    points, frames = to_common_dtype(points, boxes)
+    if uses_numba(points):
         hits = torch.empty((boxes.shape[0], points.shape[0]), dtype=torch.bool)
         _inside_cpu(as_numpy(points.t()), as_numpy(frames), hits.view(torch.uint8).numpy())
         return hits
@@ -105,12 +111,12 @@ def inside(points: Tensor, boxes: Tensor) -> Tensor:
     return torch.cat(blocks) if blocks else points.new_zeros((0, points.shape[0]), dtype=torch.bool)
 
 
-def in_one_precision(points: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+def to_common_dtype(points: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """The points, and the boxes as (T, 9) frames; both of one dtype.
 
     A frame is the centre, half the sizes, cosine and sine of -yaw, and z of the bottom.
     """
-    dtype = torch.promote_types(working(points).dtype, working(boxes).dtype)
+    dtype = torch.promote_types(as_compute_dtype(points).dtype, as_compute_dtype(boxes).dtype)
     points, boxes = points.detach().to(dtype), boxes.detach().to(dtype)
     half = boxes[:, 3:6] / 2
     centre = torch.cat((boxes[:, :2], boxes[:, 2:3] + half[:, 2:3]), dim=1)

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from serve.ops.boxes.rotated import overlap_areas, suppress_rotated
-from serve.ops.checks import check_same_device, check_width
-from serve.ops.point_checks import check_floating, check_integer, check_shape, check_tensor
+from serve.ops.checks import (
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    check_width,
+)
 
 __all__ = ["iou3d_boxes_overlap_bev_forward", "iou3d_nms3d_forward", "iou3d_nms3d_normal_forward"]
 
@@ -23,7 +29,7 @@ def iou3d_boxes_overlap_bev_forward(boxes_a: Tensor, boxes_b: Tensor, ans_iou: T
     check_floating(boxes_a=boxes_a, boxes_b=boxes_b)
     check_same_device(boxes_a=boxes_a, boxes_b=boxes_b)
     check_tensor(("boxes_a", boxes_a), "ans_iou", ans_iou, boxes_a.shape[0], boxes_b.shape[0])
-    ans_iou.copy_(overlap_areas(_from_above(boxes_a), _from_above(boxes_b)).to(ans_iou.dtype))
+    ans_iou.copy_(overlap_areas(_to_bev(boxes_a), _to_bev(boxes_b)).to(ans_iou.dtype))
 
 
 def iou3d_nms3d_forward(boxes: Tensor, keep: Tensor, num_out: Tensor, nms_overlap_thresh: float) -> None:
@@ -45,7 +51,7 @@ def iou3d_nms3d_normal_forward(
     _suppress(boxes, keep, num_out, nms_overlap_thresh, turned=False)
 
 
-def _from_above(boxes: Tensor) -> Tensor:
+def _to_bev(boxes: Tensor) -> Tensor:
     return boxes[:, [0, 1, 3, 4, 6]].double()
 
 
@@ -59,7 +65,7 @@ def _suppress(boxes: Tensor, keep: Tensor, num_out: Tensor, threshold: float, *,
     for name, tensor in (("boxes", boxes), ("keep", keep), ("num_out", num_out)):
         if tensor.device.type == "meta":
             raise ValueError(f"{name} must be on a device that holds numbers, got {tensor.device}")
-    flat = _from_above(boxes)
+    flat = _to_bev(boxes)
     if not turned:
         flat[:, 4] = 0
     rows = suppress_rotated(flat, torch.zeros_like(flat[:, 0]), float(threshold), False)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from serve.ops.boxes.rotated import scan
-from serve.ops.checks import as_numpy, check_width, loops_take
+from serve.ops.checks import as_numpy, check_floating, check_tensor, check_width, uses_numba
 from serve.ops.cpu.jit import jit
-from serve.ops.point_checks import check_floating, check_tensor
 
 __all__ = ["nms", "nms_match", "softnms"]
 
@@ -38,7 +37,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     check_tensor(("boxes", boxes), "scores", scores, boxes.shape[0])
     order = torch.sort(scores, dim=0, descending=True, stable=True)[1]
     ordered = boxes[order, :4].float()
-    if loops_take(boxes):
+    if uses_numba(boxes):
         keep = torch.from_numpy(_nms_cpu(as_numpy(ordered), np.float32(iou_threshold), np.float32(offset)))
     else:
         keep = scan(_iou(ordered, float(offset)) > iou_threshold)

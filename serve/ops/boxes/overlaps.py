@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve.ops.checks import check_same_device, check_width
-from serve.ops.point_checks import check_floating
+from serve.ops.checks import check_floating, check_same_device, check_width
 
 __all__ = ["bbox_overlaps"]
 

@@ -23,9 +23,8 @@ from serve.ops.boxes.quadrilaterals import (
     overlaps_aligned,
     signed_area,
 )
-from serve.ops.checks import as_numpy, check_same_device, loops_take
+from serve.ops.checks import as_numpy, check_floating, check_same_device, check_shape, uses_numba
 from serve.ops.cpu.jit import jit
-from serve.ops.point_checks import check_floating, check_shape
 
 __all__ = [
     "convex_giou",
@@ -63,7 +62,7 @@ def points_in_polygons_forward(points: Tensor, polygons: Tensor, output: Tensor)
     check_floating(points=points, polygons=polygons)
     check_same_device(points=points, polygons=polygons, output=output)
     at, corner = points.detach().float(), polygons.detach().float().reshape(-1, 4, 2)
-    if loops_take(points):
+    if uses_numba(points):
         inside = torch.empty(output.shape, dtype=torch.bool)
         _in_polygons_cpu(as_numpy(at), as_numpy(corner), inside.view(torch.uint8).numpy())
     else:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from serve.ops.boxes.rotated import check_sorted, scan
-from serve.ops.checks import as_numpy, check_same_device, check_width, loops_take
+from serve.ops.checks import as_numpy, check_floating, check_same_device, check_width, uses_numba
 from serve.ops.cpu.jit import jit
-from serve.ops.point_checks import check_floating
 
 __all__ = ["box_iou_quadri", "nms_quadri"]
 
@@ -93,7 +92,7 @@ def nms_quadri(
     check_sorted(dets, scores, order, dets_sorted, 9 if multi_label else 8)
     polygons = corners(dets_sorted)
     groups = dets_sorted[:, 8].double() if multi_label else polygons.new_zeros(polygons.shape[0])
-    if loops_take(dets):
+    if uses_numba(dets):
         keep = torch.from_numpy(_suppress_cpu(as_numpy(polygons), as_numpy(groups), float(iou_threshold)))
     else:
         keep = suppress_torch(polygons, groups, float(iou_threshold))
@@ -130,7 +129,7 @@ def overlaps(first: Tensor, second: Tensor) -> Tensor:
 
     P may be up to 9; a dented polygon may have four corners at most.
     """
-    if loops_take(first):
+    if uses_numba(first):
         return torch.from_numpy(_overlaps_cpu(as_numpy(first), as_numpy(second)))
     return _overlaps_torch(first, second)
 

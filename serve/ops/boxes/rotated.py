@@ -13,9 +13,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device, check_width, loops_take
+from serve.ops.checks import (
+    as_numpy,
+    check_floating,
+    check_indices,
+    check_same_device,
+    check_shape,
+    check_width,
+    uses_numba,
+)
 from serve.ops.cpu.jit import jit
-from serve.ops.point_checks import check_floating, check_indices, check_shape
 
 __all__ = ["box_iou_rotated", "nms_rotated"]
 
@@ -108,7 +115,7 @@ def suppress_rotated(boxes: Tensor, groups: Tensor, threshold: float, inclusive:
 
     `inclusive` drops at IoU == threshold too.
     """
-    if loops_take(boxes):
+    if uses_numba(boxes):
         keep = _suppress_cpu(as_numpy(boxes), as_numpy(groups), threshold, inclusive)
         return torch.from_numpy(keep)
     # One IoU matrix on the device, one transfer of a byte per pair, one scan.
@@ -130,7 +137,7 @@ def scan(hits: Tensor) -> Tensor:
 def overlap_areas(first: Tensor, second: Tensor) -> Tensor:
     """(N, M) float64 overlap areas of (N, 5) and (M, 5) float64 rectangles."""
     n, m = first.shape[0], second.shape[0]
-    if loops_take(first):
+    if uses_numba(first):
         return torch.from_numpy(_overlaps_cpu(as_numpy(first), as_numpy(second)))
     rows = max(1, PAIRS_PER_BLOCK // max(1, m))
     blocks = [

@@ -26,26 +26,26 @@ from serve.ops.cpu.jit import jit
 
 __all__ = [
     "CHANNELS",
+    "HAS_AVX512",
     "I64",
     "LANES",
     "ROWS",
     "VECTOR",
-    "WIDE",
     "add_products",
-    "aligned",
-    "everywhere",
-    "load",
-    "pack_partners",
-    "panels",
-    "vector_at",
+    "aligned_zeros",
+    "compress_neighbours",
+    "load_vector",
+    "pack_panels",
+    "splat",
+    "vector_pointer",
 ]
 
 # 6 x 2 sums, two weights and one value fit the 16 vector registers of AVX2; 6 x 4 sums the 32 of AVX-512.
 ROWS = 6
 _VECTORS, _WIDE_VECTORS = 2, 4
 # Whether the CPU has vectors of 16 floats.
-WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
-LANES = 16 if WIDE else 8
+HAS_AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+LANES = 16 if HAS_AVX512 else 8
 # Output channels of a panel, and of one for the many registers of AVX-512: each value read meets twice the weights.
 CHANNELS, _WIDE_CHANNELS = _VECTORS * LANES, _WIDE_VECTORS * LANES
 _CACHE_LINE_FLOATS = 16
@@ -56,21 +56,21 @@ VECTOR = ir.VectorType(ir.FloatType(), LANES)
 _FUSED = ("contract",)
 
 
-def panels(weight: Tensor) -> Tensor:
+def pack_panels(weight: Tensor) -> Tensor:
     """Weights (…, Cin, Cout) as `add_products` reads them.
 
     Returns:
         (…, P, Cin, C), contiguous and zero behind Cout; C is `CHANNELS`, or twice as many where vectors are wide and
         Cout is a multiple of that.
     """
-    channels = _WIDE_CHANNELS if WIDE and weight.shape[-1] % _WIDE_CHANNELS == 0 else CHANNELS
+    channels = _WIDE_CHANNELS if HAS_AVX512 and weight.shape[-1] % _WIDE_CHANNELS == 0 else CHANNELS
     count = -(-weight.shape[-1] // channels)
     padded: Tensor = functional.pad(weight, (0, count * channels - weight.shape[-1]))
     return padded.reshape(*weight.shape[:-1], count, channels).transpose(-3, -2).contiguous()
 
 
 @jit
-def aligned(count: int) -> npt.NDArray[np.float32]:  # pragma: no cover - compiled
+def aligned_zeros(count: int) -> npt.NDArray[np.float32]:  # pragma: no cover - compiled
     """So many zeros that begin with a cache line, in compiled code: no vector of them lies in two lines."""
     room = np.zeros(count + _CACHE_LINE_FLOATS, np.float32)
     skipped = -(room.ctypes.data // 4) % _CACHE_LINE_FLOATS
@@ -95,7 +95,7 @@ def add_products(
     Args:
         typing_context: numba's own; the caller passes the rest.
         features: (N, Cin) float32, C-contiguous.
-        panel: (Cin, C) float32, C-contiguous, one of `panels`.
+        panel: (Cin, C) float32, C-contiguous, one of `pack_panels`.
         sums: (M, >= channel + C) float32, C-contiguous.
         sources: int32, rows of `features`.
         targets: int32, rows of `sums`, no two of the `ROWS` equal.
@@ -106,10 +106,10 @@ def add_products(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def pack_partners(
+def compress_neighbours(
     typing_context: Any, partners: Any, sources: Any, targets: Any, packed: Any, first: Any
 ) -> tuple[Any, Callable[..., Any]]:
-    """Append the `LANES` rows from `first` that have a partner to `sources` and `targets`; compiled code, if `WIDE`.
+    """Append the `LANES` rows from `first` that have a partner to `sources` and `targets`; compiled code, if `HAS_AVX512`.
 
     Args:
         typing_context: numba's own; the caller passes the rest.
@@ -150,17 +150,17 @@ def _generate_packing(context: Any, builder: Any, signature: Any, arguments: Any
     return builder.add(packed, builder.zext(count, I64))
 
 
-def vector_at(builder: Any, data: Any, at: Any) -> Any:
+def vector_pointer(builder: Any, data: Any, at: Any) -> Any:
     """A pointer to the `LANES` floats of `data` from index `at`."""
     return builder.bitcast(builder.gep(data, [at]), VECTOR.as_pointer())
 
 
-def load(builder: Any, data: Any, at: Any) -> Any:
+def load_vector(builder: Any, data: Any, at: Any) -> Any:
     """The `LANES` floats of `data` from index `at`."""
-    return builder.load(vector_at(builder, data, at), align=4)
+    return builder.load(vector_pointer(builder, data, at), align=4)
 
 
-def everywhere(builder: Any, value: Any) -> Any:
+def splat(builder: Any, value: Any) -> Any:
     """One float in all lanes."""
     single = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
@@ -172,7 +172,7 @@ def _generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any
         for kind, value in zip(signature.args[:5], arguments[:5], strict=True)
     )
     row, channel = arguments[5:]
-    if not WIDE:
+    if not HAS_AVX512:
         _products(builder, features, panel, sums, sources, targets, row, channel, _VECTORS)
         return context.get_dummy_value()
     is_wide = builder.icmp_signed("==", builder.extract_value(panel.shape, 1), I64(_WIDE_CHANNELS))
@@ -195,7 +195,7 @@ def _products(
     channel: Any,
     vectors: int,
 ) -> None:
-    """The loop for panels of so many vectors: all sums are read, stay in registers, and are written."""
+    """The loop for pack_panels of so many vectors: all sums are read, stay in registers, and are written."""
     inputs = builder.extract_value(features.shape, 1)
     width = builder.extract_value(sums.shape, 1)
     steps = [I64(v * LANES) for v in range(vectors)]
@@ -208,7 +208,7 @@ def _products(
         values.append(builder.gep(features.data, [builder.mul(source, inputs)]))
         first = builder.add(builder.mul(target, width), channel)
         places += [builder.add(first, step) for step in steps]
-    before = [load(builder, sums.data, at) for at in places]
+    before = [load_vector(builder, sums.data, at) for at in places]
     begin = builder.block
     loop, end = builder.append_basic_block("products"), builder.append_basic_block("products.end")
     builder.cbranch(builder.icmp_signed(">", inputs, I64(0)), loop, end)
@@ -217,10 +217,10 @@ def _products(
     a = builder.phi(I64)
     running = [builder.phi(VECTOR) for _ in places]
     first = builder.mul(a, I64(vectors * LANES))
-    weights = [load(builder, panel.data, builder.add(first, step)) for step in steps]
+    weights = [load_vector(builder, panel.data, builder.add(first, step)) for step in steps]
     after: list[Any] = []
     for j in range(ROWS):
-        value = everywhere(builder, builder.load(builder.gep(values[j], [a])))
+        value = splat(builder, builder.load(builder.gep(values[j], [a])))
         for one in weights:
             product = builder.fmul(value, one, flags=_FUSED)
             after.append(builder.fadd(running[len(after)], product, flags=_FUSED))
@@ -238,4 +238,4 @@ def _products(
         total.add_incoming(old, begin)
         total.add_incoming(new, loop)
     for total, at in zip(totals, places, strict=True):
-        builder.store(total, vector_at(builder, sums.data, at), align=4)
+        builder.store(total, vector_pointer(builder, sums.data, at), align=4)

@@ -22,15 +22,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def jit(function: F) -> F:
     """Compile `function` on first call and keep the machine code for other processes."""
-    return _compiled(function, {})
+    return _compile(function, {})
 
 
 def jit_contracted(function: F) -> F:
     """As `jit`, and products may be fused into sums (one rounding instead of two): for inner products."""
-    return _compiled(function, {"fastmath": {"contract", "nsz"}})
+    return _compile(function, {"fastmath": {"contract", "nsz"}})
 
 
-def _compiled(function: F, options: dict[str, Any]) -> F:
+def _compile(function: F, options: dict[str, Any]) -> F:
     """Numba with its cache on disk where there is a place for it; numba's own setting of a place goes first."""
     compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     chosen = config.CACHE_DIR
@@ -42,13 +42,13 @@ def _compiled(function: F, options: dict[str, Any]) -> F:
         try:
             with contextlib.suppress(RuntimeError):  # numba finds that it cannot write there after all
                 compiled.enable_caching()
-                compiled._cache = _Forgiving(compiled._cache)
+                compiled._cache = _FaultTolerantCache(compiled._cache)
         finally:
             config.CACHE_DIR = chosen
     return compiled  # type: ignore[no-any-return]
 
 
-class _Forgiving:
+class _FaultTolerantCache:
     """A cache of numba's whose disk may fill up, go away or hold rubbish: then the kernel is compiled, no more."""
 
     def __init__(self, cache: Any) -> None:

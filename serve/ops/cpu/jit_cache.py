@@ -22,7 +22,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-__all__ = ["fallback", "folder", "folder_among"]
+__all__ = ["choose_folder", "fallback", "folder"]
 
 SOURCES = Path(__file__).resolve().parents[1]
 IMPORT = re.compile(r"^ *from serve\.ops\.?([\w.]*) import \(?([\w,\s]*)", re.MULTILINE)
@@ -36,10 +36,10 @@ def folder(module: str) -> Path | None:
     places = [fallback] if fallback is not None else []
     with contextlib.suppress(OSError):  # no temporary folder, or none that is ours alone
         places.append(_own_temporary_folder())
-    return folder_among(module, SOURCES / "__pycache__", places)
+    return choose_folder(module, SOURCES / "__pycache__", places)
 
 
-def folder_among(module: str, own: Path, places: list[Path]) -> Path | None:
+def choose_folder(module: str, own: Path, places: list[Path]) -> Path | None:
     """A folder for the present sources in `own`, else in the first of `places` that can be used, else None.
 
     Args:

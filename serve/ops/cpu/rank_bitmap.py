@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from serve.ops.cpu.jit import jit
 
-__all__ = ["count_marks", "ones"]
+__all__ = ["popcount", "prefix_popcounts"]
 
 
 @jit
-def ones(word: np.uint64) -> int:  # pragma: no cover - compiled
+def popcount(word: np.uint64) -> int:  # pragma: no cover - compiled
     """Bits that are set (population count by adding within ever wider fields)."""
     word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
@@ -24,7 +24,7 @@ def ones(word: np.uint64) -> int:  # pragma: no cover - compiled
 
 
 @jit
-def count_marks(
+def prefix_popcounts(
     marks: npt.NDArray[np.uint64], before: npt.NDArray[np.int32]
 ) -> int:  # pragma: no cover - compiled
     """Fill in how many marks lie before each word; returns how many there are."""
@@ -32,5 +32,5 @@ def count_marks(
     for w in range(marks.shape[0]):
         before[w] = total
         if marks[w] != np.uint64(0):
-            total += ones(marks[w])
+            total += popcount(marks[w])
     return total

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["in_parts"]
+__all__ = ["parallel_for"]
 
 
 # A thread that wakes up late, on a machine that others use too, finds the rest done instead of holding all up.
-_PARTS_A_THREAD = 4
+_CHUNKS_PER_THREAD = 4
 
 
-def in_parts(work: Callable[[int, int], Any], total: int, *, least: int = 1) -> None:
+def parallel_for(work: Callable[[int, int], Any], total: int, *, min_per_thread: int = 1) -> None:
     """Call ``work(first, last)`` for ranges that together cover ``range(total)``, and wait for all of them.
 
     The caller works too; who does which range is not fixed, so `work` must not care.
@@ -29,14 +29,14 @@ def in_parts(work: Callable[[int, int], Any], total: int, *, least: int = 1) -> 
     Args:
         work: the kernel.
         total: how many rows there are.
-        least: rows that a thread is worth waking up for, which takes it some 0.1 ms.
+        min_per_thread: rows that a thread is worth waking up for, which takes it some 0.1 ms.
     """
-    threads = min(torch.get_num_threads(), total // least)
+    threads = min(torch.get_num_threads(), total // min_per_thread)
     if threads <= 1:
         if total > 0:
             work(0, total)
         return
-    count = min(total, threads * _PARTS_A_THREAD)
+    count = min(total, threads * _CHUNKS_PER_THREAD)
     ranges = pairwise(total * i // count for i in range(count + 1))
     shared = iter(list(ranges))
 

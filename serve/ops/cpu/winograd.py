@@ -23,24 +23,24 @@ from torch import Tensor
 from serve.ops.checks import as_numpy, check_rank
 from serve.ops.cpu.gemm import (
     CHANNELS,
+    HAS_AVX512,
     I64,
     LANES,
     ROWS,
-    WIDE,
     add_products,
-    aligned,
-    everywhere,
-    load,
-    panels,
-    vector_at,
+    aligned_zeros,
+    load_vector,
+    pack_panels,
+    splat,
+    vector_pointer,
 )
 from serve.ops.cpu.jit import jit, jit_contracted
-from serve.ops.cpu.threads import in_parts
+from serve.ops.cpu.threads import parallel_for
 
-__all__ = ["SUITED", "convolve_3x3", "transform_weight"]
+__all__ = ["PREFERRED", "convolve_3x3", "transform_weight"]
 
 # Measured faster than torch's convolution where vectors are wide; elsewhere nobody has measured.
-SUITED = WIDE
+PREFERRED = HAS_AVX512
 F32 = npt.NDArray[np.float32]
 I64s = npt.NDArray[np.int64]
 # Patches done together: a multiple of ROWS whose transforms fit a near cache.
@@ -49,7 +49,7 @@ _G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
 def transform_weight(weight: Tensor) -> Tensor:
-    """(Cout, Cin, 3, 3) float32 to what `convolve_3x3` takes: 16 `panels`, (16, P, Cin, C), computed in float64.
+    """(Cout, Cin, 3, 3) float32 to what `convolve_3x3` takes: 16 `pack_panels`, (16, P, Cin, C), computed in float64.
 
     Raises:
         ValueError: another kernel size, or channel counts that are no multiples of a vector's (`CHANNELS`).
@@ -61,7 +61,7 @@ def transform_weight(weight: Tensor) -> Tensor:
         )
     g = torch.tensor(_G, dtype=torch.float64)
     transformed = torch.einsum("ai,ocij,bj->abco", g, weight.detach().double().cpu(), g)
-    return panels(transformed.flatten(0, 1).float())
+    return pack_panels(transformed.flatten(0, 1).float())
 
 
 def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Tensor:
@@ -99,7 +99,7 @@ def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool =
     def work(first: int, last: int) -> None:
         _strips(source, kernel, start, relu, result, first, last)
 
-    in_parts(work, batch * ((height + 1) // 2))
+    parallel_for(work, batch * ((height + 1) // 2))
     return torch.from_numpy(result).permute(0, 3, 1, 2)
 
 
@@ -113,7 +113,7 @@ def _strips(
     across = (width + 1) // 2
     patch, corner = np.empty((4, 4, inputs), np.float32), np.empty((2, 2, outputs), np.float32)
     seen = np.zeros((16, _BLOCK, inputs), np.float32)
-    sums = aligned(16 * _BLOCK * outputs).reshape(16, _BLOCK, outputs)
+    sums = aligned_zeros(16 * _BLOCK * outputs).reshape(16, _BLOCK, outputs)
     rows = np.arange(_BLOCK).astype(np.int32)
     for strip in range(first, last):
         picture, y = strip // ((height + 1) // 2), 2 * (strip % ((height + 1) // 2))
@@ -178,11 +178,11 @@ def _inputs_at(typing_context: Any, patch: Any, seen: Any, channel: Any) -> tupl
                 builder.fsub(a, c), builder.fadd(b, c), builder.fsub(c, b), builder.fsub(b, e),
             ]  # fmt: skip
 
-        rows = [[load(builder, d.data, d.at(i, j, channel)) for j in range(4)] for i in range(4)]
+        rows = [[load_vector(builder, d.data, d.at(i, j, channel)) for j in range(4)] for i in range(4)]
         columns = [filtered([rows[i][j] for i in range(4)]) for j in range(4)]
         for i in range(4):
             for j, value in enumerate(filtered([columns[j][i] for j in range(4)])):
-                builder.store(value, vector_at(builder, v.data, v.at(4 * i + j, 0, channel)), align=4)
+                builder.store(value, vector_pointer(builder, v.data, v.at(4 * i + j, 0, channel)), align=4)
         return context.get_dummy_value()
 
     return types.void(patch, seen, channel), generate
@@ -204,10 +204,12 @@ def _outputs_at(
             a, b, c, e = line
             return [builder.fadd(builder.fadd(a, b), c), builder.fsub(builder.fsub(b, c), e)]
 
-        rows = [[load(builder, m.data, m.at(4 * i + j, 0, channel)) for j in range(4)] for i in range(4)]
+        rows = [
+            [load_vector(builder, m.data, m.at(4 * i + j, 0, channel)) for j in range(4)] for i in range(4)
+        ]
         columns = [filtered([rows[i][j] for i in range(4)]) for j in range(4)]
-        offset = load(builder, b.data, channel)
-        zero = everywhere(builder, context.get_constant(types.float32, 0.0))
+        offset = load_vector(builder, b.data, channel)
+        zero = splat(builder, context.get_constant(types.float32, 0.0))
         for i in range(2):
             for j, value in enumerate(filtered([columns[j][i] for j in range(4)])):
                 total = builder.fadd(value, offset)
@@ -215,7 +217,7 @@ def _outputs_at(
                 negative = builder.fcmp_ordered("<", total, zero)
                 cut = builder.select(negative, zero, total)
                 kept = builder.select(relu, cut, total)
-                builder.store(kept, vector_at(builder, o.data, o.at(i, j, channel)), align=4)
+                builder.store(kept, vector_pointer(builder, o.data, o.at(i, j, channel)), align=4)
         return context.get_dummy_value()
 
     return types.void(sums, bias, relu, out, channel), generate

@@ -13,11 +13,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_rank, check_same_device
+from serve.ops.checks import (
+    as_numpy,
+    check_floating,
+    check_integer,
+    check_rank,
+    check_same_device,
+    check_tensor,
+    compute_dtype,
+    uses_float32_kernel,
+)
 from serve.ops.cpu.jit import jit
-from serve.ops.cpu.threads import in_parts
-from serve.ops.point_checks import check_floating, check_integer, check_tensor
-from serve.ops.roi.bilinear import mix_rows, on_numba, padded_corners, working_dtype
+from serve.ops.cpu.threads import parallel_for
+from serve.ops.roi.bilinear import mix_rows, padded_corners
 
 __all__ = ["ms_deform_attn_backward", "ms_deform_attn_forward"]
 
@@ -53,7 +61,7 @@ def ms_deform_attn_forward(
     levels = _check(
         value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
     )
-    if not on_numba(value) or value.numel() == 0:
+    if not uses_float32_kernel(value) or value.numel() == 0:
         return _attend_torch(value, levels, sampling_locations, attention_weights).to(value.dtype)
     batch, queries, heads = sampling_locations.shape[:3]
     result = np.empty((batch, queries, heads, value.shape[3]), dtype=np.float32)
@@ -63,7 +71,7 @@ def ms_deform_attn_forward(
     def work(first: int, last: int) -> None:
         _attend_kernel(source, grid, places, weights, result, first, last)
 
-    in_parts(work, batch * queries)
+    parallel_for(work, batch * queries)
     return torch.from_numpy(result).flatten(2).to(value.dtype)
 
 
@@ -160,7 +168,7 @@ def _attend_torch(
     value: Tensor, levels: list[tuple[int, int, int]], locations: Tensor, attention: Tensor
 ) -> Tensor:
     """Any device, with gradients; (B, queries, heads * channels) in the working dtype."""
-    dtype = working_dtype(value)
+    dtype = compute_dtype(value)
     batch, keys, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     rows = value.to(dtype).reshape(batch * keys * heads, channels)

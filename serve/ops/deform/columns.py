@@ -14,11 +14,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_rank, check_same_device
+from serve.ops.checks import (
+    as_numpy,
+    check_floating,
+    check_rank,
+    check_same_device,
+    compute_dtype,
+    uses_float32_kernel,
+)
 from serve.ops.cpu.jit import jit
-from serve.ops.cpu.threads import in_parts
-from serve.ops.point_checks import check_floating
-from serve.ops.roi.bilinear import mix_rows, on_numba, padded_corners, pixel_rows, working_dtype
+from serve.ops.cpu.threads import parallel_for
+from serve.ops.roi.bilinear import mix_rows, padded_corners, pixel_rows
 
 __all__ = ["Geometry", "check", "convolve", "convolve_torch", "gradients"]
 
@@ -126,7 +132,7 @@ def convolve(
     """Write the convolution into `output` (B, O, H', W'); all arguments passed `check`."""
     if output.numel() == 0:
         return
-    if not on_numba(input):
+    if not uses_float32_kernel(input):
         output.copy_(convolve_torch(input, weight, bias, offset, mask, geometry))
         return
     direct = output.dtype == torch.float32 and output.is_contiguous()
@@ -138,7 +144,7 @@ def convolve(
         output.copy_(result)
 
 
-def _by_tap(weight: Tensor, groups: int) -> Tensor:
+def _flatten_taps(weight: Tensor, groups: int) -> Tensor:
     """(groups, O / groups, taps * C / groups): the kernel as one matrix per group."""
     rows, channels = weight.shape[:2]
     return weight.reshape(groups, rows // groups, channels, -1).transpose(2, 3).flatten(2).contiguous()
@@ -157,7 +163,7 @@ def _convolve_cpu(
         factors = np.empty((batch, 0, taps, pixels), dtype=np.float32)
     else:
         factors = as_numpy(mask.detach().float()).reshape(batch, deform_groups, taps, pixels)
-    kernel = _by_tap(weight, groups)
+    kernel = _flatten_taps(weight, groups)
     block = min(pixels, max(64, CPU_BLOCK_BYTES // (4 * taps * channels)))
     sampled = np.empty((groups, block, taps, channels // groups), dtype=np.float32)
     matrix = torch.from_numpy(sampled).flatten(2)
@@ -175,7 +181,7 @@ def _convolve_cpu(
                     maps[image], shifts[image], factors[image], sampled, numbers, start, first, last
                 )
 
-            in_parts(work, count)
+            parallel_for(work, count)
             span = planes[:, :, start : start + count]
             if groups == 1:
                 torch.mm(kernel[0], matrix[0, :count].t(), out=span[0])
@@ -194,14 +200,14 @@ def convolve_torch(
 ) -> Tensor:
     """Any device, with gradients; (B, O, H', W') in the working dtype of `input`."""
     groups, deform_groups, taps = geometry.groups, geometry.deform_groups, geometry.taps
-    dtype = working_dtype(input)
+    dtype = compute_dtype(input)
     batch, channels, height, width = input.shape
     rows, columns = geometry.output_size(height, width)
     pixels = rows * columns
     down, across = _tap_positions(geometry, rows, columns, input.device)
     shifts = offset.to(dtype).reshape(batch, deform_groups, taps, 2, pixels)
     factors = None if mask is None else mask.to(dtype).reshape(batch, deform_groups, taps, pixels)
-    kernel = _by_tap(weight.to(dtype), groups)
+    kernel = _flatten_taps(weight.to(dtype), groups)
     block = max(64, DEVICE_BLOCK_BYTES // (dtype.itemsize * taps * channels))
     per_group = channels // deform_groups
     first_row = torch.arange(deform_groups, device=input.device)[:, None, None, None] * (height * width)

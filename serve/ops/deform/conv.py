@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from serve.ops.checks import check_tensor
 from serve.ops.deform.columns import Geometry, check, convolve, gradients
-from serve.ops.point_checks import check_tensor
 
 __all__ = [
     "deform_conv_backward_input",

@@ -11,8 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve.ops.checks import check_same_device
-from serve.ops.point_checks import check_floating, check_holds, check_indices, check_shape, working
+from serve.ops.checks import (
+    as_compute_dtype,
+    check_floating,
+    check_indices,
+    check_same_device,
+    check_shape,
+    check_writable_from,
+)
 from serve.ops.points.neighbours import counts
 
 __all__ = [
@@ -48,7 +54,7 @@ def gather_points_forward(
     check_shape("points_tensor", points_tensor, b, c, n)
     check_shape("idx_tensor", idx_tensor, b, npoints)
     check_shape("out_tensor", out_tensor, b, c, npoints)
-    check_holds("out_tensor", out_tensor, "points_tensor", points_tensor)
+    check_writable_from("out_tensor", out_tensor, "points_tensor", points_tensor)
     check_same_device(points_tensor=points_tensor, idx_tensor=idx_tensor, out_tensor=out_tensor)
     check_indices("idx_tensor", idx_tensor, n)
     out_tensor.copy_(_pick(points_tensor.detach(), idx_tensor))
@@ -111,7 +117,7 @@ def group_points_forward(
     check_shape("points_tensor", points_tensor, b, c, n)
     check_shape("idx_tensor", idx_tensor, b, npoints, nsample)
     check_shape("out_tensor", out_tensor, b, c, npoints, nsample)
-    check_holds("out_tensor", out_tensor, "points_tensor", points_tensor)
+    check_writable_from("out_tensor", out_tensor, "points_tensor", points_tensor)
     check_same_device(points_tensor=points_tensor, idx_tensor=idx_tensor, out_tensor=out_tensor)
     check_indices("idx_tensor", idx_tensor, n)
     picked = _pick(points_tensor.detach(), idx_tensor.reshape(b, npoints * nsample))
@@ -181,9 +187,9 @@ def stack_group_points_forward(
     check_shape("features_tensor", features_tensor, None, c)
     check_shape("idx_tensor", idx_tensor, m, nsample)
     check_shape("out_tensor", out_tensor, m, c, nsample)
-    check_holds("out_tensor", out_tensor, "features_tensor", features_tensor)
+    check_writable_from("out_tensor", out_tensor, "features_tensor", features_tensor)
     check_same_device(features_tensor=features_tensor, idx_tensor=idx_tensor, out_tensor=out_tensor)
-    rows, empty = _stacked_rows(
+    rows, empty = _stack_rows(
         idx_tensor, idx_batch_cnt_tensor, features_batch_cnt_tensor, features_tensor.shape[0], b
     )
     if features_tensor.shape[0] == 0:
@@ -230,7 +236,7 @@ def stack_group_points_backward(
     check_same_device(
         grad_out_tensor=grad_out_tensor, idx_tensor=idx_tensor, grad_features_tensor=grad_features_tensor
     )
-    rows, empty = _stacked_rows(idx_tensor, idx_batch_cnt_tensor, features_batch_cnt_tensor, n, b)
+    rows, empty = _stack_rows(idx_tensor, idx_batch_cnt_tensor, features_batch_cnt_tensor, n, b)
     if n == 0:
         return
     grad = grad_out_tensor.detach()
@@ -276,7 +282,7 @@ def three_interpolate_forward(
         points_tensor=points_tensor, idx_tensor=idx_tensor, weight_tensor=weight_tensor, out_tensor=out_tensor
     )
     check_indices("idx_tensor", idx_tensor, m)
-    points, weight = working(points_tensor), working(weight_tensor)
+    points, weight = as_compute_dtype(points_tensor), as_compute_dtype(weight_tensor)
     total = _pick(points, idx_tensor[..., 0]).mul_(weight[:, None, :, 0])
     for corner in (1, 2):
         total.addcmul_(_pick(points, idx_tensor[..., corner]), weight[:, None, :, corner])
@@ -313,7 +319,7 @@ def three_interpolate_backward(
     check_shape("weight_tensor", weight_tensor, b, n, 3)
     check_floating(grad_out_tensor=grad_out_tensor, weight_tensor=weight_tensor)
     check_same_device(grad_out_tensor=grad_out_tensor, idx_tensor=idx_tensor, weight_tensor=weight_tensor)
-    grad = working(grad_out_tensor)[..., None] * working(weight_tensor)[:, None]
+    grad = as_compute_dtype(grad_out_tensor)[..., None] * as_compute_dtype(weight_tensor)[:, None]
     _add(grad.reshape(b, c, n * 3), idx_tensor.reshape(b, n * 3), grad_points_tensor, b, c, m)
 
 
@@ -330,8 +336,8 @@ def _add(grad: Tensor, rows: Tensor, into: Tensor, b: int, c: int, n: int) -> No
     check_indices("idx_tensor", rows, n)
     if rows.numel() == 0:
         return
-    grad, rows = working(grad), rows.long()
-    total = working(into).to(grad.dtype, copy=True)
+    grad, rows = as_compute_dtype(grad), rows.long()
+    total = as_compute_dtype(into).to(grad.dtype, copy=True)
     if total.device.type == "cpu":
         total.scatter_add_(2, rows[:, None].expand(-1, c, -1), grad)
     else:
@@ -343,7 +349,7 @@ def _add(grad: Tensor, rows: Tensor, into: Tensor, b: int, c: int, n: int) -> No
     into.copy_(total)
 
 
-def _stacked_rows(
+def _stack_rows(
     idx: Tensor, centre_counts: Tensor, point_counts: Tensor, n: int, b: int
 ) -> tuple[Tensor, Tensor | None]:
     """Rows of the stack for rows within each cloud, and which centres are of a cloud without points."""

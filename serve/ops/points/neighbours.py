@@ -16,9 +16,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device, loops_take
+from serve.ops.checks import (
+    as_compute_dtype,
+    as_numpy,
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_shape,
+    uses_numba,
+)
 from serve.ops.cpu.jit import jit
-from serve.ops.point_checks import check_floating, check_integer, check_shape, working
 
 __all__ = ["ball_query_forward", "knn_forward", "stack_ball_query_forward", "three_nn_forward"]
 
@@ -220,9 +227,9 @@ def nearest(centres: Tensor, points: Tensor, k: int, reach: float) -> tuple[Tens
 
     Only squared distances below `reach` count; `reach` itself and row 0 stand where there are too few.
     """
-    dtype = torch.promote_types(working(centres).dtype, working(points).dtype)
+    dtype = torch.promote_types(as_compute_dtype(centres).dtype, as_compute_dtype(points).dtype)
     centres, points = centres.detach().to(dtype), points.detach().to(dtype)
-    if not loops_take(centres):
+    if not uses_numba(centres):
         return nearest_torch(centres, points, k, reach)
     dist2 = torch.full((centres.shape[0], k), reach, dtype=dtype)
     rows = torch.zeros((centres.shape[0], k), dtype=torch.int32)
@@ -281,11 +288,11 @@ def _ball_query(
     """One cloud. `itself`: a point at the centre counts whatever the radii are."""
     if idx.numel() == 0 or points.shape[0] == 0:
         return
-    dtype = torch.promote_types(working(centres).dtype, working(points).dtype)
+    dtype = torch.promote_types(as_compute_dtype(centres).dtype, as_compute_dtype(points).dtype)
     centres, points = centres.detach().to(dtype), points.detach().to(dtype)
     # The reference squares the radii in float32, whatever the coordinates are.
     low, high = np.float32(min_radius) ** 2, np.float32(max_radius) ** 2
-    if loops_take(centres):
+    if uses_numba(centres):
         rows = idx.to(torch.int32, copy=True).contiguous()
         _ball_query_cpu(as_numpy(points.t()), as_numpy(centres.t()), low, high, itself, rows.numpy())
         idx.copy_(rows)

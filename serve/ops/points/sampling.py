@@ -13,9 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device, loops_take
+from serve.ops.checks import as_numpy, check_floating, check_same_device, check_shape, uses_numba
 from serve.ops.cpu.jit import jit
-from serve.ops.point_checks import check_floating, check_shape
 
 __all__ = ["furthest_point_sampling_forward", "furthest_point_sampling_with_dist_forward"]
 
@@ -46,7 +45,7 @@ def furthest_point_sampling_forward(
         return
     points = points_tensor.detach().float()
     temp = temp_tensor.detach().to(torch.float32, copy=True).contiguous()
-    if loops_take(points):
+    if uses_numba(points):
         out = torch.empty((b, m), dtype=torch.int32)
         _sample_cpu(
             as_numpy(points.transpose(1, 2)), temp.numpy(), temp.view(torch.int32).numpy(), out.numpy()
@@ -79,7 +78,7 @@ def furthest_point_sampling_with_dist_forward(
         return
     distances = points_tensor.detach().float()
     temp = temp_tensor.detach().to(torch.float32, copy=True).contiguous()
-    if loops_take(distances):
+    if uses_numba(distances):
         out = torch.empty((b, m), dtype=torch.int32)
         _sample_with_dist_cpu(as_numpy(distances), temp.numpy(), temp.view(torch.int32).numpy(), out.numpy())
     else:

@@ -9,8 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve.ops.checks import check_rank, check_same_device
-from serve.ops.point_checks import check_floating, check_indices, check_integer, check_shape, check_tensor
+from serve.ops.checks import (
+    check_floating,
+    check_indices,
+    check_integer,
+    check_rank,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 
 __all__ = ["dynamic_point_to_voxel_backward", "dynamic_point_to_voxel_forward"]
 

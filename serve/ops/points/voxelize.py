@@ -14,11 +14,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device, loops_take
+from serve.ops.checks import (
+    as_numpy,
+    check_grid,
+    check_integer,
+    check_same_device,
+    check_shape,
+    check_voxel_buffers,
+    uses_numba,
+)
 from serve.ops.cpu.hashing import find_or_insert, table_size
 from serve.ops.cpu.jit import jit
-from serve.ops.point_checks import check_integer, check_shape
-from serve.ops.voxel_checks import check_grid, check_voxel_buffers
 
 __all__ = ["dynamic_voxelize_forward", "hard_voxelize_forward"]
 
@@ -59,7 +65,7 @@ def hard_voxelize_forward(
     check_voxel_buffers(points, voxels, coors, num_points_per_voxel, voxel_num, max_points, max_voxels)
     num_points_per_voxel.zero_()
     size, low, grid = _grid(voxel_size, coors_range)
-    if loops_take(points) and points.dtype == torch.float32:
+    if uses_numba(points) and points.dtype == torch.float32:
         capacity = min(points.shape[0], max_voxels)
         keys = np.full(table_size(capacity), -1, dtype=np.int64)
         slots = np.empty(keys.shape[0], dtype=np.int32)

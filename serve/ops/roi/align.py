@@ -12,11 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy
+from serve.ops.checks import as_numpy, check_tensor, compute_dtype, uses_float32_kernel
 from serve.ops.cpu.jit import jit
-from serve.ops.cpu.threads import in_parts
-from serve.ops.point_checks import check_tensor
-from serve.ops.roi.bilinear import on_numba, working_dtype
+from serve.ops.cpu.threads import parallel_for
 from serve.ops.roi.sampling import Places, check_pooling
 
 __all__ = ["roi_align_forward"]
@@ -62,9 +60,9 @@ def roi_align_forward(
             check_tensor(("input", input), name, at, *output.shape)
     if output.numel() == 0:
         return
-    dtype = working_dtype(input)
+    dtype = compute_dtype(input)
     where, samples = _sampling(rois, bins, spatial_scale, sampling_ratio, aligned, dtype)
-    if on_numba(input) and pool_mode == AVERAGE_POOL:
+    if uses_float32_kernel(input) and pool_mode == AVERAGE_POOL:
         _average_cpu(input, where, samples, output)
     else:
         _pool_torch(input, where, samples, output, argmax_y, argmax_x, pool_mode)
@@ -179,7 +177,7 @@ def _average_cpu(input: Tensor, where: Tensor, samples: Tensor, output: Tensor) 
     def work(first: int, last: int) -> None:
         _average_kernel(maps, regions[first:last], grids[first:last], pooled[first:last])
 
-    in_parts(work, output.shape[0])
+    parallel_for(work, output.shape[0])
     output.copy_(torch.from_numpy(pooled).permute(0, 3, 1, 2))
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.checks import as_numpy, loops_take
+from serve.ops.checks import as_numpy, compute_dtype, uses_float32_kernel
 from serve.ops.cpu.jit import jit
-from serve.ops.cpu.threads import in_parts
+from serve.ops.cpu.threads import parallel_for
 
 __all__ = [
     "add_at_corners",
@@ -28,30 +28,12 @@ __all__ = [
     "average_samples_torch",
     "clamped_corners",
     "mix_rows",
-    "on_numba",
     "padded_corners",
     "pixel_rows",
-    "working_dtype",
 ]
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
-
-
-def working_dtype(tensor: Tensor, name: str = "input") -> torch.dtype:
-    """What a kernel computes in: float64 stays, every other floating point type becomes float32.
-
-    Raises:
-        TypeError: `tensor` is not floating point.
-    """
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def on_numba(tensor: Tensor) -> bool:
-    """Whether the compiled loops take `tensor`; else the torch way does."""
-    return loops_take(tensor) and working_dtype(tensor) == torch.float32
 
 
 def pixel_rows(maps: Tensor) -> Tensor:
@@ -111,7 +93,7 @@ def average_samples(maps: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor
         y: (R, P, S) rows in map pixels: S samples of P points of each region.
         x: (R, P, S) columns likewise.
     """
-    if not on_numba(maps):
+    if not uses_float32_kernel(maps):
         return average_samples_torch(maps, image, y, x)
     pooled = np.empty((*y.shape[:2], maps.shape[3]), dtype=np.float32)
     source, number = as_numpy(maps), as_numpy(image.long())
@@ -120,7 +102,7 @@ def average_samples(maps: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor
     def work(first: int, last: int) -> None:
         _average_kernel(source, number, rows, columns, pooled, first, last)
 
-    in_parts(work, y.shape[0])
+    parallel_for(work, y.shape[0])
     return torch.from_numpy(pooled)
 
 
@@ -150,7 +132,7 @@ def add_at_corners(maps: Tensor, plane: Tensor, pixel: Tensor, weights: Tensor, 
         weights: (..., K).
         values: (...).
     """
-    dtype = working_dtype(maps)
+    dtype = compute_dtype(maps)
     flat = maps.detach().to(dtype, copy=True).reshape(-1)
     there = pixel >= 0
     index = plane[..., None] * (maps.shape[2] * maps.shape[3]) + pixel.clamp(min=0)

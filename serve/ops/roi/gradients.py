@@ -11,12 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve.ops.checks import check_rank, check_same_device
-from serve.ops.point_checks import check_floating, check_indices, check_shape
+from serve.ops.checks import (
+    check_floating,
+    check_indices,
+    check_rank,
+    check_same_device,
+    check_shape,
+    compute_dtype,
+)
 from serve.ops.roi import align as roi_align
 from serve.ops.roi import pool as roi_pool
 from serve.ops.roi import sampling as roi_sampling
-from serve.ops.roi.bilinear import add_at_corners, average_samples_torch, clamped_corners, working_dtype
+from serve.ops.roi.bilinear import add_at_corners, average_samples_torch, clamped_corners
 
 __all__ = [
     "bezier_align_backward",
@@ -60,7 +66,7 @@ def roi_align_backward(
             check_same_device(**{"grad_output": grad_output, name: at})
     if grad_output.numel() == 0:
         return
-    dtype = working_dtype(grad_input)
+    dtype = compute_dtype(grad_input)
     if pool_mode == roi_align.AVERAGE_POOL:
         where = roi_align.upright_places(rois, bins, spatial_scale, sampling_ratio, aligned, dtype)
         _spread(grad_output, image, *where, grad_input)
@@ -86,7 +92,7 @@ def roi_align_rotated_backward(
     bins = (pooled_height, pooled_width)
     image = _check(grad_output, rois, grad_input, 6, bins)
     if grad_output.numel() > 0:
-        box = rois[:, 1:6].to(working_dtype(grad_input))
+        box = rois[:, 1:6].to(compute_dtype(grad_input))
         where = roi_sampling.rotated_places(box, bins, spatial_scale, sampling_ratio, aligned, clockwise)
         _spread(grad_output, image, *where, grad_input)
 
@@ -108,7 +114,7 @@ def riroi_align_rotated_backward(
     roi_sampling.check_orientations(grad_input, num_orientations, "grad_input")
     if grad_output.numel() == 0:
         return
-    box = rois[:, 1:6].to(working_dtype(grad_input))
+    box = rois[:, 1:6].to(compute_dtype(grad_input))
     with torch.enable_grad():
         pooled = torch.zeros(grad_output.shape, dtype=box.dtype, device=box.device, requires_grad=True)
         turned = roi_sampling.turn_orientations(pooled, box[:, 4], num_orientations)
@@ -131,7 +137,7 @@ def bezier_align_backward(
     bins = (aligned_height, aligned_width)
     image = _check(grad_output, rois, grad_input, roi_sampling.BEZIER_WIDTH, bins)
     if grad_output.numel() > 0:
-        points = rois[:, 1 : roi_sampling.BEZIER_WIDTH].to(working_dtype(grad_input))
+        points = rois[:, 1 : roi_sampling.BEZIER_WIDTH].to(compute_dtype(grad_input))
         where = roi_sampling.bent_places(points, bins, spatial_scale, sampling_ratio, aligned)
         _spread(grad_output, image, *where, grad_input)
 
@@ -159,7 +165,7 @@ def deform_roi_pool_backward(
         check_same_device(**{"grad_input": grad_input, name: tensor})
     if grad_output.numel() == 0:
         return
-    dtype = working_dtype(input)
+    dtype = compute_dtype(input)
     maps = input.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
     box, grad = rois[:, 1:5].to(dtype), _bins_last(grad_output, dtype)
     total, total_offset = torch.zeros_like(maps), torch.zeros_like(offset, dtype=dtype)
@@ -201,7 +207,7 @@ def roi_pool_backward(
     if grad_output.numel() == 0:
         return
     plane = image[:, None] * grad_input.shape[1] + torch.arange(grad_input.shape[1], device=image.device)
-    one = torch.ones((*argmax.shape, 1), dtype=working_dtype(grad_input), device=argmax.device)
+    one = torch.ones((*argmax.shape, 1), dtype=compute_dtype(grad_input), device=argmax.device)
     add_at_corners(grad_input, plane[:, :, None, None], argmax.long()[..., None], one, grad_output)
 
 
@@ -218,7 +224,7 @@ def prroi_pool_backward(
     image = _check(grad_output, rois, grad_input, 5, bins)
     if grad_output.numel() == 0:
         return
-    dtype = working_dtype(grad_input)
+    dtype = compute_dtype(grad_input)
     box = rois[:, 1:5].double() * spatial_scale
     down, across = (one.to(dtype) for one in roi_pool.integral_weights(box, bins, grad_input.shape[2:]))
     grad = grad_output.detach().to(dtype)
@@ -279,7 +285,7 @@ def border_align_backward(
     check_indices("argmax_idx", argmax_idx, pool_size + 1)
     if grad_output.numel() == 0:
         return
-    dtype = working_dtype(grad_input)
+    dtype = compute_dtype(grad_input)
     corners, step = boxes.detach().to(dtype), argmax_idx.to(dtype)
     size = (corners[..., 2:] - corners[..., :2]) / pool_size
     none = torch.zeros_like(size[..., 0])
@@ -315,7 +321,7 @@ def _spread(
     grad_output: Tensor, image: Tensor, grids: Tensor, places: roi_sampling.Places, grad_input: Tensor
 ) -> None:
     """Add the gradient of means of samples to the map they are taken from."""
-    dtype = working_dtype(grad_input)
+    dtype = compute_dtype(grad_input)
     grad = _bins_last(grad_output, dtype)
     batch, channels, height, width = grad_input.shape
     total = torch.zeros((batch, height, width, channels), dtype=dtype, device=grad_input.device)

@@ -13,11 +13,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_rank, check_same_device
+from serve.ops.checks import (
+    as_numpy,
+    check_floating,
+    check_integer,
+    check_rank,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    uses_float32_kernel,
+)
 from serve.ops.cpu.jit import jit
-from serve.ops.cpu.threads import in_parts
-from serve.ops.point_checks import check_floating, check_integer, check_shape, check_tensor
-from serve.ops.roi.bilinear import clamped_corners, mix_rows, on_numba, pixel_rows, working_dtype
+from serve.ops.cpu.threads import parallel_for
+from serve.ops.roi.bilinear import clamped_corners, mix_rows, pixel_rows
 from serve.ops.roi.sampling import check_pooling
 
 __all__ = ["border_align_forward", "prroi_pool_forward", "roi_pool_forward"]
@@ -60,9 +69,9 @@ def roi_pool_forward(
     check_same_device(input=input, argmax=argmax)
     if output.numel() == 0:
         return
-    maps = input.detach().permute(0, 2, 3, 1).to(working_dtype(input)).contiguous()
+    maps = input.detach().permute(0, 2, 3, 1).to(compute_dtype(input)).contiguous()
     rows, columns = _bin_bounds(rois.to(maps.dtype), expected[2:], spatial_scale, maps.shape[1:3])
-    if on_numba(input):
+    if uses_float32_kernel(input):
         best = np.empty((expected[0], *expected[2:], expected[1]), dtype=np.float32)
         at = np.empty(best.shape, dtype=np.int32)
         source, number = as_numpy(maps), as_numpy(image)
@@ -71,7 +80,7 @@ def roi_pool_forward(
         def work(first: int, last: int) -> None:
             _max_kernel(source, number, down, across, best, at, first, last)
 
-        in_parts(work, expected[0])
+        parallel_for(work, expected[0])
         output.copy_(torch.from_numpy(best).permute(0, 3, 1, 2))
         argmax.copy_(torch.from_numpy(at).permute(0, 3, 1, 2))
     else:
@@ -180,7 +189,7 @@ def prroi_pool_forward(
     image = check_pooling(input, rois, output, 5, (pooled_height, pooled_width))
     if output.numel() == 0:
         return
-    dtype = working_dtype(input)
+    dtype = compute_dtype(input)
     maps = input.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
     height, width, channels = maps.shape[1:]
     # Triangle areas are differences of near numbers: in float64 whatever the maps are in.
@@ -242,9 +251,9 @@ def border_align_forward(
     if output.numel() == 0:
         return
     maps = input.detach().view(batch, BORDERS, channels, height, width).permute(0, 3, 4, 1, 2)
-    maps = maps.to(working_dtype(input)).contiguous()
+    maps = maps.to(compute_dtype(input)).contiguous()
     corners = boxes.detach().to(maps.dtype)
-    if on_numba(input):
+    if uses_float32_kernel(input):
         best = np.empty((batch, count, BORDERS, channels), dtype=np.float32)
         at = np.empty(best.shape, dtype=np.int32)
         source, places = as_numpy(maps), as_numpy(corners)
@@ -252,7 +261,7 @@ def border_align_forward(
         def work(first: int, last: int) -> None:
             _border_kernel(source, places, pool_size, best, at, first, last)
 
-        in_parts(work, batch * count)
+        parallel_for(work, batch * count)
         found, number = torch.from_numpy(best), torch.from_numpy(at)
     else:
         found, number = _border_torch(maps, corners, pool_size)

@@ -13,10 +13,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.boxes.boxes3d import in_one_precision, inside_blocks, mark_inside
-from serve.ops.checks import as_numpy, check_same_device, loops_take
+from serve.ops.boxes.boxes3d import inside_blocks, mark_inside, to_common_dtype
+from serve.ops.checks import (
+    as_compute_dtype,
+    as_numpy,
+    check_floating,
+    check_indices,
+    check_same_device,
+    check_shape,
+    uses_numba,
+)
 from serve.ops.cpu.jit import jit
-from serve.ops.point_checks import check_floating, check_indices, check_shape, working
 from serve.ops.points.neighbours import first_hits
 
 __all__ = ["roiaware_pool3d_backward", "roiaware_pool3d_forward", "roipoint_pool3d_forward"]
@@ -71,12 +78,12 @@ def roiaware_pool3d_forward(
         raise ValueError("pts_idx_of_voxels must be contiguous int32: it is written in place")
     if pts_idx_of_voxels.shape[4] < 1:
         raise ValueError("pts_idx_of_voxels must have a place for the count in its last dimension")
-    points, frames = in_one_precision(pts, rois)
-    features = working(pts_feature)
-    pooled = working(pooled_features).to(features.dtype, copy=True).contiguous()
+    points, frames = to_common_dtype(pts, rois)
+    features = as_compute_dtype(pts_feature)
+    pooled = as_compute_dtype(pooled_features).to(features.dtype, copy=True).contiguous()
     winners = torch.full(pooled.shape, -1, dtype=torch.int32, device=pts.device)
     pts_idx_of_voxels[..., 0] = 0
-    if loops_take(pts):
+    if uses_numba(pts):
         _roiaware_cpu(
             as_numpy(points.t()), as_numpy(frames), as_numpy(features), as_numpy(torch.tensor(grid)),
             winners.flatten(1, 3).numpy(), pts_idx_of_voxels.flatten(1, 3).numpy(), pooled.flatten(1, 3).numpy(),
@@ -113,8 +120,8 @@ def roiaware_pool3d_backward(
     check_same_device(pts_idx_of_voxels=pts_idx_of_voxels, argmax=argmax, grad_out=grad_out, grad_in=grad_in)
     _check_method(pool_method)
     channels = grad_in.shape[1]
-    grad, winners = working(grad_out).flatten(0, 3), argmax.flatten(0, 3)
-    total = working(grad_in).to(grad.dtype, copy=True).contiguous()
+    grad, winners = as_compute_dtype(grad_out).flatten(0, 3), argmax.flatten(0, 3)
+    total = as_compute_dtype(grad_in).to(grad.dtype, copy=True).contiguous()
     if pool_method == MAX:
         cell, channel = torch.nonzero(winners >= 0, as_tuple=True)
         rows = winners[cell, channel].long()
@@ -162,8 +169,8 @@ def roipoint_pool3d_forward(
     samples = pooled_features.shape[2]
     place = torch.arange(samples, device=xyz.device)
     for cloud in range(clouds):
-        points, frames = in_one_precision(xyz[cloud], boxes3d[cloud])
-        rows, number = first_inside(points, frames, samples)
+        points, frames = to_common_dtype(xyz[cloud], boxes3d[cloud])
+        rows, number = find_first_inside(points, frames, samples)
         full = number > 0
         pooled_empty_flag[cloud].masked_fill_(~full, 1)
         if points_of == 0:
@@ -175,18 +182,18 @@ def roipoint_pool3d_forward(
         pooled_features[cloud] = torch.where(full[:, None, None], picked, pooled_features[cloud])
 
 
-def first_inside(points: Tensor, frames: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+def find_first_inside(points: Tensor, frames: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """The first `limit` points in each box, (T, limit) int64 filled up with 0, and their number (T,) int64."""
-    if not loops_take(points):
-        return first_inside_torch(points, frames, limit)
+    if not uses_numba(points):
+        return find_first_inside_torch(points, frames, limit)
     rows = torch.zeros((frames.shape[0], limit), dtype=torch.int64)
     number = torch.zeros(frames.shape[0], dtype=torch.int64)
-    _first_inside_cpu(as_numpy(points.t()), as_numpy(frames), rows.numpy(), number.numpy())
+    _find_first_inside_cpu(as_numpy(points.t()), as_numpy(frames), rows.numpy(), number.numpy())
     return rows, number
 
 
-def first_inside_torch(points: Tensor, frames: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """`first_inside` on any device."""
+def find_first_inside_torch(points: Tensor, frames: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """`find_first_inside` on any device."""
     rows = torch.zeros((frames.shape[0], limit), dtype=torch.int64, device=points.device)
     number = torch.zeros(frames.shape[0], dtype=torch.int64, device=points.device)
     for block, hits in inside_blocks(points, frames):
@@ -334,7 +341,7 @@ def _roiaware_cpu(
 
 
 @jit
-def _first_inside_cpu(
+def _find_first_inside_cpu(
     points: Floats, frames: Floats, rows: I64, number: I64
 ) -> None:  # pragma: no cover - compiled
     n, limit = points.shape[1], rows.shape[1]

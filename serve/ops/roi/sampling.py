@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from serve.ops.checks import check_rank, check_same_device, check_width
-from serve.ops.point_checks import check_floating
-from serve.ops.roi.bilinear import average_samples, working_dtype
+from serve.ops.checks import check_floating, check_rank, check_same_device, check_width, compute_dtype
+from serve.ops.roi.bilinear import average_samples
 
 __all__ = [
     "bezier_align_forward",
@@ -64,7 +63,7 @@ def roi_align_rotated_forward(
     """
     image = check_pooling(input, rois, output, 6, (pooled_height, pooled_width))
     if output.numel() > 0:
-        box = rois[:, 1:6].to(working_dtype(input))
+        box = rois[:, 1:6].to(compute_dtype(input))
         bins = (pooled_height, pooled_width)
         _pool(
             input,
@@ -106,7 +105,7 @@ def riroi_align_rotated_forward(
     check_orientations(features, num_orientations, "features")
     if output.numel() == 0:
         return
-    box = rois[:, 1:6].to(working_dtype(features))
+    box = rois[:, 1:6].to(compute_dtype(features))
     pooled = torch.empty(output.shape, dtype=box.dtype, device=output.device)
     where = rotated_places(box, (pooled_height, pooled_width), spatial_scale, num_samples, False, clockwise)
     _pool(features, image, *where, pooled)
@@ -169,7 +168,7 @@ def deform_roi_pool_forward(
     image = check_pooling(input, rois, output, 5, (pooled_height, pooled_width))
     check_shifts(offset, rois, (pooled_height, pooled_width))
     if output.numel() > 0:
-        box = rois[:, 1:5].to(working_dtype(input))
+        box = rois[:, 1:5].to(compute_dtype(input))
         shift = offset.detach().to(box.dtype)
         bins = (pooled_height, pooled_width)
         _pool(input, image, *shifted_places(box, shift, bins, spatial_scale, sampling_ratio, gamma), output)
@@ -212,7 +211,7 @@ def bezier_align_forward(
     """
     image = check_pooling(input, rois, output, BEZIER_WIDTH, (aligned_height, aligned_width))
     if output.numel() > 0:
-        points = rois[:, 1:BEZIER_WIDTH].to(working_dtype(input))
+        points = rois[:, 1:BEZIER_WIDTH].to(compute_dtype(input))
         bins = (aligned_height, aligned_width)
         _pool(input, image, *bent_places(points, bins, spatial_scale, sampling_ratio, aligned), output)
 
@@ -358,7 +357,7 @@ def _grids(extent: Tensor, bins_y: int, bins_x: int, ratio: int) -> Tensor:
 
 
 def _pool(input: Tensor, image: Tensor, grids: Tensor, places: Places, output: Tensor) -> None:
-    maps = input.detach().permute(0, 2, 3, 1).to(working_dtype(input)).contiguous()
+    maps = input.detach().permute(0, 2, 3, 1).to(compute_dtype(input)).contiguous()
     for block, y, x in sample_blocks(grids, places, output.shape[2] * output.shape[3]):
         pooled = average_samples(maps, image[block], y, x)
         output[block] = pooled.transpose(1, 2).reshape(len(block), *output.shape[1:]).to(output.dtype)

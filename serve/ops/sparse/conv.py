@@ -17,12 +17,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_same_device, loops_take
-from serve.ops.cpu.gemm import LANES, ROWS, WIDE, add_products, aligned, pack_partners, panels
+from serve.ops.checks import (
+    as_numpy,
+    check_rulebook,
+    check_rulebook_rows,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    uses_numba,
+)
+from serve.ops.cpu.gemm import (
+    HAS_AVX512,
+    LANES,
+    ROWS,
+    add_products,
+    aligned_zeros,
+    compress_neighbours,
+    pack_panels,
+)
 from serve.ops.cpu.jit import jit, jit_contracted
-from serve.ops.cpu.threads import in_parts
-from serve.ops.point_checks import check_shape, check_tensor
-from serve.ops.voxel_checks import check_rulebook, check_rulebook_rows
+from serve.ops.cpu.threads import parallel_for
 
 __all__ = [
     "fused_indice_conv_forward",
@@ -93,12 +107,12 @@ def convolve(
     weight = _weight(features, filters, indice_pairs)
     if bias is not None:
         check_tensor(("features", features), "bias", bias, weight.shape[2])
-    if loops_take(features) and features.dtype == torch.float32:
+    if uses_numba(features) and features.dtype == torch.float32:
         neighbours = neighbours_of_pairs(
             indice_pairs, indice_pair_num, features.shape[0], num_act_out, inverse=bool(inverse)
         )
         if neighbours is not None:
-            return convolve_table(features, prepared(weight, bias), neighbours, relu=relu)
+            return convolve_table(features, pack_filters(weight, bias), neighbours, relu=relu)
     check_rulebook_rows(indice_pairs, indice_pair_num, features.shape[0], num_act_out, bool(inverse))
     counts: list[int] = indice_pair_num.tolist()  # the one transfer
     centre = _identity_offset(counts, num_act_out, bool(subm))
@@ -213,7 +227,7 @@ def neighbours_of_pairs(
     lists, counts = as_numpy(pairs), as_numpy(pair_num)
     table = np.empty((len(lists), num_act_out), dtype=np.int32)
     states = np.zeros(len(lists), dtype=np.int32)
-    in_parts(
+    parallel_for(
         lambda first, last: _fill_neighbours(lists, counts, num_act_in, inverse, table, states, first, last),
         len(lists),
     )
@@ -226,31 +240,31 @@ def neighbours_of_pairs(
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PackedFilters:
     """Weights and bias as the compiled convolution reads them.
 
     Attributes:
-        panels: (K, P, Cin, width of a panel) float32, see `register_tile.panels`.
+        pack_panels: (K, P, Cin, width of a panel) float32, see `register_tile.pack_panels`.
         start: (P * width of a panel,) float32: the bias, and zeros.
         channels: Cout.
     """
 
-    panels: npt.NDArray[np.float32]
+    pack_panels: npt.NDArray[np.float32]
     start: npt.NDArray[np.float32]
     channels: int
 
 
-def prepared(weight: Tensor, bias: Tensor | None) -> Prepared:
+def pack_filters(weight: Tensor, bias: Tensor | None) -> PackedFilters:
     """`weight` (K, Cin, Cout) and `bias` (Cout,), float32 on the CPU, once for many calls."""
-    kernel = as_numpy(panels(weight))
+    kernel = as_numpy(pack_panels(weight))
     start = np.zeros(kernel.shape[1] * kernel.shape[3], dtype=np.float32)
     if bias is not None:
         start[: weight.shape[2]] = as_numpy(bias)
-    return Prepared(kernel, start, weight.shape[2])
+    return PackedFilters(kernel, start, weight.shape[2])
 
 
 def convolve_table(
-    features: Tensor, kernel: Prepared, neighbours: npt.NDArray[np.int32], *, relu: bool = False
+    features: Tensor, kernel: PackedFilters, neighbours: npt.NDArray[np.int32], *, relu: bool = False
 ) -> Tensor:
     """The convolution of `features` (N, Cin) float32, on the CPU.
 
@@ -263,19 +277,19 @@ def convolve_table(
     Returns:
         (M, Cout).
     """
-    check_shape("features", features, None, kernel.panels.shape[2])
-    if len(neighbours) > len(kernel.panels):
+    check_shape("features", features, None, kernel.pack_panels.shape[2])
+    if len(neighbours) > len(kernel.pack_panels):
         raise ValueError(
-            f"neighbours has {len(neighbours)} kernel offsets, the weights have {len(kernel.panels)}"
+            f"neighbours has {len(neighbours)} kernel offsets, the weights have {len(kernel.pack_panels)}"
         )
     rows = as_numpy(features)
     output = np.empty((neighbours.shape[1], kernel.channels), dtype=np.float32)
 
     def work(first: int, last: int) -> None:
-        _convolve_tiles(rows, kernel.panels, kernel.start, neighbours, relu, output, first, last)
+        _convolve_tiles(rows, kernel.pack_panels, kernel.start, neighbours, relu, output, first, last)
 
     # Shared out by whole tiles: which rows are done together does not depend on the number of threads.
-    in_parts(work, -(-len(output) // _TILE))
+    parallel_for(work, -(-len(output) // _TILE))
     return torch.from_numpy(output)
 
 
@@ -321,10 +335,10 @@ def _convolve_tiles(
     first_tile: int,
     last_tile: int,
 ) -> None:  # pragma: no cover - compiled
-    """Fill the output rows of some tiles; `weight` is in `panels`, `start` as wide as those together."""
+    """Fill the output rows of some tiles; `weight` is in `pack_panels`, `start` as wide as those together."""
     # Behind the sums of a tile lie rows that nobody reads: groups of rows are filled up with them, so that every
     # row goes the same way and which rows are beside it, in a tile and so in a batch, never changes its bits.
-    sums = aligned((_TILE + ROWS) * start.shape[0]).reshape(_TILE + ROWS, start.shape[0])
+    sums = aligned_zeros((_TILE + ROWS) * start.shape[0]).reshape(_TILE + ROWS, start.shape[0])
     targets = np.empty(_TILE + LANES, dtype=np.int32)
     sources = np.empty(_TILE + LANES, dtype=np.int32)
     for tile in range(first_tile, last_tile):
@@ -356,9 +370,9 @@ def _pack(
 ) -> int:  # pragma: no cover - compiled
     """List the rows of a tile that have a partner in `targets`, and the partners in `sources`; returns how many."""
     n, done = 0, 0
-    if WIDE:
+    if HAS_AVX512:
         while done + LANES <= partners.shape[0]:
-            n = pack_partners(partners, sources, targets, n, done)
+            n = compress_neighbours(partners, sources, targets, n, done)
             done += LANES
     for o in range(done, partners.shape[0]):
         # Written always, counted where there is a partner: no branch to mispredict.

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from serve.ops.checks import as_numpy
 from serve.ops.cpu.jit import jit
-from serve.ops.cpu.rank_bitmap import count_marks, ones
-from serve.ops.cpu.threads import in_parts
-from serve.ops.sparse import rulebook as sparse_index
+from serve.ops.cpu.rank_bitmap import popcount, prefix_popcounts
+from serve.ops.cpu.threads import parallel_for
+from serve.ops.sparse import rulebook
 
-__all__ = ["ROWS_A_THREAD", "WORDS_PER_ROW", "inverted", "submanifold_table"]
+__all__ = ["ROWS_PER_THREAD", "WORDS_PER_ROW", "invert_table", "submanifold_table"]
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -28,7 +28,7 @@ U64 = npt.NDArray[np.uint64]
 # Words of a bitmap that are cleared and counted in the time that sorting takes for a voxel.
 WORDS_PER_ROW = 32
 # Voxels that keep a thread busy for longer than it takes to wake up.
-ROWS_A_THREAD = 1 << 14
+ROWS_PER_THREAD = 1 << 14
 
 
 def submanifold_table(
@@ -56,30 +56,30 @@ def submanifold_table(
     keys = np.empty(len(rows), np.int64)
     inside, ascending = _keys(rows, np.array([batch_size, *shape], np.int64), padding, widths, keys)
     if not inside:
-        sparse_index.check_bounds(indices, batch_size, shape)
+        rulebook.check_bounds(indices, batch_size, shape)
     # Kernel positions that differ in the last dimension only lie side by side, and are found together.
-    lines = sparse_index.kernel_offsets(np.array([*kernel[:-1], 1]))
+    lines = rulebook.kernel_offsets(np.array([*kernel[:-1], 1]))
     starts, step = (lines * steps - padding) @ widths[1:], steps[-1]
     words = -(-batch_size * int(widths[0]) // 64)
     if ascending and step == 1 and words <= WORDS_PER_ROW * len(rows):
         marks, before = np.zeros(words, np.uint64), np.empty(words, np.int32)
         _mark_keys(keys, marks)
-        count_marks(marks, before)
+        prefix_popcounts(marks, before)
         table = np.empty((len(lines) * kernel[-1], len(rows)), np.int32)
-        in_parts(
+        parallel_for(
             lambda first, last: _look_up(keys, starts, kernel[-1], marks, before, table, first, last),
             len(rows),
-            least=ROWS_A_THREAD,
+            min_per_thread=ROWS_PER_THREAD,
         )
         return table
     order = np.argsort(keys)
     known = keys[order]
     mirrored = bool((kernel % 2 == 1).all() and (steps == 1).all())
     table = np.full((len(lines) * kernel[-1], len(rows)), -1, np.int32)
-    in_parts(
+    parallel_for(
         lambda first, last: _walk(known, order, starts, kernel[-1], step, mirrored, table, first, last),
         len(rows),
-        least=ROWS_A_THREAD,
+        min_per_thread=ROWS_PER_THREAD,
     )
     return table
 
@@ -161,7 +161,7 @@ def _look_up(
         for i in range(np.uint64(first), np.uint64(last)):
             key = np.uint64(keys[i] + starts[line])
             word = key >> np.uint64(6)
-            row = before[word] + ones(marks[word] & ((one << (key & low)) - one))
+            row = before[word] + popcount(marks[word] & ((one << (key & low)) - one))
             for position in range(across):
                 at = key + np.uint64(position)
                 marked = np.int64((marks[at >> np.uint64(6)] >> (at & low)) & one)
@@ -169,10 +169,10 @@ def _look_up(
                 row += marked
 
 
-def inverted(table: I32, inputs: int) -> I32:
+def invert_table(table: I32, inputs: int) -> I32:
     """The table (K, `inputs`) of the inverse convolution: outputs of `table` (K, M) become inputs."""
     turned = np.full((len(table), inputs), -1, np.int32)
-    in_parts(lambda first, last: _invert(table, turned, first, last), len(table))
+    parallel_for(lambda first, last: _invert(table, turned, first, last), len(table))
     return turned
 
 

@@ -18,10 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_rank, loops_take
+from serve.ops.checks import as_numpy, check_integer, check_rank, uses_numba
 from serve.ops.cpu.jit import jit
-from serve.ops.cpu.threads import in_parts
-from serve.ops.point_checks import check_integer
+from serve.ops.cpu.threads import parallel_for
 
 __all__ = [
     "get_indice_pairs_2d_backward",
@@ -88,7 +87,7 @@ def rulebook(
         stride, padding, transpose = [1] * ndim, [k // 2 for k in ksize], 0
     geometry = np.array([ksize, stride, padding, dilation, out_shape, spatial_shape], dtype=np.int64)
     check_bounds(indices, batch_size, spatial_shape)
-    build = _rulebook_cpu if loops_take(indices) else _rulebook_torch
+    build = _rulebook_cpu if uses_numba(indices) else _rulebook_torch
     return build(indices.to(torch.int32), geometry, bool(subm), bool(transpose))
 
 
@@ -161,7 +160,7 @@ def _submanifold_pairs(rows: I32, geometry: I64, pairs: I32, counts: I32) -> Non
     def work(first: int, last: int) -> None:
         _walk(known, order, distances, mirrored, pairs, counts, first, last)
 
-    in_parts(work, walks)
+    parallel_for(work, walks)
 
 
 @jit

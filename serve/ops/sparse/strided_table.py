@@ -17,11 +17,11 @@ from torch import Tensor
 
 from serve.ops.checks import as_numpy
 from serve.ops.cpu.jit import jit
-from serve.ops.cpu.rank_bitmap import count_marks, ones
-from serve.ops.cpu.threads import in_parts
-from serve.ops.sparse import rulebook as sparse_index
+from serve.ops.cpu.rank_bitmap import popcount, prefix_popcounts
+from serve.ops.cpu.threads import parallel_for
+from serve.ops.sparse import rulebook
 from serve.ops.sparse.conv import neighbours_of_pairs
-from serve.ops.sparse.neighbour_table import ROWS_A_THREAD, WORDS_PER_ROW
+from serve.ops.sparse.neighbour_table import ROWS_PER_THREAD, WORDS_PER_ROW
 
 __all__ = ["strided_table"]
 
@@ -67,7 +67,7 @@ def strided_table(
     """
     cells, missing = batch_size * prod(out_shape), 3 - len(ksize)
     if cells > MAX_MARKED_CELLS or max(in_shape) > MAX_LISTED_EXTENT or missing < 0 or not len(indices):
-        rows, pairs, counts = sparse_index.rulebook(
+        rows, pairs, counts = rulebook.rulebook(
             indices, batch_size, out_shape, in_shape, ksize, stride, padding, dilation, [0] * len(ksize),
             0, int(transpose),
         )  # fmt: skip
@@ -75,7 +75,7 @@ def strided_table(
         assert table is not None  # an offset of a convolution names an output once
         return rows, table
     if not _inside(as_numpy(indices), np.array([batch_size, *in_shape], np.int64)):
-        sparse_index.check_bounds(indices, batch_size, in_shape)
+        rulebook.check_bounds(indices, batch_size, in_shape)
     # Fewer dimensions are three, the first of which have one coordinate.
     geometry = np.ones((6, 3), np.int64)
     geometry[2] = 0
@@ -95,24 +95,24 @@ def _marked_table(inputs: I32, batch_size: int, geometry: I64, transpose: bool) 
     # One more than there can be: the listing writes past the pairs it counts.
     listed = np.empty((blocks, _BLOCK * int(ways.prod()) + 1, 3), np.int32)
     pairs = np.empty(blocks, np.int64)
-    in_parts(
+    parallel_for(
         lambda first, last: _list(inputs, reached, ways, frame, listed, pairs, first, last),
         blocks,
-        least=ROWS_A_THREAD // _BLOCK,
+        min_per_thread=ROWS_PER_THREAD // _BLOCK,
     )
     marks, before = np.zeros(words, np.uint64), np.empty(words, np.int32)
     _mark(listed, pairs, marks)
-    count = count_marks(marks, before)
+    count = prefix_popcounts(marks, before)
     out, table = np.empty((count, 4), np.int32), np.full((int(geometry[0].prod()), count), -1, np.int32)
-    in_parts(
+    parallel_for(
         lambda first, last: _coordinates(marks, before, geometry[4], out, first, last),
         words,
-        least=WORDS_PER_ROW * ROWS_A_THREAD // 2,
+        min_per_thread=WORDS_PER_ROW * ROWS_PER_THREAD // 2,
     )
-    in_parts(
+    parallel_for(
         lambda first, last: _fill(listed, pairs, marks, before, table, first, last),
         blocks,
-        least=ROWS_A_THREAD // _BLOCK,
+        min_per_thread=ROWS_PER_THREAD // _BLOCK,
     )
     return out, table
 
@@ -214,7 +214,7 @@ def _coordinates(
         word, number = marks[w], np.uint64(before[w])
         while word != np.uint64(0):
             others = word & (word - np.uint64(1))
-            place = np.int64(w * 64 + ones((word ^ others) - np.uint64(1)))
+            place = np.int64(w * 64 + popcount((word ^ others) - np.uint64(1)))
             word = others
             if place >= line_end:  # divisions for the first of a line only
                 line = place // width
@@ -235,5 +235,5 @@ def _fill(
         for e in range(pairs[block]):
             place = listed[block, e, 0]
             below = (np.uint64(1) << np.uint64(place & 63)) - np.uint64(1)
-            number = before[place >> 6] + ones(marks[place >> 6] & below)
+            number = before[place >> 6] + popcount(marks[place >> 6] & below)
             table[listed[block, e, 1], number] = listed[block, e, 2]

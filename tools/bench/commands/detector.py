@@ -1,4 +1,4 @@
-"""``python -m tools.bench detector``: upstream's inference beside ours."""
+"""``python -m tools.bench detector``: upstream's inference against ours."""
 
 from __future__ import annotations
 
@@ -23,42 +23,45 @@ ROOT = Path(__file__).resolve().parents[3]
 def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, measure, print a table and then one line of JSON per model."""
     parser = argparse.ArgumentParser(
-        description="Time mmdet's / mmdet3d's own inference_detector beside our runtime, turn by turn, or how our "
-        "runtime's time grows with the size of its input. Prints a table (ms) and one line of JSON (s) per model."
+        description="Time mmdet's / mmdet3d's own inference_detector against our runtime in alternating rounds, or "
+        "our runtime against the size of its input. Prints a table (ms) and one line of JSON (s) per model."
     )
     parser.add_argument(
         "models", nargs="*", help="zoo names (default: second pointpillars; with --scaling: second)"
     )
     parser.add_argument(
-        "--checkpoint", type=Path, help="for a single model; default: random weights that behave"
+        "--checkpoint", type=Path, help="for a single model (default: calibrated random weights)"
     )
-    parser.add_argument("--frame", help="frame of the models' kind, or its address (default: a made one)")
+    parser.add_argument(
+        "--frame", help="path or URI of a frame (default: the golden frame of the model's kind)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
     parser.add_argument("--rounds", type=int, help="counted rounds (default: 7; with --scaling: 3)")
     parser.add_argument(
         "--native-python",
         type=Path,
         metavar="PYTHON",
-        help="run the native side in this Python, with its kernels (`make bench-native` makes one with compiled mmcv "
-        "and spconv: .venv-native/bin/python); default: in this process, on our kernels",
+        help="run upstream in this Python, with its kernels (`python -m tools.bench native-env` creates one with "
+        "compiled mmcv and spconv: .venv-native/bin/python); default: in this process, on our kernels",
     )
     parser.add_argument(
         "--scaling",
         action="store_true",
-        help="ours alone: made clouds of 10,000 to 1,000,000 points, batches of 1 to 8 frames of 30,000 points",
+        help="our runtime alone: synthetic point clouds of 10,000 to 1,000,000 points, batches of 1 to 8 frames of "
+        "30,000 points",
     )
     args = parser.parse_args(argv)
     models = args.models or (["second"] if args.scaling else ["second", "pointpillars"])
     if args.checkpoint and len(models) != 1:
-        parser.error("--checkpoint goes with one model")
+        parser.error("--checkpoint requires exactly one model")
     if args.rounds is not None and args.rounds < 1:
         parser.error("--rounds must be at least 1")
     if args.scaling and (args.native_python or args.frame):
-        parser.error("--scaling makes its own frames and has no native side")
+        parser.error("--scaling accepts neither --native-python nor --frame: it generates its frames")
     if args.device == "cpu" and Settings.from_environment().keep_memory:
-        from serve.runtime.malloc import keep_freed_memory
+        from serve.runtime.malloc import disable_malloc_trim
 
-        keep_freed_memory()  # as workers do
+        disable_malloc_trim()  # as workers do
     for name in models:
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bench-") as folder:
             result = (_scale_one if args.scaling else _bench_one)(name, Path(folder), args)
@@ -67,8 +70,8 @@ def main(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _archived(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, dict[str, Any], Path]:
-    """Config, resolved config and checkpoint of a model that is now archived and unpacked in ``folder/opened``."""
+def _archive(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, dict[str, Any], Path]:
+    """Archive a model and unpack it in ``folder/opened``; return config, resolved config and checkpoint."""
     from tools.zoo.random_weights import write_random_checkpoint
 
     config = zoo.resolve(name).config_path
@@ -85,7 +88,7 @@ def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
     from serve.runtime.pipeline import frame_spec
     from tools.bench import detector
 
-    config, resolved, checkpoint = _archived(name, folder, args)
+    config, resolved, checkpoint = _archive(name, folder, args)
     frame = storage.local_path(args.frame) if args.frame else None
     if frame is None:
         ((file, body),) = golden.golden_frame(frame_spec(resolved)).values()
@@ -96,7 +99,7 @@ def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
     bar: tqdm[Any]
     with tqdm(total=rounds + 2, unit="round", file=sys.stderr) as bar:
         return detector.run(
-            detector.Subject(opened, config, checkpoint, frame, args.device),
+            detector.Workload(opened, config, checkpoint, frame, args.device),
             native_python=args.native_python,
             rounds=rounds,
             progress=lambda done: _tick(bar, done),
@@ -109,7 +112,7 @@ def _scale_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
     from serve.runtime import load_detector
     from tools.bench import scaling
 
-    _archived(name, folder, args)
+    _archive(name, folder, args)
     detector = load_detector(archive.open_directory(folder / "opened"), torch.device(args.device))
     bar: tqdm[Any]
     with tqdm(total=len(scaling.POINTS) + len(scaling.BATCHES), unit="size", file=sys.stderr) as bar:

@@ -16,23 +16,25 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def main(argv: Sequence[str] | None) -> int:
-    """Parse the command line and make the Python that ``--native-python`` takes."""
+    """Parse the command line and create the environment for ``--native-python``."""
     from importlib.metadata import version
 
-    from tools.bench.reference import environment as native_environment
+    from tools.bench.reference import environment
 
     parser = argparse.ArgumentParser(
-        description="Make an environment with upstream's compiled stack (mmcv from source, spconv) for "
-        "bench_detector.py --native-python. Needs a C++ compiler, and minutes: 15 to 40 on 2 cores."
+        description="Create an environment with upstream's compiled stack (mmcv from source, spconv) for "
+        "`python -m tools.bench detector --native-python`. Needs a C++ compiler; takes 15 to 40 minutes on 2 cores."
     )
     parser.add_argument(
-        "--folder", type=Path, default=ROOT / ".venv-native", help="where (default: .venv-native)"
+        "--folder", type=Path, default=ROOT / ".venv-native", help="target folder (default: .venv-native)"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (default: %(default)s)")
-    parser.add_argument("--torch-index-url", metavar="URL", help="package index to take torch from")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="parallel compiler processes (default: %(default)s)"
+    )
+    parser.add_argument("--torch-index-url", metavar="URL", help="package index for torch")
     args = parser.parse_args(argv)
     with tqdm(unit="file", file=sys.stderr) as bar:
-        python = native_environment.build(
+        python = environment.build(
             args.folder.resolve(),
             ROOT / "requirements",
             torch_version=version("torch").partition("+")[0],
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None) -> int:
 
 
 def _step(bar: tqdm[Any], step: str, done: int, total: int) -> None:
-    """Name the step, and show how far it is where that is known."""
+    """Show the step and, if known, its progress."""
     bar.set_description(step)
     bar.total = total or None
     bar.n = done

@@ -1,4 +1,4 @@
-"""``python -m tools.bench ops``: time every kernel by itself."""
+"""``python -m tools.bench ops``: time each kernel on its own."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, measure, print a table and then one line of JSON."""
     parser = argparse.ArgumentParser(
-        description="Time every kernel at inference sizes, in milliseconds: our CPU way, the torch way that every "
-        "device has, and a named alternative where there is one. Prints a table and one line of JSON."
+        description="Time each kernel at inference sizes, in milliseconds: the numba version for CPUs, the torch "
+        "version for any device, and an alternative if there is one. Prints a table and one line of JSON."
     )
-    parser.add_argument("--filter", default="", help="only kernels with this in their names")
+    parser.add_argument("--filter", default="", help="only kernels whose names contain this text")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own)")
-    parser.add_argument(
-        "--native-python", type=Path, help="a Python with a compiled mmcv, to time that beside ours"
-    )
+    parser.add_argument("--native-python", type=Path, help="Python with a compiled mmcv, to time that too")
     parser.add_argument(
         "--compile-only",
         action="store_true",
-        help="call each kernel once on small inputs and keep the machine code",
+        help="call each kernel once on small inputs to fill the JIT cache",
     )
     args = parser.parse_args(argv)
     import torch

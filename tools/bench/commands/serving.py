@@ -1,4 +1,4 @@
-"""``python -m tools.bench serving``: the gateway beside TorchServe alone, LitServe, mosec and BentoML."""
+"""``python -m tools.bench serving``: the gateway against TorchServe alone, LitServe, mosec and BentoML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tqdm import tqdm
 from serve.cli.serve import stoppable
 from tools.bench.serving.report import Report
 from tools.bench.serving.runs import Machine, Plan, Result, measure, priority
-from tools.bench.serving.targets import FOREIGN, GATEWAY, GATEWAY_HTTP, Subject, slept_archive
+from tools.bench.serving.targets import GATEWAY, GATEWAY_HTTP, PEERS, Workload, sleep_archive
+from tools.commands import replace_renamed
 
 __all__ = ["main"]
 
@@ -35,48 +36,48 @@ def main(argv: Sequence[str] | None) -> int:
         GATEWAY_HTTP,
         "TorchServe batch 1",
         *(f"TorchServe batch {n}, {ms} ms" for n, ms in BATCHES),
-        *FOREIGN,
+        *PEERS,
     ]
     parser = argparse.ArgumentParser(
-        description="Measure our gateway in front of TorchServe beside TorchServe alone, LitServe, mosec and BentoML: "
-        "the same model, the same load over loopback, in turns. Prints tables and one line of JSON; takes some "
-        "13 minutes."
+        description="Measure our gateway in front of TorchServe against TorchServe alone, LitServe, mosec and "
+        "BentoML: the same model, the same load over loopback, in alternating rounds. Prints tables and one line of "
+        "JSON; takes about 13 minutes."
     )
-    parser.add_argument("--quick", action="store_true", help="16 kB frames only, short turns: below 90 s")
+    parser.add_argument("--quick", action="store_true", help="16 kB frames only, short rounds: below 90 s")
     parser.add_argument(
         "--models",
         nargs="+",
-        choices=("slept", "second"),
-        default=["slept", "second"],
-        help="slept: 20 ms and 2 ms per frame; second: the demonstration detector (default: both)",
+        choices=("sleep", "second"),
+        default=["sleep", "second"],
+        help="sleep: 20 ms per batch and 2 ms per frame; second: the demo detector (default: both)",
     )
     parser.add_argument(
-        "--only", nargs="+", choices=names, default=(), metavar="NAME", help=f"contenders: {', '.join(names)}"
+        "--only", nargs="+", choices=names, default=(), metavar="NAME", help=f"targets: {', '.join(names)}"
     )
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help="turns of every contender (default: 3, 2, 1 by frame size)"
+        "--rounds", type=int, metavar="N", help="rounds per target (default: 3, 2, 1 by frame size)"
     )
     parser.add_argument(
-        "--patience",
+        "--retries",
         type=int,
         default=0,
         metavar="N",
-        help="take a turn again, N times at the most, in which the host of a virtual machine took more than 2 %% of "
-        "the CPU time; the quietest one counts (default: 0)",
+        help="repeat a measurement with more than 2 %% of CPU steal time up to N times and keep the one with the "
+        "least (default: 0)",
     )
     parser.add_argument(
         "--bench-python",
         type=Path,
         default=ROOT / ".venv-bench" / "bin" / "python",
         metavar="PYTHON",
-        help="of LitServe, mosec and BentoML; `make bench-env` makes it (default: %(default)s)",
+        help="Python of LitServe, mosec and BentoML; `make bench-env` creates it (default: %(default)s)",
     )
     parser.add_argument(
-        "--write-docs", action="store_true", help="renew docs/benchmarks/serving.md and its pictures"
+        "--write-docs", action="store_true", help="update docs/benchmarks/serving.md and its figures"
     )
-    args = parser.parse_args(argv)
-    if not 0 <= args.patience <= 20:
-        parser.error("--patience must be from 0 to 20")
+    args = parser.parse_args(replace_renamed(argv, {"--patience": "--retries", "slept": "sleep"}))
+    if not 0 <= args.retries <= 20:
+        parser.error("--retries must be from 0 to 20")
     if args.rounds is not None and not 1 <= args.rounds <= 20:
         parser.error("--rounds must be from 1 to 20")
     load_before = os.getloadavg()[0]
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None) -> int:
         sum(spent) / len(spent),
         os.getloadavg()[0],
         priority(),
-        sum(result.stolen for result in results) / len(results),
+        sum(result.steal for result in results) / len(results),
     )
     report = Report(results, machine, datetime.date.today().isoformat(), args.quick)
     print(report.table())
@@ -101,47 +102,47 @@ def main(argv: Sequence[str] | None) -> int:
 
 
 def _measure(args: argparse.Namespace, folder: Path) -> list[Result]:
-    todo: list[tuple[Subject, list[Plan]]] = []
-    if "slept" in args.models:
+    todo: list[tuple[Workload, list[Plan]]] = []
+    if "sleep" in args.models:
         batches = QUICK_BATCHES if args.quick else BATCHES
-        subject = Subject("slept", slept_archive(folder), "slept", batches, answers_batch=True)
-        todo.append((subject, _slept_plans(args)))
+        workload = Workload("sleep", sleep_archive(folder), "sleep", batches, reports_batch=True)
+        todo.append((workload, _sleep_plans(args)))
     if "second" in args.models and not (args.quick and len(args.models) > 1):
         todo.append((_second(folder), [_second_plan(args)]))
     results: list[Result] = []
     bar: tqdm[Any]
     total = sum(
-        plan.turns() * (len(args.only) or 3 + len(subject.batches) + len(FOREIGN))
-        for subject, plans in todo
+        plan.measurements() * (len(args.only) or 3 + len(workload.batches) + len(PEERS))
+        for workload, plans in todo
         for plan in plans
     )
     with tqdm(total=total, unit="measurement", file=sys.stderr) as bar:
-        for subject, plans in todo:
+        for workload, plans in todo:
             results += measure(
-                subject,
+                workload,
                 plans,
                 folder,
                 args.bench_python.absolute(),
                 only=args.only,
-                patience=args.patience,
-                say=lambda name: bar.set_description(f"starting {name}"),
-                progress=lambda turns: _tick(bar, turns),
+                retries=args.retries,
+                announce=lambda name: bar.set_description(f"starting {name}"),
+                progress=lambda done: _tick(bar, done),
             )
     return results
 
 
-def _tick(bar: tqdm[Any], turns: int) -> None:
+def _tick(bar: tqdm[Any], done: int) -> None:
     bar.set_description("measuring")
-    bar.update(turns)
+    bar.update(done)
 
 
-def _slept_plans(args: argparse.Namespace) -> list[Plan]:
-    dice = random.Random(0)
-    small, medium, large = (dice.randbytes(size) for size in SIZES)
+def _sleep_plans(args: argparse.Namespace) -> list[Plan]:
+    rng = random.Random(0)
+    small, medium, large = (rng.randbytes(size) for size in SIZES)
     if args.quick:
-        return [Plan(small, args.rounds or 1, 0.6, 100.0, 2.0, 64, 1.2, warm_s=0.8)]
+        return [Plan(small, args.rounds or 1, 0.6, 100.0, 2.0, 64, 1.2, warmup_s=0.8)]
     return [
-        Plan(small, args.rounds or 3, 0.8, 100.0, 4.0, 64, 1.8, warm_s=1.5),
+        Plan(small, args.rounds or 3, 0.8, 100.0, 4.0, 64, 1.8, warmup_s=1.5),
         Plan(medium, args.rounds or 2, 0.6, 100.0, 2.0, 64, 1.6),
         Plan(large, args.rounds or 1, 0.6, 0.0, 0.0, 64, 2.0),
     ]
@@ -154,7 +155,7 @@ def _second_plan(args: argparse.Namespace) -> Plan:
     return Plan(sample_frame(), 1, seconds / 2, 0.0, 0.0, 8, seconds)
 
 
-def _second(folder: Path) -> Subject:
+def _second(folder: Path) -> Workload:
     from serve import archive
     from serve.cli.demo import CHECKPOINT, CONFIG
     from serve.convert import Conversion, convert
@@ -163,4 +164,4 @@ def _second(folder: Path) -> Subject:
     opened = folder / "second"
     opened.mkdir()
     archive.extract(made.path, opened)
-    return Subject("second", made.path, str(opened), BATCHES[:2], answers_batch=False)
+    return Workload("second", made.path, str(opened), BATCHES[:2], reports_batch=False)

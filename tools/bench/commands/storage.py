@@ -13,8 +13,8 @@ def main(argv: Sequence[str] | None) -> int:
 
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench storage",
-        description="Time reads of s3:// beside boto3's own, random reads of FFRecord beside pread, and packing. "
-        "Everything happens on this machine; prints a table and then one line of JSON.",
+        description="Time s3:// reads against boto3, random FFRecord reads against pread, and packing. Uses this "
+        "machine only. Prints a table and then one line of JSON.",
     )
     parser.add_argument(
         "--object-mb",

@@ -1,4 +1,4 @@
-"""One call of every kernel for boxes and polygons, at inference sizes or small. Knows nothing of clocks."""
+"""Arguments for each kernel for boxes and polygons, at inference sizes or small."""
 
 from __future__ import annotations
 

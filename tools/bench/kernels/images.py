@@ -1,4 +1,4 @@
-"""One call of every kernel for feature maps, at inference sizes or small. Knows nothing of clocks."""
+"""Arguments for each kernel for feature maps, at inference sizes or small."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCALE = 0.25
 
 
 def _maps(x: Inputs, channels: int = 256) -> tuple[torch.Tensor, int, int]:
-    """A map, its channels and the extent of its image."""
+    """Create a feature map; return it, its channels and the side of its image in pixels."""
     c, side = x.size(4, channels), x.size(8, 100)
     return x.normal(1, c, side, side), c, int(side / SCALE)
 

@@ -1,4 +1,4 @@
-"""Made-up inputs for kernels, from a seed: boxes, points, maps, indices. Knows no kernel."""
+"""Synthetic, seeded inputs for kernels: boxes, points, feature maps, indices."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["Inputs"]
 
 
 class Inputs:
-    """A source of tensors for one call, on one device.
+    """Generator of tensors for one call, on one device.
 
-    `real` picks the sizes of inference, else small ones of the same kind: see `size`.
+    `real` selects inference sizes instead of small ones (see `size`).
     """
 
     def __init__(self, real: bool = True, device: str = "cpu", seed: int = 0) -> None:
@@ -22,43 +22,43 @@ class Inputs:
         self._generator = torch.Generator().manual_seed(seed)
 
     def size(self, small: int, real: int) -> int:
-        """One of the two."""
+        """Return `real` or `small`."""
         return real if self.real else small
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """float32 in [low, high)."""
+        """Draw float32 in [low, high)."""
         made = torch.rand(shape, generator=self._generator) * (high - low) + low
         return made.to(self.device)
 
     def normal(self, *shape: int) -> Tensor:
-        """float32, mean 0, variance 1."""
+        """Draw float32 with mean 0 and variance 1."""
         return torch.randn(shape, generator=self._generator).to(self.device)
 
     def whole(self, limit: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        """Integers in [0, limit)."""
+        """Draw integers in [0, limit)."""
         return torch.randint(limit, shape, generator=self._generator, dtype=dtype).to(self.device)
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A place to write to."""
+        """Allocate an output buffer."""
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def numbers(self, *values: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        """These numbers."""
+        """Create a tensor of `values`."""
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def scores(self, count: int) -> Tensor:
-        """(count,) in [0, 1)."""
+        """Draw (count,) scores in [0, 1)."""
         return self.uniform(count)
 
     def boxes(self, count: int, extent: float) -> Tensor:
-        """(count, 4) upright boxes x1, y1, x2, y2 in pixels of an image of `extent` squared, many overlapping."""
+        """Draw (count, 4) boxes x1, y1, x2, y2 in pixels of an image of `extent` squared, many overlapping."""
         corner = self.uniform(count, 2, high=0.8 * extent)
         return torch.cat(
             (corner, corner + self.uniform(count, 2, low=0.02 * extent, high=0.2 * extent)), dim=1
         )
 
     def rotated(self, count: int, extent: float) -> Tensor:
-        """(count, 5) centre x, y, width, height, angle in radians."""
+        """Draw (count, 5) rotated boxes: centre x, y, width, height in pixels, angle in radians."""
         return torch.cat(
             (
                 self.uniform(count, 2, high=extent),
@@ -69,7 +69,7 @@ class Inputs:
         )
 
     def polygons(self, count: int, corners: int, extent: float) -> Tensor:
-        """(count, 2 * corners) x, y of convex polygons, counter-clockwise."""
+        """Draw (count, 2 * corners) x, y of convex polygons, counter-clockwise."""
         centre = self.uniform(count, 1, 2, low=0.1 * extent, high=0.9 * extent)
         radius = self.uniform(count, 1, 1, low=0.02 * extent, high=0.1 * extent)
         turn = self.uniform(count, 1, high=2 * math.pi)
@@ -78,13 +78,13 @@ class Inputs:
         return (centre + radius * ring).flatten(1)
 
     def boxes3d(self, count: int) -> Tensor:
-        """(count, 7) x, y, z, length, width, height in metres, yaw; cars on a street of 70 x 80 m."""
+        """Draw (count, 7) x, y, z, length, width, height in metres, yaw: cars on a street of 70 x 80 m."""
         place = self.uniform(count, 3) * self.numbers(70.0, 80.0, 1.0) - self.numbers(0.0, 40.0, 1.5)
         extent = self.uniform(count, 3) * self.numbers(1.5, 0.5, 0.5) + self.numbers(3.5, 1.5, 1.4)
         return torch.cat((place, extent, self.uniform(count, 1, low=-math.pi, high=math.pi)), dim=1)
 
     def cloud(self, count: int, columns: int = 3) -> Tensor:
-        """(count, columns) points of the same street, metres, denser near the sensor."""
+        """Draw (count, columns) points of the same street, in metres, denser near the sensor."""
         far = self.uniform(count, 1) ** 2 * 70
         angle = self.uniform(count, 1, low=-0.55, high=0.55)
         place = torch.cat((far * torch.cos(angle), far * torch.sin(angle)), dim=1)
@@ -93,7 +93,7 @@ class Inputs:
         )
 
     def voxels(self, count: int, *shape: int) -> Tensor:
-        """(about count, 1 + D) int32 different places of one cloud in a grid, in order."""
+        """Draw about `count` distinct voxels of one cloud, (N, 1 + D) int32 in lexicographic order."""
         cells = math.prod(shape)
         flat = torch.unique(torch.randint(cells, (count,), generator=self._generator))
         columns = []
@@ -104,9 +104,9 @@ class Inputs:
         return torch.stack(columns[::-1], dim=1).to(torch.int32).to(self.device)
 
     def regions(self, count: int, extent: float) -> Tensor:
-        """(count, 5) image 0, then `boxes`."""
+        """Draw (count, 5) regions: image 0, then `boxes`."""
         return torch.cat((self.zeros(count, 1), self.boxes(count, extent)), dim=1)
 
     def rotated_regions(self, count: int, extent: float) -> Tensor:
-        """(count, 6) image 0, then `rotated`."""
+        """Draw (count, 6) regions: image 0, then `rotated`."""
         return torch.cat((self.zeros(count, 1), self.rotated(count, extent)), dim=1)

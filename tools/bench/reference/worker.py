@@ -1,12 +1,12 @@
-"""The native side of a benchmark, in a Python of its own: mmdet / mmdet3d as upstream wrote them, told what to do.
+"""Worker that runs upstream's mmdet / mmdet3d in a Python of its own, controlled by lines of JSON.
 
-Run by path (`tools.bench.reference.process` does), not imported: that Python need not know this project. It reads
-one JSON object a line from standard input, does what it says, and answers with one line; between two lines it
-sleeps, so that another process has the machine to itself. Whatever libraries print goes to standard error.
+`tools.bench.reference.process` runs it by path: its Python need not have this project. It reads one JSON object per
+line from standard input and answers with one line; between lines it blocks, so that it uses no CPU while another
+process is measured. Output of libraries goes to standard error.
 
-Commands (``do``): ``load`` (config, checkpoint, device), ``run`` (frame: path), ``layers`` (frame, file: the
-outputs of all sparse convolutions, voxel by voxel in the order of their places, as ``.npz``). An answer with
-``error`` is a sentence. End of input ends the process.
+Commands (``do``): ``load`` (config, checkpoint, device), ``run`` (frame: path), ``layers`` (frame, file: outputs of
+all sparse convolutions, sorted by voxel, as ``.npz``). A failed command answers with ``error``, a message. End of
+input ends the process.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BOX_TYPES = {
 
 
 def main() -> int:
-    """Answer lines until there are no more."""
+    """Answer lines until the end of input."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         warnings.simplefilter("ignore")
-        side = NativeSide()
+        side = ReferenceWorker()
         for line in sys.stdin:
             asked = json.loads(line)
             try:
@@ -45,18 +45,18 @@ def main() -> int:
     return 0
 
 
-class NativeSide:
-    """One model and what can be asked of it."""
+class ReferenceWorker:
+    """One model and the commands on it."""
 
     def __init__(self) -> None:
-        """Nothing is imported before the first `load`, so that what is wrong there becomes an answer."""
-        self.stages = _sibling("stages")
+        """Import nothing before the first `load`, so that failed imports become answers."""
+        self.stages = _load_stages()
         self.network: Any = None
         self.detect: Any = None
         self.device = "cpu"
 
     def load(self, config: str, checkpoint: str, device: str) -> dict[str, Any]:
-        """Build the model with upstream's own function; what it runs on, with which kernels and versions."""
+        """Build the model with upstream's own function; return kernels, threads and versions."""
         import torch
 
         kernels = _kernels()
@@ -87,27 +87,27 @@ class NativeSide:
         }
 
     def run(self, frame: str) -> dict[str, Any]:
-        """Detect in a file: seconds by stage, and the detections."""
+        """Detect in a file; return seconds by stage and the detections."""
         import torch
 
         stopwatch = self.stages.Stopwatch(
             torch.cuda.synchronize if self.device.startswith("cuda") else lambda: None
         )
-        with self.stages.timed(self.network, stopwatch):
+        with self.stages.time_stages(self.network, stopwatch):
             started = time.perf_counter()
             found = self.detect(frame)
             total = time.perf_counter() - started
         return {"seconds": {**stopwatch.seconds, "total": total}, "answer": _plain(found)}
 
     def layers(self, frame: str, file: str) -> dict[str, Any]:
-        """Run a frame and write what every sparse convolution put out to `file`."""
+        """Run a frame and write the output of each sparse convolution to `file`."""
         import numpy as np
 
         kept: dict[str, Any] = {}
 
         def keep(name: str) -> Any:
             def hook(layer: Any, inputs: Any, output: Any) -> None:
-                # A copy: a ReLU in place comes next.
+                # Copy: an in-place ReLU may follow.
                 kept[name] = (output.indices.cpu().numpy().copy(), output.features.cpu().numpy().copy())
 
             return hook
@@ -126,7 +126,7 @@ class NativeSide:
         return {"layers": list(kept)}
 
     def _sparse_layers(self) -> dict[str, Any]:
-        """Sparse convolutions by name, spconv's and mmcv's alike."""
+        """Find the sparse convolutions of spconv or mmcv, by name."""
         return {
             name: layer
             for name, layer in self.network.named_modules()
@@ -135,7 +135,7 @@ class NativeSide:
 
 
 def _kernels() -> str:
-    """``compiled`` where mmcv has its extension; else ours stand in, if this Python has this project."""
+    """Import mmcv's extension, or install our kernels; return ``compiled`` or ``portable``."""
     try:
         import mmcv._ext as extension
     except ImportError:
@@ -147,7 +147,7 @@ def _kernels() -> str:
 
 
 def _plain(found: Any) -> dict[str, Any]:
-    """Instances of mmdet or mmdet3d as lists."""
+    """Convert instances of mmdet or mmdet3d to lists."""
     if "bboxes_3d" in found:
         boxes = found.bboxes_3d
         return {
@@ -163,9 +163,9 @@ def _plain(found: Any) -> dict[str, Any]:
     }
 
 
-def _sibling(name: str) -> Any:
-    """A module beside this file, whose package this Python may not have."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", Path(__file__).with_name(f"{name}.py"))
+def _load_stages() -> Any:
+    """Load `tools.bench.stages` by path: this Python may not have the package."""
+    spec = importlib.util.spec_from_file_location("bench_stages", Path(__file__).parents[1] / "stages.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,1 +1,1 @@
-"""Serving measured from outside: one bounded load, several servers with the same model, in turns."""
+"""Serving benchmark: one bounded load on several servers of the same model, in alternating rounds."""

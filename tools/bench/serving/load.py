@@ -1,9 +1,9 @@
-"""The load: a process of its own that asks a server over loopback, in bounded number and time.
+"""Load generator: a process that sends HTTP/1.1 requests over loopback, bounded in number and time.
 
-One line of JSON in (a `Load`), one line out (a `Measured`), until standard input ends. Closed loop: so many
-clients, each asks again when it is answered. Open loop: arrivals of a Poisson process, whoever is still
-waiting; latency counts from the moment a request should have left. Every answer is looked at: one that is not
-200, or not about the frame that was sent, counts as failed. Knows HTTP/1.1, and nothing about servers.
+It reads one line of JSON (a `Load`) and answers with one line (a `LoadResult`), until standard input closes. Closed
+loop: each client sends its next request when the previous one is answered. Open loop: arrivals are a Poisson process,
+independent of pending requests; latency counts from the scheduled arrival (no coordinated omission). Every response is
+checked: another status than 200, or content about another frame, counts as failed.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from typing import Any, cast
 import httptools
 import uvloop
 
-__all__ = ["Load", "Measured", "measure", "quantile"]
+__all__ = ["Load", "LoadResult", "measure", "quantile"]
 
-MOST_IN_FLIGHT = 512
-FAREWELL_S = 5.0  # how long answers may still come after the last request left
+MAX_IN_FLIGHT = 512
+SHUTDOWN_S = 5.0  # time for pending responses after the last request
 
 
 @dataclass(frozen=True)
 class Load:
-    """What to ask, how, and for how long.
+    """Requests to send, how, and for how long.
 
     Attributes:
-        host: address of loopback.
-        port: its port.
-        path: what to POST to.
-        body: file with the request's body.
-        headers: of every request.
-        clients: clients of a closed loop; 0 for an open one.
+        host: address on loopback.
+        port: port of the server.
+        path: path to POST to.
+        body: path of the file with the request body.
+        headers: headers of every request.
+        clients: clients of a closed loop; 0 selects an open loop.
         rate: mean arrivals per second of an open loop.
-        warm_s: seconds that are not counted, first.
-        seconds: seconds that are counted.
-        most: requests at the most, counted or not.
-        expect: members that the answer (or the only element of it) must have; none are looked for when empty.
-        seed: of the arrivals.
+        warmup_s: seconds before counting starts.
+        seconds: seconds of counting.
+        max_requests: bound on all requests, counted or not.
+        expect: members that the JSON response (or its only element) must have; empty accepts any.
+        seed: seed of the arrivals.
     """
 
     host: str
@@ -56,27 +56,27 @@ class Load:
     headers: Mapping[str, str] = field(default_factory=dict)
     clients: int = 0
     rate: float = 0.0
-    warm_s: float = 0.5
+    warmup_s: float = 0.5
     seconds: float = 3.0
-    most: int = 20_000
+    max_requests: int = 20_000
     expect: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What came of it; times in milliseconds.
+class LoadResult:
+    """Result of a load; times in milliseconds.
 
     Attributes:
-        answered: right answers to counted requests.
-        total: right answers in all, those that are not counted too.
-        failed: counted requests with another answer, or none.
-        failures: how many of each kind, by status or reason.
-        p50_ms, p99_ms, mean_ms: latency of the right answers; None without any.
-        rate: right answers per second while it ran (slope of the count over time).
-        mean_batch: frames per batch, where the answers name their batch.
-        overrun: an open loop could not be kept up with.
-        late_ms: median by which requests left after their moment, a property of this process.
+        answered: correct responses to counted requests.
+        total: correct responses including the warm-up.
+        failed: counted requests with a wrong response or none.
+        failures: number of failures by status or reason.
+        p50_ms, p99_ms, mean_ms: latency of correct responses; None without any.
+        rate: correct responses per second (slope of their count over time).
+        mean_batch: mean frames per batch, if responses report their batch.
+        overrun: whether the server could not keep up with an open loop.
+        late_ms: median delay of this process in sending a scheduled request.
         client_cpu_s: CPU seconds of this process.
     """
 
@@ -95,12 +95,12 @@ class Measured:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """The smallest of sorted values that at least `share` of them do not exceed."""
+    """Return the nearest-rank quantile: the smallest value that `share` of the sorted values do not exceed."""
     return ordered[min(len(ordered) - 1, max(0, -(-len(ordered) * round(share * 1000) // 1000) - 1))]
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, one request at a time; connects anew when the server closed it."""
+    """Connection with one request at a time; reconnects if the server closed it."""
 
     def __init__(self, host: str, port: int) -> None:
         self._address = (host, port)
@@ -110,7 +110,7 @@ class _Connection(asyncio.Protocol):
         self._answer: asyncio.Future[tuple[int, bytes]] | None = None
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """Status and body; raises OSError when the connection fails."""
+        """Send a request; return status and body. Raises OSError if the connection fails."""
         loop = asyncio.get_running_loop()
         if self._transport is None or self._transport.is_closing():
             await loop.create_connection(lambda: self, *self._address)
@@ -122,7 +122,7 @@ class _Connection(asyncio.Protocol):
         return await self._answer
 
     def close(self) -> None:
-        """Hang up."""
+        """Abort the connection."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -140,11 +140,11 @@ class _Connection(asyncio.Protocol):
         self._fail(error or ConnectionResetError("closed by the server"))
 
     def on_body(self, data: bytes) -> None:
-        """Of httptools: a piece of the body."""
+        """Collect a chunk of the body (httptools callback)."""
         self._chunks.append(data)
 
     def on_message_complete(self) -> None:
-        """Of httptools: the answer is there."""
+        """Resolve the pending request (httptools callback)."""
         if self._answer is not None and not self._answer.done():
             self._answer.set_result((self._parser.get_status_code(), b"".join(self._chunks)))
         if not self._parser.should_keep_alive():
@@ -157,7 +157,7 @@ class _Connection(asyncio.Protocol):
 
 @dataclass
 class _Tally:
-    """Counts what falls into the counted time."""
+    """Counters of the counted interval."""
 
     begin: float
     end: float
@@ -174,27 +174,27 @@ class _Tally:
     def counts(self, moment: float) -> bool:
         return self.begin <= moment < self.end
 
-    def wrong(self, status: int, body: bytes) -> str | None:
-        """What is wrong with an answer; counts its batch when nothing is."""
+    def check(self, status: int, body: bytes) -> str | None:
+        """Return what is wrong with a response, or None; count the batch of a correct one."""
         if status != 200:
             return str(status)
         if not self.expect:
             return None
         try:
-            said = json.loads(body)
-            said = said[0] if isinstance(said, list) else said
-            if any(said[name] != value for name, value in self.expect.items()):
+            answer = json.loads(body)
+            answer = answer[0] if isinstance(answer, list) else answer
+            if any(answer[name] != value for name, value in self.expect.items()):
                 return "wrong answer"
-            if said.get("batch"):
+            if answer.get("batch"):
                 self.named += 1
-                self.batches += 1 / said["batch"]
+                self.batches += 1 / answer["batch"]
         except (ValueError, TypeError, KeyError, AttributeError, IndexError):
             return "unreadable answer"
         return None
 
 
-def measure(load: Load) -> Measured:
-    """Put the load on the server and wait for its end; needs a thread without an event loop."""
+def measure(load: Load) -> LoadResult:
+    """Run the load to its end; call it from a thread without an event loop."""
     body = Path(load.body).read_bytes()
     head = "".join(f"{name}: {value}\r\n" for name, value in load.headers.items())
     request = (
@@ -203,30 +203,30 @@ def measure(load: Load) -> Measured:
     return uvloop.run(_closed(load, request) if load.clients else _open(load, request))
 
 
-async def _closed(load: Load, request: bytes) -> Measured:
+async def _closed(load: Load, request: bytes) -> LoadResult:
     tally = _tally(load, time.perf_counter())
     cpu_s = _cpu_s()
 
     async def client() -> None:
         connection = _Connection(load.host, load.port)
         try:
-            while (sent := time.perf_counter()) < tally.end and tally.asked < load.most:
+            while (sent := time.perf_counter()) < tally.end and tally.asked < load.max_requests:
                 tally.asked += 1
-                await _ask(connection, request, sent, tally, by_answer=True)
+                await _send(connection, request, sent, tally, by_answer=True)
         finally:
             connection.close()
 
     clients = [asyncio.create_task(client()) for _ in range(load.clients)]
-    await _ended(clients, tally.end + FAREWELL_S)
-    return _measured(tally, _cpu_s() - cpu_s, overrun=False)
+    await _finish(clients, tally.end + SHUTDOWN_S)
+    return _summarize(tally, _cpu_s() - cpu_s, overrun=False)
 
 
-async def _open(load: Load, request: bytes) -> Measured:
+async def _open(load: Load, request: bytes) -> LoadResult:
     tally = _tally(load, time.perf_counter())
     cpu_s = _cpu_s()
     idle: deque[_Connection] = deque()
     connections: list[_Connection] = []
-    flying: set[asyncio.Task[None]] = set()
+    in_flight: set[asyncio.Task[None]] = set()
     overrun = False
 
     async def one(moment: float) -> None:
@@ -236,49 +236,49 @@ async def _open(load: Load, request: bytes) -> Measured:
         connection = idle.pop()
         if tally.counts(moment):
             tally.late_s.append(time.perf_counter() - moment)
-        await _ask(connection, request, moment, tally, by_answer=False)
+        await _send(connection, request, moment, tally, by_answer=False)
         idle.append(connection)
 
     for moment in _arrivals(load, time.perf_counter()):
         if (left_s := moment - time.perf_counter()) > 0:
             await asyncio.sleep(left_s)
-        if len(flying) >= MOST_IN_FLIGHT:
+        if len(in_flight) >= MAX_IN_FLIGHT:
             overrun = True
             break
         task = asyncio.create_task(one(moment))
-        flying.add(task)
-        task.add_done_callback(flying.discard)
-    # What a second of arrivals leaves behind is a queue that grows.
-    overrun = overrun or len(flying) > load.rate
-    await _ended([*flying], time.perf_counter() + FAREWELL_S)
+        in_flight.add(task)
+        task.add_done_callback(in_flight.discard)
+    # More than a second of arrivals pending: the queue grows.
+    overrun = overrun or len(in_flight) > load.rate
+    await _finish([*in_flight], time.perf_counter() + SHUTDOWN_S)
     for connection in connections:
         connection.close()
-    return _measured(tally, _cpu_s() - cpu_s, overrun)
+    return _summarize(tally, _cpu_s() - cpu_s, overrun)
 
 
 def _tally(load: Load, now: float) -> _Tally:
-    return _Tally(now + load.warm_s, now + load.warm_s + load.seconds, load.expect)
+    return _Tally(now + load.warmup_s, now + load.warmup_s + load.seconds, load.expect)
 
 
 def _arrivals(load: Load, now: float) -> Sequence[float]:
-    dice = random.Random(load.seed)
+    rng = random.Random(load.seed)
     moments: list[float] = []
-    end, moment = now + load.warm_s + load.seconds, now
-    while (moment := moment + dice.expovariate(load.rate)) < end and len(moments) < load.most:
+    end, moment = now + load.warmup_s + load.seconds, now
+    while (moment := moment + rng.expovariate(load.rate)) < end and len(moments) < load.max_requests:
         moments.append(moment)
     return moments
 
 
-async def _ask(
+async def _send(
     connection: _Connection, request: bytes, since: float, tally: _Tally, *, by_answer: bool
 ) -> None:
-    """One request; counted when its answer (closed loop) or its moment (open loop) is within the time."""
-    wrong: str | None = None
+    """Send one request; count it by the time of its response (closed loop) or its arrival (open loop)."""
+    failure: str | None = None
     answer: tuple[int, bytes] | None = None
     try:
         answer = await connection.ask(request)
     except OSError as error:
-        wrong = type(error).__name__
+        failure = type(error).__name__
     except asyncio.CancelledError:
         if tally.counts(since):
             tally.failures["unanswered"] = tally.failures.get("unanswered", 0) + 1
@@ -286,12 +286,12 @@ async def _ask(
     now = time.perf_counter()
     counts = tally.counts(now if by_answer else since)
     if answer is not None and counts:
-        wrong = tally.wrong(*answer)
-    if wrong is not None:
+        failure = tally.check(*answer)
+    if failure is not None:
         if counts:
-            tally.failures[wrong] = tally.failures.get(wrong, 0) + 1
+            tally.failures[failure] = tally.failures.get(failure, 0) + 1
         if by_answer:
-            await asyncio.sleep(0.01)  # one that refuses at once is not asked in a tight loop
+            await asyncio.sleep(0.01)  # no busy loop on a server that rejects at once
         return
     tally.total += 1
     if not counts:
@@ -300,8 +300,8 @@ async def _ask(
     tally.finished.append(now)
 
 
-async def _ended(tasks: Sequence[asyncio.Task[None]], deadline: float) -> None:
-    """Wait for the tasks until `deadline`, then end them; what went wrong inside is raised."""
+async def _finish(tasks: Sequence[asyncio.Task[None]], deadline: float) -> None:
+    """Wait for the tasks until `deadline`, cancel the rest, and raise their first exception."""
     if tasks:
         _, pending = await asyncio.wait(tasks, timeout=max(0.0, deadline - time.perf_counter()))
         for task in pending:
@@ -311,10 +311,10 @@ async def _ended(tasks: Sequence[asyncio.Task[None]], deadline: float) -> None:
                 raise outcome
 
 
-def _measured(tally: _Tally, client_cpu_s: float, overrun: bool) -> Measured:
+def _summarize(tally: _Tally, client_cpu_s: float, overrun: bool) -> LoadResult:
     ordered = sorted(tally.latencies_s)
     failed = sum(tally.failures.values())
-    return Measured(
+    return LoadResult(
         answered=len(ordered),
         total=tally.total,
         failed=failed,
@@ -331,7 +331,7 @@ def _measured(tally: _Tally, client_cpu_s: float, overrun: bool) -> Measured:
 
 
 def _slope(finished: Sequence[float]) -> float:
-    """Answers per second: a straight line through their count, so that whole batches at the ends do not matter."""
+    """Fit responses per second by linear regression, so that batches at the ends do not matter."""
     if len(finished) < 2 or finished[0] == finished[-1]:
         return 0.0
     return statistics.linear_regression(finished, range(len(finished))).slope
@@ -343,7 +343,7 @@ def _cpu_s() -> float:
 
 
 def main(read: Callable[[], str] = sys.stdin.readline) -> int:
-    """Answer lines until there are no more."""
+    """Answer lines until the end of input."""
     while line := read():
         print(json.dumps(asdict(measure(Load(**json.loads(line))))), flush=True)
     return 0

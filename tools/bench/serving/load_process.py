@@ -1,4 +1,4 @@
-"""The load generator's process, seen from the benchmark: started, asked, and gone with us. Knows no server."""
+"""Client of the load generator: start its process, run loads, end it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Self
 
 from serve.errors import SetupError
 from serve.torchserve.java import child_environment
-from tools.bench.serving.load import Load, Measured
+from tools.bench.serving.load import Load, LoadResult
 
 __all__ = ["LoadProcess"]
 
 
 class LoadProcess:
-    """A context manager; one load at a time. It ends by itself when its standard input does."""
+    """Context manager around the process; one load at a time. The process exits when its input closes."""
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
@@ -38,22 +38,22 @@ class LoadProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id of the load generator."""
         return self._process.pid
 
-    def measure(self, load: Load) -> Measured:
-        """Put a load on a server and wait for the result.
+    def measure(self, load: Load) -> LoadResult:
+        """Run a load and wait for the result.
 
         Raises:
-            SetupError: the process has ended.
+            SetupError: the process has exited.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(asdict(load)) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise SetupError("the load generator has ended; its last words are above") from None
+            raise SetupError("the load generator exited; see its output above") from None
         line = self._process.stdout.readline()
         if not line:
-            raise SetupError("the load generator has ended; its last words are above")
-        return Measured(**json.loads(line))
+            raise SetupError("the load generator exited; see its output above")
+        return LoadResult(**json.loads(line))

@@ -1,7 +1,6 @@
-"""A server under test as a process group that can be paused, timed and ended, and that ends when we do.
+"""Server under test as a process group that can be paused, timed and ended.
 
-It runs under the guard that TorchServe runs under, so nothing is left when this process is killed. Knows
-nothing about what is served.
+It runs under the same guard as TorchServe, which ends it even if this process is killed.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from serve.errors import BackendStartError
 from serve.torchserve import guard
 from serve.torchserve.java import child_environment
 
-__all__ = ["Guarded", "cpu_seconds", "pause", "resume"]
+__all__ = ["ManagedProcess", "cpu_seconds", "pause", "resume"]
 
-_PATIENCE_S = 10.0
+_TIMEOUT_S = 10.0
 
 
-class Guarded:
-    """A command under the guard; a context manager."""
+class ManagedProcess:
+    """Command under the guard; a context manager."""
 
     def __init__(self, name: str, command: Sequence[str], drain_s: float = 3.0) -> None:
-        """`name` is for messages; the command gets `drain_s` seconds to end when it is asked to."""
+        """Set the command, its `name` in messages, and the `drain_s` seconds it gets to exit."""
         self._name = name
         self._command = command
         self._drain_s = drain_s
@@ -56,12 +55,12 @@ class Guarded:
             start_new_session=True,
         )
         assert self._guard.stdout is not None
-        ready = select.select([self._guard.stdout], [], [], _PATIENCE_S)[0]
-        said = self._guard.stdout.readline().split() if ready else []
-        if len(said) != 2 or said[0] != b"pid":
+        ready = select.select([self._guard.stdout], [], [], _TIMEOUT_S)[0]
+        reply = self._guard.stdout.readline().split() if ready else []
+        if len(reply) != 2 or reply[0] != b"pid":
             self._end()
-            raise BackendStartError(f"{self._name} could not be started: {self.last_words()}")
-        self.pid = int(said[1])
+            raise BackendStartError(f"{self._name} could not be started: {self.log_tail()}")
+        self.pid = int(reply[1])
         return self
 
     def __exit__(
@@ -71,34 +70,34 @@ class Guarded:
         self._log.close()
 
     def ended(self) -> bool:
-        """Whether it has gone by itself."""
+        """Return whether the command has exited by itself."""
         assert self._guard.stdout is not None
         return self._guard.poll() is not None or bool(select.select([self._guard.stdout], [], [], 0)[0])
 
-    def said(self) -> str:
-        """All it wrote to standard output and standard error."""
+    def log(self) -> str:
+        """Read the output of the command, standard output and standard error."""
         return os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")
 
-    def last_words(self) -> str:
-        """The last line it wrote."""
-        lines = [line.strip() for line in self.said().splitlines() if line.strip()]
-        return lines[-1][:300] if lines else "it said nothing"
+    def log_tail(self) -> str:
+        """Return the last line of the output."""
+        lines = [line.strip() for line in self.log().splitlines() if line.strip()]
+        return lines[-1][:300] if lines else "(no output)"
 
-    def wait_for(self, sign: str, patience_s: float) -> str:
-        """The rest of the first line that holds `sign`.
+    def wait_for(self, text: str, timeout_s: float) -> str:
+        """Wait for the first line that contains `text`; return the rest of that line.
 
         Raises:
-            BackendStartError: it ended, or said no such thing in time.
+            BackendStartError: the command exited, or printed no such line in time.
         """
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            found = [line.partition(sign)[2] for line in self.said().splitlines(True) if sign in line]
+            found = [line.partition(text)[2] for line in self.log().splitlines(True) if text in line]
             if found and found[0].endswith("\n"):
                 return found[0].strip()
             if self.ended():
-                raise BackendStartError(f"{self._name} ended while starting: {self.last_words()}")
+                raise BackendStartError(f"{self._name} exited during start: {self.log_tail()}")
             time.sleep(0.05)
-        raise BackendStartError(f"{self._name} was not ready after {patience_s:.0f} s: {self.last_words()}")
+        raise BackendStartError(f"{self._name} not ready after {timeout_s:.0f} s: {self.log_tail()}")
 
     def _end(self) -> None:
         if self.pid:
@@ -108,7 +107,7 @@ class Guarded:
             self._guard.stdin.write(f"stop {self._drain_s}\n".encode())
             self._guard.stdin.flush()
         try:
-            self._guard.wait(self._drain_s + _PATIENCE_S)
+            self._guard.wait(self._drain_s + _TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._guard.kill()
             self._guard.wait()
@@ -119,19 +118,19 @@ class Guarded:
 
 
 def pause(group: int) -> None:
-    """Stop a process group where it stands: a server that spins when idle takes nothing from the others."""
+    """Suspend a process group, so that a server that spins when idle takes no CPU from the others."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGSTOP)
 
 
 def resume(group: int) -> None:
-    """Let it go on."""
+    """Resume a process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGCONT)
 
 
 def cpu_seconds(roots: Sequence[int]) -> float:
-    """CPU time so far of these processes and all below them, seconds."""
+    """Sum the CPU seconds of processes and all their descendants."""
     total = 0.0
     for root in roots:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,7 +1,4 @@
-"""Results as a table, as pictures, as one line of JSON, and as a page of the documentation.
-
-Knows the aims and says which of them hold. Measures nothing.
-"""
+"""Results as a table, figures, one line of JSON, and a page of the documentation, judged against the aims."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tools.bench.serving import sleep_model as slept
+from tools.bench.serving import sleep_model
 from tools.bench.serving.runs import Machine, Result, Row
 from tools.bench.serving.targets import GATEWAY, GATEWAY_HTTP
 
@@ -52,7 +49,7 @@ _COLUMNS: Sequence[tuple[str, Callable[[Row], str]]] = (
 
 @dataclass(frozen=True)
 class Report:
-    """All results of one run, with the day (ISO 8601) and what else the machine did."""
+    """Results of one run, with the day (ISO 8601) and the state of the machine."""
 
     results: Sequence[Result]
     machine: Machine
@@ -60,7 +57,7 @@ class Report:
     quick: bool
 
     def table(self) -> str:
-        """For a terminal."""
+        """Format tables for a terminal."""
         blocks = []
         for result in self.results:
             cells = [["", *(name for name, _ in _COLUMNS)], *self._cells(result)]
@@ -71,35 +68,35 @@ class Report:
                 for row in cells
             ]  # fmt: skip
             blocks.append("\n".join([self._heading(result), *lines, *self._skipped(result)]))
-        return "\n\n".join([*blocks, *self.verdicts(), self.said_of_machine()])
+        return "\n\n".join([*blocks, *self.verdicts(), self.describe_machine()])
 
-    def said_of_machine(self) -> str:
-        """A sentence about the machine, with a warning where it was busy."""
+    def describe_machine(self) -> str:
+        """Describe the machine, with a warning if it was busy."""
         machine = self.machine
-        said = (
-            f"{machine.cores} CPU cores; other processes used {machine.others:.2f} of them; the host took "
-            f"{100 * machine.stolen:.0f} % of their time; load average "
+        description = (
+            f"{machine.cores} CPU cores; other processes used {machine.others:.2f} of them; steal time "
+            f"{100 * machine.steal:.0f} %; load average "
             f"{machine.load_before:.1f} before, {machine.load_after:.1f} after"
-            f"{f'; all that was measured ran with {machine.priority}' if machine.priority else ''}"
+            f"{f'; everything ran with {machine.priority}' if machine.priority else ''}"
         )
         if not machine.busy:
-            return said
-        return f"{said}\nwarning: the machine was busy with other things; compare, but do not quote"
+            return description
+        return f"{description}\nwarning: the machine was busy; compare the figures, but do not quote them"
 
     def verdicts(self) -> list[str]:
-        """Each aim, and whether it holds in this run."""
+        """Judge each aim by this run."""
         return [f"{'holds' if holds else 'MISSED'}: {text}" for text, holds in self._aims()]
 
     def json_line(self) -> str:
-        """Everything on one line."""
+        """Format all results as one line of JSON."""
         results = [
             {
-                "subject": result.subject,
+                "workload": result.workload,
                 "frame_bytes": result.frame_bytes,
                 "rounds": result.plan.rounds,
                 "rate": result.plan.rate,
                 "clients": result.plan.clients,
-                "rows": {name: _rounded(row) for name, row in result.rows.items()},
+                "rows": {name: _round_values(row) for name, row in result.rows.items()},
                 "skipped": dict(result.skipped),
                 "other_cores": round(result.others, 3),
             }
@@ -111,8 +108,8 @@ class Report:
         )
 
     def markdown(self, pictures: Sequence[str]) -> str:
-        """The measured part of the page."""
-        blocks = [f"Measured on {self.day}. {self.said_of_machine()}."]
+        """Format the measured part of the page."""
+        blocks = [f"LoadResult on {self.day}. {self.describe_machine()}."]
         for result in self.results:
             head = ["", *(name.strip() for name, _ in _COLUMNS)]
             cells = [head, ["---", *(["---:"] * len(_COLUMNS))], *self._cells(result, strong=True)]
@@ -125,7 +122,7 @@ class Report:
         return "\n\n".join(blocks)
 
     def write_page(self, page: Path) -> list[Path]:
-        """Put tables, pictures and the line into the marked part of `page`; what is around it stays.
+        """Write tables, figures and the line of JSON into the marked part of `page`.
 
         Raises:
             ValueError: the page has no marked part.
@@ -134,15 +131,15 @@ class Report:
         before, begin, rest = text.partition(BEGIN)
         _, end, after = rest.partition(END)
         if not begin or not end:
-            raise ValueError(f"{page} has no part between {BEGIN} and {END}")
+            raise ValueError(f"{page} lacks the markers {BEGIN} and {END}")
         pictures = self.draw(page.parent)
         measured = self.markdown([picture.name for picture in pictures])
         page.write_text(f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}")
         return [page, *pictures]
 
     def draw(self, folder: Path) -> list[Path]:
-        """Two pictures of the model of known cost: latency and throughput."""
-        shown = [result for result in self.results if result.subject == "slept"]
+        """Draw latency and throughput of the sleep model."""
+        shown = [result for result in self.results if result.workload == "sleep"]
         if not shown:
             return []
         latency = [result for result in shown if result.plan.rate]
@@ -155,7 +152,7 @@ class Report:
         plan = result.plan
         opened = f", Poisson {plan.rate:g}/s" if plan.rate else ""
         return (
-            f"{result.subject}, frames of {_size(result.frame_bytes)}: lone client{opened}, "
+            f"{result.workload}, frames of {_size(result.frame_bytes)}: lone client{opened}, "
             f"{plan.clients} clients; medians of {plan.rounds} rounds"
         )
 
@@ -169,11 +166,11 @@ class Report:
         return [f"skipped {name}: {reason}" for name, reason in result.skipped.items()]
 
     def _aims(self) -> list[tuple[str, bool]]:
-        """Aims with the figures they are judged by; only those that this run measured."""
+        """List the aims that this run measured, with their figures and whether they hold."""
         found: list[tuple[str, bool]] = []
         for result in self.results:
             ours = result.rows.get(GATEWAY)
-            if result.subject != "slept" or ours is None:
+            if result.workload != "sleep" or ours is None:
                 continue
             size = _size(result.frame_bytes)
             others = [row for name, row in result.rows.items() if name not in (GATEWAY, GATEWAY_HTTP)]
@@ -200,15 +197,17 @@ class Report:
                 found.append((text, mine <= bound and mine < best))
         if ours.rate is not None:
             best = max((row.rate for row in others if row.rate is not None), default=0.0)
-            text = f"saturated with {size}: {ours.rate:.0f} frames/s; aim 300, best of the others {best:.0f}"
+            text = (
+                f"closed loop with {size}: {ours.rate:.0f} frames/s; aim 300, best of the others {best:.0f}"
+            )
             found.append((text, ours.rate >= 300 and ours.rate > best))
         if ours.lone_ms is not None and alone is not None and alone.lone_ms is not None:
             more = ours.lone_ms - alone.lone_ms
-            found.append((f"lone client: {more:+.1f} ms to TorchServe alone, aim +2", more <= 2.0))
+            found.append((f"lone client: {more:+.1f} ms against TorchServe alone, aim +2", more <= 2.0))
         return found
 
 
-def _rounded(row: Row) -> dict[str, object]:
+def _round_values(row: Row) -> dict[str, object]:
     return {
         name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(row).items()
     }
@@ -244,7 +243,7 @@ def _latency_panel(axis: Axes, result: Result, names: Sequence[str]) -> None:
         axis.barh(place, row.p99_ms, color=colour, alpha=0.45, height=0.7)
         axis.barh(place, row.p50_ms, color=colour, height=0.7)
         axis.text(row.p99_ms + 2, place, f"{row.p50_ms:.0f} / {row.p99_ms:.0f}", va="center", fontsize=9)
-    axis.axvline(slept.lone_s() * 1e3, color=_IDEAL, linewidth=1, linestyle="--")
+    axis.axvline(sleep_model.lone_s() * 1e3, color=_IDEAL, linewidth=1, linestyle="--")
     axis.set_xlim(0, 1.25 * max([row.p99_ms or 0.0 for row in rows] + [50.0]))
     axis.set_xlabel("ms, p50 (full) and p99 (pale)")
     axis.set_title(f"{_size(result.frame_bytes)} at {result.plan.rate:g}/s, floor 22 ms", fontsize=10)
@@ -262,10 +261,10 @@ def _rate_panel(axis: Axes, result: Result, names: Sequence[str]) -> None:
             color="white" if inside else "black",
             fontsize=9,
         )
-    axis.axvline(slept.ideal_rate(), color=_IDEAL, linewidth=1, linestyle="--")
-    axis.set_xlim(0, 1.2 * slept.ideal_rate())
+    axis.axvline(sleep_model.ideal_rate(), color=_IDEAL, linewidth=1, linestyle="--")
+    axis.set_xlim(0, 1.2 * sleep_model.ideal_rate())
     axis.set_xlabel("frames per second")
     axis.set_title(
-        f"{_size(result.frame_bytes)}, {result.plan.clients} clients, ideal {slept.ideal_rate():.0f}/s",
+        f"{_size(result.frame_bytes)}, {result.plan.clients} clients, ideal {sleep_model.ideal_rate():.0f}/s",
         fontsize=10,
     )

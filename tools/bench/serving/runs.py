@@ -1,8 +1,7 @@
-"""The order of a measurement: rounds in which every contender has its turn, and medians over the rounds.
+"""Order of a measurement: every target is measured in every round, and medians are taken over the rounds.
 
-In turns, so that a change of the machine's speed meets all of them; who has no turn is paused. A turn in which the
-host below a virtual machine gave its CPUs to others is taken again, whoever's it was. Knows what is asked for and how
-long, and nothing of how a server is started or how results are shown.
+Targets alternate, so that a change of the machine's speed affects all of them; the others are paused meanwhile. A
+measurement with too much CPU steal time is repeated, for every target alike.
 """
 
 from __future__ import annotations
@@ -16,31 +15,31 @@ from pathlib import Path
 
 import psutil
 
-from tools.bench.serving.load import Load, Measured
+from tools.bench.serving.load import Load, LoadResult
 from tools.bench.serving.load_process import LoadProcess
 from tools.bench.serving.process import cpu_seconds
-from tools.bench.serving.targets import Contender, Field, Subject
+from tools.bench.serving.targets import Target, TargetSet, Workload
 
 __all__ = ["Machine", "Plan", "Result", "Row", "measure", "priority"]
 
 IDLE_S = 1.5
 SETTLE_S = 0.1
-QUIET = 0.02  # share of the CPU time that the host may take in a turn that is not taken again
+MAX_STEAL = 0.02  # share of the CPU time; a measurement with more is repeated
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured with one frame, and how often.
+    """Loads to measure with one frame.
 
     Attributes:
-        frame: the frame; for several sizes there are several plans.
-        rounds: turns of every contender.
-        lone_s: seconds of a lone client.
-        rate: arrivals per second; 0 leaves the open loop out.
-        open_s: its seconds.
-        clients: of the closed loop.
-        closed_s: its seconds.
-        warm_s: seconds of the closed loop before the first round: Java compiles while it runs.
+        frame: bytes of the frame.
+        rounds: rounds per target.
+        lone_s: seconds of a single client.
+        rate: arrivals per second of the open loop; 0 skips it.
+        open_s: seconds of the open loop.
+        clients: clients of the closed loop.
+        closed_s: seconds of the closed loop.
+        warmup_s: seconds of the closed loop before the first round, for Java's JIT compiler.
     """
 
     frame: bytes
@@ -50,27 +49,27 @@ class Plan:
     open_s: float
     clients: int
     closed_s: float
-    warm_s: float = 0.0
+    warmup_s: float = 0.0
 
-    def turns(self) -> int:
-        """Measurements per contender."""
+    def measurements(self) -> int:
+        """Return the number of loads per target."""
         return self.rounds * (3 if self.rate else 2)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over the rounds of one contender with one frame; None where there is nothing to tell.
+    """Medians over the rounds of one target with one frame; None if not measured.
 
     Attributes:
-        lone_ms: p50 of a lone client.
-        p50_ms, p99_ms: of the open loop; None when it could not be kept up with (`overrun`).
+        lone_ms: p50 latency of a single client.
+        p50_ms, p99_ms: latency of the open loop; None if `overrun`.
         rate: frames per second of the closed loop.
-        open_batch, closed_batch: frames per batch.
-        cpu_ms: CPU time of all its processes per frame of the closed loop.
-        own_cpu_ms: of the processes that only this contender has: for the gateway, the gateway's own.
-        idle_cpu: CPU seconds per second with nothing to do, its own processes.
-        failed: requests without a right answer, of all that counted.
-        overrun: the open loop could not be kept up with, in any round.
+        open_batch, closed_batch: mean frames per batch.
+        cpu_ms: CPU time of all processes of the target per frame of the closed loop.
+        own_cpu_ms: the same for processes of this target alone (the gateway, without TorchServe).
+        idle_cpu: CPU seconds per second of the target's own processes without load.
+        failed: counted requests without a correct response.
+        overrun: whether the target failed to keep up with the open loop in any round.
     """
 
     lone_ms: float | None = None
@@ -88,15 +87,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Machine:
-    """What else went on.
+    """State of the machine during the run.
 
     Attributes:
-        cores: of this machine.
-        load_before: load average before the first server was started.
-        others: CPU cores that processes other than ours used on average meanwhile.
-        load_after: load average at the end, ours included.
-        priority: how the system was asked to favour all that was measured; empty: not at all.
-        stolen: share of the CPU time that a host below this machine gave to others in the turns that count.
+        cores: CPU cores.
+        load_before: load average before the first server started.
+        others: mean CPU cores used by processes outside of the benchmark.
+        load_after: load average at the end, the benchmark included.
+        priority: scheduling priority of everything measured; empty for the default.
+        steal: mean share of CPU steal time in the counted measurements.
     """
 
     cores: int
@@ -104,29 +103,29 @@ class Machine:
     others: float
     load_after: float
     priority: str = ""
-    stolen: float = 0.0
+    steal: float = 0.0
 
     @property
     def busy(self) -> bool:
-        """Whether the figures are of a machine that had other things to do."""
-        return self.others > 0.1 * self.cores or self.stolen > 0.1
+        """Whether other work on the machine may have affected the figures."""
+        return self.others > 0.1 * self.cores or self.steal > 0.1
 
 
 @dataclass(frozen=True)
 class Result:
-    """One subject with one frame: rows by contender, who was skipped and why."""
+    """Rows of one workload with one frame, by target, and the skipped targets with reasons."""
 
-    subject: str
+    workload: str
     frame_bytes: int
     plan: Plan
     rows: Mapping[str, Row]
     skipped: Mapping[str, str]
     others: float = 0.0
-    stolen: float = 0.0
+    steal: float = 0.0
 
 
 def priority() -> str:
-    """The scheduling of this process, which all it starts inherits, where it is not the usual one."""
+    """Describe the scheduling of this process, which its children inherit; empty for the default."""
     if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
         return "real-time scheduling"
     nice = os.getpriority(os.PRIO_PROCESS, 0)
@@ -134,82 +133,84 @@ def priority() -> str:
 
 
 def measure(
-    subject: Subject,
+    workload: Workload,
     plans: Sequence[Plan],
     folder: Path,
     bench_python: Path,
     *,
     only: Sequence[str] = (),
-    patience: int = 0,
-    say: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int], None] = lambda turns: None,
+    retries: int = 0,
+    announce: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Result]:
-    """Start all contenders of `subject`, measure every plan in rounds, end them.
+    """Start all targets of `workload`, measure every plan in rounds, end them.
 
     Args:
-        subject: what is served.
+        workload: model to serve.
         plans: one per frame.
-        folder: for the bodies.
-        bench_python: the Python of the servers that are not ours.
-        only: contenders to take, or all.
-        patience: how often a turn is taken again because the host took more than `QUIET`; the quietest one counts.
-        say: told what is started.
-        progress: told how many measurements are done since the last word.
+        folder: folder for request bodies.
+        bench_python: Python of the peers.
+        only: names of targets to measure; empty for all.
+        retries: repetitions of a measurement with more than `MAX_STEAL`; the one with the least counts.
+        announce: called with the name of each server that is started.
+        progress: called with the number of loads done since the last call.
 
     Raises:
-        BackendStartError: ours did not start; of the others it is noted.
-        SetupError: the load generator has ended.
+        BackendStartError: our own server did not start; a peer that does not start is skipped.
+        SetupError: the load generator exited.
     """
-    with LoadProcess() as load, Field(subject, bench_python, only, say) as field_:
-        expects = [{"bytes": len(plan.frame)} if subject.answers_batch else {} for plan in plans]
-        bodies = [folder / f"{subject.name}-{len(plan.frame)}.bin" for plan in plans]
+    with LoadProcess() as load, TargetSet(workload, bench_python, only, announce) as target_set:
+        expects = [{"bytes": len(plan.frame)} if workload.reports_batch else {} for plan in plans]
+        bodies = [folder / f"{workload.name}-{len(plan.frame)}.bin" for plan in plans]
         for body, plan in zip(bodies, plans, strict=True):
             body.write_bytes(plan.frame)
-        field_.await_answers(load, bodies[0], expects[0])
-        idle = {one.name: _idle(one, field_) for one in field_.contenders}
+        target_set.await_ready(load, bodies[0], expects[0])
+        idle = {one.name: _idle(one, target_set) for one in target_set.targets}
         results = []
         for plan, body, expect in zip(plans, bodies, expects, strict=True):
             others = _Others(load)
-            stolen: list[float] = []
-            turns: dict[str, list[Row]] = {one.name: [] for one in field_.contenders}
-            for contender in field_.contenders if plan.warm_s else ():
-                field_.only_runs(contender)
-                warm = replace(contender.load(body, expect), clients=plan.clients, seconds=plan.warm_s)
+            steal: list[float] = []
+            rounds: dict[str, list[Row]] = {one.name: [] for one in target_set.targets}
+            for target in target_set.targets if plan.warmup_s else ():
+                target_set.run_only(target)
+                warm = replace(target.load(body, expect), clients=plan.clients, seconds=plan.warmup_s)
                 load.measure(warm)
             for number in range(plan.rounds):
-                for contender in field_.contenders:
-                    field_.only_runs(contender)
+                for target in target_set.targets:
+                    target_set.run_only(target)
                     time.sleep(SETTLE_S)
-                    request = contender.load(body, expect)
-                    tried: list[tuple[float, Row]] = []
-                    while len(tried) <= patience and not any(share <= QUIET for share, _ in tried):
-                        others.begin(contender)
-                        row = _turn(load, request, contender, plan, number)
-                        tried.append((others.end(contender), row))
-                    share, row = min(tried, key=lambda one: one[0])
-                    stolen.append(share)
-                    turns[contender.name].append(row)
-                    progress(plan.turns() // plan.rounds)
-            rows = {name: replace(_median(measured), idle_cpu=idle[name]) for name, measured in turns.items()}
-            skipped, host = dict(field_.skipped), statistics.fmean(stolen) if stolen else 0.0
-            results.append(Result(subject.name, len(plan.frame), plan, rows, skipped, others.cores(), host))
+                    request = target.load(body, expect)
+                    attempts: list[tuple[float, Row]] = []
+                    while len(attempts) <= retries and not any(share <= MAX_STEAL for share, _ in attempts):
+                        others.begin(target)
+                        row = _measure_round(load, request, target, plan, number)
+                        attempts.append((others.end(target), row))
+                    share, row = min(attempts, key=lambda one: one[0])
+                    steal.append(share)
+                    rounds[target.name].append(row)
+                    progress(plan.measurements() // plan.rounds)
+            rows = {
+                name: replace(_median(measured), idle_cpu=idle[name]) for name, measured in rounds.items()
+            }
+            skipped, host = dict(target_set.skipped), statistics.fmean(steal) if steal else 0.0
+            results.append(Result(workload.name, len(plan.frame), plan, rows, skipped, others.cores(), host))
         return results
 
 
-def _turn(
+def _measure_round(
     load: LoadProcess,
     request: Load,
-    contender: Contender,
+    target: Target,
     plan: Plan,
     number: int,
 ) -> Row:
-    lone = load.measure(replace(request, clients=1, warm_s=0.2, seconds=plan.lone_s))
-    opened: Measured | None = None
+    lone = load.measure(replace(request, clients=1, warmup_s=0.2, seconds=plan.lone_s))
+    opened: LoadResult | None = None
     if plan.rate:
         opened = load.measure(replace(request, rate=plan.rate, seconds=plan.open_s, seed=number))
-    before, own_before = cpu_seconds(contender.groups), cpu_seconds(contender.own)
+    before, own_before = cpu_seconds(target.groups), cpu_seconds(target.own)
     closed = load.measure(replace(request, clients=plan.clients, seconds=plan.closed_s))
-    spent, own_spent = cpu_seconds(contender.groups) - before, cpu_seconds(contender.own) - own_before
+    spent, own_spent = cpu_seconds(target.groups) - before, cpu_seconds(target.own) - own_before
     kept_up = opened is not None and not opened.overrun
     return Row(
         lone_ms=lone.p50_ms,
@@ -219,65 +220,65 @@ def _turn(
         open_batch=opened.mean_batch if opened and kept_up else None,
         closed_batch=closed.mean_batch,
         cpu_ms=spent / closed.total * 1e3 if closed.total else None,
-        own_cpu_ms=own_spent / closed.total * 1e3 if closed.total and contender.own else None,
-        # What an overrun loop lost says nothing that "overrun" does not.
+        own_cpu_ms=own_spent / closed.total * 1e3 if closed.total and target.own else None,
+        # Failures of an overrun loop are implied by "overrun".
         failed=lone.failed + closed.failed + (opened.failed if opened and kept_up else 0),
         overrun=opened is not None and opened.overrun,
     )
 
 
-def _idle(contender: Contender, field_: Field) -> float:
-    """CPU seconds per second that a contender spends on nothing."""
-    field_.only_runs(contender)
+def _idle(target: Target, target_set: TargetSet) -> float:
+    """Measure the CPU seconds per second of an idle target."""
+    target_set.run_only(target)
     time.sleep(5 * SETTLE_S)
-    groups = contender.own or contender.groups
+    groups = target.own or target.groups
     before = cpu_seconds(groups)
     time.sleep(IDLE_S)
     return (cpu_seconds(groups) - before) / IDLE_S
 
 
-def _median(turns: Sequence[Row]) -> Row:
-    if not turns:
+def _median(rows: Sequence[Row]) -> Row:
+    if not rows:
         return Row()
     values: dict[str, float | None] = {}
     for each in fields(Row):
         if each.name in ("failed", "overrun"):
             continue
-        found = [value for turn in turns if (value := getattr(turn, each.name)) is not None]
+        found = [value for row in rows if (value := getattr(row, each.name)) is not None]
         values[each.name] = statistics.median(found) if found else None
-    overrun = any(turn.overrun for turn in turns)
+    overrun = any(row.overrun for row in rows)
     if overrun:
         values |= {"p50_ms": None, "p99_ms": None, "open_batch": None}
-    return Row(**values, failed=sum(turn.failed for turn in turns), overrun=overrun)
+    return Row(**values, failed=sum(row.failed for row in rows), overrun=overrun)
 
 
 @dataclass
 class _Others:
-    """How much of the machine went to processes that are not ours, while somebody had a turn."""
+    """CPU time of processes outside of the benchmark, while a target is measured."""
 
     load: LoadProcess
     spent_s: float = 0.0
     wall_s: float = 0.0
     _began: tuple[float, ...] = ()
 
-    def begin(self, contender: Contender) -> None:
-        self._began = self._now(contender)
+    def begin(self, target: Target) -> None:
+        self._began = self._now(target)
 
-    def end(self, contender: Contender) -> float:
-        """The share of the CPU time that the host took since `begin`; Linux tells, elsewhere it is 0."""
-        wall, all_, ours, stolen = (
-            now - then for now, then in zip(self._now(contender), self._began, strict=True)
+    def end(self, target: Target) -> float:
+        """Return the share of CPU steal time since `begin`; 0 on systems that do not report it."""
+        wall, all_, ours, steal = (
+            now - then for now, then in zip(self._now(target), self._began, strict=True)
         )
         self.wall_s += wall
         self.spent_s += max(0.0, all_ - ours)
-        return stolen / (wall * (os.cpu_count() or 1))
+        return steal / (wall * (os.cpu_count() or 1))
 
     def cores(self) -> float:
         return self.spent_s / self.wall_s if self.wall_s else 0.0
 
-    def _now(self, contender: Contender) -> tuple[float, ...]:
+    def _now(self, target: Target) -> tuple[float, ...]:
         times = psutil.cpu_times()
-        stolen = getattr(times, "steal", 0.0)
+        steal = getattr(times, "steal", 0.0)
         idle = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "guest", 0.0)
-        ours = cpu_seconds([*contender.groups, self.load.pid, os.getpid()])
-        return time.monotonic(), sum(times) - idle - stolen, ours, stolen
+        ours = cpu_seconds([*target.groups, self.load.pid, os.getpid()])
+        return time.monotonic(), sum(times) - idle - steal, ours, steal

@@ -1,7 +1,4 @@
-"""The handler of the serving benchmark: our rows and our answers around a model that sleeps.
-
-It takes framed batches as the real handlers do, so that what is measured is the real contract. Knows no model.
-"""
+"""TorchServe handler of the sleep model, with the same batches and answers as the real handlers."""
 
 from __future__ import annotations
 
@@ -18,16 +15,16 @@ from serve.worker.log_filters import install_log_filters
 from serve.worker.rows import Entry, answer_row, read_batch, read_row
 from serve.worker.server import listen
 from serve.worker.watchdog import watchdog
-from tools.bench.serving import sleep_model as slept
+from tools.bench.serving import sleep_model
 
-__all__ = ["SleptHandler"]
+__all__ = ["SleepHandler"]
 
 
-class SleptHandler:
-    """Answers how long each frame was and how many were in its batch, after the time that a batch takes."""
+class SleepHandler:
+    """Handler that sleeps as long as a batch takes and answers each frame's size and its batch's size."""
 
     def initialize(self, context: Any) -> None:
-        """Nothing is loaded."""
+        """Start listening; there is nothing to load."""
         install_log_filters()
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
         folder = Settings.from_environment().worker_sockets
@@ -35,7 +32,7 @@ class SleptHandler:
             listen(folder, self.answer_batch)
 
     def handle(self, data: Sequence[dict[str, Any]], context: Any) -> list[bytes]:
-        """Answer every row."""
+        """Answer all rows."""
         if context.get_request_header(0, "describe") == "True":
             return [encode_json({"modality": "lidar", "load_dim": 4, "classes": []})]
         rows = [read_row(row, context.get_all_request_header(i)) for i, row in enumerate(data)]
@@ -51,20 +48,20 @@ class SleptHandler:
         return answers
 
     def answer_batch(self, body: memoryview, compute_s: int) -> bytes:
-        """A batch that came directly."""
+        """Answer a batch that came through the worker socket."""
         settled, seconds = self._sleep(read_batch(body), compute_s)
         return answer_row("outcomes", settled, None, seconds)[2]
 
     def _sleep(self, entries: Sequence[Entry], compute_s: int = 0) -> tuple[list[Any], dict[str, float]]:
-        """An outcome per entry, and what was spent; one batch sleeps at a time."""
+        """Run one batch at a time; return an outcome per entry and the seconds spent."""
         sizes = [len(entry[0]) for entry in entries if not isinstance(entry, ServeError)]
-        answered, inference_s = self._engine.submit(_timed, sizes, compute_s).result()
+        answered, inference_s = self._engine.submit(_run, sizes, compute_s).result()
         outcomes = iter(answered)
         settled = [entry if isinstance(entry, ServeError) else next(outcomes) for entry in entries]
         return settled, {"inference": inference_s}
 
 
-def _timed(sizes: Sequence[int], compute_s: int) -> tuple[list[dict[str, int]], float]:
+def _run(sizes: Sequence[int], compute_s: int) -> tuple[list[dict[str, int]], float]:
     began = time.perf_counter()
     with watchdog(compute_s):
-        return slept.answers(sizes), time.perf_counter() - began
+        return sleep_model.answers(sizes), time.perf_counter() - began

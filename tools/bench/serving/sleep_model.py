@@ -1,7 +1,7 @@
-"""The model of known cost: 20 ms per batch and 2 ms per frame, slept, as a GPU would take them.
+"""Model of known cost: it sleeps 20 ms per batch and 2 ms per frame, without CPU use, like a GPU.
 
-With batches of 16 that is 22 ms for a lone frame and 308 frames per second at the most, whoever serves it.
-Knows no server. Standard library only: the servers we compare ourselves with have an environment of their own.
+With batches of 16 that is 22 ms for a single frame and at most 308 frames per second on any server. It uses the
+standard library only, because the peers run in an environment of their own.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ FRAME_S = 0.002
 
 
 def answers(sizes: Sequence[int]) -> list[dict[str, int]]:
-    """What a batch of frames of so many bytes each comes to: those sizes, and how many frames the batch had."""
+    """Run a batch of frames of `sizes` bytes; answer each with its size and the size of the batch."""
     time.sleep(BATCH_S + FRAME_S * len(sizes))
     return [{"bytes": size, "batch": len(sizes)} for size in sizes]
 
 
 def lone_s() -> float:
-    """Seconds that a lone frame takes at least."""
+    """Return the minimum seconds of a single frame."""
     return BATCH_S + FRAME_S
 
 
 def ideal_rate() -> float:
-    """Frames per second of full batches without a gap."""
+    """Return the frames per second of full batches without a gap."""
     return BATCH / (BATCH_S + FRAME_S * BATCH)

@@ -1,8 +1,7 @@
-"""The servers that are compared, started on free ports of loopback and ended again.
+"""Targets of the serving benchmark: servers started on free ports of loopback.
 
-One TorchServe holds the model once per batch setting; the gateway stands in front of the one that does not
-batch. LitServe, mosec and BentoML run in an environment of their own. Knows how each is started and asked,
-and nothing of what is measured.
+One TorchServe holds the model once per batch setting; the gateway stands in front of the one without batching. The
+peers LitServe, mosec and BentoML run in an environment of their own.
 """
 
 from __future__ import annotations
@@ -23,16 +22,15 @@ from serve.errors import BackendStartError
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from tools.bench.serving.load import Load
 from tools.bench.serving.load_process import LoadProcess
-from tools.bench.serving.process import Guarded, pause, resume
+from tools.bench.serving.process import ManagedProcess, pause, resume
 
-__all__ = ["FOREIGN", "GATEWAY", "GATEWAY_HTTP", "Contender", "Field", "Subject", "slept_archive"]
+__all__ = ["GATEWAY", "GATEWAY_HTTP", "PEERS", "Target", "TargetSet", "Workload", "sleep_archive"]
 
 GATEWAY = "gateway + TorchServe"
-# The same without the workers' sockets: every batch through TorchServe's port.
+# Without the worker sockets: every batch goes through TorchServe's port.
 GATEWAY_HTTP = "gateway + TorchServe, HTTP"
-# The servers that are not ours: package, and what is added to their command. mosec waits 10 ms for a batch to fill
-# unless it is told otherwise; 1 ms is the least it takes.
-FOREIGN: Mapping[str, tuple[str, tuple[str, ...]]] = {
+# Package and extra arguments of each peer. mosec waits 10 ms for a batch to fill by default and 1 ms at least.
+PEERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "LitServe": ("litserve", ()),
     "mosec, 10 ms": ("mosec", ("10",)),
     "mosec, 1 ms": ("mosec", ("1",)),
@@ -44,35 +42,35 @@ _BOUNDARY = "frame-of-the-benchmark"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What all of them serve.
+class Workload:
+    """Model that all targets serve.
 
     Attributes:
-        name: of the model.
-        archive: for TorchServe.
-        foreign_model: how the other servers' model is named: ``slept``, or the folder of an unpacked archive.
-        batches: TorchServe's own batching to measure, as (batchSize, maxBatchDelay in ms).
-        answers_batch: the answers say what size they were measured at and how large their batch was.
+        name: name of the model.
+        archive: archive for TorchServe.
+        peer_model: model of the peers: ``sleep``, or the folder of an unpacked archive.
+        batches: settings of TorchServe's own batching to measure, (batchSize, maxBatchDelay in ms).
+        reports_batch: whether answers report the size of their frame and of their batch.
     """
 
     name: str
     archive: Path
-    foreign_model: str
+    peer_model: str
     batches: Sequence[tuple[int, int]]
-    answers_batch: bool
+    reports_batch: bool
 
 
 @dataclass
-class Contender:
-    """One server, ready.
+class Target:
+    """One running server.
 
     Attributes:
-        name: as the table has it.
-        port: on 127.0.0.1.
-        path: of predictions.
-        groups: process groups, by the id of their leader; all of them work for this one.
-        own: those of them that are not another contender's too.
-        form: takes a frame as a part of a form, not as the body.
+        name: name in the tables.
+        port: port on 127.0.0.1.
+        path: path of predictions.
+        groups: leaders' ids of all process groups that work for this target.
+        own: those groups that no other target uses.
+        form: whether a frame is sent as a part of a form instead of the body.
     """
 
     name: str
@@ -83,7 +81,7 @@ class Contender:
     form: bool = False
 
     def load(self, body: Path, expect: Mapping[str, object]) -> Load:
-        """A request to it, without clients or rate yet; `body` is the file with the frame."""
+        """Create a load without clients or rate; `body` is the file with the frame."""
         if not self.form:
             headers = {"content-type": "application/octet-stream"}
             return Load("127.0.0.1", self.port, self.path, str(body), headers, expect=expect)
@@ -99,31 +97,31 @@ class Contender:
 
 
 @dataclass
-class Field:
-    """All contenders of one subject; a context manager. Who cannot start is named in `skipped`, with the reason.
+class TargetSet:
+    """All targets of one workload; a context manager. `skipped` has the reasons of peers that cannot start.
 
     Args:
-        subject: what they serve.
-        bench_python: the Python of the other servers.
-        only: names of contenders to take, or all.
-        say: told what is being started.
+        workload: model to serve.
+        bench_python: Python of the peers.
+        only: names of targets to start; empty for all.
+        announce: called with the name of each server that is started.
     """
 
-    subject: Subject
+    workload: Workload
     bench_python: Path
     only: Sequence[str] = ()
-    say: Callable[[str], None] = lambda text: None
-    contenders: list[Contender] = field(default_factory=list)
+    announce: Callable[[str], None] = lambda text: None
+    targets: list[Target] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
-    def __enter__(self) -> Field:
+    def __enter__(self) -> TargetSet:
         try:
             self._start_torchserve()
-            for name, (package, settings) in FOREIGN.items():
-                if self._wanted(name):
+            for name, (package, settings) in PEERS.items():
+                if self._is_selected(name):
                     try:
-                        self._start_foreign(name, package, settings)
+                        self._start_peer(name, package, settings)
                     except BackendStartError as error:
                         self.skipped[name] = str(error)
         except BaseException:
@@ -132,69 +130,71 @@ class Field:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self.only_runs(None)
+        self.run_only(None)
         self._stack.close()
 
-    def await_answers(self, load: LoadProcess, body: Path, expect: Mapping[str, object]) -> None:
-        """Ask each until it answers; one that does not in time is skipped."""
-        for contender in [*self.contenders]:
+    def await_ready(self, load: LoadProcess, body: Path, expect: Mapping[str, object]) -> None:
+        """Send requests to each target until it answers; skip one that does not in time."""
+        for target in [*self.targets]:
             deadline = time.monotonic() + READY_S
-            request = contender.load(body, expect)
-            once = Load(**{**request.__dict__, "clients": 1, "warm_s": 0.0, "seconds": 5.0, "most": 1})
+            request = target.load(body, expect)
+            once = Load(
+                **{**request.__dict__, "clients": 1, "warmup_s": 0.0, "seconds": 5.0, "max_requests": 1}
+            )
             while not (measured := load.measure(once)).answered:
-                if time.monotonic() > deadline or not _alive(contender):
-                    self.contenders.remove(contender)
-                    self.skipped[contender.name] = f"it gave no right answer: {dict(measured.failures)}"
+                if time.monotonic() > deadline or not _alive(target):
+                    self.targets.remove(target)
+                    self.skipped[target.name] = f"no correct response: {dict(measured.failures)}"
                     break
                 time.sleep(0.2)
-            for group in contender.own:
-                pause(group)  # one that spins when idle would keep the next from loading
+            for group in target.own:
+                pause(group)  # a server that spins when idle would slow down the start of the next
 
-    def only_runs(self, chosen: Contender | None) -> None:
-        """Pause all that does not work for `chosen`; with None, let all go on."""
-        for contender in self.contenders:
-            for group in contender.groups:
+    def run_only(self, chosen: Target | None) -> None:
+        """Pause every process group that does not work for `chosen`; None resumes all."""
+        for target in self.targets:
+            for group in target.groups:
                 if chosen is None or group in chosen.groups:
                     resume(group)
                 else:
                     pause(group)
 
-    def _wanted(self, name: str) -> bool:
+    def _is_selected(self, name: str) -> bool:
         return not self.only or name in self.only
 
     def _start_torchserve(self) -> None:
         inference, management, metrics = _free_ports(3)
         names = {(1, 1): "TorchServe batch 1"}
         names |= {
-            (size, delay): f"TorchServe batch {size}, {delay} ms" for size, delay in self.subject.batches
+            (size, delay): f"TorchServe batch {size}, {delay} ms" for size, delay in self.workload.batches
         }
-        wanted = {key: name for key, name in names.items() if key == (1, 1) or self._wanted(name)}
-        models = {key: f"{self.subject.name}-{key[0]}-{key[1]}" for key in wanted}
+        selected = {key: name for key, name in names.items() if key == (1, 1) or self._is_selected(name)}
+        models = {key: f"{self.workload.name}-{key[0]}-{key[1]}" for key in selected}
         served = [
-            ServedModel(self.subject.archive.name, name=model, batch_size=size, max_batch_delay_ms=delay)
+            ServedModel(self.workload.archive.name, name=model, batch_size=size, max_batch_delay_ms=delay)
             for (size, delay), model in models.items()
         ]
         options = TorchServeOptions(
-            self.subject.archive.parent,
+            self.workload.archive.parent,
             served[:1],
             inference_port=inference,
             management_port=management,
             metrics_port=metrics,
             system_metrics=False,
         )
-        self.say("TorchServe")
+        self.announce("TorchServe")
         server = self._stack.enter_context(TorchServe(options))
         assert server.pid is not None
-        for model in served[1:]:  # one by one: all workers at once take long to start on few cores
-            self.say(f"TorchServe, {model.name}")
+        for model in served[1:]:  # one by one: many workers at once start slowly on few cores
+            self.announce(f"TorchServe, {model.name}")
             server.register(model)
-        for key, name in wanted.items():
-            if self._wanted(name):
+        for key, name in selected.items():
+            if self._is_selected(name):
                 path = f"/predictions/{models[key]}"
-                self.contenders.append(Contender(name, inference, path, (server.pid,)))
+                self.targets.append(Target(name, inference, path, (server.pid,)))
         for name, sockets in ((GATEWAY, str(server.worker_sockets)), (GATEWAY_HTTP, "none")):
-            if self._wanted(name):
-                self.say(name)
+            if self._is_selected(name):
+                self.announce(name)
                 command = [sys.executable, "-m", "serve", "gateway", "--port", "0"]
                 command += [
                     "--inference-url",
@@ -203,24 +203,22 @@ class Field:
                     server.management_url,
                 ]
                 command += ["--worker-sockets", sockets]
-                gateway = self._stack.enter_context(Guarded("the gateway", command))
+                gateway = self._stack.enter_context(ManagedProcess("the gateway", command))
                 port = int(gateway.wait_for("gateway      ", READY_S).rpartition(":")[2])
                 path = f"/predictions/{models[1, 1]}"
-                self.contenders.append(
-                    Contender(name, port, path, (server.pid, gateway.pid), own=(gateway.pid,))
-                )
+                self.targets.append(Target(name, port, path, (server.pid, gateway.pid), own=(gateway.pid,)))
 
-    def _start_foreign(self, name: str, package: str, settings: Sequence[str]) -> None:
+    def _start_peer(self, name: str, package: str, settings: Sequence[str]) -> None:
         python = self.bench_python
         if not python.exists():
-            raise BackendStartError(f"{python} is not there; make it with `make bench-env`")
+            raise BackendStartError(f"{python} does not exist; create it with `make bench-env`")
         found = subprocess.run(
             [python, "-c", f"import {package}"], capture_output=True, text=True, check=False
         )
         if found.returncode:
-            said = found.stderr.strip().splitlines() or ["it cannot be imported"]
-            raise BackendStartError(f"{said[-1]}; `make bench-env` installs it")
-        self.say(name)
+            errors = found.stderr.strip().splitlines() or [f"cannot import {package}"]
+            raise BackendStartError(f"{errors[-1]}; `make bench-env` installs it")
+        self.announce(name)
         (port,) = _free_ports(1)
         if package == "bentoml":
             command = [str(python.with_name("bentoml")), "serve", f"{_APPS}.bentoml_app:Frames"]
@@ -230,29 +228,29 @@ class Field:
                 "--port",
                 str(port),
                 "--arg",
-                f"model={self.subject.foreign_model}",
+                f"model={self.workload.peer_model}",
             ]
         else:
-            command = [str(python), "-m", f"{_APPS}.{package}_app", str(port), self.subject.foreign_model]
+            command = [str(python), "-m", f"{_APPS}.{package}_app", str(port), self.workload.peer_model]
             command += settings
-        server = self._stack.enter_context(Guarded(name, command))
-        self.contenders.append(
-            Contender(name, port, "/predict", (server.pid,), own=(server.pid,), form=package == "bentoml")
+        server = self._stack.enter_context(ManagedProcess(name, command))
+        self.targets.append(
+            Target(name, port, "/predict", (server.pid,), own=(server.pid,), form=package == "bentoml")
         )
 
 
-def slept_archive(folder: Path) -> Path:
-    """An archive for TorchServe around the model that sleeps."""
-    path = folder / "slept.mar"
-    model = {"modelName": "slept", "modelVersion": "1.0", "handler": "tools.bench.serving.sleep_handler"}
+def sleep_archive(folder: Path) -> Path:
+    """Write a TorchServe archive of the sleep model."""
+    path = folder / "sleep.mar"
+    model = {"modelName": "sleep", "modelVersion": "1.0", "handler": "tools.bench.serving.sleep_handler"}
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model}))
     return path
 
 
-def _alive(contender: Contender) -> bool:
+def _alive(target: Target) -> bool:
     try:
-        for group in contender.groups:
+        for group in target.groups:
             os.killpg(group, 0)
     except ProcessLookupError:
         return False
@@ -260,7 +258,7 @@ def _alive(contender: Contender) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on now."""
+    """Find unused ports of loopback."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:

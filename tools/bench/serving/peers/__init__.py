@@ -1,4 +1,4 @@
-"""The servers we compare ourselves with, each around the same model: batches of 16 at the most, one worker.
+"""Peer servers of the benchmark, each with the same model, batches of up to 16 and one worker.
 
-Every module here is run by the Python of `make bench-env`, which has those servers; none is imported by the rest.
+The Python of `make bench-env`, which has those servers, runs these modules; no other module imports them.
 """

@@ -1,6 +1,6 @@
-"""BentoML around the model: ``bentoml serve …:Frames --arg model=MODEL``.
+"""BentoML service of the model: ``bentoml serve …:Frames --arg model=MODEL``.
 
-A frame is a file part of a form: what BentoML batches are lists, and raw bytes it takes one at a time only.
+A frame is a file part of a form, because BentoML batches lists and accepts raw bytes only one at a time.
 """
 
 from pathlib import Path
@@ -10,14 +10,14 @@ import bentoml
 import orjson
 from pydantic import BaseModel
 
-from tools.bench.serving import sleep_model as slept
+from tools.bench.serving import sleep_model
 from tools.bench.serving.peers import model
 
 
 class Arguments(BaseModel):
-    """Of the command line."""
+    """Command-line arguments of the service."""
 
-    model: str = "slept"
+    model: str = "sleep"
 
 
 arguments = bentoml.use_arguments(Arguments)
@@ -28,10 +28,10 @@ class Frames:
     """Lists of files in, lists of answers out."""
 
     def __init__(self) -> None:
-        """In the worker."""
+        """Load the model in the worker."""
         self.model = model.load(arguments.model)
 
-    @bentoml.api(batchable=True, max_batch_size=slept.BATCH, max_latency_ms=60_000)  # type: ignore[untyped-decorator]
+    @bentoml.api(batchable=True, max_batch_size=sleep_model.BATCH, max_latency_ms=60_000)  # type: ignore[untyped-decorator]
     def predict(self, frames: list[Path]) -> list[dict[str, Any]]:
-        """All of a batch."""
+        """Run a batch."""
         return [orjson.loads(answer) for answer in self.model([frame.read_bytes() for frame in frames])]

@@ -1,4 +1,4 @@
-"""The model as a function: a batch of bodies in, JSON for each out. Knows no server."""
+"""The model as a function from a batch of request bodies to JSON answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orjson
 
-from tools.bench.serving import sleep_model as slept
+from tools.bench.serving import sleep_model
 
 __all__ = ["Model", "load"]
 
@@ -15,20 +15,22 @@ Model = Callable[[Sequence[bytes]], list[bytes]]
 
 
 def load(name: str) -> Model:
-    """``slept``, or the detector in a folder into which an archive was unpacked."""
-    if name == "slept":
-        return lambda bodies: [orjson.dumps(one) for one in slept.answers([len(body) for body in bodies])]
+    """Load ``sleep``, or the detector in the folder of an unpacked archive."""
+    if name == "sleep":
+        return lambda bodies: [
+            orjson.dumps(one) for one in sleep_model.answers([len(body) for body in bodies])
+        ]
     import torch
 
     from serve import ops
     from serve.archive import open_directory
     from serve.errors import ServeError
-    from serve.protocol.frames import Limits, FrameOptions, encode_json
+    from serve.protocol.frames import FrameOptions, Limits, encode_json
     from serve.runtime import load_detector
-    from serve.runtime.malloc import keep_freed_memory
+    from serve.runtime.malloc import disable_malloc_trim
 
     ops.install()
-    keep_freed_memory()  # as ours does
+    disable_malloc_trim()  # as our workers do
     detector = load_detector(open_directory(Path(name)), torch.device("cpu"))
 
     def answers(bodies: Sequence[bytes]) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""mosec around the model: ``python -m … PORT MODEL WAIT_MS``. The body is the frame."""
+"""Mosec server of the model: ``python -m … PORT MODEL WAIT_MS``. The body is the frame."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 
 import mosec
 
-from tools.bench.serving import sleep_model as slept
+from tools.bench.serving import sleep_model
 from tools.bench.serving.peers import model
 
 
 class Frames(mosec.Worker):  # type: ignore[misc]
-    """Batches of bodies in, answers out."""
+    """Worker from batches of bodies to answers."""
 
     def __init__(self) -> None:
-        """In the worker, which has our arguments too."""
+        """Load the model in the worker, which shares our command line."""
         self.model = model.load(sys.argv[2])
 
     def deserialize(self, data: bytes) -> Any:
-        """A frame is its bytes."""
+        """Return the frame: the bytes of the body."""
         return data
 
     def serialize(self, data: Any) -> bytes:
-        """It is JSON already."""
+        """Return an answer, which is JSON already."""
         return bytes(data)
 
     def forward(self, data: Any) -> Any:
-        """All of a batch."""
+        """Run a batch."""
         return self.model(data)
 
 
@@ -36,6 +36,6 @@ if __name__ == "__main__":
     server = mosec.Server()
     wait_ms = int(sys.argv[3])
     server.append_worker(
-        Frames, num=1, max_batch_size=slept.BATCH, max_wait_time=wait_ms, timeout=60, route="/predict"
+        Frames, num=1, max_batch_size=sleep_model.BATCH, max_wait_time=wait_ms, timeout=60, route="/predict"
     )
     server.run()
