@@ -7,6 +7,7 @@ from tools.commands import dispatch
 COMMANDS = {
     "train": ("tools.demo.train_command", "train the demonstration SECOND on synthetic scenes"),
     "evaluate": ("tools.demo.evaluate_command", "average precision on held-out synthetic scenes"),
+    "picture": ("tools.demo.picture_command", "draw a scene as a camera and from above, with its detections"),
     "scene": ("tools.demo.scene_command", "write one synthetic LiDAR frame"),
 }
 

@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.demo.layout import Layout
+from tools.demo.layout import Layout, draw_layout
 from tools.demo.raycast import MAX_RANGE, Ground
 from tools.demo.shapes import Array, Material, Polytope, Solid
 
-__all__ = ["HEIGHT", "LIDAR_TO_IMAGE", "WIDTH", "render"]
+__all__ = ["HEIGHT", "LIDAR_TO_IMAGE", "WIDTH", "render", "render_seed"]
 
 WIDTH, HEIGHT = 1242, 375
 _FOCAL, _CENTRE_U, _CENTRE_V = 721.5, 609.6, 172.9
@@ -73,6 +73,11 @@ def render(layout: Layout) -> NDArray[np.uint8]:
     # Exposure, then sRGB's curve.
     encoded = 255 * np.clip(1 - np.exp(-1.5 * small), 0, 1) ** (1 / 2.2)
     return np.ascontiguousarray(encoded[..., ::-1].round().astype(np.uint8))
+
+
+def render_seed(seed: int) -> NDArray[np.uint8]:
+    """`render` of the scene that `tools.demo.scenes.generate_scene` makes from the same seed."""
+    return render(draw_layout(np.random.Generator(np.random.PCG64(seed))))
 
 
 def _rays() -> Array:
@@ -151,8 +156,8 @@ def _cover(surface: _Surface, rays: Array, solid: Solid, look: tuple[Array, floa
     if solid.material.depth > 0:  # leaves: ragged at the rim, mottled inside
         leaf, twig, branch = (_noise(spot, size) for size in (0.05, 0.14, 0.5))
         chord = np.where(np.isfinite(enter), leave - enter, 0.0)
-        ragged = 0.5 * leaf + 0.6 * twig + 0.5 * branch
-        enter = np.where(chord > ragged * float(_outer_points(solid)[-1, 2] - _outer_points(solid)[0, 2]) / 2.4, enter, np.inf)
+        ragged = (0.42 * leaf + 0.5 * twig + 0.42 * branch) * float(np.ptp(_outer_points(solid)[:, 2])) / 2
+        enter = np.where(chord > ragged, enter, np.inf)
         albedo = albedo * (0.15 + 0.7 * leaf + 0.7 * twig + 0.4 * branch)[..., None]
         bump = np.stack([_noise(spot + shift, 0.11) - 0.5 for shift in (11.0, 23.0, 37.0)], axis=-1)
         normal = normal + 1.6 * bump

@@ -1,0 +1,78 @@
+"""``python -m tools.demo picture``: a synthetic scene as a camera and from above, with its detections."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from serve import archive
+from serve.convert import Conversion, convert
+from serve.errors import SettingsError
+from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
+from serve.runtime import load_detector
+from serve.visualize.detections import draw_birds_eye_view, encode_png
+from serve.visualize.overlays import draw_projected
+from tools.demo.camera import LIDAR_TO_IMAGE, render_seed
+from tools.demo.scenes import Scene, generate_scene, held_out_seed
+from tools.demo.training import CHECKPOINT, CONFIG
+
+WIDTH, HEIGHT_FROM_ABOVE = 1242, 640
+EXTENT_M = (0.0, -25.0, 40.0, 25.0)
+GAP = 6
+
+
+def main(argv: Sequence[str] | None) -> int:
+    """Parse the command line, detect, draw, write one PNG."""
+    parser = argparse.ArgumentParser(
+        description="Draw a synthetic scene with the demonstration SECOND's detections: what a camera beside the "
+        "LiDAR would see, rendered, and the point cloud from above."
+    )
+    parser.add_argument("out", type=Path, nargs="?", default=Path("docs/images/scene.png"), help="PNG to write")
+    parser.add_argument(
+        "--seed", type=int, default=held_out_seed(1), help="scene number, 0 or more (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--score-thr", type=float, default=0.4, help="leave out lower scores, 0 to 1 (default: %(default)g)"
+    )
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise SettingsError(f"--seed must be 0 or more, not {args.seed}")
+    scene = generate_scene(args.seed)
+    answer = detect(scene)
+    args.out.write_bytes(encode_png(picture(args.seed, scene, answer, args.score_thr)))
+    shown = sum(score >= args.score_thr for score in answer["scores_3d"])
+    print(f"{args.out}: {scene.summary()}; {shown} detections of score {args.score_thr:g} or more")
+    return 0
+
+
+def detect(scene: Scene) -> dict[str, Any]:
+    """The answer of a worker to the scene: archive the demonstration, load it, run the frame."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = convert(Conversion(CONFIG, CHECKPOINT, Path(folder), "second")).path
+        detector = load_detector(archive.extract(path, Path(folder) / "opened"), torch.device("cpu"))
+        frame = decode_frame(scene.to_bytes(), FrameSpec("lidar", load_dim=4), Options(), Limits())
+        (outcome,) = detector.run([frame])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def picture(seed: int, scene: Scene, answer: dict[str, Any], score_thr: float) -> np.ndarray:
+    """The camera's image above the view from above, both with boxes; BGR."""
+    parts = {
+        "image": cv2.imencode(".png", render_seed(seed))[1].tobytes(),
+        "calibration": json.dumps({"lidar2img": LIDAR_TO_IMAGE.tolist()}).encode(),
+    }
+    camera = draw_projected(parts, answer, score_thr=score_thr)
+    above = draw_birds_eye_view(
+        scene.points, answer, size=(WIDTH, HEIGHT_FROM_ABOVE), score_thr=score_thr, extent_m=EXTENT_M
+    )
+    return np.concatenate([camera, np.zeros((GAP, WIDTH, 3), np.uint8), above])
