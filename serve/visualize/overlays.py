@@ -16,7 +16,7 @@ from serve.compare.labels import decode_labels, decode_segments
 from serve.protocol.batch import Bytes
 from serve.protocol.calibration import parse_calibration
 from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
-from serve.visualize.canvas import BgrImage, Text, class_colour, draw_line, draw_texts
+from serve.visualize.canvas import Area, BgrImage, Text, class_colour, draw_line, draw_texts, place_label
 
 __all__ = ["draw_point_labels", "draw_projected", "draw_segments"]
 
@@ -133,7 +133,7 @@ def _with_boxes(
     picture: BgrImage = image.copy()
     matrix = np.eye(4)
     matrix[: projection.shape[0], : projection.shape[1]] = projection
-    texts = []
+    shown = []
     for box, score, label, name in zip(
         answer["bboxes_3d"], answer["scores_3d"], answer["labels_3d"], answer["names"], strict=True
     ):
@@ -144,10 +144,18 @@ def _with_boxes(
         if (seen[:, 2] < _NEAR_M).any():
             continue  # behind the camera, or reaching there
         pixels = seen[:, :2] / seen[:, 2:3]
-        for i, j in _EDGES:
-            draw_line(picture, pixels[[i, j]], class_colour(label), 3 if max(i, j) < 4 else 1)
-        texts.append(Text(tuple(pixels.min(0)), f"{name} {score:.2f}", 13, class_colour(label), chip=True))
-    draw_texts(picture, texts[:40])
+        shown.append((float(seen[:, 2].mean()), pixels, f"{name} {score:.2f}", class_colour(label)))
+    shown.sort(key=lambda one: one[0])
+    for _, pixels, _, colour in reversed(shown):  # near boxes cover far ones
+        for pen, widen in (((0, 0, 0), 2), (colour, 0)):
+            for i, j in _EDGES:
+                draw_line(picture, pixels[[i, j]], pen, (2 if max(i, j) < 4 else 1) + widen)
+    texts: list[Text] = []
+    taken: list[Area] = []
+    for _, pixels, words, colour in shown[:40]:
+        if (at := place_label(pixels, words, picture.shape[1::-1], taken, tight=True)) is not None:
+            texts.append(Text(at, words, 13, colour, chip=True))
+    draw_texts(picture, texts)
     return picture
 
 

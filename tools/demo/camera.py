@@ -33,18 +33,31 @@ LIDAR_TO_IMAGE = np.array(
     ]
 )
 
-_SUPERSAMPLING = 2
 _SUN = np.array([-0.42, 0.62, 0.66]) / math.sqrt(0.42**2 + 0.62**2 + 0.66**2)
 _SUNLIGHT, _SKYLIGHT, _BOUNCE = np.array([1.50, 1.36, 1.12]), np.array([0.26, 0.32, 0.44]), 0.10
 _ZENITH, _HORIZON = np.array([0.16, 0.36, 0.74]), np.array([0.66, 0.78, 0.92])
 _HAZE_M = 380.0  # distance at which 63 % of a colour is haze
 _ASPHALT, _PAVING = np.array([0.115, 0.118, 0.125]), np.array([0.30, 0.28, 0.25])
 _PAINTS = np.array(
-    [(0.78, 0.79, 0.80), (0.10, 0.20, 0.42), (0.52, 0.09, 0.08), (0.14, 0.15, 0.17), (0.70, 0.50, 0.12), (0.10, 0.34, 0.32)]
-)  # fmt: skip
+    [
+        (0.78, 0.79, 0.80),
+        (0.10, 0.20, 0.42),
+        (0.52, 0.09, 0.08),
+        (0.14, 0.15, 0.17),
+        (0.70, 0.50, 0.12),
+        (0.10, 0.34, 0.32),
+    ]
+)
 _CLOTHES = np.array(
-    [(0.62, 0.20, 0.14), (0.14, 0.30, 0.52), (0.72, 0.62, 0.28), (0.20, 0.42, 0.26), (0.50, 0.30, 0.52), (0.80, 0.78, 0.74)]
-)  # fmt: skip
+    [
+        (0.62, 0.20, 0.14),
+        (0.14, 0.30, 0.52),
+        (0.72, 0.62, 0.28),
+        (0.20, 0.42, 0.26),
+        (0.50, 0.30, 0.52),
+        (0.80, 0.78, 0.74),
+    ]
+)
 _SKIN = np.array([0.66, 0.46, 0.36])
 
 
@@ -58,9 +71,13 @@ class _Surface:
     shine: Array
 
 
-def render(layout: Layout) -> NDArray[np.uint8]:
-    """Render a scene from the camera; (375, 1242, 3) uint8, BGR. Deterministic."""
-    rays = _rays()
+def render(layout: Layout, supersampling: int = 2) -> NDArray[np.uint8]:
+    """Render a scene from the camera, ``supersampling``² rays per pixel.
+
+    Returns:
+        (375, 1242, 3) uint8, BGR; the same for the same scene.
+    """
+    rays = _rays(supersampling)
     surface = _ground(layout.ground, rays)
     items = [(item.solids, item.label, index) for index, item in enumerate(layout.objects)]
     items += [(solids, -1, index) for index, solids in enumerate(layout.clutter)]
@@ -80,11 +97,10 @@ def render_seed(seed: int) -> NDArray[np.uint8]:
     return render(draw_layout(np.random.Generator(np.random.PCG64(seed))))
 
 
-def _rays() -> Array:
+def _rays(supersampling: int) -> Array:
     """Directions (rows, columns, 3) of unit length through the subpixels."""
-    step = 1.0 / _SUPERSAMPLING
-    u = (np.arange(WIDTH * _SUPERSAMPLING) + 0.5) * step - 0.5
-    v = (np.arange(HEIGHT * _SUPERSAMPLING) + 0.5) * step - 0.5
+    u = (np.arange(WIDTH * supersampling) + 0.5) / supersampling - 0.5
+    v = (np.arange(HEIGHT * supersampling) + 0.5) / supersampling - 0.5
     left, up = np.meshgrid((_CENTRE_U - u) / _FOCAL, (_CENTRE_V - v) / _FOCAL)
     rays = np.stack([np.ones_like(left), left, up], axis=-1)
     return np.asarray(rays / np.linalg.norm(rays, axis=-1, keepdims=True))
@@ -146,7 +162,7 @@ def _albedo(material: Material, label: int, index: int) -> tuple[Array, float]:
 
 def _cover(surface: _Surface, rays: Array, solid: Solid, look: tuple[Array, float]) -> None:
     """Draw one solid where it is nearer than what is there."""
-    window = _window(solid)
+    window = _window(solid, *surface.distance.shape)
     if window is None:
         return
     part = rays[window]
@@ -177,16 +193,15 @@ def _outer_points(solid: Solid) -> Array:
     return np.asarray(solid.centre + signs * float(solid.radii.max()))
 
 
-def _window(solid: Solid) -> tuple[slice, slice] | None:
+def _window(solid: Solid, rows: int, columns: int) -> tuple[slice, slice] | None:
     """Rows and columns that may see the solid, None if it is behind the camera or outside the image."""
     points = _outer_points(solid) - _ORIGIN
     if (points[:, 0] <= 0.1).all():
         return None
-    rows, columns = HEIGHT * _SUPERSAMPLING, WIDTH * _SUPERSAMPLING
     if (points[:, 0] <= 0.1).any():
         return slice(0, rows), slice(0, columns)
-    u = (_CENTRE_U - _FOCAL * points[:, 1] / points[:, 0] + 0.5) * _SUPERSAMPLING
-    v = (_CENTRE_V - _FOCAL * points[:, 2] / points[:, 0] + 0.5) * _SUPERSAMPLING
+    u = (_CENTRE_U - _FOCAL * points[:, 1] / points[:, 0] + 0.5) * columns / WIDTH
+    v = (_CENTRE_V - _FOCAL * points[:, 2] / points[:, 0] + 0.5) * rows / HEIGHT
     top, bottom = max(0, math.floor(v.min()) - 1), min(rows, math.ceil(v.max()) + 1)
     left, right = max(0, math.floor(u.min()) - 1), min(columns, math.ceil(u.max()) + 1)
     return (slice(top, bottom), slice(left, right)) if top < bottom and left < right else None

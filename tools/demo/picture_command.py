@@ -16,7 +16,7 @@ import torch
 from serve import archive
 from serve.convert import Conversion, convert
 from serve.errors import SettingsError
-from serve.protocol.frames import FrameSpec, Limits, Options, decode_frame
+from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
 from serve.runtime import load_detector
 from serve.visualize.detections import draw_birds_eye_view, encode_png
 from serve.visualize.overlays import draw_projected
@@ -24,8 +24,8 @@ from tools.demo.camera import LIDAR_TO_IMAGE, render_seed
 from tools.demo.scenes import Scene, generate_scene, held_out_seed
 from tools.demo.training import CHECKPOINT, CONFIG
 
-WIDTH, HEIGHT_FROM_ABOVE = 1242, 640
-EXTENT_M = (0.0, -25.0, 40.0, 25.0)
+WIDTH, HEIGHT_FROM_ABOVE = 1242, 600
+EXTENT_M = (0.5, -25.0, 38.0, 25.0)
 GAP = 6
 
 
@@ -35,12 +35,14 @@ def main(argv: Sequence[str] | None) -> int:
         description="Draw a synthetic scene with the demonstration SECOND's detections: what a camera beside the "
         "LiDAR would see, rendered, and the point cloud from above."
     )
-    parser.add_argument("out", type=Path, nargs="?", default=Path("docs/images/scene.png"), help="PNG to write")
+    parser.add_argument(
+        "out", type=Path, nargs="?", default=Path("docs/images/scene.png"), help="PNG to write"
+    )
     parser.add_argument(
         "--seed", type=int, default=held_out_seed(1), help="scene number, 0 or more (default: %(default)s)"
     )
     parser.add_argument(
-        "--score-thr", type=float, default=0.4, help="leave out lower scores, 0 to 1 (default: %(default)g)"
+        "--score-thr", type=float, default=0.5, help="leave out lower scores, 0 to 1 (default: %(default)g)"
     )
     args = parser.parse_args(argv)
     if args.seed < 0:
@@ -58,7 +60,7 @@ def detect(scene: Scene) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = convert(Conversion(CONFIG, CHECKPOINT, Path(folder), "second")).path
         detector = load_detector(archive.extract(path, Path(folder) / "opened"), torch.device("cpu"))
-        frame = decode_frame(scene.to_bytes(), FrameSpec("lidar", load_dim=4), Options(), Limits())
+        frame = decode_frame(scene.to_bytes(), FrameSpec("lidar", load_dim=4), FrameOptions(), Limits())
         (outcome,) = detector.run([frame])
     if isinstance(outcome, Exception):
         raise outcome
