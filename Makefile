@@ -116,9 +116,9 @@ archive: $(STAMP) ## Make STORE/NAME.mar of MODEL=name [CONFIG=file CHECKPOINT=f
 	@exec $(PY) -m serve archive $(or $(CONFIG),$(MODEL)) --output-folder $(STORE) \
 		$(if $(NAME),--model-name $(NAME)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(ARGS)
 
-serve: $(STAMP) ## Serve MODEL=name on ports 8080-8082, archiving it first where STORE has none; Ctrl-C stops it
+serve: $(STAMP) ## Serve MODEL=name on ports 8080-8082, archiving it first if STORE has none [ARGS=--help]; Ctrl-C stops it
 	@$(if $(NAME),,echo "error: say which model: make serve MODEL=second" >&2; exit 2)
-	@test -f $(STORE)/$(NAME).mar || $(MAKE) --no-print-directory archive
+	@test -f $(STORE)/$(NAME).mar || $(MAKE) --no-print-directory archive ARGS=
 	@exec $(PY) -m serve serve --store $(STORE) --models $(NAME) $(ARGS)
 
 stop: $(STAMP) ## Stop what `make serve` or `make demo` left running elsewhere

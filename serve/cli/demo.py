@@ -10,13 +10,15 @@ from typing import Any
 
 from serve import archive
 from serve.cli.entry import command_parser
-from serve.cli.serve import STATE_DIR, demonstration, serve_until_stopped, stoppable
+from serve.cli.flags import add_flags, add_help_all, values_of
+from serve.cli.serve import KNOWN_TO_SERVE, STATE_DIR, demonstration, serve_until_stopped, stoppable
 from serve.client import Client
 from serve.errors import ArchiveError
+from serve.gateway.options import GatewayOptions
 from serve.protocol import frames as wire
 from serve.storage.download import sha256_of
 from serve.torchserve import ServedModel, TorchServeOptions
-from serve.torchserve.supervisor import Service
+from serve.torchserve.supervisor import Service, gateway_options
 from serve.visualize.detections import draw_frame, encode_png
 
 __all__ = ["main"]
@@ -29,40 +31,42 @@ SCORE_THR = 0.3
 
 def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, archive, serve, ask once, show, and wait for Ctrl-C."""
-    default = TorchServeOptions(model_store=Path("demo"))
     parser = command_parser(
         "demo",
         "Serve the demonstration SECOND (synthetic streets, not KITTI) until Ctrl-C, and send it one frame.",
         ["demo", "demo --gateway-port 9000"],
     )
+    add_help_all(parser)
     parser.add_argument(
         "--folder",
         type=Path,
-        default=default.model_store,
+        default=Path("demo"),
+        metavar="DIR",
         help="for archive, frame, answer and picture (default: %(default)s)",
     )
-    for use in ("inference", "management", "metrics"):
-        port = getattr(default, f"{use}_port")
-        parser.add_argument(
-            f"--{use}-port", type=int, default=port, metavar="PORT", help="default: %(default)s"
-        )
-    parser.add_argument("--gateway-port", type=int, default=8000, metavar="PORT", help="default: %(default)s")
+    add_flags(parser, TorchServeOptions, title="TorchServe", leave_out=("state_dir",))
+    add_flags(
+        parser,
+        GatewayOptions,
+        title="gateway",
+        prefix="gateway-",
+        leave_out=KNOWN_TO_SERVE,
+        common=("host", "port"),
+    )
     args = parser.parse_args(argv)
+    options = TorchServeOptions.build(
+        values_of(args, TorchServeOptions)
+        | {"model_store": args.folder, "models": [ServedModel("second.mar")], "state_dir": STATE_DIR}
+    )
+    gateway = gateway_options(options, values_of(args, GatewayOptions), defaults={"log_format": "text"})
     with stoppable():
         args.folder.mkdir(parents=True, exist_ok=True)
         _ensure_archive(args.folder)
         frame = args.folder / "sample.bin"
         shutil.copyfile(SAMPLE, frame)
-        options = TorchServeOptions(
-            model_store=args.folder,
-            models=(ServedModel("second.mar"),),
-            inference_port=args.inference_port,
-            management_port=args.management_port,
-            metrics_port=args.metrics_port,
-            state_dir=STATE_DIR,
+        return serve_until_stopped(
+            Service(options, gateway), lambda running, seconds: _show(running, seconds, frame)
         )
-        service = Service(options, {"port": str(args.gateway_port), "log_format": "text"})
-        return serve_until_stopped(service, lambda running, seconds: _show(running, seconds, frame))
 
 
 def _ensure_archive(folder: Path) -> None:

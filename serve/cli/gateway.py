@@ -1,34 +1,65 @@
-"""``mmdet3d-serve gateway``: run the gateway alone, in front of a TorchServe elsewhere."""
+"""``mmdet3d-serve gateway``: run the gateway alone, in front of a TorchServe elsewhere.
+
+``python -m serve.cli.gateway`` is the gateway that `serve.torchserve.supervisor` starts: it inherits the listening
+socket and reads one JSON document from standard input.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import sys
 from collections.abc import Sequence
 
 from serve import logs
-from serve.gateway.options import GatewayOptions, parser
+from serve.cli.entry import command_parser
+from serve.cli.entry import run as run_command
+from serve.cli.flags import add_flags, add_help_all, values_of
+from serve.errors import SettingsError
+from serve.gateway.options import GatewayOptions
 from serve.gateway.server import run
-from serve.settings import Settings
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None) -> int:
     """Parse the command line and serve until SIGTERM or Ctrl-C; 0 when everything in flight was answered."""
-    made = parser(
+    parser = command_parser(
+        "gateway",
         "Batch, limit and route requests for detections to TorchServe. Every flag is also an environment variable: "
-        "--batch-points is MMDET3D_SERVE_GATEWAY_BATCH_POINTS."
+        "--batch-points is MMDET3D_SERVE_GATEWAY_BATCH_POINTS (but --max-frame-bytes is MMDET3D_SERVE_MAX_FRAME_BYTES, "
+        "which the workers read too). docs/settings.md lists them all.",
+        [
+            "gateway --inference-url http://10.0.0.5:8080 --management-url http://10.0.0.5:8081",
+            "gateway --host 0.0.0.0 --api-keys-file keys.txt --batch-points 4000000",
+        ],
     )
-    options = GatewayOptions.build(vars(made.parse_args(argv)), Settings.from_environment().gateway)
+    add_help_all(parser)
+    add_flags(parser, GatewayOptions, title="gateway")
+    options = GatewayOptions.build(values_of(parser.parse_args(argv), GatewayOptions))
     logs.set_up(options.log_format, options.log_level)
-    return run(options, lambda address: _tell(options, address))
+    return run(options, listening=lambda url: print(f"gateway      {url}", file=sys.stderr, flush=True))
 
 
-def _tell(options: GatewayOptions, address: str) -> None:
-    if options.address_file is None:
-        print(f"gateway      {address}", file=sys.stderr, flush=True)
-        return
-    # Whole or not at all, for who waits for it.
-    part = options.address_file.with_suffix(".part")
-    part.write_text(f"{address}\n")
-    part.rename(options.address_file)
+def _run_inherited(argv: Sequence[str] | None) -> int:
+    """Serve on the inherited socket, as the document on standard input says."""
+    try:
+        document = json.load(sys.stdin)
+        listener = socket.socket(fileno=document["listener"])
+    except (ValueError, KeyError, TypeError, OSError):
+        raise SettingsError(
+            "this is the gateway that `mmdet3d-serve serve` starts; run `mmdet3d-serve gateway` instead"
+        ) from None
+    options = GatewayOptions.build(document["options"], {})
+    logs.set_up(options.log_format, options.log_level)
+    return run(options, listener=listener, rejected=document["rejected"], listening=_report_ready)
+
+
+def _report_ready(url: str) -> None:
+    print(url, flush=True)
+    os.dup2(2, 1)  # The supervisor reads one line; what is printed later goes to standard error.
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_run_inherited))

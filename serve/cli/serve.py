@@ -8,22 +8,35 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from serve import logs
 from serve.cli.entry import command_parser
+from serve.cli.flags import add_flags, add_help_all, values_of
 from serve.errors import SettingsError
+from serve.gateway.options import GatewayOptions
 from serve.settings import Settings
 from serve.torchserve import ServedModel, TorchServeOptions
-from serve.torchserve.supervisor import Service, archives_of
+from serve.torchserve.supervisor import Service, archives_of, gateway_options
 
 __all__ = ["STATE_DIR", "demonstration", "main", "serve_until_stopped", "stoppable"]
 
 STATE_DIR = Path(".state")
+STORE = Path("model-store")
+CONTAINER_STORE = Path("/home/model-server/model-store")
+EVERYWHERE = "0.0.0.0"
+# Options of the gateway that are the same for TorchServe, or that the supervisor knows.
+KNOWN_TO_SERVE = (
+    "inference_url",
+    "management_url",
+    "backend_key_file",
+    "backend_request_bytes",
+    "backend_timeout_s",
+    "max_frame_bytes",
+)
 
 
 @contextmanager
@@ -48,49 +61,37 @@ def main(argv: Sequence[str] | None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    settings = Settings.build(values_of(args, Settings))
     if args.container:
-        parser.set_defaults(**_container_defaults())
-        return _serve_in_container(parser.parse_args(argv))
+        return _serve_in_container(args, settings)
+    options = {"state_dir": STATE_DIR}
+    service = _service(args, settings, args.store or STORE, options, {"log_format": "text"}, lenient=False)
     with stoppable():
-        return serve_until_stopped(_service(args, lenient=False, log_format="text"), _print_ready)
+        return serve_until_stopped(service, _print_ready)
 
 
-def _container_defaults() -> dict[str, Any]:
-    settings = Settings.from_environment()
-    everywhere = "0.0.0.0"
-    return {
-        "store": Path("/home/model-server/model-store"),
-        "workers": settings.workers,
-        "inference_host": everywhere,
-        "metrics_host": everywhere,
-        "gateway_host": settings.gateway.get("host", everywhere),
-        "gateway_port": settings.gateway.get("port", "8000"),
-        "management_host": everywhere if settings.open_management else "127.0.0.1",
-        # Open management asks for tokens, always.
-        "open_management": settings.open_management,
-        "token_authorization": settings.open_management,
-        "state_dir": None,
-    }
-
-
-def _serve_in_container(args: argparse.Namespace) -> int:
+def _serve_in_container(args: argparse.Namespace, settings: Settings) -> int:
     """Serve what can be served of a store; an empty one means the demonstration SECOND."""
     logs.set_up("json", "info")
-    if args.store.exists() and not os.access(args.store, os.R_OK | os.X_OK):
+    store = args.store or CONTAINER_STORE
+    if store.exists() and not os.access(store, os.R_OK | os.X_OK):
         raise SettingsError(
-            f"user {os.getuid()} may not read the model store {args.store}; make it readable "
+            f"user {os.getuid()} may not read the model store {store}; make it readable "
             "(`chmod -R a+rX`), or run as its owner"
         )
+    options: dict[str, object] = {"inference_host": EVERYWHERE, "metrics_host": EVERYWHERE}
+    if settings.open_management:  # then with tokens, always
+        options |= {"management_host": EVERYWHERE, "open_management": True, "token_authorization": True}
     with stoppable(), tempfile.TemporaryDirectory(prefix="mmdet3d-serve-demo-") as folder:
-        if not args.models and not any(args.store.glob("*.mar")):
+        if not args.models and not any(store.glob("*.mar")):
             print(
-                f"{args.store} holds no archive: serving the demonstration SECOND",
+                f"{store} holds no archive: serving the demonstration SECOND",
                 file=sys.stderr,
                 flush=True,
             )
-            args.store = demonstration(Path(folder))
-        log_format = Settings.from_environment().gateway.get("log_format", "json")
-        return serve_until_stopped(_service(args, lenient=True, log_format=log_format), _print_ready)
+            store = demonstration(Path(folder))
+        service = _service(args, settings, store, options, {"host": EVERYWHERE}, lenient=True)
+        return serve_until_stopped(service, _print_ready)
 
 
 def demonstration(folder: Path) -> Path:
@@ -152,144 +153,77 @@ def _print_ready(service: Service, seconds: float) -> None:
     print("Ctrl-C stops it.", flush=True)
 
 
-def _service(args: argparse.Namespace, *, lenient: bool, log_format: str) -> Service:
-    models = [ServedModel.parse(text, args.workers) for text in args.models] or archives_of(
-        args.store, args.workers
-    )
-    flags = {"host": args.gateway_host, "port": str(args.gateway_port), "log_format": log_format}
-    gateway = None if args.no_gateway else flags
-    return Service(_options(args, models), gateway, lenient=lenient)
-
-
-def _options(args: argparse.Namespace, models: Sequence[ServedModel]) -> TorchServeOptions:
-    return TorchServeOptions(
-        model_store=args.store,
-        models=tuple(models),
-        inference_host=args.inference_host,
-        inference_port=args.inference_port,
-        management_host=args.management_host,
-        management_port=args.management_port,
-        metrics_host=args.metrics_host,
-        metrics_port=args.metrics_port,
-        open_management=args.open_management,
-        model_api=not args.no_model_api,
-        token_authorization=args.token_authorization,
-        max_request_bytes=args.max_request_mib << 20,
-        response_timeout_s=args.response_timeout,
-        startup_timeout_s=args.startup_timeout,
-        gpus=args.gpus,
-        log_level=args.log_level or "warn",
-        echo_logs=args.log_level is not None,
-        log_dir=args.log_dir,
-        java_options=tuple(args.java_option),
-        state_dir=args.state_dir,
-    )
+def _service(
+    args: argparse.Namespace,
+    settings: Settings,
+    store: Path,
+    torchserve_defaults: Mapping[str, object],
+    gateway_defaults: Mapping[str, object],
+    *,
+    lenient: bool,
+) -> Service:
+    models = [ServedModel.parse(text, settings.workers) for text in args.models]
+    flags = values_of(args, TorchServeOptions) | {
+        "model_store": store,
+        "models": models or archives_of(store, settings.workers),
+    }
+    options = TorchServeOptions.build(flags, defaults=torchserve_defaults)
+    gateway = None
+    if not args.no_gateway:
+        gateway = gateway_options(options, values_of(args, GatewayOptions), defaults=gateway_defaults)
+    return Service(options, gateway, lenient=lenient)
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = TorchServeOptions(model_store=Path("model-store"))
     parser = command_parser(
         "serve",
         "Serve archives with TorchServe and the gateway in the foreground until Ctrl-C or SIGTERM. Options of the "
-        "gateway beyond these are environment variables; `mmdet3d-serve gateway --help` lists them.",
-        ["serve", "serve --models second --workers 2", "serve --store /srv/models --gateway-host 0.0.0.0"],
+        "gateway are environment variables too: --gateway-port is MMDET3D_SERVE_GATEWAY_PORT. docs/settings.md lists "
+        "every flag and variable.",
+        [
+            "serve",
+            "serve --models second --workers 2",
+            "serve --store /srv/models --gateway-host 0.0.0.0 --gateway-port 9000",
+        ],
     )
+    add_help_all(parser)
     parser.add_argument(
         "--container",
         action="store_true",
-        help="defaults of a container: listen on all interfaces, log JSON, serve the rest where an archive is "
-        "rejected, serve the demonstration model where the store is empty",
+        help="defaults of a container: listen on all interfaces, log JSON, serve the rest if an archive is rejected, "
+        "serve the demonstration model if the store is empty",
     )
     parser.add_argument(
         "--store",
         type=Path,
-        default=default.model_store,
-        help="folder that holds the archives (default: %(default)s)",
+        metavar="DIR",
+        help=f"folder that holds the archives (default: {STORE}, in a container {CONTAINER_STORE})",
     )
     parser.add_argument(
         "--models",
         nargs="+",
         default=[],
         metavar="NAME[=FILE.mar]",
-        help="what to serve, and under which name; default: every archive of the store",
+        help="what to serve, and under which name (default: every archive of the store)",
     )
-    parser.add_argument(
-        "--workers", type=int, default=1, help="Python processes per model (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--state-dir",
-        type=Path,
-        default=STATE_DIR,
-        help="folder where running servers are noted (default: %(default)s)",
-    )
-    for use in ("inference", "management", "metrics"):
-        host, port = getattr(default, f"{use}_host"), getattr(default, f"{use}_port")
-        parser.add_argument(
-            f"--{use}-host", default=host, metavar="IP", help=f"address for {use} (default: %(default)s)"
-        )
-        parser.add_argument(
-            f"--{use}-port",
-            type=int,
-            default=port,
-            metavar="PORT",
-            help=f"port for {use} (default: %(default)s)",
-        )
-    parser.add_argument(
-        "--gateway-host",
-        default="127.0.0.1",
-        metavar="IP",
-        help="address of the gateway (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--gateway-port",
-        type=int,
-        default=8000,
-        metavar="PORT",
-        help="port of the gateway (default: %(default)s)",
-    )
-    parser.add_argument("--no-gateway", action="store_true", help="TorchServe alone")
-    parser.add_argument(
-        "--open-management", action="store_true", help="allow --management-host beyond loopback"
-    )
-    parser.add_argument(
-        "--no-model-api", action="store_true", help="no loading or removing of models at run time"
-    )
-    parser.add_argument("--token-authorization", action="store_true", help="ask for TorchServe's tokens")
-    parser.add_argument(
-        "--max-request-mib",
-        type=int,
-        default=default.max_request_bytes >> 20,
-        metavar="MIB",
-        help="largest request body, MiB (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--response-timeout",
-        type=int,
-        default=default.response_timeout_s,
-        metavar="S",
-        help="seconds after which a worker that has not answered is replaced (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--startup-timeout",
-        type=int,
-        default=default.startup_timeout_s,
-        metavar="S",
-        help="seconds that loading may take (default: %(default)s)",
-    )
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to use at most (default: all)")
-    parser.add_argument(
-        "--log-level",
-        choices=("error", "warn", "info", "debug"),
-        help="repeat TorchServe's log from this level on standard error",
-    )
-    parser.add_argument(
-        "--log-dir", type=Path, help="keep log files in this folder (default: they go at the end)"
-    )
-    parser.add_argument(
-        "--java-option",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="for Java, as --java-option=-Xmx2g",
+    parser.add_argument("--no-gateway", action="store_true", help="run TorchServe alone")
+    add_flags(parser, Settings, title="workers", only=("workers",))
+    add_flags(parser, TorchServeOptions, title="TorchServe", defaults={"state_dir": STATE_DIR})
+    add_flags(
+        parser,
+        GatewayOptions,
+        title="gateway",
+        prefix="gateway-",
+        leave_out=KNOWN_TO_SERVE,
+        common=(
+            "host",
+            "port",
+            "timeout_s",
+            "batch_points",
+            "api_keys_file",
+            "shutdown_delay_s",
+            "log_level",
+        ),
+        defaults={"log_format": "text, in a container json"},
     )
     return parser

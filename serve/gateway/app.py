@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -30,12 +30,17 @@ from serve.storage.references import ReferenceLimits, References
 __all__ = ["create_app"]
 
 
-def create_app(options: GatewayOptions, lifecycle: Lifecycle | None = None) -> ASGIApp:
+def create_app(
+    options: GatewayOptions,
+    lifecycle: Lifecycle | None = None,
+    rejected: Mapping[str, str] | None = None,
+) -> ASGIApp:
     """Create the application with its middleware.
 
     Args:
         options: options of the gateway.
         lifecycle: shared with the server that drains; a new one by default.
+        rejected: archives that are not served, with the reason of each, for ``/models``.
 
     Raises:
         SettingsError: an option needs a file or package that is missing.
@@ -47,7 +52,7 @@ def create_app(options: GatewayOptions, lifecycle: Lifecycle | None = None) -> A
         options.management_url,
         key_file=options.backend_key_file,
         timeout_s=options.backend_timeout_s,
-        worker_sockets=options.worker_sockets,
+        worker_sockets=options.socket_folder,
     )
     registry = ModelRegistry(backend, options)
     metrics = Metrics(admission, registry.is_registered)
@@ -80,7 +85,7 @@ def create_app(options: GatewayOptions, lifecycle: Lifecycle | None = None) -> A
     for routes in (
         predictions.router(options, registry, admission, references),
         kserve.router(options, registry, admission, lifecycle),
-        health.router(registry, metrics, lifecycle, options.refused()),
+        health.router(registry, metrics, lifecycle, rejected or {}),
     ):
         # Copied, because `include_router` adds a second route lookup to every request.
         app.router.routes.extend(routes.routes)

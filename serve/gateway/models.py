@@ -163,7 +163,7 @@ class ModelRegistry:
             reasons.append("no model is ready" if self._models else "no model is registered")
         for model in self._models.values():
             stuck_s = model.batcher.stalled_s() if model.batcher is not None else 0.0
-            if stuck_s > self._options.stall_s:
+            if stuck_s > self._options.stall_timeout_s:
                 reasons.append(f"a batch of {model.state.name} has been running for {stuck_s:.0f} s")
         return Health(not reasons, tuple(reasons))
 
@@ -266,8 +266,8 @@ class ModelRegistry:
             ),
             batch_cost=ragged if concatenated else padded,
             slots=max(1, state.ready),
-            prefetch=options.batches_ahead,
-            lead_time_s=options.early_s,
+            prefetch=options.prefetch_batches,
+            lead_time_s=options.lead_time_s,
             observe=lambda report: self.on_batch(state.name, report),
         )
 

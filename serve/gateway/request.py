@@ -134,10 +134,10 @@ async def _body_chunks(
 async def _in_time(options: GatewayOptions) -> AsyncIterator[None]:
     """Bound how long a body may take; around who reads it, not in the generator, which may be left half-way."""
     try:
-        async with asyncio.timeout(options.receive_timeout_s):
+        async with asyncio.timeout(options.body_timeout_s):
             yield
     except TimeoutError:
-        raise SlowRequest(f"the body did not arrive within {options.receive_timeout_s:g} s") from None
+        raise SlowRequest(f"the body did not arrive within {options.body_timeout_s:g} s") from None
 
 
 def _check_size(nbytes: int, options: GatewayOptions) -> None:

@@ -1,7 +1,7 @@
 """Runs the gateway: listen, serve, drain, end with 0.
 
-SIGTERM or SIGINT: readiness says no; after `linger_s` no connection is taken any more; requests in flight have
-`drain_s` to finish. A second signal ends at once. Knows uvicorn, and nothing of what is served.
+SIGTERM or SIGINT: readiness says no; after `shutdown_delay_s` no connection is taken any more; requests in flight have
+`graceful_timeout_s` to finish. A second signal ends at once. Knows uvicorn, and nothing of what is served.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from serve.errors import SettingsError
 from serve.gateway.app import create_app
 from serve.gateway.http_protocol import make_protocol_class
 from serve.gateway.lifecycle import Lifecycle
+from serve.gateway.listener import bind, url_of
 from serve.gateway.options import GatewayOptions
 
 __all__ = ["GatewayServer", "run"]
@@ -45,12 +45,12 @@ class GatewayServer(uvicorn.Server):
                 date_header=False,
                 # A body that is late is answered 408 first; what was answered before its end is dropped until then.
                 http=make_protocol_class(
-                    options.head_timeout_s,
-                    options.receive_timeout_s + _LINGERING_CLOSE_S,
-                    options.connection_requests,
+                    options.header_timeout_s,
+                    options.body_timeout_s + _LINGERING_CLOSE_S,
+                    options.max_requests_per_connection,
                 ),
                 timeout_keep_alive=max(1, round(options.keep_alive_s)),
-                timeout_graceful_shutdown=max(1, round(options.drain_s)),
+                timeout_graceful_shutdown=max(1, round(options.graceful_timeout_s)),
                 lifespan="on",
             )
         )
@@ -76,8 +76,7 @@ class GatewayServer(uvicorn.Server):
         """Take connections, and say so."""
         await super().startup(sockets)
         if self.started and sockets:
-            host, port = sockets[0].getsockname()[:2]
-            self._listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            self._listening(url_of(sockets[0]))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what is in flight, and count what was not."""
@@ -96,41 +95,39 @@ class GatewayServer(uvicorn.Server):
             self._stop()
             return
         logger.info("draining: %g s more for new requests, then %g s for those in flight",
-                    self._options.linger_s, self._options.drain_s)  # fmt: skip
+                    self._options.shutdown_delay_s, self._options.graceful_timeout_s)  # fmt: skip
         self._lifecycle.drain()
-        asyncio.get_running_loop().call_later(self._options.linger_s, self._stop)
+        asyncio.get_running_loop().call_later(self._options.shutdown_delay_s, self._stop)
 
     def _stop(self) -> None:
         self.should_exit = True
         self._ending.set()
 
 
-def run(options: GatewayOptions, listening: Callable[[str], None] = lambda address: None) -> int:
+def run(
+    options: GatewayOptions,
+    *,
+    listener: socket.socket | None = None,
+    rejected: Mapping[str, str] | None = None,
+    listening: Callable[[str], None] = lambda url: None,
+) -> int:
     """Serve until a signal; returns the exit code, 0 when everything in flight was answered.
+
+    Args:
+        options: of the gateway.
+        listener: bound socket to serve on; None binds the address of the options.
+        rejected: archives that are not served, with the reason of each, for ``/models``.
+        listening: called with the URL once connections are taken.
 
     Raises:
         SettingsError: an option cannot be honoured, or the address cannot be listened on.
     """
     lifecycle = Lifecycle()
-    app = create_app(options, lifecycle)
-    listener = _listen(options.host, options.port)
+    app = create_app(options, lifecycle, rejected)
+    listener = listener or bind(options.host, options.port)
     server = GatewayServer(app, options, lifecycle, listening)
     with listener:
         server.run(sockets=[listener])
     if server.dropped_requests:
         logger.error("%d requests in flight were not answered", server.dropped_requests)
     return 0 if server.started and not server.dropped_requests else 1
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise SettingsError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --host and --port"
-        ) from None
-    return listener

@@ -36,6 +36,7 @@ from serve.errors import (
     StorageError,
     UriError,
 )
+from serve.settings import MAX_FRAME_BYTES
 from serve.storage.uri import Location, parse
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class ReferenceLimits:
             that the prefixes name.
     """
 
-    max_bytes: int = 64 << 20
+    max_bytes: int = MAX_FRAME_BYTES
     timeout_s: float = 10.0
     parallel: int = 8
     private_hosts: bool = False

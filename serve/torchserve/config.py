@@ -10,12 +10,16 @@ import ipaddress
 import json
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.dataclasses import dataclass as options_class
 
 from serve.errors import ArchiveError, SettingsError
+from serve.settings import CONFIG, Flag, OptionalCount, OptionalPath, Options, option
 
 __all__ = [
     "Manifest",
@@ -32,6 +36,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ARCHIVE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,250}\.mar")
 # A regular expression that no address matches; archives named by file name are not checked against it.
 _NO_URL = "(?!)"
+_MAX_RESPONSE_BYTES = 64 << 20
+# Requests that may wait for a model; TorchServe answers more of them 503.
+_JOB_QUEUE_SIZE = 100
 _PORTS = ("inference_port", "management_port", "metrics_port")
 
 
@@ -44,34 +51,48 @@ class Manifest:
     handler: str
 
 
-@dataclass(frozen=True)
-class ServedModel:
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _check_archive(name: str) -> str:
+    if not _ARCHIVE.fullmatch(name):
+        raise ValueError("is not the file name of an archive, such as second.mar")
+    return name
+
+
+def _check_name(name: str | None) -> str | None:
+    if name is not None and not _NAME.fullmatch(name):
+        raise ValueError("is not a model name (letters, digits, '.', '_', '-')")
+    return name
+
+
+def _check_address(host: str) -> str:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise ValueError("is not an IP address to listen on, such as 127.0.0.1") from None
+    return host
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+
+
+@options_class(frozen=True, config=CONFIG)
+class ServedModel(Options):
     """One archive to serve.
 
     Attributes:
         archive: file name in the model store.
         name: name to serve it under; None takes the archive's own.
         workers: Python processes for it.
-        batch_size: rows that TorchServe may put together; 1 leaves batching to the gateway.
-        max_batch_delay_ms: longest wait for a full batch, milliseconds (0 would mean TorchServe's own 100).
         response_timeout_s: seconds after which TorchServe kills a worker that has not answered; None: as all.
     """
 
-    archive: str
-    name: str | None = None
-    workers: int = 1
-    batch_size: int = 1
-    max_batch_delay_ms: int = 1
-    response_timeout_s: int | None = None
-
-    def __post_init__(self) -> None:
-        if not _ARCHIVE.fullmatch(self.archive):
-            raise SettingsError(f"'{self.archive}' is not the file name of an archive, such as second.mar")
-        if self.name is not None and not _NAME.fullmatch(self.name):
-            raise SettingsError(f"'{self.name}' is not a model name (letters, digits, '.', '_', '-')")
-        for field in ("workers", "batch_size", "max_batch_delay_ms"):
-            if getattr(self, field) < 1:
-                raise SettingsError(f"{field} of {self.archive} must be at least 1")
+    archive: Annotated[str, AfterValidator(_check_archive)]
+    name: Annotated[str | None, AfterValidator(_check_name)] = None
+    workers: int = Field(default=1, ge=1)
+    response_timeout_s: int | None = Field(default=None, ge=1)
 
     @classmethod
     def parse(cls, text: str, workers: int = 1) -> ServedModel:
@@ -82,91 +103,77 @@ class ServedModel:
         return cls(archive=text if text.endswith(".mar") else f"{text}.mar", workers=workers)
 
 
-@dataclass(frozen=True)
-class TorchServeOptions:
-    """How to run TorchServe.
+def _host(default: str, use: str) -> Any:
+    return option(default, "IP", f"address for {use}")
+
+
+def _port(default: int, use: str) -> Any:
+    return option(default, "PORT", f"port for {use}", common=True, ge=1, le=65535)
+
+
+@options_class(frozen=True, config=CONFIG)
+class TorchServeOptions(Options):
+    """How to run TorchServe: flags of ``mmdet3d-serve serve``; none of them is an environment variable.
 
     Attributes:
         model_store: folder that holds the archives.
         models: what to load at the start.
-        inference_host: address that answers predictions.
-        inference_port: its port.
-        management_host: address that answers management calls; beyond loopback only with `open_management`.
-        management_port: its port.
-        metrics_host: address that answers metrics.
-        metrics_port: its port.
-        open_management: allow `management_host` to be reachable from elsewhere.
-        model_api: whether models can be registered and removed at run time.
-        token_authorization: ask for TorchServe's tokens on inference and management.
-        max_request_bytes: largest request body, bytes; a larger one gets 413 with an empty body.
-        max_response_bytes: largest answer of a worker, bytes.
-        response_timeout_s: seconds after which a worker that has not answered is killed and replaced.
-        startup_timeout_s: seconds that all models together may take to get ready.
-        job_queue_size: requests that may wait for a model; more get 503 from TorchServe.
-        gpus: how many GPUs TorchServe may use; None: all it finds.
-        system_metrics: collect the machine's CPU, memory and disk figures (no GPU's) for the metrics port.
-        log_level: least level that is echoed; the log file always has ``info``.
-        echo_logs: repeat the log on our standard error.
-        log_dir: folder for the log files; None: in the run folder, removed when TorchServe stops.
-        java_options: further arguments for the Java machine, such as ``-Xmx2g``.
-        run_root: folder in which the private run folder is made; None: the system's temporary folder.
-        state_dir: folder for the file by which `stop_running` finds this server; None: none is written.
     """
+
+    SCOPE: ClassVar[str] = "torchserve_"
+    HAS_VARIABLES: ClassVar[bool] = False
 
     model_store: Path
     models: Sequence[ServedModel] = ()
-    inference_host: str = "127.0.0.1"
-    inference_port: int = 8080
-    management_host: str = "127.0.0.1"
-    management_port: int = 8081
-    metrics_host: str = "127.0.0.1"
-    metrics_port: int = 8082
-    open_management: bool = False
-    model_api: bool = True
-    token_authorization: bool = False
-    max_request_bytes: int = 64 << 20
-    max_response_bytes: int = 64 << 20
-    response_timeout_s: int = 120
-    startup_timeout_s: int = 300
-    job_queue_size: int = 100
-    gpus: int | None = None
-    system_metrics: bool = True
-    log_level: LogLevel = "warn"
-    echo_logs: bool = False
-    log_dir: Path | None = None
-    java_options: Sequence[str] = ()
-    run_root: Path | None = None
-    state_dir: Path | None = None
+    inference_host: Address = _host("127.0.0.1", "TorchServe's predictions")
+    inference_port: int = _port(8080, "TorchServe's predictions")
+    management_host: Address = _host("127.0.0.1", "management; beyond loopback only with open_management")
+    management_port: int = _port(8081, "management")
+    metrics_host: Address = _host("127.0.0.1", "TorchServe's metrics")
+    metrics_port: int = _port(8082, "TorchServe's metrics")
+    open_management: Flag = option(False, "", "allow management_host beyond loopback")
+    model_api: Flag = option(True, "", "allow loading and removing models at run time")
+    token_authorization: Flag = option(False, "", "ask for TorchServe's tokens on inference and management")
+    max_request_bytes: int = option(
+        64 << 20, "BYTES", "largest request body; a larger one gets 413", common=True, ge=1024, lt=1 << 31
+    )
+    response_timeout_s: int = option(
+        120, "S", "time after which a worker that has not answered is replaced", common=True, ge=1
+    )
+    startup_timeout_s: int = option(300, "S", "time that loading all models may take", common=True, ge=1)
+    gpus: OptionalCount = option(None, "N", "GPUs to use at most; none: all", common=True, ge=0)
+    system_metrics: Flag = option(
+        True, "", "collect the machine's CPU, memory and disk figures for the metrics port"
+    )
+    log_level: LogLevel | None = option(
+        None, "", "repeat TorchServe's log from this level on standard error", common=True
+    )
+    log_dir: OptionalPath = option(
+        None, "DIR", "keep log files in this folder; none: they are removed when TorchServe stops"
+    )
+    java_options: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = option(
+        (), "OPTION", "argument for the Java machine, as --java-options=-Xmx2g; may be repeated"
+    )
+    run_root: OptionalPath = option(
+        None, "DIR", "folder in which the private run folder is made; none: the system's temporary folder"
+    )
+    state_dir: OptionalPath = option(
+        None,
+        "DIR",
+        "folder for the file by which `mmdet3d-serve stop` finds this server; none: no file",
+        common=True,
+    )
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterator[str]:
+        """Yield a sentence for every pair of values that cannot both be meant."""
         ports = [getattr(self, name) for name in _PORTS]
-        for name, port in zip(_PORTS, ports, strict=True):
-            if not 1 <= port <= 65535:
-                raise SettingsError(f"{name}={port} is not a port (1 to 65535)")
         if len(set(ports)) != len(ports):
-            raise SettingsError(f"{', '.join(_PORTS)} must differ; they are {', '.join(map(str, ports))}")
-        for host in (self.inference_host, self.management_host, self.metrics_host):
-            _check_host(host)
+            yield f"{', '.join(_PORTS)} must differ; they are {', '.join(map(str, ports))}"
         if not ipaddress.ip_address(self.management_host).is_loopback and not self.open_management:
-            raise SettingsError(
+            yield (
                 f"management_host={self.management_host} lets others load and remove models; "
                 "set open_management to allow that, or keep it on 127.0.0.1"
             )
-        for name in ("max_request_bytes", "max_response_bytes"):
-            if not 1024 <= getattr(self, name) < 1 << 31:
-                raise SettingsError(
-                    f"{name}={getattr(self, name)} must be from 1024 to {(1 << 31) - 1} bytes"
-                )
-        for name in ("response_timeout_s", "startup_timeout_s", "job_queue_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name}={getattr(self, name)} must be at least 1")
-
-
-def _check_host(host: str) -> None:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        raise SettingsError(f"'{host}' is not an IP address to listen on, such as 127.0.0.1") from None
 
 
 def url(host: str, port: int) -> str:
@@ -231,13 +238,13 @@ def properties(options: TorchServeOptions, manifests: Sequence[Manifest]) -> str
         # Its own command wants the package nvgpu where there are GPUs, and collects nothing without it.
         "system_metrics_cmd": "ts/metrics/metric_collector.py --gpu 0",
         "max_request_size": options.max_request_bytes,
-        "max_response_size": options.max_response_bytes,
+        "max_response_size": _MAX_RESPONSE_BYTES,
         # A broken JSON body is then the handler's to answer.
         "decode_input_request": False,
         "default_response_timeout": options.response_timeout_s,
         "default_startup_timeout": options.startup_timeout_s,
         "default_workers_per_model": 1,
-        "job_queue_size": options.job_queue_size,
+        "job_queue_size": _JOB_QUEUE_SIZE,
         "prefer_direct_buffer": False,
     }
     if options.gpus is not None:
@@ -268,8 +275,9 @@ def _model_settings(
             "marName": model.archive,
             "minWorkers": model.workers,
             "maxWorkers": model.workers,
-            "batchSize": model.batch_size,
-            "maxBatchDelay": model.max_batch_delay_ms,
+            # The gateway makes the batches; a delay of 0 would mean TorchServe's own 100 ms.
+            "batchSize": 1,
+            "maxBatchDelay": 1,
             "responseTimeout": model.response_timeout_s or options.response_timeout_s,
             "startupTimeout": options.startup_timeout_s,
         }
@@ -292,8 +300,8 @@ def log_configuration(options: TorchServeOptions, log_file: Path) -> str:
 
     What TorchServe logs several times per request (at info) is left out.
     """
-    echo = f'<AppenderRef ref="echo" level="{options.log_level}"/>' if options.echo_logs else ""
-    root = "debug" if echo and options.log_level == "debug" else "info"
+    echo = f'<AppenderRef ref="echo" level="{options.log_level}"/>' if options.log_level else ""
+    root = "debug" if options.log_level == "debug" else "info"
     pattern = '<PatternLayout pattern="%d{ISO8601} %p [%t] %c{1}: %m%n"/>'
     file = str(log_file).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     noise = (

@@ -225,8 +225,13 @@ class TorchServe:
         """Names of the models that are registered."""
         return [entry["modelName"] for entry in self._manage("GET", "/models?limit=1000")["models"]]
 
-    def register(self, model: ServedModel) -> None:
+    def register(self, model: ServedModel, *, batch_size: int = 1, max_batch_delay_ms: int = 1) -> None:
         """Load a further archive of the store and wait for its workers.
+
+        Args:
+            model: the archive.
+            batch_size: rows that TorchServe may put together; 1 leaves batching to the gateway.
+            max_batch_delay_ms: longest wait for a full batch, milliseconds; 0 would mean TorchServe's own 100.
 
         Raises:
             BackendStartError: it cannot be served; it is then not registered.
@@ -241,8 +246,8 @@ class TorchServe:
         query = httpx.QueryParams(
             url=model.archive,
             model_name=name,
-            batch_size=model.batch_size,
-            max_batch_delay=model.max_batch_delay_ms,
+            batch_size=batch_size,
+            max_batch_delay=max_batch_delay_ms,
             response_timeout=model.response_timeout_s or self.options.response_timeout_s,
             startup_timeout=self.options.startup_timeout_s,
             initial_workers=0,
@@ -297,7 +302,7 @@ class TorchServe:
         self._log = WorkerLog(logs.resolve() / "torchserve.log")
         (run_dir / "config.properties").write_text(properties(self.options, manifests))
         (run_dir / "log4j2.xml").write_text(log_configuration(self.options, self._log.path))
-        java_log = "-" if self.options.echo_logs else str(logs.resolve() / "java.log")
+        java_log = "-" if self.options.log_level else str(logs.resolve() / "java.log")
         self._guard = subprocess.Popen(
             [
                 sys.executable,

@@ -1,20 +1,23 @@
 """TorchServe and the gateway as one service: start, watch, drain, end.
 
 TorchServe starts first, with every archive that can be served; then the gateway, which reports those that were
-refused. The end of either ends the other. Stopping drains: the gateway stops admitting and answers what is in
-flight, and only then TorchServe, which would drop it, is told. Used by ``make serve``, ``make demo`` and the
-image alike. Knows nothing about requests.
+rejected. The gateway inherits its listening socket, reads its options as one JSON document from standard input, and
+prints its URL once it takes connections. The end of either ends the other. Stopping drains: the gateway stops
+admitting and answers what is in flight, and only then TorchServe, which would drop it, is stopped. Used by
+``mmdet3d-serve serve``, ``mmdet3d-serve demo`` and the image alike.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
+import select
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +26,13 @@ from types import TracebackType
 
 from serve import archive
 from serve.errors import ArchiveError, BackendStartError, ModelNotLoaded, SettingsError
+from serve.gateway.listener import bind
+from serve.gateway.options import GatewayOptions
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+from serve.torchserve.config import url
 from serve.torchserve.java import child_environment
 
-__all__ = ["Refused", "Service", "archives_of", "examine"]
+__all__ = ["Rejected", "Service", "archives_of", "examine", "gateway_options"]
 
 _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
@@ -38,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Refused:
+class Rejected:
     """An archive that is not served, and why."""
 
     archive: str
@@ -57,17 +63,42 @@ def archives_of(store: Path, workers: int) -> list[ServedModel]:
     return [ServedModel(name, workers=workers) for name in found]
 
 
-def examine(store: Path, models: Sequence[ServedModel]) -> tuple[list[ServedModel], list[Refused]]:
-    """Check every hash of every archive: those that can be served, and those that are refused."""
+def examine(store: Path, models: Sequence[ServedModel]) -> tuple[list[ServedModel], list[Rejected]]:
+    """Check every hash of every archive: those that can be served, and those that are rejected."""
     good: list[ServedModel] = []
-    refused: list[Refused] = []
+    rejected: list[Rejected] = []
     for model in models:
         try:
             archive.verify(store / model.archive)
             good.append(model)
         except ArchiveError as error:
-            refused.append(Refused(model.archive, str(error)))
-    return good, refused
+            rejected.append(Rejected(model.archive, str(error)))
+    return good, rejected
+
+
+def gateway_options(
+    options: TorchServeOptions,
+    flags: Mapping[str, object] | None = None,
+    *,
+    defaults: Mapping[str, object] | None = None,
+) -> GatewayOptions:
+    """Options of a gateway in front of the TorchServe that `options` start.
+
+    Args:
+        options: of TorchServe.
+        flags: set by flags, by field name.
+        defaults: for what neither flags nor variables set.
+
+    Raises:
+        SettingsError: a flag or a variable is wrong.
+    """
+    known = {
+        "inference_url": _reachable(url(options.inference_host, options.inference_port)),
+        "management_url": _reachable(url(options.management_host, options.management_port)),
+        "backend_request_bytes": options.max_request_bytes,
+        "backend_timeout_s": options.response_timeout_s + 10,
+    }
+    return GatewayOptions.build({**(flags or {}), **known}, defaults=defaults, flag_prefix="--gateway-")
 
 
 class Service:
@@ -75,22 +106,21 @@ class Service:
 
     Args:
         options: of TorchServe; `models` are what should be served.
-        gateway: options of the gateway by field name, as texts, beyond those that say where TorchServe is; None
-            runs TorchServe alone.
-        lenient: serve the rest where a model is refused, instead of ending.
+        gateway: of the gateway, from `gateway_options`; None runs TorchServe alone.
+        lenient: if an archive is rejected, serve the others instead of ending.
     """
 
     def __init__(
-        self, options: TorchServeOptions, gateway: Mapping[str, str] | None, *, lenient: bool = False
+        self, options: TorchServeOptions, gateway: GatewayOptions | None, *, lenient: bool = False
     ) -> None:
         self._options = options
-        self._flags = gateway
+        self._gateway_options = gateway
         self._lenient = lenient
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._listener: socket.socket | None = None
         self._gateway: subprocess.Popen[str] | None = None
         self.torchserve = TorchServe(options)
         self.gateway_url: str | None = None
-        self.refused: list[Refused] = []
+        self.rejected: list[Rejected] = []
 
     def __enter__(self) -> Service:
         self.start()
@@ -106,13 +136,15 @@ class Service:
 
         Raises:
             BackendStartError: TorchServe or the gateway did not come up, or no model could be served.
-            ArchiveError: an archive is refused, and `lenient` is not set.
-            SettingsError: the gateway refused its options.
+            ArchiveError: an archive is rejected, and `lenient` is not set.
+            SettingsError: the gateway's address is taken, or one of its options cannot be honoured.
         """
         try:
+            if self._gateway_options is not None:
+                self._listener = bind(self._gateway_options.host, self._gateway_options.port)
             self._start_torchserve()
-            if self._flags is not None:
-                self._start_gateway(self._flags)
+            if self._gateway_options is not None and self._listener is not None:
+                self._start_gateway(self._gateway_options, self._listener)
         except BaseException:
             self.stop()
             raise
@@ -137,24 +169,26 @@ class Service:
         code = 0
         if (gateway := self._gateway) is not None:
             self._gateway = None
-            code = _shell_code(_end(gateway, self._drain_s()))
+            options = self._gateway_options
+            assert options is not None
+            code = _shell_code(_end(gateway, options.shutdown_delay_s + options.graceful_timeout_s))
         self.torchserve.stop()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         return code
 
     # Inside
 
     def _start_torchserve(self) -> None:
         models = list(self._options.models)
-        good, self.refused = examine(self._options.model_store, models)
-        for refused in self.refused:
+        good, self.rejected = examine(self._options.model_store, models)
+        for rejected in self.rejected:
             if not self._lenient:
-                raise ArchiveError(f"{self._options.model_store / refused.archive}: {refused.reason}")
+                raise ArchiveError(f"{self._options.model_store / rejected.archive}: {rejected.reason}")
         while good:
-            for refused in self.refused:
-                logger.error("%s is refused: %s", refused.archive, refused.reason)
+            for rejected in self.rejected:
+                logger.error("%s is rejected: %s", rejected.archive, rejected.reason)
             self.torchserve = TorchServe(replace(self._options, models=tuple(good)))
             try:
                 self.torchserve.start()
@@ -165,64 +199,48 @@ class Service:
                     raise
                 # TorchServe would try to load it for ever; without it the others are served.
                 good.remove(culprit)
-                self.refused.append(Refused(culprit.archive, str(error)))
-        reasons = "; ".join(f"{refused.archive}: {refused.reason}" for refused in self.refused)
+                self.rejected.append(Rejected(culprit.archive, str(error)))
+        reasons = "; ".join(f"{rejected.archive}: {rejected.reason}" for rejected in self.rejected)
         raise BackendStartError(f"no model of {self._options.model_store} can be served: {reasons}")
 
-    def _start_gateway(self, flags: Mapping[str, str]) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="mmdet3d-serve-", dir=self._options.run_root)
-        said = {
-            "inference_url": _reachable(self.torchserve.inference_url),
-            "management_url": _reachable(self.torchserve.management_url),
-            "backend_request_bytes": str(self._options.max_request_bytes),
-            "backend_timeout_s": str(self._options.response_timeout_s + 10),
-            **flags,
+    def _start_gateway(self, options: GatewayOptions, listener: socket.socket) -> None:
+        run_dir = self.torchserve.run_dir
+        if options.worker_sockets == "auto":
+            options = replace(options, worker_sockets=self.torchserve.worker_sockets)
+        if self._options.token_authorization and run_dir is not None:
+            options = replace(options, backend_key_file=run_dir / "key_file.json")
+        document = {
+            "listener": listener.fileno(),
+            "options": options.dump(),
+            "rejected": {rejected.archive: rejected.reason for rejected in self.rejected},
         }
-        if "worker_sockets" not in self._environment():  # which a flag of ours would go before
-            said.setdefault("worker_sockets", str(self.torchserve.worker_sockets))
-        if self.refused:
-            listed = Path(self._folder.name, "refused.json")
-            listed.write_text(json.dumps({refused.archive: refused.reason for refused in self.refused}))
-            said["refused_file"] = str(listed)
-        if self._options.token_authorization and self.torchserve.run_dir is not None:
-            said["backend_key_file"] = str(self.torchserve.run_dir / "key_file.json")
-        address = Path(self._folder.name, "address")
-        said["address_file"] = str(address)
-        words = [word for name, value in said.items() for word in (f"--{name.replace('_', '-')}", value)]
-        self._gateway = subprocess.Popen(
-            [sys.executable, "-m", "serve", "gateway", *words],
+        self._gateway = gateway = subprocess.Popen(
+            [sys.executable, "-m", "serve.cli.gateway"],
             env=child_environment(),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             text=True,
+            pass_fds=[listener.fileno()],
             # Ctrl-C is ours to pass on, once; and it must not outlive us.
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-        deadline = time.monotonic() + _GATEWAY_START_S
-        while not address.exists():
-            if (code := self._gateway.poll()) is not None:
-                if code == 2:
-                    raise SettingsError("the gateway refused its options; it said why above")
-                raise BackendStartError(
-                    f"the gateway ended with code {code} while starting; it said why above"
-                )
-            if time.monotonic() > deadline:
-                raise BackendStartError(f"the gateway did not listen within {_GATEWAY_START_S:g} s")
-            self.torchserve.wait(0.05)
-        self.gateway_url = address.read_text().strip()
-
-    def _drain_s(self) -> float:
-        """What the gateway may take: as it was told, or as it says by itself."""
-        from serve.gateway.options import GatewayOptions
-
-        options = GatewayOptions.build(self._flags or {}, self._environment())
-        return options.linger_s + options.drain_s
-
-    def _environment(self) -> Mapping[str, str]:
-        """What the environment says about the gateway."""
-        from serve.settings import Settings
-
-        return Settings.from_environment().gateway
+        listener.close()  # The child has it; a copy here would keep the port open after the child stops listening.
+        assert gateway.stdin is not None and gateway.stdout is not None
+        with gateway.stdout:
+            with contextlib.suppress(BrokenPipeError), gateway.stdin:
+                json.dump(document, gateway.stdin)
+            deadline = time.monotonic() + _GATEWAY_START_S
+            while not select.select([gateway.stdout], [], [], 0)[0]:
+                if time.monotonic() > deadline:
+                    raise BackendStartError(f"the gateway did not listen within {_GATEWAY_START_S:g} s")
+                self.torchserve.wait(0.05)
+            self.gateway_url = gateway.stdout.readline().strip() or None
+        if self.gateway_url is None:
+            code = _shell_code(gateway.wait())
+            if code == 2:
+                raise SettingsError("the gateway rejected its options (see above)")
+            raise BackendStartError(f"the gateway ended with code {code} while starting (see above)")
 
 
 def _shell_code(code: int) -> int:

@@ -48,7 +48,7 @@ class DetectionHandler:
         from serve.runtime.malloc import disable_malloc_trim
 
         device = device_for(context.system_properties.get("gpu_id"))
-        if device.type == "cpu" and self.settings.keep_memory:
+        if device.type == "cpu" and self.settings.keep_heap:
             disable_malloc_trim()  # before there is a second thread, which would get memory of its own
         # Loads and computes: what torch and its kernels keep per thread (pools, the current device) is kept once.
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")

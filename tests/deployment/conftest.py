@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from serve.gateway.options import GatewayOptions
-from serve.settings import PREFIX, Settings
+from serve.settings import PREFIX
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -74,4 +74,4 @@ def environment(objects: list[Object], container: Object) -> dict[str, str]:
 def options_of(variables: Mapping[str, str]) -> GatewayOptions:
     """The gateway's options under these variables; raises where one is unknown or impossible."""
     assert all(name.startswith(PREFIX) for name in variables), variables
-    return GatewayOptions.build({}, Settings.from_environment(variables).gateway)
+    return GatewayOptions.build({}, variables)

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 import serve.torchserve.supervisor
 from serve import __version__
 from serve.cli import serve as serving
+from serve.cli.flags import values_of
 from serve.cli.main import COMMANDS
 from serve.gateway.app import create_app
 from serve.gateway.options import GatewayOptions
@@ -140,7 +141,7 @@ def test_the_image_is_started_with_options_that_it_has(rendered: Rendered, overl
     assert "command" not in container  # the image's own: python -m serve serve --container
     args = serving._parser().parse_args(container["args"])
     # TorchServe's own predictions would go past every limit of the gateway.
-    assert args.inference_host == "127.0.0.1"
+    assert values_of(args, TorchServeOptions)["inference_host"] == "127.0.0.1"
 
 
 def test_models_are_fetched_by_a_command_that_there_is(rendered: Rendered) -> None:
@@ -246,7 +247,13 @@ def test_only_the_gateway_can_be_reached(rendered: Rendered, overlay: str) -> No
 def test_what_ending_takes_fits_into_the_grace_period(rendered: Rendered, overlay: str) -> None:
     objects = rendered[overlay]
     options = options_of(environment(objects, main_container(objects)))
-    ending_s = options.linger_s + options.drain_s + serve.torchserve.supervisor._EXIT_S + DRAIN_S + GUARD_S
+    ending_s = (
+        options.shutdown_delay_s
+        + options.graceful_timeout_s
+        + serve.torchserve.supervisor._EXIT_S
+        + DRAIN_S
+        + GUARD_S
+    )
     assert ending_s < pod_spec(objects)["terminationGracePeriodSeconds"]
 
 
@@ -254,9 +261,9 @@ def test_what_ending_takes_fits_into_the_grace_period(rendered: Rendered, overla
 def test_no_request_may_last_longer_than_the_drain(rendered: Rendered, overlay: str) -> None:
     objects = rendered[overlay]
     options = options_of(environment(objects, main_container(objects)))
-    assert options.max_timeout_s <= options.drain_s
+    assert options.max_timeout_s <= options.graceful_timeout_s
     # Endpoints need to forget the pod before it stops listening: longer than a readiness probe takes to say so.
-    assert options.linger_s >= 5
+    assert options.shutdown_delay_s >= 5
 
 
 @pytest.mark.parametrize("overlay", ["cpu", "gpu"])

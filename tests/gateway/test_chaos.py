@@ -40,7 +40,7 @@ MAX_GROWTH_MIB = 20
 PATH = "/predictions/checksum"
 LIMITS = {
     "max_frame_bytes": 64 << 10, "max_body_bytes": 128 << 10, "batch_bytes": 128 << 10, "max_pending_frames": 128,
-    "max_pending_bytes": 4 << 20, "receive_timeout_s": 5, "log_level": "error",
+    "max_pending_bytes": 4 << 20, "body_timeout_s": 5, "log_level": "error",
 }  # fmt: skip
 # Of a request that can be meant, while workers die: answered, told to come back, or out of time.
 BUSY = {200, 429, 503, 504}

@@ -295,7 +295,7 @@ def test_a_management_port_that_is_slow_to_answer_stops_no_prediction(gateway, t
 
 
 def test_a_batch_that_does_not_end_turns_readiness_red(start_gateway, backend, cloud):
-    gateway = start_gateway(stall_s=0.1)
+    gateway = start_gateway(stall_timeout_s=0.1)
     eventually(lambda: ready(gateway))
     backend.hold()
     thread = threading.Thread(target=lambda: gateway.post(content=cloud(1)))

@@ -51,7 +51,7 @@ def test_a_new_default_version_is_followed(gateway, torchserve, cloud):
 
 
 def test_batches_run_beside_each_other_as_far_as_workers_are_ready(start_gateway, backend, cloud):
-    gateway = start_gateway(batch_frames=1, batches_ahead=0)
+    gateway = start_gateway(batch_frames=1, prefetch_batches=0)
     backend.hold()
     threads = [threading.Thread(target=gateway.post, kwargs={"content": cloud(i)}) for i in range(6)]
     for thread in threads:

@@ -73,7 +73,7 @@ def test_too_many_frames_in_a_request_are_refused(start_gateway, cloud, torchser
 
 
 def test_a_body_that_does_not_arrive_is_answered_408(start_gateway):
-    gateway = start_gateway(receive_timeout_s=0.2)
+    gateway = start_gateway(body_timeout_s=0.2)
     for head in (raw.head(PATH, content_length=100), raw.head(PATH, transfer_encoding="chunked")):
         with raw.connected(gateway.url) as connection:
             connection.sendall(head + b"5\r\nx")
@@ -127,7 +127,7 @@ def test_bytes_held_are_bounded_too(start_gateway, backend, cloud):
 
 
 def test_work_that_expires_while_it_waits_never_reaches_the_model(start_gateway, backend, cloud):
-    gateway = start_gateway(batch_frames=1, batches_ahead=0)
+    gateway = start_gateway(batch_frames=1, prefetch_batches=0)
     backend.hold()
     running = in_background(gateway, content=cloud(0))
     eventually(lambda: backend.app.held == 1)
@@ -150,7 +150,7 @@ def test_work_that_expires_while_it_waits_never_reaches_the_model(start_gateway,
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
 def test_work_of_a_client_that_hung_up_never_reaches_the_model(start_gateway, backend, cloud, accept):
-    gateway = start_gateway(batch_frames=1, batches_ahead=0)
+    gateway = start_gateway(batch_frames=1, prefetch_batches=0)
     backend.hold()
     running = in_background(gateway, content=cloud(0))
     eventually(lambda: backend.app.held == 1)
@@ -166,7 +166,7 @@ def test_work_of_a_client_that_hung_up_never_reaches_the_model(start_gateway, ba
 
 def test_a_client_that_hangs_up_in_mid_answer_keeps_nothing(start_gateway, backend, cloud):
     backend.app.models["second"]["1.0"].workers = [1, 2]
-    gateway = start_gateway(batch_frames=1, batches_ahead=0)
+    gateway = start_gateway(batch_frames=1, prefetch_batches=0)
     backend.hold(cloud(0))
     files = [("data", cloud(0)), ("data", cloud(1))]
     with gateway.client.stream(

@@ -1,24 +1,44 @@
-"""Settings of the gateway: where they come from, and which of them cannot be meant."""
+"""Options of the gateway: where they come from, and which of them contradict each other."""
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from serve.cli.flags import add_flags, add_help_all, values_of
 from serve.errors import SettingsError
-from serve.gateway.options import GatewayOptions, parser
+from serve.gateway.options import GatewayOptions
 
 ROOT = Path(__file__).parents[2]
+VARIABLE = "MMDET3D_SERVE_GATEWAY_"
 
 
-def test_a_flag_goes_before_the_environment_and_that_before_the_default():
+def parse(*argv: str, prefix: str = "") -> GatewayOptions:
+    made = parser(prefix)
+    return GatewayOptions.build(
+        values_of(made.parse_args(argv), GatewayOptions), {}, flag_prefix=f"--{prefix}"
+    )
+
+
+def parser(prefix: str = "") -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="gateway")
+    add_help_all(made)
+    add_flags(made, GatewayOptions, title="gateway", prefix=prefix)
+    return made
+
+
+def test_flag_goes_before_variable_and_that_before_the_default():
     options = GatewayOptions.build(
-        {"batch_points": "10", "port": None},
-        {"batch_points": "20", "port": "9000", "cors_origins": "http://a, http://b"},
+        {"batch_points": "10"},
+        {
+            f"{VARIABLE}BATCH_POINTS": "20",
+            f"{VARIABLE}PORT": "9000",
+            f"{VARIABLE}CORS_ORIGINS": "http://a, http://b",
+        },
     )
     assert (options.batch_points, options.port, options.batch_frames) == (
         10,
@@ -29,58 +49,108 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_default():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "named"),
     [
-        ({"batch_bytes": 64 << 20}, "batch_bytes must leave 64 KiB of backend_request_bytes"),
-        ({"max_frame_bytes": 49 << 20}, "max_frame_bytes is over batch_bytes"),
-        ({"max_body_bytes": 1 << 20}, "max_body_bytes is below max_frame_bytes"),
-        ({"max_pending_bytes": 63 << 20}, "max_pending_bytes is below max_body_bytes"),
-        ({"max_pending_frames": 63}, "max_pending_frames is below max_frames_per_request"),
-        ({"timeout_s": 301.0}, "timeout_s is over max_timeout_s"),
+        ({"batch_bytes": 64 << 20}, "batch_bytes=67108864 must leave 64 KiB of backend_request_bytes"),
+        ({"max_frame_bytes": 49 << 20}, "max_frame_bytes=.* is over batch_bytes"),
+        ({"max_body_bytes": 1 << 20}, "max_body_bytes=.* is below max_frame_bytes"),
+        ({"max_pending_bytes": 63 << 20}, "max_pending_bytes=.* is below max_body_bytes"),
+        ({"max_pending_frames": 63}, "max_pending_frames=63 is below max_frames_per_request"),
+        ({"timeout_s": 301.0}, "timeout_s=301 is over max_timeout_s"),
         ({"cors_origins": ("*",), "api_keys": ("k",)}, "list the origins"),
-        ({"batch_frames": 0}, "batch_frames must be at least 1"),
-        ({"timeout_s": 0.0}, "timeout_s must be at least"),
-        ({"timeout_s": float("nan")}, "timeout_s must be at least"),
-        ({"drain_s": -1.0}, "drain_s must be at least 0"),
-        ({"port": 65536}, "is not a port"),
-        ({"port": -1}, "port must be at least 0"),
-        ({"inference_url": "localhost:8080"}, "inference_url must start with http"),
-        ({"log_format": "xml"}, "log_format must be json or text"),
-        ({"log_level": "loud"}, "log_level must be"),
+        ({"batch_frames": 0}, "batch_frames=0 must be .* at least 1"),
+        ({"timeout_s": 0.0}, "timeout_s=0.0 must be"),
+        ({"timeout_s": float("nan")}, "timeout_s=nan must be"),
+        ({"timeout_s": float("inf")}, "timeout_s=inf must be"),
+        ({"graceful_timeout_s": -1.0}, "graceful_timeout_s=-1.0 must be .* at least 0"),
+        ({"port": 65536}, "port=65536 must be .* at most 65535"),
+        ({"port": -1}, "port=-1 must be .* at least 0"),
+        ({"inference_url": "localhost:8080"}, "inference_url='localhost:8080' must start with http"),
+        ({"log_format": "xml"}, "log_format='xml' must be json or text"),
+        ({"log_level": "loud"}, "log_level='loud' must be"),
+        ({"host": ""}, "host='' is empty"),
+        ({"api_keys_file": ""}, "api_keys_file='' is empty"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused_with_what_to_change(changes, said):
-    with pytest.raises(SettingsError, match=said):
+def test_values_that_contradict_each_other_or_their_range_are_refused(changes, named):
+    with pytest.raises(SettingsError, match=named):
         GatewayOptions(**changes)
 
 
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        (
-            {"batch_point": "1"},
-            "unknown setting MMDET3D_SERVE_GATEWAY_BATCH_POINT; did you mean .*BATCH_POINTS",
-        ),
-        ({"batch_points": "many"}, "MMDET3D_SERVE_GATEWAY_BATCH_POINTS='many' must be a number"),
-        ({"timeout_s": "soon"}, r"must be a number \(S\)"),
+        ({"BATCH_POINT": "1"}, f"unknown setting {VARIABLE}BATCH_POINT; did you mean {VARIABLE}BATCH_POINTS"),
+        ({"MAX_FRAME_BYTE": "1"}, "did you mean MMDET3D_SERVE_MAX_FRAME_BYTES"),
+        ({"BATCH_POINTS": "many"}, rf"{VARIABLE}BATCH_POINTS='many' must be .*\(POINTS\)"),
+        ({"TIMEOUT_S": "soon"}, r"must be a number .*\(S\)"),
     ],
 )
 def test_variables_that_are_unknown_or_no_numbers_are_refused(variables, said):
     with pytest.raises(SettingsError, match=said):
-        GatewayOptions.build({}, variables)
-    with pytest.raises(SettingsError, match=r"--batch-points='1\.5' must be a number"):
-        GatewayOptions.build({"batch_points": "1.5"}, {})
+        GatewayOptions.build({}, {f"{VARIABLE}{name}": text for name, text in variables.items()})
 
 
-def test_help_lists_every_option_with_its_unit_and_default():
-    text = parser("words").format_help()
-    for each in dataclasses.fields(GatewayOptions):
-        if each.name == "api_keys":
-            assert "--api-keys " not in text  # a process list shows arguments
-            continue
+def test_wrong_flag_is_named_as_it_was_written():
+    with pytest.raises(SettingsError, match=r"--batch-points='1\.5' must be"):
+        parse("--batch-points", "1.5")
+    with pytest.raises(SettingsError, match=r"--gateway-batch-points='1\.5' must be"):
+        parse("--gateway-batch-points", "1.5", prefix="gateway-")
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--uri-private-hosts"], "uri_private_hosts", True),
+        (["--uri-private-hosts", "true"], "uri_private_hosts", True),
+        (["--uri-private-hosts", "false"], "uri_private_hosts", False),
+        (["--no-uri-private-hosts"], "uri_private_hosts", False),
+        (["--cors-origins", "http://a,http://b", "--cors-origins", "http://c"], "cors_origins",
+         ("http://a", "http://b", "http://c")),
+        (["--worker-sockets", "none"], "worker_sockets", None),
+        (["--worker-sockets", "/run/w"], "worker_sockets", Path("/run/w")),
+        ([], "worker_sockets", "auto"),
+    ],
+)  # fmt: skip
+def test_flags_become_values(argv, field, value):
+    assert getattr(parse(*argv), field) == value
+
+
+@pytest.mark.parametrize(
+    ("former", "now", "field"),
+    [
+        ("--linger-s", "--shutdown-delay-s", "shutdown_delay_s"),
+        ("--drain-s", "--graceful-timeout-s", "graceful_timeout_s"),
+        ("--head-timeout-s", "--header-timeout-s", "header_timeout_s"),
+        ("--receive-timeout-s", "--body-timeout-s", "body_timeout_s"),
+        ("--early-s", "--lead-time-s", "lead_time_s"),
+        ("--batches-ahead", "--prefetch-batches", "prefetch_batches"),
+        ("--connection-requests", "--max-requests-per-connection", "max_requests_per_connection"),
+        ("--stall-s", "--stall-timeout-s", "stall_timeout_s"),
+    ],
+)
+def test_former_flag_works_with_a_warning_and_is_not_in_the_help(former, now, field, caplog):
+    assert getattr(parse(former, "7"), field) == 7
+    assert f"{former} is now {now}" in caplog.text
+    assert former not in parser().format_help()
+
+
+def test_help_shows_the_common_options_and_help_all_every_one_with_unit_and_default(capsys):
+    common = parser().format_help()
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--help-all"])
+    everything = capsys.readouterr().out
+    shown = 0
+    for each in GatewayOptions.options():
         flag = f"--{each.name.replace('_', '-')}"
-        assert f"{flag} {each.metadata['unit']}" in text, flag
-        assert each.metadata["unit"], flag
+        if each.name == "api_keys":
+            assert "--api-keys " not in everything  # a process list shows arguments
+            continue
+        assert f"{flag} {each.unit}".strip() in everything, flag
+        assert (f"  {flag} " in common) == each.common, flag
+        shown += each.common
+    assert 15 <= shown <= 22
+    assert "33554432, 32 MiB" in everything
 
 
 def run_gateway(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -99,9 +169,9 @@ def run_gateway(*arguments: str, **variables: str) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     ("arguments", "variables", "said"),
     [
-        (["--batch-bytes", "99999999"], {}, "error: batch_bytes must leave 64 KiB"),
-        (["--port", "x"], {}, "error: --port='x' must be a number (PORT)"),
-        ([], {"gateway_max_frame_byte": "1"}, "did you mean MMDET3D_SERVE_GATEWAY_MAX_FRAME_BYTES?"),
+        (["--batch-bytes", "99999999"], {}, "error: batch_bytes=99999999 must leave 64 KiB"),
+        (["--port", "x"], {}, "error: --port='x' must be a whole number"),
+        ([], {"gateway_max_frame_byte": "1"}, "did you mean MMDET3D_SERVE_MAX_FRAME_BYTES?"),
         ([], {"gatway_port": "1"}, "error: unknown setting MMDET3D_SERVE_GATWAY_PORT"),
         (
             ["--api-keys-file", "/nonexistent/keys"],
@@ -112,14 +182,24 @@ def run_gateway(*arguments: str, **variables: str) -> subprocess.CompletedProces
         (["--host", "203.0.113.1"], {}, "error: cannot listen on 203.0.113.1 port 8000"),
         (["--host", "not a host"], {}, "error: cannot listen on not a host"),
         (["--colour", "red"], {}, "unrecognized arguments"),
+        (["--refused-file", "x"], {}, "unrecognized arguments"),
+        (["--address-file", "x"], {}, "unrecognized arguments"),
     ],
 )
-def test_the_command_refuses_to_start_with_a_sentence_and_exit_code_2(arguments, variables, said):
+def test_command_refuses_to_start_with_a_sentence_and_exit_code_2(arguments, variables, said):
     done = run_gateway(*arguments, **variables)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_command_explains_itself():
+def test_private_entry_of_the_supervisor_refuses_a_person():
+    done = subprocess.run(
+        [sys.executable, "-m", "serve.cli.gateway"],
+        cwd=ROOT, input="hello", capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "mmdet3d-serve gateway" in done.stderr
+
+
+def test_command_explains_itself():
     done = run_gateway("--help")
     assert done.returncode == 0 and "MMDET3D_SERVE_GATEWAY_BATCH_POINTS" in done.stdout

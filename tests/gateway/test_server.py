@@ -41,7 +41,7 @@ class Process:
 
 @pytest.fixture
 def start(backend) -> Iterator[Callable[..., Process]]:
-    """`start("--drain-s", "2")`: the gateway as its command starts it."""
+    """`start("--graceful-timeout-s", "2")`: the gateway as its command starts it."""
     started: list[subprocess.Popen[str]] = []
 
     urls = ("--inference-url", backend.url, "--management-url", backend.url)
@@ -140,7 +140,7 @@ def test_what_is_in_flight_finishes_and_nothing_new_is_taken(start, backend, clo
 
 
 def test_while_it_lingers_it_answers_and_says_that_it_is_not_ready(start, cloud):
-    process = start("--linger-s", "300")
+    process = start("--shutdown-delay-s", "300")
     process.popen.send_signal(signal.SIGTERM)
     eventually(lambda: not process.ready())
     assert process.post(cloud(1)).status_code == 200
@@ -149,7 +149,7 @@ def test_while_it_lingers_it_answers_and_says_that_it_is_not_ready(start, cloud)
 
 
 def test_what_does_not_finish_within_the_drain_time_is_cut_and_the_exit_code_says_so(start, backend, cloud):
-    process = start("--drain-s", "1")
+    process = start("--graceful-timeout-s", "1")
     backend.hold()
     thread, answers = asked(process, cloud(1))
     eventually(lambda: backend.app.held == 1)

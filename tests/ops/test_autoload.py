@@ -106,7 +106,7 @@ def test_an_impossible_setting_is_a_sentence_at_the_first_use_and_nothing_before
     assert (begun.stdout, begun.stderr, begun.returncode) == ("fine\n", "", 0)
     used = python(environment, USE, stand_ins["lite"], ROOT, *HERE, MMDET3D_SERVE_OPS="fast")
     assert used.returncode == 1
-    assert used.stderr.endswith("SettingsError: MMDET3D_SERVE_OPS='fast': must be auto or portable\n")
+    assert used.stderr.endswith("SettingsError: MMDET3D_SERVE_OPS='fast' must be auto or portable\n")
 
 
 def test_without_the_project_python_starts_and_mmcv_says_what_it_lacks(environment, stand_ins):

@@ -57,7 +57,7 @@ def test_memory_of_a_frame_is_there_for_the_next():
     ],
 )
 def test_who_tunes_malloc_is_not_overruled_unless_they_ask(tuned):
-    assert Settings.from_environment({}).keep_memory
-    assert not Settings.from_environment(tuned).keep_memory
-    assert Settings.from_environment(tuned | {"MMDET3D_SERVE_KEEP_MEMORY": "1"}).keep_memory
-    assert not Settings.from_environment({"MMDET3D_SERVE_KEEP_MEMORY": "0"}).keep_memory
+    assert Settings.from_environment({}).keep_heap
+    assert not Settings.from_environment(tuned).keep_heap
+    assert Settings.from_environment(tuned | {"MMDET3D_SERVE_KEEP_HEAP": "1"}).keep_heap
+    assert not Settings.from_environment({"MMDET3D_SERVE_KEEP_HEAP": "0"}).keep_heap

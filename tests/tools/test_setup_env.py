@@ -92,7 +92,9 @@ def test_every_lock_holds_what_pyproject_asks_for() -> None:
         **{name: groups[name] for name in ("bench", "image", "sbom", "installer", "torch-cuda")},
     }
     for name, lines in asked.items():
-        pinned = {one.name: str(one.specifier).removeprefix("==") for one in locked(REQUIREMENTS / f"{name}.lock")}
+        pinned = {
+            one.name: str(one.specifier).removeprefix("==") for one in locked(REQUIREMENTS / f"{name}.lock")
+        }
         for wanted in (Requirement(line) for line in lines if isinstance(line, str)):
             if wanted.name != "torch" or name == "torch-cuda":
                 assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), (name, str(wanted))
@@ -111,7 +113,9 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     """A gateway without torch is what `pip install .` gives, so that is checked apart from the models."""
     project = pyproject()["project"]
     extras = project["optional-dependencies"]
-    declared = {Requirement(line).name for line in project["dependencies"] + extras["models"] + extras["otel"]}
+    declared = {
+        Requirement(line).name for line in project["dependencies"] + extras["models"] + extras["otel"]
+    }
     brought = {
         "botocore": "boto3",
         "llvmlite": "numba",

@@ -18,9 +18,10 @@ import httpx
 import psutil
 import pytest
 
-from serve.errors import ArchiveError, BackendStartError
+from serve.errors import ArchiveError, BackendStartError, SettingsError
+from serve.gateway.listener import bind
 from serve.torchserve import ServedModel, TorchServeOptions
-from serve.torchserve.supervisor import Service, archives_of, examine
+from serve.torchserve.supervisor import Service, archives_of, examine, gateway_options
 from tests.conftest import pick_free_ports
 from tools.demo.scenes import sample_frame
 
@@ -39,7 +40,7 @@ class Up:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "serve", "up", "--store", str(store),
+                sys.executable, "-m", "serve", "serve", "--container", "--store", str(store),
                 "--inference-port", str(inference), "--management-port", str(management),
                 "--metrics-port", str(metrics), "--gateway-port", str(gateway),
             ],
@@ -165,7 +166,7 @@ def test_batches_go_to_the_worker_directly_unless_turned_off(up: Callable[..., U
         float(line.rpartition(" ")[2]) for line in counts if line.startswith("ts_inference_requests_total{")
     )
     assert counted == (2 if turned_off else 1)
-    assert ("takes batches directly" in service.text()) != turned_off
+    assert ("to the socket of worker" in service.text()) != turned_off
 
 
 @pytest.mark.parametrize("which", ["gateway", "java"])
@@ -175,7 +176,7 @@ def test_the_death_of_either_process_ends_the_service_with_an_error(
     service = up()
     service.await_ready()
     everything = psutil.Process(service.process.pid).children(recursive=True)
-    service.child(which).kill()
+    service.child("serve.cli.gateway" if which == "gateway" else which).kill()
     assert service.end() == 128 + signal.SIGKILL
     _, alive = psutil.wait_procs(everything, timeout=10)
     assert not alive
@@ -199,6 +200,17 @@ def test_a_wrong_setting_is_a_sentence_and_2(up: Callable[..., Up]) -> None:
         "unknown setting MMDET3D_SERVE_GATEWAY_BATCH_POINTZ; did you mean MMDET3D_SERVE_GATEWAY_BATCH_POINTS?"
         in (service.text())
     )
+    assert "starting TorchServe" not in service.text()
+
+
+def test_a_taken_port_of_the_gateway_ends_the_start_before_torchserve_starts(tmp_path: Path) -> None:
+    (tmp_path / "bad.mar").write_bytes(b"PK")  # which would end the start of TorchServe
+    options = TorchServeOptions(tmp_path, [ServedModel("bad.mar")])
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1 port {port}"):
+            Service(options, gateway_options(options, {"port": port})).start()
 
 
 def test_bad_archives_are_refused_with_a_reason_and_the_others_serve(
@@ -220,7 +232,7 @@ def test_bad_archives_are_refused_with_a_reason_and_the_others_serve(
     assert "9.0.0" in models["future.mar"]["reason"]
     for name in ("foreign.mar", "damaged.mar", "future.mar"):
         assert models[name]["status"] == "refused" and models[name]["reason"]
-        assert f"{name} is refused: " in service.text()
+        assert f"{name} is rejected: " in service.text()
     assert (
         httpx.post(f"{service.url}/predictions/second", content=sample_frame(), timeout=60).status_code == 200
     )
@@ -266,7 +278,7 @@ def test_a_named_archive_that_is_damaged_ends_the_start(demo_store: Path, tmp_pa
 def test_archives_are_examined_one_by_one(demo_store: Path, tmp_path: Path) -> None:
     shutil.copy(demo_store / "second.mar", tmp_path / "a.mar")
     (tmp_path / "b.mar").write_bytes(b"")
-    good, refused = examine(tmp_path, archives_of(tmp_path, workers=2))
+    good, rejected = examine(tmp_path, archives_of(tmp_path, workers=2))
     assert [(model.archive, model.workers) for model in good] == [("a.mar", 2)]
-    assert [each.archive for each in refused] == ["b.mar"]
-    assert json.dumps(refused[0].reason)
+    assert [each.archive for each in rejected] == ["b.mar"]
+    assert json.dumps(rejected[0].reason)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None) -> int:
         parser.error("--rounds must be at least 1")
     if args.scaling and (args.native_python or args.frame):
         parser.error("--scaling accepts neither --native-python nor --frame: it generates its frames")
-    if args.device == "cpu" and Settings.from_environment().keep_memory:
+    if args.device == "cpu" and Settings.from_environment().keep_heap:
         from serve.runtime.malloc import disable_malloc_trim
 
         disable_malloc_trim()  # as workers do

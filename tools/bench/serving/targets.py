@@ -170,13 +170,10 @@ class TargetSet:
         }
         selected = {key: name for key, name in names.items() if key == (1, 1) or self._is_selected(name)}
         models = {key: f"{self.workload.name}-{key[0]}-{key[1]}" for key in selected}
-        served = [
-            ServedModel(self.workload.archive.name, name=model, batch_size=size, max_batch_delay_ms=delay)
-            for (size, delay), model in models.items()
-        ]
+        served = {key: ServedModel(self.workload.archive.name, name=model) for key, model in models.items()}
         options = TorchServeOptions(
             self.workload.archive.parent,
-            served[:1],
+            [served[1, 1]],
             inference_port=inference,
             management_port=management,
             metrics_port=metrics,
@@ -185,9 +182,10 @@ class TargetSet:
         self.announce("TorchServe")
         server = self._stack.enter_context(TorchServe(options))
         assert server.pid is not None
-        for model in served[1:]:  # one by one: many workers at once start slowly on few cores
-            self.announce(f"TorchServe, {model.name}")
-            server.register(model)
+        for key, model in served.items():  # one by one: many workers at once start slowly on few cores
+            if key != (1, 1):
+                self.announce(f"TorchServe, {model.name}")
+                server.register(model, batch_size=key[0], max_batch_delay_ms=key[1])
         for key, name in selected.items():
             if self._is_selected(name):
                 path = f"/predictions/{models[key]}"

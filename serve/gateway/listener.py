@@ -1,0 +1,35 @@
+"""The socket that the gateway listens on: bound by itself, or by the supervisor that starts it."""
+
+from __future__ import annotations
+
+import socket
+
+from serve.errors import SettingsError
+
+__all__ = ["bind", "url_of"]
+
+
+def url_of(listener: socket.socket) -> str:
+    """The URL at which a bound socket is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a TCP socket; it does not listen yet.
+
+    Raises:
+        SettingsError: the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SettingsError(
+            f"cannot listen on {host} port {port}: {error.strerror}; end what uses it, or choose another with --host "
+            "and --port (of `serve` and `demo`: --gateway-host and --gateway-port)"
+        ) from None
+    return listener

@@ -1,0 +1,345 @@
+"""The one mechanism by which all classes of options are declared, read and checked.
+
+An option is a field of a class derived from `Options`: its annotation, range and description become the variable
+(``MMDET3D_SERVE_<NAME>``), the flag (`serve.cli.flags`), the help text, ``docs/settings.md`` and the message
+that refuses a wrong value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    Union,
+    get_args,
+    get_origin,
+)
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+
+from serve.errors import SettingsError
+from serve.settings.names import PREFIX, RENAMED, did_you_mean, is_service_link, warn_renamed
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+__all__ = [
+    "CONFIG",
+    "FilePath",
+    "Flag",
+    "Names",
+    "OptionInfo",
+    "OptionalCount",
+    "OptionalPath",
+    "OptionalText",
+    "Options",
+    "Text",
+    "option",
+]
+
+CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _boolean(value: object) -> object:
+    return False if value == "" else value
+
+
+def _names(value: object) -> object:
+    """Split texts at commas; blanks go."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    return tuple(part.strip() for text in texts for part in str(text).split(",") if part.strip())
+
+
+def _none(value: object) -> object:
+    return None if value == "none" else value
+
+
+def _path(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty; set a path, or unset it")
+    return value
+
+
+def _text(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty; set a value, or unset it")
+    return value
+
+
+# How texts of flags and variables become values.
+Flag = Annotated[bool, BeforeValidator(_boolean)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_path), BeforeValidator(_none)]
+Text = Annotated[str, BeforeValidator(_text)]
+OptionalText = Annotated[str | None, BeforeValidator(lambda value: value or None), BeforeValidator(_none)]
+OptionalCount = Annotated[int | None, BeforeValidator(_none)]
+
+
+def option(
+    default: Any,
+    unit: str,
+    description: str,
+    *,
+    common: bool = False,
+    flag: bool = True,
+    **field: Any,
+) -> Any:
+    """Declare an option.
+
+    Args:
+        default: its default.
+        unit: unit of its values as help texts show it (``BYTES``, ``S``, ``N``); empty if it has none.
+        description: noun phrase or imperative, without range and default.
+        common: show it under ``--help``; others only under ``--help-all``.
+        flag: offer a flag; without one, it is set by variable or in Python.
+        **field: further arguments of `pydantic.Field`, such as ``ge=1``.
+    """
+    return Field(
+        default,
+        description=description,
+        json_schema_extra={"unit": unit, "common": common, "flag": flag},
+        **field,
+    )
+
+
+@plain_dataclass(frozen=True)
+class OptionInfo:
+    """One option as help texts and documentation show it.
+
+    Attributes:
+        name: field name.
+        variable: environment variable; None if there is none.
+        flag: whether it has a flag.
+        common: whether ``--help`` shows it.
+        unit: of its values; may be empty.
+        description: what it does.
+        accepts: which values it takes, in words.
+        default: value if nothing sets it.
+        kind: ``bool``, ``tuple`` or another type.
+        former: scoped former names, keys of `RENAMED`.
+    """
+
+    name: str
+    variable: str | None
+    flag: bool
+    common: bool
+    unit: str
+    description: str
+    accepts: str
+    default: Any
+    kind: Any
+    former: tuple[str, ...]
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Options:
+    """Base of all classes of options; a wrong value is a `SettingsError` however it is given.
+
+    Attributes:
+        SCOPE: what names of its variables begin with, after `PREFIX`, and keys of `RENAMED`.
+        HAS_VARIABLES: whether its options can be set by environment variables.
+        UNSCOPED: fields whose variable is the one of `Settings`.
+    """
+
+    SCOPE: ClassVar[str] = ""
+    HAS_VARIABLES: ClassVar[bool] = True
+    UNSCOPED: ClassVar[tuple[str, ...]] = ()
+    if TYPE_CHECKING:
+        __pydantic_fields__: ClassVar[dict[str, FieldInfo]]
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _map_errors(cls, value: Any, handler: Any, info: ValidationInfo) -> Any:
+        """The seam between pydantic's errors and ours; `build` hands the spelling of each name in the context."""
+        try:
+            built = handler(value)
+        except ValidationError as error:
+            raise SettingsError(_message(cls, error, info.context or {})) from None
+        for sentence in built.contradictions():
+            raise SettingsError(sentence)
+        return built
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield a sentence for every pair of values that cannot both be meant."""
+        yield from ()
+
+    @classmethod
+    def build(
+        cls,
+        flags: Mapping[str, object] | None = None,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        defaults: Mapping[str, object] | None = None,
+        flag_prefix: str = "--",
+    ) -> Self:
+        """Read flags first, then the environment, then `defaults`, then the class's defaults.
+
+        Args:
+            flags: texts or values by field name.
+            environ: environment variables; unknown ones of this class are refused.
+            defaults: values by field name, for what neither sets.
+            flag_prefix: how messages spell a flag.
+
+        Raises:
+            SettingsError: an unknown name, an impossible value, or values that contradict each other.
+        """
+        values = dict(defaults or {})
+        spelled: dict[str, str] = {}
+        for name, (variable, text) in cls._variables(environ).items():
+            values[name], spelled[name] = text, variable
+        for name, value in (flags or {}).items():
+            values[name], spelled[name] = value, f"{flag_prefix}{name.replace('_', '-')}"
+        built: Self = TypeAdapter(cls).validate_python(values, context=spelled)
+        return built
+
+    def dump(self) -> dict[str, Any]:
+        """All values as JSON has them, for `build`."""
+        dumped: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
+        return dumped
+
+    @classmethod
+    def options(cls) -> list[OptionInfo]:
+        """Every option of the class, in the order of its fields."""
+        found = []
+        for name, field in cls.__pydantic_fields__.items():
+            extra = field.json_schema_extra
+            if not isinstance(extra, dict) or "unit" not in extra:
+                continue
+            scoped = cls._scoped(name)
+            found.append(
+                OptionInfo(
+                    name=name,
+                    variable=f"{PREFIX}{scoped.upper()}" if cls.HAS_VARIABLES else None,
+                    flag=bool(extra["flag"]),
+                    common=bool(extra["common"]),
+                    unit=str(extra["unit"]),
+                    description=field.description or "",
+                    accepts=_accepts(field),
+                    default=field.get_default(call_default_factory=True, validated_data={}),
+                    kind=_kind(field),
+                    former=tuple(old for old, new in RENAMED.items() if new.name == scoped),
+                )
+            )
+        return found
+
+    @classmethod
+    def _scoped(cls, name: str) -> str:
+        return name if name in cls.UNSCOPED else f"{cls.SCOPE}{name}"
+
+    @classmethod
+    def _variables(cls, environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        """Variables of this class by field name, each as it is spelled, with its text."""
+        if not cls.HAS_VARIABLES:
+            return {}
+        known = {cls._scoped(each.name): each.name for each in cls.options()}
+        found: dict[str, tuple[str, str]] = {}
+        former: dict[str, tuple[str, str]] = {}
+        for variable, text in environ.items():
+            name = variable.removeprefix(PREFIX).lower()
+            if not variable.startswith(PREFIX) or is_service_link(name, text):
+                continue
+            if name in RENAMED and RENAMED[name].name in known:
+                now = RENAMED[name].name
+                warn_renamed(variable, f"{PREFIX}{now.upper()}")
+                former[known[now]] = (variable, text)
+            elif name in known:
+                found[known[name]] = (variable, text)
+            elif _concerns(cls.SCOPE, name):
+                raise SettingsError(f"unknown setting {variable}{did_you_mean(name, known)}")
+        return former | found
+
+
+def _concerns(scope: str, name: str) -> bool:
+    """Whether an unknown variable is an error of this class: each class answers for its own scope."""
+    return name.startswith(scope) if scope else not name.startswith("gateway_")
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The members of a type: of a union each, else the type itself; without Annotated."""
+    if get_origin(annotation) is Annotated:
+        return _parts(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [part for each in get_args(annotation) for part in _parts(each)]
+    return [annotation]
+
+
+def _kind(field: FieldInfo) -> Any:
+    """The type of a field's values; Literal only if they are nothing else."""
+    kinds = [get_origin(each) or each for each in _parts(field.annotation)]
+    return next((each for each in kinds if each not in (Literal, type(None))), Literal)
+
+
+def _bounds(field: FieldInfo) -> Sequence[str]:
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    return [
+        f"{words[name]} {getattr(each, name)}"
+        for each in field.metadata
+        for name in words
+        if hasattr(each, name)
+    ]
+
+
+def _accepts(field: FieldInfo) -> str:
+    """Which values a field takes, to follow "must be"."""
+    kind, parts = _kind(field), _parts(field.annotation)
+    choices = [str(value) for each in parts if get_origin(each) is Literal for value in get_args(each)]
+    if type(None) in parts:
+        choices.append("none")
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        tuple: "a list of texts",
+        str: "a text",
+        Path: "a path",
+    }
+    if kind is not Literal:
+        extra = field.json_schema_extra
+        unit = extra.get("unit", "") if isinstance(extra, dict) and kind in (int, float) else ""
+        bounds = " and ".join(_bounds(field))
+        choices.insert(0, words[kind] + (f" of {bounds}" if bounds else "") + (f" ({unit})" if unit else ""))
+    return " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
+
+
+def _message(cls: type[Options], error: ValidationError, spelled: Mapping[str, str]) -> str:
+    """One sentence per mistake: how the option was spelled, its value, and what to do."""
+    fields = cls.__pydantic_fields__
+    sentences = []
+    for each in error.errors(include_url=False):
+        if not each["loc"]:
+            sentences.append(str(each.get("ctx", {}).get("error", each["msg"])))
+            continue
+        first = each["loc"][0]
+        name = list(fields)[first] if isinstance(first, int) else first
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            sentences.append(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
+        elif each["type"] == "missing":
+            sentences.append(f"{name} is missing")
+        else:
+            reason = each.get("ctx", {}).get("error") if each["type"] == "value_error" else None
+            shown = f"{spelled.get(name, name)}={each['input']!r}"
+            sentences.append(f"{shown} {reason or f'must be {_accepts(fields[name])}'}")
+    return "; ".join(dict.fromkeys(sentences))
