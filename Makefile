@@ -41,13 +41,12 @@ $(STAMP): $(SETUP_INPUTS)
 setup: $(STAMP) ## Make .venv with everything in it (wheels only; keeps a torch that fits)
 	@echo "setup: $(VENV) is up to date"
 
-lint: $(STAMP) ## Check style, types, layers of imports, Dockerfile and links of the documentation
+lint: $(STAMP) docs ## Check style, types, layers of imports, Dockerfile and links of the documentation
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
 	PYTHONPATH=. $(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/hadolint docker/Dockerfile
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 docs: $(STAMP) ## Build the documentation as a site, build/site; a broken link or anchor fails
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
