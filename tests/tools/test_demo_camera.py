@@ -35,11 +35,15 @@ def test_projection_agrees_with_the_crop_of_the_lidar():
     np.testing.assert_array_equal(inside, raycast.in_camera(points))
 
 
+@pytest.fixture(scope="module")
+def empty_street():
+    return camera.render(Layout(FLAT), supersampling=1).astype(int)
+
+
 @pytest.mark.parametrize("place_m", [(10.0, 0.0, -1.0), (15.0, 6.0, -1.73), (20.0, -9.0, -1.5)])
-def test_an_object_is_drawn_where_its_box_projects_to(place_m):
+def test_an_object_is_drawn_where_its_box_projects_to(place_m, empty_street):
     drawn = camera.render(street(sign_at=place_m), supersampling=1).astype(int)
-    empty = camera.render(Layout(FLAT), supersampling=1).astype(int)
-    changed = np.abs(drawn - empty).sum(axis=2) > 40
+    changed = np.abs(drawn - empty_street).sum(axis=2) > 40
     x, y, z = place_m
     assert changed[pixel_of((x - 0.1, y, z + 0.5))]
     assert not changed[pixel_of((x - 0.1, y, z + 1.3))]
