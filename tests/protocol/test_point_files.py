@@ -1,0 +1,230 @@
+"""Point-cloud files are recognised by their first bytes, read by column name, and bounded before they are read."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serve.errors import FrameTooLarge, UndecodableFrame
+from serve.protocol.point_files import arrange, read_point_file, sniff
+from serve.settings import Limits
+
+LAYOUT = ("x", "y", "z", "intensity")
+ALL = frozenset(range(4))
+POINTS = np.random.default_rng(0).uniform(-40, 40, (200, 4)).astype(np.float32)
+POINTS[:, 3] = np.linspace(0, 1, 200)
+
+
+def structured(order: str = "<", names: tuple[str, ...] = LAYOUT) -> np.ndarray:
+    array = np.zeros(len(POINTS), dtype=[(name, f"{order}f4") for name in names])
+    for k, name in enumerate(names):
+        array[name] = POINTS[:, k]
+    return array
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    return stream.getvalue()
+
+
+def pcd(encoding: str, folder: Path) -> bytes:
+    from pypcd4.pypcd4 import Encoding, PointCloud
+
+    cloud = PointCloud.from_points(tuple(POINTS.T), LAYOUT, (np.float32,) * 4)
+    cloud.save(folder / "cloud.pcd", encoding=Encoding(encoding))
+    return (folder / "cloud.pcd").read_bytes()
+
+
+def ply(*, text: bool = False, order: str = "<", faces: bool = True) -> bytes:
+    from plyfile import PlyData, PlyElement
+
+    elements = [PlyElement.describe(structured(), "vertex")]
+    if faces:
+        elements.append(PlyElement.describe(np.zeros(3, dtype=[("vertex_indices", "i4", (3,))]), "face"))
+    stream = io.BytesIO()
+    PlyData(elements, text=text, byte_order=order).write(stream)
+    return stream.getvalue()
+
+
+def las(folder: Path, suffix: str) -> bytes:
+    import laspy
+
+    header = laspy.LasHeader(point_format=3, version="1.2")
+    header.scales = [1e-5] * 3
+    cloud = laspy.LasData(header)
+    cloud.x, cloud.y, cloud.z = (np.asarray(POINTS[:, k], dtype=np.float64) for k in range(3))
+    cloud.intensity = np.round(POINTS[:, 3] * 1000).astype(np.uint16)
+    cloud.write(str(folder / f"cloud.{suffix}"))
+    return (folder / f"cloud.{suffix}").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("point-files")
+    return {
+        "npy, structured": npy(structured()),
+        "npy, big-endian": npy(structured(">")),
+        "npz, structured": npz(points=structured(), other=np.zeros(3)),
+        "PCD ascii": pcd("ascii", folder),
+        "PCD binary": pcd("binary", folder),
+        "PCD compressed": pcd("binary_compressed", folder),
+        "PLY little-endian": ply(),
+        "PLY big-endian": ply(order=">"),
+        "PLY ascii": ply(text=True),
+        "LAS": las(folder, "las"),
+        "LAZ": las(folder, "laz"),
+    }
+
+
+NAMES = (
+    "npy, structured",
+    "npy, big-endian",
+    "npz, structured",
+    "PCD ascii",
+    "PCD binary",
+    "PCD compressed",
+    "PLY little-endian",
+    "PLY big-endian",
+    "PLY ascii",
+)
+
+
+def read(body: bytes, limits: Limits | None = None) -> np.ndarray:
+    name = sniff(body)
+    assert name is not None
+    return arrange(read_point_file(body, name, limits or Limits()), LAYOUT, ALL, {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_format_gives_the_same_points(files, name):
+    assert np.array_equal(read(files[name]), POINTS)
+
+
+@pytest.mark.parametrize("suffix", ["las", "laz"])
+def test_las_gives_scaled_coordinates_and_its_own_intensity(tmp_path, suffix):
+    points = read(las(tmp_path, suffix))
+    assert np.abs(points[:, :3] - POINTS[:, :3]).max() < 2e-5
+    assert np.array_equal(points[:, 3], np.round(POINTS[:, 3] * 1000))
+
+
+def test_columns_are_matched_by_name_and_not_by_place():
+    shuffled = np.zeros(len(POINTS), dtype=[(name, "<f4") for name in reversed(LAYOUT)])
+    for k, name in enumerate(LAYOUT):
+        shuffled[name] = POINTS[:, k]
+    assert np.array_equal(read(npy(shuffled)), POINTS)
+
+
+@pytest.mark.parametrize("spelling", ["Intensity", "reflectance", "i"])
+def test_a_usual_spelling_of_a_column_is_understood(spelling):
+    assert np.array_equal(read(npy(structured(names=("x", "y", "z", spelling)))), POINTS)
+
+
+def test_a_missing_column_is_refused_by_its_name_unless_stated_or_unused():
+    body = npy(structured()[["x", "y", "z"]])
+    table = read_point_file(body, "npy", Limits())
+    with pytest.raises(UndecodableFrame, match="intensity"):
+        arrange(table, LAYOUT, ALL, {})
+    assert (arrange(table, LAYOUT, ALL, {"intensity": 0.5})[:, 3] == 0.5).all()
+    assert (arrange(table, LAYOUT, frozenset({0, 1, 2}), {})[:, 3] == 0).all()
+
+
+def test_packed_colours_of_pcl_are_unpacked():
+    from pypcd4.pypcd4 import PointCloud
+
+    rgb = np.full(len(POINTS), (10 << 16) | (20 << 8) | 30, dtype=np.uint32).view(np.float32)
+    cloud = PointCloud.from_points((*POINTS[:, :3].T, rgb), ("x", "y", "z", "rgb"), (np.float32,) * 4)
+    stream = io.BytesIO()
+    cloud.save(stream)
+    table = read_point_file(stream.getvalue(), "PCD", Limits())
+    coloured = arrange(table, ("x", "y", "z", "red", "green", "blue"), frozenset(range(6)), {})
+    assert np.array_equal(coloured[0, 3:], (10, 20, 30))
+
+
+@pytest.mark.parametrize(
+    ("magic", "named"),
+    [
+        (b"\x1f\x8b\x08\0\0\0\0\0", "gzip"),
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+        (b"PAR1\0\0\0\0", "Parquet"),
+        (b"#ROSBAG V2.0\n", "ROS bag"),
+        (b"\x89PNG\r\n\x1a\n", "PNG"),
+        (b"\xff\xd8\xff\xe0\0\x10", "JPEG"),
+        (b"\x80\x04\x95\0\0\0\0\0", "pickle"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_by_its_name(magic, named):
+    with pytest.raises(UndecodableFrame, match=named):
+        sniff(magic + bytes(range(256)) * 5)
+
+
+def test_coordinates_that_begin_like_another_format_are_points():
+    points = POINTS.copy()
+    points[0, 0] = np.frombuffer(b"BM\x20\x41", "<f4")[0]  # 10.018, whose first bytes are a BMP's
+    assert sniff(points.tobytes()) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_points_than_allowed_are_refused_before_they_are_read(files, name):
+    with pytest.raises(FrameTooLarge):
+        read(files[name], Limits(max_points=199))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"# .PCD v0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH 2000000\nHEIGHT 1\nPOINTS 2000000\n"
+        b"DATA binary\n" + bytes(12),
+        b"# .PCD v0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nPOINTS 300\nDATA binary_compressed\n"
+        + struct.pack("<II", 8, 0xFFFFFFFF)
+        + bytes(8),
+        b"ply\nformat binary_little_endian 1.0\nelement vertex 1999999\nproperty double x\nproperty double y\n"
+        b"property double z\nend_header\n" + bytes(24),
+        b"ply\nformat binary_little_endian 1.0\nelement vertex 1\nproperty list uint int x\nend_header\n"
+        + b"\xff" * 8,
+    ],
+    ids=["PCD", "PCD compressed", "PLY", "PLY list"],
+)
+def test_a_header_that_claims_more_than_there_is_is_refused(body):
+    with pytest.raises(UndecodableFrame):
+        read(body)
+
+
+def test_a_zip_bomb_is_refused_by_its_unpacked_size():
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("points.npy", bytes(80 << 20))
+    with pytest.raises(FrameTooLarge):
+        read(stream.getvalue(), Limits(max_frame_bytes=1 << 20))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from((*NAMES, "LAS", "LAZ")))
+def test_damaged_files_are_refused_and_never_a_traceback(files, data, name):
+    body = bytearray(files[name])
+    # Headers decide most, so most damage is done there.
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.one_of(st.integers(0, min(400, len(body) - 1)), st.integers(0, len(body) - 1)))
+        body[at] = data.draw(st.integers(0, 255))
+    cut = bytes(body[: data.draw(st.one_of(st.just(len(body)), st.integers(8, len(body))))])
+    try:
+        kind = sniff(cut)
+        if kind is not None:
+            table = read_point_file(cut, kind, Limits(max_points=1000))
+            assert table.count <= 1000
+            assert all(values.shape == (table.count,) for values in table.columns.values())
+    except (UndecodableFrame, FrameTooLarge):
+        pass
