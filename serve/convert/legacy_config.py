@@ -1,0 +1,438 @@
+"""Bring configs of MMDetection 2.x and MMDetection3D 0.x / 1.0.0rc to today's form.
+
+Only what serving needs is converted: the model, the test pipeline and the class names. The old form keeps data sets in
+``data = dict(train=…, val=…, test=…)``, normalises and pads in the pipeline, wraps the test pipeline in
+``MultiScaleFlipAug`` and has voxel layers inside the model; today's form has ``test_dataloader``, a
+``data_preprocessor`` and plain pipelines. Old and new names after the migration guides of mmdet 3.0 and mmdet3d 1.1.
+
+What is converted is reported in one line; what cannot be converted raises an `ArchiveError` that names it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve.errors import ArchiveError
+
+__all__ = ["Modernized", "is_legacy", "modernize"]
+
+Step = dict[str, Any]
+
+# Wrappers around the steps of a test pipeline, with all scales and flips.
+_AUGMENTERS = ("MultiScaleFlipAug", "MultiScaleFlipAug3D")
+# Steps that made tensors and data containers; packing does that today.
+_PACKERS = (
+    "DefaultFormatBundle",
+    "DefaultFormatBundle3D",
+    "ImageToTensor",
+    "ToTensor",
+    "ToDataContainer",
+    "Collect",
+    "Collect3D",
+)
+_OLD_STEPS = frozenset((*_AUGMENTERS, *_PACKERS, "Normalize", "IndoorPointSample"))
+_RENAMED_STEPS = {"IndoorPointSample": "PointSample"}
+# Wrappers of data sets by the member that holds what they wrap.
+_WRAPPED = ("dataset", "datasets")
+_VOXEL_LAYERS = ("voxel_layer", "pts_voxel_layer")
+_DYNAMIC = ("DynamicVoxelNet", "DynamicMVXFasterRCNN")
+# Members of a model that only training reads.
+_TRAINING_ONLY = ("pretrained", "input_size", "random_size_range", "random_size_interval", "init_cfg")
+# Members that were renamed (to a new name) or dropped (None), by type; heads of the same family inherit by name.
+_MEMBERS: Mapping[str, Mapping[str, str | None]] = {
+    "CTResNetNeck": {"in_channel": "in_channels"},
+    "CenterNetHead": {"in_channel": "in_channels", "feat_channel": "feat_channels"},
+    "H3DBboxHead": {"feat_channels": None},
+    "ImVoxelNet": {"anchor_generator": "prior_generator"},
+    "MinkSingleStage3DDetector": {"voxel_size": None},
+    "NASFPN": {"add_extra_convs": None},
+    "PartAggregationROIHead": {"part_roi_extractor": "bbox_roi_extractor"},
+    "PointRCNNRoIHead": {"point_roi_extractor": "bbox_roi_extractor"},
+    "SSD3DHead": {"in_channels": None, "conv_cfg": None, "norm_cfg": None},
+    "StageCascadeRPNHead": {"sampling": None},
+    "VoteHead": {"conv_cfg": None, "norm_cfg": None},
+}
+# Distillation: the student answers, and is what the checkpoint holds.
+_DISTILLED = {"KnowledgeDistillationSingleStageDetector": "SingleStageDetector", "LAD": "PAA"}
+# Models whose insides were rearranged, with a new meaning of the same members.
+_REARRANGED = frozenset(
+    (
+        "DETR",
+        "DeformableDETR",
+        "ConditionalDETR",
+        "DABDETR",
+        "MaskFormer",
+        "Mask2Former",
+        "YOLACT",
+        "YOLACTHead",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Modernized:
+    """A config in today's form.
+
+    Attributes:
+        config: its members, as plain dictionaries.
+        notes: one line on what was converted, and one for each thing that serving leaves out.
+    """
+
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def is_legacy(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of MMDetection 2.x, MMDetection3D 0.x or 1.0.0rc."""
+    data = config.get("data")
+    if isinstance(data, Mapping) and any(
+        isinstance(data.get(split), Mapping | list) for split in ("train", "val", "test")
+    ):
+        return True
+    model = config.get("model")
+    return isinstance(model, Mapping) and any(name in model for name in _VOXEL_LAYERS)
+
+
+def modernize(config: Mapping[str, Any], package: str) -> Modernized:
+    """Convert a legacy config.
+
+    Args:
+        config: the resolved config (after ``_base_``).
+        package: ``mmdet`` or ``mmdet3d``.
+
+    Raises:
+        ArchiveError: something cannot be converted; the message names it.
+    """
+    notes: list[str] = []
+    dataset = _test_dataset(config)
+    steps = [dict(step) for step in dataset.get("pipeline") or config.get("test_pipeline") or ()]
+    if not steps:
+        raise ArchiveError(
+            "the config is in the form of mmdet 2.x / mmdet3d 0.x and has no data.test.pipeline: nothing says how a "
+            "frame is prepared; add the test pipeline"
+        )
+    if not isinstance(config.get("model"), Mapping):
+        raise ArchiveError("the config has no model")
+    model = copy.deepcopy(_plain(config["model"]))
+    _check_rearranged(model)
+    if package == "mmdet3d" and _is_of_mmdet(model):
+        package = "mmdet"
+    for name in ("train_cfg", "test_cfg"):
+        if config.get(name) is not None and model.get(name) is None and not _is_loop(config[name]):
+            model[name] = copy.deepcopy(_plain(config[name]))
+    model["train_cfg"] = None
+    flat, normalization, padding = _pipeline(steps, notes)
+    model["data_preprocessor"] = _preprocessor(model, package, normalization, padding)
+    for _, part in _parts(model):
+        for name in _TRAINING_ONLY:
+            part.pop(name, None)
+        for name, now in _MEMBERS.get(str(part.get("type", "")).rpartition(".")[2], {}).items():
+            if name in part:
+                value = part.pop(name)
+                if now is not None:
+                    part.setdefault(now, value)
+    _keep_student(model, notes)
+    if model.get("type") == "ImVoxelNet":
+        model.setdefault("coord_type", "DEPTH" if "Depth" in str(dataset.get("box_type_3d", "")) else "LIDAR")
+    if package == "mmdet3d":
+        _turn_anchors(model, notes)
+        _qualify(model)
+    packed = {
+        "type": "Pack3DDetInputs" if package == "mmdet3d" else "PackDetInputs",
+        **({"keys": _packed_keys(flat)} if package == "mmdet3d" else {"meta_keys": _META_KEYS}),
+    }
+    pipeline = [*flat, packed]
+    members = {
+        name: _plain(value)
+        for name, value in config.items()
+        if name not in ("data", "train_cfg", "test_cfg", "test_pipeline", "train_pipeline", "model")
+    }
+    today = {
+        **members,
+        "default_scope": package,
+        "model": model,
+        "test_pipeline": pipeline,
+        "test_dataloader": {"dataset": _dataset({**_base_dataset(config), **dataset}, pipeline)},
+    }
+    notes.insert(
+        0,
+        f"the config is of {'mmdet 2.x' if package == 'mmdet' else 'mmdet3d 0.x / 1.0.0rc'}: "
+        "model and test pipeline were converted to today's form",
+    )
+    return Modernized(today, tuple(notes))
+
+
+_META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
+
+
+def _plain(value: Any) -> Any:
+    """Dictionaries and lists without mmengine's classes around them."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return (
+            type(value)(_plain(inner) for inner in value)
+            if type(value) in (list, tuple)
+            else list(map(_plain, value))
+        )
+    return value
+
+
+def _is_loop(value: Any) -> bool:
+    """Whether a ``train_cfg`` or ``test_cfg`` is mmengine's loop, not the model's settings."""
+    return isinstance(value, Mapping) and str(value.get("type", "")).endswith("Loop")
+
+
+def _test_dataset(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The data set of the test split, out of its wrappers."""
+    data = config.get("data") or {}
+    found: Any = next((data[split] for split in ("test", "val") if data.get(split) is not None), {})
+    while True:
+        if isinstance(found, list | tuple):
+            found = found[0] if found else {}
+        wrapped = next(
+            (found[name] for name in _WRAPPED if isinstance(found.get(name), Mapping | list)), None
+        )
+        if wrapped is None or "pipeline" in found:
+            return _plain(found)  # type: ignore[no-any-return]
+        found = wrapped
+
+
+def _base_dataset(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Type and class names of a base in today's form below an old config."""
+    found: Any = config.get("test_dataloader") or {}
+    while isinstance(found, Mapping) and isinstance(found.get("dataset"), Mapping):
+        found = found["dataset"]
+    known = {name: found[name] for name in ("type", "modality", "box_type_3d") if name in found}
+    classes = (
+        (found.get("metainfo") or {}).get("classes") if isinstance(found.get("metainfo"), Mapping) else None
+    )
+    return {**known, **({"classes": classes} if classes is not None else {})}
+
+
+def _dataset(dataset: Mapping[str, Any], pipeline: Sequence[Step]) -> dict[str, Any]:
+    """What today's form keeps of a data set: its type, its class names, its pipeline."""
+    kept = {
+        name: dataset[name]
+        for name in ("type", "modality", "box_type_3d", "load_interval")
+        if name in dataset
+    }
+    classes = dataset.get("classes")
+    if classes is not None:
+        kept["metainfo"] = {"classes": classes}
+    return {**kept, "pipeline": list(pipeline)}
+
+
+def _check_rearranged(model: Mapping[str, Any]) -> None:
+    for _, part in _parts(dict(model)):
+        kind = str(part.get("type", "")).rpartition(".")[2]
+        old = "transformer" in part or "transformer_decoder" in part or "segm_head" in part
+        if old and (kind in _REARRANGED or kind.endswith("Head")):
+            raise ArchiveError(
+                f"{model.get('type')} of mmdet 2.x keeps its parts in places that mmdet 3 lacks ({kind}); write "
+                "the config on top of the zoo's present one, and convert the checkpoint with mmdet's model converters"
+            )
+
+
+def _parts(model: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every dictionary in a model, with its path."""
+    yield path, model
+    for name, value in model.items():
+        inner = value if isinstance(value, list | tuple) else [value]
+        for one in inner:
+            if isinstance(one, dict):
+                yield from _parts(one, f"{path}.{name}" if path else str(name))
+
+
+# The pipeline
+
+
+def _pipeline(steps: Sequence[Step], notes: list[str]) -> tuple[list[Step], Step | None, list[Step]]:
+    """Steps in today's form without packing; the normalisation and the paddings that were among them."""
+    flat: list[Step] = []
+    normalization: Step | None = None
+    padding: list[Step] = []
+    for step in _unwrapped(steps, notes):
+        kind = str(step["type"]).rpartition(".")[2]
+        step["type"] = _RENAMED_STEPS.get(kind, step["type"])
+        if kind in _PACKERS or _is_identity(kind, step):
+            continue
+        if kind == "Normalize":
+            normalization = step
+        elif kind == "Pad" and step.get("size_divisor") is not None and not step.get("pad_val"):
+            padding.append(step)
+        elif kind == "Pad":
+            flat.append(_pad(step, normalization))
+        else:
+            if "img_scale" in step:
+                step["scale"] = step.pop("img_scale")
+            flat.append(step)
+    if any(step["type"] == "Pad" for step in flat) and normalization is not None:
+        for step in flat:
+            if str(step["type"]).startswith("LoadImage"):
+                step["to_float32"] = True  # the padding is the mean, exactly
+    return flat, normalization, padding
+
+
+def _unwrapped(steps: Sequence[Step], notes: list[str]) -> Iterator[Step]:
+    for step in steps:
+        kind = str(step.get("type", "")).rpartition(".")[2]
+        if kind not in _AUGMENTERS:
+            if kind == "LoadProposals":
+                raise ArchiveError(
+                    "the pipeline loads proposals from a file (LoadProposals): such models are not served"
+                )
+            yield {name: _plain(value) for name, value in step.items() if name != "file_client_args"}
+            continue
+        scales = step.get("img_scale")
+        many = isinstance(scales, list) and len(scales) > 1
+        factors = step.get("scale_factor")
+        if many or step.get("flip") or (isinstance(factors, list) and len(factors) > 1):
+            notes.append(f"test-time augmentation ({kind}) is left out: one scale, no flip")
+        scale = (
+            scales[0]
+            if isinstance(scales, list) and scales and isinstance(scales[0], list | tuple)
+            else scales
+        )
+        for inner in step.get("transforms", ()):
+            one = {name: _plain(value) for name, value in inner.items()}
+            if str(one.get("type", "")).rpartition(".")[2] == "Resize" and not {"img_scale", "scale"} & set(
+                one
+            ):
+                if scale is not None:
+                    one["scale"] = tuple(scale)
+                elif factors is not None:
+                    one["scale_factor"] = factors[0] if isinstance(factors, list) else factors
+            yield one
+
+
+def _is_identity(kind: str, step: Step) -> bool:
+    """Whether a random step does nothing at test time: no flip, no turn, no change of scale."""
+    if kind in ("RandomFlip", "RandomFlip3D"):
+        return True  # flips were decided by the augmenter around it
+    if kind == "GlobalRotScaleTrans":
+        still = not any(step.get("rot_range") or (0,)) and set(step.get("scale_ratio_range") or (1,)) == {1}
+        return still and not any(step.get("translation_std") or (0,))
+    return False
+
+
+def _pad(step: Step, normalization: Step | None) -> Step:
+    """A padding that stays in the pipeline; normalisation comes after it now, so it pads with the mean."""
+    value = step.get("pad_val", 0)
+    image = value.get("img", 0) if isinstance(value, dict) else value
+    if normalization is not None and not any(image if isinstance(image, list | tuple) else (image,)):
+        mean = list(normalization["mean"])
+        image = tuple(reversed(mean)) if normalization.get("to_rgb", True) else tuple(mean)
+    if isinstance(image, list):
+        image = tuple(image)
+    return {**step, "pad_val": {"img": image}}
+
+
+def _packed_keys(flat: Sequence[Step]) -> list[str]:
+    kinds = {str(step["type"]).rpartition(".")[2] for step in flat}
+    keys = ["points"] if "LoadPointsFromFile" in kinds else []
+    return keys + (
+        ["img"]
+        if any(kind.startswith("LoadImage") or kind.startswith("LoadMultiView") for kind in kinds)
+        else []
+    )
+
+
+# The model
+
+
+def _preprocessor(
+    model: dict[str, Any], package: str, normalization: Step | None, padding: Sequence[Step]
+) -> dict[str, Any]:
+    """What normalises, pads and voxelises today."""
+    made: dict[str, Any] = {
+        "type": "Det3DDataPreprocessor" if package == "mmdet3d" else "DetDataPreprocessor"
+    }
+    made.update(model.get("data_preprocessor") or {})  # an old config on top of a base in today's form
+    layers = [model.pop(name) for name in _VOXEL_LAYERS if name in model]
+    if layers:
+        layer = layers[0]
+        is_dynamic = model.get("type") in _DYNAMIC or layer.get("max_num_points") == -1
+        made.update(voxel=True, voxel_type="dynamic" if is_dynamic else "hard", voxel_layer=layer)
+    if normalization is not None:
+        made.update(
+            mean=list(normalization["mean"]),
+            std=list(normalization["std"]),
+            bgr_to_rgb=bool(normalization.get("to_rgb", True)),
+        )
+    divisors = [step["size_divisor"] for step in padding]
+    if divisors:
+        made["pad_size_divisor"] = max(divisors)
+    return made
+
+
+def _turn_anchors(model: MutableMapping[str, Any], notes: list[str]) -> None:
+    """Anchors of the LiDAR box frame before mmdet3d 1.0.0rc0: sizes were (width, length, height).
+
+    As in `serve.convert.legacy_weights`, the frame shows in the anchors: every one is narrower along x than along y.
+    """
+    head = model.get("bbox_head")
+    generator = head.get("anchor_generator") if isinstance(head, dict) else None
+    sizes = generator.get("sizes") if isinstance(generator, dict) else None
+    if (
+        not isinstance(head, dict)
+        or not isinstance(generator, dict)
+        or not sizes
+        or "Anchor3D" not in str(generator.get("type"))
+    ):
+        return
+    if any(len(size) < 3 or size[0] > size[1] for size in sizes) or all(size[0] == size[1] for size in sizes):
+        return
+    generator["sizes"] = [[length, width, *rest] for width, length, *rest in sizes]
+    if not head.get("dir_offset"):
+        head.pop("dir_offset", None)  # today's default is a quarter turn
+    notes.append(
+        "the anchors were turned from the box frame before mmdet3d 1.0.0rc0: (width, length) to (length, width)"
+    )
+
+
+def _keep_student(model: dict[str, Any], notes: list[str]) -> None:
+    if (now := _DISTILLED.get(str(model.get("type")))) is None:
+        return
+    notes.append(f"{model['type']} distils: the student is served, as {now}")
+    model["type"] = now
+    for name in [name for name in model if name.startswith(("teacher", "output_feature", "eval_teacher"))]:
+        del model[name]
+
+
+def _is_of_mmdet(model: Mapping[str, Any]) -> bool:
+    """Whether the detector is one of mmdet's, as in mmdet3d's configs for nuImages."""
+    import mmdet.models  # noqa: F401
+    import mmdet3d.models  # noqa: F401
+    from mmdet.registry import MODELS as MMDET_MODELS
+    from mmdet3d.registry import MODELS
+
+    kind = str(model.get("type"))
+    return kind not in MODELS.module_dict and kind in MMDET_MODELS.module_dict
+
+
+def _qualify(model: dict[str, Any]) -> None:
+    """Name mmdet's modules in an mmdet3d model by their package, which its registries require today."""
+    from mmdet3d.registry import MODELS, TASK_UTILS
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmdet3d")
+    import mmdet.models  # noqa: F401
+    import mmdet3d.models  # noqa: F401
+    from mmdet.registry import MODELS as MMDET_MODELS
+    from mmdet.registry import TASK_UTILS as MMDET_UTILS
+
+    for _, part in _parts(model):
+        kind = part.get("type")
+        if (
+            not isinstance(kind, str)
+            or "." in kind
+            or kind in MODELS.module_dict
+            or kind in TASK_UTILS.module_dict
+        ):
+            continue
+        if kind in MMDET_MODELS.module_dict or kind in MMDET_UTILS.module_dict:
+            part["type"] = f"mmdet.{kind}"
