@@ -8,18 +8,15 @@ TorchServe, torch or any model: what a model wants is said by `FrameSpec`.
 Formats:
 
 * ``.bin``: float32, little-endian, `load_dim` numbers per point, no header (KITTI, nuScenes).
-* ``.npy``: NumPy's format (NEP 1), a real array of shape (N, load_dim); never a pickle.
+* ``.npy``, ``.npz``, PCD, PLY, LAS, LAZ: columns by name or in the model's order (`serve.protocol.points`).
 * JPEG, PNG, WebP, BMP images.
 * JSON calibrations, see `serve.protocol.calibration`.
 """
 
 from __future__ import annotations
 
-import ast
 import base64
 import binascii
-import io
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -28,10 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from serve.errors import BadRequest, FrameTooLarge, NonFinitePoints, UndecodableFrame, UnknownOption
+from serve.errors import BadRequest, FrameTooLarge, UndecodableFrame, UnknownOption
 from serve.protocol.batch import Body, Bytes
 from serve.protocol.calibration import parse_calibration
 from serve.protocol.images import Decoder, decode_image
+from serve.protocol.points import PointLayout, decode_points, parse_columns
 from serve.settings import Limits
 
 __all__ = [
@@ -59,11 +57,6 @@ MODALITIES: Mapping[Modality, str] = {
     "fusion": "a cloud, a picture and how they belong together (points, image, calibration)",
 }
 
-NPY_MAGIC = b"\x93NUMPY"
-MAX_NPY_HEADER_BYTES = 10_000  # numpy's own bound for headers it parses
-# A LiDAR sees some hundred metres; what is beyond is not a coordinate but misread bytes.
-MAX_COORDINATE_M = 1e6
-
 
 @dataclass(frozen=True)
 class FrameSpec:
@@ -76,6 +69,7 @@ class FrameSpec:
         decoder: ``cv2``, or ``pillow`` (``color`` only), whose pixels of a JPEG differ by a level here and there.
         cameras: names of the cameras in the model's order (multi-view only).
         calibration: names of the matrices the model needs, of every camera.
+        used_columns: indices of the columns of a point that the model looks at; None: all.
     """
 
     modality: Modality
@@ -84,6 +78,12 @@ class FrameSpec:
     decoder: Decoder = "cv2"
     cameras: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
+    used_columns: tuple[int, ...] | None = None
+
+    @property
+    def layout(self) -> PointLayout:
+        """Columns of the points."""
+        return PointLayout.default(self.load_dim, is_depth=self.modality == "depth", used=self.used_columns)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -109,12 +109,14 @@ class FrameOptions:
         max_detections: keep at most so many, best first; None keeps all.
         load_dim: the caller's own float count per point; checked against the model's.
         num_points: the caller's own point count; checked against the bytes.
+        columns: the caller's own columns, as in ``x,y,z,intensity=0`` (`serve.protocol.points.parse_columns`).
     """
 
     score_thr: float = 0.0
     max_detections: int | None = None
     load_dim: int | None = None
     num_points: int | None = None
+    columns: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,13 @@ def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -
     for name, value in values.items():
         if name not in known:
             raise UnknownOption(f"unknown option '{name}'; known are: {', '.join(sorted(known))}")
-        changes[name] = _score(name, value) if name == "score_thr" else _count(name, value)
+        match name:
+            case "score_thr":
+                changes[name] = _score(name, value)
+            case "columns":
+                changes[name] = _columns(name, value)
+            case _:
+                changes[name] = _count(name, value)
     return replace(base or FrameOptions(), **changes)
 
 
@@ -163,6 +171,13 @@ def _score(name: str, value: Any) -> float:
     if not 0.0 <= number <= 1.0:
         raise UnknownOption(f"{name} must be a number from 0 to 1, got {value!r}")
     return number
+
+
+def _columns(name: str, value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 4096:
+        raise UnknownOption(f"{name} must be text, as in x,y,z,intensity=0, got {str(value)[:80]!r}")
+    parse_columns(value)
+    return value
 
 
 def _count(name: str, value: Any) -> int:
@@ -225,7 +240,14 @@ def _spelled(spec: FrameSpec) -> str:
 
 def _decode_part(name: str, body: Bytes, spec: FrameSpec, options: FrameOptions, limits: Limits) -> Any:
     if name == "points":
-        return _decode_points(body, spec.load_dim, options, limits)
+        return decode_points(
+            body,
+            spec.layout,
+            limits,
+            columns=options.columns,
+            load_dim=options.load_dim,
+            num_points=options.num_points,
+        )
     if name == "calibration":
         return parse_calibration(body, spec.calibration, spec.cameras)
     try:
@@ -237,90 +259,6 @@ def _decode_part(name: str, body: Bytes, spec: FrameSpec, options: FrameOptions,
     except UndecodableFrame as error:
         raise (UndecodableFrame(f"{name}: {error}") if spec.cameras else error) from None
     return picture
-
-
-def _decode_points(
-    body: Bytes, load_dim: int, options: FrameOptions, limits: Limits
-) -> npt.NDArray[np.float32]:
-    if options.load_dim is not None and options.load_dim != load_dim:
-        raise UndecodableFrame(
-            f"the request declares {options.load_dim} floats per point, this model takes {load_dim}"
-        )
-    if bytes(body[: len(NPY_MAGIC)]) == NPY_MAGIC:
-        points = _read_npy(body, load_dim, limits)
-    else:
-        points = _read_bin(body, load_dim, options, limits)
-    if options.num_points is not None and options.num_points != len(points):
-        raise UndecodableFrame(
-            f"the request declares {options.num_points} points, the frame holds {len(points)} of {load_dim} floats"
-        )
-    if not np.isfinite(points).all():
-        bad = int((~np.isfinite(points)).any(axis=1).sum())
-        raise NonFinitePoints(f"{bad} of {len(points)} points hold NaN or inf; remove them before sending")
-    if len(points) and float(np.abs(points[:, :3]).max()) > MAX_COORDINATE_M:
-        raise UndecodableFrame(
-            f"coordinates reach {float(np.abs(points[:, :3]).max()):.3g} m: these bytes are not float32 "
-            f"little-endian points of {load_dim} numbers starting with x, y, z in metres"
-        )
-    return points
-
-
-def _read_bin(body: Bytes, load_dim: int, options: FrameOptions, limits: Limits) -> npt.NDArray[np.float32]:
-    if len(body) == 0 and options.num_points != 0:
-        raise UndecodableFrame(
-            "the body is empty; an empty cloud is sent with num_points=0, or as .npy (0, load_dim)"
-        )
-    # Float32 coordinates always have bytes outside the printable range; text never has.
-    head = bytes(body[:512])
-    if head and all(byte in _PRINTABLE for byte in head):
-        raise UndecodableFrame(
-            'the body is text, not a point cloud; send the bytes of a .bin or .npy, or base64 as JSON {"b64": …}'
-        )
-    stride = 4 * load_dim
-    if len(body) % stride:
-        raise UndecodableFrame(
-            f"{len(body)} bytes are not a whole number of points: this model takes {load_dim} float32 per point "
-            f"({stride} bytes)"
-        )
-    if len(body) // stride > limits.max_points:
-        raise FrameTooLarge(f"the cloud has {len(body) // stride} points, the limit is {limits.max_points}")
-    return np.frombuffer(body, dtype="<f4").astype(np.float32, copy=False).reshape(-1, load_dim)
-
-
-_PRINTABLE = frozenset(b"\t\n\r" + bytes(range(32, 127)))
-
-
-def _read_npy(body: Bytes, load_dim: int, limits: Limits) -> npt.NDArray[np.float32]:
-    """Read a .npy without numpy.load, which allocates what the header claims before looking at the bytes."""
-    try:
-        stream = io.BytesIO(bytes(body[:65536]))
-        version = np.lib.format.read_magic(stream)
-        length = struct.unpack(
-            "<H" if version == (1, 0) else "<I", stream.read(2 if version == (1, 0) else 4)
-        )[0]
-        if length > MAX_NPY_HEADER_BYTES:
-            raise ValueError(f"the header claims {length} bytes")
-        start = stream.tell() + length
-        header = ast.literal_eval(stream.read(length).decode("latin1"))
-        shape, fortran, dtype = header["shape"], header["fortran_order"], np.dtype(header["descr"])
-        rows, columns = shape
-    except (ValueError, TypeError, KeyError, SyntaxError, struct.error, MemoryError, RecursionError) as error:
-        raise UndecodableFrame(f"not a readable .npy header of a two-dimensional array: {error}") from None
-    if dtype.kind not in "fiu" or not isinstance(rows, int) or rows < 0:
-        raise UndecodableFrame(f"a cloud must be an array of numbers, got dtype {dtype}")
-    if columns != load_dim:
-        raise UndecodableFrame(f"the array is {tuple(shape)}, this model takes (N, {load_dim})")
-    if rows > limits.max_points:
-        raise FrameTooLarge(f"the cloud has {rows} points, the limit is {limits.max_points}")
-    if len(body) - start != rows * columns * dtype.itemsize:
-        raise UndecodableFrame(
-            f"the .npy header declares {tuple(shape)} {dtype}, but {len(body) - start} bytes follow"
-        )
-    array = np.frombuffer(memoryview(body)[start:], dtype=dtype).reshape(
-        rows, columns, order="F" if fortran else "C"
-    )
-    with np.errstate(over="ignore"):  # too large a double becomes inf and is refused with the others
-        return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def decode_json_request(body: Bytes) -> tuple[Body, dict[str, Any]]:

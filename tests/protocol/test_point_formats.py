@@ -13,16 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.errors import FrameTooLarge, UndecodableFrame
-from serve.protocol.point_files import arrange, read_point_file, sniff
+from serve.protocol.point_formats import read_point_file
+from serve.protocol.points import PointLayout, arrange, sniff
 from serve.settings import Limits
 
-LAYOUT = ("x", "y", "z", "intensity")
-ALL = frozenset(range(4))
+NAMED = ("x", "y", "z", "intensity")
+LAYOUT = PointLayout(NAMED, frozenset(range(4)))
 POINTS = np.random.default_rng(0).uniform(-40, 40, (200, 4)).astype(np.float32)
 POINTS[:, 3] = np.linspace(0, 1, 200)
 
 
-def structured(order: str = "<", names: tuple[str, ...] = LAYOUT) -> np.ndarray:
+def structured(order: str = "<", names: tuple[str, ...] = NAMED) -> np.ndarray:
     array = np.zeros(len(POINTS), dtype=[(name, f"{order}f4") for name in names])
     for k, name in enumerate(names):
         array[name] = POINTS[:, k]
@@ -44,7 +45,7 @@ def npz(**arrays: np.ndarray) -> bytes:
 def pcd(encoding: str, folder: Path) -> bytes:
     from pypcd4.pypcd4 import Encoding, PointCloud
 
-    cloud = PointCloud.from_points(tuple(POINTS.T), LAYOUT, (np.float32,) * 4)
+    cloud = PointCloud.from_points(tuple(POINTS.T), NAMED, (np.float32,) * 4)
     cloud.save(folder / "cloud.pcd", encoding=Encoding(encoding))
     return (folder / "cloud.pcd").read_bytes()
 
@@ -106,7 +107,7 @@ NAMES = (
 def read(body: bytes, limits: Limits | None = None) -> np.ndarray:
     name = sniff(body)
     assert name is not None
-    return arrange(read_point_file(body, name, limits or Limits()), LAYOUT, ALL, {})
+    return arrange(read_point_file(body, name, limits or Limits()), LAYOUT, {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,8 +123,8 @@ def test_las_gives_scaled_coordinates_and_its_own_intensity(tmp_path, suffix):
 
 
 def test_columns_are_matched_by_name_and_not_by_place():
-    shuffled = np.zeros(len(POINTS), dtype=[(name, "<f4") for name in reversed(LAYOUT)])
-    for k, name in enumerate(LAYOUT):
+    shuffled = np.zeros(len(POINTS), dtype=[(name, "<f4") for name in reversed(NAMED)])
+    for k, name in enumerate(NAMED):
         shuffled[name] = POINTS[:, k]
     assert np.array_equal(read(npy(shuffled)), POINTS)
 
@@ -137,9 +138,9 @@ def test_a_missing_column_is_refused_by_its_name_unless_stated_or_unused():
     body = npy(structured()[["x", "y", "z"]])
     table = read_point_file(body, "npy", Limits())
     with pytest.raises(UndecodableFrame, match="intensity"):
-        arrange(table, LAYOUT, ALL, {})
-    assert (arrange(table, LAYOUT, ALL, {"intensity": 0.5})[:, 3] == 0.5).all()
-    assert (arrange(table, LAYOUT, frozenset({0, 1, 2}), {})[:, 3] == 0).all()
+        arrange(table, LAYOUT, {})
+    assert (arrange(table, LAYOUT, {"intensity": 0.5})[:, 3] == 0.5).all()
+    assert (arrange(table, PointLayout(NAMED, frozenset({0, 1, 2})), {})[:, 3] == 0).all()
 
 
 def test_packed_colours_of_pcl_are_unpacked():
@@ -150,7 +151,7 @@ def test_packed_colours_of_pcl_are_unpacked():
     stream = io.BytesIO()
     cloud.save(stream)
     table = read_point_file(stream.getvalue(), "PCD", Limits())
-    coloured = arrange(table, ("x", "y", "z", "red", "green", "blue"), frozenset(range(6)), {})
+    coloured = arrange(table, PointLayout.default(6, is_depth=True), {})
     assert np.array_equal(coloured[0, 3:], (10, 20, 30))
 
 

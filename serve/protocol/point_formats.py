@@ -1,9 +1,7 @@
 """Read point-cloud files that name their columns: PCD, PLY, LAS, LAZ, npz, structured npy.
 
-The format is recognised by its first bytes (`sniff`), never by arithmetic on the length. Every size that a header
-claims is compared with the limits and with the bytes that follow before a reader sees it; the readers are pypcd4,
-plyfile, laspy (with lazrs) and numpy. A file becomes a `PointTable`, columns by their standard name; `arrange` puts
-them into the order that a model takes.
+Every size that a header claims is compared with the limits and with the bytes that follow before a reader sees it; the
+readers are pypcd4, plyfile, laspy (with lazrs) and numpy. A file becomes a `PointTable`: columns by standard name.
 
 Formats: PCD https://pointclouds.org/documentation/tutorials/pcd_file_format.html, PLY
 http://paulbourke.net/dataformats/ply/, LAS 1.4-R15 (ASPRS), NEP 1 for npy.
@@ -20,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,46 +28,9 @@ from serve.protocol import laz_process
 from serve.protocol.batch import Bytes
 from serve.settings import Limits
 
-__all__ = ["PointTable", "arrange", "read_point_file", "sniff"]
+__all__ = ["MAX_COLUMNS", "NPY_MAGIC", "STANDARD_NAME", "PointTable", "read_point_file"]
 
 NPY_MAGIC = b"\x93NUMPY"
-# First bytes to format. Formats without a reader are named, so that nobody's archive is taken for coordinates.
-MAGIC: Sequence[tuple[bytes, str]] = (
-    (NPY_MAGIC, "npy"),
-    (b"# .PCD", "PCD"),
-    (b"VERSION", "PCD"),
-    (b"FIELDS", "PCD"),
-    (b"ply\n", "PLY"),
-    (b"ply\r", "PLY"),
-    (b"LASF", "LAS"),
-    (b"PK\x03\x04", "npz"),
-)
-UNREADABLE: Sequence[tuple[bytes, str]] = (
-    (b"\x1f\x8b", "gzip"),
-    (b"\x28\xb5\x2f\xfd", "Zstandard"),
-    (b"BZh", "bzip2"),
-    (b"\xfd7zXZ\x00", "xz"),
-    (b"\x89HDF\r\n", "HDF5"),
-    (b"PAR1", "Parquet"),
-    (b"ARROW1", "Arrow"),
-    (b"ASTM-E57", "E57"),
-    (b"DRACO", "Draco"),
-    (b"#ROSBAG", "ROS bag"),
-    (b"SQLite format 3", "SQLite (a ROS 2 bag?)"),
-    (b"\x89MCAP", "MCAP"),
-    (b"\x89PNG", "PNG image"),
-    (b"\xff\xd8\xff", "JPEG image"),
-    (b"GIF8", "GIF image"),
-    (b"BM", "BMP image"),
-    (b"RIFF", "RIFF (WebP?)"),
-    (b"%PDF", "PDF"),
-    (b"\x80\x02", "pickle"),
-    (b"\x80\x03", "pickle"),
-    (b"\x80\x04", "pickle"),
-    (b"\x80\x05", "pickle"),
-    (b"<!DO", "HTML"),
-    (b"<htm", "HTML"),
-)
 # Spellings of a column, lower case, by its standard name.
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "x": ("x", "x_m"),
@@ -125,40 +86,6 @@ class PointTable:
     count: int
 
 
-def sniff(body: Bytes) -> str | None:
-    """Name the format of a file by its first bytes; None: no format with a signature, such as a ``.bin``.
-
-    Raises:
-        UndecodableFrame: a known format that holds no point cloud, or one without a reader here.
-    """
-    head = bytes(body[:16])
-    for magic, name in MAGIC:
-        if head.startswith(magic):
-            return name
-    for magic, name in UNREADABLE:
-        if head.startswith(magic) and _is_not_points(magic, body):
-            raise UndecodableFrame(
-                f"the body is {name}, not a point cloud; send .bin, .npy, .npz, PCD, PLY, LAS or LAZ, uncompressed"
-            )
-    return None
-
-
-def _is_not_points(magic: bytes, body: Bytes) -> bool:
-    """Whether so short a signature is no coincidence of a first coordinate.
-
-    A first coordinate of a ``.bin`` may be any float32: one whose bytes equal a signature of two or three bytes is
-    possible, so the length has to disagree with every stride of 3 to 8 floats as well.
-    """
-    return len(magic) >= 4 or len(body) % 4 != 0 or not _plausible(body)
-
-
-def _plausible(body: Bytes) -> bool:
-    """Whether the first numbers read as float32 are coordinates: finite, and below 10 km."""
-    head = np.frombuffer(bytes(body[: min(len(body), 4096) // 4 * 4]), dtype="<f4")
-    with np.errstate(invalid="ignore"):
-        return bool(len(head) and (np.isfinite(head) & (np.abs(head) < 1e4)).mean() > 0.99)
-
-
 def read_point_file(body: Bytes, name: str, limits: Limits) -> PointTable:
     """Read a file whose format `sniff` named.
 
@@ -168,43 +95,6 @@ def read_point_file(body: Bytes, name: str, limits: Limits) -> PointTable:
     """
     with _errors_of(name):
         return _READERS[name](body, limits)
-
-
-def arrange(
-    table: PointTable, layout: Sequence[str], used: frozenset[int], constants: Mapping[str, float]
-) -> npt.NDArray[np.float32]:
-    """Put columns into the order a model takes.
-
-    Args:
-        table: what the file holds.
-        layout: standard name of each of the model's columns, in its order.
-        used: indices of `layout` that the model looks at; others may be missing and become 0.
-        constants: values that the client states for columns that the file lacks.
-
-    Returns:
-        (N, len(layout)) float32.
-
-    Raises:
-        UndecodableFrame: a column that the model looks at is missing.
-    """
-    missing = [
-        name
-        for k, name in enumerate(layout)
-        if k in used and name not in table.columns and name not in constants
-    ]
-    if missing:
-        raise UndecodableFrame(
-            f"the {table.format} file has no column {', '.join(missing)}, which the model uses; it has "
-            f"{', '.join(table.columns) or 'none'}. State a value, as in columns={missing[0]}=0, or send the column"
-        )
-    points = np.zeros((table.count, len(layout)), dtype=np.float32)
-    with np.errstate(over="ignore"):  # too large a double becomes inf and is refused with the others
-        for k, name in enumerate(layout):
-            if name in table.columns:
-                points[:, k] = table.columns[name]
-            else:
-                points[:, k] = constants.get(name, 0.0)
-    return points
 
 
 @contextmanager
@@ -271,11 +161,11 @@ def _read_npy(body: Bytes, limits: Limits, name: str = "npy") -> PointTable:
     read_header = (
         np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     )
-    shape, _, dtype = read_header(stream)
+    shape, is_fortran, dtype = read_header(stream)
     if dtype.hasobject:
         raise UndecodableFrame("the array holds Python objects; send numbers")
     if dtype.names is None:
-        return _plain_array(body, stream.tell(), shape, dtype, limits, name)
+        return _plain_array(body, stream.tell(), shape, "F" if is_fortran else "C", dtype, limits, name)
     if len(shape) != 1:
         raise UndecodableFrame(f"a structured array of points has one dimension, this one has shape {shape}")
     _check_count(shape[0], limits)
@@ -285,16 +175,20 @@ def _read_npy(body: Bytes, limits: Limits, name: str = "npy") -> PointTable:
 
 
 def _plain_array(
-    body: Bytes, start: int, shape: tuple[int, ...], dtype: np.dtype[Any], limits: Limits, name: str
+    body: Bytes,
+    start: int,
+    shape: tuple[int, ...],
+    order: Literal["C", "F"],
+    dtype: np.dtype[Any],
+    limits: Limits,
+    name: str,
 ) -> PointTable:
     """A two-dimensional array without names: its columns are numbered."""
-    if len(shape) != 2 or dtype.kind not in "fiu":
+    if len(shape) != 2 or dtype.kind not in "fiu" or not 3 <= shape[1] <= MAX_COLUMNS:
         raise UndecodableFrame(f"a point cloud is an array of numbers (N, columns), got {shape} {dtype}")
     _check_count(shape[0], limits)
-    if not 3 <= shape[1] <= MAX_COLUMNS:
-        raise UndecodableFrame(f"a point cloud is an array of numbers (N, columns), got {shape} {dtype}")
     _check_bytes(name, shape[0], shape[1] * dtype.itemsize, len(body) - start)
-    array = np.frombuffer(body, dtype, shape[0] * shape[1], start).reshape(shape)
+    array = np.frombuffer(body, dtype, shape[0] * shape[1], start).reshape(shape, order=order)
     return PointTable(name, {str(k): array[:, k] for k in range(shape[1])}, shape[0])
 
 

@@ -1,0 +1,103 @@
+"""A .bin says nothing of itself: what it cannot be is noticed, what the client declares is believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serve.errors import UndecodableFrame, UnknownOption
+from serve.protocol.points import PointLayout, decode_points, parse_columns
+from serve.settings import Limits
+
+SAMPLE = np.fromfile(Path(__file__).parents[2] / "serve" / "assets" / "sample.bin", "<f4").reshape(-1, 4)
+SAMPLE = SAMPLE[: len(SAMPLE) // 60 * 60]  # a whole number of points of 3, 4, 5 and 6 numbers
+LIDAR = PointLayout.default(4, is_depth=False)
+
+
+def decode(array: np.ndarray, layout: PointLayout = LIDAR, **declared) -> np.ndarray:
+    return decode_points(np.ascontiguousarray(array).tobytes(), layout, Limits(), **declared)
+
+
+def wider(*more: np.ndarray) -> np.ndarray:
+    return np.column_stack([SAMPLE, *more]).astype("<f4")
+
+
+ZEROS = np.zeros(len(SAMPLE), "<f4")
+RING = (np.arange(len(SAMPLE)) % 32).astype("<f4")
+
+
+@pytest.mark.parametrize(
+    ("array", "numbers"),
+    [
+        (wider(ZEROS), 5),
+        (wider(RING), 5),
+        (wider(SAMPLE[:, 0], SAMPLE[:, 1]), 6),
+        (SAMPLE[:, :3], 3),
+    ],
+    ids=["five, zeros", "five, rings", "six", "three"],
+)
+def test_another_stride_is_refused_with_its_number(array, numbers):
+    with pytest.raises(UndecodableFrame, match=f"points of {numbers} numbers"):
+        decode(array)
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", ">f8"])
+def test_another_type_or_byte_order_is_refused(dtype):
+    with pytest.raises(UndecodableFrame):
+        decode(SAMPLE.astype(dtype))
+
+
+def test_declared_columns_are_taken_by_name():
+    shuffled = np.column_stack([RING, SAMPLE[:, ::-1]]).astype("<f4")
+    assert np.array_equal(decode(shuffled, columns="ring,intensity,z,y,x"), SAMPLE)
+
+
+def test_a_declared_constant_stands_for_a_column_that_is_not_there():
+    points = decode(SAMPLE[:, :3], columns="x,y,z,intensity=0.25")
+    assert np.array_equal(points[:, :3], SAMPLE[:, :3]) and (points[:, 3] == 0.25).all()
+
+
+def test_a_client_that_declares_the_stride_is_believed():
+    odd = wider(ZEROS)
+    assert decode(odd, load_dim=4).shape == (len(odd) * 5 // 4, 4)
+
+
+@pytest.mark.parametrize("text", ["x,y,z,x", "x y z", "x,y,z,=3", "x,y,z,i=one", "x,y,z," + "a" * 200])
+def test_an_impossible_declaration_is_refused(text):
+    with pytest.raises(UnknownOption):
+        parse_columns(text)
+
+
+def clouds() -> list[tuple[str, np.ndarray, PointLayout]]:
+    """Point clouds of many kinds, all right as they are."""
+    rng = np.random.default_rng(0)
+    shuffled = SAMPLE[rng.permutation(len(SAMPLE))]
+    nuscenes = wider(RING)
+    nuscenes[:, 3] *= 255
+    room = np.column_stack([rng.uniform(-2, 2, (5000, 3)), rng.uniform(0, 255, (5000, 3))]).astype("<f4")
+    waymo = wider(rng.uniform(0, 1, len(SAMPLE)), np.full(len(SAMPLE), 1.5e9))
+    return [
+        ("sample", SAMPLE, LIDAR),
+        ("shuffled", shuffled, LIDAR),
+        ("no intensity", np.column_stack([SAMPLE[:, :3], ZEROS]).astype("<f4"), LIDAR),
+        ("nuScenes", nuscenes, PointLayout.default(5, is_depth=False)),
+        ("room", room, PointLayout.default(6, is_depth=True)),
+        ("Waymo", waymo, PointLayout.default(6, is_depth=False)),
+        ("uniform", rng.uniform(-50, 50, (3000, 4)).astype("<f4"), LIDAR),
+        ("normal", rng.normal(0, 1, (3000, 3)).astype("<f4"), PointLayout.default(3, is_depth=True)),
+        ("one point, repeated", np.tile(SAMPLE[:1], (3000, 1)), LIDAR),
+        ("zeros", np.zeros((3000, 4), "<f4"), LIDAR),
+        (
+            "a wall",
+            np.column_stack([np.full(3000, 9.0), np.linspace(-9, 9, 3000), np.zeros((3000, 2))]),
+            LIDAR,
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("name", "array", "layout"), clouds(), ids=[name for name, *_ in clouds()])
+def test_a_right_cloud_is_never_refused(name, array, layout):
+    right = array.astype("<f4")
+    assert np.array_equal(decode(right, layout), right)
