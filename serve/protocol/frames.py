@@ -83,7 +83,8 @@ class FrameSpec:
     @property
     def layout(self) -> PointLayout:
         """Columns of the points."""
-        return PointLayout.default(self.load_dim, is_depth=self.modality == "depth", used=self.used_columns)
+        is_depth = self.modality == "depth" or "depth2img" in self.calibration
+        return PointLayout.default(self.load_dim, is_depth=is_depth, used=self.used_columns)
 
     @property
     def parts(self) -> tuple[str, ...]:

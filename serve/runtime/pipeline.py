@@ -83,7 +83,11 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
         case ["LoadPointsFromFile"]:
             step = steps["LoadPointsFromFile"]
             depth = str(step.get("coord_type", "LIDAR")).upper() == "DEPTH"
-            return FrameSpec("depth" if depth else "lidar", load_dim=int(step.get("load_dim", 6)))
+            return FrameSpec(
+                "depth" if depth else "lidar",
+                load_dim=int(step.get("load_dim", 6)),
+                used_columns=_used_columns(steps),
+            )
         case ["LoadImageFromFile"] if scope_of(config) == "mmdet3d" and "Pack3DDetInputs" in steps:
             matrices = _matrices(config, box_type)
             lifted: Modality = "mono3d" if matrices else "image"
@@ -98,6 +102,7 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
             return FrameSpec(
                 "fusion",
                 load_dim=int(steps["LoadPointsFromFile"].get("load_dim", 6)),
+                used_columns=_used_columns(steps),
                 color_type=color_type,
                 decoder=decoder,
                 calibration=("depth2img",) if box_type == "Depth" else ("lidar2img",),
@@ -115,6 +120,16 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
         f"the test pipeline starts with {first} and loads {', '.join(known) or 'nothing'}; served are models "
         f"that load with {', '.join(LOADERS)}, one cloud with one image at most"
     )
+
+
+def _used_columns(steps: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    """Indices of the columns of a point that the model looks at."""
+    use_dim = steps["LoadPointsFromFile"].get("use_dim", (0, 1, 2))
+    used = tuple(range(use_dim)) if isinstance(use_dim, int) else tuple(int(k) for k in use_dim)
+    if (sweeps := steps.get("LoadPointsFromMultiSweeps")) is not None:
+        time_dim = int(sweeps.get("time_dim", 4))
+        used = tuple(k for k in used if k != time_dim)  # upstream writes the time of the sweep there
+    return used
 
 
 def _kind(step: Mapping[str, Any]) -> str:

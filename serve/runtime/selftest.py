@@ -38,7 +38,9 @@ def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
         SelfTestError: the frame cannot be run.
     """
     num_points = 0 if not frame else None  # an empty file is an empty cloud here
-    outcome = detector.run([detector.decode(frame, FrameOptions(num_points=num_points), Limits())])[0]
+    load_dim = detector.describe().get("load_dim")
+    options = FrameOptions(num_points=num_points, load_dim=load_dim)
+    outcome = detector.run([detector.decode(frame, options, Limits())])[0]
     if isinstance(outcome, ServeError):
         raise SelfTestError(f"the golden frame cannot be run: {outcome}")
     return outcome

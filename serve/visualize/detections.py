@@ -225,8 +225,9 @@ def draw_frame(
             return overlays.draw_projected(body, detections, title=title, score_thr=score_thr)
         body = body["points" if cloud else "image"]
     spec = FrameSpec("lidar" if cloud else "image", load_dim=load_dim)
-    count = 0 if cloud and not body else None  # an empty .bin is an empty cloud here
-    data: Any = decode_frame(body, spec, FrameOptions(num_points=count), Limits()).data
+    # Declared: the server has taken this frame already; an empty .bin is an empty cloud here.
+    options = FrameOptions(num_points=0 if not body else None, load_dim=load_dim) if cloud else FrameOptions()
+    data: Any = decode_frame(body, spec, options, Limits()).data
     if "pts_semantic_mask" in detections:
         return overlays.draw_point_labels(data, detections, size=size, title=title)
     if "panoptic_seg" in detections:

@@ -205,8 +205,12 @@ def _frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[Encoded
     bodies = {name: _part(name, tensor, spec) for name, tensor in tensors.items()}
     if len(parts) == 1:
         (only,) = bodies.values()
-        # An empty cloud declares itself, as it does everywhere.
-        return [EncodedFrame(only, {"num_points": 0} if parts == ("points",) and not len(only) else {})]
+        # The shape of a tensor declares its columns; an empty cloud declares itself, as it does everywhere.
+        declared = (
+            {"load_dim": int(spec.get("load_dim") or 4)} if isinstance(tensors[parts[0]], np.ndarray) else {}
+        )
+        empty = {"num_points": 0} if not len(only) else {}
+        return [EncodedFrame(only, {**declared, **empty} if parts == ("points",) else {})]
     body: Body = bodies
     return [EncodedFrame(body)]
 
