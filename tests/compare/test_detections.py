@@ -298,6 +298,7 @@ def test_bad_masks_fail_with_a_sentence(mask: Any) -> None:
     assert "masks are" in found.table()
 
 
+@pytest.mark.timing
 def test_thousands_of_detections_take_about_a_second_at_most() -> None:
     detections = clouds_of_boxes(14, 5000)
     order = np.random.default_rng(0).permutation(5000).tolist()

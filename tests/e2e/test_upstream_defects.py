@@ -26,6 +26,7 @@ from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, Context
 TOOLS = Path(__file__).parents[2] / "tools" / "deployment"
 
 
+@pytest.mark.slow
 def test_d01_the_seeds_conversion_command_writes_an_archive(tmp_path):
     command = [
         TOOLS / "mmdet3d2torchserve.py",

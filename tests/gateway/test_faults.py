@@ -212,6 +212,7 @@ def test_a_batch_that_takes_too_long_is_504(start_gateway, backend, cloud):
     assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
 
 
+@pytest.mark.timing
 def test_torchserve_gone_is_503_fast_and_red_and_mends_by_itself(gateway, backend, cloud):
     eventually(lambda: ready(gateway))
     assert gateway.post(content=cloud(1)).status_code == 200
@@ -252,6 +253,7 @@ def test_a_gateway_that_starts_before_torchserve_serves_once_it_is_there(start_g
     assert gateway.post(content=cloud(1)).status_code == 200
 
 
+@pytest.mark.timing
 def test_a_torchserve_that_hangs_turns_readiness_red_within_two_seconds(gateway, torchserve):
     eventually(lambda: ready(gateway))
     torchserve.hang = True
@@ -260,6 +262,7 @@ def test_a_torchserve_that_hangs_turns_readiness_red_within_two_seconds(gateway,
     eventually(lambda: ready(gateway), 2.5)
 
 
+@pytest.mark.timing
 def test_while_torchserve_hangs_requests_are_answered_503_at_once(gateway, torchserve, backend, cloud):
     eventually(lambda: ready(gateway))
     torchserve.hang = True

@@ -91,6 +91,7 @@ def asked(process: Process, frame: bytes) -> tuple[threading.Thread, list[httpx.
     return thread, answers
 
 
+@pytest.mark.timing
 def test_an_idle_gateway_uses_no_cpu_and_no_torch(start, cloud):
     process = start()
     assert process.post(cloud(1)).content == answer_for(cloud(1), {})

@@ -100,6 +100,7 @@ def changed(load: Load, **values) -> Load:
     return Load(**{**load.__dict__, **values})
 
 
+@pytest.mark.timing
 def test_closed_loop_measures_rate_and_latency(asking):
     measured = measure(changed(asking, clients=4))
     assert measured.failed == 0 and not measured.failures

@@ -72,6 +72,7 @@ def test_a_row_says_what_works_and_why_the_rest_does_not():
     assert "3 of 4 (75 %)" in counts(FAMILIES, RESULTS)[0]
 
 
+@pytest.mark.slow
 def test_trials_that_hang_or_eat_memory_are_ended_and_a_sweep_remembers(tmp_path):
     """In one sweep, since starting its fork server takes most of the time."""
     configs = {
