@@ -24,7 +24,7 @@ This page is generated: `python -m tools.settings_page`.
 
 A flag goes before its environment variable, and that before the default.
 Every variable begins with `{PREFIX}`; an unknown one, or a wrong value, stops the start with exit code 2 and a
-sentence that names it.
+message that names it.
 Variables that Kubernetes adds for a Service called `mmdet3d-serve` are passed over.
 A list is separated by commas; its flag may also be repeated.
 A switch takes `true` or `false`; as a flag alone it means `true`, and `--no-…` means `false`.

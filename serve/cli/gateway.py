@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None) -> int:
 
 
 def _run_inherited(argv: Sequence[str] | None) -> int:
-    """Serve on the inherited socket, as the document on standard input says."""
+    """Serve on the inherited socket with the options of the document on standard input."""
     try:
         document = json.load(sys.stdin)
         listener = socket.socket(fileno=document["listener"])

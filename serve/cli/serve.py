@@ -111,8 +111,8 @@ def _step(step: str) -> None:
     print(f"  {step}", file=sys.stderr, flush=True)
 
 
-def serve_until_stopped(service: Service, tell: Callable[[Service, float], None]) -> int:
-    """Start, `tell` (with the seconds it took) once frames are answered, wait for Ctrl-C or the service's own end.
+def serve_until_stopped(service: Service, report_ready: Callable[[Service, float], None]) -> int:
+    """Start, call `report_ready` with the seconds it took, wait for Ctrl-C or the service's own end.
 
     Returns 0 when it was stopped and everything in flight was answered, else the code of what ended.
     """
@@ -122,7 +122,7 @@ def serve_until_stopped(service: Service, tell: Callable[[Service, float], None]
     code = 0
     with service:
         try:
-            tell(service, time.perf_counter() - began)
+            report_ready(service, time.perf_counter() - began)
             code = service.wait()
         except KeyboardInterrupt:
             print("\nstopping …", file=sys.stderr, flush=True)

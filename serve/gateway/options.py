@@ -1,4 +1,4 @@
-"""All options of the gateway. The help texts are the documentation; contradictions stop the start with a sentence."""
+"""Options of the gateway, with their contradictions."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class GatewayOptions(Options):
     )
 
     def contradictions(self) -> Iterator[str]:
-        """Yield a sentence for every pair of values that cannot both be meant."""
+        """Yield a message for every pair of values that exclude each other."""
         found = (
             (
                 self.batch_bytes + _HEADER_BYTES > self.backend_request_bytes,
@@ -176,7 +176,7 @@ class GatewayOptions(Options):
                 "cors_origins=* lets every page use a visitor's API key; list the origins",
             ),
         )
-        yield from (sentence for contradicts, sentence in found if contradicts)
+        yield from (message for contradicts, message in found if contradicts)
 
     @property
     def socket_folder(self) -> Path | None:

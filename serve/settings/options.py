@@ -2,7 +2,7 @@
 
 An option is a field of a class derived from `Options`: its annotation, range and description become the variable
 (``MMDET3D_SERVE_<NAME>``), the flag (`serve.cli.flags`), the help text, ``docs/settings.md`` and the message
-that refuses a wrong value.
+that rejects a wrong value.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class OptionInfo:
         common: whether ``--help`` shows it.
         unit: of its values; may be empty.
         description: what it does.
-        accepts: which values it takes, in words.
+        accepts: description of the values it takes, to follow "must be".
         default: value if nothing sets it.
         kind: ``bool``, ``tuple`` or another type.
         former: scoped former names, keys of `RENAMED`.
@@ -158,9 +158,9 @@ class Options:
     """Base of all classes of options; a wrong value is a `SettingsError` however it is given.
 
     Attributes:
-        SCOPE: what names of its variables begin with, after `PREFIX`, and keys of `RENAMED`.
+        SCOPE: prefix of its names in variables (after `PREFIX`) and in `RENAMED`.
         HAS_VARIABLES: whether its options can be set by environment variables.
-        UNSCOPED: fields whose variable is the one of `Settings`.
+        UNSCOPED: fields that share the variable of the same field in `Settings`.
     """
 
     SCOPE: ClassVar[str] = ""
@@ -172,17 +172,17 @@ class Options:
     @model_validator(mode="wrap")
     @classmethod
     def _map_errors(cls, value: Any, handler: Any, info: ValidationInfo) -> Any:
-        """The seam between pydantic's errors and ours; `build` hands the spelling of each name in the context."""
+        """Map pydantic's errors to `SettingsError`; the validation context holds the spelling of each name."""
         try:
             built = handler(value)
         except ValidationError as error:
             raise SettingsError(_message(cls, error, info.context or {})) from None
-        for sentence in built.contradictions():
-            raise SettingsError(sentence)
+        for message in built.contradictions():
+            raise SettingsError(message)
         return built
 
     def contradictions(self) -> Iterator[str]:
-        """Yield a sentence for every pair of values that cannot both be meant."""
+        """Yield a message for every pair of values that exclude each other."""
         yield from ()
 
     @classmethod
@@ -198,7 +198,7 @@ class Options:
 
         Args:
             flags: texts or values by field name.
-            environ: environment variables; unknown ones of this class are refused.
+            environ: environment variables; unknown ones of this class are rejected.
             defaults: values by field name, for what neither sets.
             flag_prefix: how messages spell a flag.
 
@@ -292,11 +292,11 @@ def _kind(field: FieldInfo) -> Any:
 
 
 def _bounds(field: FieldInfo) -> Sequence[str]:
-    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    phrases = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     return [
-        f"{words[name]} {getattr(each, name)}"
+        f"{phrases[name]} {getattr(each, name)}"
         for each in field.metadata
-        for name in words
+        for name in phrases
         if hasattr(each, name)
     ]
 
@@ -307,7 +307,7 @@ def _accepts(field: FieldInfo) -> str:
     choices = [str(value) for each in parts if get_origin(each) is Literal for value in get_args(each)]
     if type(None) in parts:
         choices.append("none")
-    words = {
+    phrases = {
         bool: "true or false",
         int: "a whole number",
         float: "a number",
@@ -319,12 +319,14 @@ def _accepts(field: FieldInfo) -> str:
         extra = field.json_schema_extra
         unit = extra.get("unit", "") if isinstance(extra, dict) and kind in (int, float) else ""
         bounds = " and ".join(_bounds(field))
-        choices.insert(0, words[kind] + (f" of {bounds}" if bounds else "") + (f" ({unit})" if unit else ""))
+        choices.insert(
+            0, phrases[kind] + (f" of {bounds}" if bounds else "") + (f" ({unit})" if unit else "")
+        )
     return " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
 
 
 def _message(cls: type[Options], error: ValidationError, spelled: Mapping[str, str]) -> str:
-    """One sentence per mistake: how the option was spelled, its value, and what to do."""
+    """Describe every invalid option: its spelling, its value and the values it takes."""
     fields = cls.__pydantic_fields__
     sentences = []
     for each in error.errors(include_url=False):

@@ -1,4 +1,4 @@
-"""What TorchServe is told: options of ours to its ``config.properties`` and ``log4j2.xml``.
+"""Options of TorchServe, and the ``config.properties`` and ``log4j2.xml`` made of them.
 
 Knows TorchServe 0.12.0's setting names and their traps; starts nothing and asks nothing of the network.
 What each setting was seen to do is in ``docs/decisions/0002-torchserve-as-a-child-process.md``.
@@ -44,7 +44,7 @@ _PORTS = ("inference_port", "management_port", "metrics_port")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an archive's ``MAR-INF/MANIFEST.json`` says: names TorchServe uses for it."""
+    """Names that TorchServe takes from an archive's ``MAR-INF/MANIFEST.json``."""
 
     name: str
     version: str
@@ -165,7 +165,7 @@ class TorchServeOptions(Options):
     )
 
     def contradictions(self) -> Iterator[str]:
-        """Yield a sentence for every pair of values that cannot both be meant."""
+        """Yield a message for every pair of values that exclude each other."""
         ports = [getattr(self, name) for name in _PORTS]
         if len(set(ports)) != len(ports):
             yield f"{', '.join(_PORTS)} must differ; they are {', '.join(map(str, ports))}"

@@ -115,7 +115,7 @@ class TorchServe:
 
     @property
     def worker_sockets(self) -> Path:
-        """The folder with a socket of every worker, for batches sent past TorchServe (`serve.gateway.worker_client`)."""
+        """The folder with a socket of every worker, for batches past TorchServe (`serve.gateway.worker_client`)."""
         assert self.run_dir is not None, "it is made at the start"
         return self.run_dir / "w"  # short: a socket's path may have 107 bytes
 

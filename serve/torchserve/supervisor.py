@@ -221,7 +221,7 @@ class Service:
             stdout=subprocess.PIPE,
             text=True,
             pass_fds=[listener.fileno()],
-            # Ctrl-C is ours to pass on, once; and it must not outlive us.
+            # The supervisor passes Ctrl-C on, once; the gateway must not outlive it.
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
