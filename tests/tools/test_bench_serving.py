@@ -17,13 +17,13 @@ import pytest
 
 from serve.errors import BackendStartError
 from tests.conftest import accept_ctrl_c
-from tools.bench.serving import sleep_model
+from tools.bench.serving import runs, sleep_model
 from tools.bench.serving.load import Load, measure, quantile
 from tools.bench.serving.load_process import LoadProcess
 from tools.bench.serving.process import ManagedProcess, cpu_seconds, pause, resume
 from tools.bench.serving.report import BEGIN, END, Report
 from tools.bench.serving.runs import Machine, Plan, Result, Row
-from tools.bench.serving.targets import GATEWAY, Target, TargetSet, Workload, sleep_archive
+from tools.bench.serving.targets import GATEWAY, Target, Workload, sleep_archive
 from tools.commands import replace_renamed
 
 ROOT = Path(__file__).parents[2]
@@ -214,13 +214,17 @@ def test_killed_benchmark_leaves_no_process(tmp_path):
 
 
 @pytest.mark.torchserve
-def test_peer_that_is_not_installed_is_skipped_with_a_reason(tmp_path):
+@pytest.mark.slow
+def test_gateway_and_torchserve_are_measured_and_a_peer_that_is_not_installed_is_skipped(tmp_path):
+    """The short form of the next test, of which the times are not judged."""
     workload = Workload("sleep", sleep_archive(tmp_path), "sleep", (), reports_batch=True)
-    missing = tmp_path / "bin" / "python"
-    with TargetSet(workload, missing, ("TorchServe batch 1", "mosec, 1 ms")) as started:
-        assert [target.name for target in started.targets] == ["TorchServe batch 1"]
-        assert list(started.skipped) == ["mosec, 1 ms"]
-        assert "make bench-env" in started.skipped["mosec, 1 ms"]
+    plan = Plan(bytes(16_000), 1, lone_s=0.3, rate=50.0, open_s=0.5, clients=8, closed_s=0.4)
+    targets = (GATEWAY, "TorchServe batch 1", "mosec, 1 ms")
+    (result,) = runs.measure(workload, [plan], tmp_path, tmp_path / "bin" / "python", only=targets)
+    assert set(result.rows) == {GATEWAY, "TorchServe batch 1"}
+    assert all(row.failed == 0 and row.lone_ms >= 22 for row in result.rows.values())
+    assert result.rows[GATEWAY].closed_batch > 1
+    assert list(result.skipped) == ["mosec, 1 ms"] and "make bench-env" in result.skipped["mosec, 1 ms"]
 
 
 @pytest.mark.torchserve

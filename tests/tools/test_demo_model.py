@@ -184,10 +184,10 @@ def test_impossible_training_options_are_refused(wrong: dict[str, Any]) -> None:
         TrainingOptions(**wrong)
 
 
-@pytest.mark.parametrize("tool", ["demo_train.py", "demo_evaluate.py"])
-def test_tools_say_what_is_wrong_in_one_sentence(tool: str) -> None:
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_wrong_option_is_one_sentence_and_2(command: str) -> None:
     done = subprocess.run(
-        [sys.executable, f"tools/{tool}", "--frames", "0"],
+        [sys.executable, "-m", "tools.demo", command, "--frames", "0"],
         cwd=ROOT,
         capture_output=True,
         text=True,
