@@ -161,7 +161,7 @@ def kept_folder(config: pytest.Config, name: str, *sources: Path) -> Path | None
 
     What was made of other files under the same name is removed. None without pytest's cache (``-p no:cacheprovider``).
     """
-    if config.cache is None:
+    if (cache := getattr(config, "cache", None)) is None:
         return None
     digest = hashlib.sha256()
     for package in ("torch", "mmcv-lite", "mmdet", "mmdet3d", "numba"):
@@ -169,7 +169,7 @@ def kept_folder(config: pytest.Config, name: str, *sources: Path) -> Path | None
     for path in sorted(path for source in sources for path in source.rglob("*") if path.is_file()):
         if "__pycache__" not in path.parts:
             digest.update(f"{path.relative_to(ROOT)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
-    place = config.cache.mkdir(name)
+    place = cache.mkdir(name)
     with FileLock(place / "lock"):
         for former in place.iterdir():
             if former.is_dir() and former.name != digest.hexdigest():
