@@ -1,1 +1,1 @@
-"""Thin TorchServe adapters over `serve.runtime`. An archive names one of these modules as its handler."""
+"""TorchServe handlers: thin adapters over `serve.worker.handler`. Archives name these modules as their handler."""

@@ -1,4 +1,4 @@
-"""TorchServe handler for models of MMDetection3D, whatever sensors they take. All logic is in `serve.worker.handler`."""
+"""TorchServe handler for models of MMDetection3D; its logic is in `serve.worker.handler`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from serve.worker.handler import DetectionHandler
 
 
 class MMDet3DHandler(DetectionHandler):
-    """Clouds and pictures with cameras in, 3D boxes or labels of points out."""
+    """Point clouds, or images with calibrations, to 3D boxes or point labels."""
 
     package = "mmdet3d"

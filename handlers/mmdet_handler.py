@@ -1,4 +1,4 @@
-"""TorchServe handler for models of MMDetection. All logic is in `serve.worker.handler`."""
+"""TorchServe handler for models of MMDetection; its logic is in `serve.worker.handler`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from serve.worker.handler import DetectionHandler
 
 
 class MMDetHandler(DetectionHandler):
-    """Images in; 2D boxes, masks or panoptic maps out."""
+    """Images to 2D boxes, masks or panoptic maps."""
 
     package = "mmdet"

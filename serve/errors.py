@@ -1,39 +1,38 @@
-"""The tree of everything that can go wrong, each with an HTTP status and a stable code.
+"""Tree of errors, each with an HTTP status and a stable code.
 
-Knows nothing about who raises or who answers: no other module of ours is imported here.
-
-    ServeError                          500  internal_error
-    ├── ClientError                     400  bad_request            the caller can mend it
-    │   ├── BadRequest                  400  bad_request            malformed envelope or JSON
-    │   ├── UnknownOption               400  unknown_option         a query value we do not know
-    │   ├── UndecodableFrame            422  undecodable_frame      not a cloud / image of this model
-    │   ├── NonFinitePoints             422  non_finite_points      NaN or inf in a cloud
-    │   ├── ModelNotFound               404  model_not_found
-    │   ├── ReferenceRefused            403  reference_refused      a frame's address is not allowed here
-    │   ├── ReferenceNotFound           404  reference_not_found    nothing lies at a frame's address
-    │   ├── Unauthorized                401  unauthorized           no API key, or one we do not know
-    │   ├── SlowRequest                 408  request_timeout        the body did not arrive in time
-    │   └── FrameTooLarge               413  frame_too_large        over a configured limit
-    ├── Overloaded                      429  overloaded             the queue is full
-    ├── BackendBroken                   502  backend_broken         the backend broke its contract
-    ├── NotReady                        503  not_ready              starting, draining, worker lost
-    ├── DeadlineExceeded                504  deadline_exceeded
-    ├── OutOfMemory                     507  out_of_memory          one frame alone is too large
-    ├── InferenceFailed                 500  inference_failed       the network raised on a frame
-    └── SetupError                      500  setup_error            before any request
-        ├── SettingsError                    settings_error         contradictory or unknown setting
-        ├── ArchiveError                     bad_archive            corrupt, foreign, altered
-        │   └── ArchiveVersionError          archive_version        written by a version we cannot honour
-        ├── CheckpointError                  bad_checkpoint         refused, or does not fit its config
-        ├── ModelLookupError                 unknown_model          name not in the zoo index
-        ├── StorageError                     storage_failed         a bucket, packed file or cache that failed
-        │   ├── DownloadError                download_failed        offline, wrong hash, broken off
-        │   ├── ObjectNotFound               object_not_found       no such object, bucket or member
-        │   ├── AccessDenied                 access_denied          no credentials, or not allowed
-        │   └── UriError                     bad_uri                not an address of ours, or carries secrets
-        ├── SelfTestError                    self_test_failed       the golden frame came out different
-        └── BackendStartError                backend_not_started    TorchServe, Java or the gateway did not come up
-            └── ModelNotLoaded               model_not_loaded       a worker refused its archive
+ServeError                          500  internal_error
+├── ClientError                     400  bad_request            the caller can correct it
+│   ├── BadRequest                  400  bad_request            malformed body, form or JSON
+│   ├── UnknownOption               400  unknown_option         unknown or invalid option
+│   ├── UndecodableFrame            422  undecodable_frame      not a frame of this model
+│   ├── NonFinitePoints             422  non_finite_points      NaN or inf in a point cloud
+│   ├── ModelNotFound               404  model_not_found
+│   ├── NotAcceptable               406  not_acceptable         no accepted media type is supported
+│   ├── ReferenceRefused            403  reference_refused      the URI of a frame is not allowed
+│   ├── ReferenceNotFound           404  reference_not_found    no object at the URI of a frame
+│   ├── Unauthorized                401  unauthorized           missing or unknown API key
+│   ├── SlowRequest                 408  request_timeout        the body did not arrive in time
+│   └── FrameTooLarge               413  frame_too_large        over a configured limit
+├── Overloaded                      429  overloaded             the queue is full
+├── BackendBroken                   502  backend_broken         the backend broke its contract
+├── NotReady                        503  not_ready              starting, draining or worker lost
+├── DeadlineExceeded                504  deadline_exceeded
+├── OutOfMemory                     507  out_of_memory          one frame alone is too large
+├── InferenceFailed                 500  inference_failed       the network raised on a frame
+└── SetupError                      500  setup_error            before any request
+    ├── SettingsError                    settings_error         unknown, invalid or contradictory setting
+    ├── ArchiveError                     bad_archive            corrupt, altered or unknown
+    │   └── ArchiveVersionError          archive_version        unsupported format version
+    ├── CheckpointError                  bad_checkpoint         unsafe, or does not fit its config
+    ├── ModelLookupError                 unknown_model          name not in the zoo index
+    ├── StorageError                     storage_failed         a bucket, packed file or cache that failed
+    │   ├── DownloadError                download_failed        offline, wrong hash or interrupted
+    │   ├── ObjectNotFound               object_not_found       no such object, bucket or member
+    │   ├── AccessDenied                 access_denied          no credentials, or not allowed
+    │   └── UriError                     bad_uri                unsupported URI, or one with credentials
+    ├── SelfTestError                    self_test_failed       the golden frame does not match
+    └── BackendStartError                backend_not_started    TorchServe, Java or the gateway did not start
+        └── ModelNotLoaded               model_not_loaded       a worker rejected its archive
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ __all__ = [
 
 
 class ServeError(Exception):
-    """Base of the tree. ``str(error)`` is a sentence that says what to change."""
+    """Base of the tree; ``str(error)`` says what failed and what to change."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
@@ -93,31 +92,31 @@ class ClientDisconnected(Exception):
 
 
 class ClientError(ServeError):
-    """The caller can mend it; never logged with a traceback."""
+    """The caller can correct it; never logged with a traceback."""
 
     status = 400
     code = "bad_request"
 
 
 class BadRequest(ClientError):
-    """The envelope (JSON, multipart, framed batch) cannot be read."""
+    """The request body (JSON, multipart or framed batch) cannot be parsed."""
 
 
 class UnknownOption(ClientError):
-    """A per-request option has an unknown name or an impossible value."""
+    """An option has an unknown name or an invalid value."""
 
     code = "unknown_option"
 
 
 class UndecodableFrame(ClientError):
-    """The bytes are not a frame this model can take."""
+    """The bytes are not a frame that this model accepts."""
 
     status = 422
     code = "undecodable_frame"
 
 
 class NonFinitePoints(UndecodableFrame):
-    """A point cloud holds NaN or infinite values."""
+    """A point cloud contains NaN or infinite values."""
 
     code = "non_finite_points"
 
@@ -130,21 +129,21 @@ class ModelNotFound(ClientError):
 
 
 class Unauthorized(ClientError):
-    """The request carries no API key, or one we do not know."""
+    """The request has no API key, or an unknown one."""
 
     status = 401
     code = "unauthorized"
 
 
 class SlowRequest(ClientError):
-    """The request's body did not arrive within the time for it."""
+    """The request body did not arrive within its time limit."""
 
     status = 408
     code = "request_timeout"
 
 
 class FrameTooLarge(ClientError):
-    """A frame is over a configured limit (bytes, points or pixels)."""
+    """A frame exceeds a configured limit (bytes, points or pixels)."""
 
     status = 413
     code = "frame_too_large"
@@ -158,147 +157,147 @@ class NotAcceptable(ClientError):
 
 
 class ReferenceRefused(ClientError):
-    """A request names its frame by an address that this server does not read for clients."""
+    """The URI of a frame is not allowed on this server."""
 
     status = 403
     code = "reference_refused"
 
 
 class ReferenceNotFound(ClientError):
-    """A request names its frame by an address where nothing lies."""
+    """There is no object at the URI of a frame."""
 
     status = 404
     code = "reference_not_found"
 
 
 class Overloaded(ServeError):
-    """The queue is full; the caller should retry later."""
+    """The limit of pending frames or bytes is reached; the caller should retry later."""
 
     status = 429
     code = "overloaded"
 
 
 class BackendBroken(ServeError):
-    """The backend answered something its contract does not allow."""
+    """The backend's answer violates its contract."""
 
     status = 502
     code = "backend_broken"
 
 
 class NotReady(ServeError):
-    """Starting, draining, or the worker was lost and the retry failed."""
+    """The server is starting or draining, or lost a worker and the retry failed."""
 
     status = 503
     code = "not_ready"
 
 
 class DeadlineExceeded(ServeError):
-    """The caller's deadline passed before an answer was there."""
+    """The deadline passed before the answer."""
 
     status = 504
     code = "deadline_exceeded"
 
 
 class OutOfMemory(ServeError):
-    """One frame alone does not fit the device."""
+    """One frame alone exceeds the memory of the device."""
 
     status = 507
     code = "out_of_memory"
 
 
 class InferenceFailed(ServeError):
-    """The network raised on this frame alone."""
+    """The network raised an exception for this frame."""
 
     code = "inference_failed"
 
 
 class SetupError(ServeError):
-    """Something is wrong before any request could be taken."""
+    """Setting up failed, before any request."""
 
     code = "setup_error"
 
 
 class SettingsError(SetupError):
-    """A setting is unknown, impossible, or contradicts another."""
+    """A setting is unknown or invalid, or contradicts another."""
 
     code = "settings_error"
 
 
 class ArchiveError(SetupError):
-    """The archive is corrupt, altered, or not one of ours."""
+    """The archive is corrupt, altered, or was not written by this project."""
 
     code = "bad_archive"
 
 
 class ArchiveVersionError(ArchiveError):
-    """The archive was written by a version this one cannot honour."""
+    """The archive has a format version that this version does not support."""
 
     code = "archive_version"
 
 
 class CheckpointError(SetupError):
-    """The checkpoint is refused as unsafe, or does not fit its config."""
+    """The checkpoint is unsafe, or does not fit its config."""
 
     code = "bad_checkpoint"
 
 
 class ModelLookupError(SetupError):
-    """No model of that name is in the zoo index."""
+    """The zoo index has no model of that name."""
 
     code = "unknown_model"
 
 
 class StorageError(SetupError):
-    """A bucket, a packed file, a database or the cache failed, or holds something else than it should."""
+    """A bucket, packed file, database or the cache failed, or has unexpected contents."""
 
     code = "storage_failed"
 
 
 class DownloadError(StorageError):
-    """A file could not be fetched or has the wrong hash."""
+    """A file could not be downloaded, or has the wrong hash."""
 
     code = "download_failed"
 
 
 class ObjectNotFound(StorageError, FileNotFoundError):
-    """There is no such object, bucket or member; also the ``FileNotFoundError`` mmengine's callers expect."""
+    """Object, bucket or member not found; also the ``FileNotFoundError`` that callers of mmengine expect."""
 
     code = "object_not_found"
 
 
 class AccessDenied(StorageError):
-    """There are no credentials, or they do not allow this."""
+    """Credentials are missing, or lack a permission."""
 
     code = "access_denied"
 
 
 class UriError(StorageError):
-    """The text is no address of a kind we read, or it carries a user name or password."""
+    """The URI is invalid, has an unsupported scheme, or contains a user name or password."""
 
     code = "bad_uri"
 
 
 class SelfTestError(SetupError):
-    """The golden frame does not come out as recorded."""
+    """The answer to the golden frame differs from the recorded one."""
 
     code = "self_test_failed"
 
 
 class BackendStartError(SetupError):
-    """TorchServe, or the Java it needs, did not come up."""
+    """TorchServe, its Java or the gateway did not start."""
 
     code = "backend_not_started"
 
 
 class ModelNotLoaded(BackendStartError):
-    """A worker refused its archive; `archive` is its file name in the store."""
+    """A worker rejected its archive; `archive` is its file name in the model store."""
 
     code = "model_not_loaded"
     archive: str = ""
 
 
 def error_body(error: ServeError, request_id: str | None = None) -> dict[str, Any]:
-    """The one body every error is answered with (``{"error": {"code", "message"[, "request_id"]}}``)."""
+    """Build the JSON body of every error response: ``{"error": {"code", "message"[, "request_id"]}}``."""
     body: dict[str, Any] = {"code": error.code, "message": str(error)}
     if request_id is not None:
         body["request_id"] = request_id
@@ -322,16 +321,16 @@ _MAX_QUOTED_CHARS = 200
 
 
 def error_from_response(status: int, answer: Any, text: str = "") -> ServeError:
-    """The error an unsuccessful answer stands for.
+    """Create the error that an unsuccessful response stands for.
 
     Args:
         status: HTTP status.
-        answer: the parsed JSON body, or None where it is no JSON. Both our body
-            ``{"error": {"code", "message"}}`` and TorchServe's ``{"code", "type", "message"}`` are read.
-        text: the body as text, quoted where it is neither.
+        answer: parsed JSON body; None if it is not JSON. Read are this project's ``{"error": {"code", "message"}}``
+            and TorchServe's ``{"code", "type", "message"}``.
+        text: body as text, quoted if it is neither.
 
     Returns:
-        An exception of the class that our ``code`` names, else of the class that goes with ``status``.
+        An exception of the class with that ``code``, else of the class for ``status``.
     """
     body = answer.get("error") if isinstance(answer, Mapping) else None
     if isinstance(body, Mapping):
@@ -351,7 +350,7 @@ def _by_status(status: int) -> type[ServeError]:
 
 
 def _by_code(base: type[ServeError]) -> dict[str, type[ServeError]]:
-    """``code`` → class over a whole tree; of classes that share a code the most general one wins."""
+    """Map codes to the classes of a tree; of classes with the same code, the most general one wins."""
     found = {base.code: base}
     for child in base.__subclasses__():
         for code, kind in _by_code(child).items():

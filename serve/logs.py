@@ -1,4 +1,4 @@
-"""Log lines on standard error, one JSON object each, or text for people. Knows no secrets to keep."""
+"""Logging to standard error, as JSON lines or as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["set_up"]
 
 
 def set_up(style: str, level: str) -> None:
-    """Send everything logged to standard error as ``json`` or ``text``, from `level` on."""
+    """Configure the root logger: ``json`` or ``text`` on standard error, from `level` on."""
     handler = logging.StreamHandler(sys.stderr)
     if style == "json":
         names = {"asctime": "time", "levelname": "level", "name": "logger"}

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None) -> int:
     add_flags(parser, GatewayOptions, title="gateway")
     options = GatewayOptions.build(values_of(parser.parse_args(argv), GatewayOptions))
     logs.set_up(options.log_format, options.log_level)
-    return run(options, listening=lambda url: print(f"gateway      {url}", file=sys.stderr, flush=True))
+    return run(options, on_listening=lambda url: print(f"gateway      {url}", file=sys.stderr, flush=True))
 
 
 def _run_inherited(argv: Sequence[str] | None) -> int:
@@ -53,7 +53,7 @@ def _run_inherited(argv: Sequence[str] | None) -> int:
         ) from None
     options = GatewayOptions.build(document["options"], {})
     logs.set_up(options.log_format, options.log_level)
-    return run(options, listener=listener, rejected=document["rejected"], listening=_report_ready)
+    return run(options, listener=listener, rejected=document["rejected"], on_listening=_report_ready)
 
 
 def _report_ready(url: str) -> None:

@@ -1,5 +1,5 @@
-"""The gateway: FastAPI in front of TorchServe, with batching that makes nobody wait.
+"""The gateway: FastAPI in front of TorchServe, with dynamic batching and no batching delay.
 
-A request is a straight line: middleware (id, key, log) → receiving (bytes to frames) → served model (batcher) →
-backend → answering (outcomes to bytes). Imports no torch.
+Path of a request: middleware (id, API key, log, metrics) → request (bytes to frames) → dispatch (deadline, disconnect)
+→ models and batcher → backend → response (outcomes to bytes). Does not import torch.
 """

@@ -1,4 +1,4 @@
-"""The socket that the gateway listens on: bound by itself, or by the supervisor that starts it."""
+"""Listening socket of the gateway, bound by itself or by its supervisor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["bind", "url_of"]
 
 
 def url_of(listener: socket.socket) -> str:
-    """The URL at which a bound socket is reached."""
+    """Return the URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -19,7 +19,7 @@ def bind(host: str, port: int) -> socket.socket:
     """Bind a TCP socket; it does not listen yet.
 
     Raises:
-        SettingsError: the address cannot be used.
+        SettingsError: the address is invalid or in use.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

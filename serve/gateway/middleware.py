@@ -1,7 +1,6 @@
-"""What goes around every request: its id, its API key, its place in the metrics and in the log, and the one way
-an error is answered.
+"""Middleware around every request: request id, API key, metrics, access log, and the error response.
 
-Plain ASGI, so that bodies stream through untouched and a hang-up stays visible. Knows nothing about frames.
+Plain ASGI, so that bodies stream through unbuffered and a disconnect stays visible.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = ["RequestMiddleware", "error_response", "request_id_of"]
 RETRY_AFTER_S = 1
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _OPEN_PATHS = ("/health/", "/v2/health/", "/metrics")
-_CLOSING = (408, 413)  # the rest of such a body is not worth keeping
+_CLOSING = (408, 413)  # close instead of draining the body
 _LINGERING_CLOSE_S = 2.0
 
 logger = logging.getLogger("serve.gateway.access")
@@ -42,14 +41,14 @@ class RequestMiddleware:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[str], metrics: Metrics, tracing: Tracing) -> None:
-        """`keys` are the API keys that are accepted; none means that none is asked for."""
+        """Accept any of the API `keys`; without keys, requests need none."""
         self._app = app
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._metrics = metrics
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -60,7 +59,7 @@ class RequestMiddleware:
         began = time.perf_counter()
         status = 0
 
-        async def send_on(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -70,25 +69,25 @@ class RequestMiddleware:
         with self._tracing.request(scope["method"], scope["path"], headers) as span:
             try:
                 self._check_key(scope["path"], headers)
-                await self._app(scope, receive, send_on)
+                await self._app(scope, receive, send_with_id)
             except ServeError as error:
-                await error_response(error, scope)(scope, receive, send_on)
+                await error_response(error, scope)(scope, receive, send_with_id)
             except Exception:
-                # Already answered with a fixed text; the reason is for the log alone.
-                logger.exception("unexpected", extra={"request_id": request_id})
+                # Already answered with a generic message; only the log has the reason.
+                logger.exception("unexpected error", extra={"request_id": request_id})
             finally:
                 seconds = time.perf_counter() - began
                 span.end(status, state)
-                self._note(scope, state, status, seconds)
+                self._record(scope, state, status, seconds)
 
-    def _note(self, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
         self._metrics.observe_request(state.get("model"), status, seconds)
         quiet = scope["path"].startswith(_OPEN_PATHS) and status < 500
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
             "%s %s %d",
             scope["method"],
-            quote(scope["path"]),  # what a path holds must not end the line
+            quote(scope["path"]),  # no line breaks in a log line
             status,
             extra={
                 "request_id": state["request_id"],
@@ -101,19 +100,21 @@ class RequestMiddleware:
         )
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        """Compare with every key, in constant time."""
+        """Reject a request without a valid API key; compares with every key in constant time."""
         if not self._keys or path.startswith(_OPEN_PATHS):
             return
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         given = credentials if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         digest = hashlib.sha256(given.strip().encode()).digest()
-        # All of them, so that the time does not tell which one came close.
+        # Compare with all, so that the time does not depend on the position of a match.
         if not sum([hmac.compare_digest(digest, key) for key in self._keys]):
-            raise Unauthorized("an API key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
+            raise Unauthorized(
+                "missing or unknown API key; send Authorization: Bearer KEY, or X-API-Key: KEY"
+            )
 
 
 def request_id_of(scope: MutableMapping[str, Any]) -> str:
-    """The id that the middleware gave or took."""
+    """Return the id of a request, its own or a generated one."""
     return str(scope["state"]["request_id"])
 
 
@@ -124,28 +125,35 @@ def error_response(
     status: int | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """An error as a response: its status (unless another is said) and the one body; ``/v2`` has its protocol's own."""
+    """Create the response for an error; under ``/v2`` its body follows the Open Inference Protocol.
+
+    Args:
+        error: the error.
+        scope: ASGI scope of the request.
+        status: HTTP status instead of the error's own.
+        headers: additional headers.
+    """
     scope["state"]["error"] = error.code
     status = error.status if status is None else status
     if scope["path"].startswith("/v2"):
         body: dict[str, Any] = {"error": str(error), "code": error.code}
     else:
         body = error_body(error, request_id_of(scope))
-    said = dict(headers or {})
+    response_headers = dict(headers or {})
     if isinstance(error, Overloaded | NotReady):
-        said["retry-after"] = str(RETRY_AFTER_S)
+        response_headers["retry-after"] = str(RETRY_AFTER_S)
     if isinstance(error, Unauthorized):
-        said["www-authenticate"] = "Bearer"
+        response_headers["www-authenticate"] = "Bearer"
     if status in _CLOSING:
-        said["connection"] = "close"
-        return _LingeringClose(orjson.dumps(body), status, said, media_type="application/json")
-    return Response(orjson.dumps(body), status, said, media_type="application/json")
+        response_headers["connection"] = "close"
+        return _LingeringClose(orjson.dumps(body), status, response_headers, media_type="application/json")
+    return Response(orjson.dumps(body), status, response_headers, media_type="application/json")
 
 
 class _LingeringClose(Response):
-    """Answers, takes in and drops what the client is still sending for a while, and closes.
+    """Response that discards the rest of the request body for a short time before the connection closes.
 
-    Closing at once would reset the connection under a client that sends, and with it goes the answer.
+    Closing at once would reset the connection of a client that still sends, which would then lose the response.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,7 +1,6 @@
-"""A request's bytes to frames: raw body, multipart, JSON, or a framed batch; limits before memory.
+"""Request parsing: bytes to frames, from a raw body, multipart, JSON or a framed batch.
 
-Speaks ASGI's `receive`, not routes. Every byte kept is counted against the request's permit before it is
-kept. Knows nothing about models beyond the names of the parts they take.
+Every byte is counted against the request's permit before it is kept.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _TEXT_FIELD_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What a request says about itself: options for its frames, and how long it may take, seconds."""
+    """Options of a request: those for its frames, and its deadline in seconds."""
 
     frame: Mapping[str, Any]
     timeout_s: float
@@ -57,7 +56,13 @@ class RequestOptions:
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """The frames of a request, or what is wrong with each; `many` when the answer is a list."""
+    """Frames of a request.
+
+    Attributes:
+        frames: the frames; in place of an invalid one, its error.
+        many: whether the answer is a list.
+        framed: whether the request was a framed batch, whose answer has the handler's format.
+    """
 
     frames: Sequence[EncodedFrame | ServeError]
     many: bool
@@ -67,43 +72,43 @@ class ParsedRequest:
 def parse_request_options(
     query: Mapping[str, str], headers: Mapping[str, str], options: GatewayOptions
 ) -> RequestOptions:
-    """FrameOptions of the query (checked, none is ignored) and of ``X-`` headers.
+    """Parse and check the options in the query and in ``X-`` headers; the query takes precedence.
 
     Raises:
-        UnknownOption: an unknown name or an impossible value.
+        UnknownOption: an unknown name or an invalid value.
     """
     given = {name: headers[key] for name in OPTION_NAMES if (key := "x-" + name.replace("_", "-")) in headers}
     given |= {name: value for name, value in query.items() if name != "timeout_ms"}
     try:
         parse_options(given)
     except UnknownOption as error:
-        raise UnknownOption(str(error).replace("known are: ", "known are: timeout_ms, ")) from None
+        raise UnknownOption(str(error).replace("known: ", "known: timeout_ms, ")) from None
     text = query.get("timeout_ms", headers.get("x-timeout-ms"))
     return RequestOptions(
         given, options.timeout_s if text is None else _timeout_s(text, options.max_timeout_s)
     )
 
 
-def _timeout_s(text: str, longest_s: float) -> float:
+def _timeout_s(text: str, max_s: float) -> float:
     try:
         timeout_ms = float(text)
     except ValueError:
         timeout_ms = float("nan")
-    if not 1 <= timeout_ms <= longest_s * 1000:
-        raise UnknownOption(f"timeout_ms must be from 1 to {longest_s * 1000:.0f}, got {text!r}")
+    if not 1 <= timeout_ms <= max_s * 1000:
+        raise UnknownOption(f"timeout_ms must be from 1 to {max_s * 1000:.0f}, got {text!r}")
     return timeout_ms / 1000
 
 
 async def read_body(request: Request, permit: Permit, options: GatewayOptions) -> bytes:
-    """The whole body, counted before it is kept.
+    """Read the whole body.
 
     Raises:
-        FrameTooLarge: over `max_body_bytes`; found from Content-Length where there is one.
-        Overloaded: there is no room for it now.
-        SlowRequest: it did not arrive in time.
-        ClientDisconnected: the client hung up before the end of it.
+        FrameTooLarge: the body exceeds `max_body_bytes`, already by its Content-Length if it has one.
+        Overloaded: the limit of pending bytes would be exceeded.
+        SlowRequest: the body did not arrive in time.
+        ClientDisconnected: the client disconnected before the end of the body.
     """
-    async with _in_time(options):
+    async with _limit_body_time(options):
         chunks = [chunk async for chunk in _body_chunks(request, permit, options)]
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
@@ -131,8 +136,8 @@ async def _body_chunks(
 
 
 @asynccontextmanager
-async def _in_time(options: GatewayOptions) -> AsyncIterator[None]:
-    """Bound how long a body may take; around who reads it, not in the generator, which may be left half-way."""
+async def _limit_body_time(options: GatewayOptions) -> AsyncIterator[None]:
+    """Limit the time for a body; used around its reader, because a generator may be abandoned half-way."""
     try:
         async with asyncio.timeout(options.body_timeout_s):
             yield
@@ -142,7 +147,7 @@ async def _in_time(options: GatewayOptions) -> AsyncIterator[None]:
 
 def _check_size(nbytes: int, options: GatewayOptions) -> None:
     if nbytes > options.max_body_bytes:
-        raise FrameTooLarge(f"the body has {nbytes} bytes or more, the limit is {options.max_body_bytes}")
+        raise FrameTooLarge(f"the body has at least {nbytes} bytes, the limit is {options.max_body_bytes}")
 
 
 async def receive_frames(
@@ -153,33 +158,33 @@ async def receive_frames(
     parts: Sequence[str],
     references: References,
 ) -> ParsedRequest:
-    """All frames of a request.
+    """Read and check all frames of a request.
 
     Args:
-        request: with its body unread.
+        request: the request, its body not yet read.
         permit: grows with the body and the number of frames.
-        options: the limits.
-        given: options that hold for every frame unless it has its own.
-        parts: names of the parts a frame of this model has; more than one where the model takes several.
-        references: reads frames that are named by address.
+        options: options of the gateway, with the limits.
+        given: options of the request, defaults for those of each frame.
+        parts: names of the parts of a frame of this model.
+        references: reads frames given by URI.
 
     Raises:
-        ClientError: the request as a whole cannot be read.
-        Overloaded: there is no room for it now.
+        ClientError: the request as a whole is invalid.
+        Overloaded: a limit of pending frames or bytes would be exceeded.
     """
     if (coding := request.headers.get("content-encoding", "identity")) != "identity":
-        raise BadRequest(f"Content-Encoding {coding} is not undone here; send the body as it is")
-    permit.check(items=1)  # a full house is said before the body is read
+        raise BadRequest(f"Content-Encoding {coding!r} is not supported; send the body uncompressed")
+    permit.check(items=1)  # reject with 429 before reading the body
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        parsed = await _from_form(request, permit, options, parts)
+        parsed = await _parse_form_frames(request, permit, options, parts)
     else:
         body = await read_body(request, permit, options)
         if kind == "application/json":
             frames, many = await read_frames(body, references, permit, options.max_frames_per_request)
             parsed = ParsedRequest(frames, many)
         else:
-            parsed = _from_body(kind, body)
+            parsed = _parse_raw_frames(kind, body)
     if len(parsed.frames) > options.max_frames_per_request:
         raise FrameTooLarge(
             f"the request has {len(parsed.frames)} frames, the limit is {options.max_frames_per_request}"
@@ -188,13 +193,13 @@ async def receive_frames(
     return ParsedRequest(check_frames(parsed.frames, given, options), parsed.many, parsed.framed)
 
 
-def _from_body(kind: str, body: bytes) -> ParsedRequest:
+def _parse_raw_frames(kind: str, body: bytes) -> ParsedRequest:
     if kind == FRAMES_CONTENT_TYPE:
         return ParsedRequest([EncodedFrame(*entry) for entry in unpack_frames(body)], many=True, framed=True)
     return ParsedRequest([EncodedFrame(body)], many=False)
 
 
-async def _from_form(
+async def _parse_form_frames(
     request: Request, permit: Permit, options: GatewayOptions, parts: Sequence[str]
 ) -> ParsedRequest:
     fields_, files = await _parse_form(request, permit, options)
@@ -202,34 +207,36 @@ async def _from_form(
         names = [name for name, _ in files]
         if len(set(names)) != len(names):
             raise BadRequest(
-                f"this model takes one frame of several parts ({', '.join(parts)}); each may be there once"
+                f"a part occurs twice; this model takes one frame of the parts {', '.join(parts)}, each once"
             )
         texts = {name: value.encode() for name, value in fields_ if name in parts}
         own = {name: value for name, value in fields_ if name not in parts}
         return ParsedRequest([EncodedFrame({**texts, **dict(files)}, own)], many=False)
     own = dict(fields_)
     if "b64" in own:
-        raise BadRequest("base64 goes into a JSON body, not into a form; send the bytes as a file part")
-    strange = [name for name, _ in files if name not in FRAME_FIELDS]
-    if strange:
         raise BadRequest(
-            f"file part '{strange[0]}' is not known; name frames {', '.join(sorted(FRAME_FIELDS))}"
+            "field 'b64' is not allowed in a form; send the bytes as a file part, or base64 in a JSON body"
         )
-    parse_options(own)  # they hold for all frames: a wrong one is the request's mistake, not each frame's
+    unknown = [name for name, _ in files if name not in FRAME_FIELDS]
+    if unknown:
+        raise BadRequest(
+            f"unknown file part {unknown[0]!r}; name a frame one of {', '.join(sorted(FRAME_FIELDS))}"
+        )
+    parse_options(own)  # shared by all frames, so an invalid one fails the request rather than each frame
     if not files:
-        raise BadRequest("no frame in the form; send each as a file part (curl -F data=@frame.bin)")
+        raise BadRequest("no frame in the form; send each frame as a file part (curl -F data=@frame.bin)")
     return ParsedRequest([EncodedFrame(body, own) for _, body in files], many=len(files) > 1)
 
 
 async def _parse_form(
     request: Request, permit: Permit, options: GatewayOptions
 ) -> tuple[list[tuple[str, str]], list[tuple[str, bytes]]]:
-    """Fields and files of a form, in order, held in memory."""
+    """Read the fields and files of a form into memory, in order."""
     parser = _MemoryParser(
         request.headers, _body_chunks(request, permit, options), options.max_frames_per_request * 8
     )
     try:
-        async with _in_time(options):
+        async with _limit_body_time(options):
             form = await parser.parse()
         texts: list[tuple[str, str]] = []
         files: list[tuple[str, bytes]] = []
@@ -240,23 +247,23 @@ async def _parse_form(
                 texts.append((name, value))
         return texts, files
     except (MultiPartException, KeyError, ValueError) as error:
-        raise BadRequest(f"the multipart body cannot be read: {error}") from None
+        raise BadRequest(f"cannot parse the multipart body: {error}") from None
     finally:
         parser.close()
 
 
 class _MemoryParser(MultiPartParser):
-    """Starlette's parser, with no file on disk: the body is bounded and counted already."""
+    """Starlette's parser without temporary files: the body is limited and counted already."""
 
     spool_max_size = 1 << 40
 
-    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], most_parts: int) -> None:
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], max_parts: int) -> None:
         super().__init__(
-            headers, stream, max_files=most_parts, max_fields=most_parts, max_part_size=_TEXT_FIELD_BYTES
+            headers, stream, max_files=max_parts, max_fields=max_parts, max_part_size=_TEXT_FIELD_BYTES
         )
 
     def close(self) -> None:
-        """Let go of what the parts were kept in, however parsing ended."""
+        """Close the buffers of the parts, however parsing ended."""
         for file in self._files_to_close_on_error:
             file.close()
 
@@ -264,11 +271,11 @@ class _MemoryParser(MultiPartParser):
 def check_frames(
     frames: Sequence[EncodedFrame | ServeError], given: Mapping[str, Any], options: GatewayOptions
 ) -> list[EncodedFrame | ServeError]:
-    """Frames with the options `given` for all of them, each under its own; one that is wrong is its own error."""
-    return [_checked(frame, given, options) for frame in frames]
+    """Merge the options `given` into those of each frame, and check size and options; errors replace invalid frames."""
+    return [_check_frame(frame, given, options) for frame in frames]
 
 
-def _checked(
+def _check_frame(
     frame: EncodedFrame | ServeError, given: Mapping[str, Any], options: GatewayOptions
 ) -> EncodedFrame | ServeError:
     if isinstance(frame, ServeError):
@@ -276,12 +283,12 @@ def _checked(
     nbytes = _nbytes(frame.body)
     if nbytes > options.max_frame_bytes:
         return FrameTooLarge(f"the frame has {nbytes} bytes, the limit is {options.max_frame_bytes}")
-    said = {**given, **frame.options}
+    frame_options = {**given, **frame.options}
     try:
-        parse_options(said)
+        parse_options(frame_options)
     except ClientError as error:
         return error
-    return EncodedFrame(frame.body, said)
+    return EncodedFrame(frame.body, frame_options)
 
 
 def _nbytes(body: Body) -> int:

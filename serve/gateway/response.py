@@ -1,6 +1,6 @@
-"""Outcomes to what a client asked for: JSON, MessagePack, a picture, a list, or lines as they finish.
+"""Response encoding: JSON, MessagePack, a PNG image, a list, or lines as frames finish.
 
-The worker's JSON is passed on as it is wherever JSON is asked for. Knows nothing about queues or TorchServe.
+The worker's JSON is passed through unchanged if JSON is accepted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ALIASES: Mapping[str, Media] = {
 
 @dataclass
 class Timing:
-    """Where a request's time went, seconds; `header` is the value of ``Server-Timing``."""
+    """Durations of the stages of a request, seconds."""
 
     decode_s: float = 0.0
     queue_s: float = 0.0
@@ -50,15 +50,15 @@ class Timing:
     backend_s: float = 0.0
     encode_s: float = 0.0
 
-    def add(self, settled: BatchResult[Answer]) -> None:
-        """Count one frame; of several the slowest is what the request waited for."""
-        spent = settled.value.seconds
-        self.queue_s = max(self.queue_s, settled.queue_s)
-        self.backend_s = max(self.backend_s, settled.run_s)
+    def add(self, result: BatchResult[Answer]) -> None:
+        """Add one frame; the slowest of several counts."""
+        spent = result.value.seconds
+        self.queue_s = max(self.queue_s, result.queue_s)
+        self.backend_s = max(self.backend_s, result.run_s)
         self.inference_s = max(self.inference_s, spent.get("inference", 0.0))
 
     def header(self) -> str:
-        """As the Server-Timing specification writes durations: milliseconds."""
+        """Format the value of the ``Server-Timing`` header, in milliseconds."""
         spent = {
             "decode": self.decode_s,
             "queue": self.queue_s,
@@ -94,7 +94,7 @@ def choose_media(accept: str | None) -> Media:
 async def encode_one(
     outcome: BatchResult[Answer], frame: EncodedFrame, media: Media, load_dim: int | None
 ) -> bytes:
-    """One answer as `media`; a line where that is NDJSON."""
+    """Encode the answer to one frame as `media`; `load_dim` is needed to draw a point cloud."""
     body = bytes(outcome.value.body)
     if media == "application/json":
         return body
@@ -102,10 +102,10 @@ async def encode_one(
         return ormsgpack.packb(_document(body))
     if media == "application/x-ndjson":
         return encode_line(0, outcome, None)
-    return await asyncio.to_thread(_picture, frame, _document(body), load_dim)
+    return await asyncio.to_thread(_draw_image, frame, _document(body), load_dim)
 
 
-def _picture(frame: EncodedFrame, answer: dict[str, Any], load_dim: int | None) -> bytes:
+def _draw_image(frame: EncodedFrame, answer: dict[str, Any], load_dim: int | None) -> bytes:
     from serve.visualize.detections import draw_frame, encode_png
 
     body = frame.body
@@ -114,17 +114,19 @@ def _picture(frame: EncodedFrame, answer: dict[str, Any], load_dim: int | None) 
     try:
         return encode_png(draw_frame(bytes(body), answer, load_dim=load_dim or 4))
     except ValueError as error:
-        raise BadRequest(f"this answer cannot be drawn ({error}); accept application/json") from None
+        raise BadRequest(f"cannot draw this answer ({error}); accept application/json") from None
 
 
 def encode_list(outcomes: list[FrameResult], media: Media, request_id: str, *, framed: bool = False) -> bytes:
-    """Several answers in order: an array of answers and ``{"error": …}``; as TorchServe's handler where `framed`.
+    """Encode several results as an array of answers and ``{"error": …}``; in the handler's format if `framed`.
 
     Raises:
-        BadRequest: a list cannot be a picture.
+        BadRequest: a list cannot be drawn as an image.
     """
     if media == "image/png":
-        raise BadRequest("a list of frames cannot be one picture; send one frame, or accept application/json")
+        raise BadRequest(
+            "cannot draw several frames as one image; send one frame, or accept application/json"
+        )
     items = []
     for outcome in outcomes:
         if isinstance(outcome, ServeError):
@@ -140,7 +142,7 @@ def encode_list(outcomes: list[FrameResult], media: Media, request_id: str, *, f
 
 
 def encode_line(index: int, outcome: FrameResult, request_id: str | None) -> bytes:
-    """One line of NDJSON: ``{"index", "status", "answer" or "error"}``."""
+    """Encode one line of NDJSON: ``{"index", "status", "answer" or "error"}``."""
     if isinstance(outcome, ServeError):
         return b'{"index":%d,"status":%d,%s\n' % (
             index,
@@ -151,7 +153,7 @@ def encode_line(index: int, outcome: FrameResult, request_id: str | None) -> byt
 
 
 def encode_error(error: ServeError, request_id: str | None) -> bytes:
-    """The one body every error is answered with."""
+    """Encode the JSON body of an error."""
     return orjson.dumps(error_body(error, request_id))
 
 

@@ -1,7 +1,7 @@
-"""Runs the gateway: listen, serve, drain, end with 0.
+"""Gateway server: listen, serve, drain, exit with 0.
 
-SIGTERM or SIGINT: readiness says no; after `shutdown_delay_s` no connection is taken any more; requests in flight have
-`graceful_timeout_s` to finish. A second signal ends at once. Knows uvicorn, and nothing of what is served.
+On SIGTERM or SIGINT readiness fails; after `shutdown_delay_s` the server stops accepting connections; requests in
+flight then have `graceful_timeout_s` to finish. A second signal stops at once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class GatewayServer(uvicorn.Server):
-    """uvicorn with our end: signals drain, and the exit code is 0 when they did."""
+    """uvicorn server that drains on signals and then exits with 0."""
 
     def __init__(
-        self, app: ASGIApp, options: GatewayOptions, lifecycle: Lifecycle, listening: Callable[[str], None]
+        self, app: ASGIApp, options: GatewayOptions, lifecycle: Lifecycle, on_listening: Callable[[str], None]
     ) -> None:
-        """`listening` is told the address once connections are taken."""
+        """Call `on_listening` with the address once the server accepts connections."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -43,7 +43,7 @@ class GatewayServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 date_header=False,
-                # A body that is late is answered 408 first; what was answered before its end is dropped until then.
+                # Longer than the body timeout, so that a late body is answered 408 before its connection is closed.
                 http=make_protocol_class(
                     options.header_timeout_s,
                     options.body_timeout_s + _LINGERING_CLOSE_S,
@@ -56,13 +56,13 @@ class GatewayServer(uvicorn.Server):
         )
         self._options = options
         self._lifecycle = lifecycle
-        self._listening = listening
+        self._on_listening = on_listening
         self._ending = asyncio.Event()
-        self.dropped_requests = 0  # requests that were in flight when the time to finish them was up
+        self.dropped_requests = 0  # still in flight at the end of the graceful timeout
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Ours: uvicorn's own would end the process by the signal itself, after a clean end."""
+        """Install the signal handlers; uvicorn's own re-raise the signal after a clean exit."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -73,19 +73,19 @@ class GatewayServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take connections, and say so."""
+        """Start accepting connections, and report the address."""
         await super().startup(sockets)
         if self.started and sockets:
-            self._listening(url_of(sockets[0]))
+            self._on_listening(url_of(sockets[0]))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what is in flight, and count what was not."""
+        """Finish the requests in flight, and count those that were dropped."""
         tasks = set(self.server_state.tasks)
         await super().shutdown(sockets)
         self.dropped_requests = sum(not task.done() or task.cancelling() > 0 for task in tasks)
 
     async def main_loop(self) -> None:
-        """Wait for the word to end; uvicorn's own looks for it ten times a second, which costs when idle."""
+        """Wait for shutdown without polling (uvicorn polls at 10 Hz)."""
         await self.on_tick(0)
         await self._ending.wait()
 
@@ -94,7 +94,7 @@ class GatewayServer(uvicorn.Server):
             self.force_exit = True
             self._stop()
             return
-        logger.info("draining: %g s more for new requests, then %g s for those in flight",
+        logger.info("draining: accepting requests for %g s, then %g s for those in flight",
                     self._options.shutdown_delay_s, self._options.graceful_timeout_s)  # fmt: skip
         self._lifecycle.drain()
         asyncio.get_running_loop().call_later(self._options.shutdown_delay_s, self._stop)
@@ -109,23 +109,23 @@ def run(
     *,
     listener: socket.socket | None = None,
     rejected: Mapping[str, str] | None = None,
-    listening: Callable[[str], None] = lambda url: None,
+    on_listening: Callable[[str], None] = lambda url: None,
 ) -> int:
-    """Serve until a signal; returns the exit code, 0 when everything in flight was answered.
+    """Serve until a signal; returns the exit code, 0 if every request in flight was answered.
 
     Args:
-        options: of the gateway.
-        listener: bound socket to serve on; None binds the address of the options.
-        rejected: archives that are not served, with the reason of each, for ``/models``.
-        listening: called with the URL once connections are taken.
+        options: options of the gateway.
+        listener: bound socket; None binds the address in the options.
+        rejected: archives that are not served and the reasons, for ``/models``.
+        on_listening: called with the URL once the server accepts connections.
 
     Raises:
-        SettingsError: an option cannot be honoured, or the address cannot be listened on.
+        SettingsError: an option needs a file or package that is missing, or the address is not available.
     """
     lifecycle = Lifecycle()
     app = create_app(options, lifecycle, rejected)
     listener = listener or bind(options.host, options.port)
-    server = GatewayServer(app, options, lifecycle, listening)
+    server = GatewayServer(app, options, lifecycle, on_listening)
     with listener:
         server.run(sockets=[listener])
     if server.dropped_requests:

@@ -1,6 +1,6 @@
-"""OpenTelemetry spans, where an exporter is configured; nothing otherwise.
+"""OpenTelemetry spans, if an exporter is configured.
 
-The one place that knows OpenTelemetry. It is an optional extra; without it a configured exporter stops the start.
+OpenTelemetry is an optional extra; the gateway does not start if an exporter is configured without it.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ __all__ = ["Span", "Tracing"]
 
 
 class Span(Protocol):
-    """One request's span."""
+    """Span of one request."""
 
     def end(self, status: int, state: Mapping[str, Any]) -> None:
-        """Note how it ended."""
+        """Record the outcome of the request."""
 
 
 class _NoSpan:
     def end(self, status: int, state: Mapping[str, Any]) -> None:
-        """Nothing is traced."""
+        """Record nothing."""
 
 
 _NO_SPAN = _NoSpan()
 
 
 class Tracing:
-    """Makes a span per request, as a child of the caller's where it names one (W3C ``traceparent``)."""
+    """Creates a span per request, as a child of the caller's span if it sends one (W3C ``traceparent``)."""
 
     def __init__(self, endpoint: str | None) -> None:
-        """Export to `endpoint` (OTLP over HTTP), or trace nothing.
+        """Export to `endpoint` (OTLP over HTTP); None disables tracing.
 
         Raises:
             SettingsError: the extra is not installed.
@@ -60,7 +60,7 @@ class Tracing:
 
     @contextmanager
     def request(self, method: str, path: str, headers: Mapping[str, str]) -> Iterator[Span]:
-        """A span around a request."""
+        """Open the span of a request."""
         if self._provider is None:
             yield _NO_SPAN
             return
@@ -73,7 +73,7 @@ class Tracing:
             yield _OpenSpan(span)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Export the remaining spans."""
         if self._provider is not None:
             self._provider.shutdown()
 
@@ -83,7 +83,7 @@ class _OpenSpan:
         self._span = span
 
     def end(self, status: int, state: Mapping[str, Any]) -> None:
-        """Note status, model, frames and where the time went."""
+        """Record status, model, frames and stage durations."""
         self._span.set_attribute("http.response.status_code", status)
         for name in ("request_id", "model", "frames", "error"):
             if state.get(name) is not None:

@@ -1,1 +1,1 @@
-"""What travels: frames, batches of frames, images, calibrations. No torch, no server."""
+"""Formats that travel: frames, batches of frames, images, calibrations, and the worker's socket protocol."""

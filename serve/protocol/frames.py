@@ -1,15 +1,14 @@
-"""Bytes to frames, detections to bytes.
+"""Frame decoding: bytes to arrays, with all checks, and JSON encoding of answers.
 
-A *frame* is what one inference takes: a point cloud as float32 (N, load_dim), an image as uint8
-(H, W, 3) BGR, or several such parts by name. Everything a caller can get wrong about the bytes is found
-here and raised as a `ClientError`; limits are checked before memory is taken. Knows nothing about HTTP,
-TorchServe, torch or any model: what a model wants is said by `FrameSpec`.
+A *frame* is the input of one inference: a point cloud as float32 (N, load_dim), an image as uint8 (H, W, 3) BGR, or
+several such parts by name. Every mistake of a caller in these bytes raises a `ClientError`; limits are checked before
+memory is allocated. `FrameSpec` describes the frames of a model.
 
 Formats:
 
 * ``.bin``: float32, little-endian, `load_dim` numbers per point, no header (KITTI, nuScenes).
 * ``.npy``, ``.npz``, PCD, PLY, LAS, LAZ: columns by name or in the model's order (`serve.protocol.points`).
-* JPEG, PNG, WebP, BMP images.
+* JPEG, PNG, WebP and BMP images.
 * JSON calibrations, see `serve.protocol.calibration`.
 """
 
@@ -47,29 +46,29 @@ __all__ = [
 ]
 
 Modality = Literal["lidar", "depth", "image", "mono3d", "multiview", "fusion"]
-# What the words mean, with the parts of a frame.
+# Modality → description and parts of a frame.
 MODALITIES: Mapping[Modality, str] = {
-    "lidar": "a cloud in the LiDAR frame (points)",
-    "depth": "a cloud of a depth camera or an indoor scan, x right, y forward, z up (points)",
-    "image": "a picture (image)",
-    "mono3d": "a picture and its camera (image, calibration)",
-    "multiview": "pictures of several cameras (image.<CAMERA> of each, calibration)",
-    "fusion": "a cloud, a picture and how they belong together (points, image, calibration)",
+    "lidar": "a point cloud in the LiDAR frame (points)",
+    "depth": "a point cloud of a depth camera or an indoor scan, x right, y forward, z up (points)",
+    "image": "an image (image)",
+    "mono3d": "an image and its calibration (image, calibration)",
+    "multiview": "images of several cameras and their calibration (image.<CAMERA> for each, calibration)",
+    "fusion": "a point cloud, an image and their calibration (points, image, calibration)",
 }
 
 
 @dataclass(frozen=True)
 class FrameSpec:
-    """What a model takes.
+    """Frames that a model accepts.
 
     Attributes:
         modality: one of `MODALITIES`.
-        load_dim: float32 numbers per point in a ``.bin`` (clouds only).
-        color_type: mmcv's name of the way an image is decoded.
-        decoder: ``cv2``, or ``pillow`` (``color`` only), whose pixels of a JPEG differ by a level here and there.
+        load_dim: float32 numbers per point in a ``.bin`` (point clouds only).
+        color_type: mmcv's name for the channels of a decoded image.
+        decoder: ``cv2``, or ``pillow`` (``color`` only), whose pixels of a JPEG differ by one level in places.
         cameras: names of the cameras in the model's order (multi-view only).
-        calibration: names of the matrices the model needs, of every camera.
-        used_columns: indices of the columns of a point that the model looks at; None: all.
+        calibration: names of the matrices that the model needs for each camera.
+        used_columns: indices of the columns of a point that the model uses; None for all.
     """
 
     modality: Modality
@@ -88,7 +87,7 @@ class FrameSpec:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the parts of a frame; all of them are required."""
+        """Names of the parts of a frame, all of them required."""
         points = ("points",) if self.has_points else ()
         images = tuple(f"image.{camera}" for camera in self.cameras)
         if self.modality in ("image", "mono3d", "fusion"):
@@ -97,20 +96,21 @@ class FrameSpec:
 
     @property
     def has_points(self) -> bool:
-        """Whether a cloud is among the parts."""
+        """Whether a point cloud is among the parts."""
         return self.modality in ("lidar", "depth", "fusion")
 
 
 @dataclass(frozen=True)
 class FrameOptions:
-    """What a caller may say about one frame.
+    """Options of one frame.
 
     Attributes:
-        score_thr: leave out detections with a lower score, 0 to 1.
-        max_detections: keep at most so many, best first; None keeps all.
-        load_dim: the caller's own float count per point; checked against the model's.
-        num_points: the caller's own point count; checked against the bytes.
-        columns: the caller's own columns, as in ``x,y,z,intensity=0`` (`serve.protocol.points.parse_columns`).
+        score_thr: minimum score of a detection, 0 to 1.
+        max_detections: maximum number of detections, best first; None keeps all.
+        load_dim: numbers per point as declared by the caller; checked against the model.
+        num_points: number of points as declared by the caller; checked against the bytes.
+        columns: columns of a point as declared by the caller, such as ``x,y,z,intensity=0``
+            (`serve.protocol.points.parse_columns`).
     """
 
     score_thr: float = 0.0
@@ -125,9 +125,9 @@ class Frame:
     """One decoded frame with its options.
 
     Attributes:
-        data: (N, load_dim) float32 or (H, W[, 3]) uint8 BGR for a frame of one part; for several, a
-            dictionary by part name of such arrays, with the calibration as `serve.protocol.calibration` gives it.
-        options: what the caller asked for.
+        data: (N, load_dim) float32 or (H, W[, 3]) uint8 BGR for a frame of one part; for several parts, a
+            dictionary of such arrays by part name, with the calibration as `parse_calibration` returns it.
+        options: options of the frame.
     """
 
     data: npt.NDArray[Any] | dict[str, Any]
@@ -135,36 +135,40 @@ class Frame:
 
     @property
     def points(self) -> npt.NDArray[np.float32] | None:
-        """The cloud among the parts; None where there is none."""
+        """The point cloud among the parts, or None."""
         if isinstance(self.data, dict):
             return self.data.get("points")
         return self.data if self.data.ndim == 2 and self.data.dtype == np.float32 else None
 
 
 def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -> FrameOptions:
-    """FrameOptions from query values or JSON; strings and numbers alike.
+    """Parse options from query values or JSON; numbers may be strings.
+
+    Args:
+        values: values by name.
+        base: values of the options that are not in `values`.
 
     Raises:
-        UnknownOption: an unknown name or an impossible value; the message lists what is known.
+        UnknownOption: an unknown name, for which the message lists the known ones, or an invalid value.
     """
-    if not values:  # as nearly always
+    if not values:  # the common case
         return base or FrameOptions()
     known = {field.name for field in fields(FrameOptions)}
     changes: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise UnknownOption(f"unknown option '{name}'; known are: {', '.join(sorted(known))}")
+            raise UnknownOption(f"unknown option '{name}'; known: {', '.join(sorted(known))}")
         match name:
             case "score_thr":
-                changes[name] = _score(name, value)
+                changes[name] = _parse_score(name, value)
             case "columns":
-                changes[name] = _columns(name, value)
+                changes[name] = _check_columns(name, value)
             case _:
-                changes[name] = _count(name, value)
+                changes[name] = _parse_count(name, value)
     return replace(base or FrameOptions(), **changes)
 
 
-def _score(name: str, value: Any) -> float:
+def _parse_score(name: str, value: Any) -> float:
     try:
         number = float(value) if not isinstance(value, bool) else float("nan")
     except (TypeError, ValueError):
@@ -174,25 +178,25 @@ def _score(name: str, value: Any) -> float:
     return number
 
 
-def _columns(name: str, value: Any) -> str:
+def _check_columns(name: str, value: Any) -> str:
     if not isinstance(value, str) or len(value) > 4096:
         raise UnknownOption(f"{name} must be text, as in x,y,z,intensity=0, got {str(value)[:80]!r}")
     parse_columns(value)
     return value
 
 
-def _count(name: str, value: Any) -> int:
+def _parse_count(name: str, value: Any) -> int:
     try:
         number = int(value) if isinstance(value, str) else value
     except ValueError:
         number = None
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= 2**31:
-        raise UnknownOption(f"{name} must be a whole number of 0 or more, got {value!r}")
+        raise UnknownOption(f"{name} must be an integer >= 0, got {value!r}")
     return number
 
 
 def is_part(name: str) -> bool:
-    """Whether a form field or JSON member of that name is a part of a frame, not an option."""
+    """Return whether a form field or JSON member of that name is a part of a frame rather than an option."""
     return name in ("points", "image", "calibration", "text") or name.startswith("image.")
 
 
@@ -200,16 +204,16 @@ def decode_frame(body: Body, spec: FrameSpec, options: FrameOptions, limits: Lim
     """Decode one frame.
 
     Args:
-        body: the bytes of a frame of one part, or those of each part by name.
-        spec: what the model takes.
-        options: what the caller says about the frame.
-        limits: bounds; bytes are counted over all parts, points and pixels of each.
+        body: bytes of a frame of one part, or of each part by name.
+        spec: frames that the model accepts.
+        options: options of the frame.
+        limits: limits; on bytes of all parts together, on points and pixels of each part.
 
     Raises:
-        BadRequest: a part is missing or superfluous.
+        BadRequest: a part is missing or unexpected.
         FrameTooLarge: more bytes, points or pixels than `limits` allow.
-        UndecodableFrame: not a frame of this kind.
-        NonFinitePoints: NaN or inf among the points.
+        UndecodableFrame: the bytes are not a frame of this model.
+        NonFinitePoints: the points contain NaN or inf.
     """
     size = sum(map(len, body.values())) if isinstance(body, Mapping) else len(body)
     if size > limits.max_frame_bytes:
@@ -217,7 +221,7 @@ def decode_frame(body: Body, spec: FrameSpec, options: FrameOptions, limits: Lim
     if isinstance(body, Mapping):
         _check_parts(body, spec)
     elif len(spec.parts) > 1:
-        raise BadRequest(f"this model takes {_spelled(spec)}; send each as a form field of that name")
+        raise BadRequest(f"this model takes {_format_parts(spec)}; send each as a form field of that name")
     else:
         body = {spec.parts[0]: body}
     decoded = {name: _decode_part(name, body[name], spec, options, limits) for name in spec.parts}
@@ -228,14 +232,14 @@ def decode_frame(body: Body, spec: FrameSpec, options: FrameOptions, limits: Lim
 
 def _check_parts(body: Mapping[str, Bytes], spec: FrameSpec) -> None:
     missing = [name for name in spec.parts if name not in body]
-    superfluous = [name[:80] for name in body if name not in spec.parts]
-    if missing or superfluous:
+    unexpected = [name[:80] for name in body if name not in spec.parts]
+    if missing or unexpected:
         faults = [f"missing: {', '.join(missing)}"] if missing else []
-        faults += [f"superfluous: {', '.join(superfluous)}"] if superfluous else []
-        raise BadRequest(f"this model takes {_spelled(spec)}; {'; '.join(faults)}")
+        faults += [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
+        raise BadRequest(f"this model takes {_format_parts(spec)}; {'; '.join(faults)}")
 
 
-def _spelled(spec: FrameSpec) -> str:
+def _format_parts(spec: FrameSpec) -> str:
     return f"{'the parts ' if len(spec.parts) > 1 else 'one part, '}{', '.join(spec.parts)}"
 
 
@@ -252,40 +256,40 @@ def _decode_part(name: str, body: Bytes, spec: FrameSpec, options: FrameOptions,
     if name == "calibration":
         return parse_calibration(body, spec.calibration, spec.cameras)
     try:
-        picture = decode_image(body, spec.color_type, spec.decoder, limits.max_pixels)
-        if spec.cameras and picture.ndim != 3:
-            raise UndecodableFrame("the image is grey; pictures of several cameras must have three channels")
-        if spec.cameras and picture.shape[2] != 3:
-            raise UndecodableFrame(f"the image has {picture.shape[2]} channels; three are expected")
+        image = decode_image(body, spec.color_type, spec.decoder, limits.max_pixels)
+        if spec.cameras and image.ndim != 3:
+            raise UndecodableFrame("the image is grey; images of several cameras must have three channels")
+        if spec.cameras and image.shape[2] != 3:
+            raise UndecodableFrame(f"the image has {image.shape[2]} channels; three are expected")
     except UndecodableFrame as error:
         raise (UndecodableFrame(f"{name}: {error}") if spec.cameras else error) from None
-    return picture
+    return image
 
 
 def decode_json_request(body: Bytes) -> tuple[Body, dict[str, Any]]:
-    """A frame in JSON, and its options; `read_json_frame` says in which shapes.
+    """Read a frame and its options from JSON of one of the shapes of `read_json_frame`.
 
     Raises:
-        BadRequest: not JSON, or not one of these shapes, or not base64.
+        BadRequest: the body is not JSON, has none of these shapes, or is not base64.
     """
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is declared as JSON but does not parse: {error}") from None
+        raise BadRequest(f"cannot parse the body as JSON: {error}") from None
     return read_json_frame(document)
 
 
 def read_json_frame(document: Any) -> tuple[Body, dict[str, Any]]:
-    """A frame of parsed JSON, and its options.
+    """Read a frame and its options from parsed JSON.
 
     ``{"b64": "…", <options>}`` or a bare base64 string for a frame of one part;
-    ``{"points": {"b64": "…"}, "image": {"b64": "…"}, "calibration": {…}, <options>}`` for one of several.
+    ``{"points": {"b64": "…"}, "image": {"b64": "…"}, "calibration": {…}, <options>}`` for several parts.
 
     Returns:
         The bytes (or those of each part by name) and the options.
 
     Raises:
-        BadRequest: not one of these shapes, or not base64.
+        BadRequest: the document has none of these shapes, or is not base64.
     """
     if isinstance(document, str):
         document = {"b64": document}
@@ -301,7 +305,7 @@ def read_json_frame(document: Any) -> tuple[Body, dict[str, Any]]:
 
 
 def _json_part(name: str, value: Any) -> bytes:
-    """The bytes of a part: base64, or the document itself where the part is one."""
+    """Return the bytes of a part: decoded base64, or the document itself for calibration and text."""
     if isinstance(value, dict) and set(value) == {"b64"} and isinstance(value["b64"], str):
         return _base64(name, value["b64"])
     if name == "calibration" and isinstance(value, dict):
@@ -320,5 +324,5 @@ def _base64(name: str, encoded: str) -> bytes:
 
 
 def encode_json(document: Any) -> bytes:
-    """JSON; numpy arrays become lists, float32 in its shortest exact spelling."""
+    """Encode as JSON; numpy arrays become lists, float32 its shortest exact decimal."""
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)

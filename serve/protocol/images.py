@@ -1,7 +1,4 @@
-"""Bytes of a picture to pixels as mmcv's image loaders have them, checked before memory is taken.
-
-Knows nothing about models or requests.
-"""
+"""Image decoding: bytes to pixels as mmcv's image loaders produce them, checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -30,22 +27,25 @@ COLOR_TYPES = {
     "color_ignore_orientation": cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR,
     "grayscale_ignore_orientation": cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_GRAYSCALE,
 }
-# What Pillow raises on bytes that are no picture, or half of one.
+# Raised by Pillow for bytes that are not an image, or an incomplete one.
 _UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError)
 
 
 def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int) -> npt.NDArray[np.uint8]:
-    """Pixels of a JPEG, PNG, WebP or BMP: (H, W, 3) BGR, (H, W) grey, or what the file has, by `color_type`.
+    """Decode a JPEG, PNG, WebP or BMP image.
 
     Args:
         body: the bytes of the file.
         color_type: a key of `COLOR_TYPES`.
-        decoder: ``cv2``; or ``pillow`` (``color`` only), whose pixels of a JPEG differ by a level here and there.
-        max_pixels: width times height may be this much.
+        decoder: ``cv2``; or ``pillow`` (``color`` only), whose pixels of a JPEG differ by one level in places.
+        max_pixels: maximum of width times height.
+
+    Returns:
+        uint8, (H, W, 3) BGR, (H, W) grey, or the channels of the file, depending on `color_type`.
 
     Raises:
-        FrameTooLarge: more pixels.
-        UndecodableFrame: no complete picture of 8 bits per channel.
+        FrameTooLarge: more than `max_pixels`.
+        UndecodableFrame: not a complete image of 8 bits per channel.
     """
     if len(body) == 0:
         raise UndecodableFrame("the body is empty; send the bytes of a JPEG, PNG, WebP or BMP image")
@@ -54,7 +54,7 @@ def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int
         return _decode_with_pillow(body)
     pixels = cv2.imdecode(np.frombuffer(body, dtype=np.uint8), COLOR_TYPES[color_type])
     if pixels is None:
-        raise UndecodableFrame("the image cannot be decoded")
+        raise UndecodableFrame("cannot decode the image")
     if pixels.dtype != np.uint8:
         raise UndecodableFrame(f"the image has {pixels.dtype} samples; 8 bits per channel are expected")
     decoded: npt.NDArray[np.uint8] = pixels
@@ -62,41 +62,39 @@ def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int
 
 
 def _decode_with_pillow(body: Bytes) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) BGR, the right way up, as mmcv's ``imfrombytes(backend='pillow')`` has it (mmcv.image.io)."""
+    """Decode to (H, W, 3) BGR, rotated by EXIF, as mmcv's ``imfrombytes(backend='pillow')`` does (mmcv.image.io)."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(body), formats=IMAGE_FORMATS) as opened:
-            warnings.simplefilter("ignore")  # of a palette with transparency, which mmcv drops as well
+            warnings.simplefilter("ignore")  # about a palette with transparency, which mmcv drops too
             image = ImageOps.exif_transpose(opened)
-            if image.mode == "LA":  # grey over transparent: mmcv lays it on the mean colour of ImageNet
-                seen = image.convert("RGBA")
-                image = Image.new("RGB", seen.size, (124, 117, 104))
-                image.paste(seen, mask=seen.split()[3])
+            if image.mode == "LA":  # grey with alpha: mmcv composes it over the mean colour of ImageNet
+                rgba = image.convert("RGBA")
+                image = Image.new("RGB", rgba.size, (124, 117, 104))
+                image.paste(rgba, mask=rgba.split()[3])
             return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
     except _UNREADABLE as error:
-        raise UndecodableFrame(f"the image cannot be decoded ({error})") from None
+        raise UndecodableFrame(f"cannot decode the image ({error})") from None
 
 
 def _check_image(body: Bytes, max_pixels: int) -> None:
-    """Size before memory, completeness before decoding: OpenCV fills what is missing with grey and says nothing."""
+    """Check size and completeness before decoding; OpenCV silently fills missing pixels with grey."""
     try:
         with warnings.catch_warnings():
-            # Pillow's own limits warn or raise on sizes that ours refuse more plainly below.
+            # Pillow's own size limits; `max_pixels` below gives a better message.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(body), formats=IMAGE_FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
-                    raise FrameTooLarge(
-                        f"the image is {width} x {height} pixels, the limit is {max_pixels} in all"
-                    )
+                    raise FrameTooLarge(f"the image has {width} x {height} pixels, the limit is {max_pixels}")
                 if image.format == "PNG":
-                    image.verify()  # checksums of all chunks; does not inflate
+                    image.verify()  # checks the checksums of all chunks without inflating
                 else:
-                    # An eighth of the size in grey (JPEG only) still reads every coded byte.
+                    # Decoding at an eighth of the size in grey (JPEG only) still reads every coded byte.
                     image.draft("L", (max(1, width // 8), max(1, height // 8)))
                     image.load()
     except Image.DecompressionBombError as error:
         raise FrameTooLarge(f"the image is too large: {error}") from None
     except _UNREADABLE as error:
         raise UndecodableFrame(
-            f"not a complete {', '.join(IMAGE_FORMATS)} image ({error}); send the unchanged bytes of the file"
+            f"not a complete {', '.join(IMAGE_FORMATS)} image ({error}); send the file unchanged"
         ) from None

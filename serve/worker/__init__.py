@@ -1,1 +1,1 @@
-"""What runs in TorchServe's Python process: handler, socket server, watchdog."""
+"""Code that runs in TorchServe's Python process: handler, socket server, watchdog."""

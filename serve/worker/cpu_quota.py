@@ -1,10 +1,9 @@
-"""How many cores this process may use: what the container was given, not what the machine has.
+"""CPU quota of the container: how many cores this process may use.
 
 A container with ``--cpus 8`` on a machine with 64 cores still sees all 64. torch would start 64 threads, which the
-kernel then stops for most of every tenth of a second. Knows the files of Linux' control groups (version 2:
-``cpu.max``, version 1: ``cpu.cfs_quota_us``; Documentation/admin-guide/cgroup-v2.rst and
-Documentation/scheduler/sched-bwc.rst of the kernel). Does not know what else runs in the container, and of nested
-groups only the innermost that can be seen, which in a container is its own.
+kernel then throttles for most of every 100 ms period. Reads the files of Linux control groups (version 2: ``cpu.max``,
+version 1: ``cpu.cfs_quota_us``; Documentation/admin-guide/cgroup-v2.rst and Documentation/scheduler/sched-bwc.rst of
+the kernel). Of nested groups only the innermost visible one is read, which in a container is its own.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ __all__ = ["available_cores"]
 
 
 def available_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores to start threads for, at least 1: of those this process may run on, as many as its quota pays for.
+    """Return the number of cores that affinity and quota allow this process to use, at least 1.
 
     Args:
-        root: where control groups are mounted.
+        root: mount point of the control groups.
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(root)
@@ -28,7 +27,7 @@ def available_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _quota(root: Path) -> float | None:
-    """Cores' worth of time that the control group may use; None where there is no bound, or none can be read."""
+    """Return the quota of the control group in cores; None without a quota, or if it cannot be read."""
     try:
         limit, period = (root / "cpu.max").read_text().split()
     except (OSError, ValueError):

@@ -1,8 +1,7 @@
-"""The worker's end of `serve.gateway.worker_client`: a Unix socket on which batches come that do not go through TorchServe.
+"""Socket server of a worker, the other end of `serve.gateway.worker_client`; protocol: `serve.protocol.worker`.
 
-Every connection has a thread that reads a batch, has it answered and sends the answer; what may run only one at a time
-is the business of who answers. Whatever goes wrong is answered with no bytes, and the batch comes again through
-TorchServe. Knows nothing about models or frames.
+One thread per connection reads a batch, has it answered and sends the answer; `answer` itself serializes what must not
+run concurrently. On any failure the server sends an empty answer, and the gateway repeats the batch through TorchServe.
 """
 
 from __future__ import annotations
@@ -19,92 +18,94 @@ from serve.protocol.worker import BATCH_HEADER, HELLO, LENGTH, MAX_MESSAGE_BYTES
 
 __all__ = ["listen"]
 
-# One gateway holds as many as it has batches here, two; several gateways may share a worker.
-_MOST_CONNECTIONS = 32
+# A gateway opens one per batch in flight, mostly two; several gateways may share a worker.
+_MAX_CONNECTIONS = 32
 
 logger = logging.getLogger(__name__)
 
 
 def listen(folder: Path, answer: Callable[[memoryview, int], bytes]) -> socket.socket:
-    """Listen for batches until the process ends; returns the socket, which may be closed to end sooner.
+    """Listen for batches until the process ends; returns the socket, which may be closed to stop earlier.
 
     Args:
-        folder: where the socket goes; it must be this user's alone, for whoever can connect is answered.
-        answer: a framed batch, and for how many seconds it may be computed (0: any number), to framed outcomes;
-            called from several threads.
+        folder: folder of the socket; only this user may have access, because there is no authentication.
+        answer: maps a framed batch and its compute limit in seconds (0 for none) to framed outcomes; called from
+            several threads.
 
     Raises:
-        OSError: the folder is not there, or the path is too long for a socket.
+        OSError: the folder does not exist, or the path is too long for a socket.
     """
     path = socket_path(folder, os.getpid())
-    path.unlink(missing_ok=True)  # of a process that had the same id
+    path.unlink(missing_ok=True)  # left by a process with the same id
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(str(path))
         path.chmod(0o600)
-        listener.listen(_MOST_CONNECTIONS)
+        listener.listen(_MAX_CONNECTIONS)
     except BaseException:
         listener.close()
         raise
-    threading.Thread(target=_accept, args=(listener, answer), name="direct", daemon=True).start()
+    threading.Thread(target=_accept, args=(listener, answer), name="worker-socket", daemon=True).start()
     return listener
 
 
 def _accept(listener: socket.socket, answer: Callable[[memoryview, int], bytes]) -> None:
-    room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+    free_slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
     while True:
         try:
             connection, _ = listener.accept()
         except OSError:  # closed
             return
-        if not room.acquire(blocking=False):
-            connection.close()  # without a greeting: its batch goes through TorchServe
+        if not free_slots.acquire(blocking=False):
+            connection.close()  # without a hello: the batch goes through TorchServe
             continue
         threading.Thread(
-            target=_serve, args=(connection, answer, room), name="direct-connection", daemon=True
+            target=_serve, args=(connection, answer, free_slots), name="worker-connection", daemon=True
         ).start()
 
 
 def _serve(
-    connection: socket.socket, answer: Callable[[memoryview, int], bytes], room: threading.BoundedSemaphore
+    connection: socket.socket,
+    answer: Callable[[memoryview, int], bytes],
+    free_slots: threading.BoundedSemaphore,
 ) -> None:
-    """Answer one batch after the other, until the other side hangs up."""
+    """Answer batches one after another until the gateway disconnects."""
     try:
         with connection:
             connection.sendall(HELLO)
             while (received := _receive(connection)) is not None:
-                body = _answered(answer, *received)
+                body = _answer(answer, *received)
                 del received
-                connection.sendall(LENGTH.pack(len(body)) + body)  # one message, one wake-up
+                connection.sendall(LENGTH.pack(len(body)) + body)  # one send, one wake-up of the gateway
     except OSError:
-        pass  # hung up
+        pass  # disconnected
     finally:
-        room.release()
+        free_slots.release()
 
 
-def _answered(answer: Callable[[memoryview, int], bytes], batch: memoryview, compute_s: int) -> bytes:
+def _answer(answer: Callable[[memoryview, int], bytes], batch: memoryview, compute_s: int) -> bytes:
     try:
         return answer(batch, compute_s)
     except ServeError as error:
-        logger.info("a batch is left to TorchServe: %s", error)
+        logger.info("cannot answer a batch, leaving it to TorchServe: %s", error)
     except Exception:
-        logger.warning("a batch is left to TorchServe", exc_info=True)
+        logger.warning("cannot answer a batch, leaving it to TorchServe", exc_info=True)
     return b""
 
 
 def _receive(connection: socket.socket) -> tuple[memoryview, int] | None:
-    """One batch and its seconds; None at the end of the connection, or where its length is impossible."""
+    """Receive a batch and its compute limit; None at the end of the connection, or if the length is invalid."""
     head = bytearray(BATCH_HEADER.size)
-    if not _fill(connection, memoryview(head)):
+    if not _receive_into(connection, memoryview(head)):
         return None
     length, compute_s = BATCH_HEADER.unpack(head)
     if length > MAX_MESSAGE_BYTES:
         return None
     batch = memoryview(bytearray(length))
-    return (batch, compute_s) if _fill(connection, batch) else None
+    return (batch, compute_s) if _receive_into(connection, batch) else None
 
 
-def _fill(connection: socket.socket, buffer: memoryview) -> bool:
+def _receive_into(connection: socket.socket, buffer: memoryview) -> bool:
     while buffer:
         received = connection.recv_into(buffer)
         if not received:

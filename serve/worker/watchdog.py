@@ -1,9 +1,9 @@
-"""Ends a worker that computes one batch for too long, and says where it was.
+"""Watchdog that ends a worker which computes one batch for too long.
 
-TorchServe watches only batches that go through it. The watch here is a thread without Python (`faulthandler`), so it
-goes off when the interpreter itself is held by a kernel that does not return: every thread's stack goes to standard
-error, which is TorchServe's log, and the process ends with 1, upon which TorchServe starts another. It cannot do so
-while the whole process is stopped. Knows nothing about batches.
+TorchServe watches only the batches that pass through it. This watchdog is a thread without Python (`faulthandler`), so
+that it fires even if a kernel never returns to the interpreter: it prints the stacks of all threads to standard error,
+which is TorchServe's log, and ends the process with exit code 1, after which TorchServe starts another worker. It
+cannot fire while the whole process is stopped.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = ["watchdog"]
 
 @contextmanager
 def watchdog(seconds: float) -> Iterator[None]:
-    """Let the process end if what is inside takes longer than `seconds` (0: however long it takes).
+    """End the process if the `with` block takes longer than `seconds`; 0 for no limit.
 
-    A process has one such watch: not to be used in two threads at a time.
+    A process has only one such timer: do not use it in two threads at a time.
 
     Raises:
-        RuntimeError: standard error is no file.
+        RuntimeError: standard error has no file descriptor.
     """
     if not seconds:
         yield

@@ -1,11 +1,11 @@
-"""The Open Inference Protocol (KServe v2), REST: tensors in JSON or in its binary extension ↔ frames and answers.
+"""Codec of the Open Inference Protocol (KServe v2), REST: tensors in JSON or its binary extension ↔ frames, answers.
 
 Source: kserve/open-inference-protocol, ``specification/protocol/inference_rest.md``, and Triton's
-``extension_binary_data.md``. Knows nothing about routes or queues.
+``extension_binary_data.md``.
 
-Inputs of a model are its parts: ``points`` FP32 [N, load_dim], ``image`` BYTES [1] (an encoded image) or UINT8
-[H, W, 3] RGB, ``calibration`` BYTES [1] (JSON). A model of one part also takes ``frame`` BYTES [n]: n encoded
-frames in one request. Outputs are flat over all frames, with `num_detections` saying how many belong to each.
+The inputs of a model are its parts: ``points`` FP32 [N, load_dim], ``image`` BYTES [1] (an encoded image) or UINT8
+[H, W, 3] RGB, ``calibration`` BYTES [1] (JSON). A model with one part also accepts ``frame`` BYTES [n]: n encoded
+frames in one request. Outputs are concatenated over all frames; `num_detections` holds the number of each frame.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NUMPY = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
-# Parameters that clients of Triton send along and that mean nothing here.
+# Parameters of Triton's clients without a meaning here.
 _IGNORED = {"binary_data_output", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout"}
 
 
@@ -47,11 +47,11 @@ class InferRequest:
     """One ``infer`` call.
 
     Attributes:
-        id: the caller's own id, sent back.
+        id: id chosen by the client, returned in the response.
         frames: the frames, in order.
-        parameters: options for all of them, and `timeout_ms`.
-        outputs: names wanted, each with whether it shall be binary; None for all of them.
-        binary: whether outputs are binary unless they say otherwise.
+        parameters: options for all frames, and `timeout_ms`.
+        outputs: names of the requested outputs, and whether each is binary; None for all outputs.
+        binary: default of "binary" for outputs.
     """
 
     id: str | None
@@ -62,7 +62,7 @@ class InferRequest:
 
 
 def model_metadata(name: str, versions: Sequence[str], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``GET /v2/models/{name}`` answers."""
+    """Build the answer to ``GET /v2/models/{name}``."""
     load_dim = int(spec.get("load_dim") or 4)
     tensors = {
         "points": {"datatype": "FP32", "shape": [-1, load_dim]},
@@ -84,8 +84,8 @@ def decode_infer(body: bytes, header_length: str | None, spec: Mapping[str, Any]
     """Read a request; `header_length` is the ``Inference-Header-Content-Length`` header.
 
     Raises:
-        BadRequest: it is not one of the protocol, or not one for this model.
-        UndecodableFrame: a tensor is no frame of this model.
+        BadRequest: the request violates the protocol, or does not fit the model.
+        UndecodableFrame: a tensor is not a frame of this model.
     """
     if header_length is None:
         header, rest = body, memoryview(b"")
@@ -98,11 +98,13 @@ def decode_infer(body: bytes, header_length: str | None, spec: Mapping[str, Any]
         inputs = document["inputs"]
         tensors: dict[str, npt.NDArray[Any] | list[Bytes]] = {}
         for tensor in inputs:
-            tensors[str(tensor["name"])], rest = _tensor(tensor, rest)
+            tensors[str(tensor["name"])], rest = _read_tensor(tensor, rest)
         parameters = dict(document.get("parameters") or {})
-        wanted = document.get("outputs")
+        requested = document.get("outputs")
         binary = bool(parameters.get("binary_data_output", False))
-        outputs = None if not wanted else {str(entry["name"]): _binary(entry, binary) for entry in wanted}
+        outputs = (
+            None if not requested else {str(entry["name"]): _is_binary(entry, binary) for entry in requested}
+        )
         identity = document.get("id")
         strings = {name: str(value) for name, value in parameters.items() if name not in _IGNORED}
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, struct.error) as error:
@@ -113,18 +115,22 @@ def decode_infer(body: bytes, header_length: str | None, spec: Mapping[str, Any]
         raise BadRequest(f"{len(rest)} bytes follow the tensors that the header declares")
     unknown = set(outputs or ()) - set(_output_kinds(spec))
     if unknown:
-        raise BadRequest(f"no output {sorted(unknown)[0]!r}; there are {', '.join(_output_kinds(spec))}")
+        raise BadRequest(
+            f"unknown output {sorted(unknown)[0]!r}; available: {', '.join(_output_kinds(spec))}"
+        )
     return InferRequest(
-        None if identity is None else str(identity), _frames(tensors, spec), strings, outputs, binary
+        None if identity is None else str(identity), _build_frames(tensors, spec), strings, outputs, binary
     )
 
 
-def _binary(entry: Mapping[str, Any], default: bool) -> bool:
+def _is_binary(entry: Mapping[str, Any], default: bool) -> bool:
     return bool((entry.get("parameters") or {}).get("binary_data", default))
 
 
-def _tensor(tensor: Mapping[str, Any], rest: memoryview) -> tuple[npt.NDArray[Any] | list[Bytes], memoryview]:
-    """One input tensor, and what is left of the binary part."""
+def _read_tensor(
+    tensor: Mapping[str, Any], rest: memoryview
+) -> tuple[npt.NDArray[Any] | list[Bytes], memoryview]:
+    """Read one input tensor; returns it and the rest of the binary part."""
     name, datatype = str(tensor["name"]), tensor["datatype"]
     shape = [int(length) for length in tensor["shape"]]
     if datatype != "BYTES" and datatype not in _NUMPY:
@@ -138,21 +144,21 @@ def _tensor(tensor: Mapping[str, Any], rest: memoryview) -> tuple[npt.NDArray[An
             raise ValueError(f"input {name} declares {size!r} bytes, {len(rest)} are left")
         data, rest = rest[:size], rest[size:]
         if datatype == "BYTES":
-            return _split(data, count), rest
+            return _split_bytes(data, count), rest
         if size != count * np.dtype(_NUMPY[datatype]).itemsize:
             raise ValueError(f"input {name} of shape {shape} and {datatype} cannot have {size} bytes")
         return np.frombuffer(data, _NUMPY[datatype]).reshape(shape), rest
-    values = _flat(tensor["data"])
+    values = _flatten(tensor["data"])
     if len(values) != count:
         raise ValueError(f"input {name} of shape {shape} has {len(values)} values")
     if datatype == "BYTES":
         coded = (tensor.get("parameters") or {}).get("content_type") == "base64"
-        return [_text(name, value, coded) for value in values], rest
+        return [_encode_text(name, value, coded) for value in values], rest
     return np.array(values, dtype=_NUMPY[datatype]).reshape(shape), rest
 
 
-def _flat(data: Any) -> list[Any]:
-    """Tensor data in JSON may be flat or nested."""
+def _flatten(data: Any) -> list[Any]:
+    """Flatten tensor data, which may be flat or nested in JSON."""
     while isinstance(data, list) and data and isinstance(data[0], list):
         data = [value for row in data for value in row]
     if not isinstance(data, list):
@@ -160,9 +166,9 @@ def _flat(data: Any) -> list[Any]:
     return data
 
 
-def _text(name: str, value: Any, coded: bool) -> bytes:
+def _encode_text(name: str, value: Any, coded: bool) -> bytes:
     if not isinstance(value, str):
-        raise ValueError(f"input {name}: BYTES in JSON are strings")
+        raise ValueError(f"input {name}: elements of BYTES must be strings in JSON")
     if not coded:
         return value.encode()
     try:
@@ -171,8 +177,8 @@ def _text(name: str, value: Any, coded: bool) -> bytes:
         raise ValueError(f"input {name}: not base64: {error}") from None
 
 
-def _split(data: memoryview, count: int) -> list[Bytes]:
-    """Elements of a BYTES tensor: each with its length, uint32 little-endian, before it."""
+def _split_bytes(data: memoryview, count: int) -> list[Bytes]:
+    """Split a BYTES tensor into elements, each preceded by its length (uint32, little-endian)."""
     found: list[Bytes] = []
     at = 0
     while at < len(data):
@@ -191,7 +197,7 @@ def _parts(spec: Mapping[str, Any]) -> tuple[str, ...]:
     return parts or (("points",) if spec["modality"] == "lidar" else ("image",))
 
 
-def _frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[EncodedFrame]:
+def _build_frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[EncodedFrame]:
     parts = _parts(spec)
     several = tensors.get("frame")
     if len(parts) == 1 and set(tensors) == {"frame"} and isinstance(several, list):
@@ -202,10 +208,10 @@ def _frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[Encoded
             f"this model takes {', '.join(parts)}{', or frame' if len(parts) == 1 else ''}; the request has "
             f"{', '.join(sorted(tensors)) or 'no input'}"
         )
-    bodies = {name: _part(name, tensor, spec) for name, tensor in tensors.items()}
+    bodies = {name: _build_part(name, tensor, spec) for name, tensor in tensors.items()}
     if len(parts) == 1:
         (only,) = bodies.values()
-        # The shape of a tensor declares its columns; an empty cloud declares itself, as it does everywhere.
+        # The shape of a tensor declares its columns; an empty point cloud must declare num_points=0.
         declared = (
             {"load_dim": int(spec.get("load_dim") or 4)} if isinstance(tensors[parts[0]], np.ndarray) else {}
         )
@@ -215,10 +221,10 @@ def _frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[Encoded
     return [EncodedFrame(body)]
 
 
-def _part(name: str, tensor: npt.NDArray[Any] | list[Bytes], spec: Mapping[str, Any]) -> Bytes:
+def _build_part(name: str, tensor: npt.NDArray[Any] | list[Bytes], spec: Mapping[str, Any]) -> Bytes:
     if isinstance(tensor, list):
         if len(tensor) != 1:
-            raise BadRequest(f"input {name} must have one element; several frames go into input frame")
+            raise BadRequest(f"input {name} must have one element; use input 'frame' for several frames")
         return tensor[0]
     if name == "points":
         load_dim = int(spec.get("load_dim") or 4)
@@ -248,24 +254,24 @@ def _output_kinds(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def encode_infer(
     request: InferRequest, bodies: Sequence[Bytes], name: str, version: str, spec: Mapping[str, Any]
 ) -> tuple[bytes, int | None]:
-    """The response's body, and the length of its JSON header where binary tensors follow it.
+    """Encode the response; returns its body, and the length of its JSON header if binary tensors follow.
 
     Args:
-        request: what was asked.
-        bodies: the JSON answer of every frame.
-        name: the model's name.
-        version: the model's version.
-        spec: what the model says of itself.
+        request: the request.
+        bodies: JSON answers, one per frame.
+        name: name of the model.
+        version: version of the model.
+        spec: description of the model.
     """
-    tensors = _outputs(bodies, spec)
-    wanted = request.outputs or dict.fromkeys(tensors, request.binary)
+    tensors = _build_outputs(bodies, spec)
+    requested = request.outputs or dict.fromkeys(tensors, request.binary)
     entries: list[dict[str, Any]] = []
     payloads: list[bytes] = []
-    for output, binary in wanted.items():
+    for output, binary in requested.items():
         datatype, shape, value = tensors[output]
         entry: dict[str, Any] = {"name": output, "datatype": datatype, "shape": shape}
         if binary:
-            raw = _joined(value) if isinstance(value, list) else value.tobytes()
+            raw = _pack_bytes(value) if isinstance(value, list) else value.tobytes()
             payloads.append(raw)
             entry["parameters"] = {"binary_data_size": len(raw)}
         else:
@@ -280,7 +286,7 @@ def encode_infer(
     return b"".join([header, *payloads]), len(header) if payloads else None
 
 
-def _outputs(
+def _build_outputs(
     bodies: Sequence[Bytes], spec: Mapping[str, Any]
 ) -> dict[str, tuple[str, list[int], npt.NDArray[Any] | list[Bytes]]]:
     names = _BOXES[3 if spec.get("box_type_3d") else 2]
@@ -288,7 +294,7 @@ def _outputs(
         answers = [orjson.loads(body) for body in bodies]
     except orjson.JSONDecodeError as error:
         raise BackendBroken(f"the worker's answer is not JSON: {error}") from None
-    # A model without boxes (of segmentation, say) answers in `detections` alone.
+    # A model without boxes (segmentation) has its answer in `detections` only.
     boxes, scores, labels = ([answer.get(name, []) for answer in answers] for name in names)
     width = max((len(box) for frame in boxes for box in frame), default=4 if names[0] == "bboxes" else 7)
     flat = np.array([box for frame in boxes for box in frame], dtype="<f4").reshape(-1, width)
@@ -302,5 +308,5 @@ def _outputs(
     }
 
 
-def _joined(elements: Sequence[Bytes]) -> bytes:
+def _pack_bytes(elements: Sequence[Bytes]) -> bytes:
     return b"".join(struct.pack("<I", len(element)) + bytes(element) for element in elements)
