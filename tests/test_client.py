@@ -70,7 +70,7 @@ def server() -> Iterator[FakeServer]:
         yield fake
 
 
-def test_bytes_options_and_token_reach_the_server_and_the_answer_comes_back(server: FakeServer) -> None:
+def test_client_sends_bytes_options_and_token_and_returns_the_answer(server: FakeServer) -> None:
     with Client(server.address, token="secret-token") as client:
         answer = client.predict(
             b"\x00\x01points", "a model/x", "1.0", content_type="image/png", score_thr=0.25, max_detections=7
@@ -86,51 +86,51 @@ def test_bytes_options_and_token_reach_the_server_and_the_answer_comes_back(serv
     assert server.seen["body"] == b"\x00\x01points"
 
 
-def test_nothing_is_sent_that_was_not_asked_for(server: FakeServer) -> None:
+def test_client_sends_no_options_by_default(server: FakeServer) -> None:
     with Client(f"http://{server.address}") as client:
         client.predict(b"", "second")
     assert server.seen["path"] == "/predictions/second"
     assert not {"Authorization", "X-Score-Thr", "X-Max-Detections"} & set(server.seen["headers"])
 
 
-def test_a_server_that_is_not_there_is_not_ready_and_named() -> None:
+def test_refused_connection_raises_not_ready_with_the_address() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
         with (
             Client(address) as client,
-            pytest.raises(errors.NotReady, match=f"no server answers at {address}"),
+            pytest.raises(errors.NotReady, match=address),
         ):
             client.predict(b"", "second")
 
 
-def test_an_answer_that_does_not_come_is_a_deadline(server: FakeServer) -> None:
+def test_missing_answer_raises_deadline_exceeded(server: FakeServer) -> None:
     server.gate.clear()
-    with Client(server.address) as client, pytest.raises(errors.DeadlineExceeded, match=r"within 0\.05 s"):
+    with Client(server.address) as client, pytest.raises(errors.DeadlineExceeded):
         client.predict(b"", "second", timeout_s=0.05)
 
 
-def test_a_connection_cut_off_is_a_broken_backend(server: FakeServer) -> None:
+def test_lost_connection_raises_backend_broken(server: FakeServer) -> None:
     server.status = 0
-    with Client(server.address) as client, pytest.raises(errors.BackendBroken, match="broke off"):
+    with Client(server.address) as client, pytest.raises(errors.BackendBroken):
         client.predict(b"", "second")
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"[1, 2]", b"not json", b"\xff\xfe", b"3", b"null"])
-def test_an_answer_that_is_no_detections_is_a_broken_backend(server: FakeServer, body: bytes) -> None:
+def test_answer_without_detections_raises_backend_broken(server: FakeServer, body: bytes) -> None:
     server.body = body
-    with Client(server.address) as client, pytest.raises(errors.BackendBroken, match="did not answer with"):
+    with Client(server.address) as client, pytest.raises(errors.BackendBroken):
         client.predict(b"", "second")
 
 
-def test_an_error_inside_a_200_is_never_taken_for_detections(server: FakeServer) -> None:
+def test_error_body_with_status_200_raises(server: FakeServer) -> None:
     server.body = b'{"error": {"code": "inference_failed", "message": "no"}}'
-    with Client(server.address) as client, pytest.raises(errors.InferenceFailed, match="no"):
+    with Client(server.address) as client, pytest.raises(errors.InferenceFailed):
         client.predict(b"", "second")
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "kind", "sentence"),
+    ("status", "body", "kind", "quoted"),
     [
         (422, errors.error_body(errors.NonFinitePoints("NaN there")), errors.NonFinitePoints, "NaN there"),
         (400, errors.error_body(errors.UnknownOption("score_thr=x")), errors.UnknownOption, "score_thr=x"),
@@ -148,16 +148,16 @@ def test_an_error_inside_a_200_is_never_taken_for_detections(server: FakeServer)
         (599, ["odd"], errors.BackendBroken, "599"),
     ],
 )  # fmt: skip
-def test_every_error_body_becomes_the_error_it_names(
-    server: FakeServer, status: int, body: Any, kind: type[errors.ServeError], sentence: str
+def test_error_body_raises_the_class_of_its_code(
+    server: FakeServer, status: int, body: Any, kind: type[errors.ServeError], quoted: str
 ) -> None:
     server.status, server.body = status, json.dumps(body).encode()
-    with Client(server.address) as client, pytest.raises(kind, match=sentence) as caught:
+    with Client(server.address) as client, pytest.raises(kind, match=quoted) as caught:
         client.predict(b"", "second")
     assert type(caught.value) is kind
 
 
-def test_every_class_of_the_tree_survives_the_way_over_the_wire() -> None:
+def test_every_error_class_round_trips_through_its_body() -> None:
     def walk(kind: type[errors.ServeError]) -> Iterator[type[errors.ServeError]]:
         yield kind
         for child in kind.__subclasses__():
@@ -169,19 +169,19 @@ def test_every_class_of_the_tree_survives_the_way_over_the_wire() -> None:
 
 
 @pytest.mark.parametrize("address", ["", "http://", "ftp://host", "host:port", "[::1"])
-def test_an_impossible_address_is_refused_with_a_sentence(address: str) -> None:
+def test_invalid_address_is_rejected(address: str) -> None:
     with pytest.raises(errors.BadRequest, match="host:port"):
         Client(address)
 
 
-def test_proxies_of_the_environment_are_not_used(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_in_the_environment_are_ignored(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     with Client(server.address) as client:
         assert client.predict(b"", "second") == DETECTIONS
 
 
-def test_the_token_is_in_no_message_and_no_repr() -> None:
+def test_token_is_in_no_message_or_repr() -> None:
     with Client("127.0.0.1:9", token="secret-token") as client:
         with pytest.raises(errors.NotReady) as caught:
             client.predict(b"", "second")

@@ -13,7 +13,7 @@ from tests.gateway.device import Device, in_a_loop, submit, submitted, turns
 
 
 @in_a_loop
-async def test_a_lone_item_leaves_on_the_next_turn_of_the_loop():
+async def test_single_item_is_sent_on_the_next_loop_turn():
     device = Device()
     task = submit(device.batcher(), "a")
     await asyncio.sleep(0)  # the submitter runs and starts a worker
@@ -24,7 +24,7 @@ async def test_a_lone_item_leaves_on_the_next_turn_of_the_loop():
 
 
 @in_a_loop
-async def test_what_is_submitted_in_the_same_turn_rides_together():
+async def test_items_submitted_in_one_loop_turn_share_a_batch():
     device = Device()
     batcher = device.batcher()
     answers = await asyncio.gather(*(batcher.submit(item, cost=1) for item in "abc"))
@@ -34,7 +34,7 @@ async def test_what_is_submitted_in_the_same_turn_rides_together():
 
 
 @in_a_loop
-async def test_while_a_batch_runs_the_next_one_grows():
+async def test_next_batch_grows_while_one_runs():
     device = Device(held=True)
     batcher = device.batcher()
     tasks = await submitted(batcher, "a", "b", "c", "d", "e", "f")
@@ -50,7 +50,7 @@ async def test_while_a_batch_runs_the_next_one_grows():
 
 
 @in_a_loop
-async def test_a_batch_ends_before_the_first_item_over_the_budget_and_nobody_overtakes():
+async def test_batch_ends_before_first_item_over_budget_in_fifo_order():
     device = Device(held=True)
     batcher = device.batcher(cost=10)
     first = await submitted(batcher, "first")
@@ -62,7 +62,7 @@ async def test_a_batch_ends_before_the_first_item_over_the_budget_and_nobody_ove
 
 
 @in_a_loop
-async def test_padded_items_cost_as_much_as_the_largest_each():
+async def test_padded_items_each_cost_as_much_as_the_largest():
     device = Device(held=True)
     batcher = device.batcher(cost=10, batch_cost=padded)
     tasks = await submitted(batcher, "first")
@@ -76,7 +76,7 @@ async def test_padded_items_cost_as_much_as_the_largest_each():
 
 
 @in_a_loop
-async def test_the_head_of_the_queue_always_goes_alone_if_need_be():
+async def test_oversized_head_of_queue_is_sent_alone():
     device = Device(held=True)
     batcher = device.batcher(cost=10)
     tasks = await submitted(batcher, "first")
@@ -88,7 +88,7 @@ async def test_the_head_of_the_queue_always_goes_alone_if_need_be():
 
 
 @in_a_loop
-async def test_bytes_bound_a_batch_and_an_item_over_them_is_refused():
+async def test_batch_respects_byte_limit_and_larger_item_is_rejected():
     device = Device(held=True)
     batcher = device.batcher(nbytes=10)
     tasks = await submitted(batcher, "first")
@@ -101,7 +101,7 @@ async def test_bytes_bound_a_batch_and_an_item_over_them_is_refused():
 
 
 @in_a_loop
-async def test_items_of_different_keys_are_not_mixed_and_stay_in_order_within_a_key():
+async def test_items_of_different_keys_never_share_a_batch_and_keep_their_order():
     device = Device(held=True)
     batcher = device.batcher()
     tasks = await submitted(batcher, "first")
@@ -113,7 +113,7 @@ async def test_items_of_different_keys_are_not_mixed_and_stay_in_order_within_a_
 
 
 @in_a_loop
-async def test_a_stream_of_one_key_does_not_starve_another():
+async def test_stream_of_one_key_does_not_starve_another():
     device = Device(held=True)
     batcher = device.batcher(items=2)
     tasks = await submitted(batcher, "w0", key="w")
@@ -126,7 +126,7 @@ async def test_a_stream_of_one_key_does_not_starve_another():
 
 
 @in_a_loop
-async def test_only_a_full_batch_is_sent_ahead_and_only_so_many():
+async def test_only_full_batches_are_prefetched_up_to_the_limit():
     device = Device(held=True)
     batcher = device.batcher(items=2, prefetch=1)
     tasks = await submitted(batcher, "a", "b")
@@ -145,7 +145,7 @@ async def test_only_a_full_batch_is_sent_ahead_and_only_so_many():
 
 
 @in_a_loop
-async def test_more_slots_are_used_at_once_and_fewer_are_kept_to():
+async def test_changed_number_of_slots_applies_at_once():
     device = Device(held=True)
     batcher = device.batcher(items=2, prefetch=0)
     tasks = await submitted(batcher, *"abcdefgh")
@@ -163,7 +163,7 @@ async def test_more_slots_are_used_at_once_and_fewer_are_kept_to():
 
 
 @in_a_loop
-async def test_fewer_slots_are_kept_to_under_full_load_with_a_batch_ahead():
+async def test_reduced_slots_apply_under_full_load_with_prefetch():
     device = Device(held=True)
     batcher = device.batcher(items=2, prefetch=1, slots=3)
     tasks = await submitted(batcher, *range(30))
@@ -179,7 +179,7 @@ async def test_fewer_slots_are_kept_to_under_full_load_with_a_batch_ahead():
 
 
 @in_a_loop
-async def test_an_item_that_is_given_up_is_never_run_and_holds_no_memory():
+async def test_cancelled_item_is_never_run_and_releases_its_memory():
     device = Device(held=True)
     batcher = device.batcher()
     tasks = await submitted(batcher, "a")
@@ -197,7 +197,7 @@ async def test_an_item_that_is_given_up_is_never_run_and_holds_no_memory():
 
 
 @in_a_loop
-async def test_an_item_given_up_in_the_turn_it_was_submitted_is_never_run():
+async def test_item_cancelled_in_its_first_loop_turn_is_never_run():
     device = Device()
     batcher = device.batcher()
     task = submit(batcher, "a")
@@ -208,7 +208,7 @@ async def test_an_item_given_up_in_the_turn_it_was_submitted_is_never_run():
 
 
 @in_a_loop
-async def test_what_runs_is_not_interrupted_and_keeps_its_slot():
+async def test_running_batch_is_not_interrupted_and_keeps_its_slot():
     device = Device(held=True)
     batcher = device.batcher()
     hung_up, neighbour = submit(batcher, "a"), submit(batcher, "b")
@@ -223,7 +223,7 @@ async def test_what_runs_is_not_interrupted_and_keeps_its_slot():
 
 
 @in_a_loop
-async def test_an_outcome_may_be_an_exception_and_touches_nobody_else():
+async def test_exception_of_one_item_does_not_affect_the_others():
     device = Device()
     device.answer = lambda items: [ValueError(item) if item == "bad" else item for item in items]
     batcher = device.batcher()
@@ -239,7 +239,7 @@ async def test_an_outcome_may_be_an_exception_and_touches_nobody_else():
     ("raised", "told"),
     [(NotReady("gone"), NotReady), (OutOfMemory("full"), OutOfMemory), (KeyError("secret"), BackendBroken)],
 )
-def test_a_batch_that_fails_gives_every_caller_an_exception_of_its_own(raised, told, caplog):
+def test_failed_batch_raises_a_separate_exception_for_every_caller(raised, told, caplog):
     @in_a_loop
     async def run():
         def fail(items):
@@ -264,7 +264,7 @@ def test_a_batch_that_fails_gives_every_caller_an_exception_of_its_own(raised, t
 
 
 @pytest.mark.parametrize("answered", [[], ["one"], ["one", "two", "three"], None])
-def test_a_wrong_number_of_outcomes_breaks_the_contract(answered):
+def test_wrong_number_of_outcomes_fails_the_batch(answered):
     @in_a_loop
     async def run():
         device = Device()
@@ -279,7 +279,7 @@ def test_a_wrong_number_of_outcomes_breaks_the_contract(answered):
 
 
 @in_a_loop
-async def test_a_call_cancelled_from_within_fails_its_batch_not_its_callers():
+async def test_internally_cancelled_call_fails_its_batch_without_cancelling_callers():
     device = Device()
 
     def cancel(items):
@@ -292,7 +292,7 @@ async def test_a_call_cancelled_from_within_fails_its_batch_not_its_callers():
 
 
 @in_a_loop
-async def test_a_shutdown_of_the_loop_leaves_nobody_waiting():
+async def test_loop_shutdown_cancels_waiting_callers():
     device = Device(held=True)
     batcher = device.batcher()
     task = submit(batcher, "a")
@@ -304,7 +304,7 @@ async def test_a_shutdown_of_the_loop_leaves_nobody_waiting():
     assert batcher.running == 0
 
 
-def test_an_observer_that_raises_costs_nobody_an_answer():
+def test_observer_exception_does_not_affect_answers():
     async def run():
         complaints = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
@@ -323,7 +323,7 @@ def test_an_observer_that_raises_costs_nobody_an_answer():
 
 
 @in_a_loop
-async def test_how_long_a_batch_has_been_at_it_is_known():
+async def test_stalled_s_returns_age_of_oldest_batch():
     device = Device(held=True)
     batcher = device.batcher()
     assert batcher.stalled_s() == 0.0
@@ -336,7 +336,7 @@ async def test_how_long_a_batch_has_been_at_it_is_known():
 
 
 @in_a_loop
-async def test_nothing_is_resident_when_there_is_nothing_to_do():
+async def test_idle_batcher_has_no_task_or_timer():
     device = Device()
     batcher = device.batcher(slots=3, prefetch=2)
     await asyncio.gather(*(batcher.submit(item, cost=1) for item in range(50)))
@@ -346,7 +346,7 @@ async def test_nothing_is_resident_when_there_is_nothing_to_do():
 
 
 @in_a_loop
-async def test_reports_say_what_ran_and_how_long_each_item_waited():
+async def test_report_has_size_cost_and_waiting_times():
     device = Device(held=True)
     batcher = device.batcher()
     tasks = await submitted(batcher, "a", "b")
@@ -358,12 +358,12 @@ async def test_reports_say_what_ran_and_how_long_each_item_waited():
 
 
 @pytest.mark.parametrize("limit", ["items", "cost", "nbytes"])
-def test_a_limit_below_one_is_refused(limit):
+def test_limit_below_one_is_rejected(limit):
     with pytest.raises(SettingsError, match=limit):
         BatchLimits(**{limit: 0})
 
 
-def test_admission_bounds_items_and_bytes_and_gets_all_back_on_every_way_out():
+def test_admission_limits_items_and_bytes_and_permit_returns_them():
     admission = Admission(3, 100)
     with admission.permit() as permit:
         permit.grow(items=2, nbytes=60)

@@ -77,9 +77,7 @@ class Watched:
     steps=STEPS, cost=st.sampled_from([ragged, padded]), slots=st.integers(1, 3), prefetch=st.integers(0, 2)
 )
 @in_a_loop
-async def test_every_item_is_settled_once_with_its_own_answer_and_no_bound_is_passed(
-    steps, cost, slots, prefetch
-):
+async def test_every_item_gets_its_own_answer_once_within_all_limits(steps, cost, slots, prefetch):
     watched = Watched(cost, slots, prefetch)
     tasks: list[asyncio.Task[BatchResult[int]]] = []
     broken: list[Any] = []

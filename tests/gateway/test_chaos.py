@@ -307,7 +307,9 @@ def pending(url: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("requests", "deaths"), [(2_000, 3), pytest.param(40_000, 12, marks=pytest.mark.soak)]
 )
-def test_after_mixed_requests_and_dead_workers_a_normal_one_is_answered(gateway, server, requests, deaths):
+def test_normal_request_is_answered_after_mixed_requests_and_killed_workers(
+    gateway, server, requests, deaths
+):
     url, process = gateway
     eventually(lambda: httpx.get(f"{url}/health/ready", trust_env=False).status_code == 200, 30)
     asyncio.run(storm(url, WARM_UP, 0, Counter()))
@@ -344,7 +346,7 @@ def registry(counts: Counter[tuple[str, int | str]]) -> None:
         print(f"{kind:16}" + "".join(f"{counts[kind, status] or '':>7}" for status in statuses))
 
 
-def test_sixty_four_clients_at_once_each_get_their_own_boxes(gateway, server):
+def test_sixty_four_concurrent_clients_each_get_their_own_boxes(gateway, server):
     url, _ = gateway
     eventually(lambda: httpx.get(f"{url}/health/ready", trust_env=False).status_code == 200, 60)
 

@@ -69,7 +69,7 @@ class Worker:
 
 
 @in_virtual_time
-async def test_the_next_batch_is_there_when_the_worker_is_free():
+async def test_early_send_has_next_batch_ready_for_a_free_worker():
     late, early = Worker(lead_time_s=0.0), Worker(lead_time_s=HANDOVER_S)
     slow, fast = await late.arrivals(2000, 0.010), await early.arrivals(2000, 0.010)
     assert min(late.idle_s()) == pytest.approx(HANDOVER_S)
@@ -81,7 +81,7 @@ async def test_the_next_batch_is_there_when_the_worker_is_free():
 
 
 @in_virtual_time
-async def test_what_arrives_while_a_slot_is_about_to_be_free_goes_at_once():
+async def test_item_arriving_shortly_before_a_slot_is_free_is_sent_at_once():
     worker = Worker(lead_time_s=0.004)
     for _ in range(10):  # it learns: 25 ms each, hand-over included
         await worker.batcher.submit("item", cost=1)
@@ -94,7 +94,7 @@ async def test_what_arrives_while_a_slot_is_about_to_be_free_goes_at_once():
 
 
 @in_virtual_time
-async def test_a_worker_that_takes_longer_than_expected_gets_no_more_than_one_ahead():
+async def test_worker_slower_than_predicted_gets_one_early_batch_at_most():
     worker = Worker(lead_time_s=0.004)
     for _ in range(10):
         await worker.batcher.submit("item", cost=1)
@@ -113,7 +113,7 @@ async def test_a_worker_that_takes_longer_than_expected_gets_no_more_than_one_ah
 
 
 @in_virtual_time
-async def test_where_times_cannot_be_foreseen_a_batch_waits_for_the_slot():
+async def test_batch_waits_for_slot_if_durations_are_unpredictable():
     worker = Worker(lead_time_s=0.004, jitter_s=0.040)
     await worker.arrivals(300, 0.010)
     first_idle = worker.idle_s()
@@ -121,7 +121,7 @@ async def test_where_times_cannot_be_foreseen_a_batch_waits_for_the_slot():
 
 
 @in_virtual_time
-async def test_with_two_workers_the_first_to_be_free_is_foreseen():
+async def test_early_send_predicts_the_first_free_of_two_workers():
     worker = Worker(lead_time_s=0.004, workers=2)
     latencies = await worker.arrivals(600, 0.004)
     assert worker.batcher.running == worker.batcher.waiting == 0
@@ -129,7 +129,7 @@ async def test_with_two_workers_the_first_to_be_free_is_foreseen():
 
 
 @in_virtual_time
-async def test_an_item_that_fails_teaches_as_much_as_one_that_does_not_and_a_failed_batch_nothing():
+async def test_latency_model_learns_from_failed_items_but_not_from_failed_batches():
     worker = Worker(lead_time_s=0.004)
     for _ in range(10):
         with pytest.raises(ValueError, match="broken"):
@@ -153,12 +153,12 @@ def told(pairs: Sequence[tuple[float, float]]) -> LatencyModel:
     return latency
 
 
-def test_a_forecast_follows_a_line_through_cost():
+def test_prediction_is_linear_in_cost():
     latency = told([(cost, 0.02 + 1e-6 * cost) for cost in (20e3, 50e3, 120e3, 30e3, 70e3, 90e3, 20e3, 60e3)])
     assert latency.predict(100e3, max_error_s=0.5) == pytest.approx(0.12)
 
 
-def test_a_forecast_says_nothing_before_it_has_seen_enough_or_after_it_was_wrong():
+def test_prediction_is_none_without_enough_or_accurate_observations():
     assert told([(1, 0.1)] * 5).predict(1, max_error_s=1.0) is None
     steady = told([(1, 0.1)] * 6)
     assert steady.predict(1, max_error_s=0.001) == pytest.approx(0.1)
@@ -170,19 +170,19 @@ def test_a_forecast_says_nothing_before_it_has_seen_enough_or_after_it_was_wrong
     assert steady.predict(1, max_error_s=0.01) == pytest.approx(0.1, rel=0.05)
 
 
-def test_one_batch_far_from_the_others_does_not_stop_the_forecasts():
+def test_single_outlier_does_not_suspend_predictions():
     steady = told([(cost, 0.02 + 0.002 * cost) for cost in (1, 2, 3, 4)] * 5)
     steady.observe(2, 2.0)
     assert steady.predict(3, max_error_s=0.0015) == pytest.approx(0.026, abs=0.0005)
 
 
-def test_a_lasting_change_is_learnt():
+def test_lasting_change_is_learned():
     changed = told([(1, 0.02)] * 40)
     for _ in range(60):
         changed.observe(1, 0.2)
     assert changed.predict(1, max_error_s=0.02) == pytest.approx(0.2, rel=0.1)
 
 
-def test_a_forecast_never_says_that_more_work_takes_less_time():
+def test_prediction_never_decreases_with_cost():
     latency = told([(10, 0.2), (20, 0.1)] * 5)
     assert latency.predict(1000, max_error_s=9) <= latency.predict(2000, max_error_s=9)

@@ -24,7 +24,7 @@ def ready(gateway) -> bool:
 
 
 @pytest.mark.parametrize("trouble", ["worker died", "worker killed", "cut off"])
-def test_a_batch_whose_worker_died_is_sent_once_more(gateway, torchserve, cloud, trouble):
+def test_batch_of_a_dead_worker_is_sent_once_more(gateway, torchserve, cloud, trouble):
     torchserve.troubles.append(trouble)
     answer = gateway.post(content=cloud(1))
     assert answer.content == answer_for(cloud(1), {})
@@ -32,7 +32,7 @@ def test_a_batch_whose_worker_died_is_sent_once_more(gateway, torchserve, cloud,
 
 
 @pytest.mark.parametrize("trouble", ["worker died", "cut off"])
-def test_a_batch_whose_worker_died_twice_is_answered_503(gateway, torchserve, cloud, trouble):
+def test_batch_whose_worker_died_twice_returns_503(gateway, torchserve, cloud, trouble):
     torchserve.troubles.extend([trouble] * 2)
     answer = gateway.post(content=cloud(1))
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
@@ -78,9 +78,7 @@ class NoticedLate(FakeModel):
         return super().described(name, version)
 
 
-def test_a_batch_that_went_down_with_a_worker_waits_until_torchserve_knows_of_the_death(
-    start_gateway, torchserve, cloud, tmp_path
-):
+def test_batch_of_a_dead_worker_waits_until_torchserve_noticed(start_gateway, torchserve, cloud, tmp_path):
     model = torchserve.models["second"]["1.0"] = NoticedLate(torchserve, float("inf"))
     with worker_that_dies(tmp_path, 4711):
         gateway = start_gateway(worker_sockets=tmp_path)
@@ -92,7 +90,7 @@ def test_a_batch_that_went_down_with_a_worker_waits_until_torchserve_knows_of_th
     assert torchserve.calls == [[cloud(1)]]
 
 
-def test_a_worker_that_only_hung_up_is_not_waited_for_without_end(
+def test_wait_for_torchserve_ends_if_the_worker_only_disconnected(
     start_gateway, torchserve, cloud, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr("serve.gateway.backend._POLL_S", 0.001)
@@ -102,9 +100,7 @@ def test_a_worker_that_only_hung_up_is_not_waited_for_without_end(
     assert "worker 4711 of second 1.0 closed a connection but is still alive" in caplog.text
 
 
-def test_a_management_port_that_is_slow_to_answer_does_not_stop_the_second_try(
-    start_gateway, torchserve, cloud, tmp_path
-):
+def test_slow_management_port_does_not_block_the_retry(start_gateway, torchserve, cloud, tmp_path):
     torchserve.models["second"]["1.0"] = NoticedLate(torchserve, float("inf"))
     with worker_that_dies(tmp_path, 4711):
         gateway = start_gateway(worker_sockets=tmp_path)
@@ -116,9 +112,7 @@ def test_a_management_port_that_is_slow_to_answer_does_not_stop_the_second_try(
 
 
 @pytest.mark.parametrize("trouble", ["worker died", "out of memory"])
-def test_a_frame_that_nobody_waits_for_any_more_is_not_sent_again(
-    gateway, backend, torchserve, cloud, trouble
-):
+def test_cancelled_frame_is_not_sent_again(gateway, backend, torchserve, cloud, trouble):
     """Two frames go out together, one of them expires there; what then goes wrong concerns the other one alone."""
     backend.hold()
     with ThreadPoolExecutor(3) as clients:
@@ -143,9 +137,7 @@ def test_a_frame_that_nobody_waits_for_any_more_is_not_sent_again(
     assert torchserve.calls[2:] == [[cloud(2)]]
 
 
-def test_a_frame_whose_worker_is_killed_twice_is_too_large_and_its_neighbour_is_answered(
-    gateway, torchserve, cloud
-):
+def test_frame_whose_worker_is_killed_twice_returns_507_alone(gateway, torchserve, cloud):
     torchserve.troubles.extend(["worker killed"] * 2)
     assert gateway.post(content=cloud(1)).json()["error"]["code"] == "out_of_memory"
     torchserve.calls.clear()
@@ -155,13 +147,13 @@ def test_a_frame_whose_worker_is_killed_twice_is_too_large_and_its_neighbour_is_
     assert [len(call) for call in torchserve.calls] == [2, 1, 1, 1]
 
 
-def test_a_batch_that_runs_out_of_memory_after_its_worker_died_is_halved(gateway, torchserve, cloud):
+def test_batch_out_of_memory_after_a_worker_death_is_split(gateway, torchserve, cloud):
     torchserve.troubles.extend(["worker died", "worker killed"])
     many = gateway.post(files=[("data", cloud(1)), ("data", cloud(2))]).json()
     assert many == [json.loads(answer_for(cloud(i), {})) for i in (1, 2)]
 
 
-def test_a_batch_that_is_out_of_memory_is_halved_until_it_fits(gateway, torchserve, cloud):
+def test_batch_out_of_memory_is_split_until_it_fits(gateway, torchserve, cloud):
     torchserve.most_frames = 2
     frames = [cloud(i) for i in range(7)]
     answer = gateway.post(files=[("data", frame) for frame in frames])
@@ -171,7 +163,7 @@ def test_a_batch_that_is_out_of_memory_is_halved_until_it_fits(gateway, torchser
     assert [len(call) for call in torchserve.calls] == [7, 3, 1, 2, 4, 2, 2]
 
 
-def test_only_one_frame_that_is_alone_too_large_is_answered_507(gateway, torchserve, cloud):
+def test_only_the_frame_that_is_too_large_returns_507(gateway, torchserve, cloud):
     torchserve.most_frames = 0
     assert gateway.post(content=cloud(1)).status_code == 507
     assert gateway.post(content=cloud(1)).json()["error"]["code"] == "out_of_memory"
@@ -180,9 +172,7 @@ def test_only_one_frame_that_is_alone_too_large_is_answered_507(gateway, torchse
 
 
 @pytest.mark.parametrize("trouble", ["short answer", "garbage", "another type", "strange refusal"])
-def test_an_answer_that_breaks_the_contract_is_502_and_said_to_all_frames(
-    gateway, torchserve, cloud, trouble
-):
+def test_invalid_backend_answer_returns_502_for_all_frames(gateway, torchserve, cloud, trouble):
     torchserve.troubles.append(trouble)
     answer = gateway.post(content=cloud(1))
     assert answer.status_code == 502 and answer.json()["error"]["code"] == "backend_broken"
@@ -193,19 +183,19 @@ def test_an_answer_that_breaks_the_contract_is_502_and_said_to_all_frames(
 
 
 @pytest.mark.parametrize("accept", ["application/x-msgpack", "image/png"])
-def test_an_answer_that_is_no_json_is_502_where_it_must_be_read(gateway, torchserve, cloud, accept):
+def test_backend_answer_that_is_not_json_returns_502_if_parsed(gateway, torchserve, cloud, accept):
     torchserve.troubles.append("no json")
     answer = gateway.post(content=cloud(1), headers={"accept": accept})
     assert answer.status_code == 502, answer.text
 
 
-def test_a_model_without_workers_is_503(gateway, torchserve, cloud):
+def test_model_without_workers_returns_503(gateway, torchserve, cloud):
     torchserve.troubles.append("queue full")
     answer = gateway.post(content=cloud(1))
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
 
 
-def test_a_batch_that_takes_too_long_is_504(start_gateway, backend, cloud):
+def test_batch_over_the_backend_timeout_returns_504(start_gateway, backend, cloud):
     gateway = start_gateway(backend_timeout_s=0.2)
     backend.hold()
     answer = gateway.post(content=cloud(1))
@@ -213,7 +203,7 @@ def test_a_batch_that_takes_too_long_is_504(start_gateway, backend, cloud):
 
 
 @pytest.mark.timing
-def test_torchserve_gone_is_503_fast_and_red_and_mends_by_itself(gateway, backend, cloud):
+def test_stopped_torchserve_returns_503_quickly_and_recovers(gateway, backend, cloud):
     eventually(lambda: ready(gateway))
     assert gateway.post(content=cloud(1)).status_code == 200
     backend.go()
@@ -232,7 +222,7 @@ def test_torchserve_gone_is_503_fast_and_red_and_mends_by_itself(gateway, backen
     assert gateway.post(content=cloud(1)).content == answer_for(cloud(1), {})
 
 
-def test_requests_in_flight_when_torchserve_goes_are_503(gateway, backend, cloud):
+def test_requests_in_flight_return_503_when_torchserve_stops(gateway, backend, cloud):
     backend.hold()
     answers = []
     thread = threading.Thread(target=lambda: answers.append(gateway.post(content=cloud(1))))
@@ -243,7 +233,7 @@ def test_requests_in_flight_when_torchserve_goes_are_503(gateway, backend, cloud
     assert answers[0].status_code == 503
 
 
-def test_a_gateway_that_starts_before_torchserve_serves_once_it_is_there(start_gateway, backend, cloud):
+def test_gateway_started_before_torchserve_serves_once_it_is_up(start_gateway, backend, cloud):
     backend.go()
     gateway = start_gateway()
     assert not ready(gateway)
@@ -254,7 +244,7 @@ def test_a_gateway_that_starts_before_torchserve_serves_once_it_is_there(start_g
 
 
 @pytest.mark.timing
-def test_a_torchserve_that_hangs_turns_readiness_red_within_two_seconds(gateway, torchserve):
+def test_hung_torchserve_fails_readiness_within_two_seconds(gateway, torchserve):
     eventually(lambda: ready(gateway))
     torchserve.hang = True
     eventually(lambda: not ready(gateway), 2.5)
@@ -263,7 +253,7 @@ def test_a_torchserve_that_hangs_turns_readiness_red_within_two_seconds(gateway,
 
 
 @pytest.mark.timing
-def test_while_torchserve_hangs_requests_are_answered_503_at_once(gateway, torchserve, backend, cloud):
+def test_hung_torchserve_returns_503_at_once(gateway, torchserve, backend, cloud):
     eventually(lambda: ready(gateway))
     torchserve.hang = True
     backend.hold()
@@ -287,7 +277,7 @@ def test_while_torchserve_hangs_requests_are_answered_503_at_once(gateway, torch
     assert gateway.post(content=cloud(3)).status_code == 200
 
 
-def test_a_management_port_that_is_slow_to_answer_stops_no_prediction(gateway, torchserve, cloud):
+def test_slow_management_port_does_not_block_predictions(gateway, torchserve, cloud):
     eventually(lambda: ready(gateway))
     torchserve.hang = True
     try:
@@ -297,7 +287,7 @@ def test_a_management_port_that_is_slow_to_answer_stops_no_prediction(gateway, t
         torchserve.hang = False
 
 
-def test_a_batch_that_does_not_end_turns_readiness_red(start_gateway, backend, cloud):
+def test_stalled_batch_fails_readiness(start_gateway, backend, cloud):
     gateway = start_gateway(stall_timeout_s=0.1)
     eventually(lambda: ready(gateway))
     backend.hold()
@@ -310,7 +300,7 @@ def test_a_batch_that_does_not_end_turns_readiness_red(start_gateway, backend, c
     assert ready(gateway)
 
 
-def test_a_model_that_is_none_of_ours_is_refused_with_the_reason(start_gateway, torchserve, cloud):
+def test_foreign_model_is_refused_with_the_reason(start_gateway, torchserve, cloud):
     torchserve.models["foreign"] = {"1.0": FakeModel("no metadata")}
     gateway = start_gateway()
     answer = gateway.post("/predictions/foreign", content=cloud(1))
@@ -320,7 +310,7 @@ def test_a_model_that_is_none_of_ours_is_refused_with_the_reason(start_gateway, 
     assert ready(gateway)  # the other one is served
 
 
-def test_management_answers_that_cannot_be_read_are_no_crash(start_gateway, torchserve, cloud):
+def test_unreadable_management_answer_fails_readiness_without_crash(start_gateway, torchserve, cloud):
     gateway = start_gateway()
     torchserve.models["second"]["1.0"].described = lambda name, version: {"nothing": "known"}
     eventually(lambda: not ready(gateway))
@@ -329,7 +319,7 @@ def test_management_answers_that_cannot_be_read_are_no_crash(start_gateway, torc
     assert gateway.post(content=cloud(1)).status_code == 200
 
 
-def test_tokens_are_sent_and_read_anew_when_they_are_refused(start_gateway, torchserve, cloud, tmp_path):
+def test_rejected_token_is_read_again_from_the_key_file(start_gateway, torchserve, cloud, tmp_path):
     def write(generation: int) -> None:
         torchserve.tokens = {use: f"{use}-{generation}" for use in ("inference", "management")}
         keys = {use: {"key": key, "expiration time": "soon"} for use, key in torchserve.tokens.items()}

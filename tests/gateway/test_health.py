@@ -16,7 +16,7 @@ def ready(gateway) -> bool:
     return gateway.client.get("/health/ready").status_code == 200
 
 
-def test_a_model_registered_at_run_time_is_served_without_a_restart(gateway, torchserve, cloud):
+def test_model_registered_at_run_time_is_served(gateway, torchserve, cloud):
     assert gateway.post("/predictions/pillars", content=cloud(1)).status_code == 404
     torchserve.models["pillars"] = {"2.0": FakeModel()}
     eventually(lambda: gateway.post("/predictions/pillars", content=cloud(1)).status_code == 200, 2.0)
@@ -24,7 +24,7 @@ def test_a_model_registered_at_run_time_is_served_without_a_restart(gateway, tor
     assert set(listed) == {("second", "1.0"), ("pillars", "2.0")}
 
 
-def test_a_model_removed_at_run_time_is_404(gateway, torchserve, cloud):
+def test_model_removed_at_run_time_returns_404(gateway, torchserve, cloud):
     torchserve.models["pillars"] = {"1.0": FakeModel()}
     eventually(lambda: gateway.post("/predictions/pillars", content=cloud(1)).status_code == 200)
     del torchserve.models["pillars"]
@@ -33,7 +33,7 @@ def test_a_model_removed_at_run_time_is_404(gateway, torchserve, cloud):
     assert ready(gateway)
 
 
-def test_a_new_default_version_is_followed(gateway, torchserve, cloud):
+def test_new_default_version_is_used(gateway, torchserve, cloud):
     versions = torchserve.models["second"]
     versions["2.0"] = FakeModel(workers=[5], default=False)
     eventually(lambda: gateway.post("/predictions/second/2.0", content=cloud(1)).status_code == 200)
@@ -50,7 +50,7 @@ def test_a_new_default_version_is_followed(gateway, torchserve, cloud):
     assert gateway.post("/predictions/second/1.0", content=cloud(1)).status_code == 404
 
 
-def test_batches_run_beside_each_other_as_far_as_workers_are_ready(start_gateway, backend, cloud):
+def test_concurrent_batches_match_the_number_of_ready_workers(start_gateway, backend, cloud):
     gateway = start_gateway(batch_frames=1, prefetch_batches=0)
     backend.hold()
     threads = [threading.Thread(target=gateway.post, kwargs={"content": cloud(i)}) for i in range(6)]
@@ -68,7 +68,7 @@ def test_batches_run_beside_each_other_as_far_as_workers_are_ready(start_gateway
         thread.join()
 
 
-def test_a_model_whose_workers_are_starting_is_503_until_one_is_ready(start_gateway, torchserve, cloud):
+def test_model_with_starting_workers_returns_503_until_one_is_ready(start_gateway, torchserve, cloud):
     model = torchserve.models["second"]["1.0"]
     model.ready = 0
     gateway = start_gateway()
@@ -85,13 +85,13 @@ def test_a_model_whose_workers_are_starting_is_503_until_one_is_ready(start_gate
     assert gateway.client.get("/v2/models/second/ready").status_code == 503
 
 
-def test_another_model_under_the_same_name_is_asked_anew_what_it_is(gateway, torchserve, cloud):
+def test_replaced_model_of_the_same_name_is_described_again(gateway, torchserve, cloud):
     eventually(lambda: ready(gateway))
     torchserve.models["second"]["1.0"] = FakeModel({**CLOUDS, "load_dim": 5}, workers=[99])
     eventually(lambda: gateway.client.get("/models").json()[0]["load_dim"] == 5)
 
 
-def test_readiness_waits_for_the_models_that_are_required(start_gateway, torchserve):
+def test_readiness_requires_the_configured_models(start_gateway, torchserve):
     gateway = start_gateway(require_models=("second", "pillars"))
     eventually(
         lambda: gateway.client.get("/health/ready").json()["reasons"] == ["model pillars is not ready"]
@@ -100,7 +100,7 @@ def test_readiness_waits_for_the_models_that_are_required(start_gateway, torchse
     eventually(lambda: ready(gateway))
 
 
-def test_without_any_model_it_is_not_ready(start_gateway, torchserve):
+def test_gateway_without_models_is_not_ready(start_gateway, torchserve):
     torchserve.models.clear()
     gateway = start_gateway()
     assert gateway.client.get("/health/ready").json() == {
@@ -110,7 +110,7 @@ def test_without_any_model_it_is_not_ready(start_gateway, torchserve):
     assert gateway.client.get("/models").json() == []
 
 
-def test_draining_is_not_ready_but_alive_and_answering(gateway, cloud):
+def test_draining_gateway_is_live_and_answers_but_is_not_ready(gateway, cloud):
     eventually(lambda: ready(gateway))
     gateway.lifecycle.drain()
     assert gateway.client.get("/health/ready").json()["reasons"] == ["draining"]
@@ -119,9 +119,7 @@ def test_draining_is_not_ready_but_alive_and_answering(gateway, cloud):
     assert gateway.post(content=cloud(1)).status_code == 200
 
 
-def test_torchserve_is_not_asked_while_nothing_is_asked_of_the_gateway(
-    gateway, torchserve, cloud, background
-):
+def test_idle_gateway_sends_no_requests_to_torchserve(gateway, torchserve, cloud, background):
     eventually(lambda: ready(gateway))
     gateway.post(content=cloud(1))
     before = torchserve.looks
@@ -144,7 +142,7 @@ def metrics(gateway) -> dict[str, float]:
     }
 
 
-def test_metrics_count_requests_batches_and_what_is_pending(gateway, backend, cloud):
+def test_metrics_count_requests_batches_and_pending_frames(gateway, backend, cloud):
     before = metrics(gateway)
     assert gateway.post(files=[("data", cloud(i)) for i in range(3)]).status_code == 200
     gateway.post(content=b"bad!")
@@ -184,7 +182,7 @@ def test_renamed_metric_is_exported_under_its_old_name_too(gateway, cloud, old, 
     assert f"# HELP {old} Deprecated: use {new}" in gateway.client.get("/metrics").text
 
 
-def test_labels_do_not_grow_with_names_that_clients_make_up(gateway, cloud):
+def test_unknown_model_names_create_no_metric_labels(gateway, cloud):
     gateway.post("/predictions/nobody", content=b"")
     before = set(metrics(gateway))
     for i in range(10):
@@ -195,20 +193,20 @@ def test_labels_do_not_grow_with_names_that_clients_make_up(gateway, cloud):
     assert {name.partition("{")[2] for name in grown} <= {'model="",status="200"}'}
 
 
-def test_failed_batches_are_counted(gateway, torchserve, cloud):
+def test_metrics_count_failed_batches(gateway, torchserve, cloud):
     torchserve.troubles.append("garbage")
     gateway.post(content=cloud(1))
     assert metrics(gateway)['mmdet3d_serve_failed_batches_total{model="second"}'] == 1
 
 
-def test_the_documents_are_there(gateway):
+def test_api_documentation_is_served(gateway):
     assert "swagger" in gateway.client.get("/docs").text.lower()
     document = gateway.client.get("/openapi.json").json()
     assert {"/predictions/{model}", "/v2/models/{model}/infer", "/health/ready"} <= set(document["paths"])
     assert re.fullmatch(r"\d+\.\d+.*", gateway.client.get("/health/live").json()["version"])
 
 
-def test_what_is_not_there_is_said_in_the_one_body(gateway):
+def test_unknown_route_returns_the_common_error_body(gateway):
     missing = gateway.client.get("/nowhere")
     assert missing.status_code == 404 and set(missing.json()["error"]) == {"code", "message", "request_id"}
     wrong = gateway.client.delete("/predictions/second")

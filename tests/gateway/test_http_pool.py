@@ -79,7 +79,7 @@ def ask(answer: Answer, times: int = 1, timeout_s: float = 20.0, chunks: tuple[b
     return asyncio.run(run())
 
 
-def test_the_pieces_arrive_back_to_back_and_the_answer_comes_back():
+def test_post_sends_joined_chunks_and_returns_the_answer():
     seen = []
 
     async def answer(reader, writer):
@@ -94,12 +94,12 @@ def test_the_pieces_arrive_back_to_back_and_the_answer_comes_back():
     assert head.startswith(b"POST /x HTTP/1.1\r\nhost: 127.0.0.1:") and b"\r\ncontent-type: a/b\r\n" in head
 
 
-def test_a_connection_is_kept_for_the_next_call():
+def test_connection_is_reused_for_the_next_call():
     replies, taken = ask(saying(OK), times=5)
     assert len(replies) == 5 and taken == 1
 
 
-def test_a_connection_that_the_server_wants_closed_is_not_used_again():
+def test_connection_closed_by_the_server_is_not_reused():
     closing = OK.replace(b"X-Kind: plain", b"Connection: close")
     replies, taken = ask(saying(closing), times=3)
     assert len(replies) == 3 and taken == 3
@@ -114,7 +114,7 @@ def test_a_connection_that_the_server_wants_closed_is_not_used_again():
     ],
     ids=["in pieces", "chunked", "after an interim answer"],
 )
-def test_an_answer_may_come_in_any_shape(pieces):
+def test_answer_is_parsed_in_any_chunking_and_encoding(pieces):
     replies, _ = ask(saying(*pieces), times=2)
     assert [(reply.status, reply.body) for reply in replies] == [(200, b"ok")] * 2
 
@@ -122,7 +122,7 @@ def test_an_answer_may_come_in_any_shape(pieces):
 @pytest.mark.parametrize(
     "said", [b"", OK[:-1], b"SSH-2.0-OpenSSH\r\n"], ids=["nothing", "half of it", "another protocol"]
 )
-def test_a_broken_answer_is_broken_off(said):
+def test_broken_answer_raises_connection_lost(said):
     async def answer(reader, writer):
         await read(reader)
         writer.write(said)
@@ -131,7 +131,7 @@ def test_a_broken_answer_is_broken_off(said):
         ask(answer)
 
 
-def test_no_answer_in_time_is_a_timeout_and_the_connection_goes():
+def test_late_answer_raises_timeout_and_closes_the_connection():
     async def run():
         ended = asyncio.Event()
 
@@ -149,7 +149,7 @@ def test_no_answer_in_time_is_a_timeout_and_the_connection_goes():
     asyncio.run(run())
 
 
-def test_nobody_there_is_unreachable(free_ports):
+def test_refused_connection_raises_connect_failed(free_ports):
     (port,) = free_ports(1)
 
     async def run():
@@ -159,7 +159,7 @@ def test_nobody_there_is_unreachable(free_ports):
         asyncio.run(run())
 
 
-def test_calls_at_a_time_have_a_connection_each():
+def test_concurrent_calls_use_separate_connections():
     async def run():
         gate = asyncio.Event()
         waiting = 0
@@ -183,7 +183,7 @@ def test_calls_at_a_time_have_a_connection_each():
     assert [reply.body for reply in replies] == [b"ok"] * 3 and taken == 3
 
 
-def test_a_call_that_is_cancelled_hangs_up():
+def test_cancelled_call_closes_its_connection():
     async def run():
         asked, ended = asyncio.Event(), asyncio.Event()
 
@@ -206,7 +206,7 @@ def test_a_call_that_is_cancelled_hangs_up():
     asyncio.run(run())
 
 
-def test_closing_ends_calls_under_way():
+def test_close_ends_calls_in_flight():
     async def run():
         asked = asyncio.Event()
 

@@ -45,13 +45,13 @@ def closed_after_s(connection: Any) -> float:
 
 
 @pytest.mark.parametrize("started", [b"", b"POST / HTTP/1.1\r\nhost: x\r\n"], ids=["nothing", "half a head"])
-def test_a_connection_that_brings_no_request_is_closed(listen, started):
+def test_connection_without_a_request_is_closed(listen, started):
     with raw.connected(listen(head_timeout_s=0.2)) as connection:
         connection.sendall(started)
         assert 0.1 < closed_after_s(connection) < 5
 
 
-def test_a_later_request_has_as_long_for_its_head_as_the_first(listen):
+def test_every_request_gets_the_full_header_timeout(listen):
     with raw.connected(listen(head_timeout_s=0.3)) as connection:
         connection.sendall(raw.request("/", b"x"))
         assert raw.status(raw.answer(connection)) == 404
@@ -59,7 +59,7 @@ def test_a_later_request_has_as_long_for_its_head_as_the_first(listen):
         assert 0.2 < closed_after_s(connection) < 5
 
 
-def test_a_body_that_never_ends_is_dropped_only_so_long_after_its_answer(listen):
+def test_endless_body_is_closed_after_the_request_timeout(listen):
     with raw.connected(listen(request_timeout_s=0.4)) as connection:
         connection.sendall(raw.head("/", transfer_encoding="chunked"))
         assert raw.status(raw.answer(connection)) == 404
@@ -70,7 +70,7 @@ def test_a_body_that_never_ends_is_dropped_only_so_long_after_its_answer(listen)
         assert time.monotonic() - began < 5
 
 
-def test_a_head_without_end_is_refused_before_it_is_kept(listen):
+def test_endless_header_is_rejected_before_it_is_buffered(listen):
     with raw.connected(listen()) as connection, pytest.raises(OSError):
         connection.sendall(raw.head("/")[:-2])
         for _ in range(1000):
@@ -79,21 +79,21 @@ def test_a_head_without_end_is_refused_before_it_is_kept(listen):
         # What was on its way when the connection closed may cost the client the answer, but not the end.
 
 
-def test_a_head_over_the_limit_is_told_so(listen):
+def test_header_over_the_limit_returns_400(listen):
     with raw.connected(listen()) as connection:
         connection.sendall(raw.head("/")[:-2] + b"x-more: " + b"y" * MAX_HEADER_BYTES)
         received = raw.answer(connection)
     assert raw.status(received) == 400 and str(MAX_HEADER_BYTES).encode() in received
 
 
-def test_a_large_body_in_the_same_piece_as_its_head_is_no_large_head(listen):
+def test_large_body_in_the_chunk_of_its_header_is_accepted(listen):
     with raw.connected(listen()) as connection:
         for _ in range(3):
             connection.sendall(raw.request("/", b"x" * (4 * MAX_HEADER_BYTES)))
             assert raw.status(raw.answer(connection)) == 404
 
 
-def test_a_connection_may_have_so_many_requests(listen):
+def test_connection_closes_after_the_maximum_number_of_requests(listen):
     with raw.connected(listen(requests=3)) as connection:
         for turn in range(3):
             connection.sendall(raw.request("/", b"x"))
@@ -101,7 +101,7 @@ def test_a_connection_may_have_so_many_requests(listen):
         assert connection.recv(1) == b""
 
 
-def test_a_request_that_waits_behind_another_is_not_late_for_that(listen):
+def test_pipelined_request_does_not_time_out_behind_another(listen):
     """Pipelined: nothing more is read while the first is being answered, so its body cannot come."""
     with raw.connected(listen(head_timeout_s=0.1, request_timeout_s=0.1)) as connection:
         connection.sendall(raw.request("/slow", b"x") + raw.head("/", content_length=200_000))
@@ -109,7 +109,7 @@ def test_a_request_that_waits_behind_another_is_not_late_for_that(listen):
         assert raw.status(first) == 404
 
 
-def test_a_connection_in_use_outlives_both_times(listen):
+def test_connection_in_use_outlives_both_timeouts(listen):
     with raw.connected(listen(head_timeout_s=0.2, request_timeout_s=0.2)) as connection:
         for _ in range(2):
             connection.sendall(raw.request("/slow", b"x"))

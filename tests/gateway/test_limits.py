@@ -17,7 +17,7 @@ PATH = "/predictions/second"
 SMALL = {"max_frame_bytes": 1000, "max_body_bytes": 2000, "batch_bytes": 1000}
 
 
-def test_a_body_over_the_limit_is_refused_before_it_is_read(start_gateway, torchserve):
+def test_body_over_the_limit_is_rejected_before_it_is_read(start_gateway, torchserve):
     gateway = start_gateway(**SMALL)
     with raw.connected(gateway.url) as connection:
         connection.sendall(raw.head(PATH, content_length=1 << 40))  # and not one byte of it
@@ -27,13 +27,13 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(start_gateway, torch
     assert gateway.idle() and not torchserve.calls
 
 
-def test_the_refusal_of_a_large_body_reaches_a_client_that_sends_it_all_the_same(start_gateway):
+def test_client_that_keeps_sending_a_large_body_receives_413(start_gateway):
     gateway = start_gateway(**SMALL)
     answer = gateway.post(content=b"x" * (8 << 20))
     assert answer.status_code == 413 and "limit is 2000" in answer.json()["error"]["message"]
 
 
-def test_a_flood_of_chunks_is_cut_off_at_the_limit(start_gateway, torchserve):
+def test_chunked_body_is_rejected_at_the_limit(start_gateway, torchserve):
     gateway = start_gateway(**SMALL)
     with raw.connected(gateway.url) as connection:
         connection.sendall(raw.head(PATH, transfer_encoding="chunked"))
@@ -46,20 +46,20 @@ def test_a_flood_of_chunks_is_cut_off_at_the_limit(start_gateway, torchserve):
     assert gateway.idle() and not torchserve.calls
 
 
-def test_a_form_over_the_limit_is_refused_the_same(start_gateway, torchserve):
+def test_form_over_the_limit_is_rejected(start_gateway, torchserve):
     gateway = start_gateway(**SMALL)
     answer = gateway.post(files=[("data", b"x" * 1500), ("data", b"y" * 1500)])
     assert answer.status_code == 413 and not torchserve.calls
 
 
-def test_one_frame_over_the_limit_does_not_touch_its_neighbour(start_gateway, cloud):
+def test_frame_over_the_limit_does_not_affect_the_other_frame(start_gateway, cloud):
     gateway = start_gateway(**SMALL)
     answer = gateway.post(files=[("data", cloud(1)), ("data", b"x" * 1001)])
     assert answer.json()[0] == json.loads(answer_for(cloud(1), {}))
     assert answer.json()[1]["error"]["code"] == "frame_too_large"
 
 
-def test_too_many_frames_in_a_request_are_refused(start_gateway, cloud, torchserve):
+def test_too_many_frames_in_a_request_are_rejected(start_gateway, cloud, torchserve):
     gateway = start_gateway(max_frames_per_request=2)
     body = pack_frames([(cloud(i), {}) for i in range(3)])
     answer = gateway.post(content=body, headers={"content-type": FRAMES_CONTENT_TYPE})
@@ -71,7 +71,7 @@ def test_too_many_frames_in_a_request_are_refused(start_gateway, cloud, torchser
     assert not torchserve.calls
 
 
-def test_a_body_that_does_not_arrive_is_answered_408(start_gateway):
+def test_body_that_does_not_arrive_returns_408(start_gateway):
     gateway = start_gateway(body_timeout_s=0.2)
     for head in (raw.head(PATH, content_length=100), raw.head(PATH, transfer_encoding="chunked")):
         with raw.connected(gateway.url) as connection:
@@ -91,7 +91,7 @@ def in_background(gateway, **request) -> threading.Thread:
     return thread
 
 
-def test_a_full_queue_is_answered_429_at_once(start_gateway, backend, cloud):
+def test_full_queue_returns_429_at_once(start_gateway, backend, cloud):
     gateway = start_gateway(max_pending_frames=2, max_frames_per_request=2)
     backend.hold()
     threads = [in_background(gateway, content=cloud(i)) for i in range(2)]
@@ -109,7 +109,7 @@ def test_a_full_queue_is_answered_429_at_once(start_gateway, backend, cloud):
     assert gateway.post(content=cloud(3)).status_code == 200
 
 
-def test_bytes_held_are_bounded_too(start_gateway, backend, cloud):
+def test_pending_bytes_are_limited(start_gateway, backend, cloud):
     gateway = start_gateway(**SMALL, max_pending_bytes=2000)
     backend.hold()
     thread = in_background(gateway, content=cloud(1, 62))
@@ -124,7 +124,7 @@ def test_bytes_held_are_bounded_too(start_gateway, backend, cloud):
         each.join()
 
 
-def test_work_that_expires_while_it_waits_never_reaches_the_model(start_gateway, backend, cloud):
+def test_frame_past_its_deadline_never_reaches_the_model(start_gateway, backend, cloud):
     gateway = start_gateway(batch_frames=1, prefetch_batches=0)
     backend.hold()
     running = in_background(gateway, content=cloud(0))
@@ -147,7 +147,7 @@ def test_work_that_expires_while_it_waits_never_reaches_the_model(start_gateway,
 
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
-def test_work_of_a_client_that_hung_up_never_reaches_the_model(start_gateway, backend, cloud, accept):
+def test_frame_of_a_disconnected_client_never_reaches_the_model(start_gateway, backend, cloud, accept):
     gateway = start_gateway(batch_frames=1, prefetch_batches=0)
     backend.hold()
     running = in_background(gateway, content=cloud(0))
@@ -162,7 +162,7 @@ def test_work_of_a_client_that_hung_up_never_reaches_the_model(start_gateway, ba
     assert backend.app.calls == [[cloud(0)]]
 
 
-def test_a_client_that_hangs_up_in_mid_answer_keeps_nothing(start_gateway, backend, cloud):
+def test_disconnect_during_the_answer_releases_the_permit(start_gateway, backend, cloud):
     backend.app.models["second"]["1.0"].workers = [1, 2]
     gateway = start_gateway(batch_frames=1, prefetch_batches=0)
     backend.hold(cloud(0))
@@ -175,7 +175,7 @@ def test_a_client_that_hangs_up_in_mid_answer_keeps_nothing(start_gateway, backe
 
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
-def test_clients_that_hang_up_at_any_moment_leave_nothing_behind(gateway, cloud, accept, caplog):
+def test_disconnect_at_any_moment_leaves_nothing_pending(gateway, cloud, accept, caplog):
     whole = raw.request(PATH, cloud(1), accept=accept)
     form = (
         b'--b\r\ncontent-disposition: form-data; name="data"; filename="f"\r\n\r\n'
@@ -193,7 +193,7 @@ def test_clients_that_hang_up_at_any_moment_leave_nothing_behind(gateway, cloud,
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")], caplog.text
 
 
-def test_a_refused_request_leaves_its_connection_usable_or_closed(start_gateway, cloud):
+def test_rejected_request_leaves_its_connection_usable_or_closed(start_gateway, cloud):
     gateway = start_gateway(**SMALL)
     with httpx.Client(
         base_url=gateway.url, limits=httpx.Limits(max_connections=1), trust_env=False

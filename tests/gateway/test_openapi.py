@@ -47,7 +47,7 @@ def document(running):
     return schemathesis.openapi.from_url(f"{running.url}/openapi.json")
 
 
-def test_answers_are_as_the_document_says(document):
+def test_responses_conform_to_the_openapi_document(document):
     operations = [result.ok() for result in document.get_all_operations()]
     assert len(operations) > 10
     for operation in operations:
@@ -88,7 +88,7 @@ EDIT = st.tuples(st.integers(0, 400), st.integers(0, 20), st.binary(max_size=20)
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     parts=st.sampled_from([(), ("points",), ("points", "image", "calibration")]),
 )
-def test_whatever_body_is_sent_decodes_or_is_the_clients_mistake(kind, edits, sizes, parts):
+def test_any_body_decodes_or_returns_a_client_error(kind, edits, sizes, parts):
     body = bytearray(SEEDS.get(kind, FORM))
     for at, length, instead in edits:
         body[at : at + length] = instead

@@ -26,13 +26,13 @@ FRAMED = {"content-type": FRAMES_CONTENT_TYPE}
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
 @pytest.mark.parametrize("path", ["/predictions/second", "/predictions/second/1.0"])
-def test_the_answer_is_the_workers_byte_for_byte(gateway, cloud, method, path):
+def test_answer_is_the_workers_byte_for_byte(gateway, cloud, method, path):
     answer = gateway.client.request(method, path, content=cloud(1))
     assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
     assert answer.content == answer_for(cloud(1), {})
 
 
-def test_options_come_from_the_query_or_from_headers(gateway, cloud, torchserve):
+def test_options_come_from_query_or_headers(gateway, cloud, torchserve):
     query = gateway.post("/predictions/second?score_thr=0.3&max_detections=2", content=cloud(1)).json()
     assert query["options"] == {"score_thr": "0.3", "max_detections": "2"}
     headers = gateway.post(content=cloud(1), headers={"X-Score-Thr": "0.25", "X-Load-Dim": "4"}).json()
@@ -42,7 +42,7 @@ def test_options_come_from_the_query_or_from_headers(gateway, cloud, torchserve)
 
 
 @pytest.mark.parametrize(
-    ("query", "said"),
+    ("query", "named"),
     [
         ("colour=red", "unknown option 'colour'; known are: timeout_ms, columns, load_dim, max_detections"),
         ("score_thr=2", "score_thr"),
@@ -54,27 +54,27 @@ def test_options_come_from_the_query_or_from_headers(gateway, cloud, torchserve)
         ("timeout_ms=0", "timeout_ms"),
         ("timeout_ms=soon", "timeout_ms"),
         ("timeout_ms=nan", "timeout_ms"),
-        ("timeout_ms=300001", "timeout_ms must be from 1 to 300000"),
+        ("timeout_ms=300001", "300000"),
     ],
 )
-def test_an_option_that_is_unknown_or_impossible_is_refused(gateway, cloud, torchserve, query, said):
+def test_unknown_or_invalid_option_returns_400(gateway, cloud, torchserve, query, named):
     answer = gateway.post(f"/predictions/second?{query}", content=cloud(1))
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "unknown_option"
-    assert said in answer.json()["error"]["message"]
+    assert named in answer.json()["error"]["message"]
     assert not torchserve.calls
 
 
-def test_a_timeout_may_come_in_a_header(gateway, cloud):
+def test_timeout_may_come_in_a_header(gateway, cloud):
     answer = gateway.post(content=cloud(1), headers={"X-Timeout-Ms": "0.5"})
-    assert answer.status_code == 400 and "timeout_ms" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "unknown_option"
 
 
-def test_a_form_with_one_file_is_one_frame(gateway, cloud, torchserve):
+def test_form_with_one_file_is_one_frame(gateway, cloud, torchserve):
     answer = gateway.post(files={"data": cloud(1)}, data={"score_thr": "0.5"})
     assert answer.content == answer_for(cloud(1), {"score_thr": "0.5"})
 
 
-def test_a_form_with_many_files_is_answered_in_order_and_a_bad_one_is_one_error(gateway, cloud, torchserve):
+def test_form_with_many_files_is_answered_in_order_with_one_error(gateway, cloud, torchserve):
     files = [("data", cloud(1)), ("data", b"bad!"), ("data", cloud(2))]
     answer = gateway.post(files=files, headers={"x-request-id": "mine"})
     assert answer.status_code == 200
@@ -87,36 +87,36 @@ def test_a_form_with_many_files_is_answered_in_order_and_a_bad_one_is_one_error(
 
 
 @pytest.mark.parametrize(
-    ("form", "said"),
+    ("form", "code"),
     [
-        ({"files": {"picture": b"abc"}}, "file part 'picture' is not known"),
-        ({"data": {"score_thr": "0.5"}, "files": {}}, "no frame"),
-        ({"data": {"b64": "AAAA"}, "files": {"data": b"abc"}}, "base64 goes into a JSON body"),
-        ({"data": {"colour": "red"}, "files": {"data": b"abc"}}, "unknown option 'colour'"),
+        ({"files": {"picture": b"abc"}}, "bad_request"),
+        ({"data": {"score_thr": "0.5"}, "files": {}}, "bad_request"),
+        ({"data": {"b64": "AAAA"}, "files": {"data": b"abc"}}, "bad_request"),
+        ({"data": {"colour": "red"}, "files": {"data": b"abc"}}, "unknown_option"),
         (
             {"data": {"colour": "red"}, "files": [("data", b"abc"), ("data", b"def")]},
-            "unknown option 'colour'",
+            "unknown_option",
         ),
         (
             {"content": b"--nonsense", "headers": {"content-type": "multipart/form-data; boundary=b"}},
-            "cannot be read",
+            "bad_request",
         ),
         (
             {"content": b"nonsense", "headers": {"content-type": "multipart/form-data; boundary=b"}},
-            "cannot be read",
+            "bad_request",
         ),
-        ({"content": b"nonsense", "headers": {"content-type": "multipart/form-data"}}, "cannot be read"),
+        ({"content": b"nonsense", "headers": {"content-type": "multipart/form-data"}}, "bad_request"),
     ],
 )
-def test_a_form_that_cannot_be_read_is_refused(gateway, form, said):
+def test_invalid_form_returns_400(gateway, form, code):
     if form.get("files") == {}:
         boundary = b'--b\r\ncontent-disposition: form-data; name="score_thr"\r\n\r\n0.5\r\n--b--\r\n'
         form = {"content": boundary, "headers": {"content-type": "multipart/form-data; boundary=b"}}
     answer = gateway.post(**form)
-    assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code), answer.text
 
 
-def test_the_first_line_arrives_while_the_other_frame_is_still_computed(start_gateway, backend, cloud):
+def test_first_line_arrives_while_the_other_frame_still_runs(start_gateway, backend, cloud):
     backend.app.models["second"]["1.0"].workers = [1, 2]
     gateway = start_gateway(batch_frames=1)
     backend.hold(cloud(0))
@@ -133,7 +133,7 @@ def test_the_first_line_arrives_while_the_other_frame_is_still_computed(start_ga
         assert next(lines, None) is None
 
 
-def test_a_framed_batch_is_answered_as_the_handler_does(gateway, cloud, torchserve):
+def test_framed_batch_is_answered_in_the_handlers_format(gateway, cloud, torchserve):
     body = pack_frames([(cloud(1), {"max_detections": 2}), (b"bad!", {}), (cloud(2), {"colour": "red"})])
     answer = gateway.post("/predictions/second?score_thr=0.5", content=body, headers=FRAMED)
     outcomes = answer.json()["outcomes"]
@@ -148,7 +148,7 @@ def test_a_framed_batch_is_answered_as_the_handler_does(gateway, cloud, torchser
 @pytest.mark.parametrize(
     "accept", ["application/x-msgpack", "application/msgpack", "application/vnd.msgpack;q=0.5"]
 )
-def test_messagepack_holds_the_same(gateway, cloud, accept):
+def test_messagepack_answer_equals_the_json_answer(gateway, cloud, accept):
     answer = gateway.post(content=cloud(1), headers={"accept": accept})
     assert answer.headers["content-type"] == "application/x-msgpack"
     assert ormsgpack.unpackb(answer.content) == json.loads(answer_for(cloud(1), {}))
@@ -157,17 +157,17 @@ def test_messagepack_holds_the_same(gateway, cloud, accept):
     assert ormsgpack.unpackb(many.content)[0] == json.loads(answer_for(cloud(1), {}))
 
 
-def test_a_picture_of_a_cloud_has_its_boxes_in_it(gateway, cloud):
+def test_png_of_a_point_cloud_is_returned(gateway, cloud):
     answer = gateway.post(content=cloud(1, 500), headers={"accept": "image/png"})
     assert answer.status_code == 200 and answer.headers["content-type"] == "image/png"
     assert Image.open(io.BytesIO(answer.content)).size[0] > 100
     empty = gateway.post("/predictions/second?num_points=0", content=b"", headers={"accept": "image/*"})
     assert empty.headers["content-type"] == "image/png"
     many = gateway.post(files=[("data", cloud(1)), ("data", cloud(2))], headers={"accept": "image/png"})
-    assert many.status_code == 400 and "one picture" in many.json()["error"]["message"]
+    assert (many.status_code, many.json()["error"]["code"]) == (400, "bad_request")
 
 
-def test_a_picture_of_an_npy_cloud_is_drawn_as_well(gateway):
+def test_png_of_an_npy_point_cloud_is_returned(gateway):
     stream = io.BytesIO()
     np.save(stream, np.random.default_rng(1).normal(size=(50, 4)))
     answer = gateway.post(content=stream.getvalue(), headers={"accept": "image/png"})
@@ -184,21 +184,21 @@ def test_a_picture_of_an_npy_cloud_is_drawn_as_well(gateway):
         ("application/json;q=0, */*", "application/json"),
     ],
 )
-def test_the_client_gets_the_best_of_what_it_accepts(gateway, cloud, accept, kind):
+def test_accept_header_selects_the_best_media_type(gateway, cloud, accept, kind):
     headers = {"accept": accept} if accept else {}
     answer = gateway.post(content=cloud(1), headers=headers)
     assert answer.headers["content-type"] == kind
 
 
 @pytest.mark.parametrize("accept", ["text/html", "application/json;q=0", "application/json;q=x", ","])
-def test_an_accept_header_that_names_nothing_we_write_is_refused(gateway, cloud, accept, torchserve):
+def test_unsatisfiable_accept_header_returns_406(gateway, cloud, accept, torchserve):
     answer = gateway.post(content=cloud(1), headers={"accept": accept})
     assert answer.status_code == 406 and answer.json()["error"]["code"] == "not_acceptable"
     assert not torchserve.calls
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_a_frame_may_come_as_base64_in_json(gateway, cloud, wrapped):
+def test_frame_may_come_as_base64_in_json(gateway, cloud, wrapped):
     encoded = base64.b64encode(cloud(1)).decode()
     answer = gateway.post(json={"b64": encoded, "score_thr": 0.5} if wrapped else encoded)
     assert answer.content == answer_for(cloud(1), {"score_thr": 0.5} if wrapped else {})
@@ -207,18 +207,18 @@ def test_a_frame_may_come_as_base64_in_json(gateway, cloud, wrapped):
 @pytest.mark.parametrize(
     "body", [b"{", b"[]", b"{}", b'{"b64": 5}', b'{"b64": "=!"}', b"[" * 5000, b"\xff", b""]
 )
-def test_json_that_holds_no_frame_is_refused(gateway, body, torchserve):
+def test_json_without_a_frame_returns_400(gateway, body, torchserve):
     answer = gateway.post(content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "bad_request"
     assert not torchserve.calls
 
 
-def test_a_coded_body_is_refused_and_not_undone(gateway, cloud):
+def test_compressed_body_returns_400(gateway, cloud):
     answer = gateway.post(content=cloud(1), headers={"content-encoding": "gzip"})
-    assert answer.status_code == 400 and "gzip is not undone" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "gzip" in answer.json()["error"]["message"]
 
 
-def test_a_model_of_several_parts_takes_them_by_name(start_gateway, torchserve, cloud):
+def test_model_of_several_parts_takes_them_by_name(start_gateway, torchserve, cloud):
     torchserve.models["fusion"] = {"1.0": FakeModel(FUSION)}
     gateway = start_gateway()
     picture = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
@@ -227,14 +227,14 @@ def test_a_model_of_several_parts_takes_them_by_name(start_gateway, torchserve, 
     assert answer.status_code == 200, answer.text
     assert answer.content == answer_for({**parts, "calibration": b"{}"}, {"score_thr": "0.1"})
     twice = gateway.post("/predictions/fusion", files=[("points", cloud(1)), ("points", cloud(2))])
-    assert twice.status_code == 400 and "each may be there once" in twice.json()["error"]["message"]
+    assert (twice.status_code, twice.json()["error"]["code"]) == (400, "bad_request")
     in_json = {name: {"b64": base64.b64encode(part).decode()} for name, part in parts.items()}
     assert gateway.post("/predictions/fusion", json={**in_json, "calibration": {}}).content == answer_for(
         {**parts, "calibration": b"{}"}, {}
     )
 
 
-def test_images_of_different_size_are_not_put_into_one_batch(start_gateway, backend):
+def test_images_of_different_sizes_do_not_share_a_batch(start_gateway, backend):
     backend.app.models["faster-rcnn"] = {"1.0": FakeModel(IMAGES)}
     gateway = start_gateway()
     pictures = [
@@ -251,7 +251,7 @@ def test_images_of_different_size_are_not_put_into_one_batch(start_gateway, back
     assert bad.json()[1]["error"]["code"] == "undecodable_frame"
 
 
-def test_a_request_id_is_echoed_or_given(gateway, cloud):
+def test_request_id_is_echoed_or_generated(gateway, cloud):
     assert (
         gateway.post(content=cloud(1), headers={"x-request-id": "my-17"}).headers["x-request-id"] == "my-17"
     )
@@ -262,7 +262,7 @@ def test_a_request_id_is_echoed_or_given(gateway, cloud):
     assert wrong.json()["error"]["request_id"] == wrong.headers["x-request-id"] == "my-18"
 
 
-def test_server_timing_says_where_the_time_went(gateway, cloud):
+def test_server_timing_lists_the_stages(gateway, cloud):
     header = gateway.post(content=cloud(1)).headers["server-timing"]
     found = dict(re.findall(r"(\w+);dur=([0-9.]+)", header))
     assert list(found) == ["decode", "queue", "inference", "backend", "encode"]
@@ -270,7 +270,7 @@ def test_server_timing_says_where_the_time_went(gateway, cloud):
     assert float(found["backend"]) > 0
 
 
-def test_an_unknown_model_or_version_is_told_with_what_there_is(gateway, cloud, torchserve):
+def test_unknown_model_or_version_returns_404_with_the_available_ones(gateway, cloud, torchserve):
     for path in ("/predictions/nobody", "/predictions/second/9.9", "/predictions/a%2Fb"):
         answer = gateway.post(path, content=cloud(1))
         assert answer.status_code == 404
@@ -281,7 +281,7 @@ def test_an_unknown_model_or_version_is_told_with_what_there_is(gateway, cloud, 
     assert gateway.client.get("/predictions/second").status_code == 405
 
 
-def test_sixty_four_clients_at_once_each_get_their_own_boxes(gateway, cloud, torchserve, backend):
+def test_sixty_four_concurrent_clients_each_get_their_own_boxes(gateway, cloud, torchserve, backend):
     wrong: list[str] = []
 
     def ask(number: int) -> None:

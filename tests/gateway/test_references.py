@@ -18,7 +18,7 @@ def put(bucket: str, key: str, body: bytes) -> str:
     return f"s3://{bucket}/{key}"
 
 
-def test_a_frame_in_an_allowed_bucket_is_answered(start_gateway, bucket, cloud):
+def test_frame_in_an_allowed_bucket_is_answered(start_gateway, bucket, cloud):
     gateway = start_gateway(uri_prefixes=(f"s3://{bucket}/frames/",))
     uri = put(bucket, "frames/000008.bin", cloud(1))
     answer = gateway.post(json={"uri": uri})
@@ -26,7 +26,7 @@ def test_a_frame_in_an_allowed_bucket_is_answered(start_gateway, bucket, cloud):
 
 
 @pytest.mark.parametrize("prefixes", [(), ("s3://another/",), ("s3://{bucket}/frames/public/",)])
-def test_the_same_request_is_refused_when_its_prefix_is_not_listed(
+def test_uri_without_a_listed_prefix_is_refused(
     start_gateway,
     bucket,
     cloud,
@@ -38,7 +38,7 @@ def test_the_same_request_is_refused_when_its_prefix_is_not_listed(
     assert answer.status_code == 403 and answer.json()["error"]["code"] == "reference_refused"
 
 
-def test_what_is_wrong_with_one_of_many_is_its_own(start_gateway, bucket, cloud):
+def test_error_of_one_reference_does_not_affect_the_others(start_gateway, bucket, cloud):
     gateway = start_gateway(uri_prefixes=(f"s3://{bucket}/",), max_frame_bytes=1024)
     frames = [
         {"uri": put(bucket, "a.bin", cloud(1))},
@@ -55,7 +55,7 @@ def test_what_is_wrong_with_one_of_many_is_its_own(start_gateway, bucket, cloud)
     assert codes == [None, "reference_not_found", "reference_refused", "frame_too_large", None, "bad_request"]
 
 
-def test_what_was_read_counts_as_pending_bytes(start_gateway, bucket, cloud):
+def test_object_read_by_reference_counts_as_pending_bytes(start_gateway, bucket, cloud):
     limits = {"max_frame_bytes": 4096, "max_body_bytes": 4096, "max_pending_bytes": 4096}
     gateway = start_gateway(uri_prefixes=(f"s3://{bucket}/",), **limits)
     uris = [put(bucket, f"{i}.bin", cloud(i, points=128)) for i in range(4)]
@@ -74,6 +74,6 @@ def test_what_was_read_counts_as_pending_bytes(start_gateway, bucket, cloud):
         {"frames": 3},
     ],
 )
-def test_a_document_that_says_two_things_or_nothing_is_refused(start_gateway, document):
+def test_ambiguous_or_empty_reference_is_rejected(start_gateway, document):
     answer = start_gateway(uri_prefixes=("s3://b/",)).post(json=document)
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "bad_request"

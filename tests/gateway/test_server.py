@@ -92,7 +92,7 @@ def asked(process: Process, frame: bytes) -> tuple[threading.Thread, list[httpx.
 
 
 @pytest.mark.timing
-def test_an_idle_gateway_uses_no_cpu_and_no_torch(start, cloud):
+def test_idle_gateway_uses_no_cpu_and_does_not_import_torch(start, cloud):
     process = start()
     assert process.post(cloud(1)).content == answer_for(cloud(1), {})
     watched = psutil.Process(process.popen.pid)
@@ -108,7 +108,7 @@ def test_an_idle_gateway_uses_no_cpu_and_no_torch(start, cloud):
     assert process.end() == 0
 
 
-def test_sigterm_ends_an_idle_gateway_with_0(start, cloud):
+def test_sigterm_ends_an_idle_gateway_with_exit_code_0(start, cloud):
     process = start()
     with httpx.Client(base_url=process.url, trust_env=False) as client:
         client.get("/health/live")
@@ -118,7 +118,7 @@ def test_sigterm_ends_an_idle_gateway_with_0(start, cloud):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_is_in_flight_finishes_and_nothing_new_is_taken(start, backend, cloud, number):
+def test_draining_finishes_requests_in_flight_and_accepts_no_more(start, backend, cloud, number):
     process = start()
     backend.hold()
     thread, answers = asked(process, cloud(1))
@@ -140,7 +140,7 @@ def test_what_is_in_flight_finishes_and_nothing_new_is_taken(start, backend, clo
     assert process.popen.wait(10) == 0
 
 
-def test_while_it_lingers_it_answers_and_says_that_it_is_not_ready(start, cloud):
+def test_shutdown_delay_answers_requests_but_fails_readiness(start, cloud):
     process = start("--shutdown-delay-s", "300")
     process.popen.send_signal(signal.SIGTERM)
     eventually(lambda: not process.ready())
@@ -149,7 +149,7 @@ def test_while_it_lingers_it_answers_and_says_that_it_is_not_ready(start, cloud)
     assert process.popen.wait(10) == 0
 
 
-def test_what_does_not_finish_within_the_drain_time_is_cut_and_the_exit_code_says_so(start, backend, cloud):
+def test_request_over_the_graceful_timeout_is_dropped_with_exit_code_1(start, backend, cloud):
     process = start("--graceful-timeout-s", "1")
     backend.hold()
     thread, answers = asked(process, cloud(1))
@@ -161,7 +161,7 @@ def test_what_does_not_finish_within_the_drain_time_is_cut_and_the_exit_code_say
     assert isinstance(answers[0], Exception) or answers[0].status_code >= 500
 
 
-def test_a_second_signal_ends_at_once(start, backend, cloud):
+def test_second_signal_ends_at_once(start, backend, cloud):
     process = start()
     backend.hold()
     thread, _ = asked(process, cloud(1))
@@ -183,7 +183,7 @@ def _accepts(process: Process) -> bool:
         return False
 
 
-def test_a_taken_port_is_refused_with_a_sentence(start):
+def test_used_port_is_reported_with_exit_code_2(start):
     port = start().url.rpartition(":")[2]
     done = subprocess.run(
         [sys.executable, "-m", "serve", "gateway", "--port", port],

@@ -58,7 +58,7 @@ def gateway(request, server, background: Background) -> Iterator[RunningGateway]
 PATH = "/predictions/checksum"
 
 
-def test_frames_come_back_with_their_own_answers(gateway, cloud):
+def test_frames_get_their_own_answers(gateway, cloud):
     assert gateway.post(PATH, content=cloud(1)).content == checksum(cloud(1))
     many = gateway.post(PATH, files=[("data", cloud(1)), ("data", b"odd"), ("data", cloud(2))]).json()
     assert [many[0], many[2]] == [json.loads(checksum(cloud(i))) for i in (1, 2)]
@@ -71,7 +71,7 @@ def predictions_of(server: TorchServe) -> float:
     return sum(float(count) for count in re.findall(r"^ts_inference_requests_total\{.*} (\S+)", text, re.M))
 
 
-def test_batches_go_to_the_worker_directly_where_that_is_asked_for(gateway, server, cloud, request):
+def test_batches_use_the_worker_sockets_if_configured(gateway, server, cloud, request):
     gateway.post(PATH, content=cloud(1))
     before = predictions_of(server)
     assert gateway.post(PATH, content=cloud(2)).content == checksum(cloud(2))
@@ -82,7 +82,7 @@ def test_batches_go_to_the_worker_directly_where_that_is_asked_for(gateway, serv
     assert (predictions_of(server) == before) == directly
 
 
-def test_a_worker_that_hangs_is_replaced(store, background, cloud):
+def test_hung_worker_is_replaced(store, background, cloud):
     model = ServedModel("checksum.mar", response_timeout_s=2)
     with TorchServe(options(store, model)) as server:
         urls = {"inference_url": server.inference_url, "management_url": server.management_url}
@@ -100,7 +100,7 @@ def test_a_worker_that_hangs_is_replaced(store, background, cloud):
 
 
 @pytest.mark.parametrize("way", ["directly", "through TorchServe"])
-def test_a_batch_whose_worker_computes_for_ever_is_answered_by_its_successor(
+def test_batch_of_a_worker_in_an_endless_computation_is_answered_by_its_successor(
     store, background, cloud, tmp_path, way
 ):
     model = ServedModel("checksum.mar", response_timeout_s=2)
@@ -117,7 +117,7 @@ def test_a_batch_whose_worker_computes_for_ever_is_answered_by_its_successor(
         assert re.search(r"Timeout .*!", said) and re.search(r"line \d+ in answer_batch", said), said
 
 
-def test_a_batch_whose_worker_dies_is_answered_by_its_successor(gateway, server, cloud, tmp_path):
+def test_batch_of_a_dying_worker_is_answered_by_its_successor(gateway, server, cloud, tmp_path):
     (before,) = server.workers("checksum")
     frame = f"die once {tmp_path / 'flag'}".encode()
     answers = gateway.post(PATH, files=[("data", cloud(1)), ("data", frame)], timeout=60).json()
@@ -126,20 +126,20 @@ def test_a_batch_whose_worker_dies_is_answered_by_its_successor(gateway, server,
     assert after.pid != before.pid
 
 
-def test_a_frame_that_kills_every_worker_is_503_and_the_service_lives(gateway, cloud):
+def test_frame_that_kills_every_worker_returns_503_and_the_service_survives(gateway, cloud):
     answer = gateway.post(PATH, content=b"die", timeout=60)
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1", answer.text
     eventually(lambda: gateway.post(PATH, content=cloud(1), timeout=60).status_code == 200, 60)
 
 
-def test_a_batch_out_of_memory_is_halved(gateway, cloud):
+def test_batch_out_of_memory_is_split(gateway, cloud):
     files = [("data", cloud(1)), ("data", b"too large"), ("data", cloud(2)), ("data", b"too large alone")]
     answers = gateway.post(PATH, files=files, timeout=60).json()
     assert [entry.get("error", {}).get("code") for entry in answers] == [None, None, None, "out_of_memory"]
     assert gateway.post(PATH, content=b"too large alone").status_code == 507
 
 
-def test_what_torchserve_is_told_at_run_time_is_seen(gateway, server, cloud):
+def test_changes_through_the_management_api_are_noticed(gateway, server, cloud):
     assert gateway.post("/predictions/later", content=cloud(1)).status_code == 404
     server.register(ServedModel("later.mar"))
     eventually(lambda: gateway.post("/predictions/later", content=cloud(1), timeout=60).status_code == 200)
@@ -153,7 +153,7 @@ def test_what_torchserve_is_told_at_run_time_is_seen(gateway, server, cloud):
     eventually(lambda: gateway.post("/predictions/later", content=cloud(1)).status_code == 404)
 
 
-def test_torchserves_token_mode_is_spoken(store, background, cloud):
+def test_torchserve_with_token_authorization_is_supported(store, background, cloud):
     with TorchServe(options(store, ServedModel("checksum.mar"), token_authorization=True)) as server:
         assert server.run_dir is not None
         keys = server.run_dir / "key_file.json"
@@ -193,7 +193,7 @@ def street() -> bytes:
     return sample_frame()
 
 
-def test_the_demonstration_answers_through_the_gateway_as_it_does_without(second, street):
+def test_demo_model_answers_the_same_with_and_without_the_gateway(second, street):
     gateway, server = second
     direct = httpx.post(
         f"{server.inference_url}/predictions/second", content=street, timeout=60, trust_env=False
@@ -205,7 +205,7 @@ def test_the_demonstration_answers_through_the_gateway_as_it_does_without(second
     assert best["bboxes_3d"] == direct.json()["bboxes_3d"][:1]
 
 
-def test_tritons_client_runs_the_demonstration(second, street):
+def test_triton_client_runs_the_demo_model(second, street):
     gateway, _ = second
     points = np.frombuffer(street, np.float32).reshape(-1, 4)
     plain = gateway.post(content=street).json()
@@ -227,7 +227,7 @@ def test_tritons_client_runs_the_demonstration(second, street):
     assert counts[0] == len(plain["scores_3d"]) and counts.sum() == len(several.as_numpy("scores_3d"))
 
 
-def test_mistakes_are_told_as_the_handler_tells_them(second, street):
+def test_gateway_passes_the_handlers_errors_through(second, street):
     gateway, server = second
     for body, status, code in (
         (street[:-3], 422, "undecodable_frame"),
@@ -241,7 +241,7 @@ def test_mistakes_are_told_as_the_handler_tells_them(second, street):
     assert len(server.workers("second")) == 1
 
 
-def test_the_demonstration_draws_its_boxes(second, street):
+def test_demo_model_answers_with_a_png(second, street):
     gateway, _ = second
     answer = gateway.post(content=street, headers={"accept": "image/png"})
     assert Image.open(io.BytesIO(answer.content)).size == (1200, 900)

@@ -69,7 +69,7 @@ def ask(tracing: Tracing, headers: dict[str, str]) -> httpx.Response:
     return asyncio.run(send())
 
 
-def test_a_request_is_a_span_under_the_callers(receiver):
+def test_request_creates_a_child_span_of_the_callers(receiver):
     endpoint, bodies = receiver
     tracing = Tracing(endpoint)
     assert ask(tracing, {"traceparent": PARENT, "x-request-id": "mine"}).status_code == 200
@@ -85,7 +85,7 @@ def test_a_request_is_a_span_under_the_callers(receiver):
     assert attributes["mmdet3d_serve.queue_s"].double_value == 0.25
 
 
-def test_without_an_exporter_none_is_imported():
+def test_opentelemetry_is_not_imported_without_an_exporter():
     code = (
         "import sys; from serve.gateway.app import create_app; from serve.gateway.options import GatewayOptions\n"
         "create_app(GatewayOptions()); assert not any(name.startswith('opentelemetry.sdk') for name in sys.modules)"
@@ -93,7 +93,7 @@ def test_without_an_exporter_none_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_exporter_without_the_extra_stops_the_start_with_what_to_install():
+def test_exporter_without_the_extra_is_a_settings_error():
     code = (
         "import sys; sys.modules['opentelemetry'] = None\n"
         "from serve.errors import SettingsError; from serve.gateway.tracing import Tracing\n"

@@ -45,7 +45,7 @@ def asking(folder: Path, calls):
     return asyncio.run(run())
 
 
-def test_a_batch_of_pieces_comes_whole_and_its_answer_too(tmp_path):
+def test_batch_of_chunks_and_its_answer_arrive_complete(tmp_path):
     large = os.urandom(3_000_000)
     pieces = (b"ab", memoryview(large), bytearray(b"c"), b"")
     with worker(tmp_path, lambda body: bytes(body)[::-1]):
@@ -57,7 +57,7 @@ def test_a_batch_of_pieces_comes_whole_and_its_answer_too(tmp_path):
     assert answers == [(b"ab" + large + b"c")[::-1]] * 3
 
 
-def test_the_worker_is_told_for_how_long_it_may_compute(tmp_path):
+def test_worker_receives_the_compute_limit(tmp_path):
     with closing(listen(tmp_path, lambda batch, compute_s: str(compute_s).encode())):
 
         async def calls(sockets):
@@ -66,7 +66,7 @@ def test_the_worker_is_told_for_how_long_it_may_compute(tmp_path):
         assert asking(tmp_path, calls) == [b"7", b"0"]
 
 
-def test_a_second_batch_is_taken_while_the_first_is_answered(tmp_path):
+def test_second_batch_is_received_while_the_first_is_answered(tmp_path):
     both = threading.Barrier(2, timeout=20)
 
     def answer(body: memoryview) -> bytes:
@@ -82,7 +82,7 @@ def test_a_second_batch_is_taken_while_the_first_is_answered(tmp_path):
 
 
 @pytest.mark.parametrize("error", [BadRequest("not framed"), RuntimeError("CUDA error: out of memory")])
-def test_what_a_worker_cannot_do_is_left_to_torchserve_and_the_connection_lives(tmp_path, error):
+def test_failed_batch_is_left_to_torchserve_and_the_connection_stays_open(tmp_path, error):
     def answer(body: memoryview) -> bytes:
         if body == b"bad":
             raise error
@@ -96,7 +96,7 @@ def test_what_a_worker_cannot_do_is_left_to_torchserve_and_the_connection_lives(
         assert asking(tmp_path, calls) == [None, b"good"]
 
 
-def test_without_a_worker_that_listens_torchserve_is_asked(tmp_path):
+def test_call_returns_none_without_a_listening_worker(tmp_path):
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(str(socket_path(tmp_path, 2)))  # of one that has died
     stale.close()
@@ -107,7 +107,7 @@ def test_without_a_worker_that_listens_torchserve_is_asked(tmp_path):
     assert asking(tmp_path, calls) == [None, None, None]
 
 
-def test_a_worker_that_went_away_with_a_batch_says_so_and_the_next_one_is_asked(tmp_path):
+def test_worker_that_dies_with_a_batch_raises_worker_lost(tmp_path):
     with socket.socket(socket.AF_UNIX) as dying:
         dying.bind(str(socket_path(tmp_path, 1)))
         dying.listen()
@@ -122,7 +122,7 @@ def test_a_worker_that_went_away_with_a_batch_says_so_and_the_next_one_is_asked(
         thread.start()
 
         async def calls(sockets):
-            with pytest.raises(WorkerLost, match="closed by the worker") as lost:
+            with pytest.raises(WorkerLost) as lost:
                 await sockets.call([1, OWN], [b"x"], 20.0)
             assert lost.value.pid == 1
             dying.close()
@@ -134,7 +134,7 @@ def test_a_worker_that_went_away_with_a_batch_says_so_and_the_next_one_is_asked(
 
 
 @pytest.mark.parametrize("sent", [LENGTH.pack(MAX_MESSAGE_BYTES + 1), LENGTH.pack(1) + b"too much"])
-def test_an_answer_of_impossible_length_is_not_waited_for(tmp_path, sent):
+def test_answer_of_invalid_length_raises_connection_lost(tmp_path, sent):
     with socket.socket(socket.AF_UNIX) as wrong:
         wrong.bind(str(socket_path(tmp_path, 1)))
         wrong.listen()
@@ -151,14 +151,14 @@ def test_an_answer_of_impossible_length_is_not_waited_for(tmp_path, sent):
         thread.start()
 
         async def calls(sockets):
-            with pytest.raises(ConnectionLost, match="invalid length"):
+            with pytest.raises(ConnectionLost):
                 await sockets.call([1], [b"x"], 20.0)
 
         asking(tmp_path, calls)
         thread.join()
 
 
-def test_a_worker_that_hangs_is_left_to_torchserve_until_it_was_replaced(tmp_path):
+def test_hung_worker_gets_no_batches_until_it_was_replaced(tmp_path):
     go_on = threading.Event()
 
     def answer(body: memoryview) -> bytes:
@@ -179,7 +179,7 @@ def test_a_worker_that_hangs_is_left_to_torchserve_until_it_was_replaced(tmp_pat
 
 
 @pytest.mark.parametrize("greeting", [b"", b"late", LENGTH.pack(1) + b"x", b"\xff" * 8])
-def test_without_a_greeting_a_worker_gets_no_batch(tmp_path, greeting, monkeypatch):
+def test_worker_without_a_hello_gets_no_batch(tmp_path, greeting, monkeypatch):
     monkeypatch.setattr("serve.gateway.worker_client.CONNECT_TIMEOUT_S", 0.2)
     came = []
     with socket.socket(socket.AF_UNIX) as mute:
@@ -203,7 +203,7 @@ def test_without_a_greeting_a_worker_gets_no_batch(tmp_path, greeting, monkeypat
     assert came == [b""]
 
 
-def test_the_worker_with_least_to_do_gets_the_batch(tmp_path):
+def test_worker_with_the_fewest_batches_gets_the_next(tmp_path):
     busy, go_on = threading.Event(), threading.Event()
 
     def slow(body: memoryview) -> bytes:
@@ -223,7 +223,7 @@ def test_the_worker_with_least_to_do_gets_the_batch(tmp_path):
         assert asking(tmp_path, calls) == (b"slow", [b"quick"] * 3)
 
 
-def test_batches_that_come_together_go_to_different_workers(tmp_path):
+def test_concurrent_batches_go_to_different_workers(tmp_path):
     with worker(tmp_path, lambda body: b"first", pid=1), worker(tmp_path, lambda body: b"second", pid=2):
 
         async def calls(sockets):
@@ -232,7 +232,7 @@ def test_batches_that_come_together_go_to_different_workers(tmp_path):
         assert sorted(asking(tmp_path, calls)) == [b"first"] * 2 + [b"second"] * 2
 
 
-def test_a_message_of_impossible_length_ends_the_connection_before_memory_is_taken(tmp_path):
+def test_message_of_invalid_length_closes_the_connection_before_allocation(tmp_path):
     with worker(tmp_path, bytes), socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
         client.connect(str(socket_path(tmp_path, OWN)))
@@ -241,7 +241,7 @@ def test_a_message_of_impossible_length_ends_the_connection_before_memory_is_tak
         assert client.recv(1) == b""
 
 
-def test_a_socket_is_its_owners_alone_and_replaces_one_left_behind(tmp_path):
+def test_socket_is_private_and_replaces_a_stale_one(tmp_path):
     for name in (b"first", b"second"):
         listener = listen(tmp_path, lambda batch, compute_s, name=name: name)
         assert socket_path(tmp_path, OWN).stat().st_mode & 0o077 == 0
@@ -253,7 +253,7 @@ def test_a_socket_is_its_owners_alone_and_replaces_one_left_behind(tmp_path):
         listener.close()  # its file stays, as after a kill
 
 
-def test_a_worker_without_room_for_a_connection_leaves_its_batch_to_torchserve(tmp_path):
+def test_full_worker_leaves_its_batch_to_torchserve(tmp_path):
     with worker(tmp_path, bytes):
         clients = []
         for _ in range(40):

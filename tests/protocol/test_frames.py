@@ -48,7 +48,7 @@ def decode(body, spec=LIDAR, limits=None, **options):
 
 
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
-def test_a_bin_comes_out_bit_for_bit(wrap):
+def test_bin_is_decoded_bit_for_bit(wrap):
     cloud = points(100)
     np.testing.assert_array_equal(decode(wrap(cloud.tobytes())), cloud)
 
@@ -56,40 +56,40 @@ def test_a_bin_comes_out_bit_for_bit(wrap):
 @pytest.mark.parametrize(
     "array", [points(7), points(7).astype(np.float64), np.asfortranarray(points(7)), points(0)]
 )
-def test_an_npy_comes_out_as_float32(array):
+def test_npy_is_decoded_as_float32(array):
     decoded = decode(npy(array))
     assert decoded.dtype == np.float32 and decoded.flags.c_contiguous
     np.testing.assert_array_equal(decoded, array.astype(np.float32))
 
 
-def test_an_empty_cloud_is_said_not_guessed():
+def test_empty_point_cloud_must_be_declared():
     assert decode(b"", num_points=0).shape == (0, 4)
-    with pytest.raises(UndecodableFrame, match="num_points=0"):
+    with pytest.raises(UndecodableFrame, match="num_points"):
         decode(b"")
 
 
 @pytest.mark.parametrize(
-    ("body", "options", "says"),
+    ("body", "options", "named"),
     [
-        (points(10).tobytes()[:-3], {}, "whole number of points"),
-        (points(3, 5).tobytes(), {}, "4 float32 per point"),
-        (points(4, 5).tobytes(), {"load_dim": 5}, "declares 5 floats"),
-        (points(4, 5).tobytes(), {"num_points": 4}, "declares 4 points, the frame holds 5"),
-        (npy(points(4, 5)), {}, r"\(4, 5\), this model takes \(N, 4\)"),
-        (npy(points(4))[:-8], {}, "bytes follow"),
-        (npy(np.zeros((3, 4), dtype="<U4")), {}, "array of numbers"),
-        (b"\x93NUMPY\x01\x00\xff\xff{", {}, "header"),
+        (points(10).tobytes()[:-3], {}, "4 float32"),
+        (points(3, 5).tobytes(), {}, "4 float32"),
+        (points(4, 5).tobytes(), {"load_dim": 5}, "5"),
+        (points(4, 5).tobytes(), {"num_points": 4}, "4.* 5"),
+        (npy(points(4, 5)), {}, r"\(4, 5\).*\(N, 4\)"),
+        (npy(points(4))[:-8], {}, "bytes"),
+        (npy(np.zeros((3, 4), dtype="<U4")), {}, "<U4"),
+        (b"\x93NUMPY\x01\x00\xff\xff{", {}, "npy"),
         (b"hello, this is text, not a point cloud, but of 64 bytes in all!!", {}, "text"),
         (base64.b64encode(points(12).tobytes()), {}, "b64"),
-        (np.full((4, 4), 3e38, dtype=np.float32).tobytes(), {}, "coordinates reach"),
+        (np.full((4, 4), 3e38, dtype=np.float32).tobytes(), {}, "3e\\+38"),
     ],
 )
-def test_bytes_that_are_no_cloud_are_refused_with_what_to_change(body, options, says):
-    with pytest.raises(UndecodableFrame, match=says):
+def test_bytes_that_are_not_a_point_cloud_are_rejected(body, options, named):
+    with pytest.raises(UndecodableFrame, match=named):
         decode(body, **options)
 
 
-def test_an_npy_that_is_a_pickle_is_not_opened(tmp_path):
+def test_npy_with_a_pickle_is_not_opened(tmp_path):
     witness = tmp_path / "executed"
 
     class Evil:
@@ -101,26 +101,26 @@ def test_an_npy_that_is_a_pickle_is_not_opened(tmp_path):
     assert not witness.exists()
 
 
-def test_an_npy_that_claims_a_petabyte_is_refused_without_memory():
+def test_npy_that_claims_a_petabyte_is_rejected_without_allocation():
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (281474976710656, 4), }"
     body = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
-    with pytest.raises(FrameTooLarge, match="limit is"):
+    with pytest.raises(FrameTooLarge, match="281474976710656"):
         decode(body)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("encode", [np.ndarray.tobytes, npy])
-def test_one_bad_number_is_found_and_counted(value, encode):
+def test_non_finite_points_are_counted(value, encode):
     cloud = points(10)
     cloud[3, 3] = cloud[7, 0] = value
-    with pytest.raises(NonFinitePoints, match="2 of 10 points"):
+    with pytest.raises(NonFinitePoints, match="2 of 10"):
         decode(encode(cloud))
 
 
-def test_limits_come_before_anything_else():
-    with pytest.raises(FrameTooLarge, match="bytes"):
+def test_limits_are_checked_first():
+    with pytest.raises(FrameTooLarge, match="100"):
         decode(points(10).tobytes(), limits=Limits(max_frame_bytes=100))
-    with pytest.raises(FrameTooLarge, match="10 points"):
+    with pytest.raises(FrameTooLarge, match="10"):
         decode(points(10).tobytes(), limits=Limits(max_points=9))
 
 
@@ -130,7 +130,7 @@ def picture(height: int = 60, width: int = 90) -> np.ndarray:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp"])
-def test_an_image_is_decoded_as_opencv_does(suffix):
+def test_image_is_decoded_as_by_opencv(suffix):
     body = cv2.imencode(suffix, picture())[1].tobytes()
     np.testing.assert_array_equal(
         decode(body, IMAGE), cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
@@ -139,13 +139,13 @@ def test_an_image_is_decoded_as_opencv_does(suffix):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.97])
-def test_a_truncated_image_is_refused_not_filled_with_grey(suffix, kept):
+def test_truncated_image_is_rejected(suffix, kept):
     body = cv2.imencode(suffix, picture())[1].tobytes()
-    with pytest.raises(UndecodableFrame, match="image"):
+    with pytest.raises(UndecodableFrame):
         decode(body[: int(len(body) * kept)], IMAGE)
 
 
-def test_a_decompression_bomb_is_refused_by_its_header():
+def test_decompression_bomb_is_rejected_by_its_header():
     stream = io.BytesIO()
     Image.new("1", (30000, 30000)).save(stream, "PNG")
     assert len(stream.getvalue()) < 200_000
@@ -154,14 +154,14 @@ def test_a_decompression_bomb_is_refused_by_its_header():
 
 
 @pytest.mark.parametrize("body", [b"", b"GIF89a" + bytes(50), b"plain text", points(5).tobytes()])
-def test_what_is_no_image_is_refused(body):
+def test_bytes_that_are_not_an_image_are_rejected(body):
     with pytest.raises(UndecodableFrame):
         decode(body, IMAGE)
 
 
 @settings(max_examples=200, deadline=None)
 @given(body=st.binary(max_size=300), image=st.booleans())
-def test_random_bytes_never_raise_anything_else(body, image):
+def test_random_bytes_decode_or_raise_a_client_error(body, image):
     try:
         decode(body, IMAGE if image else LIDAR)
     except ClientError as error:
@@ -170,7 +170,7 @@ def test_random_bytes_never_raise_anything_else(body, image):
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), image=st.booleans())
-def test_damaged_files_never_raise_anything_else(data, image):
+def test_corrupted_files_decode_or_raise_a_client_error(data, image):
     body = bytearray(cv2.imencode(".jpg", picture())[1].tobytes() if image else npy(points(5)))
     for _ in range(data.draw(st.integers(1, 8))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
@@ -180,7 +180,7 @@ def test_damaged_files_never_raise_anything_else(data, image):
         assert str(error)
 
 
-def test_options_take_strings_and_numbers():
+def test_options_accept_strings_and_numbers():
     assert parse_options({"score_thr": "0.3", "max_detections": 5}) == FrameOptions(
         score_thr=0.3, max_detections=5
     )
@@ -205,7 +205,7 @@ def test_options_take_strings_and_numbers():
         {"load_dim": "99999999999999"},
     ],
 )
-def test_an_impossible_option_is_named(values):
+def test_invalid_option_is_named(values):
     with pytest.raises(UnknownOption, match=next(iter(values))):
         parse_options(values)
 
@@ -222,12 +222,12 @@ def test_json_carries_a_frame_and_its_options():
 @pytest.mark.parametrize(
     "body", [b"{", b"[]", b"{}", b'{"b64": 3}', b'{"b64": "a b"}', b'"%%%"', b"\xff", b"null"]
 )
-def test_json_of_another_shape_is_refused(body):
+def test_json_of_another_shape_is_rejected(body):
     with pytest.raises(BadRequest):
         decode_json_request(body)
 
 
-def test_numbers_survive_json_exactly():
+def test_float32_round_trips_through_json():
     import orjson
 
     values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)

@@ -36,14 +36,14 @@ def v1(root: Path, quota: str, period: str) -> Path:
         ("rubbish here\n", HERE),
     ],
 )
-def test_a_quota_of_version_2_bounds_the_cores(tmp_path: Path, text: str, expected: int) -> None:
+def test_cgroup_v2_quota_limits_the_cores(tmp_path: Path, text: str, expected: int) -> None:
     assert available_cores(v2(tmp_path, text)) == expected
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("100000\n", 1), ("-1\n", HERE), ("x\n", HERE)])
-def test_a_quota_of_version_1_bounds_the_cores(tmp_path: Path, quota: str, expected: int) -> None:
+def test_cgroup_v1_quota_limits_the_cores(tmp_path: Path, quota: str, expected: int) -> None:
     assert available_cores(v1(tmp_path, quota, "100000\n")) == expected
 
 
-def test_without_control_groups_all_cores_count(tmp_path: Path) -> None:
+def test_all_cores_count_without_control_groups(tmp_path: Path) -> None:
     assert available_cores(tmp_path / "absent") == HERE

@@ -26,7 +26,7 @@ def npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def test_every_spelling_of_a_frame_gives_the_same_answer(ask, street):
+def test_every_encoding_of_a_frame_gives_the_same_answer(ask, street):
     body = street.tobytes()
     encoded = base64.b64encode(body).decode()
     json_type = {"Content-Type": "application/json"}
@@ -59,7 +59,7 @@ def test_options_come_as_headers_fields_or_json(ask, street):
         assert status == 200 and len(answer["scores_3d"]) == 2
 
 
-def test_every_row_has_its_own_status_and_neighbours_are_untouched(ask, street):
+def test_every_row_has_its_own_status(ask, street):
     body = street.tobytes()
     bad = street.copy()
     bad[7, 1] = np.nan
@@ -73,7 +73,7 @@ def test_every_row_has_its_own_status_and_neighbours_are_untouched(ask, street):
     )
 
 
-def test_a_framed_batch_has_an_outcome_per_frame(ask, street):
+def test_framed_batch_has_an_outcome_per_frame(ask, street):
     body = street.tobytes()
     packed = pack_frames([(body, {}), (body[:-1], {}), (body, {"score_thr": 7}), (b"", {"num_points": 0})])
     (row, plain) = ask({"body": packed}, body, headers=[{"content-type": FRAMES_CONTENT_TYPE}])
@@ -85,7 +85,7 @@ def test_a_framed_batch_has_an_outcome_per_frame(ask, street):
     assert document["outcomes"][3]["answer"]["bboxes_3d"] == []
 
 
-def test_framed_outcomes_hold_the_bodies_each_frame_would_have_got_alone(handler, demo_archive, street):
+def test_framed_outcomes_contain_the_bodies_of_single_frames(handler, demo_archive, street):
     body = street.tobytes()
     alone = handler.handle([{"body": body}], Context(demo_archive.root))[0]
     headers = {"content-type": FRAMES_CONTENT_TYPE, "accept": OUTCOMES_CONTENT_TYPE}
@@ -98,7 +98,7 @@ def test_framed_outcomes_hold_the_bodies_each_frame_would_have_got_alone(handler
     assert outcomes.seconds["inference"] > 0 and outcomes.seconds["decode"] > 0
 
 
-def test_a_batch_that_comes_directly_is_answered_as_one_through_torchserve(handler, demo_archive, street):
+def test_socket_and_torchserve_give_the_same_answer(handler, demo_archive, street):
     body = street.tobytes()
     packed = pack_frames([(body, {}), (body[:-1], {}), (body, {"max_detections": 1}), (body, {"no": 1})])
     headers = {"content-type": FRAMES_CONTENT_TYPE, "accept": OUTCOMES_CONTENT_TYPE}
@@ -111,7 +111,7 @@ def test_a_batch_that_comes_directly_is_answered_as_one_through_torchserve(handl
         handler.answer_batch(memoryview(b"no batch at all"))
 
 
-def test_only_computing_is_watched_and_only_where_a_limit_is_given(handler, street, monkeypatch):
+def test_watchdog_covers_only_computing_with_a_limit(handler, street, monkeypatch):
     watched = []
 
     @contextmanager
@@ -126,7 +126,7 @@ def test_only_computing_is_watched_and_only_where_a_limit_is_given(handler, stre
     assert watched == [(7, True), (0, True)]
 
 
-def test_batches_from_several_threads_are_computed_one_at_a_time(handler, street):
+def test_batches_of_several_threads_are_computed_one_at_a_time(handler, street):
     packed = pack_frames([(street.tobytes(), {})])
     expected = unpack_outcomes(handler.answer_batch(memoryview(packed))).items
     with ThreadPoolExecutor(4) as callers:
@@ -134,7 +134,7 @@ def test_batches_from_several_threads_are_computed_one_at_a_time(handler, street
     assert all(unpack_outcomes(answer).items == expected for answer in answers)
 
 
-def test_the_handler_describes_what_it_serves(handler, demo_archive):
+def test_handler_describes_its_archive(handler, demo_archive):
     context = Context(demo_archive.root, headers=[{"describe": "True"}])
     (body,) = handler.handle([{}], context)
     said = orjson.loads(body)
@@ -158,17 +158,17 @@ def test_the_handler_describes_what_it_serves(handler, demo_archive):
         ({"body": b"abc"}, {"content-type": FRAMES_CONTENT_TYPE}, "bad_request"),
     ],
 )
-def test_a_request_that_cannot_be_read_says_why(ask, row, headers, code):
+def test_invalid_request_returns_400_with_its_code(ask, row, headers, code):
     ((status, document),) = ask(row, headers=[headers])
     assert status == 400 and document["error"]["code"] == code and document["error"]["message"]
 
 
-def test_an_archive_of_the_other_kind_is_refused(demo_archive):
+def test_archive_of_the_other_package_is_rejected(demo_archive):
     with pytest.raises(ArchiveError, match="lidar"):
         MMDetHandler().initialize(Context(demo_archive.root))
 
 
-def test_an_altered_archive_is_refused_with_the_file_named(demo_archive, tmp_path):
+def test_altered_archive_is_rejected_with_the_file_named(demo_archive, tmp_path):
     import shutil
 
     copy = tmp_path / "copy"
@@ -176,11 +176,11 @@ def test_an_altered_archive_is_refused_with_the_file_named(demo_archive, tmp_pat
     weights = bytearray((copy / "weights.safetensors").read_bytes())
     weights[-5] ^= 1
     (copy / "weights.safetensors").write_bytes(weights)
-    with pytest.raises(ArchiveError, match=r"weights\.safetensors was altered"):
+    with pytest.raises(ArchiveError, match=r"weights\.safetensors"):
         MMDet3DHandler().initialize(Context(copy))
 
 
-def test_a_wrong_setting_stops_the_worker_with_its_name(demo_archive, monkeypatch):
+def test_invalid_setting_stops_the_worker_and_is_named(demo_archive, monkeypatch):
     from serve.errors import SettingsError
 
     monkeypatch.setenv("MMDET3D_SERVE_MAX_POINTZ", "5")

@@ -24,7 +24,7 @@ def metric(name: str, value: float, kind: str = "GAUGE") -> str:
     return f"[METRICS]{name}.ms:{value}|#ModelName:second,Level:Model|#type:{kind}|#hostname:h,1795266686"
 
 
-def test_of_a_gauge_only_a_value_per_second_is_printed_and_the_first_at_once(
+def test_gauge_is_printed_once_per_second_and_at_first(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 50.0
@@ -40,7 +40,7 @@ def test_of_a_gauge_only_a_value_per_second_is_printed_and_the_first_at_once(
     assert len(caplog.messages) == 6
 
 
-def test_counters_are_all_printed(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_counter_is_printed(caplog: pytest.LogCaptureFixture) -> None:
     worker_log.install_log_filters()
     with caplog.at_level(logging.INFO):
         for _ in range(5):
@@ -48,7 +48,7 @@ def test_counters_are_all_printed(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.messages) == 5
 
 
-def test_that_a_request_came_is_not_printed_and_everything_else_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_received_line_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     worker_log.install_log_filters()
     worker_log.install_log_filters()
     with caplog.at_level(logging.INFO):

@@ -24,7 +24,7 @@ print("went on")
 @pytest.mark.parametrize(
     "hang", ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)"], ids=["waits", "holds the GIL"]
 )
-def test_what_takes_too_long_ends_the_process_and_its_place_is_said(hang):
+def test_expired_watchdog_ends_the_process_and_prints_the_stack(hang):
     began = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", PROGRAM.format(hang=hang)], capture_output=True, text=True)
     assert ended.returncode == 1 and time.monotonic() - began < 30
@@ -32,7 +32,7 @@ def test_what_takes_too_long_ends_the_process_and_its_place_is_said(hang):
 
 
 @pytest.mark.parametrize("inside", ["pass", "raise ValueError"])
-def test_a_batch_that_ends_in_time_takes_the_watch_off(inside):
+def test_finished_block_cancels_the_watchdog(inside):
     # The watch is a thread of the process: a second or two for its end, or else it ends the process with 1.
     program = f"""
 import contextlib, os
@@ -49,6 +49,6 @@ print("gone")
     assert ended.returncode == 0 and ended.stdout == "1\ngone\n" and not ended.stderr
 
 
-def test_without_a_limit_nothing_is_watched():
+def test_watchdog_without_a_limit_starts_no_timer():
     with watchdog(0):
         pass
