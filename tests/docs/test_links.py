@@ -157,3 +157,16 @@ def test_the_workflow_calls_tasks_that_exist_and_fits_its_schema():
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"]
     checked = subprocess.run([*command, str(workflow)], capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_every_module_is_on_an_architecture_page_or_in_a_folder_that_is():
+    named = {
+        word.rstrip("/")
+        for page in (ROOT / "docs" / "architecture").glob("*.md")
+        for span in code(page.read_text())
+        for word in re.findall(r"[\w./-]+", span)
+    }
+    for path in (*(ROOT / "serve").rglob("*.py"), *(ROOT / "handlers").rglob("*.py")):
+        places = [path, *path.parents]
+        described = any(name_of(place) in named for place in places if place.is_relative_to(ROOT))
+        assert described or path.name in ("__init__.py", "__main__.py"), name_of(path)
