@@ -1,5 +1,6 @@
-"""Config and checkpoint to an archive that proves itself."""
+"""Convert a config and a checkpoint to an archive that proves itself."""
 
-from serve.convert.conversion import Conversion, ConversionResult, configured_classes, convert, resolve_config
+from serve.convert.config import configured_classes, resolve_config
+from serve.convert.conversion import Conversion, ConversionResult, convert
 
 __all__ = ["Conversion", "ConversionResult", "configured_classes", "convert", "resolve_config"]

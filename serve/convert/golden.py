@@ -1,8 +1,7 @@
-"""Golden frames: what an archive is run on at conversion and again at every start of a worker.
+"""Golden frames: inputs that an archive is run on at conversion and at every start of a worker.
 
-Made, not recorded: the sample scene of the demonstration model for LiDAR, a room for depth cameras, drawn
-pictures for cameras, with calibrations under which cloud and picture look the same way. Knows nothing about
-models.
+The frames are synthetic: the demo model's sample scene for LiDAR, a room for depth cameras, drawn images for
+cameras, with calibrations under which point cloud and image point in the same direction.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from serve.protocol.frames import FrameSpec
 
 __all__ = ["golden_calibration", "golden_frame", "golden_image", "golden_room", "read_frame"]
 
-# Of the drawn pictures: a common lens, and the middle of 640 x 480.
+# Focal length of the drawn images; their principal point is the centre of 640 x 480.
 FOCAL_PX = 520.0
 # LiDAR (x forward, y left, z up) and depth camera (x right, y forward, z up) to camera (right, down, forward).
 LIDAR_AXES = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
@@ -33,34 +32,32 @@ _SAMPLE = Path(__file__).parents[1] / "assets" / "sample.bin"
 def golden_frame(spec: FrameSpec) -> dict[str, tuple[str, bytes]]:
     """File name and bytes of every part of a frame of this kind, the same on every call.
 
-    A cloud has x, y, z, intensity (or colour, where it is of a depth camera) and zeros for whatever else the
-    model's points carry.
+    A point cloud has x, y, z, intensity (colour for a depth camera) and zeros for any further column that the
+    model expects.
     """
-    made: dict[str, tuple[str, bytes]] = {}
+    parts: dict[str, tuple[str, bytes]] = {}
     for k, part in enumerate(name for name in spec.parts if name.startswith("image")):
         encoded: npt.NDArray[np.uint8] = cv2.imencode(".png", golden_image(seed=8 + k))[1]
-        made[part] = (f"{part}.png", encoded.tobytes())
+        parts[part] = (f"{part}.png", encoded.tobytes())
     if spec.has_points:
         depth = spec.modality == "depth" or "depth2img" in spec.calibration
-        made["points"] = (
-            "points.bin",
-            _columns(golden_room() if depth else _street(), spec.load_dim).tobytes(),
-        )
+        cloud = golden_room() if depth else _read_sample_scene()
+        parts["points"] = ("points.bin", _fit_columns(cloud, spec.load_dim).tobytes())
     if spec.calibration:
-        made["calibration"] = ("calibration.json", orjson.dumps(golden_calibration(spec)))
-    if len(made) == 1:
-        ((part, (file, body)),) = made.items()
+        parts["calibration"] = ("calibration.json", orjson.dumps(golden_calibration(spec)))
+    if len(parts) == 1:
+        ((part, (file, body)),) = parts.items()
         return {part: (f"frame{Path(file).suffix}", body)}
-    return made
+    return parts
 
 
 def read_frame(path: Path, spec: FrameSpec) -> dict[str, tuple[str, bytes]]:
     """File name and bytes of every part of a frame on disk.
 
     Args:
-        path: a file; for a frame of several parts a folder with one file of each, called by the part
+        path: a file; for a frame of several parts a folder with one file per part, named after the part
             (``points.bin``, ``image.png``, ``image.CAM_FRONT.jpg``, ``calibration.json``).
-        spec: what parts there are.
+        spec: the parts that the model expects.
 
     Raises:
         ArchiveError: a part has no file, or more than one.
@@ -73,33 +70,36 @@ def read_frame(path: Path, spec: FrameSpec) -> dict[str, tuple[str, bytes]]:
         files = [file for file in sorted(path.iterdir()) if file.stem == part] if path.is_dir() else []
         if len(files) != 1:
             raise ArchiveError(
-                f"{path} has {len(files) or 'no'} files called {part}.*; a frame of this model is a folder with one "
-                f"file of each of {', '.join(spec.parts)}"
+                f"{path} has {len(files) or 'no'} files {part}.*; a frame of this model is a folder with one file "
+                f"for each of {', '.join(spec.parts)}"
             )
         found[part] = (files[0].name, files[0].read_bytes())
     return found
 
 
 def golden_calibration(spec: FrameSpec) -> dict[str, Any]:
-    """A calibration of the drawn pictures as a JSON document; several cameras look around in equal steps."""
+    """Calibration of the drawn images as a JSON document; several cameras are spaced by equal yaw steps."""
     if not spec.cameras:
-        return {name: matrix for name, matrix in _camera(0.0).items() if name in spec.calibration}
-    # All round; where there is no camera behind (Waymo's five), the step is just smaller.
+        return {name: matrix for name, matrix in _camera_matrices(0.0).items() if name in spec.calibration}
+    # At most 60 degrees: rigs without a rear camera (Waymo's five) do not cover the full turn.
     step = 2 * np.pi / max(6, len(spec.cameras))
     return {
-        camera: {name: matrix for name, matrix in _camera(k * step).items() if name in spec.calibration}
+        camera: {
+            name: matrix for name, matrix in _camera_matrices(k * step).items() if name in spec.calibration
+        }
         for k, camera in enumerate(spec.cameras)
     }
 
 
-def _camera(turn_rad: float) -> dict[str, Any]:
+def _camera_matrices(yaw_rad: float) -> dict[str, Any]:
+    """Intrinsics and extrinsics of a camera turned by `yaw_rad` about z, (4, 4) each, as nested lists."""
     cam2img = np.eye(4)
     cam2img[0, 0] = cam2img[1, 1] = FOCAL_PX
     cam2img[:2, 2] = 320.0, 240.0
-    turned = np.eye(4)
-    cosine, sine = np.cos(turn_rad), np.sin(turn_rad)
-    turned[:2, :2] = [[cosine, sine], [-sine, cosine]]
-    lidar2cam = LIDAR_AXES @ turned
+    rotation = np.eye(4)
+    cosine, sine = np.cos(yaw_rad), np.sin(yaw_rad)
+    rotation[:2, :2] = [[cosine, sine], [-sine, cosine]]
+    lidar2cam = LIDAR_AXES @ rotation
     lidar2cam[1, 3] = -CAMERA_BELOW_LIDAR_M
     matrices: Mapping[str, npt.NDArray[np.float64]] = {
         "cam2img": cam2img,
@@ -107,15 +107,16 @@ def _camera(turn_rad: float) -> dict[str, Any]:
         "lidar2img": cam2img @ lidar2cam,
         "depth2img": cam2img @ DEPTH_AXES,
     }
-    # Rounded, so that other processors' sines give the same bytes.
+    # Rounded: the last bits of a sine differ between processors.
     return {name: np.round(matrix, 9).tolist() for name, matrix in matrices.items()}
 
 
-def _street() -> npt.NDArray[np.float32]:
+def _read_sample_scene() -> npt.NDArray[np.float32]:
     return np.frombuffer(_SAMPLE.read_bytes(), dtype="<f4").reshape(-1, 4)
 
 
-def _columns(cloud: npt.NDArray[np.float32], load_dim: int) -> npt.NDArray[np.float32]:
+def _fit_columns(cloud: npt.NDArray[np.float32], load_dim: int) -> npt.NDArray[np.float32]:
+    """Cut or zero-pad the columns to `load_dim`."""
     wide = np.zeros((len(cloud), load_dim), dtype="<f4")
     shared = min(cloud.shape[1], load_dim)
     wide[:, :shared] = cloud[:, :shared]
@@ -125,8 +126,8 @@ def _columns(cloud: npt.NDArray[np.float32], load_dim: int) -> npt.NDArray[np.fl
 def golden_room(num_points: int = 8_000, seed: int = 8) -> npt.NDArray[np.float32]:
     """(num_points, 6) float32: x right, y forward, z up in metres, then red, green, blue 0 to 255.
 
-    A floor, two walls and boxes of the size of furniture, seen by a depth camera 1.2 m above the floor. Two
-    metres by two, because some models look at a room through a window of half a metre's step.
+    A floor, two walls and furniture-sized boxes, seen by a depth camera 1.2 m above the floor. The room measures
+    2 x 2 m because some models slide a window over it in steps of 0.5 m.
     """
     rng = np.random.default_rng(seed)
     surfaces: list[tuple[Any, Any, Any, Any]] = [  # corner, two edges (metres), colour
@@ -135,31 +136,31 @@ def golden_room(num_points: int = 8_000, seed: int = 8) -> npt.NDArray[np.float3
         ((-1.0, 0.6, -1.2), (0, 2.0, 0), (0, 0, 1.8), (190, 200, 205)),
     ]
     for _ in range(5):
-        wide, deep, high = rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.6), rng.uniform(0.4, 1.1)
-        x, y = rng.uniform(-0.9, 0.9 - wide), rng.uniform(0.8, 1.9)
+        width, depth, height = rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.6), rng.uniform(0.4, 1.1)
+        x, y = rng.uniform(-0.9, 0.9 - width), rng.uniform(0.8, 1.9)
         colour = rng.uniform(20, 235, 3)
         surfaces += [
-            ((x, y, -1.2), (wide, 0, 0), (0, 0, high), colour),
-            ((x, y, -1.2), (0, deep, 0), (0, 0, high), colour),
-            ((x, y, -1.2 + high), (wide, 0, 0), (0, deep, 0), colour),
+            ((x, y, -1.2), (width, 0, 0), (0, 0, height), colour),
+            ((x, y, -1.2), (0, depth, 0), (0, 0, height), colour),
+            ((x, y, -1.2 + height), (width, 0, 0), (0, depth, 0), colour),
         ]
     areas = np.array([np.linalg.norm(np.cross(one, two)) for _, one, two, _ in surfaces])
     counts = rng.multinomial(num_points, areas / areas.sum())
     parts = []
     for (corner, one, two, colour), count in zip(surfaces, counts, strict=True):
-        across = rng.uniform(size=(count, 2))
-        xyz = np.array(corner) + across @ np.array([one, two]) + rng.normal(0, 0.004, (count, 3))
+        shares = rng.uniform(size=(count, 2))
+        xyz = np.array(corner) + shares @ np.array([one, two]) + rng.normal(0, 0.004, (count, 3))
         parts.append(np.hstack([xyz, np.clip(np.array(colour) + rng.normal(0, 8, (count, 3)), 0, 255)]))
     return np.round(np.concatenate(parts), 4).astype(np.float32)
 
 
 def golden_image(width: int = 640, height: int = 480, seed: int = 8) -> npt.NDArray[np.uint8]:
-    """(height, width, 3) uint8 BGR: a street of boxes under a sky, with noise, so that no region is flat."""
+    """(height, width, 3) uint8 BGR: boxes on a street under a sky, with noise so that no region is constant."""
     rng = np.random.default_rng(seed)
-    picture = np.empty((height, width, 3), dtype=np.float32)
+    image = np.empty((height, width, 3), dtype=np.float32)
     horizon = height * 2 // 5
-    picture[:horizon] = np.linspace((230, 180, 120), (250, 225, 200), horizon)[:, None]
-    picture[horizon:] = np.linspace((90, 95, 95), (60, 60, 65), height - horizon)[:, None]
+    image[:horizon] = np.linspace((230, 180, 120), (250, 225, 200), horizon)[:, None]
+    image[horizon:] = np.linspace((90, 95, 95), (60, 60, 65), height - horizon)[:, None]
     for _ in range(14):
         depth = rng.uniform(0.1, 1.0)
         w, h = (rng.uniform(0.5, 2.0) * 160 * depth, rng.uniform(0.5, 1.4) * 150 * depth)
@@ -167,7 +168,7 @@ def golden_image(width: int = 640, height: int = 480, seed: int = 8) -> npt.NDAr
         foot = horizon + depth * (height - horizon) * 0.9
         x1, x2 = int(max(0, x - w / 2)), int(min(width, x + w / 2))
         y1, y2 = int(max(0, foot - h)), int(foot)
-        picture[y1:y2, x1:x2] = rng.uniform(20, 235, 3)
-        picture[y1 : y1 + max(2, (y2 - y1) // 3), x1:x2] *= 0.6
-    picture += rng.normal(0, 6, picture.shape)
-    return np.clip(picture, 0, 255).astype(np.uint8)
+        image[y1:y2, x1:x2] = rng.uniform(20, 235, 3)
+        image[y1 : y1 + max(2, (y2 - y1) // 3), x1:x2] *= 0.6
+    image += rng.normal(0, 6, image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8)

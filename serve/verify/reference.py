@@ -298,7 +298,7 @@ def _usable_device(device: str | None) -> str:
 @contextlib.contextmanager
 def _readable_checkpoint() -> Iterator[None]:
     """Let mmengine's own loader read OpenMMLab checkpoints with ``weights_only=True``."""
-    from serve.convert.checkpoint import safe_globals_for_openmmlab
+    from serve.convert.safe_globals import safe_globals_for_openmmlab
 
     with safe_globals_for_openmmlab():
         yield

@@ -24,8 +24,9 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
 from torch import nn
 
-from serve.convert.checkpoint import load_checkpoint, safe_globals_for_openmmlab
+from serve.convert.checkpoint import load_checkpoint
 from serve.convert.legacy_weights import adapt_and_load, compare_keys, shapes_of, versions_of
+from serve.convert.safe_globals import safe_globals_for_openmmlab
 from serve.errors import CheckpointError
 
 
@@ -83,13 +84,12 @@ def runner_like(net: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-torch-1.6"])
-def test_what_a_runner_writes_is_read_without_trust(tmp_path: Path, zipped: bool) -> None:
+def test_runner_checkpoint_loads_without_trust(tmp_path: Path, zipped: bool) -> None:
     net = small_net()
     written = runner_like(net)
     torch.save(written, tmp_path / "epoch_80.pth", _use_new_zipfile_serialization=zipped)
     found = load_checkpoint(tmp_path / "epoch_80.pth")
     assert found.classes == ("Pedestrian", "Car")
-    assert found.palette == [[106, 0, 228], [0, 0, 142]]
     for name, value in net.state_dict().items():
         assert torch.equal(found.state_dict[name], value)
     assert list(found.state_dict) == list(net.state_dict())
@@ -106,7 +106,7 @@ def test_what_a_runner_writes_is_read_without_trust(tmp_path: Path, zipped: bool
     assert meta["when"].startswith("2023-01-02")
 
 
-def test_mmengines_own_loader_reads_it_inside_the_context(tmp_path: Path) -> None:
+def test_mmengine_loader_reads_runner_checkpoint_inside_safe_globals(tmp_path: Path) -> None:
     from mmengine.runner.checkpoint import load_checkpoint as load_with_mmengine
 
     net, path = small_net(), tmp_path / "epoch_80.pth"
@@ -125,14 +125,14 @@ def test_mmengines_own_loader_reads_it_inside_the_context(tmp_path: Path) -> Non
     assert set(torch.serialization.get_safe_globals()) == before
 
 
-def test_the_context_leaves_what_others_allowed(tmp_path: Path) -> None:
+def test_safe_globals_keeps_names_allowed_elsewhere(tmp_path: Path) -> None:
     with torch.serialization.safe_globals([functools.partial]):
         with pytest.raises(ZeroDivisionError), safe_globals_for_openmmlab():
             raise ZeroDivisionError
         assert functools.partial in torch.serialization.get_safe_globals()
 
 
-def test_pre_1_0_meta_gives_classes_and_palette(tmp_path: Path) -> None:
+def test_pre_1_0_meta_gives_classes(tmp_path: Path) -> None:
     meta = {
         "env_info": "sys.platform: linux\nGPU 0: TITAN Xp",
         "config": "model = dict(type='VoxelNet')",
@@ -145,7 +145,6 @@ def test_pre_1_0_meta_gives_classes_and_palette(tmp_path: Path) -> None:
     torch.save({"meta": meta, "state_dict": small_net().state_dict(), "optimizer": {}}, tmp_path / "old.pth")
     found = load_checkpoint(tmp_path / "old.pth")
     assert found.classes == ("Car",)
-    assert found.palette is None
 
 
 @pytest.mark.parametrize(
@@ -158,7 +157,7 @@ def test_pre_1_0_meta_gives_classes_and_palette(tmp_path: Path) -> None:
         ({}, None),
     ],
 )
-def test_classes_are_found_wherever_a_version_put_them(
+def test_classes_are_read_from_every_known_key(
     tmp_path: Path, meta: dict[str, Any], classes: tuple[str, ...] | None
 ) -> None:
     torch.save({"meta": meta, "state_dict": small_net().state_dict()}, tmp_path / "a.pth")
@@ -181,7 +180,7 @@ class Touches:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("where", ["state_dict", "meta", "message_hub", "top"])
 @pytest.mark.parametrize("how", ["subprocess", "path", "eval", "partial"])
-def test_a_malicious_checkpoint_is_refused_by_name_and_runs_nothing(
+def test_malicious_checkpoint_is_rejected_by_type_name_and_runs_nothing(
     tmp_path: Path, zipped: bool, where: str, how: str
 ) -> None:
     victim = tmp_path / "created"
@@ -203,7 +202,7 @@ def test_a_malicious_checkpoint_is_refused_by_name_and_runs_nothing(
         assert "--trust-checkpoint" in str(caught.value)
 
 
-def test_a_trusted_checkpoint_may_carry_anything(tmp_path: Path) -> None:
+def test_trusted_checkpoint_loads_any_type(tmp_path: Path) -> None:
     victim = tmp_path / "created"
     torch.save({"state_dict": small_net().state_dict(), "x": Touches(open, victim, "w")}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="trust-checkpoint"):
@@ -214,13 +213,13 @@ def test_a_trusted_checkpoint_may_carry_anything(tmp_path: Path) -> None:
     assert victim.exists()
 
 
-def test_a_whole_pickled_model_is_told_from_a_checkpoint(tmp_path: Path) -> None:
+def test_pickled_model_is_rejected_by_its_module_types(tmp_path: Path) -> None:
     torch.save(small_net(), tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match=r"torch\.nn\.modules.*whole pickled model"):
+    with pytest.raises(CheckpointError, match=r"torch\.nn\.modules.*state_dict\(\)"):
         load_checkpoint(tmp_path / "model.pth")
 
 
-def test_arrays_of_objects_and_lying_arrays_are_refused(tmp_path: Path) -> None:
+def test_object_and_structured_arrays_are_rejected(tmp_path: Path) -> None:
     torch.save(
         {"state_dict": small_net().state_dict(), "x": np.array([[], None], dtype=object)}, tmp_path / "o.pth"
     )
@@ -238,9 +237,7 @@ def test_arrays_of_objects_and_lying_arrays_are_refused(tmp_path: Path) -> None:
     )
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_arrays_of_numbers_and_text_come_back_as_they_were(
-    tmp_path: Path, array: np.ndarray[Any, Any]
-) -> None:
+def test_number_and_text_arrays_round_trip(tmp_path: Path, array: np.ndarray[Any, Any]) -> None:
     torch.save({"state_dict": {"w": torch.zeros(1)}, "a": array, "s": array.flat[0]}, tmp_path / "a.pth")
     with safe_globals_for_openmmlab():
         read = torch.load(tmp_path / "a.pth", weights_only=True)
@@ -250,24 +247,26 @@ def test_arrays_of_numbers_and_text_come_back_as_they_were(
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("content", "hint"),
     [
         (b"", "empty"),
         (b"<!DOCTYPE html><html>404</html>", "web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"\x80\x02}q\x00.", "damaged"),
         (b"not a checkpoint at all", "damaged"),
         (b"PK\x03\x04 but not a zip", "damaged"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_told_what_it_is(tmp_path: Path, content: bytes, what: str) -> None:
+def test_file_that_is_not_a_checkpoint_raises_checkpoint_error(
+    tmp_path: Path, content: bytes, hint: str
+) -> None:
     (tmp_path / "a.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match=what):
+    with pytest.raises(CheckpointError, match=hint):
         load_checkpoint(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("keep", [10, 500, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_damaged(tmp_path: Path, keep: float) -> None:
+def test_truncated_checkpoint_raises_checkpoint_error(tmp_path: Path, keep: float) -> None:
     torch.save({"state_dict": small_net().state_dict()}, tmp_path / "a.pth")
     whole = (tmp_path / "a.pth").read_bytes()
     (tmp_path / "a.pth").write_bytes(whole[: int(keep if keep > 1 else keep * len(whole))])
@@ -275,39 +274,39 @@ def test_a_truncated_checkpoint_is_damaged(tmp_path: Path, keep: float) -> None:
         load_checkpoint(tmp_path / "a.pth")
 
 
-def test_a_missing_file_and_a_foreign_zip_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+def test_missing_file_folder_and_foreign_zip_raise_checkpoint_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere\.pth"):
         load_checkpoint(tmp_path / "nowhere.pth")
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path)
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
     "content", [[1, 2], {"meta": {}}, {"state_dict": {}}, {"a": 1, "b": torch.zeros(1), "c": 2}]
 )
-def test_a_checkpoint_without_weights_is_refused(tmp_path: Path, content: Any) -> None:
+def test_checkpoint_without_weights_is_rejected(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "a.pth")
 
 
-def test_a_zip_that_says_to_span_several_disks_is_damaged(tmp_path: Path) -> None:
+def test_multi_disk_zip_raises_checkpoint_error(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(4)}, tmp_path / "a.pth")
     data = (tmp_path / "a.pth").read_bytes()
     head, locator, end = data.rpartition(b"PK\x06\x07")
     assert locator
     (tmp_path / "b.pth").write_bytes(head + locator + end[:12] + (2).to_bytes(4, "little") + end[16:])
-    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+    with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "b.pth")
 
 
 @given(junk=st.binary(max_size=200), at=st.integers(0, 3000))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damage_anywhere_gives_weights_or_our_error(tmp_path: Path, junk: bytes, at: int) -> None:
+def test_damaged_bytes_give_weights_or_checkpoint_error(tmp_path: Path, junk: bytes, at: int) -> None:
     torch.save({"state_dict": {"w": torch.ones(4)}, "meta": {"a": 1}}, tmp_path / "a.pth")
     data = bytearray((tmp_path / "a.pth").read_bytes())
     data[at : at + len(junk)] = junk
@@ -321,7 +320,7 @@ def test_damage_anywhere_gives_weights_or_our_error(tmp_path: Path, junk: bytes,
 # --- other forms of the same weights ----------------------------------------------------------------------
 
 
-def test_bare_weights_and_ddp_names_and_safetensors_are_read_alike(tmp_path: Path) -> None:
+def test_bare_ddp_and_safetensors_checkpoints_load_alike(tmp_path: Path) -> None:
     net = small_net()
     weights = net.state_dict()
     torch.save(weights, tmp_path / "bare.pth")
@@ -336,13 +335,13 @@ def test_bare_weights_and_ddp_names_and_safetensors_are_read_alike(tmp_path: Pat
     assert "module." in load_checkpoint(tmp_path / "ddp.pth").notes[0]
 
 
-def test_a_damaged_safetensors_file_is_an_error(tmp_path: Path) -> None:
+def test_damaged_safetensors_raises_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(CheckpointError, match="safetensors"):
+    with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "a.safetensors")
 
 
-def test_ema_buffers_inside_the_model_are_dropped(tmp_path: Path) -> None:
+def test_ema_buffers_in_the_model_are_dropped(tmp_path: Path) -> None:
     weights = dict(small_net().state_dict())
     doubled = weights | {f"ema_{name.replace('.', '_')}": value for name, value in weights.items()}
     doubled["ema_of_my_own"] = torch.zeros(1)
@@ -350,23 +349,23 @@ def test_ema_buffers_inside_the_model_are_dropped(tmp_path: Path) -> None:
     assert set(load_checkpoint(tmp_path / "a.pth").state_dict) == {*weights, "ema_of_my_own"}
 
 
-def test_parameters_arrays_and_odd_entries_are_sorted_out(tmp_path: Path) -> None:
+def test_parameters_and_arrays_are_kept_and_other_entries_dropped(tmp_path: Path) -> None:
     content = {"a": nn.Parameter(torch.ones(2)), "b": np.ones(3, np.float32), "c": "text", "d": 5}
     torch.save({"state_dict": content}, tmp_path / "a.pth")
     found = load_checkpoint(tmp_path / "a.pth")
     assert {name: tuple(value.shape) for name, value in found.state_dict.items()} == {"a": (2,), "b": (3,)}
     assert not found.state_dict["a"].requires_grad
-    assert "2 entries that are no tensors" in found.notes[0]
+    assert len(found.notes) == 1 and "c, d" in found.notes[0]
 
 
-def test_a_self_referring_meta_ends_somewhere(tmp_path: Path) -> None:
+def test_self_referring_meta_becomes_finite_json(tmp_path: Path) -> None:
     loop: list[Any] = []
     loop.append(loop)
     torch.save({"state_dict": small_net().state_dict(), "meta": {"loop": loop}}, tmp_path / "a.pth")
     json.dumps(load_checkpoint(tmp_path / "a.pth").meta)
 
 
-def test_reading_needs_neither_mmengine_nor_mmdet(tmp_path: Path) -> None:
+def test_loading_imports_neither_mmengine_nor_mmdet(tmp_path: Path) -> None:
     torch.save(runner_like(small_net()), tmp_path / "a.pth")
     script = (
         "import sys; from serve.convert.checkpoint import load_checkpoint;"
