@@ -1,4 +1,4 @@
-"""Find a model by its name: zoo index, aliases, former names, where configs come from."""
+"""Find models by name: zoo index, aliases, former names, sources of configs."""
 
 from serve.zoo.index import (
     PACKAGES,

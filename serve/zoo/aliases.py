@@ -1,7 +1,6 @@
-"""Short names of popular models, and how model names changed over the years.
+"""Short names of popular models, and the rules by which former model names are recognised.
 
-Tables, and the rules by which a former name is recognised. Does not know where a config lies, whether the
-installed wheels have it, or where its weights are: `serve.zoo.index` looks that up.
+`serve.zoo.index` looks up configs and weights.
 """
 
 from __future__ import annotations
@@ -119,14 +118,14 @@ RENAMED_WORDS: dict[str, tuple[str, ...]] = {
     "02pillar": ("pillar02",),
     "crpn": ("cascade", "rpn"),
 }
-"""Words of names before mmdet 3 / mmdet3d 1.1, and the words that took their place."""
+"""Words of names before mmdet 3 / mmdet3d 1.1, and their replacements."""
 
 ADDED_WORDS = frozenset({"3d", "head"})
-"""Words that today's names have where former ones often had nothing."""
+"""Words of present names that former names often lack."""
 
 
 def bare_name(name: str) -> str:
-    """Strip folders, ``.py`` or ``.pth``, and what weight files carry behind the name (date, score, hash).
+    """Strip folders, ``.py`` or ``.pth``, and the suffixes of weight files (date, score, hash).
 
     Args:
         name: a model name, path, file name or URL.
@@ -139,19 +138,19 @@ def bare_name(name: str) -> str:
 
 
 def flat_name(name: str) -> str:
-    """Give the name in lower case without the separators ``-`` and ``_``, which were exchanged freely."""
+    """Lower-case name without the separators ``-`` and ``_``, which upstream exchanged freely."""
     return re.sub(r"[-_]", "", name.lower())
 
 
 def name_words(name: str, *, without: frozenset[str] = frozenset()) -> tuple[str, ...]:
-    """Give the words of a name, each in its present form, in an order that no renaming changes.
+    """Words of a name in their present form, sorted, so that reordered names compare equal.
 
-    ``6x8`` (samples per GPU, GPUs), ``8x6`` and ``8xb6`` (GPUs, samples per GPU) are one word: both orders
+    ``6x8`` (samples per GPU, GPUs), ``8x6`` and ``8xb6`` (GPUs, samples per GPU) are the same word: both orders
     were in use at the same time.
 
     Args:
         name: see `bare_name`.
-        without: words to leave out.
+        without: words to omit.
     """
     words: list[str] = []
     for word in re.split(r"[-_]+", bare_name(name).lower()):

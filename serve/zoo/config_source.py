@@ -1,10 +1,7 @@
-"""A config that lies at an address: fetched together with the files it inherits from.
+"""Fetch a config from a URI together with the files it inherits from.
 
-A config says what it inherits in ``_base_ = [...]`` or in ``with read_base():`` imports; both are read from its
-text, without running it, and fetched to the same places relative to each other. Bases of installed packages
-(``mmdet3d::…``) are left to mmengine.
-
-Knows nothing about what a config means. ``custom_imports`` of files beside the config are not followed.
+Bases (`serve.zoo.config_bases`) are fetched to the same relative paths without running any of them. Bases in installed
+packages (``mmdet3d::…``) are left to mmengine; files named in ``custom_imports`` are not fetched.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from pathlib import Path
 
 from serve import storage
 from serve.errors import ArchiveError
+from serve.zoo.config_bases import config_bases
 
 __all__ = ["fetch_config", "local_config"]
 
@@ -26,7 +24,7 @@ _MOST_FILES = 200
 
 @contextmanager
 def local_config(config: str) -> Iterator[str]:
-    """A path or name as it is; what lies at an address is there as a path until the ``with`` block ends.
+    """Yield a path or name unchanged; a config at a URI is fetched to a temporary path.
 
     Raises:
         ArchiveError, StorageError: as `fetch_config`.
@@ -43,22 +41,22 @@ def local_config(config: str) -> Iterator[str]:
 
 
 def fetch_config(uri: str, folder: Path) -> Path:
-    """Bring a config and its bases into an empty folder.
+    """Fetch a config and its bases into an empty folder.
 
     Args:
-        uri: an address of a bucket or web server.
-        folder: where to; files get the places below it that they have in the bucket.
+        uri: URI of an object or web page.
+        folder: destination; files keep the paths they have in the bucket.
 
     Returns:
         The path of the config.
 
     Raises:
-        ArchiveError: a file is no readable config, or climbs out of its bucket.
+        ArchiveError: a file is not a readable config, or a base is outside of its bucket.
         StorageError: a file cannot be fetched.
     """
     if storage.parse(uri).scheme not in ("s3", "http") or (uri.startswith("http") and "?" in uri):
         raise ArchiveError(
-            "a config is read from s3://… or from https://… without '?'; copy this one to a file"
+            f"config {storage.parse(uri)}: only s3://… and https://… without '?' are supported; copy it to a file"
         )
     base, slash, path = uri.rpartition("://")
     host, _, path = path.partition("/")
@@ -70,7 +68,7 @@ def fetch_config(uri: str, folder: Path) -> Path:
             continue
         seen.add(name)
         if name.startswith("..") or len(seen) > _MOST_FILES:
-            raise ArchiveError(f"{uri} inherits from {name}, which is outside of what can be fetched")
+            raise ArchiveError(f"config {uri} inherits from {name}, which is outside of its bucket or server")
         text = storage.read_bytes(root + name)
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -78,27 +76,18 @@ def fetch_config(uri: str, folder: Path) -> Path:
         if name.endswith(".py"):
             wanted += [
                 posixpath.normpath(posixpath.join(posixpath.dirname(name), one))
-                for one in _bases(text, root + name)
+                for one in _read_bases(text, root + name)
+                if "::" not in one
             ]
     return folder / posixpath.normpath(path)
 
 
-def _bases(text: bytes, shown: str) -> Iterator[str]:
-    """Paths of the bases, relative to the config."""
+def _read_bases(text: bytes, uri: str) -> list[str]:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
-        raise ArchiveError(f"{shown} is no readable config: {error}") from None
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and any(
-            getattr(target, "id", "") == "_base_" for target in node.targets
-        ):
-            try:
-                value = ast.literal_eval(node.value)
-            except ValueError:
-                raise ArchiveError(f"_base_ in {shown} must be written out, not computed") from None
-            yield from (one for one in ([value] if isinstance(value, str) else value) if "::" not in one)
-        elif isinstance(node, ast.With) and any("read_base" in ast.dump(item) for item in node.items):
-            for inner in node.body:
-                if isinstance(inner, ast.ImportFrom) and inner.level and inner.module:
-                    yield "../" * (inner.level - 1) + inner.module.replace(".", "/") + ".py"
+        raise ArchiveError(f"config {uri} is not readable Python: {error}") from None
+    try:
+        return list(config_bases(tree))
+    except ValueError:
+        raise ArchiveError(f"config {uri} computes _base_; write a literal string or list") from None

@@ -1,18 +1,16 @@
-"""Turn what a person calls a model into its config, its weights' address and their hash.
+"""Resolve a model name to its config, the URL of its weights and their hash.
 
-The index is the one inside the mmdet and mmdet3d wheels (``.mim/model-index.yml``, the metafiles it names
-and the configs beside them), found without importing either package. Old names are understood by rule, not
-by a list: the index's weight addresses still carry them, and the later renaming only moved words, swapped
-``BATCHxGPU`` for ``GPUxbBATCH`` and exchanged a few words (`serve.zoo.aliases`).
-
-Does not know the network, torch, or how to read a config; whether weights fit a config is found out by
-`serve.convert.checkpoint`. It trusts the wheels' index as far as it agrees with itself: where the index gives two
-addresses for one config, the one whose file name says the same as the config's is taken.
+The index is the one in the mmdet and mmdet3d wheels (``.mim/model-index.yml``, the metafiles it names and the configs
+beside them), read without importing either package. Former names are recognised by rule, not by a list: the index's
+weight URLs still carry them, and the renaming moved words, swapped ``BATCHxGPU`` for ``GPUxbBATCH`` and replaced a few
+words (`serve.zoo.aliases`). If the index gives two URLs for one config, the URL whose file name agrees with the
+config's name is used.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import os
@@ -28,6 +26,7 @@ from urllib.parse import urlsplit
 from serve.errors import ModelLookupError
 from serve.storage.download import hash_in_name
 from serve.zoo.aliases import ADDED_WORDS, ALIASES, bare_name, flat_name, name_words
+from serve.zoo.config_bases import config_bases
 
 __all__ = [
     "PACKAGES",
@@ -46,8 +45,8 @@ _HINTS_OF_3D = re.compile(
     r"\bmmdet3d\b|point_cloud_range|LoadPointsFromFile|PackDet3DInputs|Det3DDataPreprocessor"
 )
 _BEFORE_COORDINATES = re.compile(r"/mmdetection3d/v0\.")
-# Families whose boxes live in the LiDAR or depth frame; camera-frame boxes and segmentation did not change.
-_MOVED_FAMILIES = frozenset(
+# Families with boxes in the LiDAR or depth frame; camera-frame boxes and segmentation did not change.
+_LIDAR_FRAME_FAMILIES = frozenset(
     {
         *("3dssd", "dynamic_voxelization", "free_anchor", "groupfree3d", "h3dnet", "imvotenet", "mvxnet"),
         *("parta2", "pointpillars", "regnet", "second", "ssn", "votenet"),
@@ -55,7 +54,7 @@ _MOVED_FAMILIES = frozenset(
 )
 _OLD_COORDINATES = (
     "its weights were trained with mmdetection3d before 1.0.0rc0, which changed the LiDAR and depth box "
-    "frames (size order and sense of yaw): KITTI anchor heads are turned on conversion, others are not"
+    "frames (size order and sense of yaw): KITTI anchor heads are converted, others are not"
 )
 
 
@@ -69,18 +68,18 @@ class ZooEntry:
     """``mmdet`` or ``mmdet3d``."""
     config_path: Path
     weights_url: str | None
-    """Address of one ``.pth`` file, or None when none was published (or several, none of them the model)."""
+    """URL of one ``.pth`` file, or None if none was published (or several, none of them the whole model)."""
     sha256_prefix: str | None
-    """The 8 hex digits in the weights' file name; None when it carries none."""
+    """The 8 hex digits in the weights' file name; None if it has none."""
     aliases: tuple[str, ...] = ()
-    """Short and former names that lead here, sorted."""
+    """Short and former names of the model, sorted."""
     notes: tuple[str, ...] = ()
-    """Sentences a person should read before using it."""
+    """Remarks for the user."""
 
 
 @dataclass
 class _Index:
-    """What one package offers, ready to be asked."""
+    """Models of one package, by name and by name key."""
 
     package: str
     entries: dict[str, ZooEntry] = field(default_factory=dict)
@@ -92,7 +91,7 @@ class Zoo:
     """The models of one set of package folders.
 
     Args:
-        roots: package name → the ``.mim`` folder inside it. Left out: those of the installed packages.
+        roots: package name → the ``.mim`` folder inside it; the installed packages' if None.
     """
 
     def __init__(self, roots: Mapping[str, Path] | None = None) -> None:
@@ -106,61 +105,61 @@ class Zoo:
         Args:
             model: in this order of precedence, the path of an existing config; an alias (``second``); a zoo
                 name; a former zoo name (``hv_second_secfpn_6x8_80e_kitti-3d-car``) or the name of a weight
-                file. Names may stand with folders before and ``.py`` behind (``configs/second/….py``), or
-                with mmengine's scope (``mmdet3d::…``).
-            package: ``mmdet`` or ``mmdet3d`` to look in one only.
+                file. Names may have leading folders and a trailing ``.py`` (``configs/second/….py``), or
+                mmengine's scope (``mmdet3d::…``).
+            package: ``mmdet`` or ``mmdet3d`` to search one only.
 
         Raises:
-            ModelLookupError: nothing, or more than one model, goes by that name; or it is not clear which of
-                the packages an own config is for.
+            ModelLookupError: no model or more than one has that name; or a config outside the zoo does not show
+                which package it is for.
         """
         asked = os.fspath(model).strip()
         if package is not None and package not in PACKAGES:
-            raise ModelLookupError(f"there is no package '{package}' to look in, only {', '.join(PACKAGES)}.")
+            raise ModelLookupError(
+                f"package '{package}' has no model zoo; choose one of {', '.join(PACKAGES)}"
+            )
         scope, _, rest = asked.rpartition("::")
         if scope in PACKAGES and package in (None, scope):
             asked, package = rest, scope
         path = Path(asked).expanduser()
         if path.suffix == ".py" and path.is_file():
-            return self._of_file(path.resolve(), package)
+            return self._resolve_file(path.resolve(), package)
         stem = bare_name(asked)
-        found = self._named(stem, package)
+        found = self._find(stem, package)
         if len(found) > 1:
-            found = self._narrowed(found, Path(asked).parent.name)
+            found = self._narrow(found, Path(asked).parent.name)
         if not found:
-            raise ModelLookupError(self._unknown(asked, stem, package))
+            raise ModelLookupError(self._explain_unknown(asked, stem, package))
         if len(found) > 1:
             names = ", ".join(sorted(entry.name for entry in found))
-            raise ModelLookupError(f"'{asked}' could be any of {names}: please give one of these names.")
+            raise ModelLookupError(f"'{asked}' is ambiguous; use one of {names}")
         return found[0]
 
     def list_models(self, package: str | None = None, query: str | None = None) -> list[ZooEntry]:
-        """Give the models, sorted by package and name.
+        """Models, sorted by package and name.
 
         Args:
-            package: only of this one.
-            query: only those in whose name or aliases every one of these words occurs, whatever the case.
+            package: restrict to this one.
+            query: words, separated by spaces; restrict to models with every word in their name or aliases, whatever
+                the case.
         """
         words = (query or "").lower().split()
         return [
             entry
-            for each in self._in(package)
+            for each in self._load_indices(package)
             for _, entry in sorted(each.entries.items())
             if all(any(word in name.lower() for name in (entry.name, *entry.aliases)) for word in words)
         ]
 
-    # --- looking up ---
+    def _load_indices(self, package: str | None) -> list[_Index]:
+        names = [name for name in PACKAGES if name in self._roots and package in (None, name)]
+        for name in names:
+            if name not in self._indices:
+                self._indices[name] = _build_index(name, self._roots[name])
+        return [self._indices[name] for name in names]
 
-    def _in(self, package: str | None) -> list[_Index]:
-        return [self._index(name) for name in PACKAGES if name in self._roots and package in (None, name)]
-
-    def _index(self, package: str) -> _Index:
-        if package not in self._indices:
-            self._indices[package] = _build(package, self._roots[package])
-        return self._indices[package]
-
-    def _named(self, stem: str, package: str | None) -> list[ZooEntry]:
-        indices = self._in(package)
+    def _find(self, stem: str, package: str | None) -> list[ZooEntry]:
+        indices = self._load_indices(package)
         alias = ALIASES.get(stem.lower().replace("_", "-"))
         for name in filter(None, (alias, stem)):
             if exact := [each.entries[name] for each in indices if name in each.entries]:
@@ -172,48 +171,48 @@ class Zoo:
         return []
 
     @staticmethod
-    def _narrowed(found: list[ZooEntry], folder: str) -> list[ZooEntry]:
-        """Prefer the config folder that was asked for, and then entries that have weights."""
+    def _narrow(found: list[ZooEntry], folder: str) -> list[ZooEntry]:
+        """Prefer the requested config folder, then entries with weights."""
         kept = [entry for entry in found if entry.config_path.parent.name == folder] or found
         return [entry for entry in kept if entry.weights_url] or kept
 
-    def _of_file(self, path: Path, package: str | None) -> ZooEntry:
-        for each in self._in(package):
+    def _resolve_file(self, path: Path, package: str | None) -> ZooEntry:
+        for each in self._load_indices(package):
             entry = each.entries.get(path.stem)
             if entry and (entry.config_path.resolve() == path or _same_bytes(entry.config_path, path)):
                 return replace(entry, config_path=path)
         found = package or detect_package(path)
         if found is None:
             raise ModelLookupError(
-                f"{path} does not say whether it is for mmdet or mmdet3d: set default_scope in it."
+                f"config {path} is neither clearly for mmdet nor for mmdet3d; set default_scope in it"
             )
-        note = f"{path.name} is no config of the installed zoo, so no published weights are known for it"
+        note = f"{path.name} is not a config of the installed zoo, so it has no published weights"
         return ZooEntry(path.stem, found, path, None, None, (), (note,))
 
-    def _unknown(self, asked: str, stem: str, package: str | None) -> str:
-        where = package or "mmdet or mmdet3d"
-        if not self._in(package):
-            return f"'{asked}' cannot be looked up: {where} is not installed here."
+    def _explain_unknown(self, asked: str, stem: str, package: str | None) -> str:
+        packages = package or "mmdet or mmdet3d"
+        if not self._load_indices(package):
+            return f"'{asked}' cannot be looked up: {packages} is not installed; run `make setup`"
         if asked.endswith(".py") and ("/" in asked or "\\" in asked):
-            first = f"there is no file {asked}, and no config of that name in {where}"
-        elif any(stem in each.without_config for each in self._in(package)):
-            first = f"'{asked}' is in the index of {where}, but the installed wheel has no config of it"
+            first = f"file {asked} does not exist, and {packages} has no config of that name"
+        elif any(stem in each.without_config for each in self._load_indices(package)):
+            first = f"'{asked}' is in the index of {packages}, but the installed wheel lacks its config"
         else:
-            first = f"no model of {where} is called '{asked}'"
-        close = self._close(stem, package)
-        hint = f"; close to it: {', '.join(close)}" if close else ""
-        rest = "`mmdet3d-serve zoo` lists all names; an existing config file does as well"
-        return f"{first}{hint}. {rest}."
+            first = f"model '{asked}' not found in {packages}"
+        close = self._suggest(stem, package)
+        hint = f"; similar names: {', '.join(close)}" if close else ""
+        return f"{first}{hint}; `mmdet3d-serve zoo` lists all names, and the path of a config works too"
 
-    def _close(self, stem: str, package: str | None, limit: int = 5) -> list[str]:
-        spelled: dict[str, str] = {}
+    def _suggest(self, stem: str, package: str | None, limit: int = 5) -> list[str]:
+        """Names similar to `stem`, best first."""
+        names: dict[str, str] = {}
         for entry in self.list_models(package):
             for name in (entry.name, *entry.aliases):
-                spelled.setdefault(flat_name(name), name if name in ALIASES else entry.name)
+                names.setdefault(flat_name(name), name if name in ALIASES else entry.name)
         flat = flat_name(stem)
-        near = difflib.get_close_matches(flat, spelled, n=3 * limit, cutoff=0.6)
-        near += sorted(key for key in spelled if len(flat) > 2 and flat in key)
-        return list(dict.fromkeys(spelled[key] for key in near))[:limit]
+        near = difflib.get_close_matches(flat, names, n=3 * limit, cutoff=0.6)
+        near += sorted(key for key in names if len(flat) > 2 and flat in key)
+        return list(dict.fromkeys(names[key] for key in near))[:limit]
 
 
 @lru_cache(maxsize=1)
@@ -232,24 +231,21 @@ def list_models(package: str | None = None, query: str | None = None) -> list[Zo
 
 
 def require_weights_url(entry: ZooEntry) -> str:
-    """Give the address of the model's published weights.
+    """URL of the model's published weights.
 
     Raises:
-        ModelLookupError: there are none; the sentence says what to do.
+        ModelLookupError: none were published.
     """
     if entry.weights_url is None:
         raise ModelLookupError(
-            f"OpenMMLab published no weights for {entry.name} in the installed {entry.package}: "
-            "train it, or give a checkpoint of your own (CHECKPOINT=…)."
+            f"no published weights for {entry.name} in the installed {entry.package}; train it, or pass your own "
+            "checkpoint (--checkpoint FILE, or CHECKPOINT=FILE with make)"
         )
     return entry.weights_url
 
 
-# --- reading the index ------------------------------------------------------------------------------------
-
-
 def installed_roots() -> dict[str, Path]:
-    """Package name → the ``.mim`` folder inside it, for the packages that are installed."""
+    """Package name → the ``.mim`` folder inside it, for the installed packages."""
     roots: dict[str, Path] = {}
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -268,8 +264,8 @@ def _load_yaml(path: Path) -> Any:
         return yaml.load(file, loader)
 
 
-def _rows(root: Path) -> Iterable[tuple[str, str, str | None]]:
-    """Give (name, config path, weights address) as the metafiles have them."""
+def _read_metafiles(root: Path) -> Iterable[tuple[str, str, str | None]]:
+    """(name, config path, URL of the weights) of every model in the metafiles."""
     index = root / "model-index.yml"
     if not index.is_file():
         return
@@ -284,7 +280,7 @@ def _rows(root: Path) -> Iterable[tuple[str, str, str | None]]:
                 yield bare_name(model["Name"]), config, url if usable else None
 
 
-def _build(package: str, root: Path) -> _Index:
+def _build_index(package: str, root: Path) -> _Index:
     configs = {
         path.stem: path
         for path in sorted((root / "configs").glob("*/**/*.py"))
@@ -297,8 +293,8 @@ def _build(package: str, root: Path) -> _Index:
     index = _Index(package)
     candidates: dict[str, list[tuple[bool, bool, bool, str]]] = defaultdict(list)
     former: dict[str, set[str]] = defaultdict(set)
-    for name, config, url in _rows(root):
-        # The index sometimes names a folder or a spelling that the wheel does not have.
+    for name, config, url in _read_metafiles(root):
+        # The index sometimes names a folder or a spelling that the wheel lacks.
         alike = [] if Path(config).stem in configs else stems_by_words.get(name_words(config), [])
         stem = Path(config).stem if not alike else alike[0]
         if stem not in configs or len(alike) > 1:
@@ -314,13 +310,15 @@ def _build(package: str, root: Path) -> _Index:
     short: dict[str, list[str]] = defaultdict(list)
     for alias, target in ALIASES.items():
         short[target].append(alias)
-    rightful = {offer[-1]: stem for stem, offers in candidates.items() for offer in offers if not offer[0]}
+    # URL → the config whose name its file name agrees with.
+    owner = {each[-1]: stem for stem, urls in candidates.items() for each in urls if not each[0]}
     for stem, path in configs.items():
-        offers = [offer for offer in candidates[stem] if rightful.get(offer[-1], stem) == stem]
-        url = min(offers)[-1] if offers else None
+        urls = [each for each in candidates[stem] if owner.get(each[-1], stem) == stem]
+        url = min(urls)[-1] if urls else None
         if url is not None:
             former[stem].add(bare_name(url))
-        old = url is not None and _BEFORE_COORDINATES.search(url) and path.parent.name in _MOVED_FAMILIES
+        in_lidar_frame = path.parent.name in _LIDAR_FRAME_FAMILIES
+        old = url is not None and _BEFORE_COORDINATES.search(url) and in_lidar_frame
         names = sorted({*former[stem], *short[stem]} - {stem})
         index.entries[stem] = ZooEntry(
             stem,
@@ -338,22 +336,22 @@ def _build(package: str, root: Path) -> _Index:
     return index
 
 
-# --- own configs ------------------------------------------------------------------------------------------
-
-
 def _same_bytes(one: Path, other: Path) -> bool:
     return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
 
 
 def detect_package(path: Path, *, depth: int = 8) -> str | None:
-    """Give ``mmdet3d``, ``mmdet``, or None when the file and its bases do not say.
+    """Find the package a config is written for, without running it.
 
-    A ``default_scope`` wins, that of the file before those of its bases; then a base of one of the packages
-    (``mmdet3d::…``, ``from mmdet3d.configs…``); then words that only 3D configs have.
+    A ``default_scope`` decides, the file's before its bases'; then a base from one of the packages (``mmdet3d::…``,
+    ``from mmdet3d.configs…``); then words that only 3D configs contain.
 
     Args:
         path: a Python config.
-        depth: how many levels of bases to follow.
+        depth: levels of bases to follow.
+
+    Returns:
+        ``mmdet3d``, ``mmdet``, or None if neither the file nor its bases show it.
     """
     scopes: list[str] = []
     hints: list[str] = []
@@ -373,20 +371,17 @@ def _read_scopes(path: Path, depth: int, scopes: list[str], hints: list[str], se
         return
     bases: list[str] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            strings = [leaf.value for leaf in ast.walk(node.value) if isinstance(leaf, ast.Constant)]
-            if name == "default_scope":
-                scopes += [value for value in strings if value in PACKAGES]
-            elif name == "_base_":
-                bases += [value for value in strings if isinstance(value, str)]
+        if isinstance(node, ast.Assign) and any(
+            getattr(target, "id", "") == "default_scope" for target in node.targets
+        ):
+            constants = [leaf.value for leaf in ast.walk(node.value) if isinstance(leaf, ast.Constant)]
+            scopes += [value for value in constants if value in PACKAGES]
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            hints += [package for package in PACKAGES if module.split(".")[0] == package]
-            if node.level:
-                bases.append("../" * (node.level - 1) + module.replace(".", "/") + ".py")
+            hints += [package for package in PACKAGES if (node.module or "").split(".")[0] == package]
     if _HINTS_OF_3D.search(source):
         hints.append("mmdet3d")
+    with contextlib.suppress(ValueError):  # a computed _base_ is left to mmengine
+        bases += config_bases(tree)
     for base in bases:
         scope, _, rest = base.rpartition("::")
         if scope in PACKAGES:

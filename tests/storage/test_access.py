@@ -210,16 +210,16 @@ def test_a_config_in_a_file_is_that_file_and_one_elsewhere_is_refused(tmp_path, 
     with local_config(f"file://{tmp_path}/c.py") as path:
         assert path == f"{tmp_path}/c.py"
     for uri in (f"{packed}#c.py", "https://host/c.py?token=x"):
-        with pytest.raises(ArchiveError, match="copy this one to a file"), local_config(uri):
+        with pytest.raises(ArchiveError, match="copy it to a file"), local_config(uri):
             pass
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (b"_base_ = '../../../x.py'", "outside of what can be fetched"),
-        (b"_base_ = some()", "written out"),
-        (b"not python at all(", "no readable config"),
+        (b"_base_ = '../../../x.py'", r"\.\./x\.py"),
+        (b"_base_ = some()", "_base_"),
+        (b"not python at all(", "Python"),
     ],
 )
 def test_a_config_that_cannot_be_followed_is_refused(bucket, tmp_path, text, says):
