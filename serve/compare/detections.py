@@ -40,7 +40,6 @@ _Ints = NDArray[np.int64]
 
 _REACH_3D = 2.0  # m between values of boxes that may still be the same object
 _REACH_2D = 50.0  # px
-_TABLE_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -142,49 +141,6 @@ class Comparison:
     def wrong_labels(self) -> int:
         """How many pairs carry different labels."""
         return sum(pair.expected_label != pair.actual_label for pair in self.pairs)
-
-    def table(self, max_rows: int = _TABLE_ROWS) -> str:
-        """A text table, worst pairs first, at most ``max_rows`` of them, with a verdict as last line."""
-        unit = "m" if self.is_3d else "px"
-        header = ["", *self.sides, f"box [{unit}]", "score", "mask IoU", "remark"]
-        if self.is_3d:
-            header.insert(4, "yaw [rad]")
-        rows = [header]
-        ranked = sorted(self.pairs, key=lambda pair: (pair.ok, -pair.box, -pair.yaw, -pair.score))
-        for pair in ranked[:max_rows]:
-            same = pair.expected_label == pair.actual_label
-            row = [
-                "ok" if pair.ok else "FAIL",
-                self.described[0][pair.expected],
-                self.described[1][pair.actual],
-                f"{pair.box:.1e}",
-                f"{pair.score:.1e}",
-                "" if pair.mask_iou is None else f"{pair.mask_iou:.4f}",
-                "" if same else "label differs",
-            ]
-            if self.is_3d:
-                row.insert(4, f"{pair.yaw:.1e}")
-            rows.append(row)
-        if all(not row[-2] for row in rows[1:]):  # no masks: no column for them
-            rows = [[*row[:-2], row[-1]] for row in rows]
-        borderline = f"borderline: score within {self.tolerances.score:g} of the threshold {self.score_thr:g}"
-        alone = [("FAIL", 0, i, f"only {self.sides[0]}") for i in self.unmatched_expected]
-        alone += [("FAIL", 1, i, f"only {self.sides[1]}") for i in self.unmatched_actual]
-        alone += [("ok", 0, i, borderline) for i in self.borderline_expected]
-        alone += [("ok", 1, i, borderline) for i in self.borderline_actual]
-        for verdict, side, index, remark in alone[:max_rows]:
-            cells = ["-"] * len(rows[0])
-            cells[0], cells[1 + side], cells[-1] = verdict, self.described[side][index], remark
-            rows.append(cells)
-        left_out = max(0, len(self.pairs) - max_rows) + max(0, len(alone) - max_rows)
-        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        if len(rows) == 1:
-            lines = []
-        if left_out:
-            lines.append(f"... and {left_out} more, none of them worse")
-        lines += [f"FAIL  {problem}" for problem in self.problems]
-        return "\n".join([*lines, self.verdict()])
 
     def verdict(self) -> str:
         """One line: match or mismatch, counts, and the largest deviations with their tolerances."""

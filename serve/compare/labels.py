@@ -150,11 +150,6 @@ class LabelComparison:
         """Whether enough agree."""
         return not self.problems and self.share >= self.least_share
 
-    def table(self, max_rows: int = 0) -> str:
-        """What went wrong, then the verdict; there are no rows to show."""
-        del max_rows
-        return "\n".join([*(f"FAIL  {problem}" for problem in self.problems), self.verdict()])
-
     def verdict(self) -> str:
         """One line: match or mismatch, and how many agree."""
         word = "match" if self.ok else "MISMATCH"

@@ -1,12 +1,12 @@
-"""Frames for commands: a file, a folder, or the address of either, as local files.
+"""Frames of commands as local files: from a file, a folder, or a URI of either.
 
     frames_at("data/", "lidar")                                   the folder's frames
     frames_at("s3://bucket/clouds/", "lidar")                     those of a folder of a bucket
     frames_at("ffrecord:///data/packed.ffr#velodyne", "lidar")    those of a folder in a packed file
     frames_at("ffrecord:///data/packed.ffr#velodyne/000008.bin", "lidar")
 
-What lies at an address is copied to a folder that is gone afterwards; which of it are frames is for
-`serve.verify.endpoint` to say, as for any folder. Does not look into frames, nor into folders below a folder.
+Frames at a URI are copied to a temporary folder, in which `serve.verify.endpoint.find_frames` selects them as in any
+folder. Folders below a folder are not searched.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _ENDINGS = tuple(ending for endings in FRAME_SUFFIXES.values() for ending in end
 
 @contextmanager
 def frames_at(source: str | Path, modality: Modality) -> Iterator[list[Path]]:
-    """The frames meant by a path or address, sorted by name; copies are gone when the ``with`` block ends.
+    """Yield the frames at a path or URI, sorted by name; copies are removed when the ``with`` block ends.
 
     Args:
-        source: path or address of a frame, or of a folder of frames.
-        modality: what kind of frames is looked for in a folder.
+        source: path or URI of a frame, or of a folder of frames.
+        modality: kind of frames to select in a folder.
 
     Raises:
-        UndecodableFrame: nothing is there, or no frame.
-        StorageError: an address cannot be read.
+        UndecodableFrame: no such path, or no frame.
+        StorageError: a URI cannot be read.
     """
     if not storage.is_remote(source):
         yield find_frames(source, modality)
@@ -48,7 +48,7 @@ def frames_at(source: str | Path, modality: Modality) -> Iterator[list[Path]]:
     single = where.scheme == "http" or where.name.lower().endswith(_ENDINGS)
     uris = [str(source)] if single else storage.list_files(source, _ENDINGS)
     if not uris:
-        raise UndecodableFrame(f"{where} holds no frame ({', '.join(_ENDINGS)})")
+        raise UndecodableFrame(f"{where} has no frame ({', '.join(_ENDINGS)})")
     with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-frames-") as folder:
         paths = [Path(folder, storage.parse(uri).name) for uri in uris]
         for uri, path in zip(

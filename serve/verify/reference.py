@@ -1,14 +1,11 @@
-"""The native side of a comparison: what mmdet / mmdet3d themselves detect, with none of our runtime.
+"""Reference model of a comparison: native mmdet / mmdet3d inference without `serve.runtime`.
 
-Their own ``init_detector`` / ``init_model`` build the model from config and checkpoint, their own
-``inference_detector`` reads the file and runs the network; here the outcome is only rewritten to the
-dictionary that also travels on the wire. Nothing is thresholded on the way; `filter_by_score` does that.
+mmdet's and mmdet3d's own functions (`serve.verify.upstream`) build the model from config and checkpoint, read the file
+and run the network; the result is only rewritten to the dictionary that a server returns. `filter_by_score` applies
+the threshold.
 
-Frames are given as paths, because mmdet3d 1.4.0 cannot take arrays in memory (its ``inference_detector``
-hands a wrapped cloud to a pipeline step that expects an array, and edits the model's config on the way).
-
-Knows nothing about servers and archives. Which of upstream's calls is for which kind of model, and what each
-wants in which file, is `serve.verify.upstream`'s.
+Frames are given as paths, because mmdet3d 1.4.0 cannot take arrays in memory (its ``inference_detector`` passes a
+wrapped point cloud to a pipeline step that expects an array, and modifies the model's config).
 """
 
 from __future__ import annotations
@@ -38,13 +35,13 @@ from serve.verify import upstream
 
 __all__ = ["FRAME_SUFFIXES", "ReferenceModel", "filter_by_score", "load_reference"]
 
-#: Endings of the files of each part of a frame.
+#: File name suffixes of each part of a frame.
 FRAME_SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "points": (".bin", ".npy"),
     "image": (".jpg", ".jpeg", ".png", ".bmp", ".webp"),
     "calibration": (".json",),
 }
-_NO_POINTS = "{} holds no points; mmdet3d itself cannot run on an empty cloud, so there is nothing to compare"
+_NO_POINTS = "{} holds no points; mmdet3d cannot run on an empty point cloud, so there is nothing to compare"
 _BOX_TYPES = {
     "LiDARInstance3DBoxes": "LiDAR",
     "CameraInstance3DBoxes": "Camera",
@@ -54,15 +51,15 @@ _BOX_TYPES = {
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A model as mmdet / mmdet3d built it.
+    """A model built by mmdet / mmdet3d.
 
     Attributes:
-        modality: what a frame is, one of `serve.protocol.frames.MODALITIES`.
+        modality: kind of frame, one of `serve.protocol.frames.MODALITIES`.
         classes: class names, by label.
         box_type_3d: ``LiDAR``, ``Camera`` or ``Depth``; None for 2D boxes and for labels.
-        load_dim: floats per point in a ``.bin`` file; None without a cloud.
-        module: the ``torch.nn.Module`` itself.
-        notes: sentences on what was changed in weights or a network that upstream cannot run as they are.
+        load_dim: floats per point in a ``.bin`` file; None without a point cloud.
+        module: the ``torch.nn.Module``.
+        notes: remarks on changes to weights or network, without which upstream cannot run them.
         parts: names of the parts of a frame.
     """
 
@@ -75,24 +72,24 @@ class ReferenceModel:
     parts: tuple[str, ...] = ("points",)
 
     def detect(self, frame: str | Path | Mapping[str, str | Path]) -> dict[str, Any]:
-        """Answer one frame with everything the network gives, below any threshold too.
+        """Run one frame; returns all predictions of the network, without a threshold.
 
         Args:
-            frame: the file of a frame of one part, or the file of each part by name. Clouds are a ``.bin`` of
-                float32 rows of ``load_dim`` or a ``.npy`` of such rows, images encoded, calibrations JSON.
+            frame: the file of a frame of one part, or the files by part. Point clouds are a ``.bin`` of float32 rows
+                of ``load_dim`` or a ``.npy`` of such rows, images encoded, calibrations JSON.
 
         Returns:
             3D: ``bboxes_3d`` (N, 7 or 9) in metres, metres, radians in the frame of ``box_type_3d``, origin
-            as mmdet3d has it (bottom centre), ``scores_3d``, ``labels_3d``, ``box_type_3d``, ``names``.
+            as in mmdet3d (bottom centre), ``scores_3d``, ``labels_3d``, ``box_type_3d``, ``names``.
             2D: ``bboxes`` (N, 4) in pixels of the original image, ``scores``, ``labels``, ``names``, and
-            ``masks`` as COCO RLE where the model has them. Labels: ``pts_semantic_mask``, or ``panoptic_seg``
-            and ``segments_info``, encoded as on the wire. Lists of Python numbers throughout.
+            ``masks`` as COCO RLE if the model predicts them. Labels: ``pts_semantic_mask``, or ``panoptic_seg``
+            and ``segments_info``, encoded as in a response. Lists of Python numbers throughout.
 
         Raises:
-            UndecodableFrame: a file is missing or no part of a frame of this model.
-            InferenceFailed: the network raised.
+            UndecodableFrame: a file is missing, or not a part of a frame of this model.
+            InferenceFailed: the network raised an error.
         """
-        files = self._files(frame)
+        files = self._check_files(frame)
         if self.modality == "image":
             return self._detect_in_image(files["image"])
         if self.modality not in ("lidar", "depth"):
@@ -102,36 +99,38 @@ class ReferenceModel:
             if self.box_type_3d is None:
                 with _running("mmdet3d", cloud, self.module):
                     return self._read(upstream.segment_points(self.module, cloud))
-            if self._sees_nothing(cloud):
-                return self._named(
+            if self._has_no_points_in_range(cloud):
+                return self._add_names(
                     {"bboxes_3d": [], "scores_3d": [], "labels_3d": [], "box_type_3d": self.box_type_3d}
                 )
             with _running("mmdet3d", cloud, self.module):
                 return self._read(upstream.detect_in_points(self.module, cloud))
 
-    def _files(self, frame: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
+    def _check_files(self, frame: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
         if not isinstance(frame, Mapping):
             frame = {self.parts[0]: frame}
         if set(frame) != set(self.parts):
-            raise UndecodableFrame(f"the model takes {', '.join(self.parts)}; given: {', '.join(frame)}")
+            raise UndecodableFrame(
+                f"a frame of this model has the parts {', '.join(self.parts)}, not {', '.join(frame)}"
+            )
         files = {name: Path(path) for name, path in frame.items()}
         for name, path in files.items():
             if not path.is_file():
-                raise UndecodableFrame(f"there is no file {path}")
+                raise UndecodableFrame(f"file {path} does not exist")
             known = FRAME_SUFFIXES[name.partition(".")[0]]
             if path.suffix.lower() not in known:
                 raise UndecodableFrame(
-                    f"{path.name} is no frame for a {self.modality} model; it reads {', '.join(known)}"
+                    f"{path.name} is not a frame for a {self.modality} model, which reads {', '.join(known)}"
                 )
         return files
 
     def _read(self, sample: Any) -> dict[str, Any]:
-        """What a sample of mmdet3d holds, as a dictionary."""
+        """Convert a data sample of mmdet3d to a dictionary of predictions."""
         if "pred_pts_seg" in sample:
             labels = sample.pred_pts_seg.pts_semantic_mask.detach().cpu().numpy()
             return {"pts_semantic_mask": encode_labels(labels)}
         found = sample.pred_instances_3d
-        return self._named(
+        return self._add_names(
             {
                 "bboxes_3d": found.bboxes_3d.tensor.detach().float().cpu().tolist(),
                 "scores_3d": found.scores_3d.detach().float().cpu().tolist(),
@@ -140,8 +139,8 @@ class ReferenceModel:
             }
         )
 
-    def _sees_nothing(self, path: Path) -> bool:
-        """No point lies where the model looks: mmdet3d 1.4 raises IndexError there; nothing is to be found."""
+    def _has_no_points_in_range(self, path: Path) -> bool:
+        """Whether no point is in the model's range, for which mmdet3d 1.4 raises IndexError."""
         layer = getattr(getattr(self.module, "data_preprocessor", None), "voxel_layer", None)
         bounds = getattr(layer, "point_cloud_range", None)
         if bounds is None or len(bounds) != 6:
@@ -169,9 +168,9 @@ class ReferenceModel:
         }
         if "masks" in found:
             answer["masks"] = _as_rle(found.masks.detach().cpu().numpy())
-        return self._named(answer)
+        return self._add_names(answer)
 
-    def _named(self, answer: dict[str, Any]) -> dict[str, Any]:
+    def _add_names(self, answer: dict[str, Any]) -> dict[str, Any]:
         labels = answer.get("labels_3d", answer.get("labels"))
         known = range(len(self.classes))
         answer["names"] = [self.classes[label] if label in known else str(label) for label in labels or ()]
@@ -179,7 +178,7 @@ class ReferenceModel:
 
 
 def filter_by_score(detections: Mapping[str, Any], score_thr: float) -> dict[str, Any]:
-    """The detections that score at least ``score_thr``, in the order they had; other entries are kept."""
+    """Keep the detections with a score of at least ``score_thr``, in order; other entries stay unchanged."""
     scores = detections.get("scores_3d", detections.get("scores"))
     if scores is None:
         return dict(detections)
@@ -196,16 +195,16 @@ def load_reference(config: str | Path, checkpoint: str | Path, device: str | Non
     Args:
         config: path of a config file, or a name in the model zoo (pre-1.0 names too).
         checkpoint: path of a checkpoint. Read with ``weights_only=True`` and an allow-list of types.
-        device: ``cpu`` or ``cuda:N``; None takes ``cuda:0`` where there is one, as TorchServe does.
+        device: ``cpu`` or ``cuda:N``; if None, ``cuda:0`` if available, as in TorchServe.
 
     Raises:
         ModelLookupError: no such config.
-        CheckpointError: the checkpoint is missing, refused, or does not fit the config.
-        SetupError: the model cannot be built, or is of a kind this module does not cover.
+        CheckpointError: the checkpoint is missing, rejected, or does not fit the config.
+        SetupError: the model cannot be built, or is of an unsupported kind.
     """
     if not Path(checkpoint).is_file():
-        raise CheckpointError(f"there is no checkpoint file {checkpoint}")
-    device = _usable_device(device)
+        raise CheckpointError(f"checkpoint {checkpoint} does not exist; check the path")
+    device = _choose_device(device)
 
     import serve.ops
 
@@ -213,27 +212,27 @@ def load_reference(config: str | Path, checkpoint: str | Path, device: str | Non
     from serve.runtime.model import is_segmentor
     from serve.runtime.pipeline import box_type_of, frame_spec
 
-    with _quiet():
+    with _suppress_warnings():
         from mmengine.config import Config
 
         from serve.storage import backends  # noqa: F401  (registers s3:// and packed files with mmengine)
 
-        path = _config_path(config)
+        path = _resolve_path(config)
         try:
             parsed = Config.fromfile(str(path))
         except Exception as error:
             raise ModelLookupError(f"{path} is not a readable config: {error}") from error
     scope = parsed.get("default_scope") or "mmdet"
     if scope not in ("mmdet", "mmdet3d"):
-        raise SetupError(f"{path} is of {scope}; only mmdet and mmdet3d detectors can be compared")
-    said = io.StringIO()
-    with _quiet(), contextlib.redirect_stdout(said), _readable_checkpoint():
+        raise SetupError(f"config {path} is for {scope}; supported: mmdet, mmdet3d")
+    output = io.StringIO()
+    with _suppress_warnings(), contextlib.redirect_stdout(output), _readable_checkpoint():
         try:
             module = upstream.build(parsed, Path(checkpoint), device)
         except Exception as error:
             kind = CheckpointError if "load" in str(error).lower() else SetupError
             raise kind(f"{scope} cannot build {path} with {checkpoint}: {error}") from error
-    notes = _adapted(module, Path(checkpoint), fits="do not match exactly" not in said.getvalue())
+    notes = _adapt_weights(module, Path(checkpoint), fits="do not match exactly" not in output.getvalue())
     notes = (*notes, *upstream.patch(module))
     try:
         spec = frame_spec(parsed.to_dict())
@@ -251,8 +250,8 @@ def load_reference(config: str | Path, checkpoint: str | Path, device: str | Non
     )
 
 
-def _config_path(config: str | Path) -> Path:
-    """A path as it is; anything else is a name for the zoo to know."""
+def _resolve_path(config: str | Path) -> Path:
+    """Path of a config file, or of the zoo's config of that name."""
     if Path(config).is_file():
         return Path(config)
     from serve import zoo
@@ -260,11 +259,11 @@ def _config_path(config: str | Path) -> Path:
     return zoo.resolve(config).config_path
 
 
-def _adapted(module: Any, checkpoint: Path, *, fits: bool) -> tuple[str, ...]:
-    """Mend what mmengine's loader cannot: old kernel layouts and box frames; sentences on what was done.
+def _adapt_weights(module: Any, checkpoint: Path, *, fits: bool) -> tuple[str, ...]:
+    """Adapt old kernel layouts and box frames, which mmengine's loader cannot; returns remarks on the changes.
 
-    Where nothing had to be mended the weights stay as mmengine loaded them, so that the native side owes
-    nothing to our loader.
+    Without such changes the weights stay as mmengine loaded them, so that the reference is independent of
+    `serve.convert`.
     """
     from serve.convert.checkpoint import load_checkpoint
     from serve.convert.legacy_weights import adapt_and_load
@@ -276,12 +275,12 @@ def _adapted(module: Any, checkpoint: Path, *, fits: bool) -> tuple[str, ...]:
         raise CheckpointError(f"{checkpoint} does not fit the config: {' '.join(report.summary(5).split())}")
     notes = report.notes[len(read.notes) :]
     if fits and not notes:
-        for name, tensor in module.state_dict().items():  # not load_state_dict: it may rename keys
+        for name, tensor in module.state_dict().items():  # load_state_dict could rename keys
             tensor.copy_(loaded[name])
     return notes
 
 
-def _usable_device(device: str | None) -> str:
+def _choose_device(device: str | None) -> str:
     import torch
 
     if device is None:
@@ -289,9 +288,9 @@ def _usable_device(device: str | None) -> str:
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise SetupError(f"{device!r} is no device; write cpu or cuda:0") from error
+        raise SetupError(f"{device!r} is not a device; use cpu or cuda:N") from error
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise SetupError(f"there is no {device} on this machine; use cpu")
+        raise SetupError(f"device {device} does not exist on this machine; use cpu")
     return device
 
 
@@ -305,10 +304,10 @@ def _readable_checkpoint() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the warnings of the frameworks to themselves: they are about their own insides.
+def _suppress_warnings() -> Iterator[None]:
+    """Drop the frameworks' warnings, which concern their internals.
 
-    Recorded and dropped, because mmdet turns an ``ignore`` filter into ``once`` while it builds a detector.
+    They are recorded and dropped, because mmdet turns an ``ignore`` filter into ``once`` while building a detector.
     """
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("ignore")
@@ -317,11 +316,10 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _running(scope: str, path: Path, module: Any) -> Iterator[None]:
-    """Inside, names in pipelines mean those of ``scope``, whatever was loaded last; errors are ours.
+    """Run upstream's code with registry scope `scope` and the runtime's random seed; map its errors.
 
-    Random numbers are those that the runtime draws too (`serve.runtime.random_state`): models that sample points would
-    otherwise differ from themselves. On a CPU ``Tensor.cuda()`` stays there: mmdet3d 1.4.0 calls it on the
-    way into MinkUNet whatever the device.
+    The seed is `serve.runtime.random_state`'s: models that sample points would otherwise differ from run to run. On
+    a CPU, ``Tensor.cuda()`` does nothing: mmdet3d 1.4.0 calls it before MinkUNet on any device.
     """
     from mmengine.registry import DefaultScope
 
@@ -330,7 +328,7 @@ def _running(scope: str, path: Path, module: Any) -> Iterator[None]:
     device = next(module.parameters()).device
     stays = _no_cuda() if device.type == "cpu" else contextlib.nullcontext()
     try:
-        with _quiet(), DefaultScope.overwrite_default_scope(scope), fixed_seed(device), stays:
+        with _suppress_warnings(), DefaultScope.overwrite_default_scope(scope), fixed_seed(device), stays:
             yield
     except Exception as error:
         raise InferenceFailed(f"native inference on {path.name} failed: {error}") from error
@@ -350,12 +348,13 @@ def _no_cuda() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_bin(path: Path, load_dim: int) -> Iterator[Path]:
-    """The path of the cloud as ``.bin``: mmdet3d reads the header of a ``.npy`` as points."""
+    """Yield the path of the point cloud as ``.bin``: mmdet3d reads the header of a ``.npy`` as points."""
     if path.suffix.lower() == ".bin":
         size = path.stat().st_size
         if size % (4 * load_dim):
-            message = f"{path} holds {size} bytes, which is no whole number of points of {load_dim} float32"
-            raise UndecodableFrame(message)
+            raise UndecodableFrame(
+                f"{path} holds {size} bytes, not a multiple of {4 * load_dim} (points of {load_dim} float32)"
+            )
         if not size:
             raise UndecodableFrame(_NO_POINTS.format(path))
         yield path

@@ -1,9 +1,8 @@
-"""Upstream's own calls: those that build a model, those that run one, and the files they insist on.
+"""Calls of mmdet's and mmdet3d's own functions to build and run a model.
 
-What stops upstream from building or running a model at all is got out of the way first (`serve.runtime.patches`),
-so that there is something to compare with. mmdet3d's calls for cameras read calibrations from annotation files
-that list images by name; here such a file is written around one frame and thrown away. Knows nothing about
-servers or answers.
+Defects that keep upstream from building or running a model at all are patched first (`serve.runtime.patches`).
+mmdet3d's functions for cameras read calibrations from annotation files that list images by name; a temporary one is
+written for each frame.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ __all__ = [
     "segment_points",
 ]
 
-# The camera that mmdet3d's loader for one image takes without asking how many there are.
+# The camera that mmdet3d's single-image loader uses without checking how many there are.
 CAMERA = "CAM2"
 
 
 def build(config: Any, checkpoint: Path, device: str) -> Any:
-    """`mmdet3d.apis.init_model` or `mmdet.apis.init_detector`, whichever `config` (mmengine's) is written for."""
+    """Build a model by `mmdet3d.apis.init_model` or `mmdet.apis.init_detector`, by the config's scope."""
     if config.get("default_scope") == "mmdet3d":
         from mmdet3d.apis import init_model
 
@@ -39,46 +38,48 @@ def build(config: Any, checkpoint: Path, device: str) -> Any:
     from serve.runtime import patches
 
     dataset = config.get("test_dataloader", {}).get("dataset", {})
-    if "pipeline" in dataset:  # panoptic truth wants a package to be loaded, and there is no truth here
+    if (
+        "pipeline" in dataset
+    ):  # loading panoptic ground truth needs a further package, and none is loaded here
         dataset.pipeline = [step for step in dataset.pipeline if step["type"] != "LoadPanopticAnnotations"]
     patches.use_torch_sync_bn(config.model)
-    # Without options to merge, mmdet looks for a backbone, which a teacher's and student's wrapper has not;
-    # without a palette, it builds the data set to ask for its colours, which may want a package.
+    # Without options to merge, mmdet reads the backbone, which a teacher-student wrapper lacks; without a palette, it
+    # builds the data set for its colours, which may need a further package.
     options: dict[str, Any] | None = None if "backbone" in config.model else {}
     return init_detector(config, str(checkpoint), palette="random", device=device, cfg_options=options)
 
 
 def patch(module: Any) -> tuple[str, ...]:
-    """Mend what upstream cannot run, and nothing else; sentences on what was done."""
+    """Patch defects that keep upstream from running the model; returns remarks on the changes."""
     from serve.runtime import patches
 
     notes = []
     if patches.add_missing_loss(module):
-        notes.append("mmdet asks SSD's head for a loss that it does not have; it was given none")
+        notes.append("mmdet reads a loss that SSD's head lacks; set it to None")
     if importlib.util.find_spec("torchvision") is None and patches.disable_torchvision_align(module):
-        notes.append("torchvision is not installed; mmcv's own kernel aligns the regions of interest")
+        notes.append("torchvision is not installed; RoIAlign uses mmcv's kernel")
     return tuple(notes)
 
 
 def detect_in_points(module: Any, path: Path) -> Any:
-    """`mmdet3d.apis.inference_detector` on a ``.bin``; the data sample."""
+    """Run `mmdet3d.apis.inference_detector` on a ``.bin``; returns the data sample."""
     from mmdet3d.apis import inference_detector
 
     return inference_detector(module, str(path))[0]
 
 
 def segment_points(module: Any, path: Path) -> Any:
-    """`mmdet3d.apis.inference_segmentor` on a ``.bin``; the data sample."""
+    """Run `mmdet3d.apis.inference_segmentor` on a ``.bin``; returns the data sample."""
     from mmdet3d.apis import inference_segmentor
 
     return inference_segmentor(module, str(path))[0]
 
 
 def detect_in_image(module: Any, path: Path) -> Any:
-    """`mmdet.apis.inference_detector` on an image file; the data sample.
+    """Run `mmdet.apis.inference_detector` on an image file; returns the data sample.
 
-    mmdet3d has no call for its models that stay in the image (the first stage of ImVoteNet), and mmdet's does not
-    find the image in mmdet3d's inputs: there the pipeline and ``test_step`` are called as those calls would.
+    mmdet3d has no function for its image-only models (the first stage of ImVoteNet), and mmdet's does not find the
+    image in mmdet3d's inputs: for these, pipeline and ``test_step`` are called the way those functions do.
     """
     from mmdet.apis import inference_detector
 
@@ -93,10 +94,10 @@ def detect_in_image(module: Any, path: Path) -> Any:
 
 
 def detect_with_calibration(module: Any, files: Mapping[str, Path], parts: Sequence[str]) -> Any:
-    """The call for one camera, several cameras, or a cloud with a camera; the data sample.
+    """Run mmdet3d on one camera, several cameras, or a point cloud with a camera; returns the data sample.
 
-    `inference_mono_3d_detector` where the pipeline has the loader for one camera, else
-    `inference_multi_modality_detector`, whose cloud nobody reads where the model takes none.
+    Calls `inference_mono_3d_detector` if the pipeline has the single-camera loader, else
+    `inference_multi_modality_detector`, whose point cloud is not read if the model takes none.
     """
     from mmdet3d.apis import inference_mono_3d_detector, inference_multi_modality_detector
 

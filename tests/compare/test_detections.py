@@ -14,6 +14,7 @@ from pycocotools import mask as coco
 
 from serve.compare.detections import Tolerances, compare
 from serve.errors import SettingsError
+from serve.verify.report import comparison_table
 
 FACTORS_ABOVE = st.floats(1.01, 1e5)
 FACTORS_BELOW = st.floats(-0.99, 0.99)
@@ -79,7 +80,7 @@ def test_any_order_matches_and_deviates_by_nothing(seed: int, count: int, kind: 
     order = list(range(count))
     random.shuffle(order)
     found = compare(detections, reordered(detections, order))
-    assert found.ok, found.table()
+    assert found.ok, comparison_table(found)
     assert [order[pair.actual] for pair in found.pairs] == list(range(count))
     assert found.largest_box == found.largest_yaw == found.largest_score == 0
     assert "match" in found.verdict()
@@ -104,7 +105,7 @@ def test_a_single_value_beyond_its_tolerance_is_found(seed: int, count: int, col
     found = compare(detections, changed)
     assert not found.ok
     assert sum(not pair.ok for pair in found.pairs) + len(found.unmatched_expected) >= 1
-    assert "MISMATCH" in found.table()
+    assert "MISMATCH" in comparison_table(found)
 
 
 @settings(deadline=None, max_examples=100)
@@ -122,7 +123,7 @@ def test_values_all_below_their_tolerances_match(seed: int, count: int, random: 
     order = list(range(count))
     random.shuffle(order)
     found = compare(detections, reordered(changed, order))
-    assert found.ok, found.table()
+    assert found.ok, comparison_table(found)
     assert found.largest_box <= tol.box_m
 
 
@@ -142,7 +143,7 @@ def test_zero_detections_on_both_sides_are_a_match() -> None:
     for empty in (clouds_of_boxes(0, 0), image_boxes(0, 0), {**image_boxes(0, 0), "masks": []}):
         found = compare(empty, empty, score_thr=0.3)
         assert found.ok
-        assert found.table() == "match: no detections on either side at score >= 0.3"
+        assert comparison_table(found) == "match: no detections on either side at score >= 0.3"
 
 
 def test_zero_against_some_is_a_mismatch_and_not_a_crash() -> None:
@@ -161,7 +162,7 @@ def test_a_detection_cut_off_at_the_threshold_is_borderline(missing_side: str) -
     found = compare(*sides, score_thr=0.3)
     assert found.ok
     assert found.borderline_expected + found.borderline_actual == (4,)
-    assert "borderline" in found.table() and "(not counted)" in found.verdict()
+    assert "borderline" in comparison_table(found) and "(not counted)" in found.verdict()
     detections["scores_3d"][4] = 0.3 + 1.1e-5
     assert not compare(*sides, score_thr=0.3).ok
 
@@ -176,7 +177,7 @@ def test_nan_fails_even_against_itself(key: str, value: float | None) -> None:
         detections[key][1] = value
     found = compare(detections, detections)
     assert not found.ok
-    assert "NaN" in found.table()
+    assert "NaN" in comparison_table(found)
 
 
 @pytest.mark.parametrize(
@@ -196,19 +197,19 @@ def test_a_malformed_answer_is_a_mismatch_with_a_sentence(change: dict[str, Any]
     detections = clouds_of_boxes(6, 3)
     found = compare(detections, {**detections, **change})
     assert not found.ok
-    assert sentence in found.table()
+    assert sentence in comparison_table(found)
 
 
 def test_a_missing_key_is_named() -> None:
     detections = clouds_of_boxes(6, 3)
     found = compare(detections, {k: v for k, v in detections.items() if k != "scores_3d"})
-    assert "served detections are malformed: 'scores_3d' is missing" in found.table()
+    assert "served detections are malformed: 'scores_3d' is missing" in comparison_table(found)
 
 
 def test_boxes_of_another_modality_are_a_mismatch() -> None:
     found = compare(clouds_of_boxes(6, 3), image_boxes(6, 3))
     assert not found.ok
-    assert "native detections are 3D and served ones 2D" in found.table()
+    assert "native detections are 3D and served ones 2D" in comparison_table(found)
 
 
 def test_the_same_label_under_another_name_is_a_mismatch() -> None:
@@ -218,7 +219,7 @@ def test_the_same_label_under_another_name_is_a_mismatch() -> None:
         {**detections, "names": ["Car", "Van"], "labels_3d": [0, 0]},
     )
     assert not found.ok
-    assert "'Car'" in found.table() and "'Van'" in found.table()
+    assert "'Car'" in comparison_table(found) and "'Van'" in comparison_table(found)
 
 
 def test_a_wrong_label_is_paired_by_its_box_and_named() -> None:
@@ -227,7 +228,7 @@ def test_a_wrong_label_is_paired_by_its_box_and_named() -> None:
     changed["labels_3d"][9] = 2 if detections["labels_3d"][9] != 2 else 0
     found = compare(detections, changed)
     assert (found.wrong_labels, len(found.pairs), found.ok) == (1, 20, False)
-    assert "label differs" in found.table()
+    assert "label differs" in comparison_table(found)
 
 
 def test_opposite_headings_are_not_equal_but_full_turns_are() -> None:
@@ -270,7 +271,7 @@ def test_masks_are_compared_by_iou() -> None:
     detections = image_boxes(11, 6, masks=True)
     changed = copy(detections)
     found = compare(detections, changed)
-    assert found.smallest_mask_iou == 1.0 and "mask IoU" in found.table()
+    assert found.smallest_mask_iou == 1.0 and "mask IoU" in comparison_table(found)
     mask = filled(np.asarray(detections["bboxes"][3]))
     rows = np.nonzero(mask)[0]
     mask[rows[0], :] = 0
@@ -295,7 +296,7 @@ def test_bad_masks_fail_with_a_sentence(mask: Any) -> None:
     detections = image_boxes(13, 2, masks=True)
     found = compare(detections, {**detections, "masks": [mask, mask]})
     assert not found.ok
-    assert "masks are" in found.table()
+    assert "masks are" in comparison_table(found)
 
 
 @pytest.mark.timing
@@ -312,7 +313,7 @@ def test_a_long_table_is_cut_and_shows_the_worst_first() -> None:
     detections = clouds_of_boxes(16, 100)
     changed = copy(detections)
     changed["bboxes_3d"][70][0] += 0.5
-    table = compare(detections, changed).table(max_rows=5)
+    table = comparison_table(compare(detections, changed), 5)
     assert table.splitlines()[1].startswith("FAIL  #70")
     assert "and 95 more" in table
     assert len(table.splitlines()) == 8
@@ -328,4 +329,4 @@ def test_impossible_tolerances_are_refused(limits: dict[str, float]) -> None:
 
 def test_sides_can_be_named() -> None:
     found = compare(clouds_of_boxes(1, 2), clouds_of_boxes(1, 0), sides=("golden", "now"))
-    assert "only golden" in found.table()
+    assert "only golden" in comparison_table(found)

@@ -20,6 +20,7 @@ from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.protocol.calibration import parse_calibration
 from serve.runtime.selftest import matches
 from serve.verify.reference import load_reference
+from serve.verify.report import comparison_table
 from tests.e2e.small_models import MODELS, make
 from tests.worker.context import Context
 
@@ -96,11 +97,11 @@ def test_a_batch_gives_what_each_frame_gives_alone_and_what_upstream_gives(name,
     assert [status for status, _ in together] == [200] * 3
     for alone, (_, batched) in zip((one, two, one), together, strict=True):
         found = compare_answers(alone, batched, SAME, sides=("alone", "together"))
-        assert found.ok, found.table()
+        assert found.ok, comparison_table(found)
     native = load_reference(model.config, model.checkpoint, "cpu").detect(model.files())
     # A vote within a rounding of a ball's radius is a neighbour on one side only, which moves that ball's box.
     same, found = matches(native, one, CLOSE)
-    assert same and (name == "depth" or found.ok), found.table()
+    assert same and (name == "depth" or found.ok), comparison_table(found)
     assert len(one.get("names", one.get("segments_info", one.get("pts_semantic_mask")))) > 0
 
 
@@ -134,7 +135,7 @@ def test_parts_come_as_fields_as_json_or_in_a_framed_batch(name, small, served):
     plain = [answer for _, answer in answers[:4]] + [answers[4][1]["outcomes"][0]["answer"]]
     for answer in plain:
         found = compare_answers(plain[0], answer, SAME)
-        assert found.ok and len(answer["names"]) <= 2, found.table()
+        assert found.ok and len(answer["names"]) <= 2, comparison_table(found)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from serve.client import Client
 from serve.compare.detections import Tolerances, compare_answers
 from serve.errors import ClientError
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+from serve.verify.report import comparison_table
 from tests.conftest import pick_free_ports
 from tests.e2e.small_models import make
 
@@ -29,7 +30,7 @@ def test_parts_reach_the_model_through_torchserve(tmp_path):
     with TorchServe(options), Client(f"127.0.0.1:{ports['inference_port']}") as client:
         served = client.predict(parts, "mono3d")
         found = compare_answers(native, served, Tolerances(box_m=5e-3, yaw_rad=5e-3, score=1e-3))
-        assert found.ok and served["names"], found.table()
+        assert found.ok and served["names"], comparison_table(found)
         assert client.predict(parts, "mono3d", max_detections=1)["names"] == served["names"][:1]
         with pytest.raises(ClientError, match="image, calibration"):
             client.predict({"image": parts["image"]}, "mono3d")

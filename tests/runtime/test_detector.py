@@ -16,6 +16,7 @@ from serve.protocol.frames import Frame, FrameOptions, Limits, encode_json
 from serve.runtime import Detector, device_for, load_detector
 from serve.runtime.fusion import find_fusable, fuse
 from serve.runtime.selftest import self_test
+from serve.verify.report import comparison_table
 
 EXACT = Tolerances(box_m=1e-4, score=1e-5)
 
@@ -62,7 +63,7 @@ def test_a_batch_gives_what_each_frame_gives_alone(detector, street, sizes):
     for single, together in zip(frames, detector.run(frames), strict=True):
         (alone,) = detector.run([single])
         found = compare(alone, together, EXACT)
-        assert found.ok, found.table()
+        assert found.ok, comparison_table(found)
 
 
 def test_clouds_of_one_call_are_one_batch(detector, street, monkeypatch):
@@ -229,7 +230,7 @@ def test_the_demonstration_is_folded_and_unchanged(demo_archive, detector, stree
     load_state_dict_strict(plain, load_file(demo_archive.weights))
     reference = Detector(plain, demo_archive.config(), demo_archive.metadata, torch.device("cpu"))
     found = compare(reference.run([frame(street)])[0], detector.run([frame(street)])[0], EXACT)
-    assert found.ok, found.table()
+    assert found.ok, comparison_table(found)
 
 
 def test_a_worker_proves_itself_on_the_golden_frame(demo_archive, detector):
