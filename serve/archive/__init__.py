@@ -1,4 +1,4 @@
-"""The archive format (``.mar``): write, verify, extract and open; torch is not needed."""
+"""Archive format (``.mar``): write, verify, extract and open, without torch."""
 
 from serve.archive.format import (
     FORMAT,

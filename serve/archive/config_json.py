@@ -1,8 +1,7 @@
-"""Resolved OpenMMLab configs as JSON and back, losing nothing: tuples stay tuples.
+"""Lossless JSON encoding of resolved OpenMMLab configs: tuples stay tuples.
 
-mmcv and mmdet ask ``isinstance(x, tuple)`` in many places, so a plain JSON round trip would change what
-a config means. What JSON cannot say is wrapped in an object with one tag: ``{"__tuple__": […]}``. Knows
-nothing about what a config says, and executes nothing.
+mmcv and mmdet check ``isinstance(x, tuple)`` in many places, so a plain JSON round trip would change the meaning of a
+config. Types without a JSON equivalent are wrapped in an object with one tag: ``{"__tuple__": […]}``.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ _TAGS = frozenset({"__tuple__", "__set__", "__float__", "__dict__"})
 
 
 def to_json(value: Any, where: str = "config") -> Any:
-    """A JSON-able copy of a config value.
+    """Convert a config value to JSON types.
 
     Raises:
-        ArchiveError: a value that is not data (a function, a class, an object); names its place.
+        ArchiveError: a value is not data (a function, a class, an object); the message names its path.
     """
     if value is None or isinstance(value, bool | str):
         return value
@@ -44,8 +43,8 @@ def to_json(value: Any, where: str = "config") -> Any:
     if hasattr(value, "tolist") and hasattr(value, "dtype"):  # numpy scalars and arrays
         return to_json(value.tolist(), where)
     raise ArchiveError(
-        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, not data; an archive holds no code: "
-        "register the class and name it by a string in the config"
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, not data; register the class and name it "
+        "by a string in the config"
     )
 
 

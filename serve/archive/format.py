@@ -1,19 +1,18 @@
-"""Model archives (``.mar``): written deterministically, read with suspicion.
+"""Model archives (``.mar``): deterministic writer, validating reader.
 
 An archive is a zip that TorchServe can serve and that holds data only:
 
-    MAR-INF/MANIFEST.json     TorchServe's: model name, version, handler (a module of ours, by name)
-    model.json                `Metadata`: what the model is, who wrote it, sha256 of every other file
+    MAR-INF/MANIFEST.json     TorchServe's: model name, version, handler (a module of this package, by name)
+    model.json                `Metadata`: description of the model, writer, sha256 of every other file
     config.json               the resolved config (`serve.archive.config_json`)
     weights.safetensors       the weights
-    golden/frame.*            a frame the model has been run on
-    golden/expected.json      what came out
+    golden/frame.*            a frame that the model was run on
+    golden/expected.json      the predictions for that frame
     code/…                    modules named in the config's custom_imports, if any
     extra/…                   the user's extra files
 
-Same contents, same bytes: entries are sorted, times and modes fixed. We do not use TorchServe's
-archiver: it stages in a shared temporary folder, deletes what is there, and stamps times. Knows nothing
-about torch, models or servers.
+Equal contents give equal bytes: entries are sorted, times and modes fixed. TorchServe's archiver is not used, because
+it works in a shared temporary folder, deletes the files there, and records times.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ EXPECTED = "golden/expected.json"
 HANDLERS = {"mmdet3d": "handlers.mmdet3d_handler", "mmdet": "handlers.mmdet_handler"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
-# A zip that claims more than this unpacked is refused before unpacking.
+# A larger unpacked size is rejected before unpacking.
 MAX_UNPACKED_BYTES = 16 << 30
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 Source = bytes | Path
@@ -65,12 +64,12 @@ Source = bytes | Path
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """How the runtime runs this model.
+    """Options of the runtime for this model.
 
     Attributes:
-        fold_batch_norm: pairs of module names (convolution, batch norm) that are folded into one.
+        fold_batch_norm: pairs of module names (convolution, batch norm) to fold into one.
         channels_last: keep dense 2D convolutions in NHWC memory order.
-        autocast: precision of CUDA autocast; CPU always computes in float32.
+        autocast: precision of CUDA autocast; the CPU always computes in float32.
     """
 
     fold_batch_norm: tuple[tuple[str, str], ...] = ()
@@ -80,24 +79,24 @@ class InferenceOptions:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an archive says about its model (``model.json``).
+    """Description of an archive's model (``model.json``).
 
     Attributes:
         name: model name.
         version: model version, digits and dots.
-        modality: what a frame is, one of `serve.protocol.frames.MODALITIES`.
+        modality: kind of frame, one of `serve.protocol.frames.MODALITIES`.
         package: ``"mmdet"`` or ``"mmdet3d"``.
         classes: class names by label.
         box_type_3d: ``"LiDAR"``, ``"Camera"``, ``"Depth"``; None for 2D boxes and for labels.
-        load_dim: floats per point of a ``.bin``; None without a cloud.
+        load_dim: floats per point of a ``.bin``; None without a point cloud.
         color_type: mmcv's name of the image decoding; None without images.
-        golden_frame: entry name of the golden frame; of each part by part name where there are several.
+        golden_frame: entry name of the golden frame; for a frame of several parts, entry names by part.
         source: file names and hashes of config and checkpoint, and the package versions at conversion.
-        inference: how to run it.
+        inference: options of the runtime.
         parts: names of the parts of a frame.
-        files: sha256 (hex) of every entry but the manifest and ``model.json``.
-        serve_version: the version of this package that wrote the archive.
-        format: layout of the archive.
+        files: sha256 (hex) of every entry except the manifest and ``model.json``.
+        serve_version: version of this package that wrote the archive.
+        format: version of the archive layout.
     """
 
     name: str
@@ -118,11 +117,11 @@ class Metadata:
 
     @classmethod
     def parse(cls, document: bytes) -> Metadata:
-        """From ``model.json``.
+        """Parse ``model.json``.
 
         Raises:
-            ArchiveVersionError: written by a version this one cannot honour.
-            ArchiveError: not such a document.
+            ArchiveVersionError: written by an incompatible version.
+            ArchiveError: malformed.
         """
         try:
             raw = orjson.loads(document)
@@ -143,11 +142,11 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Archive:
-    """An unpacked, verified archive.
+    """Unpacked, verified archive.
 
     Attributes:
         root: the folder it is unpacked in.
-        metadata: what it says.
+        metadata: description of its model.
     """
 
     root: Path
@@ -160,23 +159,23 @@ class Archive:
 
     @property
     def code(self) -> Path | None:
-        """Folder of packed modules, where there are any."""
+        """Folder of packed modules, or None without any."""
         return self.root / "code" if any(name.startswith("code/") for name in self.metadata.files) else None
 
     def config(self) -> dict[str, Any]:
-        """The resolved config."""
+        """Read the resolved config."""
         config: dict[str, Any] = config_json.from_json(orjson.loads((self.root / CONFIG).read_bytes()))
         return config
 
     def golden_frame(self) -> bytes | dict[str, bytes]:
-        """Bytes of the golden frame, or of each of its parts."""
+        """Read the golden frame, by part if it has several."""
         entries = self.metadata.golden_frame
         if isinstance(entries, str):
             return (self.root / entries).read_bytes()
         return {name: (self.root / entry).read_bytes() for name, entry in entries.items()}
 
     def golden_expected(self) -> dict[str, Any]:
-        """The detections recorded for the golden frame, without a score threshold."""
+        """Read the predictions recorded for the golden frame, without a score threshold."""
         expected: dict[str, Any] = orjson.loads((self.root / EXPECTED).read_bytes())
         return expected
 
@@ -193,21 +192,21 @@ def write(
     extra: Mapping[str, Source] | None = None,
     force: bool = False,
 ) -> str:
-    """Write an archive, all or nothing, and return its sha256 (hex).
+    """Write an archive atomically; returns its sha256 (hex).
 
     Args:
-        path: where to; the folder must exist.
-        metadata: `files` is filled in here.
+        path: the file to write; its folder must exist.
+        metadata: description of the model; `files` is filled in here.
         config: the resolved config.
         weights: a safetensors file.
-        golden_frame: goes to ``metadata.golden_frame``; by part where that is.
-        golden_expected: the answer to that frame.
+        golden_frame: content of the entries ``metadata.golden_frame``; by part if these are.
+        golden_expected: the predictions for that frame.
         code: modules, by path below ``code/``.
         extra: further files, by path below ``extra/``.
         force: replace an existing archive.
 
     Raises:
-        ArchiveError: the file exists, or a name is not allowed.
+        ArchiveError: the file exists, or a name is invalid.
     """
     if path.exists() and not force:
         raise ArchiveError(f"{path} exists; choose another name or version, or replace it with --force")
@@ -249,12 +248,12 @@ def write(
 
 
 def verify(path: Path) -> Metadata:
-    """Check an archive file completely without unpacking it: names, versions, hashes.
+    """Check names, version and hashes of an archive file without unpacking it.
 
     Raises:
-        ArchiveError: corrupt, altered, foreign, or of a version we cannot honour.
+        ArchiveError: corrupt, altered, written by another program, or of an incompatible version.
     """
-    with _opened(path) as archive:
+    with _open_zip(path) as archive:
         metadata, _ = _read_header(archive)
         for name, expected in metadata.files.items():
             with archive.open(name) as stream:
@@ -263,12 +262,12 @@ def verify(path: Path) -> Metadata:
 
 
 def extract(path: Path, root: Path) -> Archive:
-    """Unpack a checked archive into the empty folder `root`.
+    """Unpack an archive into the empty folder `root` and check it.
 
     Raises:
         ArchiveError: as `verify`.
     """
-    with _opened(path) as archive:
+    with _open_zip(path) as archive:
         _read_header(archive)
         for info in archive.infolist():
             target = root / info.filename
@@ -280,10 +279,10 @@ def extract(path: Path, root: Path) -> Archive:
 
 
 def open_directory(root: Path) -> Archive:
-    """Read an archive that TorchServe (or `extract`) has unpacked, checking every hash.
+    """Open an archive that TorchServe or `extract` has unpacked, checking every hash.
 
     Raises:
-        ArchiveError: a file is missing or altered, or the version is not one we honour.
+        ArchiveError: a file is missing or altered, or the version is incompatible.
     """
     try:
         metadata = Metadata.parse((root / METADATA).read_bytes())
@@ -300,7 +299,7 @@ def open_directory(root: Path) -> Archive:
     return Archive(root, metadata)
 
 
-def _opened(path: Path) -> zipfile.ZipFile:
+def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
@@ -313,11 +312,11 @@ def _read_header(archive: zipfile.ZipFile) -> tuple[Metadata, dict[str, Any]]:
     infos = archive.infolist()
     names = [info.filename for info in infos]
     if len(set(names)) != len(names):
-        raise ArchiveError("an entry occurs twice in the archive")
+        raise ArchiveError("the archive has duplicate entries; convert the model again")
     for name in names:
         _check_entry_name(name)
     if sum(info.file_size for info in infos) > MAX_UNPACKED_BYTES:
-        raise ArchiveError(f"the archive claims more than {MAX_UNPACKED_BYTES >> 30} GiB unpacked")
+        raise ArchiveError(f"the archive is larger than {MAX_UNPACKED_BYTES >> 30} GiB unpacked")
     try:
         metadata = Metadata.parse(archive.read(METADATA))
         manifest: dict[str, Any] = orjson.loads(archive.read(MANIFEST))
@@ -329,15 +328,15 @@ def _read_header(archive: zipfile.ZipFile) -> tuple[Metadata, dict[str, Any]]:
         raise ArchiveError(f"the archive is corrupt ({error}); copy or convert it again") from None
     if set(names) != {*metadata.files, METADATA, MANIFEST}:
         odd = sorted(set(names) ^ {*metadata.files, METADATA, MANIFEST})
-        raise ArchiveError(f"entries and {METADATA} disagree about {', '.join(odd)}; convert the model again")
+        raise ArchiveError(f"the entries differ from {METADATA}: {', '.join(odd)}; convert the model again")
     model = manifest.get("model") if isinstance(manifest, dict) else None
-    wanted = {
+    expected = {
         "modelName": metadata.name,
         "modelVersion": metadata.version,
         "handler": HANDLERS[metadata.package],
     }
-    if model != wanted:
-        raise ArchiveError(f"the manifest says {model}, expected {wanted}; convert the model again")
+    if model != expected:
+        raise ArchiveError(f"the manifest has {model}, expected {expected}; convert the model again")
     return metadata, manifest
 
 
@@ -347,34 +346,35 @@ def _golden_entries(metadata: Metadata, frame: bytes | Mapping[str, bytes]) -> d
         return {entries: frame}
     if isinstance(entries, Mapping) and isinstance(frame, Mapping) and set(entries) == set(frame):
         return {entries[name]: body for name, body in frame.items()}
-    raise ArchiveError("the golden frame does not have the parts that the metadata names")
+    raise ArchiveError("the golden frame's parts differ from those in the metadata")
 
 
 def _check_version(archive_format: Any, serve_version: Any) -> None:
     if archive_format != FORMAT:
         raise ArchiveVersionError(
-            f"the archive has format {archive_format} (mmdet3d-serve {serve_version}), this is {__version__} with "
-            f"format {FORMAT}; convert the model with the version that serves it"
+            f"the archive has format {archive_format} (mmdet3d-serve {serve_version}), mmdet3d-serve {__version__} "
+            f"reads format {FORMAT}; convert the model with the version that serves it"
         )
-    # Before 1.0 a minor version may change what an archive means; afterwards a major one.
-    ours, theirs = _significant(__version__), _significant(str(serve_version))
-    if ours != theirs:
+    # Before 1.0 a minor version may change the meaning of an archive; afterwards only a major version.
+    if _compatibility_key(__version__) != _compatibility_key(str(serve_version)):
         raise ArchiveVersionError(
             f"the archive was written by mmdet3d-serve {serve_version}, this is {__version__}; convert the model "
             "with the version that serves it"
         )
 
 
-def _significant(version: str) -> tuple[str, ...]:
+def _compatibility_key(version: str) -> tuple[str, ...]:
     parts = version.split(".")
     return tuple(parts[:2]) if parts[0] == "0" else tuple(parts[:1])
 
 
 def _check_identity(name: str, version: str) -> None:
     if not NAME.fullmatch(name):
-        raise ArchiveError(f"model name {name!r} must be letters, digits, '.', '_' and '-' (at most 128)")
+        raise ArchiveError(
+            f"model name {name!r} is invalid; use letters, digits, '.', '_' and '-' (at most 128)"
+        )
     if not VERSION.fullmatch(version):
-        raise ArchiveError(f"model version {version!r} must be digits and dots, as in 1.0")
+        raise ArchiveError(f"model version {version!r} is invalid; use digits and dots, as in 1.0")
 
 
 def _check_entry_name(name: str) -> None:
@@ -382,14 +382,14 @@ def _check_entry_name(name: str) -> None:
     if path.is_absolute() or ".." in path.parts or "\\" in name or name.endswith("/") or str(path) != name:
         raise ArchiveError(f"entry {name!r} is not a plain path inside the archive")
     if path.parts[0] not in {"MAR-INF", "golden", "code", "extra", METADATA, CONFIG, WEIGHTS}:
-        # Anything else at the top could shadow a Python module: TorchServe puts the folder on sys.path.
+        # Other top-level entries could shadow a Python module: TorchServe puts the folder on sys.path.
         raise ArchiveError(f"entry {name!r} is not a part of an mmdet3d-serve archive")
 
 
 def _compare(name: str, actual: str, expected: str) -> None:
     if actual != expected:
         raise ArchiveError(
-            f"{name} was altered: sha256 {actual[:12]}… instead of {expected[:12]}…; convert again"
+            f"{name} was altered: sha256 {actual[:12]}…, expected {expected[:12]}…; copy or convert it again"
         )
 
 
@@ -397,7 +397,7 @@ def _add(archive: zipfile.ZipFile, name: str, source: Source) -> None:
     info = zipfile.ZipInfo(name, date_time=_EPOCH)
     info.create_system = 3  # unix, on every system, so that the bytes are the same
     info.external_attr = 0o644 << 16
-    # Weights do not shrink; deflated text could differ between zlib builds, and is small.
+    # Weights do not compress, and deflated bytes could differ between zlib builds.
     info.compress_type = zipfile.ZIP_STORED
     with archive.open(info, "w", force_zip64=True) as out:
         for block in _blocks(source):

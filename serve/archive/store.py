@@ -1,10 +1,7 @@
-"""A folder or bucket of archives: put one in, take some out, checked.
+"""Publish archives to a bucket and fetch them into a folder, checked.
 
-An archive that is published carries its sha256; one that is fetched must have it, and must prove to be a whole
-archive of ours, before it takes the place of what was there. What is there already, with that sha256, is not
-fetched again.
-
-Knows nothing about what serves the archives.
+Published archives carry their sha256. A fetched archive must match it and pass `serve.archive.verify` before it
+replaces an existing file. A file that matches the sha256 already is not fetched again.
 """
 
 from __future__ import annotations
@@ -18,21 +15,20 @@ from serve import archive, storage
 from serve.errors import ArchiveError, ObjectNotFound, StorageError, UriError
 from serve.storage import s3
 from serve.storage.cache import map_disk_errors
-from serve.storage.download import sha256_of
+from serve.storage.hashes import sha256_of
 
 __all__ = ["FetchedArchive", "archive_uri", "fetch", "publish"]
 
 
 @dataclass(frozen=True)
 class FetchedArchive:
-    """One archive of a store that is now in the folder.
+    """Archive of a store that is now in the folder.
 
     Attributes:
-        path: where it is.
+        path: the local file.
         sha256: of the whole file, hex.
-        has_store_hash: whether the store said what the hash must be; otherwise only the archive's own hashes were
-            compared.
-        already_present: it was in the folder already, the same.
+        has_store_hash: whether the store has a hash of the file; without it, only the hashes inside were compared.
+        already_present: whether the same file was in the folder already.
     """
 
     path: Path
@@ -42,22 +38,22 @@ class FetchedArchive:
 
 
 def archive_uri(store: str, name: str) -> str:
-    """The address of an archive in a store.
+    """URI of an archive in a store.
 
     Raises:
-        UriError: not an address of a bucket.
+        UriError: the store is not in a bucket.
     """
     where = storage.parse(store)
     if where.scheme != "s3":
-        raise UriError(f"{where} cannot be a model store; write a folder or s3://bucket/models")
+        raise UriError(f"{where} cannot be a model store; use a folder or s3://bucket/models")
     return str(where.joined(f"{name}.mar"))
 
 
 def publish(path: Path, store: str, *, force: bool = False, progress: bool = True) -> str:
-    """Upload an archive under its own file name; returns its address.
+    """Upload an archive under its own file name; returns its URI.
 
     Raises:
-        ArchiveError: there is one of that name, and `force` is not given.
+        ArchiveError: the store has an archive of that name, and `force` is not given.
         StorageError: the bucket cannot be written.
     """
     target = archive_uri(store, path.stem)
@@ -75,19 +71,19 @@ def fetch(
     progress: bool = True,
     report: Callable[[FetchedArchive], None] | None = None,
 ) -> list[FetchedArchive]:
-    """Bring archives of a store into a folder, one after the other, each whole and checked or not at all.
+    """Fetch archives of a store into a folder, in order, each checked and written atomically.
 
     Args:
         store: ``s3://bucket/models``.
-        folder: where to; made if missing.
-        models: names, without ``.mar``; all that are there when empty.
-        progress: show a bar on standard error for long transfers where that is a terminal.
-        report: told of each archive that is in place.
+        folder: destination, created if missing.
+        models: names, without ``.mar``; all archives of the store if empty.
+        progress: show a progress bar on standard error for long transfers if that is a terminal.
+        report: called with each archive that is in place.
 
     Raises:
-        ObjectNotFound: a name is not in the store, or nothing is.
-        ArchiveError: what is there is no archive that this version can serve.
-        StorageError: wrong hash, unreachable, no room left on the disk.
+        ObjectNotFound: an archive is not in the store, or the store is empty.
+        ArchiveError: an object is not an archive that this version can serve.
+        StorageError: wrong hash, unreachable, or disk full.
     """
     root = storage.parse(archive_uri(store, "any"))
     source = s3.connect(root.cluster)
@@ -96,7 +92,7 @@ def fetch(
         listed = source.list(storage.parse(store))
         names = [one.name for one in listed if not one.is_folder and one.name.endswith(".mar")]
     if not names:
-        raise ObjectNotFound(f"{store} holds no archive (.mar); make one with `make archive STORE={store}`")
+        raise ObjectNotFound(f"{store} has no archive (.mar); create one with `make archive STORE={store}`")
     with map_disk_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
     done = []
@@ -111,7 +107,7 @@ def _fetch_one(source: s3.S3, where: storage.Location, target: Path, progress: b
     info = source.head(where)
     if info.sha256 and target.is_file() and sha256_of(target) == info.sha256:
         return FetchedArchive(target, info.sha256, True, True)
-    # Not a name that TorchServe would load.
+    # TorchServe does not load files of this name.
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with map_disk_errors(str(target)):
@@ -122,12 +118,13 @@ def _fetch_one(source: s3.S3, where: storage.Location, target: Path, progress: b
             sha256 = sha256_of(part)
             if info.sha256 and sha256 != info.sha256:
                 raise StorageError(
-                    f"{where} arrived with sha256 {sha256[:12]}… and should have {info.sha256[:12]}…; it was altered, "
-                    "and is not used"
+                    f"{where} has sha256 {sha256[:12]}…, expected {info.sha256[:12]}…; it was altered, and is not used"
                 )
             metadata = archive.verify(part)
             if f"{metadata.name}.mar" != target.name:
-                raise ArchiveError(f"{where} is an archive of '{metadata.name}'; name it {metadata.name}.mar")
+                raise ArchiveError(
+                    f"{where} is an archive of '{metadata.name}'; rename it to {metadata.name}.mar"
+                )
             os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

@@ -60,7 +60,7 @@ def test_what_was_published_is_fetched_with_its_hash(store, tmp_path, capsys):
 
 def test_a_newer_archive_takes_the_place_of_the_old_one(store, tmp_path):
     model_store.fetch(store, tmp_path / "out", ["second"])
-    with pytest.raises(ArchiveError, match="exists; choose another"):
+    with pytest.raises(ArchiveError, match="--force"):
         model_store.publish(made(tmp_path, "second", b"newer"), store)
     model_store.publish(tmp_path / "second.mar", store, force=True)
     (fetched,) = model_store.fetch(store, tmp_path / "out", ["second.mar"])
@@ -102,17 +102,17 @@ def test_an_archive_put_there_by_other_means_is_checked_by_its_own_hashes_and_th
 
 def test_an_archive_under_another_name_is_refused(store, tmp_path):
     put(store, "other.mar", made(tmp_path, "second").read_bytes())
-    with pytest.raises(ArchiveError, match=r"name it second\.mar"):
+    with pytest.raises(ArchiveError, match=r"second\.mar"):
         model_store.fetch(store, tmp_path / "out", ["other"])
 
 
-def test_what_is_not_there_is_said(store, bucket, tmp_path):
-    with pytest.raises(ObjectNotFound, match=r"no s3://.*/none\.mar"):
+def test_missing_objects_and_buckets_raise(store, bucket, tmp_path):
+    with pytest.raises(ObjectNotFound, match=r"/none\.mar"):
         model_store.fetch(store, tmp_path / "out", ["none"])
-    with pytest.raises(ObjectNotFound, match="holds no archive"):
+    with pytest.raises(ObjectNotFound, match="make archive"):
         model_store.fetch(f"s3://{bucket}/empty", tmp_path / "out")
     for place in ("folder", "https://host/models"):
-        with pytest.raises(UriError, match="cannot be a model store"):
+        with pytest.raises(UriError, match="s3://"):
             model_store.fetch(place, tmp_path / "out")
 
 
@@ -149,4 +149,4 @@ def test_the_command_that_packs(tmp_path, capsys):
     assert "--force" in capsys.readouterr().err
     assert pack_command.main([str(tmp_path / "in"), str(out), "--force"]) == 0
     done = run("pack", tmp_path / "none", tmp_path / "q.ffr")
-    assert done.returncode == 2 and "there is no folder" in done.stderr and not (tmp_path / "q.ffr").exists()
+    assert done.returncode == 2 and "none" in done.stderr and not (tmp_path / "q.ffr").exists()
