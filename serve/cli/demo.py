@@ -16,7 +16,7 @@ from serve.client import Client
 from serve.errors import ArchiveError
 from serve.gateway.options import GatewayOptions
 from serve.protocol import frames as wire
-from serve.storage.download import sha256_of
+from serve.storage.hashes import sha256_of
 from serve.torchserve import ServedModel, TorchServeOptions
 from serve.torchserve.supervisor import Service, gateway_options
 from serve.visualize.detections import draw_frame, encode_png

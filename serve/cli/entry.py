@@ -1,6 +1,6 @@
-"""Map exceptions to exit codes, and make the parsers of all commands alike.
+"""Parsers, progress lines, download cache and exit codes shared by all commands.
 
-Exit codes: 0 done, 1 the command's own "no" (a mismatch), 2 a mistake of the user, 130 Ctrl-C, 141 broken pipe.
+Exit codes: 0 success, 1 negative result (a mismatch), 2 user error, 130 Ctrl-C, 141 broken pipe.
 """
 
 from __future__ import annotations
@@ -8,27 +8,30 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from serve import ops
 from serve.errors import ServeError
 from serve.settings import Settings
+from serve.storage import Cache
 
-__all__ = ["command_parser", "run"]
+__all__ = ["command_parser", "open_cache", "run", "stage_reporter"]
 
 PROGRAM = "mmdet3d-serve"
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and examples."""
+    """Formatter that keeps the line breaks of descriptions and examples."""
 
 
 def command_parser(name: str, description: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Make the parser of ``mmdet3d-serve NAME``.
+    """Create the parser of ``mmdet3d-serve NAME``.
 
     Args:
         name: subcommand.
-        description: one paragraph; it is wrapped here.
+        description: one paragraph, wrapped here.
         examples: command lines shown below the options, without the program's name.
     """
     shown = "\n".join(f"  {PROGRAM} {example}" for example in examples)
@@ -40,8 +43,24 @@ def command_parser(name: str, description: str, examples: Sequence[str] = ()) ->
     )
 
 
+def stage_reporter() -> Callable[[str], None]:
+    """Create a function that prints the stages of a command to stderr, with the seconds since this call."""
+    started = time.perf_counter()
+
+    def report(stage: str) -> None:
+        print(f"[{time.perf_counter() - started:5.1f} s] {stage}", file=sys.stderr, flush=True)
+
+    return report
+
+
+def open_cache(folder: Path | None = None) -> Cache:
+    """Cache for downloads in `folder`, or in the configured folder if None; its bound is the configured one."""
+    settings = Settings.from_environment()
+    return Cache(folder or settings.cache_dir, settings.cache_max_bytes)
+
+
 def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Run `command` with the kernels the environment asks for, and map what it raises to an exit code."""
+    """Run `command` with the configured kernels; map its exceptions to an exit code."""
     try:
         settings = Settings.from_environment()
         ops.install(settings.ops, cache_dir=settings.cache_dir)
@@ -53,7 +72,7 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (head, less) has gone; nothing more can be printed.
+        # The reader of the pipe (head, less) has exited.
         sys.stderr.close()
         return 141
     except OSError as error:

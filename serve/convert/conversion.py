@@ -23,7 +23,7 @@ from serve.convert.config import collect_custom_code, configured_classes, resolv
 from serve.errors import ArchiveError, CheckpointError, SelfTestError
 from serve.protocol.batch import Body
 from serve.protocol.frames import FrameSpec
-from serve.storage.download import sha256_of
+from serve.storage.hashes import sha256_of
 
 __all__ = ["Conversion", "ConversionResult", "convert"]
 

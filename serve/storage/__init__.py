@@ -1,13 +1,13 @@
-"""Where configs, checkpoints and frames live: disks, web servers, buckets, LMDB and FFRecord files.
+"""Storage of configs, checkpoints and frames: disks, web servers, buckets, LMDB and FFRecord files.
 
-    read_bytes(uri)                 all bytes
-    local_path(uri, sha256=…)       the path of the file, or of a checked copy in the cache
-    write_bytes(uri, data)          make or replace it
-    upload(path, uri)               the same from a file
+    read_bytes(uri)                     all bytes
+    local_path(uri, cache, sha256=…)    path of the file, or of a checked copy in the cache
+    write_bytes(uri, data)              create or replace
+    upload(path, uri)                   the same from a file
     exists(uri), list_files(uri)
 
-Addresses are `serve.storage.uri`'s. mmengine's own functions learn the same backends from
-`serve.storage.backends`. Knows nothing about models, requests or servers; importing it imports no client library.
+`serve.storage.uri` defines the URIs, `serve.storage.backends` registers the same backends with mmengine. Importing
+this package imports no client library.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""One call from an address to bytes or a local path, and back, whatever the address is of.
+"""Read, write and list by URI, whatever the scheme.
 
-Each call looks at the address (`serve.storage.uri`) and hands on to the module for its kind. Copies go through
-the cache that the settings describe. Client libraries are imported when their kind is first used.
-
-Does not know what the bytes mean.
+Each call parses the URI (`serve.storage.uri`) and dispatches to the module for its scheme. Client libraries are
+imported when their scheme is first used.
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from serve.errors import ObjectNotFound, StorageError, UriError
-from serve.settings import Settings
 from serve.storage.cache import Cache, map_disk_errors
-from serve.storage.download import sha256_of
+from serve.storage.hashes import sha256_of
 from serve.storage.packed_folder import PackedFolder
 from serve.storage.uri import Location, parse
 
@@ -27,20 +24,20 @@ __all__ = ["exists", "list_files", "local_path", "read_bytes", "upload", "write_
 
 
 def read_bytes(uri: str | Path) -> bytes:
-    """All bytes at an address.
+    """Read all bytes at a URI or path.
 
     Raises:
-        ObjectNotFound: nothing is there.
-        AccessDenied: no credentials, or not allowed.
-        UriError: no address of ours.
-        StorageError: unreachable, broken off, damaged, or changed meanwhile.
+        ObjectNotFound: it does not exist.
+        AccessDenied: credentials are missing or insufficient.
+        UriError: unsupported or malformed URI.
+        StorageError: unreachable, interrupted, damaged, or changed meanwhile.
     """
     where = parse(uri)
     if where.scheme == "file":
         try:
             return Path(where.path).expanduser().read_bytes()
         except FileNotFoundError as error:
-            raise ObjectNotFound(f"there is no file {where}") from error
+            raise ObjectNotFound(f"file {where} does not exist") from error
         except OSError as error:
             raise StorageError(f"{where} cannot be read: {error.strerror}") from error
     if where.scheme == "http":
@@ -51,27 +48,25 @@ def read_bytes(uri: str | Path) -> bytes:
         from serve.storage import s3
 
         return s3.connect(where.cluster).read(where)
-    return _member(where)
+    return _read_member(where)
 
 
-def local_path(
-    uri: str | Path, *, sha256: str | None = None, cache: Cache | None = None, progress: bool = True
-) -> Path:
-    """The path of a file with these bytes: the file itself, or a checked copy in the cache.
+def local_path(uri: str | Path, cache: Cache, *, sha256: str | None = None, progress: bool = True) -> Path:
+    """Return the path of a file with these bytes: a local file itself, or a checked copy in the cache.
 
     Args:
-        uri: an address or a path.
-        sha256: leading hex digits the sha256 must have. Objects that we wrote are also held to the hash they carry.
-        cache: where copies lie; the one the settings describe when None.
-        progress: show a bar on standard error for long transfers where that is a terminal.
+        uri: a URI or a path.
+        cache: folder of the copies.
+        sha256: required leading hex digits of the sha256. Objects uploaded by this package are also checked
+            against the hash they carry.
+        progress: show a progress bar on standard error for long transfers if that is a terminal.
 
     Raises:
-        StorageError: as `read_bytes`, or a wrong hash, or no room left on the disk.
+        StorageError: as `read_bytes`, or a wrong hash, or a full disk.
     """
     where = parse(uri)
     if where.scheme == "file":
-        return _checked_file(Path(where.path).expanduser(), sha256)
-    cache = cache or _cache_of_settings()
+        return _check_file(Path(where.path).expanduser(), sha256)
     if where.scheme == "http":
         from serve.storage import http
 
@@ -90,17 +85,17 @@ def local_path(
         return cache.get(identity, where.name, fetch, sha256=sha256)
 
     def extract(file: IO[bytes]) -> None:
-        file.write(_member(where))
+        file.write(_read_member(where))
 
-    return cache.get(f"{where} {_version_of(where)}", where.name, extract, sha256=sha256)
+    return cache.get(f"{where} {_container_version(where)}", where.name, extract, sha256=sha256)
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
-    """Make or replace what lies at an address; nobody sees a part of it.
+    """Create or replace the file or object at a URI, atomically.
 
     Raises:
-        UriError: an address of a kind that is only read.
-        StorageError: refused, unreachable, no room left.
+        UriError: the scheme is read-only.
+        StorageError: rejected, unreachable, or disk full.
     """
     where = parse(uri)
     if where.scheme == "s3":
@@ -110,15 +105,15 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
     elif where.scheme == "file":
         _replace(Path(where.path).expanduser(), [data])
     else:
-        raise UriError(f"{where} can only be read; write to a file or to s3://")
+        raise UriError(f"{where} is read-only; write to a file or to s3://")
 
 
 def upload(path: Path, uri: str | Path, *, progress: bool = True) -> str:
-    """Copy a local file to an address, all or nothing; returns its sha256.
+    """Copy a local file to a URI, atomically; returns its sha256.
 
     Raises:
-        UriError: an address of a kind that is only read.
-        StorageError: refused, unreachable, no room left.
+        UriError: the scheme is read-only.
+        StorageError: rejected, unreachable, or disk full.
     """
     where = parse(uri)
     if where.scheme == "s3":
@@ -126,21 +121,21 @@ def upload(path: Path, uri: str | Path, *, progress: bool = True) -> str:
 
         return s3.connect(where.cluster).upload(path, where, progress=progress)
     if where.scheme != "file":
-        raise UriError(f"{where} can only be read; write to a file or to s3://")
+        raise UriError(f"{where} is read-only; write to a file or to s3://")
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            _replace(Path(where.path).expanduser(), _pieces(file, digest.update))
+            _replace(Path(where.path).expanduser(), _read_pieces(file, digest.update))
     except FileNotFoundError as error:
-        raise ObjectNotFound(f"there is no file {path}") from error
+        raise ObjectNotFound(f"file {path} does not exist") from error
     return digest.hexdigest()
 
 
 def exists(uri: str | Path) -> bool:
-    """Whether anything lies at an address: a file, an object, a member, or a folder of these.
+    """Whether a URI names an existing file, object, member, or folder of these.
 
     Raises:
-        StorageError: it cannot be found out.
+        StorageError: unreachable, or not permitted to look.
     """
     where = parse(uri)
     if where.scheme == "file":
@@ -157,18 +152,18 @@ def exists(uri: str | Path) -> bool:
     try:
         if where.scheme == "ffrecord":
             return open_packed_folder(where.path).exists(where.member)
-        _member(where)
+        _read_member(where)
     except ObjectNotFound:
         return False
     return True
 
 
 def list_files(uri: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """Addresses of the files directly in a folder, bucket or container, sorted, ending in one of `suffixes`.
+    """URIs of the files directly in a folder, bucket or container, sorted, with one of `suffixes`.
 
     Raises:
         ObjectNotFound: no such folder, bucket or container.
-        UriError: a web address, which cannot be listed.
+        UriError: a web URL, which cannot be listed.
     """
     where = parse(uri)
     if where.scheme == "s3":
@@ -187,7 +182,7 @@ def list_files(uri: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
     elif where.scheme == "file":
         folder = Path(where.path).expanduser()
         if not folder.is_dir():
-            raise ObjectNotFound(f"there is no folder {folder}")
+            raise ObjectNotFound(f"folder {folder} does not exist")
         found = [str(file) for file in folder.iterdir() if file.is_file()]
     else:
         raise UriError(f"{where} cannot be listed; name one file")
@@ -195,22 +190,22 @@ def list_files(uri: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
 
 
 def open_packed_folder(path: str) -> PackedFolder:
-    """The packed folder at a path, opened once as long as the file stays the same.
+    """Open the packed folder at a path, once as long as the file stays the same.
 
     Raises:
-        StorageError: not there, damaged, or no packed folder.
+        StorageError: missing, damaged, or not a packed folder.
     """
-    place = Path(path).expanduser()
-    return _opened(str(place.resolve()), _stamp(place))
+    file = Path(path).expanduser()
+    return _open_cached(str(file.resolve()), _file_version(file))
 
 
 @lru_cache(maxsize=16)
-def _opened(path: str, stamp: str) -> PackedFolder:
-    del stamp  # only tells versions of the file apart
+def _open_cached(path: str, version: str) -> PackedFolder:
+    del version  # part of the cache key
     return PackedFolder(path)
 
 
-def _member(where: Location) -> bytes:
+def _read_member(where: Location) -> bytes:
     if where.scheme == "ffrecord":
         return bytes(open_packed_folder(where.path).read(where.member))
     from serve.storage import lmdb_file
@@ -218,36 +213,31 @@ def _member(where: Location) -> bytes:
     return lmdb_file.read(where)
 
 
-def _version_of(where: Location) -> str:
-    place = Path(where.path).expanduser()
-    data = place / "data.mdb" if place.is_dir() else place
-    return f"{place.resolve()} {_stamp(data)}"
+def _container_version(where: Location) -> str:
+    container = Path(where.path).expanduser()
+    data = container / "data.mdb" if container.is_dir() else container
+    return f"{container.resolve()} {_file_version(data)}"
 
 
-def _stamp(path: Path) -> str:
+def _file_version(path: Path) -> str:
     try:
         found = path.stat()
     except OSError as error:
-        raise ObjectNotFound(f"there is no {path}") from error
+        raise ObjectNotFound(f"file {path} does not exist") from error
     return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
 
 
-def _checked_file(path: Path, sha256: str | None) -> Path:
+def _check_file(path: Path, sha256: str | None) -> Path:
     if not path.is_file():
-        raise ObjectNotFound(f"there is no file {path}")
+        raise ObjectNotFound(f"file {path} does not exist")
     if sha256 and not (found := sha256_of(path)).startswith(sha256.lower()):
-        raise StorageError(f"{path} has sha256 {found[:12]}… where {sha256[:12]}… was promised")
+        raise StorageError(f"{path} has sha256 {found[:12]}…, expected {sha256[:12]}…; it was altered")
     return path
 
 
-def _cache_of_settings() -> Cache:
-    settings = Settings.from_environment()
-    return Cache(settings.cache_dir, settings.cache_max_bytes)
-
-
-def _pieces(file: IO[bytes], tell: Callable[[bytes], None]) -> Iterator[bytes]:
+def _read_pieces(file: IO[bytes], observe: Callable[[bytes], None]) -> Iterator[bytes]:
     while piece := file.read(1 << 20):
-        tell(piece)
+        observe(piece)
         yield piece
 
 

@@ -1,19 +1,14 @@
-"""Fetch one file over HTTP into a cache folder: resumed, hash-checked, atomic.
+"""Download one file over HTTP into a cache folder: resumable, hash-checked, atomic.
 
-`fetch` gives back the path of a complete, checked file or raises `DownloadError`; nothing in between is
-ever seen under the final name. A broken-off transfer leaves ``<name>.part`` (and ``<name>.part.json``, which
-says what it is a part of) to be taken up again; a wrong hash or a full disk leaves nothing.
-
-Does not know what the bytes are (no torch, no model index) and does not know other schemes than http and
-https. It reads no setting: the cache folder is an argument. The HTTP client itself honours the usual proxy
-variables.
+`fetch` returns the path of a complete, checked file or raises `DownloadError`. An interrupted transfer leaves
+``<name>.part`` and ``<name>.part.json`` (the URL, validators and length) to be resumed; a wrong hash or a full disk
+leaves nothing. The HTTP client honours the usual proxy variables.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -25,52 +20,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 from serve.errors import DownloadError
+from serve.storage.hashes import hash_in_name, sha256_of
+from serve.storage.lock import hold_lock
+from serve.storage.uri import redact_url
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["cache_path", "fetch", "hash_in_name", "one_at_a_time", "redact_url", "sha256_of"]
+__all__ = ["cache_path", "fetch"]
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _PROGRESS_THAT_COUNTS = 1 << 20
 _MAX_REDIRECTS = 5
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.[A-Za-z0-9]+$")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)$")
 
 
-def hash_in_name(name: str) -> str | None:
-    """Give the 8 hex digits of sha256 that OpenMMLab (and torch.hub) put at the end of a file name, or None.
-
-    Args:
-        name: a file name or URL, such as ``…-b086d0a3.pth``.
-    """
-    found = _HASH_IN_NAME.search(urlsplit(name).path)
-    return found.group(1) if found else None
-
-
-def sha256_of(path: Path) -> str:
-    """Give the sha256 of a file as 64 hex digits, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def cache_path(url: str, cache_dir: Path, *, sha256_prefix: str | None = None) -> Path:
-    """Say where `fetch` keeps the file of this URL.
+    """Path of the file of this URL in the cache.
 
-    A file with a hash in its name (or one given) lies directly in `cache_dir`, under the name OpenMMLab gave
-    it, so that a person can put it there by hand. Any other name could be used by two servers for two
-    things, so it gets a folder named by the URL's own hash.
+    A file with a hash in its name (or a given one) is stored directly in `cache_dir`, so that a person can put it
+    there. Other names can stand for different files on different servers and get a folder named by the URL's hash.
 
     Raises:
-        DownloadError: the URL is not http(s), or ends in no file name.
+        DownloadError: the URL is not http(s), or has no file name.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -79,7 +56,7 @@ def cache_path(url: str, cache_dir: Path, *, sha256_prefix: str | None = None) -
         )
     name = unquote(parts.path).rsplit("/", 1)[-1]
     if name in ("", ".", "..") or any(character in name for character in '\\\0\n\r:*?"<>|'):
-        raise DownloadError(f"'{redact_url(url)}' does not end in a usable file name.")
+        raise DownloadError(f"cannot download '{redact_url(url)}': it does not end in a usable file name")
     if sha256_prefix or hash_in_name(url):
         return cache_dir / name
     return cache_dir / hashlib.sha256(url.encode()).hexdigest()[:12] / name
@@ -95,24 +72,25 @@ def fetch(
     retries: int = 4,
     backoff_s: float = 0.5,
 ) -> Path:
-    """Give the local path of the file behind `url`, downloading it unless a good copy is cached.
+    """Return the local path of the file at `url`; download it unless a valid copy is cached.
 
-    Safe when several processes or threads ask for the same file: one downloads, the others wait and use it.
+    Safe for several processes and threads: one downloads, the others wait and use its file.
 
     Args:
-        url: http(s) address. User name, password and query string never show in messages or logs.
-        cache_dir: folder to keep it in; made when missing. See `cache_path`.
-        sha256_prefix: leading hex digits the file's sha256 must have. Left out: those in the file's name,
-            where it carries some (see `hash_in_name`); a cached file without any is checked against the hash
-            noted when it was downloaded, and taken as it is when a person put it there.
-        progress: show a bar on standard error where that is a terminal.
-        timeout_s: seconds without a connection, or without a byte, after which an attempt is given up.
-        retries: further attempts after one that got no further (an attempt that gained 1 MiB does not count).
-        backoff_s: seconds before the first retry; doubled each time, at most 30. A server's Retry-After wins.
+        url: http(s) URL. User name, password and query string never appear in messages or logs.
+        cache_dir: folder of the cache, created if missing; see `cache_path`.
+        sha256_prefix: required leading hex digits of the sha256; by default those in the file's name (see
+            `hash_in_name`). Without either, a cached file is checked against the hash recorded when it was
+            downloaded, and used unchecked if a person put it there.
+        progress: show a progress bar on standard error if that is a terminal.
+        timeout_s: seconds without a connection or without a byte after which an attempt fails.
+        retries: further attempts after one without progress (an attempt that gained 1 MiB does not count).
+        backoff_s: seconds before the first retry; doubled each time, at most 30. The server's Retry-After takes
+            precedence.
 
     Raises:
-        DownloadError: not reachable, refused, broken off too often, wrong hash, no room on the disk. The
-            message says which file to put where by hand.
+        DownloadError: unreachable, rejected, interrupted too often, wrong hash, disk full. The message says which
+            file to put where by hand.
     """
     expected = (sha256_prefix or hash_in_name(url) or "").lower() or None
     target = cache_path(url, cache_dir, sha256_prefix=expected)
@@ -121,19 +99,16 @@ def fetch(
         target.parent.mkdir(parents=True, exist_ok=True)
         if _is_good(target, expected):
             return target
-        with one_at_a_time(target):
+        with hold_lock(target):
             if not _is_good(target, expected):
                 job.run()
     except OSError as error:
-        raise DownloadError(f"cannot write to the cache folder {target.parent}: {error}.") from error
+        raise DownloadError(f"cannot write to the cache folder {target.parent}: {error}") from error
     return target
 
 
-# --- one transfer -----------------------------------------------------------------------------------------
-
-
-class _Again(Exception):
-    """Says that an attempt failed in a way another may not; `wait_s` is what the server asked for."""
+class _Retry(Exception):
+    """A failed attempt that is worth another one; `wait_s` is the delay that the server asked for."""
 
     def __init__(self, why: str, *, wait_s: float | None = None, unreachable: bool = False) -> None:
         super().__init__(why)
@@ -164,17 +139,17 @@ class _Transfer:
         self._download()
         found = sha256_of(self.part)
         if self.expected and not found.startswith(self.expected) and resumed:
-            _LOG.warning("the resumed %s has a wrong hash; starting over.", self.target.name)
+            _LOG.warning("the resumed %s has a wrong hash; downloading it from the start", self.target.name)
             self._discard()
             self._download()
             found = sha256_of(self.part)
         if self.expected and not found.startswith(self.expected):
             self._discard()
             raise DownloadError(
-                f"{redact_url(self.url)} arrived with sha256 {found[:8]}… where {self.expected} was promised; "
-                "it was altered on the way or on the server, and was thrown away."
+                f"{redact_url(self.url)} has sha256 {found[:8]}…, expected {self.expected}; it was altered on the way "
+                "or on the server, and was deleted"
             )
-        _note_hash(self.target, found)
+        _record_hash(self.target, found)
         os.replace(self.part, self.target)
         self.notes.unlink(missing_ok=True)
 
@@ -188,16 +163,16 @@ class _Transfer:
                 before = self._size()
                 try:
                     return self._attempt(client)
-                except _Again as again:
+                except _Retry as retry:
                     gained = self._size() - before
                     failures = 1 if gained >= _PROGRESS_THAT_COUNTS else failures + 1
-                    allowed = min(self.retries, 1) if again.unreachable else self.retries
+                    allowed = min(self.retries, 1) if retry.unreachable else self.retries
                     if failures > allowed:
-                        raise DownloadError(self._by_hand(str(again))) from again
+                        raise DownloadError(self._add_manual_hint(str(retry))) from retry
                     wait_s = min(self.backoff_s * 2.0 ** (failures - 1), 30.0)
-                    if again.wait_s is not None:
-                        wait_s = min(again.wait_s, 60.0)
-                    _LOG.info("%s: %s; trying again in %.1f s.", self.target.name, again, wait_s)
+                    if retry.wait_s is not None:
+                        wait_s = min(retry.wait_s, 60.0)
+                    _LOG.info("%s: %s; retrying in %.1f s", self.target.name, retry, wait_s)
                     time.sleep(wait_s)
 
     def _attempt(self, client: httpx.Client) -> None:
@@ -213,43 +188,47 @@ class _Transfer:
             with client.stream("GET", self.url, headers=headers) as response:
                 self._receive(response, have, notes)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            why = f"{urlsplit(self.url).hostname} cannot be reached ({_reason(error)})"
-            raise _Again(why, unreachable=True) from error
+            reason = f"{urlsplit(self.url).hostname} cannot be reached ({_describe(error)})"
+            raise _Retry(reason, unreachable=True) from error
         except httpx.TimeoutException as error:
-            raise _Again(f"nothing arrived for {self.timeout_s:g} s") from error
+            raise _Retry(f"no data for {self.timeout_s:g} s") from error
         except (httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise DownloadError(self._by_hand(f"the server redirects to nowhere usable ({error})")) from error
+            raise DownloadError(
+                self._add_manual_hint(f"the server's redirect cannot be followed ({error})")
+            ) from error
         except httpx.TransportError as error:
-            raise _Again(f"the connection broke off ({_reason(error)})") from error
+            raise _Retry(f"the connection was lost ({_describe(error)})") from error
 
     def _receive(self, response: httpx.Response, have: int, notes: dict[str, Any]) -> None:
         status = response.status_code
         if status == 416 and have:
             self._discard()
-            raise _Again("the server has a different file now")
+            raise _Retry("the server has a different file now")
         if status in _RETRIED_STATUS:
-            raise _Again(f"the server answered {status}", wait_s=_retry_after(response))
+            raise _Retry(f"the server answered {status}", wait_s=_retry_after(response))
         if status not in (200, 206) or (status == 206 and not have):
-            raise DownloadError(self._by_hand(f"the server answered {status} for {redact_url(self.url)}"))
+            raise DownloadError(
+                self._add_manual_hint(f"the server answered {status} for {redact_url(self.url)}")
+            )
         if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-            raise DownloadError(self._by_hand("the server insists on sending it compressed"))
+            raise DownloadError(self._add_manual_hint("the server sends only compressed bodies"))
         if self.url.startswith("https:") and response.url.scheme == "http" and not self.expected:
-            raise DownloadError(self._by_hand("the server redirects from https to plain http"))
+            raise DownloadError(self._add_manual_hint("the server redirects from https to plain http"))
 
         length = _length(response)
         if status == 206:
             total = _resumed_total(response, have, notes)
             if total is None:
                 self._discard()
-                raise _Again("the server has a different file now")
+                raise _Retry("the server has a different file now")
         else:
             have, total = 0, length
         if length is not None:
-            self._make_room_for(length)
+            self._check_disk_space(length)
         self._write_notes(response, total)
-        got = self._write_body(response, have, total)
-        if total is not None and got != total:
-            raise _Again(f"only {got} of {total} bytes arrived")
+        received = self._write_body(response, have, total)
+        if total is not None and received != total:
+            raise _Retry(f"received only {received} of {total} bytes")
 
     def _write_body(self, response: httpx.Response, have: int, total: int | None) -> int:
         from tqdm import tqdm
@@ -263,7 +242,7 @@ class _Transfer:
             disable=None if self.progress else True,
             leave=False,
         )
-        with bar, self._kept_or_discarded(), self.part.open("r+b" if have else "wb") as file:
+        with bar, self._map_disk_errors(), self.part.open("r+b" if have else "wb") as file:
             file.seek(have)
             file.truncate()
             try:
@@ -277,23 +256,20 @@ class _Transfer:
         return have
 
     @contextlib.contextmanager
-    def _kept_or_discarded(self) -> Iterator[None]:
-        """Keep the part when the network fails, drop it when the disk does."""
+    def _map_disk_errors(self) -> Iterator[None]:
+        """Delete the part when the disk fails; it stays when the network does."""
         try:
             yield
         except OSError as error:
             self._discard()
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            why = "no room left on the disk" if full else str(error)
-            raise DownloadError(f"cannot write {self.target}: {why}.") from error
-
-    # --- the part and what is known about it ---
+            raise DownloadError(f"cannot write {self.target}: {'disk full' if full else error}") from error
 
     def _size(self) -> int:
         return self.part.stat().st_size if self.part.is_file() else 0
 
     def _resumable(self) -> tuple[int, dict[str, Any]]:
-        """Give how many bytes may be kept, and the notes on them."""
+        """Number of bytes to keep of the part, and the notes on them."""
         notes: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             loaded = json.loads(self.notes.read_text())
@@ -312,7 +288,7 @@ class _Transfer:
             "last_modified": response.headers.get("last-modified"),
             "total": total,
         }
-        with self._kept_or_discarded():
+        with self._map_disk_errors():
             self.notes.write_text(json.dumps(notes))
 
     def _discard(self) -> None:
@@ -320,24 +296,21 @@ class _Transfer:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
-    def _make_room_for(self, length: int) -> None:
+    def _check_disk_space(self, length: int) -> None:
         free = shutil.disk_usage(self.target.parent).free
         if length > free:
             self._discard()
             raise DownloadError(
-                f"no room left on the disk: {self.target.name} needs {length / 1e6:.0f} MB more, but only "
-                f"{free / 1e6:.0f} MB are free in {self.target.parent}."
+                f"disk full: {self.target.name} needs {length / 1e6:.0f} MB more, {free / 1e6:.0f} MB are free in "
+                f"{self.target.parent}; make room or use another cache folder"
             )
 
-    def _by_hand(self, why: str) -> str:
-        return f"{why}; fetch {redact_url(self.url)} on a machine that can and save it as {self.target}."
-
-
-# --- small parts ------------------------------------------------------------------------------------------
+    def _add_manual_hint(self, reason: str) -> str:
+        return f"{reason}; download {redact_url(self.url)} on another machine and save it as {self.target}"
 
 
 def _write(file: IO[bytes], piece: bytes) -> None:
-    """Write one piece; a seam for the tests of a full disk."""
+    """Write one piece; tests replace it to fill the disk."""
     file.write(piece)
 
 
@@ -345,25 +318,25 @@ def _is_good(path: Path, expected: str | None) -> bool:
     if not path.is_file():
         return False
     if expected is None:
-        noted = _hash_note(path)
-        expected = noted.read_text().strip() if noted.is_file() else None
+        record = _hash_file(path)
+        expected = record.read_text().strip() if record.is_file() else None
     if expected is None or sha256_of(path).startswith(expected):
         return True
-    _LOG.warning("the cached %s does not have the hash %s…; fetching it again.", path, expected[:8])
+    _LOG.warning("the cached %s does not have the hash %s…; downloading it again", path, expected[:8])
     return False
 
 
-def _hash_note(path: Path) -> Path:
+def _hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _note_hash(path: Path, digest: str) -> None:
+def _record_hash(path: Path, digest: str) -> None:
     if hash_in_name(path.name) is None:
-        _hash_note(path).write_text(digest + "\n")
+        _hash_file(path).write_text(digest + "\n")
 
 
 def _validator(notes: dict[str, Any]) -> str | None:
-    """Give what If-Range may carry: a strong ETag, or else a date (RFC 9110, 13.1.5)."""
+    """Value for If-Range: a strong ETag, or else a date (RFC 9110, 13.1.5)."""
     etag, date = notes.get("etag"), notes.get("last_modified")
     if isinstance(etag, str) and etag.startswith('"'):
         return etag
@@ -371,7 +344,7 @@ def _validator(notes: dict[str, Any]) -> str | None:
 
 
 def _resumed_total(response: httpx.Response, have: int, notes: dict[str, Any]) -> int | None:
-    """Give the full length a 206 promises, or None when it does not continue what we have."""
+    """Full length according to a 206 response, or None if it does not continue the part."""
     found = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
     if not found or int(found.group(1)) != have or found.group(3) == "*":
         return None
@@ -392,43 +365,10 @@ def _retry_after(response: httpx.Response) -> float | None:
     return float(value) if value.isdigit() else None
 
 
-def _reason(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
 def _digest(url: str) -> str:
-    """Name a URL without keeping what may be secret in it."""
+    """Hash of a URL, which may contain secrets."""
     return hashlib.sha256(url.encode()).hexdigest()
-
-
-def redact_url(url: str) -> str:
-    """Give the URL without user name, password, query and fragment: fit for messages."""
-    parts = urlsplit(url)
-    host = parts.netloc.rsplit("@", 1)[-1]
-    return urlunsplit((parts.scheme, host, parts.path, "…" if parts.query else "", ""))
-
-
-@contextlib.contextmanager
-def one_at_a_time(target: Path) -> Iterator[None]:
-    """Hold the lock of this file against other processes and threads; the lock file is gone afterwards."""
-    path = target.with_name(target.name + ".lock")
-    while True:
-        handle = path.open("a")
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _LOG.info("another process is downloading %s; waiting for it.", target.name)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(handle.fileno()).st_ino:
-                    break
-        except BaseException:
-            handle.close()
-            raise
-        handle.close()  # the holder removed the file we waited on: take the new one
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        handle.close()

@@ -1,4 +1,4 @@
-"""FFRecord files: many samples in one file, read at random through a memory map.
+"""FFRecord files: many samples in one file, with random access through a memory map.
 
 The layout, from the sources of HFAiLab/ffrecord (``src/writer.cpp``, ``src/reader.cpp``), little-endian:
 
@@ -8,9 +8,8 @@ The layout, from the sources of HFAiLab/ffrecord (``src/writer.cpp``, ``src/read
     int64     × N: where each sample starts in the file
     samples   back to back, the last one up to the end of the file
 
-Their reader is a C++ extension that is on no package index; this one needs nothing compiled of ours. A sample
-comes as a view of the map, so nothing is copied; a file must not be cut short while it is read.
-Does not know what the samples are (see `serve.storage.packed_folder`).
+Upstream's reader is a C++ extension that no package index carries. Samples are views of the map without a copy; a file
+must not be truncated while it is read.
 """
 
 from __future__ import annotations
@@ -41,22 +40,21 @@ _PIECE = 1 << 20
 
 
 class Reader:
-    """Random and batched reads from one FFRecord file, or several that count as one sequence.
+    """Random and batched reads from one FFRecord file, or from several as one sequence.
 
-    Safe for several threads. A forked process goes on with the same maps; a pickled reader opens the files
-    again where it is unpickled.
+    Thread-safe. A forked process shares the maps; a pickled reader opens the files again when unpickled.
     """
 
     def __init__(self, files: str | Path | Sequence[str | Path], *, check: bool = True) -> None:
-        """Open and check the metadata.
+        """Open the files and check their metadata.
 
         Args:
             files: one path, or several; a folder means its ``*.ffr`` by name.
             check: compare checksums, of the metadata now and of every sample when it is read.
 
         Raises:
-            ObjectNotFound: a file is not there.
-            StorageError: a file is damaged or no FFRecord file.
+            ObjectNotFound: a file does not exist.
+            StorageError: a file is damaged or not an FFRecord file.
         """
         self.paths = _paths(files)
         self.check = check
@@ -75,16 +73,18 @@ class Reader:
 
         Raises:
             ObjectNotFound: no such index.
-            StorageError: its checksum or its place in the file is wrong.
+            StorageError: its checksum or its offset is wrong.
         """
         if not 0 <= index < len(self):
-            raise ObjectNotFound(f"{self.paths[0].name} has samples 0 to {len(self) - 1}, not {index}")
+            raise ObjectNotFound(
+                f"sample {index} not found in {self.paths[0].name}: it has 0 to {len(self) - 1}"
+            )
         which = bisect.bisect_right(self._ends, index)
         before = self._ends[which - 1] if which else 0
         return self._maps[which].sample(index - before, self.check)
 
     def read_batch(self, indices: Sequence[int]) -> list[memoryview]:
-        """Several samples, in the order asked for; the system is told of all before the first is touched.
+        """Read several samples, in the given order; all are prefetched before the first is read.
 
         Raises:
             StorageError: as `read`.
@@ -92,11 +92,11 @@ class Reader:
         for index in indices:
             if 0 <= index < len(self):
                 which = bisect.bisect_right(self._ends, index)
-                self._maps[which].announce(index - (self._ends[which - 1] if which else 0))
+                self._maps[which].prefetch(index - (self._ends[which - 1] if which else 0))
         return [self.read(index) for index in indices]
 
     def close(self) -> None:
-        """Let go of the files; views that are still held keep their map alive."""
+        """Close the files; views still in use keep their map alive."""
         for one in self._maps:
             one.close()
 
@@ -107,10 +107,10 @@ class Reader:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.paths, self.check)
+        return _reopen, (self.paths, self.check)
 
 
-def _reopened(paths: Sequence[Path], check: bool) -> Reader:
+def _reopen(paths: Sequence[Path], check: bool) -> Reader:
     return Reader(paths, check=check)
 
 
@@ -122,12 +122,12 @@ def _paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
         if not given:
             raise ObjectNotFound(f"the folder {folder} holds no .ffr file")
     if not given:
-        raise StorageError("name at least one FFRecord file")
+        raise StorageError("no FFRecord file given; name at least one")
     return given
 
 
 class _Mapped:
-    """One file, mapped."""
+    """One memory-mapped file."""
 
     def __init__(self, path: Path, check: bool) -> None:
         self.path = path
@@ -135,10 +135,10 @@ class _Mapped:
             with path.open("rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
                 if self._size < _HEAD.size:
-                    raise StorageError(f"{path} is no FFRecord file: it has only {self._size} bytes")
+                    raise StorageError(f"{path} is not an FFRecord file: it has only {self._size} bytes")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
-            raise ObjectNotFound(f"there is no {path}") from error
+            raise ObjectNotFound(f"file {path} does not exist") from error
         except OSError as error:
             raise StorageError(f"{path} cannot be opened: {error.strerror}") from error
         self._view = memoryview(self._map)
@@ -146,11 +146,11 @@ class _Mapped:
         self._offsets_at = _HEAD.size + 4 * self.count
         self._data_at = _HEAD.size + _BYTES_PER_SAMPLE * self.count
         if self.count < 0 or self._data_at > self._size:
-            raise StorageError(f"{path} is no FFRecord file, or is cut short: it claims {self.count} samples")
-        if check and checksum and crc32(self._view[4 : self._data_at]) != checksum:
             raise StorageError(
-                f"{path} is damaged: the checksum of its metadata is wrong; copy or pack it again"
+                f"{path} is not an FFRecord file, or is truncated: it claims {self.count} samples"
             )
+        if check and checksum and crc32(self._view[4 : self._data_at]) != checksum:
+            raise StorageError(f"{path} is damaged: metadata checksum mismatch; copy or pack it again")
 
     def _span(self, index: int) -> tuple[int, int]:
         at = self._offsets_at + 8 * index
@@ -159,7 +159,7 @@ class _Mapped:
         else:
             (start,), end = struct.unpack_from("<q", self._view, at), self._size
         if not self._data_at <= start <= end <= self._size:
-            raise StorageError(f"{self.path} is damaged: sample {index} lies outside the file")
+            raise StorageError(f"{self.path} is damaged: sample {index} is outside the file")
         return start, end
 
     def sample(self, index: int, check: bool) -> memoryview:
@@ -169,11 +169,11 @@ class _Mapped:
             (checksum,) = struct.unpack_from("<I", self._view, _HEAD.size + 4 * index)
             if checksum and crc32(view) != checksum:
                 raise StorageError(
-                    f"{self.path} is damaged: the checksum of sample {index} is wrong; copy or pack it again"
+                    f"{self.path} is damaged: checksum mismatch of sample {index}; copy or pack it again"
                 )
         return view
 
-    def announce(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         start, end = self._span(index)
         if end > start:
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
@@ -186,20 +186,20 @@ class _Mapped:
 
 
 class Writer:
-    """Writes an FFRecord file of a number of samples known beforehand; the file is there when it is whole.
+    """Writer of an FFRecord file of a given number of samples, atomic.
 
-    A ``with`` block that ends well renames the file into place; an error or Ctrl-C leaves nothing.
+    A ``with`` block that succeeds renames the file into place; an error or Ctrl-C leaves nothing.
     """
 
     def __init__(self, path: str | Path, count: int) -> None:
-        """Begin.
+        """Create a temporary file beside `path`.
 
         Args:
-            path: where to; replaced if it is there. The folder is made.
-            count: how many samples will be added.
+            path: the file to write, replaced if it exists. Its folder is created.
+            count: number of samples.
 
         Raises:
-            StorageError: the place cannot be written.
+            StorageError: the folder cannot be written.
         """
         if count < 0:
             raise StorageError(f"a file cannot have {count} samples")
@@ -220,12 +220,12 @@ class Writer:
         return self._add([sample])
 
     def add_file(self, file: IO[bytes]) -> int:
-        """Append what is left of an open file, in pieces; returns its index."""
+        """Append the rest of an open file, in pieces; returns its index."""
         return self._add(iter(lambda: file.read(_PIECE), b""))
 
     def _add(self, pieces: Iterator[bytes] | Sequence[bytes | bytearray | memoryview]) -> int:
         if len(self._offsets) >= self.count:
-            raise StorageError(f"{self.path} was begun for {self.count} samples, and got one more")
+            raise StorageError(f"{self.path} was opened for {self.count} samples, received one more")
         checksum, start = 0, self._position
         with map_disk_errors(str(self.path)):
             for piece in pieces:
@@ -237,15 +237,15 @@ class Writer:
         return len(self._offsets) - 1
 
     def close(self) -> None:
-        """Write the metadata and put the file into its place.
+        """Write the metadata and rename the file into place.
 
         Raises:
-            StorageError: fewer samples were added than announced, or the disk refuses.
+            StorageError: samples are missing, or the disk fails.
         """
         if len(self._offsets) != self.count:
             self.abandon()
             raise StorageError(
-                f"{self.path} was begun for {self.count} samples, and got {len(self._offsets)}"
+                f"{self.path} was opened for {self.count} samples, received {len(self._offsets)}"
             )
         if sys.byteorder == "big":
             self._checksums.byteswap()
@@ -256,7 +256,7 @@ class Writer:
                 self._file.seek(0)
                 self._file.write(struct.pack("<I", crc32(metadata)) + metadata)
                 self._file.flush()
-                # No sample at the end may be missing just because it is empty.
+                # Extend the file if its last samples are empty.
                 self._file.truncate(self._position)
                 os.fsync(self._file.fileno())
                 self._file.close()
@@ -267,8 +267,8 @@ class Writer:
             raise
 
     def abandon(self) -> None:
-        """Throw away what was written."""
-        with contextlib.suppress(OSError):  # a full disk may refuse the last flush
+        """Delete the temporary file."""
+        with contextlib.suppress(OSError):  # the last flush fails on a full disk
             self._file.close()
         self._part.unlink(missing_ok=True)
 

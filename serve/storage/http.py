@@ -1,10 +1,8 @@
-"""Files behind web addresses, for people and commands that trust the address (see `references` for clients').
+"""Files at web URLs that the user trusts (`serve.storage.references` reads those of clients).
 
-The transfer is `serve.storage.download`'s: resumed, hash-checked, atomic. Here it is given a place: files whose name
-carries a hash lie in the cache folder itself, where a person may have put them; any other is kept per version
-(ETag or date) in the bounded part of the cache, and without either it is fetched anew each time.
-
-Does not write, list or log in.
+`serve.storage.download` transfers them. Files with a hash in their name are stored in the cache folder itself, where a
+person may have put them; others are stored per version (ETag or date) in the bounded part of the cache, or downloaded
+each time if the server sends neither.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from pathlib import Path
 from serve.errors import AccessDenied, ObjectNotFound, StorageError
 from serve.storage import download
 from serve.storage.cache import Cache
+from serve.storage.hashes import hash_in_name
 from serve.storage.uri import Location
 
 __all__ = ["exists", "local_path", "read"]
@@ -26,22 +25,22 @@ _TIMEOUT_S = 30.0
 
 
 def read(where: Location) -> bytes:
-    """All bytes behind the address.
+    """Read all bytes at the URL.
 
     Raises:
-        DownloadError: not reachable, refused, broken off too often.
+        DownloadError: unreachable, rejected, or interrupted too often.
     """
     with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as folder:
         return download.fetch(where.path, Path(folder), progress=False).read_bytes()
 
 
 def local_path(where: Location, cache: Cache, *, sha256: str | None = None, progress: bool = True) -> Path:
-    """The path of a checked copy.
+    """Return the path of a checked copy.
 
     Raises:
         DownloadError: as `read`, or a wrong hash.
     """
-    if sha256 or download.hash_in_name(where.path):
+    if sha256 or hash_in_name(where.path):
         return download.fetch(where.path, cache.folder.parent, sha256_prefix=sha256, progress=progress)
     version = _version(where) or uuid.uuid4().hex
     folder = cache.folder / hashlib.sha256(f"{where.path}\n{version}".encode()).hexdigest()[:32]
@@ -52,10 +51,10 @@ def local_path(where: Location, cache: Cache, *, sha256: str | None = None, prog
 
 
 def exists(where: Location) -> bool:
-    """Whether something lies there.
+    """Whether the URL exists.
 
     Raises:
-        StorageError: the server cannot be asked, or does not let us.
+        StorageError: the server cannot be reached, or denies access.
     """
     try:
         _headers(where)
@@ -77,9 +76,9 @@ def _headers(where: Location) -> dict[str, str]:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise StorageError(f"the server of {where} cannot be reached ({type(error).__name__})") from error
     if answer.status_code in (404, 410):
-        raise ObjectNotFound(f"there is no {where}; check the address")
+        raise ObjectNotFound(f"{where} does not exist; check the URL")
     if answer.status_code in (401, 403):
-        raise AccessDenied(f"the server does not give {where} to us (HTTP {answer.status_code})")
-    if answer.status_code >= 400 and answer.status_code not in (405, 501):  # a server may know no HEAD
-        raise StorageError(f"the server answered {answer.status_code} for {where}; try again later")
+        raise AccessDenied(f"the server denies access to {where} (HTTP {answer.status_code})")
+    if answer.status_code >= 400 and answer.status_code not in (405, 501):  # HEAD may be unsupported
+        raise StorageError(f"{where} failed with HTTP {answer.status_code}; try again later")
     return dict(answer.headers) if answer.status_code < 400 else {}

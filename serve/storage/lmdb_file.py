@@ -1,10 +1,8 @@
-"""Values of LMDB databases, read only: the one seam to the ``lmdb`` package.
+"""Read values of LMDB databases.
 
-A database is a folder with ``data.mdb`` in it, or a single file. It is opened without its lock file, so a
-read-only mount will do; nobody may write to it meanwhile. Opened once per process and kept, since LMDB
-forbids opening a database twice.
-
-Does not write and knows no named sub-databases.
+A database is a folder with ``data.mdb`` in it, or a single file. It is opened without its lock file, so a read-only
+mount suffices, but no process may write to it meanwhile. It is opened once per process and kept open, since LMDB
+forbids opening a database twice. Named sub-databases are not supported.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ _OPENING = threading.Lock()
 
 
 def read(where: Location) -> bytes:
-    """The value of ``where.member``.
+    """Read the value of ``where.member``.
 
     Raises:
         ObjectNotFound: no such database or key.
@@ -34,7 +32,7 @@ def read(where: Location) -> bytes:
     import lmdb
 
     if not where.member:
-        raise StorageError(f"say which key: lmdb://{where.path}#key")
+        raise StorageError(f"{where} names no key; write lmdb://{where.path}#key")
     try:
         with _database(where.path).begin(buffers=False) as transaction:
             value = transaction.get(where.member.encode())
@@ -46,7 +44,7 @@ def read(where: Location) -> bytes:
 
 
 def keys(path: str) -> Iterator[str]:
-    """All keys of a database, in its order; those that are no UTF-8 are left out.
+    """Yield all keys of a database, in its order; keys that are not UTF-8 are skipped.
 
     Raises:
         StorageError: as `read`.
@@ -67,16 +65,18 @@ def keys(path: str) -> Iterator[str]:
 def _database(path: str) -> Any:
     import lmdb
 
-    place = Path(path).expanduser().resolve()
-    if not place.exists():
-        raise ObjectNotFound(f"there is no LMDB database {path}")
-    key = (os.getpid(), str(place))
+    file = Path(path).expanduser().resolve()
+    if not file.exists():
+        raise ObjectNotFound(f"LMDB database {path} does not exist")
+    key = (os.getpid(), str(file))
     with _OPENING:
         if key not in _OPEN:
             try:
                 _OPEN[key] = lmdb.open(
-                    str(place), subdir=place.is_dir(), readonly=True, lock=False, readahead=False
+                    str(file), subdir=file.is_dir(), readonly=True, lock=False, readahead=False
                 )
             except lmdb.Error as error:
-                raise StorageError(f"{path} is no readable LMDB database ({type(error).__name__})") from error
+                raise StorageError(
+                    f"{path} is not a readable LMDB database ({type(error).__name__})"
+                ) from error
         return _OPEN[key]

@@ -1,10 +1,8 @@
-"""Folders packed into one FFRecord file, as ``ffrecord.pack_folder`` and ``PackedFolder`` have them.
+"""Folders packed into one FFRecord file, in the format of ``ffrecord.pack_folder`` and ``PackedFolder``.
 
-All files are samples, depth first, children by name; one more sample at the end is the table of contents: the
-nine bytes ``piouhjgbr`` and a pickle of nested ``OrderedDict``, name → index of the sample for a file and
-name → table for a folder. That pickle is read with nothing allowed but ``OrderedDict``, str and int.
-
-Does not know where packed files come from or what is in them.
+All files are samples, depth first, children by name. A last sample is the table of contents: the nine bytes
+``piouhjgbr`` and a pickle of nested ``OrderedDict``, name → index of the sample for a file and name → table for a
+folder. The unpickler allows ``OrderedDict``, str and int only.
 """
 
 from __future__ import annotations
@@ -23,33 +21,33 @@ from serve.storage.ffrecord import Reader, Writer
 __all__ = ["MAGIC", "PackedFolder", "pack_folder"]
 
 MAGIC = b"piouhjgbr"
-_DEEPEST = 200
-_MOST_FOLDERS = 1_000_000
+_MAX_DEPTH = 200
+_MAX_FOLDERS = 1_000_000
 
 
 class PackedFolder:
-    """A packed folder, looked at like a folder. Paths are relative to it; ``""`` and ``.`` are the folder itself."""
+    """Packed folder; paths are relative to it, ``""`` and ``.`` are the folder itself."""
 
     def __init__(self, files: str | Path | Sequence[str | Path], *, check: bool = True) -> None:
         """Open a packed folder; arguments and errors as `serve.storage.ffrecord.Reader`."""
         self._reader = Reader(files, check=check)
-        self._contents: OrderedDict[str, Any] = _contents(self._reader)
+        self._contents: OrderedDict[str, Any] = _read_contents(self._reader)
 
     def __len__(self) -> int:
         """Number of files."""
         return len(self._reader) - 1
 
     def read(self, name: str | Path) -> memoryview:
-        """The content of a file.
+        """Read a file.
 
         Raises:
-            ObjectNotFound: no such file.
-            StorageError: it is a folder, or damaged.
+            ObjectNotFound: no such file, or a folder.
+            StorageError: the file is damaged.
         """
         return self._reader.read(self._index(name))
 
     def read_batch(self, names: Sequence[str | Path]) -> list[memoryview]:
-        """The contents of several files, in the order asked for; errors as `read`."""
+        """Read several files, in the given order; errors as `read`."""
         return self._reader.read_batch([self._index(name) for name in names])
 
     def exists(self, name: str | Path) -> bool:
@@ -72,15 +70,15 @@ class PackedFolder:
         list_dir: bool = True,
         recursive: bool = False,
     ) -> list[str]:
-        """Names below a folder, relative to it, a folder before what is in it.
+        """List the names below a folder, relative to it, each folder before its content.
 
         Raises:
             ObjectNotFound: no such folder.
         """
         found = self._find(name)
         if not isinstance(found, OrderedDict):
-            what = "a file, not a folder" if isinstance(found, int) else "not there"
-            raise ObjectNotFound(f"{name} is {what} in {self._reader.paths[0].name}")
+            hint = ", only a file of that name" if isinstance(found, int) else ""
+            raise ObjectNotFound(f"folder '{name}' not found in {self._reader.paths[0].name}{hint}")
         return [
             path
             for path, is_file in _walk(found, recursive)
@@ -88,14 +86,14 @@ class PackedFolder:
         ]
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._reader.close()
 
     def _index(self, name: str | Path) -> int:
         found = self._find(name)
         if not isinstance(found, int):
-            what = "has no file" if found is None else "has a folder, not a file, of the name"
-            raise ObjectNotFound(f"{self._reader.paths[0].name} {what} {name}")
+            hint = "" if found is None else ", only a folder of that name"
+            raise ObjectNotFound(f"file '{name}' not found in {self._reader.paths[0].name}{hint}")
         return found
 
     def _find(self, name: str | Path) -> Any:
@@ -116,75 +114,75 @@ def _walk(contents: OrderedDict[str, Any], recursive: bool) -> Iterator[tuple[st
 
 
 class _OnlyTables(pickle.Unpickler):
-    """Refuses every class but ``OrderedDict``; str, int and dict need no class."""
+    """Unpickler that rejects every class but ``OrderedDict``; str, int and dict need no class."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        raise StorageError(f"the table of contents asks for {module}.{name}; it is no packed folder of files")
+        raise StorageError(f"the table of contents names {module}.{name}; it is not a packed folder")
 
 
-def _contents(reader: Reader) -> OrderedDict[str, Any]:
+def _read_contents(reader: Reader) -> OrderedDict[str, Any]:
     path = reader.paths[-1]
     last = reader.read(len(reader) - 1) if len(reader) else memoryview(b"")
     if bytes(last[: len(MAGIC)]) != MAGIC:
-        raise StorageError(f"{path} holds samples, but is no packed folder; pack it with pack_folder")
+        raise StorageError(f"{path} is an FFRecord file, but not a packed folder; pack it with pack_folder")
     try:
         contents = _OnlyTables(io.BytesIO(last[len(MAGIC) :])).load()
-        count = _checked(contents, len(reader) - 1, 0, [len(reader) + _MOST_FOLDERS])
+        count = _count_files(contents, len(reader) - 1, 0, [len(reader) + _MAX_FOLDERS])
     except StorageError as error:
         raise StorageError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle can raise any exception
         raise StorageError(f"{path} has a damaged table of contents ({type(error).__name__})") from error
     if count != len(reader) - 1:
-        raise StorageError(f"{path} lists {count} files and holds {len(reader) - 1}; pack it again")
+        raise StorageError(f"{path} lists {count} files but holds {len(reader) - 1}; pack it again")
     return contents  # type: ignore[no-any-return]
 
 
-def _checked(contents: Any, files: int, depth: int, left: list[int]) -> int:
-    """The number of files in a table, which must be names → indices or further tables and nothing else.
+def _count_files(contents: Any, files: int, depth: int, left: list[int]) -> int:
+    """Number of files in a table, which must map names to indices or further tables and nothing else.
 
-    `left` counts down over all tables: a pickle may hold one table in a great many places.
+    `left` counts down over all tables, because a pickle can refer to one table many times.
     """
     left[0] -= len(contents) if type(contents) is OrderedDict else 0
-    if type(contents) is not OrderedDict or depth > _DEEPEST or left[0] < 0:
-        raise StorageError("the table of contents is no table of names")
+    if type(contents) is not OrderedDict or depth > _MAX_DEPTH or left[0] < 0:
+        raise StorageError("the table of contents is malformed; pack it again")
     count = 0
     for name, child in contents.items():
         if type(name) is not str:
-            raise StorageError("the table of contents has a name that is no text")
+            raise StorageError("the table of contents has a name that is not text; pack it again")
         if type(child) is int:
             if not 0 <= child < files:
-                raise StorageError(f"the table of contents gives {name} the place {child} of {files}")
+                raise StorageError(f"the table of contents gives '{name}' the index {child} of {files} files")
             count += 1
         else:
-            count += _checked(child, files, depth + 1, left)
+            count += _count_files(child, files, depth + 1, left)
     return count
 
 
 def pack_folder(
     folder: str | Path, out: str | Path, *, progress: Callable[[int, int], None] | None = None
 ) -> int:
-    """Pack a folder with everything below it into one file, a piece at a time; returns the number of files.
+    """Pack a folder with all its subfolders into one file, atomically; returns the number of files.
 
-    Links are followed. `out` appears when it is whole; an error or Ctrl-C leaves nothing.
+    Links are followed. An error or Ctrl-C leaves nothing.
 
     Args:
-        folder: what to pack.
-        out: the file to make (``.ffr``); must not lie inside `folder`.
-        progress: told (files packed, files in all) after each file.
+        folder: the folder to pack.
+        out: the file to write (``.ffr``), outside of `folder`.
+        progress: called with (files packed, files in total) after each file.
 
     Raises:
-        StorageError: not a folder, a loop of links, something that is no file, or the disk refuses.
+        StorageError: not a folder, a loop of links, an entry that is not a file, or a failing disk.
     """
     root, out = Path(folder), Path(out)
     if not root.is_dir():
-        raise ObjectNotFound(f"there is no folder {root}")
+        raise ObjectNotFound(f"folder {root} does not exist")
     if out.resolve().is_relative_to(root.resolve()):
-        raise StorageError(f"{out} lies inside {root}; pack to another place")
+        raise StorageError(f"{out} is inside {root}; choose a path outside of the packed folder")
     contents: OrderedDict[str, Any] = OrderedDict()
     paths: list[str] = []
-    _gather(root, "", contents, paths, {root.resolve()})
+    _list_folder(root, "", contents, paths, {root.resolve()})
     with Writer(out, len(paths) + 1) as writer:
         for done, name in enumerate(paths, 1):
             try:
@@ -200,12 +198,12 @@ def pack_folder(
     return len(paths)
 
 
-def _gather(
-    root: Path, below: str, contents: OrderedDict[str, Any], paths: list[str], above: set[Path]
+def _list_folder(
+    root: Path, below: str, contents: OrderedDict[str, Any], paths: list[str], parents: set[Path]
 ) -> None:
     """Fill the table of one folder and the list of files, children by name."""
-    if below.count("/") >= _DEEPEST:
-        raise StorageError(f"{root / below} is nested too deep to pack")
+    if below.count("/") >= _MAX_DEPTH:
+        raise StorageError(f"{root / below} is nested deeper than {_MAX_DEPTH} folders")
     try:
         children = sorted(os.scandir(root / below), key=lambda child: child.name)
     except OSError as error:
@@ -214,12 +212,12 @@ def _gather(
         name = f"{below}{child.name}"
         if child.is_dir():
             real = Path(child.path).resolve()
-            if real in above:
-                raise StorageError(f"{root / name} links back to a folder that it is in")
+            if real in parents:
+                raise StorageError(f"{root / name} links to a folder that contains it; remove the link")
             contents[child.name] = OrderedDict()
-            _gather(root, f"{name}/", contents[child.name], paths, above | {real})
+            _list_folder(root, f"{name}/", contents[child.name], paths, parents | {real})
         elif child.is_file():
             contents[child.name] = len(paths)
             paths.append(name)
         else:
-            raise StorageError(f"{root / name} is neither a file nor a folder; remove it or pack without it")
+            raise StorageError(f"{root / name} is neither a file nor a folder; remove it")

@@ -1,13 +1,13 @@
-"""Frames that a request names by address instead of sending: which addresses are read, and how far.
+"""Frames by reference: read URIs in requests, within an allow-list and limits.
 
-Off unless prefixes are given. An address is read only where it begins with one of them, compared part by part
-after parsing: ``s3://bucket`` allows ``s3://bucket/…`` and not ``s3://bucket-evil/…``; scheme and host of web
-addresses count without regard to case; ``..``, encoded slashes and the like are refused before anything is
-compared. Web addresses that do not resolve to public addresses only are refused, at every redirect again, and
-the connection goes to the very address that was checked. Reading stops at the size limit and at the deadline.
+Off unless prefixes are given. A URI is read only if it starts with one of them, compared part by part after parsing:
+``s3://bucket`` allows ``s3://bucket/…`` but not ``s3://bucket-evil/…``. Scheme and host of web URLs are compared
+case-insensitively; ``..``, encoded slashes and the like are rejected before the comparison. Web hosts must resolve to
+public addresses only, checked again at every redirect, and the connection goes to the checked address. Size and time
+are limited.
 
-What a client did wrong is a `ClientError`; a store that fails is `NotReady` and a slow one `DeadlineExceeded`.
-Neither says what the store said. Knows no web framework and no batching.
+Errors of the client are `ClientError`; a failing store is `NotReady`, a slow one `DeadlineExceeded`. Neither repeats
+the store's message.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ _SCHEMES = ("s3", "http", "ffrecord", "lmdb")
 _TRICKS = re.compile(r"%(?:2f|5c|2e|25|00)|\\", re.IGNORECASE)
 _MAX_URI = 2048
 _MAX_REDIRECTS = 3
-_OFF = "frames by reference are off on this server; send the frame itself"
+_OFF = "frames by reference are disabled on this server; send the frame itself"
 
 
 @dataclass(frozen=True)
 class ReferenceLimits:
-    """Bounds on one reference.
+    """Limits of one reference.
 
     Attributes:
         max_bytes: largest frame, bytes.
-        timeout_s: seconds for everything: resolving, connecting, redirects, reading.
-        parallel: references read at once; further ones wait, their time running.
-        private_hosts: let web addresses lead to loopback and private networks. Only for web servers of one's own
-            that the prefixes name.
+        timeout_s: total time for resolving, connecting, redirects and reading, seconds.
+        parallel: references read in parallel; others wait, with their time running.
+        private_hosts: allow web hosts on loopback and private networks. Only for your own web servers named in the
+            prefixes.
     """
 
     max_bytes: int = MAX_FRAME_BYTES
@@ -70,21 +70,21 @@ class ReferenceLimits:
 
 
 class References:
-    """Reads what clients refer to. Made once, used from one event loop; `close` it at the end."""
+    """Reader of references; created once, used from one event loop, closed by `close`."""
 
     def __init__(self, allowed: Sequence[str], limits: ReferenceLimits | None = None) -> None:
-        """Prepare.
+        """Parse the prefixes and create the threads.
 
         Args:
             allowed: prefixes such as ``s3://bucket/frames/``, ``https://host/clouds/`` or
-                ``ffrecord:///data/packed.ffr``; none turns the feature off.
-            limits: the bounds.
+                ``ffrecord:///data/packed.ffr``; without any, the feature is off.
+            limits: the limits.
 
         Raises:
-            SettingsError: a prefix is no address, or one of plain files.
+            SettingsError: a prefix is not a URI, or one of plain files.
         """
         self.limits = limits or ReferenceLimits()
-        self._allowed = [_prefix(text) for text in allowed]
+        self._allowed = [_parse_prefix(text) for text in allowed]
         self._threads = ThreadPoolExecutor(self.limits.parallel, thread_name_prefix="reference")
 
     @property
@@ -93,37 +93,35 @@ class References:
         return bool(self._allowed)
 
     def check(self, uri: object) -> Location:
-        """The location an address names, if it may be read; nothing is sent.
+        """Parse a URI and check it against the prefixes, without sending anything.
 
         Raises:
-            BadRequest: not a readable address.
+            BadRequest: not a valid URI.
             ReferenceRefused: the feature is off, or no prefix allows it.
         """
         if not self._allowed:
             raise ReferenceRefused(_OFF)
         if not isinstance(uri, str) or len(uri) > _MAX_URI:
-            raise BadRequest(f'"uri" must be text of at most {_MAX_URI} letters')
+            raise BadRequest(f'"uri" must be a string of at most {_MAX_URI} characters')
         try:
             where = parse(uri)
         except UriError as error:
             raise BadRequest(f'"uri": {error}') from None
-        parts = _parts(where)
-        if parts is None or not any(_begins(parts, prefix) for prefix in self._allowed):
-            raise ReferenceRefused(
-                "this address is not on the server's list of prefixes; send the frame itself"
-            )
+        parts = _split_location(where)
+        if parts is None or not any(_starts_with(parts, prefix) for prefix in self._allowed):
+            raise ReferenceRefused("the server does not allow this URI; send the frame itself")
         return where
 
     async def fetch(self, uri: object) -> bytes:
-        """The bytes at an address.
+        """Read the bytes at a URI.
 
         Raises:
-            BadRequest: not a readable address.
-            ReferenceRefused: not allowed by the list, or it leads to a private network.
-            ReferenceNotFound: nothing lies there.
+            BadRequest: not a valid URI.
+            ReferenceRefused: not allowed by the prefixes, or the host is in a private network.
+            ReferenceNotFound: it does not exist.
             FrameTooLarge: over ``max_bytes``.
             DeadlineExceeded: not read within ``timeout_s``.
-            NotReady: the store does not answer, or refuses this server.
+            NotReady: the store does not respond, or denies this server access.
         """
         where = self.check(uri)
         try:
@@ -134,19 +132,19 @@ class References:
                 return await loop.run_in_executor(self._threads, _read, where, self.limits)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"{where} could not be read within {self.limits.timeout_s:g} s; try again, or send the frame itself"
+                f"{where} was not read within {self.limits.timeout_s:g} s; try again, or send the frame itself"
             ) from None
         except ObjectNotFound:
-            raise ReferenceNotFound(f"nothing lies at {where}; check the address") from None
+            raise ReferenceNotFound(f"{where} does not exist; check the URI") from None
         except AccessDenied as error:
             raise NotReady(
-                f"the store does not let this server read {where}; its operator must see to it"
+                f"this server has no permission to read {where}; ask its operator, or send the frame itself"
             ) from error
         except StorageError as error:
-            raise NotReady(f"the store of {where} fails at the moment; try again later") from error
+            raise NotReady(f"the store of {where} failed; try again later") from error
 
     def close(self) -> None:
-        """Let go of the threads; what they still read is dropped."""
+        """Stop the threads; pending reads are dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def __aenter__(self) -> Self:
@@ -156,33 +154,29 @@ class References:
         self.close()
 
     def _check_redirect(self, url: str) -> None:
-        """A redirect must stay on the list, like the address itself."""
+        """Check the target of a redirect like the URI itself."""
         try:
             self.check(url)
         except ClientError:
-            raise ReferenceRefused(
-                "the address redirects to a place that is not on the server's list"
-            ) from None
+            raise ReferenceRefused("the URI redirects to a URL that the server does not allow") from None
 
 
-# --- comparing addresses ----------------------------------------------------------------------------------
-
-
-def _prefix(text: str) -> tuple[str, ...]:
+def _parse_prefix(text: str) -> tuple[str, ...]:
     try:
         where = parse(text)
     except UriError as error:
         raise SettingsError(f"allowed prefix {text!r}: {error}") from None
-    parts = _parts(where)
+    parts = _split_location(where)
     if parts is None:
         raise SettingsError(
-            f"allowed prefix {text!r} must be of s3://, http(s)://, ffrecord:// or lmdb://, without '..', '%2f' or '?'"
+            f"allowed prefix {text!r} must start with s3://, http(s)://, ffrecord:// or lmdb:// and contain no '..', "
+            "'%2f' or '?'"
         )
     return parts
 
 
-def _parts(where: Location) -> tuple[str, ...] | None:
-    """What is compared: scheme, place, then the path bit by bit. None: no such thing is ever allowed."""
+def _split_location(where: Location) -> tuple[str, ...] | None:
+    """Scheme, host or bucket, then the path segment by segment; None for URIs that are never allowed."""
     if where.scheme not in _SCHEMES:
         return None
     if where.scheme == "s3":
@@ -198,29 +192,26 @@ def _parts(where: Location) -> tuple[str, ...] | None:
     return _split(scheme, f"{host}:{port}", unquote(url.path.removeprefix("/")))
 
 
-def _split(scheme: str, place: str, path: str) -> tuple[str, ...] | None:
-    bits = path.split("/")
-    if any(bit in (".", "..") for bit in bits) or "\\" in path:
+def _split(scheme: str, host: str, path: str) -> tuple[str, ...] | None:
+    segments = path.split("/")
+    if any(segment in (".", "..") for segment in segments) or "\\" in path:
         return None
-    # A prefix may end in a slash; the empty bit behind it stands for nothing.
-    return (scheme, place, *(bits[:-1] if bits[-1] == "" else bits))
+    # A prefix may end in a slash: ignore the empty segment after it.
+    return (scheme, host, *(segments[:-1] if segments[-1] == "" else segments))
 
 
-def _begins(parts: tuple[str, ...], prefix: tuple[str, ...]) -> bool:
+def _starts_with(parts: tuple[str, ...], prefix: tuple[str, ...]) -> bool:
     return parts[: len(prefix)] == prefix
 
 
-# --- buckets and containers (in a thread) -----------------------------------------------------------------
-
-
 def _read(where: Location, limits: ReferenceLimits) -> bytes:
-    """Read without taking more memory than the limit allows."""
+    """Read from a bucket or container (in a thread), within the size limit."""
     if where.scheme == "s3":
         from serve.storage import s3
 
-        # Few attempts, each within the deadline: whoever waits has gone by the time of a third.
-        patience = s3.Options(min(limits.timeout_s, 5.0), limits.timeout_s, attempts=2, parallel=4)
-        store = s3.connect(where.cluster, options=patience)
+        # A third attempt would exceed the deadline.
+        options = s3.Options(min(limits.timeout_s, 5.0), limits.timeout_s, attempts=2, parallel=4)
+        store = s3.connect(where.cluster, options=options)
         if where.path == "" or where.path.endswith("/"):
             raise ObjectNotFound(str(where))
         info = store.head(where)
@@ -242,40 +233,37 @@ def _read(where: Location, limits: ReferenceLimits) -> bytes:
 def _require_small(size: int, limits: ReferenceLimits) -> None:
     if size > limits.max_bytes:
         raise FrameTooLarge(
-            f"the frame at this address is larger than {limits.max_bytes} bytes; send a smaller one"
+            f"the frame at this URI is larger than {limits.max_bytes} bytes; send a smaller one"
         )
 
 
-# --- web addresses ----------------------------------------------------------------------------------------
-
-
 async def _fetch_web(url: str, limits: ReferenceLimits, check_redirect: Callable[[str], None]) -> bytes:
-    """GET, following few redirects, each checked, resolved once and connected to what it resolved to."""
+    """GET a web URL; every redirect is checked, and its host resolved once and connected to by address."""
     import httpx
 
     async with httpx.AsyncClient(trust_env=False, timeout=limits.timeout_s, follow_redirects=False) as client:
         for _ in range(_MAX_REDIRECTS + 1):
             try:
-                answer = await _sent(client, httpx.URL(url), limits)
+                answer = await _send(client, httpx.URL(url), limits)
                 try:
                     if not answer.has_redirect_location:
-                        return await _body(answer, limits)
+                        return await _read_body(answer, limits)
                     url = str(httpx.URL(url).join(answer.headers["location"]))
                 finally:
                     await answer.aclose()
             except httpx.InvalidURL:
-                raise ReferenceRefused("the address leads nowhere") from None
+                raise ReferenceRefused("the URI redirects to an invalid URL") from None
             except httpx.TimeoutException:
                 raise TimeoutError from None
             except httpx.TransportError as error:
                 raise StorageError(f"the web server cannot be read ({type(error).__name__})") from error
             check_redirect(url)
-    raise ReferenceRefused(f"the address redirects more than {_MAX_REDIRECTS} times")
+    raise ReferenceRefused(f"the URI redirects more than {_MAX_REDIRECTS} times")
 
 
-async def _sent(client: httpx.AsyncClient, url: httpx.URL, limits: ReferenceLimits) -> httpx.Response:
-    """Connect to an address that was checked; the name stays in Host header, SNI and certificate."""
-    address = await _public_address(url.host, url.port or (443 if url.scheme == "https" else 80), limits)
+async def _send(client: httpx.AsyncClient, url: httpx.URL, limits: ReferenceLimits) -> httpx.Response:
+    """Send a GET to a checked IP address; Host header, SNI and certificate use the name."""
+    address = await _resolve_public(url.host, url.port or (443 if url.scheme == "https" else 80), limits)
     request = client.build_request(
         "GET",
         url.copy_with(host=address),
@@ -285,7 +273,7 @@ async def _sent(client: httpx.AsyncClient, url: httpx.URL, limits: ReferenceLimi
     return await client.send(request, stream=True)
 
 
-async def _body(answer: httpx.Response, limits: ReferenceLimits) -> bytes:
+async def _read_body(answer: httpx.Response, limits: ReferenceLimits) -> bytes:
     if answer.status_code in (404, 410):
         raise ObjectNotFound("no such page")
     if answer.status_code in (401, 403):
@@ -293,7 +281,7 @@ async def _body(answer: httpx.Response, limits: ReferenceLimits) -> bytes:
     if answer.status_code != 200:
         raise StorageError(f"the web server answered {answer.status_code}")
     if answer.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise StorageError("the web server insists on sending it compressed")
+        raise StorageError("the web server sends only compressed bodies")
     announced = answer.headers.get("content-length", "")
     if announced.isdigit():
         _require_small(int(announced), limits)
@@ -304,8 +292,8 @@ async def _body(answer: httpx.Response, limits: ReferenceLimits) -> bytes:
     return bytes(body)
 
 
-async def _public_address(host: str, port: int, limits: ReferenceLimits) -> str:
-    """One address of the host, after all of them were found to be public.
+async def _resolve_public(host: str, port: int, limits: ReferenceLimits) -> str:
+    """Resolve a host to one of its IP addresses, all of which must be public.
 
     Raises:
         ReferenceRefused: any of them is loopback, private, link-local, multicast or reserved.
@@ -318,7 +306,7 @@ async def _public_address(host: str, port: int, limits: ReferenceLimits) -> str:
     addresses = [str(entry[4][0]) for entry in found]
     if not limits.private_hosts and not all(_is_public(address) for address in addresses):
         raise ReferenceRefused(
-            "the address leads to a private network, which this server does not read for clients"
+            "the host is in a private network, from which this server does not read frames"
         )
     return addresses[0]
 
@@ -326,10 +314,10 @@ async def _public_address(host: str, port: int, limits: ReferenceLimits) -> str:
 def _is_public(text: str) -> bool:
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
-        # An IPv4 address may hide in one of IPv6: mapped, 6to4, Teredo, NAT64.
-        hidden = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
-        if hidden is None and address in ipaddress.ip_network("64:ff9b::/96"):
-            hidden = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if hidden is not None:
-            return _is_public(str(hidden))
+        # IPv6 addresses can embed an IPv4 address: mapped, 6to4, Teredo, NAT64.
+        embedded = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
+        if embedded is None and address in ipaddress.ip_network("64:ff9b::/96"):
+            embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if embedded is not None:
+            return _is_public(str(embedded))
     return address.is_global and not address.is_multicast

@@ -1,15 +1,12 @@
-"""Objects in S3 and what speaks its protocol (Ceph's radosgw, MinIO), through boto3.
+"""Objects in S3 and compatible stores (Ceph's radosgw, MinIO), through boto3.
 
-Reading and writing are boto3's own managed transfers: large objects in parallel ranges, every range but the
-first bound to the object's ETag, so that an object that changes meanwhile is an error and never a mixture.
-Requests are retried with growing pauses (botocore's standard mode). What we write carries its sha256 as
-metadata, and whoever reads it through a cache or to a file is held to it.
+boto3's managed transfers read and write: large objects in parallel ranges, every range but the first bound to the
+object's ETag, so that an object that changes meanwhile raises an error instead of being mixed. Requests are retried
+with backoff (botocore's standard mode). Uploaded objects carry their sha256 as metadata, which downloads check.
 
-Credentials and endpoints come from where boto3 looks for them (``aws configure``, the environment, the
-machine's role) and from petrel's configuration (`serve.storage.clusters`), never from an address. This is the
-one seam to botocore: its exceptions end here, and none of their text is passed on.
-
-Does not know the cache, mmengine or other kinds of storage.
+Credentials and endpoints come from boto3's usual sources (``aws configure``, the environment, the machine's role) and
+from petrel's configuration (`serve.storage.clusters`), never from a URI. All exceptions of botocore are mapped here,
+without their text.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from serve.errors import AccessDenied, ObjectNotFound, StorageError, UriError
 from serve.storage.clusters import find_cluster
-from serve.storage.download import sha256_of
+from serve.storage.hashes import sha256_of
 from serve.storage.uri import Location
 
 if TYPE_CHECKING:
@@ -46,14 +43,14 @@ _MISSING = frozenset({"NoSuchKey", "404", "NotFound", "NoSuchVersion"})
 
 @dataclass(frozen=True)
 class Options:
-    """How patient to be.
+    """Timeouts and retries.
 
     Attributes:
         connect_timeout_s: seconds to wait for a connection.
-        read_timeout_s: seconds without a byte after which an attempt is given up.
-        attempts: of every request, the first one included; and again of every range whose body breaks off or
-            does not begin in time.
-        parallel: ranges at once.
+        read_timeout_s: seconds without a byte after which an attempt fails.
+        attempts: attempts per request, the first included; the same number again for every range whose body is
+            interrupted or does not start in time.
+        parallel: ranges in parallel.
     """
 
     connect_timeout_s: float = 10.0
@@ -64,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a bucket says of an object: bytes, ETag (as quoted by the server), and the sha256 if we wrote it."""
+    """Size in bytes, ETag (as quoted by the server) and, if recorded, sha256 of an object."""
 
     size: int
     etag: str
@@ -73,7 +70,7 @@ class ObjectInfo:
 
 @dataclass(frozen=True)
 class ListEntry:
-    """One line of a listing: the name below the folder listed, whether it is a folder, and bytes."""
+    """Entry of a listing: name relative to the listed folder, whether it is a folder, size in bytes."""
 
     name: str
     is_folder: bool
@@ -81,10 +78,10 @@ class ListEntry:
 
 
 class S3:
-    """One cluster. Safe for several threads; a forked process connects anew (see `connect`)."""
+    """One cluster. Thread-safe; a forked process opens its own connection (see `connect`)."""
 
     def __init__(self, cluster: str = "", conf: Path | None = None, options: Options | None = None) -> None:
-        """Prepare; nothing is sent yet.
+        """Create the client without sending anything.
 
         Raises:
             StorageError: the cluster is not configured.
@@ -100,14 +97,14 @@ class S3:
             read_timeout=self.options.read_timeout_s,
             retries={"mode": "standard", "total_max_attempts": self.options.attempts},
             max_pool_connections=self.options.parallel + 2,
-            # Trailing checksums are newer than many servers that speak S3.
+            # Many S3-compatible servers do not support trailing checksums.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             user_agent_extra="mmdet3d-serve",
-            # Servers of one's own rarely have a DNS name per bucket.
+            # Self-hosted servers rarely have a DNS name per bucket.
             s3={"addressing_style": "path"} if known.endpoint else None,
         )
-        with _told(Location("s3", "", "", cluster)):
+        with _map_errors(Location("s3", "", "", cluster)):
             self.client: S3Client = boto3.session.Session().client(
                 "s3",
                 endpoint_url=known.endpoint,
@@ -120,7 +117,7 @@ class S3:
             multipart_chunksize=_PART_BYTES,
             max_concurrency=self.options.parallel,
             num_download_attempts=self.options.attempts,
-            # Larger pieces than boto3's own are written faster; fewer of them may wait for a slow disk.
+            # Larger chunks than boto3's default are written faster; the queue is bounded for slow disks.
             io_chunksize=1 << 20,
             max_io_queue=64,
         )
@@ -128,18 +125,16 @@ class S3:
 
     @property
     def endpoint(self) -> str:
-        """The address requests go to."""
+        """URL of the server."""
         return self.client.meta.endpoint_url
 
-    # --- reading ---
-
     def read(self, where: Location, *, info: ObjectInfo | None = None) -> bytes:
-        """The whole object; with `info` from `head`, that version of it or an error.
+        """Read a whole object; with `info` from `head`, exactly that version of it.
 
         Raises:
             ObjectNotFound: no such object or bucket.
-            AccessDenied: no credentials, or they do not allow it.
-            StorageError: unreachable, broken off too often, or changed meanwhile.
+            AccessDenied: credentials are missing or insufficient.
+            StorageError: unreachable, interrupted too often, or changed meanwhile.
         """
         buffer = io.BytesIO()
         self.download(where, buffer, info=info, progress=False)
@@ -153,36 +148,36 @@ class S3:
         Args:
             where: the object.
             file: open for writing, empty.
-            info: from `head`; the download then fails when the object is another one by now.
-            progress: show a bar on standard error where that is a terminal and the object is large.
+            info: from `head`; the download fails if the object has changed since.
+            progress: show a progress bar on standard error for large objects if that is a terminal.
 
         Raises:
-            StorageError: as `read`; what `file` holds then is of no use.
+            StorageError: as `read`; the content of `file` is then undefined.
         """
         _require_key(where)
-        subscribers: list[Any] = [_known(info)] if info else []
-        with _told(where), _bar(where, info.size if info and progress else 0) as on_progress:
+        subscribers: list[Any] = [_bind_version(info)] if info else []
+        with _map_errors(where), _progress_bar(where, info.size if info and progress else 0) as on_progress:
             future = self._transfers.download(
                 where.bucket, where.path, file, subscribers=[*subscribers, on_progress]
             )
             future.result()
         if info and (got := file.seek(0, os.SEEK_END)) != info.size:
-            raise StorageError(f"{got} bytes of {where} arrived where {info.size} were announced; try again")
+            raise StorageError(f"{where} has {info.size} bytes, received {got}; try again")
 
     def head(self, where: Location) -> ObjectInfo:
-        """Size, ETag and hash of an object.
+        """Read size, ETag and hash of an object.
 
         Raises:
             ObjectNotFound: no such object or bucket.
             StorageError: as `read`.
         """
         _require_key(where)
-        with _told(where):
+        with _map_errors(where):
             found = self.client.head_object(Bucket=where.bucket, Key=where.path)
         return ObjectInfo(found["ContentLength"], found.get("ETag", ""), found.get("Metadata", {}).get(_HASH))
 
     def is_file(self, where: Location) -> bool:
-        """Whether there is such an object. Not allowed to look is an error, not a no."""
+        """Whether the object exists; raises `AccessDenied` if that may not be known."""
         if not where.path or where.path.endswith("/"):
             return False
         try:
@@ -192,20 +187,20 @@ class S3:
         return True
 
     def is_folder(self, where: Location) -> bool:
-        """Whether any object lies below this prefix (for a bare bucket: whether it is there)."""
+        """Whether any object has this prefix (for a bare bucket: whether it exists)."""
         prefix = _as_folder(where.path)
         try:
-            with _told(where):
+            with _map_errors(where):
                 found = self.client.list_objects_v2(Bucket=where.bucket, Prefix=prefix, MaxKeys=1)
         except ObjectNotFound:
             return False
         return bool(found.get("KeyCount")) or not prefix
 
     def list(self, where: Location, *, recursive: bool = False) -> Iterator[ListEntry]:
-        """What lies in a bucket or below a prefix, by name; folders first seen where their first object is.
+        """List a bucket or prefix by name; a folder comes before its first object.
 
         Raises:
-            ObjectNotFound: no such bucket. A prefix with nothing below it lists nothing.
+            ObjectNotFound: no such bucket. A prefix without objects yields nothing.
         """
         prefix = _as_folder(where.path)
         seen: set[str] = set()
@@ -213,7 +208,7 @@ class S3:
         pages = self.client.get_paginator("list_objects_v2").paginate(
             Bucket=where.bucket, Prefix=prefix, **arguments
         )
-        with _told(where):
+        with _map_errors(where):
             for page in pages:
                 for common in page.get("CommonPrefixes", ()):
                     yield ListEntry(common["Prefix"][len(prefix) :].rstrip("/"), True)
@@ -226,10 +221,8 @@ class S3:
                     if name and not name.endswith("/"):
                         yield ListEntry(name, False, entry["Size"])
 
-    # --- writing ---
-
     def write(self, where: Location, data: bytes) -> None:
-        """Make (or replace) an object; readers see the old or the new one, never a part.
+        """Create or replace an object, atomically.
 
         Raises:
             StorageError: as `read`.
@@ -238,7 +231,7 @@ class S3:
         self._upload(where, io.BytesIO(data), hashlib.sha256(data).hexdigest(), 0)
 
     def upload(self, path: Path, where: Location, *, progress: bool = True) -> str:
-        """Make (or replace) an object from a file, large ones in parallel parts; returns its sha256.
+        """Create or replace an object from a file, large ones in parallel parts; returns its sha256.
 
         Raises:
             StorageError: as `read`, or the file cannot be read.
@@ -252,7 +245,7 @@ class S3:
         return sha256
 
     def _upload(self, where: Location, source: str | IO[bytes], sha256: str, size: int) -> None:
-        with _told(where), _bar(where, size) as on_progress:
+        with _map_errors(where), _progress_bar(where, size) as on_progress:
             self._transfers.upload(
                 source,
                 where.bucket,
@@ -262,9 +255,9 @@ class S3:
             ).result()
 
     def remove(self, where: Location) -> None:
-        """Remove an object; one that is not there is no error, as S3 has it."""
+        """Remove an object; a missing object is not an error, as in S3."""
         _require_key(where)
-        with _told(where):
+        with _map_errors(where):
             self.client.delete_object(Bucket=where.bucket, Key=where.path)
 
 
@@ -274,7 +267,7 @@ _CONNECTING = threading.Lock()
 
 
 def connect(cluster: str = "", conf: Path | None = None, options: Options | None = None) -> S3:
-    """The `S3` of a cluster, made once per process and kept."""
+    """Return the `S3` of a cluster, created once per process."""
     key = (os.getpid(), cluster, conf, options)
     with _CONNECTING:
         if key not in _CONNECTED:
@@ -297,21 +290,21 @@ def _folders_of(name: str) -> Iterator[str]:
         yield "/".join(parts[:depth])
 
 
-def _known(info: ObjectInfo) -> Any:
-    """Bind a download to the version that was looked at (s3transfer then sends If-Match with every range)."""
+def _bind_version(info: ObjectInfo) -> Any:
+    """Bind a download to a version of the object: s3transfer sends If-Match with every range."""
     from s3transfer.subscribers import BaseSubscriber
 
-    class Known(BaseSubscriber):
+    class Version(BaseSubscriber):
         def on_queued(self, future: Any, **_: Any) -> None:
             future.meta.provide_transfer_size(info.size)
             future.meta.provide_object_etag(info.etag)
 
-    return Known()
+    return Version()
 
 
 @contextlib.contextmanager
-def _bar(where: Location, size: int) -> Iterator[Any]:
-    """Something that s3transfer tells of progress; shows a bar when `size` is worth one."""
+def _progress_bar(where: Location, size: int) -> Iterator[Any]:
+    """Yield a subscriber for s3transfer that shows a progress bar for large sizes (bytes)."""
     from s3transfer.subscribers import BaseSubscriber
     from tqdm import tqdm
 
@@ -333,8 +326,8 @@ def _bar(where: Location, size: int) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _told(where: Location) -> Iterator[None]:
-    """Turn what botocore, boto3 and s3transfer raise into sentences of ours."""
+def _map_errors(where: Location) -> Iterator[None]:
+    """Map exceptions of botocore, boto3 and s3transfer inside the ``with`` block to `serve.errors`."""
     from boto3.exceptions import Boto3Error
     from botocore import exceptions as its
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
@@ -342,10 +335,10 @@ def _told(where: Location) -> Iterator[None]:
     try:
         yield
     except its.ClientError as error:
-        raise _answered(error, where) from error
+        raise _map_client_error(error, where) from error
     except (its.NoCredentialsError, its.PartialCredentialsError, its.CredentialRetrievalError) as error:
         raise AccessDenied(
-            f"there are no credentials for {where}; run `aws configure`, set AWS_ACCESS_KEY_ID and "
+            f"no credentials for {where}; run `aws configure`, set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or give the machine a role"
         ) from error
     except (its.ProfileNotFound, its.ConfigParseError) as error:
@@ -353,36 +346,36 @@ def _told(where: Location) -> Iterator[None]:
             f"the AWS configuration cannot be used for {where} ({type(error).__name__})"
         ) from error
     except (its.ParamValidationError, its.InvalidEndpointDiscoveryConfigurationError) as error:
-        raise UriError(f"{where} is no address that S3 can take") from error
+        raise UriError(f"{where} is not a valid S3 URI") from error
     except S3DownloadFailedError as error:
-        raise StorageError(f"{where} was changed while it was read; try again") from error
+        raise StorageError(f"{where} changed while it was read; try again") from error
     except RetriesExceededError as error:
-        why = type(error.last_exception).__name__
-        raise StorageError(f"{where} broke off again and again ({why}); try again later") from error
+        reason = type(error.last_exception).__name__
+        raise StorageError(f"{where} was interrupted repeatedly ({reason}); try again later") from error
     except (its.EndpointConnectionError, its.ConnectTimeoutError, its.ProxyConnectionError) as error:
         raise StorageError(
             f"the server of {where} cannot be reached; check the endpoint (AWS_ENDPOINT_URL, petreloss.conf)"
         ) from error
     except (its.ReadTimeoutError, its.HTTPClientError) as error:
-        raise StorageError(f"the server of {where} stopped answering ({type(error).__name__})") from error
+        raise StorageError(f"the server of {where} stopped responding ({type(error).__name__})") from error
     except (its.BotoCoreError, Boto3Error) as error:
         raise StorageError(f"{where} failed ({type(error).__name__})") from error
 
 
-def _answered(error: Any, where: Location) -> StorageError:
-    """The sentence for an error the server answered with."""
+def _map_client_error(error: Any, where: Location) -> StorageError:
+    """Map an error response of the server."""
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if code == "NoSuchBucket":
-        return ObjectNotFound(f"there is no bucket {where.bucket}; check the name and the endpoint")
+        return ObjectNotFound(f"bucket {where.bucket} does not exist; check the name and the endpoint")
     if code in _MISSING:
-        return ObjectNotFound(f"there is no {where}; list the bucket to see what is there")
+        return ObjectNotFound(f"{where} does not exist; list the bucket to see its objects")
     if code in _EXPIRED:
         return AccessDenied(f"the credentials for {where} have expired ({code}); renew them")
     if code in _DENIED or status in (401, 403):
-        return AccessDenied(f"these credentials do not allow {where} ({code}); ask for access or use others")
+        return AccessDenied(
+            f"the credentials do not permit access to {where} ({code}); ask for access or use others"
+        )
     if code in ("PreconditionFailed", "412"):
-        return StorageError(f"{where} was changed while it was read; try again")
-    return StorageError(
-        f"the server answered {code or 'an error'} (HTTP {status}) for {where}; try again later"
-    )
+        return StorageError(f"{where} changed while it was read; try again")
+    return StorageError(f"{where} failed with {code or 'an error'} (HTTP {status}); try again later")

@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from serve.errors import ModelLookupError
-from serve.storage.download import hash_in_name
+from serve.storage.hashes import hash_in_name
 from serve.zoo.aliases import ADDED_WORDS, ALIASES, bare_name, flat_name, name_words
 from serve.zoo.config_bases import config_bases
 

@@ -33,16 +33,20 @@ def test_importing_storage_imports_no_client_library():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_local_files(tmp_path):
+def test_local_files_are_read_written_and_listed(tmp_path, cache):
     path = tmp_path / "deep/x.bin"
     for uri in (str(path), f"file://{path}"):
         storage.write_bytes(uri, b"body")
-        assert storage.read_bytes(uri) == b"body" and storage.local_path(uri) == path and storage.exists(uri)
+        assert (
+            storage.read_bytes(uri) == b"body"
+            and storage.local_path(uri, cache) == path
+            and storage.exists(uri)
+        )
     storage.upload(path, f"file://{tmp_path}/copy.bin")
     assert storage.list_files(tmp_path, (".bin",)) == [str(tmp_path / "copy.bin")]
-    with pytest.raises(StorageError, match="promised"):
-        storage.local_path(path, sha256="00")
-    for call in (storage.read_bytes, storage.local_path, storage.list_files):
+    with pytest.raises(StorageError, match="sha256"):
+        storage.local_path(path, cache, sha256="00")
+    for call in (storage.read_bytes, lambda path: storage.local_path(path, cache), storage.list_files):
         with pytest.raises(ObjectNotFound):
             call(tmp_path / "none")
     with pytest.raises(ObjectNotFound):
@@ -50,7 +54,7 @@ def test_local_files(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy.bin", "deep"]
 
 
-def test_web_files_are_kept_by_version(site, cache):
+def test_web_files_are_cached_by_version(site, cache):
     site.files["a/x.bin"] = b"old"
     uri = site.url("a/x.bin")
     first = storage.local_path(uri, cache=cache)
@@ -62,25 +66,25 @@ def test_web_files_are_kept_by_version(site, cache):
     with pytest.raises(ObjectNotFound):
         storage.local_path(site.url("a/none"), cache=cache)
     with pytest.raises(DownloadError):
-        storage.local_path(uri, sha256="00", cache=cache)
-    with pytest.raises(UriError, match="only be read"):
+        storage.local_path(uri, cache, sha256="00")
+    with pytest.raises(UriError, match="read-only"):
         storage.write_bytes(uri, b"")
-    with pytest.raises(UriError, match="cannot be listed"):
+    with pytest.raises(UriError):
         storage.list_files(uri)
 
 
-def test_a_web_server_that_refuses_or_fails_is_said(site, free_ports):
+def test_web_server_errors_map_to_storage_errors(site, free_ports):
     for status, kind in ((403, AccessDenied), (500, StorageError)):
         site.answers["x"] = lambda handler, status=status: (
             handler.send_response(status), handler.send_header("Content-Length", "0"), handler.end_headers()
         )  # fmt: skip
         with pytest.raises(kind, match=str(status)):
             storage.exists(site.url("x"))
-    with pytest.raises(StorageError, match="cannot be reached"):
+    with pytest.raises(StorageError):
         storage.exists(f"http://127.0.0.1:{free_ports(1)[0]}/x")
 
 
-def test_a_web_file_that_breaks_off_is_taken_up_again(site, cache):
+def test_interrupted_web_file_is_resumed(site, cache):
     body = bytes(range(256)) * 20_000
     site.files["x.bin"] = body
     cut = [True]
@@ -117,21 +121,21 @@ def database(tmp_path) -> str:
     return f"lmdb://{tmp_path}/f.lmdb"
 
 
-def test_lmdb_values(database, cache, tmp_path):
+def test_lmdb_values_are_read_listed_and_cached(database, cache, tmp_path):
     assert storage.read_bytes(f"{database}#a/1.bin") == b"value of a/1.bin"
     assert storage.local_path(f"{database}#a/1.bin", cache=cache).read_bytes() == b"value of a/1.bin"
     assert storage.list_files(database, (".bin",)) == [f"{database}#a/1.bin", f"{database}#b/2.bin"]
     assert storage.exists(f"{database}#a/1.bin") and not storage.exists(f"{database}#none")
     for uri, says in (
         (f"{database}#none", "no key 'none'"),
-        (f"lmdb://{tmp_path}/none#x", "no LMDB database"),
+        (f"lmdb://{tmp_path}/none#x", "/none"),
     ):
         with pytest.raises(ObjectNotFound, match=says):
             storage.read_bytes(uri)
-    with pytest.raises(StorageError, match="say which key"):
+    with pytest.raises(StorageError, match="#key"):
         storage.read_bytes(database)
     (tmp_path / "bad").write_bytes(b"no database" * 1000)
-    with pytest.raises(StorageError, match="no readable LMDB database"):
+    with pytest.raises(StorageError):
         storage.read_bytes(f"lmdb://{tmp_path}/bad#x")
 
 
@@ -145,7 +149,7 @@ def packed(tmp_path) -> str:
     return f"ffrecord://{tmp_path}/p.ffr"
 
 
-def test_packed_files(packed, cache, tmp_path):
+def test_packed_files_are_read_listed_and_cached(packed, cache, tmp_path):
     assert storage.read_bytes(f"{packed}#velodyne/8.bin") == b"velodyne/8.bin"
     copy = storage.local_path(f"{packed}#velodyne/8.bin", cache=cache)
     assert copy.read_bytes() == b"velodyne/8.bin" and copy.name == "8.bin"
@@ -153,7 +157,7 @@ def test_packed_files(packed, cache, tmp_path):
         f"{packed}#velodyne/{n}.bin" for n in (8, 9)
     ]
     assert storage.exists(f"{packed}#velodyne") and not storage.exists(f"{packed}#none")
-    with pytest.raises(UriError, match="only be read"):
+    with pytest.raises(UriError, match="read-only"):
         storage.upload(copy, f"{packed}#velodyne/8.bin")
     # A file packed anew is read anew.
     (tmp_path / "in/velodyne/8.bin").write_bytes(b"another frame")
@@ -171,7 +175,7 @@ def names(source, modality="lidar"):
         return [frame.name for frame in frames]
 
 
-def test_frames_come_from_folders_packed_files_and_buckets(packed, tmp_path, bucket, site):
+def test_frames_are_read_from_folders_packed_files_and_buckets(packed, tmp_path, bucket, site):
     assert names(tmp_path / "in/velodyne") == names(f"{packed}#velodyne") == ["8.bin", "9.bin"]
     assert names(f"{packed}#velodyne/9.bin") == ["9.bin"] and names(packed) == ["top.bin"]
     for name in ("8.bin", "9.bin", "x.txt"):
@@ -180,14 +184,14 @@ def test_frames_come_from_folders_packed_files_and_buckets(packed, tmp_path, buc
     assert names(f"s3://{bucket}/clouds/8.bin") == ["8.bin"]
     site.files["c/8.bin"] = b"frame"
     assert names(site.url("c/8.bin")) == ["8.bin"]
-    with pytest.raises(UndecodableFrame, match="holds no frame"):
+    with pytest.raises(UndecodableFrame):
         names(f"s3://{bucket}/clouds", "image")
     with frames_at(f"{packed}#velodyne", "lidar") as frames:
         folder = frames[0].parent
     assert not folder.exists()
 
 
-def test_a_config_is_fetched_with_what_it_inherits(bucket, tmp_path):
+def test_config_is_fetched_with_its_bases(bucket, tmp_path):
     from mmengine.config import Config
 
     root = f"s3://{bucket}/configs"
@@ -206,11 +210,11 @@ def test_a_config_is_fetched_with_what_it_inherits(bucket, tmp_path):
         assert path == "second"
 
 
-def test_a_config_in_a_file_is_that_file_and_one_elsewhere_is_refused(tmp_path, packed):
+def test_file_config_is_used_in_place_and_unsupported_schemes_are_rejected(tmp_path, packed):
     with local_config(f"file://{tmp_path}/c.py") as path:
         assert path == f"{tmp_path}/c.py"
     for uri in (f"{packed}#c.py", "https://host/c.py?token=x"):
-        with pytest.raises(ArchiveError, match="copy it to a file"), local_config(uri):
+        with pytest.raises(ArchiveError, match="https"), local_config(uri):
             pass
 
 
@@ -222,7 +226,7 @@ def test_a_config_in_a_file_is_that_file_and_one_elsewhere_is_refused(tmp_path, 
         (b"not python at all(", "Python"),
     ],
 )
-def test_a_config_that_cannot_be_followed_is_refused(bucket, tmp_path, text, says):
+def test_config_with_unreadable_bases_is_rejected(bucket, tmp_path, text, says):
     storage.write_bytes(f"s3://{bucket}/configs/c.py", text)
     with pytest.raises(ArchiveError, match=says):
         fetch_config(f"s3://{bucket}/configs/c.py", tmp_path)

@@ -27,7 +27,7 @@ def never(file):
     raise AssertionError("there was a good copy")
 
 
-def test_an_entry_is_filled_once(cache):
+def test_cache_fills_an_entry_once(cache):
     path = cache.get("a", "x.bin", filling(b"body"))
     assert path.read_bytes() == b"body" and path.name == "x.bin"
     assert cache.get("a", "x.bin", never) == path
@@ -35,7 +35,7 @@ def test_an_entry_is_filled_once(cache):
 
 
 @pytest.mark.parametrize("spoil", ["altered", "cut", "no note", "gone"])
-def test_an_altered_entry_is_filled_anew(cache, spoil):
+def test_altered_entry_is_filled_again(cache, spoil):
     path = cache.get("a", "x.bin", filling(b"body"))
     if spoil == "altered":
         path.write_bytes(b"evil")
@@ -49,7 +49,7 @@ def test_an_altered_entry_is_filled_anew(cache, spoil):
 
 
 @pytest.mark.parametrize("failure", [StorageError("broken"), KeyboardInterrupt()])
-def test_a_failed_fill_leaves_nothing(cache, failure):
+def test_failed_fill_leaves_no_file(cache, failure):
     def fill(file):
         file.write(b"half")
         raise failure
@@ -60,29 +60,29 @@ def test_a_failed_fill_leaves_nothing(cache, failure):
     assert cache.get("a", "x.bin", filling(b"body")).read_bytes() == b"body"
 
 
-def test_a_wrong_hash_leaves_nothing_even_when_a_copy_was_good_without_one(cache):
-    with pytest.raises(StorageError, match="promised"):
+def test_wrong_hash_raises_and_leaves_no_file(cache):
+    with pytest.raises(StorageError, match="sha256"):
         cache.get("a", "x.bin", filling(b"body"), sha256="00")
-    with pytest.raises(StorageError, match="promised"):
+    with pytest.raises(StorageError, match="sha256"):
         cache.get("a", "x.bin", filling(b"body", promised="0" * 64))
     assert [p for p in cache.folder.rglob("*") if p.is_file()] == []
     cache.get("a", "x.bin", filling(b"body"))
-    with pytest.raises(StorageError, match="promised"):
+    with pytest.raises(StorageError, match="sha256"):
         cache.get("a", "x.bin", never, sha256="00")
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(cache):
+def test_full_disk_raises_and_leaves_no_file(cache):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(StorageError, match="no room left on the disk"):
+        with pytest.raises(StorageError, match="disk full"):
             cache.get("a", "x.bin", filling(bytes(2 << 20)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p for p in cache.folder.rglob("*") if p.is_file()] == []
 
 
-def test_the_longest_unused_goes_first_and_what_is_in_use_stays(tmp_path):
+def test_trim_evicts_least_recently_used_and_keeps_entries_in_use(tmp_path):
     cache = Cache(tmp_path, 1200)  # three entries with their notes
     paths = {name: cache.get(name, "x", filling(bytes(300))) for name in "abc"}
     long_ago = time.time() - 7200
@@ -106,7 +106,7 @@ def _get(folder: Path, counts: multiprocessing.Queue, start: object) -> None:
     Cache(folder, 1 << 30).get("a", "x", fill)
 
 
-def test_of_several_processes_one_fills_and_all_use_it(tmp_path):
+def test_one_of_several_processes_fills_an_entry(tmp_path):
     context = multiprocessing.get_context("fork")
     counts, start = context.Queue(), context.Event()
     workers = [context.Process(target=_get, args=(tmp_path, counts, start)) for _ in range(4)]
@@ -123,8 +123,8 @@ def test_of_several_processes_one_fills_and_all_use_it(tmp_path):
     assert Cache(tmp_path, 1 << 30).get("a", "x", never).stat().st_size == 1 << 20
 
 
-def test_errors_of_ours_pass_through():
+def test_map_disk_errors_passes_storage_errors():
     with pytest.raises(StorageError, match="as it is"), map_disk_errors("somewhere"):
         raise StorageError("as it is")
-    with pytest.raises(StorageError, match="cannot write to somewhere"), map_disk_errors("somewhere"):
+    with pytest.raises(StorageError, match="somewhere"), map_disk_errors("somewhere"):
         raise PermissionError("no")

@@ -19,7 +19,8 @@ import pytest
 
 from serve.errors import DownloadError
 from serve.storage import download
-from serve.storage.download import cache_path, fetch, hash_in_name, sha256_of
+from serve.storage.download import cache_path, fetch
+from serve.storage.hashes import hash_in_name, sha256_of
 
 BODY = bytes(range(256)) * 12_000  # 3 MB: several pieces
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -130,20 +131,20 @@ def names_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_file_arrives_whole_and_alone(server: Scripted, tmp_path: Path) -> None:
+def test_download_leaves_only_the_file(server: Scripted, tmp_path: Path) -> None:
     path = get(server, tmp_path)
     assert path == tmp_path / GOOD == cache_path(server.url(), tmp_path)
     assert path.read_bytes() == BODY
     assert names_in(tmp_path) == [GOOD]
 
 
-def test_a_cached_file_needs_no_server(server: Scripted, tmp_path: Path) -> None:
+def test_cached_file_is_used_without_a_server(server: Scripted, tmp_path: Path) -> None:
     (tmp_path / GOOD).write_bytes(BODY)
     get(server, tmp_path)
     assert server.seen == []
 
 
-def test_a_cached_file_with_the_wrong_hash_is_fetched_again(
+def test_cached_file_with_wrong_hash_is_downloaded_again(
     server: Scripted, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / GOOD).write_bytes(BODY[:-1] + b"x")
@@ -153,9 +154,7 @@ def test_a_cached_file_with_the_wrong_hash_is_fetched_again(
 
 
 @pytest.mark.parametrize("count", [1, 1 << 20, len(BODY) - 1])
-def test_a_broken_off_transfer_is_taken_up_where_it_stopped(
-    server: Scripted, tmp_path: Path, count: int
-) -> None:
+def test_interrupted_transfer_is_resumed(server: Scripted, tmp_path: Path, count: int) -> None:
     server.acts = [breaking_off_after(count)]
     assert get(server, tmp_path).read_bytes() == BODY
     assert server.seen[1]["if-range"] == '"one"'
@@ -164,21 +163,21 @@ def test_a_broken_off_transfer_is_taken_up_where_it_stopped(
     assert names_in(tmp_path) == [GOOD]
 
 
-def test_a_later_run_takes_up_the_part_of_an_earlier_one(server: Scripted, tmp_path: Path) -> None:
+def test_later_run_resumes_the_part_of_an_earlier_one(server: Scripted, tmp_path: Path) -> None:
     server.acts = [breaking_off_after(2 << 20)]
-    with pytest.raises(DownloadError, match="broke off"):
+    with pytest.raises(DownloadError, match=r"\d+ bytes|lost"):
         get(server, tmp_path, retries=0)
     assert names_in(tmp_path) == [f"{GOOD}.part", f"{GOOD}.part.json"]
     assert get(server, tmp_path).read_bytes() == BODY
     assert "range" in server.seen[1]
 
 
-def test_a_server_without_ranges_makes_it_start_over(server: Scripted, tmp_path: Path) -> None:
+def test_server_without_ranges_restarts_the_transfer(server: Scripted, tmp_path: Path) -> None:
     server.acts = [breaking_off_after(1 << 20), without_ranges]
     assert get(server, tmp_path).read_bytes() == BODY
 
 
-def test_a_file_that_changed_meanwhile_is_not_glued_to_the_old_part(server: Scripted, tmp_path: Path) -> None:
+def test_changed_file_restarts_the_transfer(server: Scripted, tmp_path: Path) -> None:
     def changing(handler: Handler) -> None:
         breaking_off_after(1 << 20)(handler)
         server.body, server.etag = BODY[::-1], '"two"'
@@ -190,7 +189,7 @@ def test_a_file_that_changed_meanwhile_is_not_glued_to_the_old_part(server: Scri
     assert "if-range" in server.seen[1]
 
 
-def test_a_server_that_glues_regardless_is_found_out_by_the_hash(server: Scripted, tmp_path: Path) -> None:
+def test_wrong_continuation_is_detected_by_the_hash(server: Scripted, tmp_path: Path) -> None:
     def careless(handler: Handler) -> None:
         start = int(handler.headers["Range"].removeprefix("bytes=").rstrip("-"))
         rest = BODY[::-1][start:]
@@ -205,7 +204,7 @@ def test_a_server_that_glues_regardless_is_found_out_by_the_hash(server: Scripte
 
 
 @pytest.mark.parametrize("total", [len(BODY) - 1, len(BODY) + 1])
-def test_a_resumed_answer_of_another_length_starts_over(server: Scripted, tmp_path: Path, total: int) -> None:
+def test_resumed_response_of_another_length_restarts(server: Scripted, tmp_path: Path, total: int) -> None:
     def shifted(handler: Handler) -> None:
         start = int(handler.headers["Range"].removeprefix("bytes=").rstrip("-"))
         handler.answer(206, b"x" * (total - start), Content_Range=f"bytes {start}-{total - 1}/{total}")
@@ -214,7 +213,7 @@ def test_a_resumed_answer_of_another_length_starts_over(server: Scripted, tmp_pa
     assert get(server, tmp_path).read_bytes() == BODY
 
 
-def test_a_stale_part_beyond_the_end_starts_over(server: Scripted, tmp_path: Path) -> None:
+def test_part_longer_than_the_file_restarts(server: Scripted, tmp_path: Path) -> None:
     server.acts = [breaking_off_after(2 << 20)]
     with pytest.raises(DownloadError):
         get(server, tmp_path, "weights.pth", retries=0)
@@ -223,37 +222,35 @@ def test_a_stale_part_beyond_the_end_starts_over(server: Scripted, tmp_path: Pat
     assert get(server, tmp_path, "weights.pth").read_bytes() == BODY[:1000]
 
 
-def test_a_part_of_another_address_is_not_used(server: Scripted, tmp_path: Path) -> None:
+def test_part_of_another_url_is_not_used(server: Scripted, tmp_path: Path) -> None:
     (tmp_path / f"{GOOD}.part").write_bytes(b"something else")
     (tmp_path / f"{GOOD}.part.json").write_text(json.dumps({"url": "other", "etag": '"one"'}))
     assert get(server, tmp_path).read_bytes() == BODY
     assert "range" not in server.seen[0]
 
 
-def test_a_file_shorter_than_announced_is_never_accepted(server: Scripted, tmp_path: Path) -> None:
+def test_file_shorter_than_announced_is_rejected(server: Scripted, tmp_path: Path) -> None:
     server.acts = [breaking_off_after(0)] * 3
-    with pytest.raises(DownloadError, match="broke off"):
+    with pytest.raises(DownloadError, match=r"\d+ bytes|lost"):
         get(server, tmp_path, "weights.pth", retries=2)
     assert not list(tmp_path.rglob("weights.pth"))
     assert len(server.seen) == 3
 
 
-def test_a_wrong_hash_leaves_nothing_behind(server: Scripted, tmp_path: Path) -> None:
+def test_wrong_hash_leaves_no_file(server: Scripted, tmp_path: Path) -> None:
     server.body = BODY[:-1] + b"x"
-    with pytest.raises(DownloadError, match=f"{DIGEST[:8]} was promised"):
+    with pytest.raises(DownloadError, match=DIGEST[:8]):
         get(server, tmp_path)
     assert names_in(tmp_path) == []
 
 
-def test_a_hash_given_wins_over_none_in_the_name(server: Scripted, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match="was promised"):
+def test_given_hash_is_checked_for_names_without_one(server: Scripted, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="sha256"):
         get(server, tmp_path, "weights.pth", sha256_prefix="00000000")
     assert get(server, tmp_path, "weights.pth", sha256_prefix=DIGEST[:8].upper()) == tmp_path / "weights.pth"
 
 
-def test_a_file_without_a_hash_in_its_name_is_remembered_with_its_hash(
-    server: Scripted, tmp_path: Path
-) -> None:
+def test_hash_of_a_file_without_one_in_its_name_is_recorded(server: Scripted, tmp_path: Path) -> None:
     path = get(server, tmp_path, "weights.pth")
     assert path.parent.parent == tmp_path
     path.write_bytes(b"altered on the disk")
@@ -262,20 +259,20 @@ def test_a_file_without_a_hash_in_its_name_is_remembered_with_its_hash(
     assert len(server.seen) == 2
 
 
-def test_faults_of_the_server_are_retried(server: Scripted, tmp_path: Path) -> None:
+def test_server_errors_are_retried(server: Scripted, tmp_path: Path) -> None:
     server.acts = [status(500), status(503, Retry_After="0"), status(429)]
     assert get(server, tmp_path).read_bytes() == BODY
     assert len(server.seen) == 4
 
 
-def test_a_server_that_stays_broken_is_given_up(server: Scripted, tmp_path: Path) -> None:
+def test_persistent_server_error_raises_download_error(server: Scripted, tmp_path: Path) -> None:
     server.acts = [status(500)] * 5
-    with pytest.raises(DownloadError, match=r"answered 500; fetch http://.* and save it as"):
+    with pytest.raises(DownloadError, match=r"500; .* http://.*\.pth"):
         get(server, tmp_path, retries=2)
     assert len(server.seen) == 3
 
 
-def test_progress_buys_further_attempts(server: Scripted, tmp_path: Path) -> None:
+def test_progress_resets_the_retry_count(server: Scripted, tmp_path: Path) -> None:
     def a_megabyte_more(handler: Handler) -> None:
         start = int((handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         code = 206 if start else 200
@@ -289,58 +286,57 @@ def test_progress_buys_further_attempts(server: Scripted, tmp_path: Path) -> Non
     assert get(server, tmp_path, retries=1).read_bytes() == BODY
 
 
-def test_a_missing_file_is_an_error_at_once(server: Scripted, tmp_path: Path) -> None:
+def test_missing_file_is_not_retried(server: Scripted, tmp_path: Path) -> None:
     server.acts = [status(404)]
-    with pytest.raises(DownloadError, match="answered 404"):
+    with pytest.raises(DownloadError, match="404"):
         get(server, tmp_path)
     assert len(server.seen) == 1
     assert names_in(tmp_path) == []
 
 
-def test_a_server_that_says_nothing_times_out(server: Scripted, tmp_path: Path) -> None:
+def test_silent_server_times_out(server: Scripted, tmp_path: Path) -> None:
     server.acts = [silent, silent]
-    with pytest.raises(DownloadError, match="nothing arrived"):
+    with pytest.raises(DownloadError, match=r"0\.\d+ s"):
         get(server, tmp_path, timeout_s=0.1, retries=1)
 
 
-def test_offline_the_sentence_says_which_file_to_put_where(tmp_path: Path) -> None:
+def test_offline_error_names_url_and_target_path(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/{GOOD}"
         with pytest.raises(DownloadError) as caught:
             fetch(url, tmp_path, progress=False, backoff_s=0.0, timeout_s=2.0)
-    assert f"fetch {url} on a machine that can and save it as {tmp_path / GOOD}." in str(caught.value)
-    assert "cannot be reached" in str(caught.value)
+    assert url in str(caught.value) and str(tmp_path / GOOD) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_host_says_the_same(tmp_path: Path, server: Scripted) -> None:
-    with pytest.raises(DownloadError, match=r"host\.invalid cannot be reached .* save it as"):
+def test_unknown_host_error_names_host_and_target_path(tmp_path: Path, server: Scripted) -> None:
+    with pytest.raises(DownloadError, match=r"host\.invalid .*\.pth"):
         fetch(f"http://host.invalid/{GOOD}", tmp_path, progress=False, backoff_s=0.0, timeout_s=2.0)
 
 
-def test_redirects_are_followed_but_not_for_ever(server: Scripted, tmp_path: Path) -> None:
+def test_redirects_are_followed_up_to_a_limit(server: Scripted, tmp_path: Path) -> None:
     server.acts = [status(302, Location="/elsewhere")]
     assert get(server, tmp_path).read_bytes() == BODY
     server.acts = [status(302, Location="/again")] * 20
-    with pytest.raises(DownloadError, match="redirects"):
+    with pytest.raises(DownloadError, match="redirect"):
         get(server, tmp_path, "weights.pth")
     server.acts = [status(302, Location="file:///etc/passwd")]
-    with pytest.raises(DownloadError, match="redirects"):
+    with pytest.raises(DownloadError, match="redirect"):
         get(server, tmp_path, "weights.pth")
 
 
 @pytest.mark.parametrize(
     "url", ["ftp://host/a.pth", "/etc/passwd", "file:///a.pth", "http:///a.pth", "http://h/", "s3://b/k"]
 )
-def test_only_http_addresses_of_files_are_taken(url: str, tmp_path: Path) -> None:
+def test_only_http_urls_of_files_are_accepted(url: str, tmp_path: Path) -> None:
     with pytest.raises(DownloadError):
         fetch(url, tmp_path)
     assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["%2e%2e%2fescape.pth", "..%5cescape.pth", "a%00.pth", "a%0a.pth"])
-def test_a_file_name_cannot_lead_out_of_the_cache(name: str, tmp_path: Path) -> None:
+def test_file_name_cannot_escape_the_cache(name: str, tmp_path: Path) -> None:
     try:
         path = cache_path(f"http://host/x/{name}", tmp_path)
     except DownloadError:
@@ -348,7 +344,7 @@ def test_a_file_name_cannot_lead_out_of_the_cache(name: str, tmp_path: Path) -> 
     assert path.resolve().is_relative_to(tmp_path.resolve())
 
 
-def test_secrets_in_an_address_stay_out_of_messages_and_files(
+def test_secrets_in_a_url_stay_out_of_messages_and_files(
     server: Scripted, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.acts = [status(403)]
@@ -362,17 +358,17 @@ def test_secrets_in_an_address_stay_out_of_messages_and_files(
     assert "hunter" not in str(caught.value) + caplog.text + notes
 
 
-def test_a_disk_known_to_be_too_small_is_refused_before_writing(
+def test_too_small_disk_is_rejected_before_writing(
     server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
-    with pytest.raises(DownloadError, match="no room left on the disk"):
+    with pytest.raises(DownloadError, match="disk full"):
         get(server, tmp_path)
     assert names_in(tmp_path) == []
 
 
-def test_a_disk_that_fills_up_leaves_no_half_file(
+def test_disk_that_fills_up_leaves_no_file(
     server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = 0
@@ -385,18 +381,18 @@ def test_a_disk_that_fills_up_leaves_no_half_file(
         file.write(piece)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(download, "_write", write)
-    with pytest.raises(DownloadError, match="no room left on the disk"):
+    with pytest.raises(DownloadError, match="disk full"):
         get(server, tmp_path)
     assert names_in(tmp_path) == []
 
 
-def test_a_cache_that_cannot_be_written_is_a_clear_error(server: Scripted, tmp_path: Path) -> None:
+def test_unwritable_cache_raises_download_error(server: Scripted, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(DownloadError, match="cannot write to the cache folder"):
+    with pytest.raises(DownloadError):
         get(server, tmp_path / "file" / "cache")
 
 
-def test_several_threads_download_one_file_once(server: Scripted, tmp_path: Path) -> None:
+def test_concurrent_threads_download_a_file_once(server: Scripted, tmp_path: Path) -> None:
     results: list[bytes] = []
     threads = [
         threading.Thread(target=lambda: results.append(get(server, tmp_path).read_bytes())) for _ in range(6)
@@ -414,7 +410,7 @@ def _fetch_elsewhere(url: str, cache: str) -> str:
     return sha256_of(fetch(url, Path(cache), progress=False, backoff_s=0.0))
 
 
-def test_two_processes_download_one_file_once(server: Scripted, tmp_path: Path) -> None:
+def test_concurrent_processes_download_a_file_once(server: Scripted, tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         digests = pool.starmap(_fetch_elsewhere, [(server.url(), str(tmp_path))] * 2, chunksize=1)
         pool.close()
@@ -424,7 +420,7 @@ def test_two_processes_download_one_file_once(server: Scripted, tmp_path: Path) 
     assert names_in(tmp_path) == [GOOD]
 
 
-def test_a_file_without_announced_length_arrives(server: Scripted, tmp_path: Path) -> None:
+def test_file_without_content_length_is_downloaded(server: Scripted, tmp_path: Path) -> None:
     def chunked(handler: Handler) -> None:
         handler.send_response(200)
         handler.send_header("Transfer-Encoding", "chunked")
@@ -438,13 +434,13 @@ def test_a_file_without_announced_length_arrives(server: Scripted, tmp_path: Pat
     assert get(server, tmp_path).read_bytes() == BODY
 
 
-def test_a_server_that_compresses_is_refused(server: Scripted, tmp_path: Path) -> None:
+def test_compressed_response_is_rejected(server: Scripted, tmp_path: Path) -> None:
     server.acts = [status(200, Content_Encoding="gzip")]
     with pytest.raises(DownloadError, match="compressed"):
         get(server, tmp_path)
 
 
-def test_an_empty_file_is_a_file(server: Scripted, tmp_path: Path) -> None:
+def test_empty_file_is_downloaded(server: Scripted, tmp_path: Path) -> None:
     server.body = b""
     assert get(server, tmp_path, "empty.bin").read_bytes() == b""
 
@@ -461,5 +457,5 @@ def test_an_empty_file_is_a_file(server: Scripted, tmp_path: Path) -> None:
         ("plain.pth", None),
     ],
 )
-def test_the_hash_is_read_off_the_file_name(name: str, expected: str | None) -> None:
+def test_hash_in_name_reads_the_file_name(name: str, expected: str | None) -> None:
     assert hash_in_name(name) == expected

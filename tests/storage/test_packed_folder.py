@@ -35,7 +35,7 @@ def folder(tmp_path) -> Path:
     return root
 
 
-def test_a_packed_folder_looks_like_the_folder(tmp_path, folder):
+def test_packed_folder_lists_and_reads_like_the_folder(tmp_path, folder):
     told = []
     assert pack_folder(folder, tmp_path / "p.ffr", progress=lambda *now: told.append(now)) == 6
     assert told == [(n, 6) for n in range(1, 7)]
@@ -65,7 +65,7 @@ def test_a_packed_folder_looks_like_the_folder(tmp_path, folder):
     packed.close()
 
 
-def test_a_folder_packed_by_ffrecord_is_read(tmp_path):
+def test_folder_packed_by_ffrecord_is_read(tmp_path):
     """The table of contents as ffrecord's pack_folder makes it, for every pickle protocol."""
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         table = OrderedDict([("a.txt", 0), ("velodyne", OrderedDict([("8.bin", 1), ("9.bin", 2)]))])
@@ -77,7 +77,7 @@ def test_a_folder_packed_by_ffrecord_is_read(tmp_path):
         packed.close()
 
 
-def test_what_we_pack_is_what_ffrecord_expects(tmp_path, folder):
+def test_packed_folder_is_what_ffrecord_expects(tmp_path, folder):
     pack_folder(folder, tmp_path / "p.ffr")
     files = [
         "a.txt",
@@ -115,7 +115,7 @@ NAMES = st.text(
         st.binary(max_size=50), lambda below: st.dictionaries(NAMES, below, max_size=4), max_leaves=12
     )
 )
-def test_any_folder_comes_back_as_it_was(tmp_path_factory, tree):
+def test_any_folder_round_trips(tmp_path_factory, tree):
     root = tmp_path_factory.mktemp("any")
 
     def make(path: Path, what: object) -> None:
@@ -149,60 +149,60 @@ def bomb() -> OrderedDict:
 
 
 @pytest.mark.parametrize(
-    ("table", "says"),
+    ("table", "hint"),
     [
-        (pickle.dumps(OrderedDict(a=Wants())), "asks for (posix|os).system"),
-        (pickle.dumps({"a": 0}), "no table of names"),
-        (pickle.dumps(OrderedDict(a=0.5)), "no table of names"),
-        (pickle.dumps(OrderedDict(a=True)), "no table of names"),
-        (pickle.dumps(OrderedDict([(1, 0)])), "no text"),
-        (pickle.dumps(OrderedDict(a=1)), "the place 1 of 1"),
-        (pickle.dumps(OrderedDict(a=-1)), "the place -1 of 1"),
-        (pickle.dumps(OrderedDict()), "lists 0 files and holds 1"),
-        (pickle.dumps(bomb()), "no table of names"),
-        (b"", "damaged table"),
-        (b"\x80\x04garbage", "damaged table"),
+        (pickle.dumps(OrderedDict(a=Wants())), r"(posix|os)\.system"),
+        (pickle.dumps({"a": 0}), "malformed"),
+        (pickle.dumps(OrderedDict(a=0.5)), "malformed"),
+        (pickle.dumps(OrderedDict(a=True)), "malformed"),
+        (pickle.dumps(OrderedDict([(1, 0)])), "text"),
+        (pickle.dumps(OrderedDict(a=1)), "'a' the index 1"),
+        (pickle.dumps(OrderedDict(a=-1)), "'a' the index -1"),
+        (pickle.dumps(OrderedDict()), "0 files .* 1"),
+        (pickle.dumps(bomb()), "malformed"),
+        (b"", "damaged"),
+        (b"\x80\x04garbage", "damaged"),
     ],
 )
-def test_a_table_of_contents_is_names_and_numbers_or_refused(tmp_path, monkeypatch, table, says):
+def test_malformed_table_of_contents_is_rejected(tmp_path, monkeypatch, table, hint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.ffr").write_bytes(by_hand([b"x", MAGIC + table]))
-    with pytest.raises(StorageError, match=says):
+    with pytest.raises(StorageError, match=hint):
         PackedFolder(tmp_path / "p.ffr")
     assert [path.name for path in tmp_path.iterdir()] == ["p.ffr"]
 
 
 @pytest.mark.parametrize("samples", [[], [b"only samples"]])
-def test_a_file_of_samples_is_no_packed_folder(tmp_path, samples):
+def test_file_of_samples_is_rejected_as_packed_folder(tmp_path, samples):
     (tmp_path / "p.ffr").write_bytes(by_hand(samples))
-    with pytest.raises(StorageError, match="no packed folder"):
+    with pytest.raises(StorageError, match="pack_folder"):
         PackedFolder(tmp_path / "p.ffr")
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path, folder):
+def test_links_are_followed_and_loops_rejected(tmp_path, folder):
     (folder / "link").symlink_to(folder / "velodyne")
     pack_folder(folder, tmp_path / "p.ffr")
     packed = PackedFolder(tmp_path / "p.ffr")
     assert packed.list("link") == packed.list("velodyne")
     packed.close()
     (folder / "deep" / "up").symlink_to(folder)
-    with pytest.raises(StorageError, match="links back"):
+    with pytest.raises(StorageError, match="deep/up"):
         pack_folder(folder, tmp_path / "q.ffr")
 
 
-def test_what_cannot_be_packed_is_said_and_leaves_nothing(tmp_path, folder):
+def test_unpackable_entries_raise_and_leave_no_file(tmp_path, folder):
     before = sorted(tmp_path.iterdir())
     os.mkfifo(folder / "pipe")
-    with pytest.raises(StorageError, match="neither a file nor a folder"):
+    with pytest.raises(StorageError, match="pipe"):
         pack_folder(folder, tmp_path / "p.ffr")
-    with pytest.raises(StorageError, match="lies inside"):
+    with pytest.raises(StorageError, match="inside"):
         pack_folder(folder, folder / "p.ffr")
     with pytest.raises(ObjectNotFound):
         pack_folder(folder / "none", tmp_path / "p.ffr")
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_ctrl_c_and_a_full_disk_leave_nothing(tmp_path, folder):
+def test_ctrl_c_and_full_disk_leave_no_file(tmp_path, folder):
     (folder / "large").write_bytes(bytes(3 << 20))
 
     def interrupt(done: int, total: int) -> None:
@@ -213,7 +213,7 @@ def test_ctrl_c_and_a_full_disk_leave_nothing(tmp_path, folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(StorageError, match="no room left"):
+        with pytest.raises(StorageError, match="disk full"):
             pack_folder(folder, tmp_path / "p.ffr")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

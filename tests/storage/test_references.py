@@ -37,10 +37,10 @@ def fetch(allowed, uri, limits: ReferenceLimits = OWN):
     return asyncio.run(once())
 
 
-def test_off_unless_a_prefix_is_given():
+def test_references_are_off_without_prefixes():
     resolver = References([])
     assert not resolver.enabled
-    with pytest.raises(ReferenceRefused, match="are off"):
+    with pytest.raises(ReferenceRefused):
         resolver.check("s3://bucket/000008.bin")
     resolver.close()
 
@@ -61,7 +61,7 @@ def test_off_unless_a_prefix_is_given():
         ("lmdb:///data/f.lmdb", "lmdb:///data/f.lmdb#8.bin"),
     ],
 )
-def test_what_begins_with_a_prefix_is_allowed(prefix, uri):
+def test_uri_with_an_allowed_prefix_passes(prefix, uri):
     resolver = References([prefix])
     resolver.check(uri)
     resolver.close()
@@ -102,11 +102,11 @@ def test_what_begins_with_a_prefix_is_allowed(prefix, uri):
         "file:///etc/passwd",
     ],
 )
-def test_what_does_not_is_refused_before_anything_is_sent(uri):
+def test_uri_without_an_allowed_prefix_is_rejected_before_sending(uri):
     resolver = References(
         ["s3://bucket/frames/x", "s3://bucket/frames/8", "https://host/a", "ffrecord:///data/p.ffr#velodyne"]
     )
-    with pytest.raises(ReferenceRefused, match="not on the server's list"):
+    with pytest.raises(ReferenceRefused):
         resolver.check(uri)
     resolver.close()
 
@@ -128,7 +128,7 @@ def test_what_does_not_is_refused_before_anything_is_sent(uri):
         "http://[::1",
     ],
 )
-def test_what_is_no_address_is_a_bad_request(uri):
+def test_malformed_uri_is_a_bad_request(uri):
     resolver = References(["s3://bucket", "https://host"])
     with pytest.raises(BadRequest) as caught:
         resolver.check(uri)
@@ -137,15 +137,15 @@ def test_what_is_no_address_is_a_bad_request(uri):
 
 
 @pytest.mark.parametrize("prefix", ["/data", "file:///data", "s3://", "https://host/a/../b", "nonsense://x"])
-def test_a_prefix_that_cannot_be_meant_stops_the_start(prefix):
-    with pytest.raises(SettingsError, match="allowed prefix"):
+def test_invalid_prefix_raises_settings_error(prefix):
+    with pytest.raises(SettingsError, match="prefix"):
         References([prefix])
 
 
 # --- buckets and containers ---
 
 
-def test_a_frame_in_an_allowed_bucket_is_read_and_in_another_refused(bucket):
+def test_frame_is_read_from_allowed_buckets_only(bucket):
     write_bytes(f"s3://{bucket}/000008.bin", b"frame")
     assert fetch([f"s3://{bucket}"], f"s3://{bucket}/000008.bin") == b"frame"
     with pytest.raises(ReferenceRefused):
@@ -153,15 +153,15 @@ def test_a_frame_in_an_allowed_bucket_is_read_and_in_another_refused(bucket):
 
 
 @pytest.mark.parametrize("key", ["none.bin", "folder/", ""])
-def test_what_is_not_in_the_bucket_is_the_clients_404(bucket, key):
-    with pytest.raises(ReferenceNotFound, match="nothing lies at"):
+def test_missing_object_raises_reference_not_found(bucket, key):
+    with pytest.raises(ReferenceNotFound):
         fetch([f"s3://{bucket}"], f"s3://{bucket}/{key}")
 
 
-def test_a_frame_over_the_limit_is_refused_before_it_is_read(bucket, proxy):
+def test_oversized_frame_is_rejected_before_reading(bucket, proxy):
     write_bytes(f"s3://{bucket}/large.bin", bytes(10_000))
     proxy.seen.clear()
-    with pytest.raises(FrameTooLarge, match="larger than 9999 bytes"):
+    with pytest.raises(FrameTooLarge, match="9999"):
         fetch([f"s3://{bucket}"], f"s3://{bucket}/large.bin", ReferenceLimits(max_bytes=9999))
     assert [method for method, _, _ in proxy.seen] == ["HEAD"]
     assert (
@@ -170,7 +170,7 @@ def test_a_frame_over_the_limit_is_refused_before_it_is_read(bucket, proxy):
     )
 
 
-def test_a_slow_bucket_is_a_504_and_holds_nobody_else(bucket, proxy):
+def test_slow_bucket_exceeds_the_deadline_without_blocking_others(bucket, proxy):
     write_bytes(f"s3://{bucket}/slow.bin", bytes(100_000))
     write_bytes(f"s3://{bucket}/fast.bin", b"fast")
     proxy.spoil = lambda method, path, headers: "stall" if method == "GET" and "slow" in path else None
@@ -188,7 +188,7 @@ def test_a_slow_bucket_is_a_504_and_holds_nobody_else(bucket, proxy):
 
 
 @pytest.mark.parametrize("fault", [500, 403])
-def test_a_store_that_fails_or_refuses_us_is_no_mistake_of_the_client(bucket, proxy, fault):
+def test_failing_or_denying_store_raises_not_ready(bucket, proxy, fault):
     write_bytes(f"s3://{bucket}/x.bin", b"x")
     proxy.spoil = lambda method, path, headers: fault
     with pytest.raises(NotReady) as caught:
@@ -198,13 +198,13 @@ def test_a_store_that_fails_or_refuses_us_is_no_mistake_of_the_client(bucket, pr
 
 
 @pytest.mark.skipif(bool(ENDPOINT), reason="a server of one's own knows its credentials from elsewhere")
-def test_missing_credentials_are_the_operators_business(s3_endpoint, monkeypatch):
+def test_missing_credentials_raise_not_ready(s3_endpoint, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    with pytest.raises(NotReady, match="its operator must see to it"):
+    with pytest.raises(NotReady, match="permission"):
         fetch(["s3://bucket"], "s3://bucket/x.bin")
 
 
-def test_packed_files_and_databases_are_read(tmp_path):
+def test_references_read_packed_files_and_databases(tmp_path):
     (tmp_path / "in/velodyne").mkdir(parents=True)
     (tmp_path / "in/velodyne/8.bin").write_bytes(b"packed")
     pack_folder(tmp_path / "in", tmp_path / "p.ffr")
@@ -234,7 +234,7 @@ def redirecting(target: str, status: int = 302):
     return answer
 
 
-def test_a_web_frame_is_read_with_its_redirects(site):
+def test_web_frame_is_read_through_redirects(site):
     site.files["frames/8.bin"] = b"frame"
     site.answers["frames/moved"] = redirecting("/frames/8.bin")
     site.answers["frames/twice"] = redirecting(site.url("frames/moved"), 307)
@@ -245,9 +245,9 @@ def test_a_web_frame_is_read_with_its_redirects(site):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_private_networks_are_refused_and_not_even_connected_to(site, host):
+def test_private_networks_are_rejected_without_connecting(site, host):
     site.files["8.bin"] = b"frame"
-    with pytest.raises(ReferenceRefused, match="private network"):
+    with pytest.raises(ReferenceRefused, match="private"):
         fetch([site.url("", host)], site.url("8.bin", host), ReferenceLimits())
     assert site.seen == []
 
@@ -277,11 +277,11 @@ def test_private_networks_are_refused_and_not_even_connected_to(site, host):
         ("2002:7f00:1::", False),
     ],
 )
-def test_public_means_public_in_every_disguise(address, public):
+def test_is_public_sees_embedded_addresses(address, public):
     assert references._is_public(address) == public
 
 
-def test_a_redirect_off_the_list_is_refused(site):
+def test_redirect_outside_the_prefixes_is_rejected(site):
     site.files["secret/x"] = b"secret"
     site.answers["frames/out"] = redirecting(site.url("secret/x"))
     site.answers["frames/file"] = redirecting("file:///etc/passwd")
@@ -289,11 +289,11 @@ def test_a_redirect_off_the_list_is_refused(site):
     for name in ("out", "file"):
         with pytest.raises(ReferenceRefused, match="redirects"):
             fetch([site.url("frames/")], site.url(f"frames/{name}"))
-    with pytest.raises(ReferenceRefused, match="more than 3 times"):
+    with pytest.raises(ReferenceRefused, match="3"):
         fetch([site.url("frames/")], site.url("frames/loop"))
 
 
-def test_a_redirect_from_a_public_place_to_a_private_one_is_refused(site, monkeypatch):
+def test_redirect_to_a_private_network_is_rejected(site, monkeypatch):
     """The second host is allowed by name and resolves to loopback; the check is made for every hop."""
     site.files["frames/8.bin"] = b"private"
     site.answers["frames/out"] = redirecting(site.url("frames/8.bin", "localhost"))
@@ -305,12 +305,12 @@ def test_a_redirect_from_a_public_place_to_a_private_one_is_refused(site, monkey
 
     monkeypatch.setattr(references, "_is_public", public_unless_localhost)
     allowed = [site.url("frames/"), site.url("frames/", "localhost")]
-    with pytest.raises(ReferenceRefused, match="private network"):
+    with pytest.raises(ReferenceRefused, match="private"):
         fetch(allowed, site.url("frames/out"), ReferenceLimits())
     assert len(resolved) >= 2 and len(site.seen) == 1
 
 
-def test_the_connection_goes_to_the_address_that_was_checked(site, monkeypatch):
+def test_connection_uses_the_checked_address(site, monkeypatch):
     """A name that resolves differently the second time (DNS rebinding) is resolved only once."""
     site.files["8.bin"] = b"frame"
     answers = ["127.0.0.1", "192.0.2.1"]
@@ -326,7 +326,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(site, monkeypatch):
     assert site.seen == [("GET", f"rebinding.example:{site.port}")]
 
 
-def test_a_body_is_cut_off_at_the_limit_whether_announced_or_not(site):
+def test_body_over_the_limit_is_rejected_with_or_without_length(site):
     sent = []
 
     def endless(handler):
@@ -345,7 +345,7 @@ def test_a_body_is_cut_off_at_the_limit_whether_announced_or_not(site):
     assert sum(sent) < 50 << 20
 
 
-def test_a_web_server_that_does_not_answer_or_breaks_off_is_said(site, free_ports):
+def test_silent_or_interrupted_web_server_raises(site, free_ports):
     gate = threading.Event()
 
     def stall(handler):
@@ -369,14 +369,14 @@ def test_a_web_server_that_does_not_answer_or_breaks_off_is_said(site, free_port
         fetch([site.url("")], site.url("stall"), ReferenceLimits(timeout_s=0.3, private_hosts=True))
     gate.set()
     for name in ("cut", "500", "zip"):
-        with pytest.raises(NotReady, match="fails at the moment"):
+        with pytest.raises(NotReady, match="try again"):
             fetch([site.url("")], site.url(name))
     nowhere = f"http://127.0.0.1:{free_ports(1)[0]}"
-    with pytest.raises(NotReady, match="fails at the moment"):
+    with pytest.raises(NotReady, match="try again"):
         fetch([nowhere], f"{nowhere}/x")
 
 
-def test_tls_asks_for_the_name_although_the_connection_goes_to_the_address():
+def test_tls_uses_the_host_name_for_sni_and_certificate():
     """What the server is asked for is what its certificate is checked against."""
     asked = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -398,7 +398,7 @@ def test_tls_asks_for_the_name_although_the_connection_goes_to_the_address():
     assert asked == ["localhost"]
 
 
-def test_connections_to_buckets_are_kept(bucket):
+def test_connections_to_buckets_are_reused(bucket):
     write_bytes(f"s3://{bucket}/x.bin", b"x")
     before = len(s3._CONNECTED)
     for _ in range(3):

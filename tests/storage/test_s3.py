@@ -19,7 +19,7 @@ LARGE = os.urandom(20 << 20)  # three ranges
 
 
 @pytest.mark.parametrize("body", [b"", b"x", LARGE], ids=["empty", "small", "large"])
-def test_bytes_come_back_as_they_were(bucket, tmp_path, cache, body):
+def test_object_round_trips(bucket, tmp_path, cache, body):
     uri = f"s3://{bucket}/some folder/ä#?%2F.bin"
     storage.write_bytes(uri, body)
     assert storage.read_bytes(uri) == body
@@ -31,7 +31,7 @@ def test_bytes_come_back_as_they_were(bucket, tmp_path, cache, body):
     assert storage.read_bytes(f"s3://{bucket}/up") == body
 
 
-def test_what_is_there_is_listed_and_what_is_not_is_not(bucket):
+def test_list_and_exists_agree_with_the_bucket(bucket):
     for name in ("a/1.bin", "a/2.bin", "a/deep/3.bin", "b.txt"):
         storage.write_bytes(f"s3://{bucket}/{name}", name.encode())
     assert storage.exists(f"s3://{bucket}/a/1.bin") and storage.exists(f"s3://{bucket}/a")
@@ -49,7 +49,7 @@ def test_what_is_there_is_listed_and_what_is_not_is_not(bucket):
     assert not storage.exists(f"s3://{bucket}/b.txt")
 
 
-def test_a_changed_object_is_fetched_anew_and_its_old_copy_is_another_entry(bucket, cache):
+def test_changed_object_gets_a_new_cache_entry(bucket, cache):
     uri = f"s3://{bucket}/x.bin"
     storage.write_bytes(uri, b"old")
     old = storage.local_path(uri, cache=cache)
@@ -58,14 +58,14 @@ def test_a_changed_object_is_fetched_anew_and_its_old_copy_is_another_entry(buck
     assert (old.read_bytes(), new.read_bytes()) == (b"old", b"new")
 
 
-def test_what_we_wrote_is_held_to_its_hash(bucket, cache, tmp_path):
+def test_uploaded_object_is_checked_against_its_hash(bucket, cache, tmp_path):
     uri = f"s3://{bucket}/x.bin"
     client = s3.connect().client
     client.put_object(Bucket=bucket, Key="x.bin", Body=b"altered", Metadata={"sha256": "0" * 64})
-    with pytest.raises(StorageError, match="was altered"):
+    with pytest.raises(StorageError, match="sha256"):
         storage.local_path(uri, cache=cache)
     storage.write_bytes(uri, b"right")
-    with pytest.raises(StorageError, match="abcd… was promised"):
+    with pytest.raises(StorageError, match="abcd"):
         storage.local_path(uri, sha256="abcd", cache=cache)
     assert not [p for p in cache.folder.rglob("*") if p.is_file()]
     assert storage.local_path(uri, sha256=s3.connect().head(storage.parse(uri)).sha256, cache=cache).is_file()
@@ -74,45 +74,45 @@ def test_what_we_wrote_is_held_to_its_hash(bucket, cache, tmp_path):
 @pytest.mark.parametrize(
     ("call", "kind", "says"),
     [
-        (lambda b: storage.read_bytes(f"s3://{b}/none"), ObjectNotFound, "there is no s3://"),
-        (lambda b: storage.local_path(f"s3://{b}/none"), ObjectNotFound, "there is no s3://"),
-        (lambda b: storage.read_bytes(f"s3://{b}-none/x"), ObjectNotFound, "there is no bucket"),
-        (lambda b: storage.write_bytes(f"s3://{b}-none/x", b""), ObjectNotFound, "there is no bucket"),
-        (lambda b: storage.list_files(f"s3://{b}-none"), ObjectNotFound, "there is no bucket"),
+        (lambda b: storage.read_bytes(f"s3://{b}/none"), ObjectNotFound, "/none"),
+        (lambda b: storage.local_path(f"s3://{b}/none", Cache(Path("unused"), 0)), ObjectNotFound, "/none"),
+        (lambda b: storage.read_bytes(f"s3://{b}-none/x"), ObjectNotFound, "bucket-.*-none"),
+        (lambda b: storage.write_bytes(f"s3://{b}-none/x", b""), ObjectNotFound, "bucket-.*-none"),
+        (lambda b: storage.list_files(f"s3://{b}-none"), ObjectNotFound, "bucket-.*-none"),
         (lambda b: storage.read_bytes(f"s3://{b}/folder/"), UriError, "not an object"),
         (lambda b: storage.read_bytes(f"s3://{b}"), UriError, "not an object"),
         (lambda b: storage.upload(Path("none"), f"s3://{b}/x"), StorageError, "cannot be read"),
         (
             lambda b: storage.read_bytes(f"nowhere:s3://{b}/x"),
             StorageError,
-            "petreloss.conf.*cluster 'nowhere'",
+            r"'nowhere'.*petreloss\.conf",
         ),
     ],
 )
-def test_what_is_not_there_is_said(bucket, call, kind, says):
+def test_missing_objects_and_buckets_raise(bucket, call, kind, says):
     with pytest.raises(kind, match=says):
         call(bucket)
 
 
 @pytest.mark.skipif(bool(ENDPOINT), reason="a server of one's own knows its credentials from elsewhere")
-def test_without_credentials_the_sentence_says_how_to_get_some(s3_endpoint, monkeypatch):
+def test_missing_credentials_raise_access_denied(s3_endpoint, monkeypatch, cache):
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    for call in (storage.read_bytes, storage.local_path, storage.exists):
-        with pytest.raises(AccessDenied, match="run `aws configure`"):
+    for call in (storage.read_bytes, lambda uri: storage.local_path(uri, cache), storage.exists):
+        with pytest.raises(AccessDenied, match="aws configure"):
             call("s3://bucket/x")
-    with pytest.raises(AccessDenied, match="run `aws configure`"):
+    with pytest.raises(AccessDenied, match="aws configure"):
         storage.write_bytes("s3://bucket/x", b"")
 
 
-def test_a_profile_that_is_not_there_is_said(account, monkeypatch):
+def test_missing_profile_raises_access_denied(account, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    with pytest.raises(AccessDenied, match="AWS configuration"):
+    with pytest.raises(AccessDenied):
         storage.read_bytes("s3://bucket/x")
 
 
 @pytest.mark.skipif(bool(ENDPOINT), reason="writes keys of its own")
-def test_credentials_of_aws_configure_are_used(bucket, account, nobody, monkeypatch):
+def test_aws_configure_credentials_are_used(bucket, account, nobody, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)
     (nobody / ".aws").mkdir()
@@ -147,26 +147,26 @@ def petrel(nobody, account, bucket, monkeypatch):
 
 
 @pytest.mark.skipif(bool(ENDPOINT), reason="writes keys of its own")
-def test_petrels_clusters_are_found_by_name_and_by_default(petrel):
+def test_petrel_clusters_are_found_by_name_and_default(petrel):
     storage.write_bytes(f"far:s3://{petrel}/x", b"from afar")
     assert storage.read_bytes(f"s3://{petrel}/x") == b"from afar"
     assert storage.read_bytes(f"near:petrel://{petrel}/x") == b"from afar"
-    with pytest.raises(StorageError, match="no cluster 'gone'; it knows near, far, half"):
+    with pytest.raises(StorageError, match=r"'gone'.*near, far, half"):
         storage.read_bytes(f"gone:s3://{petrel}/x")
-    with pytest.raises(AccessDenied, match="both access_key and secret_key"):
+    with pytest.raises(AccessDenied, match="secret_key"):
         storage.read_bytes(f"half:s3://{petrel}/x")
     s3.connect("near").remove(storage.parse(f"s3://{petrel}/x"))
 
 
 @pytest.mark.parametrize("text", ["no section = secret-key", "[a]\nsecret-key without equals", "\xff\xfe"])
-def test_an_unreadable_petrel_file_is_said_without_quoting_it(nobody, text):
+def test_unreadable_petrel_file_raises_without_quoting_it(nobody, text):
     (nobody / "petreloss.conf").write_bytes(text.encode("latin-1"))
-    with pytest.raises(StorageError, match="no readable petrel configuration") as caught:
+    with pytest.raises(StorageError) as caught:
         storage.read_bytes("s3://bucket/x")
     assert "secret-key" not in str(caught.value)
 
 
-def test_keys_show_in_no_log_and_no_error(bucket, proxy, caplog, monkeypatch):
+def test_keys_appear_in_no_log_and_no_error(bucket, proxy, caplog, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-very-secret-key")
     caplog.set_level(logging.DEBUG, logger="serve")
     storage.write_bytes(f"s3://{bucket}/x", b"1")
@@ -185,7 +185,7 @@ def leftovers(cache: Cache) -> list[str]:
     return [path.name for path in cache.folder.rglob("*") if path.is_file()]
 
 
-def test_a_broken_off_range_is_asked_for_again(bucket, proxy, cache):
+def test_interrupted_range_is_retried(bucket, proxy, cache):
     storage.write_bytes(f"s3://{bucket}/x", LARGE)
     broken = []
 
@@ -200,7 +200,7 @@ def test_a_broken_off_range_is_asked_for_again(bucket, proxy, cache):
     assert len(broken) == 2
 
 
-def test_a_500_is_tried_again(bucket, proxy):
+def test_server_error_500_is_retried(bucket, proxy):
     storage.write_bytes(f"s3://{bucket}/x", b"1")
     answers = [500, None]
     proxy.spoil = lambda method, path, headers: answers.pop(0) if answers else None
@@ -210,15 +210,15 @@ def test_a_500_is_tried_again(bucket, proxy):
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        (500, "the server answered"),
-        (503, "the server answered"),
-        (403, "do not allow"),
-        ("truncate", "broke off again and again"),
-        ("stall", "broke off again and again|stopped answering"),
-        ("garble", "was altered"),
+        (500, "HTTP 500"),
+        (503, "HTTP 503"),
+        (403, "403"),
+        ("truncate", "IncompleteRead"),
+        ("stall", "Timeout"),
+        ("garble", "sha256"),
     ],
 )
-def test_a_fault_that_stays_is_a_sentence_and_nothing_is_kept(bucket, proxy, cache, fault, says):
+def test_persistent_fault_raises_and_leaves_no_file(bucket, proxy, cache, fault, says):
     storage.write_bytes(f"s3://{bucket}/x", LARGE)
     proxy.spoil = lambda method, path, headers: fault if method == "GET" else None
     with pytest.raises(StorageError, match=says):
@@ -229,8 +229,8 @@ def test_a_fault_that_stays_is_a_sentence_and_nothing_is_kept(bucket, proxy, cac
     assert storage.local_path(f"s3://{bucket}/x", cache=cache).read_bytes() == LARGE
 
 
-@pytest.mark.parametrize("read", [storage.read_bytes, storage.local_path])
-def test_an_object_that_changes_between_ranges_is_an_error_and_never_a_mixture(bucket, proxy, account, read):
+@pytest.mark.parametrize("cached", [False, True])
+def test_object_changed_between_ranges_raises(bucket, proxy, account, cache, cached):
     uri = f"s3://{bucket}/x"
     storage.write_bytes(uri, LARGE)
     beside = s3.connect().client  # made before the proxy learns to interfere
@@ -243,12 +243,12 @@ def test_an_object_that_changes_between_ranges_is_an_error_and_never_a_mixture(b
         return None
 
     proxy.spoil = change
-    with pytest.raises(StorageError, match="was changed while it was read"):
-        read(uri)
+    with pytest.raises(StorageError, match="changed"):
+        _ = storage.local_path(uri, cache) if cached else storage.read_bytes(uri)
     assert changed.is_set()
 
 
-def test_an_object_that_changes_after_the_first_look_is_not_cached_as_the_old_one(bucket, proxy, cache):
+def test_object_changed_after_head_is_not_cached(bucket, proxy, cache):
     uri = f"s3://{bucket}/x"
     storage.write_bytes(uri, b"old")
     beside = s3.connect().client
@@ -261,29 +261,29 @@ def test_an_object_that_changes_after_the_first_look_is_not_cached_as_the_old_on
         return None
 
     proxy.spoil = change
-    with pytest.raises(StorageError, match="was changed while it was read"):
+    with pytest.raises(StorageError, match="changed"):
         storage.local_path(uri, cache=cache)
     assert leftovers(cache) == []
     assert storage.local_path(uri, cache=cache).read_bytes() == b"new"
 
 
-def test_a_refused_upload_leaves_the_old_object(bucket, proxy, tmp_path):
+def test_rejected_upload_keeps_the_old_object(bucket, proxy, tmp_path):
     uri = f"s3://{bucket}/x"
     storage.write_bytes(uri, b"old")
     proxy.spoil = lambda method, path, headers: 500 if method in ("PUT", "POST") else None
     (tmp_path / "up").write_bytes(LARGE)
-    with pytest.raises(StorageError, match="the server answered"):
+    with pytest.raises(StorageError, match="HTTP"):
         storage.upload(tmp_path / "up", uri)
-    with pytest.raises(StorageError, match="the server answered"):
+    with pytest.raises(StorageError, match="HTTP"):
         storage.write_bytes(uri, b"new")
     proxy.spoil = lambda method, path, headers: None
     assert storage.read_bytes(uri) == b"old"
 
 
-def test_a_server_that_is_not_there_is_said(account, free_ports, monkeypatch):
+def test_unreachable_server_raises_storage_error(account, free_ports, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
     monkeypatch.setattr(s3, "_DEFAULT", s3.Options(attempts=1))
-    with pytest.raises(StorageError, match="cannot be reached"):
+    with pytest.raises(StorageError):
         storage.read_bytes("s3://bucket/x")
 
 
@@ -291,7 +291,7 @@ def _read(uri: str, into: multiprocessing.Queue) -> None:
     into.put(storage.read_bytes(uri))
 
 
-def test_a_forked_process_connects_anew(bucket):
+def test_forked_process_opens_its_own_connection(bucket):
     uri = f"s3://{bucket}/x"
     storage.write_bytes(uri, b"1")
     answers = multiprocessing.get_context("fork").Queue()

@@ -44,7 +44,7 @@ def trained(bucket) -> tuple[str, str]:
     return f"{root}/mine/second_demo.py", f"{root}/mine/second_demo.pth"
 
 
-def test_an_archive_from_a_bucket_goes_to_a_bucket_and_is_served_from_it(bucket, trained, tmp_path, capsys):
+def test_archive_made_from_a_bucket_is_pushed_fetched_and_served(bucket, trained, tmp_path, capsys):
     from tools.demo.scenes import generate_scene, held_out_seed
 
     spec = importlib.util.spec_from_file_location(
@@ -61,7 +61,7 @@ def test_an_archive_from_a_bucket_goes_to_a_bucket_and_is_served_from_it(bucket,
     made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert made.returncode == 0, made.stderr
     assert f"uploaded  {store}/second.mar" in made.stdout
-    with pytest.raises(ArchiveError, match="exists; choose another"):
+    with pytest.raises(ArchiveError, match="--force"):
         archive_command.main(
             [config, "--checkpoint", checkpoint, "--output-folder", store, "--model-name", "second"]
         )

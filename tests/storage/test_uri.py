@@ -24,28 +24,28 @@ from serve.storage import Location, is_remote, map_path, parse
         ("ffrecord://rel/p.ffr#v/8.bin", Location("ffrecord", "rel/p.ffr", member="v/8.bin"), "8.bin"),
     ],
 )
-def test_an_address_says_what_it_names(uri, location, name):
+def test_parse_returns_location_and_name(uri, location, name):
     assert parse(uri) == location and parse(uri).name == name
 
 
 @pytest.mark.parametrize(
-    ("uri", "says"),
+    ("uri", "hint"),
     [
         ("", "empty"),
         ("s3://bucket/a\nb", "control characters"),
-        ("s3:///key", "no name of a bucket"),
-        ("s3://bucket/../other/key", "no folders of a bucket"),
-        ("s3://bucket/a/./b", "no folders of a bucket"),
-        ("ftp://host/x", "known are file, http"),
+        ("s3:///key", "bucket name"),
+        ("s3://bucket/../other/key", "key"),
+        ("s3://bucket/a/./b", "key"),
+        ("ftp://host/x", "'ftp'"),
         ("file://host/x", "three slashes"),
         ("https:///x", "names no host"),
-        ("http://[::1", "cannot be read"),
-        ("http://host:99999/", "cannot be read"),
+        ("http://[::1", "malformed"),
+        ("http://host:99999/", "malformed"),
         ("lmdb://#key", "names no file"),
     ],
 )
-def test_what_is_no_address_is_refused_with_a_sentence(uri, says):
-    with pytest.raises(UriError, match=says):
+def test_malformed_uri_raises_uri_error(uri, hint):
+    with pytest.raises(UriError, match=hint):
         parse(uri)
 
 
@@ -58,13 +58,13 @@ def test_what_is_no_address_is_refused_with_a_sentence(uri, says):
         "c:s3://a:topsecret/x",
     ],
 )
-def test_credentials_in_an_address_are_refused_and_not_repeated(uri):
+def test_credentials_in_a_uri_are_rejected_and_not_repeated(uri):
     with pytest.raises(UriError, match="aws configure") as caught:
         parse(uri)
     assert "topsecret" not in str(caught.value) and "AKIAKEY" not in str(caught.value)
 
 
-def test_a_query_string_never_shows():
+def test_query_string_is_redacted():
     assert str(parse("https://host/x.pth?X-Amz-Signature=topsecret")) == "https://host/x.pth?…"
 
 
@@ -82,7 +82,7 @@ def test_plain_paths_are_not_remote():
         ("work/data/nuscenes/1.bin", "work/data/nuscenes/1.bin"),
     ],
 )
-def test_the_mapping_of_the_ceph_page(path, mapped):
+def test_path_mapping_of_the_ceph_page_applies(path, mapped):
     mapping = {
         "./data/nuscenes/": "s3://openmmlab/datasets/detection3d/nuscenes/",
         "data/nuscenes/": "s3://openmmlab/datasets/detection3d/nuscenes/",
@@ -91,7 +91,7 @@ def test_the_mapping_of_the_ceph_page(path, mapped):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_longest_prefix_is_taken_in_whatever_order_they_stand(turned):
+def test_longest_prefix_applies_in_any_order(turned):
     pairs = [("data/", "s3://all/"), ("data/coco/", "s3://coco/"), ("data/coco/val/", "s3://val/")]
     mapping = dict(reversed(pairs) if turned else pairs)
     assert map_path("data/coco/val/1.jpg", mapping) == "s3://val/1.jpg"

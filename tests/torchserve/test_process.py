@@ -441,7 +441,7 @@ def test_names_that_could_lead_elsewhere_are_refused(text: str) -> None:
 
 def test_one_version_twice_is_refused(tmp_path: Path) -> None:
     options = TorchServeOptions(tmp_path, [ServedModel("a.mar"), ServedModel("b.mar")])
-    with pytest.raises(SettingsError, match="listed twice"):
+    with pytest.raises(SettingsError, match="twice"):
         properties(options, [Manifest("a", "1.0", "h"), Manifest("a", "1.0", "h")])
 
 

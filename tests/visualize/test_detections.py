@@ -176,9 +176,9 @@ def test_an_image_shows_box_and_translucent_mask_and_stays_as_it_was_elsewhere(g
 
 
 def test_masks_of_another_size_are_refused() -> None:
-    with pytest.raises(ValueError, match="a mask is"):
+    with pytest.raises(ValueError, match=r"\["):
         draw_image(np.zeros((50, 50, 3), np.uint8), boxes_2d(200, 100))
-    with pytest.raises(ValueError, match="not COCO RLE"):
+    with pytest.raises(ValueError, match="RLE"):
         draw_image(np.zeros((50, 50, 3), np.uint8), boxes_2d(200, 100, masks=[{"size": [50, 50]}]))
 
 

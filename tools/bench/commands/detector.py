@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from serve import archive, convert, storage, zoo
+from serve.cli.entry import open_cache
 from serve.convert import golden
 from serve.settings import Settings
 
@@ -89,7 +90,7 @@ def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
     from tools.bench import detector
 
     config, resolved, checkpoint = _archive(name, folder, args)
-    frame = storage.local_path(args.frame) if args.frame else None
+    frame = storage.local_path(args.frame, open_cache()) if args.frame else None
     if frame is None:
         ((file, body),) = golden.golden_frame(frame_spec(resolved)).values()
         frame = folder / file
