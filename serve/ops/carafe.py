@@ -1,7 +1,7 @@
-"""CARAFE upsampling (Wang et al., ICCV 2019): every output pixel is a weighted sum of the pixels around its source.
+"""CARAFE upsampling (Wang et al., ICCV 2019): each output pixel is a weighted sum of the pixels around its source.
 
-The reference is mmcv 2.1.0 `csrc/common/cuda/carafe_naive_cuda_kernel.cuh`. Gradients are those of the torch way,
-by autograd. Knows nothing of the layers around it.
+The reference is mmcv 2.1.0 `csrc/common/cuda/carafe_naive_cuda_kernel.cuh`. Gradients come from autograd on the torch
+version.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def carafe_forward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """As `carafe_naive_forward`; `rfeatures`, as `features`, keeps them for the backward function.
+    """Run `carafe_naive_forward`; copy `features` to `rfeatures` (same shape) for the backward function.
 
-    `routput` and `rmasks` are mmcv's buffers and not used.
+    `routput` and `rmasks` are buffers of mmcv's kernel and unused.
     """
     _check(features, masks, output, kernel_size, group_size, scale_factor, "output")
     check_tensor(("features", features), "rfeatures", rfeatures, *features.shape)
@@ -111,7 +111,7 @@ def carafe_backward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """As `carafe_naive_backward`, given the features that `carafe_forward` kept; the ``r`` buffers are not used."""
+    """Run `carafe_naive_backward` with the features that `carafe_forward` saved; the ``r`` buffers are unused."""
     check_rank("rfeatures", rfeatures, 4)
     check_floating(rfeatures=rfeatures)
     carafe_naive_backward(
@@ -169,7 +169,7 @@ def _check(
 
 
 def reassemble_torch(maps: Tensor, masks: Tensor, kernel: int, groups: int, scale: int) -> Tensor:
-    """Any device, with gradients: one small matrix product per source pixel and group, in blocks of rows."""
+    """Reassemble on any device, differentiably: one small matrix product per source pixel and group, by rows."""
     batch, channels, height, width = maps.shape
     per_group, taps, margin = channels // groups, kernel * kernel, kernel // 2
     padded = functional.pad(maps, (margin,) * 4)
@@ -192,7 +192,7 @@ def reassemble_torch(maps: Tensor, masks: Tensor, kernel: int, groups: int, scal
 def _reassemble_kernel(
     maps: F32, masks: F32, made: F32, kernel: int, groups: int, scale: int, first: int, last: int
 ) -> None:  # pragma: no cover - compiled
-    """Output lines first:last; `maps` are channels last, `masks` and `made` channels first."""
+    """Compute output lines first:last; `maps` is channels-last, `masks` and `made` are channels-first."""
     height, width, channels = maps.shape[1], maps.shape[2], maps.shape[3]
     lines, columns = made.shape[2], made.shape[3]
     per_group, margin = channels // groups, kernel // 2

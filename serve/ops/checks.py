@@ -1,7 +1,7 @@
-"""Argument checks shared by the kernels: a wrong tensor becomes an exception that names it; and who takes it.
+"""Argument checks, compute dtypes and dispatch shared by the kernels.
 
-A compiled kernel would read foreign memory; ours say which argument is wrong and what was expected.
-Knows nothing about any kernel.
+A wrong tensor raises an exception that names the argument and the expected value; a compiled kernel would read invalid
+memory.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ _torch_only: ContextVar[bool] = ContextVar("torch_only", default=False)
 
 
 def uses_numba(tensor: Tensor) -> bool:
-    """Whether the compiled loops take `tensor`: it is on the CPU. Else the torch way, which every device has, does."""
+    """Return whether the numba version of a kernel handles `tensor` (on the CPU), not the torch version."""
     return tensor.device.type == "cpu" and not _torch_only.get()
 
 
 @contextmanager
 def torch_only() -> Iterator[None]:
-    """Inside, kernels go the torch way on the CPU too: to compare the two."""
+    """Use the torch versions on the CPU too inside the block, to compare the two."""
     before = _torch_only.set(True)
     try:
         yield
@@ -79,18 +79,18 @@ def torch_only() -> Iterator[None]:
 
 
 def as_numpy(tensor: Tensor) -> npt.NDArray[Any]:
-    """A C-contiguous numpy view of a CPU tensor, a copy only where it is not contiguous."""
+    """Return a C-contiguous numpy view of a CPU tensor, or a copy if it is not contiguous."""
     array: npt.NDArray[Any] = tensor.detach().contiguous().numpy()
     return array
 
 
 def as_compute_dtype(tensor: Tensor) -> Tensor:
-    """`tensor` in the precision the kernels compute in: float64 as it is, all else float32."""
+    """Convert `tensor` to the compute dtype of the kernels: float64 unchanged, everything else float32."""
     return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
 
 
 def compute_dtype(tensor: Tensor, name: str = "input") -> torch.dtype:
-    """What a kernel computes in: float64 stays, every other floating point type becomes float32.
+    """Return the dtype a kernel computes in: float64 for float64, float32 for other floating point types.
 
     Raises:
         TypeError: `tensor` is not floating point.
@@ -101,7 +101,7 @@ def compute_dtype(tensor: Tensor, name: str = "input") -> torch.dtype:
 
 
 def uses_float32_kernel(tensor: Tensor) -> bool:
-    """Whether the compiled loops take `tensor`; else the torch way does."""
+    """Return whether the numba version of a float32 kernel handles `tensor`, not the torch version."""
     return uses_numba(tensor) and compute_dtype(tensor) == torch.float32
 
 
@@ -129,13 +129,13 @@ def check_integer(**tensors: Tensor) -> None:
 
 
 def check_writable_from(name: str, tensor: Tensor, source_name: str, source: Tensor) -> None:
-    """Raise TypeError where `tensor` is of integers and `source`, to be written to it, is of something else."""
+    """Raise TypeError if `tensor` is integer and `source`, to be written to it, has another dtype."""
     if not tensor.is_floating_point() and tensor.dtype != source.dtype:
         raise TypeError(f"{name} must be {source.dtype} as {source_name} is, got {tensor.dtype}")
 
 
 def check_tensor(like: tuple[str, Tensor], name: str, tensor: Tensor, *shape: int | None) -> None:
-    """Raise unless `tensor` is floating point, of `shape`, and on the device of the other, named tensor."""
+    """Raise unless `tensor` is floating point, of `shape`, and on the device of the named tensor `like`."""
     check_shape(name, tensor, *shape)
     check_floating(**{name: tensor})
     check_same_device(**{like[0]: like[1], name: tensor})
@@ -144,8 +144,8 @@ def check_tensor(like: tuple[str, Tensor], name: str, tensor: Tensor, *shape: in
 def check_indices(name: str, indices: Tensor, limit: int, least: int = 0) -> None:
     """Raise TypeError unless `indices` are int32 or int64, IndexError unless all lie in [least, limit).
 
-    One reduction and one transfer for the whole tensor; an index out of range would otherwise stop the
-    process on CPU or poison the CUDA context.
+    It costs one reduction and one transfer. Otherwise an index out of range would crash the process on CPU or corrupt
+    the CUDA context.
     """
     check_integer(**{name: indices})
     if indices.numel() == 0:
@@ -156,7 +156,7 @@ def check_indices(name: str, indices: Tensor, limit: int, least: int = 0) -> Non
 
 
 def check_grid(points: Tensor, voxel_size: Tensor, coors_range: Tensor) -> None:
-    """Raise unless `points` are (N, at least 3) float and the others 3 and 6 floats whose values can be read."""
+    """Raise unless `points` are (N, at least 3) float, and the others 3 and 6 readable floats."""
     check_rank("points", points, 2)
     if points.shape[1] < 3:
         raise ValueError(f"points must be (N, >=3), got shape {tuple(points.shape)}")
@@ -176,7 +176,7 @@ def check_voxel_buffers(
     max_points: int,
     max_voxels: int,
 ) -> None:
-    """Raise unless there is room for `max_voxels` voxels of `max_points` of `points`, to be written in place."""
+    """Raise unless the buffers, written in place, have room for `max_voxels` voxels of `max_points` points."""
     if max_points < 0 or max_voxels < 0:
         raise ValueError(f"max_points and max_voxels must be at least 0, got {max_points} and {max_voxels}")
     check_tensor(("points", points), "voxels", voxels, None, None, points.shape[1])
@@ -198,7 +198,7 @@ def check_voxel_buffers(
             raise ValueError(
                 f"{name} must have room for max_voxels={max_voxels}, got shape {tuple(out.shape)}"
             )
-        # Otherwise it would silently get its rows in a copy.
+        # Otherwise the rows would be written to a copy.
         if not out.is_contiguous():
             raise ValueError(f"{name} must be contiguous: it is written in place")
 
@@ -206,7 +206,7 @@ def check_voxel_buffers(
 def check_rulebook(
     features: Tensor, indice_pairs: Tensor, indice_pair_num: Tensor, num_act_out: int, subm: int = 0
 ) -> None:
-    """Raise unless `features` (N, C), pairs (K, 2, P) and counts (K,) fit one another; no value is looked at."""
+    """Raise unless `features` (N, C), pairs (K, 2, P) and counts (K,) are consistent; values are not read."""
     check_shape("features", features, None, None)
     check_floating(features=features)
     check_shape("indice_pairs", indice_pairs, None, 2, None)
@@ -219,21 +219,20 @@ def check_rulebook(
         raise ValueError(f"num_act_out must be at least 0, got {num_act_out}")
     if subm and features.shape[0] != num_act_out:
         raise ValueError(
-            f"features must have as many rows as come out of a submanifold convolution (num_act_out), "
-            f"got {features.shape[0]} and {num_act_out}"
+            f"features must have num_act_out={num_act_out} rows in a submanifold convolution, got {features.shape[0]}"
         )
 
 
 def check_rulebook_rows(
     indice_pairs: Tensor, indice_pair_num: Tensor, inputs: int, outputs: int, inverse: bool = False
 ) -> None:
-    """Raise IndexError unless the pairs that count name rows of `inputs` and `outputs`; one transfer."""
+    """Raise IndexError unless the counted pairs are rows of `inputs` and `outputs`; one transfer."""
     pairs, room = indice_pairs, indice_pairs.shape[2]
     if pairs.shape[0] == 0:
         return
     taken = torch.arange(room, device=pairs.device) < indice_pair_num[:, None]
     rows = torch.where(taken[:, None], pairs, torch.zeros_like(pairs)).transpose(0, 1).flatten(1)
-    # A row to look at where there are none.
+    # A dummy row, for empty rulebooks.
     rows = torch.cat((rows, rows.new_zeros((2, 1))), dim=1)
     bounds = torch.cat(
         (
@@ -249,11 +248,11 @@ def check_rulebook_rows(
         limit = outputs if (what == "output") != inverse else inputs
         if bounds[place] < 0 or bounds[2 + place] >= limit:
             raise IndexError(
-                f"indice_pairs[:, {place}] must name {what} rows in [0, {limit}), "
+                f"indice_pairs[:, {place}] must be {what} rows in [0, {limit}), "
                 f"got {bounds[place]} to {bounds[2 + place]}"
             )
 
 
 def _check_values(name: str, tensor: Tensor) -> None:
     if tensor.device.type == "meta":
-        raise ValueError(f"{name} must be on a device that holds numbers, got {tensor.device}")
+        raise ValueError(f"{name} must have values, got a tensor on {tensor.device}")

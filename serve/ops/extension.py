@@ -1,8 +1,7 @@
-"""Builds the module object that mmcv imports as ``mmcv._ext``.
+"""Builder of the module that mmcv imports as ``mmcv._ext``.
 
-A kernel is a public function (one named in ``__all__``) of a kernel module below, under the name
-mmcv calls it by. Names that mmcv's Python asks for and that no module defines become functions
-that raise one clear error when called. Knows the list of names, not what the kernels do.
+Kernels are the public functions (``__all__``) of the kernel modules below, under mmcv's names. Names that mmcv uses and
+no module defines become functions that raise `UnsupportedKernelError`.
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ KERNEL_MODULES: tuple[ModuleType, ...] = (
     voxelize,
 )
 
-# Every name in an ``ext_loader.load_ext('_ext', […])`` call of mmcv 2.1.0 (a test reads them from the
-# installed mmcv and compares).
+# All names in ``ext_loader.load_ext('_ext', […])`` calls of mmcv 2.1.0 (a test compares them with the installed mmcv).
 _NAMES = """
     active_rotated_filter_backward active_rotated_filter_forward assign_score_withk_backward
     assign_score_withk_forward ball_query_forward bbox_overlaps bezier_align_backward
@@ -95,16 +93,16 @@ MMCV_KERNELS: frozenset[str] = frozenset(_NAMES.split())
 
 
 class UnsupportedKernelError(NotImplementedError):
-    """A kernel of mmcv that this package does not provide was called."""
+    """Call of a kernel of mmcv that this package does not provide."""
 
 
 def kernels() -> dict[str, Callable[..., Any]]:
-    """The kernels we provide, by the name mmcv calls them."""
+    """Return the kernels of this package by mmcv's names."""
     return {name: getattr(module, name) for module in KERNEL_MODULES for name in module.__all__}
 
 
 def build(name: str) -> ModuleType:
-    """A module with every function mmcv asks for."""
+    """Build a module with all functions that mmcv uses."""
     module = ModuleType(name, "Portable kernels of mmdet3d-serve in place of mmcv's compiled extension.")
     module.__dict__["PORTABLE"] = True
     for missing in MMCV_KERNELS:

@@ -1,4 +1,4 @@
-"""What mmcv prints about its extension in ``collect_env``. Computes nothing."""
+"""Build information of the extension, which mmcv prints in ``collect_env``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["get_compiler_version", "get_compiling_cuda_version"]
 
 
 def get_compiler_version() -> str:
-    """In place of the C++ compiler: the Python that runs the kernels."""
+    """Return the version of Python in place of the C++ compiler's."""
     return f"none (serve.ops on Python {platform.python_version()})"
 
 
 def get_compiling_cuda_version() -> str:
-    """In place of nvcc's version."""
+    """Return a placeholder for nvcc's version."""
     return "not available"

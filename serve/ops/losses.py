@@ -1,8 +1,8 @@
 """Focal losses (Lin et al., ICCV 2017) over sigmoid and softmax scores, and their gradients.
 
-Inference does not reach them; mmdet's losses call them, so that a training step on this package works. The
-reference is mmcv 2.1.0 `csrc/common/cuda/sigmoid_focal_loss_cuda_kernel.cuh` and
-`softmax_focal_loss_cuda_kernel.cuh`. Knows nothing of reductions: mmcv's Python does those.
+Inference does not use them; mmdet's losses do, so that training steps work on these kernels. mmcv's Python does the
+reductions. The reference is mmcv 2.1.0 `csrc/common/cuda/sigmoid_focal_loss_cuda_kernel.cuh` and
+`softmax_focal_loss_cuda_kernel.cuh`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = [
     "softmax_focal_loss_forward",
 ]
 
-# Smallest normal float32: what the reference keeps logarithms away from zero with.
+# Smallest normal float32: the reference's lower bound of arguments of logarithms.
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -33,7 +33,7 @@ def sigmoid_focal_loss_forward(
         target: (N,) int64 classes; C and negative ones are background.
         weight: (C,) factor per class of the target, or empty for none.
         output: (N, C), written in place.
-        gamma: exponent that plays easy examples down.
+        gamma: focusing exponent, which lowers the weight of easy examples.
         alpha: factor of positives; negatives get 1 - alpha.
 
     Raises:
@@ -68,8 +68,8 @@ def softmax_focal_loss_forward(
         target: (N,) int64 classes; a negative one has no loss.
         weight: (C,) factor per class of the target, or empty for none.
         output: (N,), written in place.
-        gamma: exponent that plays easy examples down.
-        alpha: factor of all.
+        gamma: focusing exponent, which lowers the weight of easy examples.
+        alpha: factor of all losses.
 
     Raises:
         ValueError: a shape does not fit.
@@ -118,13 +118,13 @@ def _sigmoid_loss(logits: Tensor, target: Tensor, gamma: float, alpha: float) ->
 
 
 def _gather_target(input: Tensor, target: Tensor) -> Tensor:
-    """(N,) probabilities of the targets; that of class 0 where a target is negative."""
+    """Gather the (N,) probabilities of the targets; a negative target gets that of class 0."""
     rows = input.detach().to(compute_dtype(input))
     return rows.gather(1, target.clamp(min=0)[:, None])[:, 0] if input.shape[0] else rows.sum(1)
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor, background: bool) -> Tensor | None:
-    """The factor of each row, or None without weights."""
+    """Check the arguments; return the factor of each row, or None without weights."""
     check_rank("input", input, 2)
     compute_dtype(input)
     check_same_device(input=input, target=target, weight=weight)

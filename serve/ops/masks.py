@@ -3,7 +3,6 @@
 Masked convolution: `masked_im2col_forward` gathers windows at chosen pixels, `masked_col2im_forward` writes
 pixels back. PSANet (Zhao et al., ECCV 2018): masks relative to a pixel become masks over the map. The
 references are mmcv 2.1.0 `csrc/common/cuda/masked_conv2d_cuda_kernel.cuh` and `csrc/pytorch/cpu/psamask.cpp`.
-Knows nothing of the layers around them.
 """
 
 from __future__ import annotations
@@ -91,9 +90,9 @@ def masked_col2im_forward(
         mask_h_idx: (M,) int rows, each pixel at most once.
         mask_w_idx: (M,) int columns.
         im: (1, channels, height, width), written in place; other pixels stay as they are.
-        height: of `im`.
-        width: of `im`.
-        channels: of `im`.
+        height: height of `im`.
+        width: width of `im`.
+        channels: channels of `im`.
 
     Raises:
         ValueError: a shape does not fit.
@@ -144,8 +143,8 @@ def psamask_forward(
 
     Args:
         input: (B, h_mask * w_mask, H, W): the mask of pixel (h, w) along the channels.
-        output: (B, H * W, H, W), written in place. Collect: channel i at (h, w) is what the mask of (h, w)
-            says about pixel i. Distribute: channel i at (h, w) is what the mask of i says about (h, w).
+        output: (B, H * W, H, W), written in place. Collect: channel i at (h, w) is the entry for pixel i in the
+            mask of (h, w). Distribute: channel i at (h, w) is the entry for (h, w) in the mask of pixel i.
         psa_type: 0 collect, 1 distribute.
         num_: B.
         h_feature: H.
@@ -165,7 +164,7 @@ def psamask_forward(
     index, inside = _mask_index(shape, h_mask, w_mask, half_h_mask, half_w_mask, input.device)
     flat = input.detach().flatten(2)
     collected = flat.gather(1, index.expand(num_, -1, -1))
-    # Where a mask does not reach, 0 even if the mask holds inf.
+    # Pixels beyond a mask get 0 even if the mask holds inf.
     collected = torch.where(inside, collected, torch.zeros_like(collected))
     if psa_type == DISTRIBUTE:
         collected = collected.transpose(1, 2)
@@ -220,7 +219,7 @@ def _check_masks(
 def _mask_index(
     shape: tuple[int, ...], h_mask: int, w_mask: int, half_h: int, half_w: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(H * W targets, H * W pixels): which mask channel of the pixel speaks of the target, and if any does."""
+    """Return the mask channel of each pixel for each target, (H * W targets, H * W pixels), and its validity."""
     height, width = shape[2:]
     y = torch.arange(height, device=device)
     x = torch.arange(width, device=device)

@@ -1,16 +1,15 @@
-"""What upstream's own Python gets wrong around its kernels on a machine without CUDA or with a current torch.
+"""Patches of mmcv's and mmdet3d's own Python for machines without CUDA, current torch, and untrusted configs.
 
-* `furthest_point_sample`, `knn` and `points_in_boxes` ask torch.cuda for its current device, or for tensors, whatever
-  the input is on: without CUDA they raise before any kernel is called.
+* `furthest_point_sample`, `knn` and `points_in_boxes` call torch.cuda for inputs on any device: without CUDA they raise
+  before they call a kernel.
 * `sparse_structure.scatter_nd` indexes with a list, which torch deprecates and will read as a tensor; and
-  `SparseConvTensor` multiplies its extents with numpy, which fails where they are a tensor, as in mmdet3d's MinkUNet.
-* `masked_conv` calls ``torch.addmm`` by an order of arguments that torch deprecates.
-* `multi_scale_deform_attn` never calls its kernel on a CPU but a slow way of its own.
-* `nms`, and mmdet3d's loading of labels, evaluate a text of a config as Python: the name of a function, or of a type
-  of numpy's. A config may come from an archive, which is data; here such a text is looked up.
+  `SparseConvTensor` multiplies its extents with numpy, which fails if they are a tensor, as in mmdet3d's MinkUNet.
+* `masked_conv` calls ``torch.addmm`` with a deprecated order of arguments.
+* `multi_scale_deform_attn` never calls its kernel on a CPU, but a slow torch function.
+* `nms`, and mmdet3d's loading of labels, `eval` a string of the config: the name of a function, or of a numpy type. A
+  config may come from an archive, which is untrusted data; the patches look the name up instead.
 
-Each is mended when its module is imported (`serve.ops.install`). Knows these modules of mmcv 2.1.0 and mmdet3d
-1.4.0 only.
+`serve.ops.install` applies a patch when its module is imported. The patches are for mmcv 2.1.0 and mmdet3d 1.4.0.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ __all__ = ["PATCHES", "PatchingLoader"]
 
 
 class PatchingLoader(importlib.abc.Loader):
-    """Loads a module as its own loader does, then mends it."""
+    """Loader that runs a module's own loader and then patches the module."""
 
-    def __init__(self, loader: Any, mend: Callable[[ModuleType], None]) -> None:
-        """Take the module's own `loader`."""
+    def __init__(self, loader: Any, patch: Callable[[ModuleType], None]) -> None:
+        """Wrap the module's own `loader`."""
         self._loader = loader
-        self._mend = mend
+        self._patch = patch
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """Leave it to the module's own loader."""
+        """Create the module with its own loader."""
         module: ModuleType | None = self._loader.create_module(spec)
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, then mend it."""
+        """Execute the module, then patch it."""
         self._loader.exec_module(module)
-        self._mend(module)
+        self._patch(module)
 
 
 class _TorchOverlay:
-    """`torch` as one module should see it: some of it replaced."""
+    """Proxy of `torch` for one module, with some attributes replaced."""
 
     def __init__(self, torch: Any, **replaced: Any) -> None:
         self._torch = torch
@@ -58,7 +57,7 @@ def _assume_no_cuda(module: ModuleType) -> None:
     torch = module.__dict__["torch"]
     if not torch.cuda.is_available():
         cuda = SimpleNamespace(
-            # What Tensor.get_device() says of a CPU tensor.
+            # Tensor.get_device() of a CPU tensor.
             current_device=lambda: -1,
             set_device=lambda device: None,
             IntTensor=torch.IntTensor,
@@ -71,7 +70,7 @@ def _patch_addmm(module: ModuleType) -> None:
     torch = module.__dict__["torch"]
 
     def addmm(beta: float, added: Any, alpha: float, first: Any, second: Any) -> Any:
-        """``beta * added + alpha * first @ second``, called as torch once was."""
+        """Compute ``beta * added + alpha * first @ second`` with torch's former order of arguments."""
         return torch.addmm(added, first, second, beta=beta, alpha=alpha)
 
     module.__dict__["torch"] = _TorchOverlay(torch, addmm=addmm)
@@ -79,20 +78,20 @@ def _patch_addmm(module: ModuleType) -> None:
 
 def _patch_sparse_structure(module: ModuleType) -> None:
     def scatter_nd(indices: Any, updates: Any, shape: Any) -> Any:
-        """A tensor of `shape` with `updates` (N, …) at `indices` (N, len(leading shape)), zero elsewhere."""
+        """Scatter `updates` (N, …) at `indices` (N, len(leading shape)) into zeros of `shape`."""
         out = updates.new_zeros(tuple(shape))
         out[tuple(indices.reshape(-1, indices.shape[-1]).t())] = updates
         return out
 
     module.__dict__["scatter_nd"] = scatter_nd
-    made = module.SparseConvTensor.__init__
+    original = module.SparseConvTensor.__init__
 
     def initialize(
         self: Any, features: Any, indices: Any, spatial_shape: Any, *more: Any, **named: Any
     ) -> None:
-        """Make one; its extents may be a tensor."""
+        """Initialize; `spatial_shape` may be a tensor."""
         shape = spatial_shape.tolist() if hasattr(spatial_shape, "tolist") else spatial_shape
-        made(self, features, indices, shape, *more, **named)
+        original(self, features, indices, shape, *more, **named)
 
     module.SparseConvTensor.__init__ = initialize
 
@@ -105,10 +104,10 @@ def _use_attention_kernel(module: ModuleType) -> None:
 
 def _look_up_functions(module: ModuleType) -> None:
     def find_function(name: str) -> Any:
-        """The module's own function of that name."""
+        """Find the module's own function of that name."""
         found = vars(module).get(name)
         if not isinstance(found, FunctionType) or found.__module__ != module.__name__:
-            raise ValueError(f"{name!r} is no function of {module.__name__}; a config names one, as 'nms'")
+            raise ValueError(f"{name!r} is not a function of {module.__name__}; use a name such as 'nms'")
         return found
 
     module.__dict__["eval"] = find_function
@@ -118,10 +117,10 @@ def _look_up_types(module: ModuleType) -> None:
     numpy = module.__dict__["np"]
 
     def find_type(name: str) -> Any:
-        """The scalar type of numpy's of that name, as ``np.int64``."""
+        """Find the numpy scalar type of that name, such as ``np.int64``."""
         found = getattr(numpy, name.removeprefix("np."), None)
         if not (isinstance(found, type) and issubclass(found, numpy.generic)):
-            raise ValueError(f"{name!r} is no type of numpy's; a config names one, as 'np.int64'")
+            raise ValueError(f"{name!r} is not a numpy scalar type; use a name such as 'np.int64'")
         return found
 
     module.__dict__["eval"] = find_type

@@ -3,7 +3,6 @@
 Rotated feature alignment (Yang et al., R3Det, AAAI 2021), active rotating filters (Zhou et al., ORN, CVPR
 2017), the correlation volume of optical flow (Dosovitskiy et al., FlowNet, ICCV 2015) and the temporal
 interlace shift (Shao et al., TIN, AAAI 2020). The references are the kernels of the same names in mmcv 2.1.0.
-Knows nothing of detectors.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ STEPS = (
     "kH", "kW", "patchH", "patchW", "padH", "padW",
     "dilationH", "dilationW", "dilation_patchH", "dilation_patchW", "dH", "dW",
 )  # fmt: skip
-# Which half sides, with which signs, lead from the centre to the four corners.
+# Signs of the half sides from the centre to the four corners.
 CORNERS = ((0, (1.0, -1.0, -1.0, 1.0)), (1, (1.0, 1.0, -1.0, -1.0)))
 
 
@@ -103,7 +102,7 @@ def _check_aligned(
 def _aligned_places(
     best_bboxes: Tensor, dtype: torch.dtype, scale: float, points: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For every pixel the image (P,) it is in, and rows and columns (P, points) to sample at."""
+    """Return the image (P,) of each pixel, and the rows and columns (P, points) to sample."""
     batch, height, width = best_bboxes.shape[:3]
     boxes = best_bboxes.detach().to(dtype).reshape(-1, 5)
     y, x = boxes[:, 0, None] * scale, boxes[:, 1, None] * scale
@@ -122,8 +121,8 @@ def active_rotated_filter_forward(input: Tensor, indices: Tensor, output: Tensor
 
     Args:
         input: (O, I, orientations, kH, kW).
-        indices: (orientations, kH, kW, rotations) int: for each entry of a filter its place, from 1, after
-            each rotation.
+        indices: (orientations, kH, kW, rotations) int: position of each filter entry after each rotation,
+            counted from 1.
         output: (O * rotations, I * orientations, kH, kW), written in place.
 
     Raises:
@@ -151,7 +150,7 @@ def active_rotated_filter_backward(grad_out: Tensor, indices: Tensor, grad_in: T
 
 
 def _filter_places(filters: Tensor, indices: Tensor, turned: Tensor, name: str, turned_name: str) -> Tensor:
-    """(entries, rotations) int64 places from 0."""
+    """Check the arguments; return (entries, rotations) int64 positions, counted from 0."""
     check_rank(name, filters, 5)
     check_rank("indices", indices, 4)
     check_floating(**{name: filters, turned_name: turned})
@@ -186,7 +185,7 @@ def correlation_forward(
     dH: int,
     dW: int,
 ) -> None:
-    """Scalar products of windows of `input1` with shifted windows of `input2`; zeros outside.
+    """Write scalar products of windows of `input1` with shifted windows of `input2`; zeros outside.
 
     Args:
         input1: (B, C, H, W) floating point.
@@ -297,7 +296,7 @@ def _check_correlation(
 
 
 def _correlate(first: Tensor, second: Tensor, steps: tuple[int, ...]) -> Tensor:
-    """(B, patchH, patchW, H', W') in the dtype of both."""
+    """Correlate differentiably; (B, patchH, patchW, H', W') in the dtype of both."""
     kernel_h, kernel_w, patch_h, patch_w, pad_h, pad_w, dilation_h, dilation_w, down, across, *stride = steps
     height, width = first.shape[2:]
     # One spare margin: with an even patch the last shift reaches further than the first.
@@ -316,7 +315,7 @@ def _correlate(first: Tensor, second: Tensor, steps: tuple[int, ...]) -> Tensor:
 
 
 def tin_shift_forward(input: Tensor, shift: Tensor, output: Tensor) -> None:
-    """Shift groups of channels in time; what comes from outside is zero.
+    """Shift groups of channels in time; frames from outside are zero.
 
     Args:
         input: (B, T, C, S).

@@ -1,7 +1,7 @@
 """Weighted sums of neighbour features by score (PAConv), and the chamfer distance of point sets in the plane.
 
 The reference is mmcv 2.1.0 `csrc/common/cuda/assign_score_withk_cuda_kernel.cuh` and
-`chamfer_distance_cuda_kernel.cuh`. Knows nothing about how neighbours or scores were found.
+`chamfer_distance_cuda_kernel.cuh`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def assign_score_withk_forward(
 ) -> None:
     """Add to `output` the sum over m of (points of the neighbour - centers of the first neighbour) * scores.
 
-    A neighbour outside [0, N0) is none: its place keeps what it held. The sums are in float32 at least.
+    A neighbour outside [0, N0) is ignored: its element is unchanged. Sums are in float32 or float64.
 
     Args:
         points: (B, N0, M, O) float, features of each point under each of M weight matrices.
@@ -66,7 +66,7 @@ def assign_score_withk_forward(
         M: weight matrices.
         K: neighbours of each centre.
         O: channels.
-        aggregate: 0, 1 or 2 ("sum", "avg", "max"); as in the reference it changes nothing.
+        aggregate: 0, 1 or 2 ("sum", "avg", "max"); without effect, as in the reference.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device; an unknown `aggregate`.
@@ -152,7 +152,7 @@ def _check_assign(
 
 
 def assign_torch(points: Tensor, centers: Tensor, scores: Tensor, knn_idx: Tensor, output: Tensor) -> None:
-    """The sums on any device, some centres at a time."""
+    """Add the sums on any device, in blocks of centres."""
     _, n1, k, m = scores.shape
     rows = max(1, FEATURES_PER_BLOCK // max(1, k * m * points.shape[3]))
     for cloud in range(points.shape[0]):
@@ -170,9 +170,9 @@ def assign_torch(points: Tensor, centers: Tensor, scores: Tensor, knn_idx: Tenso
 def chamfer_distance_forward(
     xyz1: Tensor, xyz2: Tensor, dist1: Tensor, dist2: Tensor, idx1: Tensor, idx2: Tensor
 ) -> None:
-    """Squared distance from each point of one set to the nearest of the other, both ways, and which it is.
+    """Write the squared distance from each point to the nearest of the other set, both ways, and its row.
 
-    Of equally near points the first is taken. Where the other set is empty nothing is written.
+    The first of equally near points is chosen. If the other set is empty, nothing is written.
 
     Args:
         xyz1: (B, N, 2) float.
@@ -194,7 +194,7 @@ def chamfer_distance_forward(
     check_same_device(xyz1=xyz1, xyz2=xyz2, dist1=dist1, dist2=dist2, idx1=idx1, idx2=idx2)
     if xyz1.shape[1] == 0 or xyz2.shape[1] == 0:
         return
-    # The search is one in space: here all of it lies in the plane z = 0.
+    # The search is in 3D: put both sets in the plane z = 0.
     first, second = (torch.nn.functional.pad(as_compute_dtype(points), (0, 1)) for points in (xyz1, xyz2))
     for cloud in range(xyz1.shape[0]):
         for own, other, dist, idx in (

@@ -1,7 +1,6 @@
-"""The arithmetic of batch normalization over several processes; mmcv's Python sums over the processes.
+"""Arithmetic of synchronized batch normalization; mmcv's Python sums over the processes.
 
-The reference is mmcv 2.1.0 `csrc/common/cuda/sync_bn_cuda_kernel.cuh`. Sums are taken in float32 or wider.
-Knows nothing of process groups.
+The reference is mmcv 2.1.0 `csrc/common/cuda/sync_bn_cuda_kernel.cuh`. Sums are in float32 or float64.
 """
 
 from __future__ import annotations
@@ -47,22 +46,22 @@ def sync_bn_forward_output(
     momentum: float | Tensor,
     group_size: int,
 ) -> None:
-    """Normalize, and move the running statistics.
+    """Normalize, and update the running statistics.
 
     Args:
         input: (N, C, S).
-        mean: (C,) over all processes.
-        var: (C,) over all processes.
+        mean: (C,) mean over all processes.
+        var: (C,) variance over all processes.
         weight: (C,) factors.
-        bias: (C,) summands.
-        running_mean: (C,), moved by `momentum` towards `mean`.
-        running_var: (C,), moved towards the unbiased variance.
-        norm: as `input`, float32, written in place: before weight and bias.
+        bias: (C,) offsets.
+        running_mean: (C,), updated in place towards `mean`.
+        running_var: (C,), updated in place towards the unbiased variance.
+        norm: float32 of the shape of `input`, written in place: the result before weight and bias.
         std: (C,), written in place.
         output: as `input`, written in place.
         eps: added to the variance.
-        momentum: share of the new in the running statistics.
-        group_size: processes.
+        momentum: weight of the new value in the running statistics.
+        group_size: number of processes.
     """
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")

@@ -1,8 +1,8 @@
-"""Growing text kernels to text instances: pixel aggregation and progressive scale expansion.
+"""Growth of text kernels to text instances: pixel aggregation and progressive scale expansion.
 
-Wang et al., PAN (ICCV 2019) and PSENet (CVPR 2019): a breadth-first flood from labelled kernels, first come
-first served, on CPU as in the references, mmcv 2.1.0 `csrc/pytorch/cpu/pixel_group.cpp` and
-`csrc/pytorch/contour_expand.cpp`. Text detection only: no detector of mmdet or mmdet3d calls them.
+Wang et al., PAN (ICCV 2019) and PSENet (CVPR 2019): breadth-first flood fill from labelled kernels, on CPU as in the
+references, mmcv 2.1.0 `csrc/pytorch/cpu/pixel_group.cpp` and `csrc/pytorch/contour_expand.cpp`. For text detection
+only: no detector of mmdet or mmdet3d calls them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Load a detector from an archive and run lists of frames: one outcome per frame, whatever its neighbours do.
-
-Knows nothing about HTTP, TorchServe or the environment.
-"""
+"""Detectors loaded from archives: run lists of frames, one independent outcome per frame."""
 
 from serve.runtime.detector import Detector, Outcome, load_detector
 from serve.runtime.model import device_for

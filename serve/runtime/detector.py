@@ -1,9 +1,8 @@
-"""A loaded model that runs lists of frames.
+"""Loaded model that runs lists of frames.
 
-One outcome per frame, in order: an answer, or the error that is this frame's own. A list of clouds is
-one batch through the network; images are batched where their prepared shapes are equal, since padding
-one to another's size would change its answer. Models that draw random numbers get the same ones for every
-frame, and their frames one by one. Knows nothing about HTTP or TorchServe.
+Each frame has one outcome, in order: an answer, or its own error. Point clouds form one batch; images are batched if
+their prepared shapes are equal, because padding one to another's size would change its answer. Models that draw random
+numbers run frame by frame, with the same seed for each.
 """
 
 from __future__ import annotations
@@ -36,43 +35,43 @@ logger = logging.getLogger(__name__)
 
 
 class Detector:
-    """A network, its test pipeline and its names. Not safe for threads: one worker, one detector."""
+    """Network with its test pipeline and metadata. Not thread-safe: one worker, one detector."""
 
     def __init__(
         self, network: nn.Module, config: Mapping[str, Any], metadata: Metadata, device: torch.device
     ) -> None:
-        """Take a network in evaluation mode on `device`; inference options are applied by `load_detector`."""
+        """Wrap a network in evaluation mode on `device`; `load_detector` applies inference options."""
         self.network = network
         self.metadata = metadata
         self.device = device
         self._samples = InputPipeline(config)
         self._model = {"name": metadata.name, "version": metadata.version}
         self._segments = is_segmentor(network)
-        # A segmentor labels every point, also where it does not look.
+        # A segmentor labels every point, even outside of its range.
         self._range = None if self._segments else _voxel_range(network)
         self._draws = False
 
     def describe(self) -> dict[str, Any]:
-        """Who this is, what it takes and where it runs, for those who route requests to it."""
-        said = self.metadata
+        """Describe model, input and device for the gateway."""
+        metadata = self.metadata
         return {
             **self._model,
             "modality": self._samples.spec.modality,
             "parts": list(self._samples.spec.parts),
-            "package": said.package,
-            "classes": list(said.classes),
-            "box_type_3d": said.box_type_3d,
-            "load_dim": said.load_dim,
+            "package": metadata.package,
+            "classes": list(metadata.classes),
+            "box_type_3d": metadata.box_type_3d,
+            "load_dim": metadata.load_dim,
             "device": str(self.device),
-            "serve_version": said.serve_version,
+            "serve_version": metadata.serve_version,
         }
 
     def decode(self, body: Body, options: FrameOptions, limits: Limits) -> Frame:
-        """Decode one frame for this model; raises what `wire.decode_frame` raises."""
+        """Decode one frame for this model; raises like `serve.protocol.frames.decode_frame`."""
         return decode_frame(body, self._samples.spec, options, limits)
 
     def run(self, frames: Sequence[Frame]) -> list[Outcome]:
-        """Run all frames, as few batches as their shapes allow; never raises for a frame."""
+        """Run all frames in as few batches as their shapes allow; errors of frames are returned as outcomes."""
         outcomes: dict[int, Outcome] = {}
         groups: dict[Any, dict[int, dict[str, Any]]] = {}
         for i, frame in enumerate(frames):
@@ -93,7 +92,7 @@ class Detector:
         return [_filter(outcomes[i], frame.options) for i, frame in enumerate(frames)]
 
     def forward(self, samples: Sequence[dict[str, Any]]) -> list[Any]:
-        """The network's own data samples for prepared inputs, one real batch."""
+        """Run prepared inputs as one batch; return the network's own data samples."""
         from mmengine.dataset import pseudo_collate
 
         with torch.no_grad(), self._precision(), suppress_warnings():
@@ -102,12 +101,12 @@ class Detector:
         return results
 
     def prepare(self, frame: Frame) -> dict[str, Any]:
-        """One frame through the test pipeline."""
+        """Run the test pipeline on one frame."""
         with suppress_warnings(), fixed_seed(self.device):
             return self._samples.build(frame)
 
     def _run_group(self, samples: list[dict[str, Any]]) -> list[Outcome]:
-        """One batch; frame by frame where the network draws random numbers, which neighbours would change."""
+        """Run one batch, or frame by frame if the network draws random numbers, which other frames would change."""
         if not self._draws:
             with fixed_seed(self.device) as random_state:
                 outcomes = self._run_batch(samples)
@@ -124,7 +123,9 @@ class Detector:
         try:
             results = self.forward(samples)
             if len(results) != len(samples):
-                raise InferenceFailed(f"the network answered {len(results)} of {len(samples)} frames")
+                raise InferenceFailed(
+                    f"the network returned {len(results)} results for {len(samples)} frames"
+                )
             return [
                 postprocess(result, self.metadata.classes, self.metadata.box_type_3d, self._model)
                 for result in results
@@ -132,8 +133,8 @@ class Detector:
         except Exception as error:
             if len(samples) == 1:
                 return [self._to_error(error)]
-            # Half of it may fit the device; and one bad frame must not fail its neighbours.
-            logger.warning("a batch of %d frames failed (%s); running it in halves", len(samples), error)
+            # Half of the batch may fit the device, and one bad frame must not fail the others.
+            logger.warning("batch of %d frames failed (%s); retrying in halves", len(samples), error)
             if _is_out_of_memory(error) and self.device.type == "cuda":
                 torch.cuda.empty_cache()
         half = len(samples) // 2
@@ -143,14 +144,14 @@ class Detector:
         if isinstance(error, ServeError):
             return error
         if _is_out_of_memory(error):
-            return OutOfMemory("this frame alone does not fit the device's memory; send a smaller one")
+            return OutOfMemory("a single frame exceeds the device's memory; send a smaller frame")
         logger.error("inference failed on one frame", exc_info=error)
         return InferenceFailed(
             f"the model failed on this frame ({type(error).__name__}); see the worker's log"
         )
 
     def _is_empty(self, sample: dict[str, Any]) -> bool:
-        """No point where the model looks: networks of voxels cannot run on none, and there is nothing to find."""
+        """Return whether no point is in the model's range; voxel networks fail without voxels."""
         inputs = sample["inputs"]
         if not isinstance(inputs, Mapping) or "points" not in inputs:
             return False
@@ -177,12 +178,12 @@ def load_detector(archive: Archive, device: torch.device, *, trust_code: bool = 
     """Build the model of a verified archive on `device`.
 
     Args:
-        archive: from `serve.archive.format.open_directory`.
-        device: where to run.
-        trust_code: allow modules packed in the archive to be imported.
+        archive: archive from `serve.archive.format.open_directory`.
+        device: device to run on.
+        trust_code: allow imports of modules packed in the archive.
 
     Raises:
-        ArchiveError: the archive packs code and that is not allowed, or its parts do not fit.
+        ArchiveError: the archive packs code that is not allowed, or its parts do not fit.
         CheckpointError: the weights do not fit the config.
     """
     from safetensors.torch import load_file
@@ -197,16 +198,16 @@ def load_detector(archive: Archive, device: torch.device, *, trust_code: bool = 
 
 
 def apply_options(network: nn.Module, options: InferenceOptions) -> None:
-    """Fold and lay out a network as an archive says.
+    """Apply an archive's fusion and memory layout to a network.
 
     Raises:
-        ArchiveError: a name to fold is not in the network.
+        ArchiveError: a module to fuse is not in the network.
     """
     try:
         fusion.fuse(network, options.fold_batch_norm)
     except KeyError as error:
         raise ArchiveError(
-            f"the archive folds a module {error} that its model does not have; convert again"
+            f"the archive fuses module {error}, which its model lacks; convert the model again"
         ) from None
     if options.channels_last:
         for module in network.modules():
@@ -219,8 +220,8 @@ def _import_packed_code(archive: Archive, config: Mapping[str, Any], trust_code:
     if archive.code is not None:
         if not trust_code:
             raise ArchiveError(
-                "the archive packs code (custom_imports) and would run it; set MMDET3D_SERVE_TRUST_ARCHIVE_CODE=1 "
-                "if you trust who wrote it"
+                "the archive packs code (custom_imports), which is not trusted; set MMDET3D_SERVE_TRUST_ARCHIVE_CODE=1 "
+                "if you trust its author"
             )
         sys.path.insert(0, str(archive.code))
     if imports:
@@ -231,9 +232,9 @@ def _import_packed_code(archive: Archive, config: Mapping[str, Any], trust_code:
 
 
 def _batch_key(sample: dict[str, Any]) -> Any:
-    """Samples with the same key make one batch; mmdet packs a bare image, mmdet3d a dictionary.
+    """Return the key of samples that form one batch; mmdet packs a bare image, mmdet3d a dictionary.
 
-    Clouds may differ in length. Images must not, nor the form of their cameras: networks stack both.
+    Point clouds may differ in length. Shapes of images and of camera matrices must be equal: networks stack both.
     """
     inputs = sample["inputs"]
     image = inputs.get("img") if isinstance(inputs, Mapping) else inputs

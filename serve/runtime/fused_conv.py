@@ -1,7 +1,4 @@
-"""A 3 x 3 convolution for inference on a CPU: bias and ReLU are part of one pass, by Winograd's filtering.
-
-`serve.runtime.fusion` decides where it stands. Knows nothing about norms or networks.
-"""
+"""3 x 3 convolution for inference on a CPU with fused bias and ReLU, by Winograd's filtering."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ __all__ = ["FusedConv", "supports"]
 
 
 class FusedConv(nn.Module):
-    """A convolution as it stands, with a ReLU behind it if asked for. Not trainable, and bound to the CPU."""
+    """Fused convolution with an optional ReLU. Not trainable, CPU only."""
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, layer: nn.Conv2d, *, relu: bool) -> None:
-        """Take over what `layer`, which `supports`, computes."""
+        """Copy the weights of `layer`, for which `supports` must be true."""
         super().__init__()
         self.register_buffer("weight", winograd.transform_weight(layer.weight), persistent=False)
         bias = None if layer.bias is None else layer.bias.detach().clone()
@@ -29,12 +26,12 @@ class FusedConv(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, Cin, H, W) to (B, Cout, H, W), channels-last in memory."""
+        """Convolve (B, Cin, H, W) to (B, Cout, H, W), channels-last in memory."""
         return winograd.convolve_3x3(x, self.weight, self.bias, relu=self.relu)
 
 
 def supports(layer: nn.Conv2d) -> bool:
-    """Whether `FusedConv` can, and on this machine should, stand in for a plain convolution of torch's."""
+    """Return whether `FusedConv` can replace `layer`, and is faster on this machine."""
     return (
         winograd.PREFERRED
         and layer.weight.device.type == "cpu"

@@ -1,10 +1,9 @@
-"""A sparse convolution for inference: its bias and its ReLU are part of the kernel's one pass.
+"""Sparse convolution for inference with fused bias and ReLU.
 
-mmcv's own layer adds the bias and leaves the ReLU to another layer: two more passes over all features; it turns its
-weights over on every call, and every layer makes a table of its own of the pairs that it shares with others. The layer
-here takes the place of one of mmcv's (`serve.runtime.fusion` decides where, and takes all of a network). Layers share
-their geometry through ``indice_dict`` as mmcv's do, but as a table of neighbours where the CPU convolves, which is all
-that is needed there. Imports mmcv; knows nothing about norms.
+mmcv's layer adds the bias, and another layer the ReLU: two more passes over all features. It also repacks its weights
+on every call and converts the shared pairs to a table in every layer. `serve.runtime.fusion` replaces all sparse
+convolutions of a network by this one. Layers share their geometry through ``indice_dict`` like mmcv's, but on the CPU
+as a neighbour table. This module imports mmcv.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ __all__ = ["FusedSparseConv", "SparseMap"]
 
 
 class SparseMap(SparseConvTensor):  # type: ignore[misc]
-    """A sparse tensor whose dense form is laid out as convolutions of a bird's-eye view want it."""
+    """Sparse tensor whose dense form has the memory layout of bird's-eye-view convolutions."""
 
     def dense(self, channels_first: bool = True) -> Tensor:
-        """The dense tensor, zero where there is no voxel.
+        """Convert to a dense tensor, zero without a voxel.
 
         Returns:
-            (B, C, S1, …, SD); ``.view(B, C * S1, S2, …)``, which mmdet3d's encoders do with it, is channels-last
-            in memory without another pass. (B, S1, …, SD, C) if not `channels_first`.
+            (B, C, S1, …, SD); its ``.view(B, C * S1, S2, …)`` in mmdet3d's encoders is channels-last in memory without
+            another pass. (B, S1, …, SD, C) if not `channels_first`.
         """
         first, *others = self.spatial_shape
         features, (batch, depth, *rest) = self.features, self.indices.long().unbind(1)
@@ -51,15 +50,15 @@ class SparseMap(SparseConvTensor):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Geometry:
-    """Which voxel meets which, found by one layer and used by all of its key.
+    """Pairs of voxels, found by one layer and shared by all layers with its key.
 
     Attributes:
         rows: (M, 1 + D) output voxels.
         inputs: (N, 1 + D) input voxels.
-        in_shape: D input extents, which an inverse layer puts out.
-        table: (K, M) as `serve.ops.sparse.neighbour_table` makes it, where the CPU convolves; else None, and
-        pairs: (K, 2, N) and
-        counts: (K,) as mmcv's rulebooks are.
+        in_shape: D input extents, the output extents of an inverse layer.
+        table: (K, M) neighbour table (`serve.ops.sparse.neighbour_table`) on the CPU, else None.
+        pairs: (K, 2, N) pairs of mmcv's rulebook, if there is no table.
+        counts: (K,) counts of mmcv's rulebook, if there is no table.
     """
 
     rows: Tensor
@@ -71,10 +70,10 @@ class _Geometry:
 
 
 class FusedSparseConv(SparseModule):  # type: ignore[misc]
-    """One of mmcv's sparse convolutions as it stands, with a ReLU behind it if asked for. Not trainable."""
+    """Fused sparse convolution with an optional ReLU. Not trainable."""
 
     def __init__(self, layer: Any, *, relu: bool) -> None:
-        """Take over parameters and geometry of `layer`, a ``SparseConvolution`` of more than one voxel."""
+        """Share the parameters of `layer`, a ``SparseConvolution`` with a kernel of more than one voxel."""
         super().__init__()
         self.weight: nn.Parameter = layer.weight
         self.bias: nn.Parameter | None = layer.bias
@@ -92,11 +91,11 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
         self._filters: PackedFilters | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._filters = None  # the weights move, or change their type
+        self._filters = None  # weights change their device or dtype
         return super()._apply(fn, recurse)
 
     def forward(self, x: Any) -> Any:
-        """Convolve the features of a ``SparseConvTensor``; another with the same ``indice_dict``."""
+        """Convolve a ``SparseConvTensor``; return another with the same ``indice_dict``."""
         on_table = uses_numba(x.features) and x.features.dtype == self.weight.dtype == torch.float32
         shape = self._out_shape(x.spatial_shape)
         geometry = self._geometry(x, shape, on_table=on_table)
@@ -121,7 +120,7 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
         if len(features) != len(inputs):
             raise ValueError(
                 f"{len(features)} rows of features for {len(inputs)} voxels of {self.indice_key!r}: layers that share "
-                "a key must stand on the same voxels"
+                "a key must have the same input voxels"
             )
         if self._filters is None:
             weight = self.weight.detach().reshape(-1, *self.weight.shape[-2:])
@@ -130,10 +129,10 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
         return convolve_table(features, self._filters, table, relu=self.relu)
 
     def _geometry(self, x: Any, out_shape: Any, *, on_table: bool) -> _Geometry:
-        """What is known under the layer's key, or found now and noted there."""
+        """Look up the geometry of the layer's key, or compute and store it."""
         known: _Geometry | None = x.find_indice_pair(self.indice_key)
         if self.inverse and known is None:
-            raise ValueError(f"no convolution {self.indice_key!r} has run that this layer could invert")
+            raise ValueError(f"no convolution with key {self.indice_key!r} has run before this inverse layer")
         if known is not None and (self.inverse or self.indice_key is not None):
             return known
         if on_table:

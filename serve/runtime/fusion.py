@@ -1,11 +1,10 @@
-"""Batch norms folded into the convolutions before them: fewer passes over memory, the same function.
+"""Fusion of convolutions with the batch norms and ReLUs behind them: fewer passes over memory, the same function.
 
-Then convolutions that our kernels compute in one pass, with the ReLU behind them, take that form
+Batch norms are folded into weights; then convolutions with one-pass kernels are replaced
 (`serve.runtime.fused_conv`, `serve.runtime.fused_sparse_conv`).
 
-Which convolution feeds which norm is not guessed from the order of attributes (where a forward method may
-do otherwise) but seen in a forward run: a norm is foldable when in every call it received the very tensor
-one convolution had just returned. Knows nothing about detectors or archives.
+The order of attributes does not determine the order of calls, so pairs are observed in a forward run: a norm is fusable
+if in every call its input is the very tensor that one convolution returned.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Pair = tuple[str, str]
 
 
 def find_fusable(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, ...]:
-    """Names of (convolution, batch norm) that `run`, which must call the network, shows to be foldable."""
+    """Find the names of fusable (convolution, batch norm) pairs; `run` must call the network."""
     outputs: dict[int, tuple[str, Tensor]] = {}
     fed_by: dict[str, set[str | None]] = {}
     norm_calls: Counter[str] = Counter()
@@ -37,7 +36,7 @@ def find_fusable(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, .
     def conv_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensor = output if isinstance(output, Tensor) else output.features
-            outputs[id(tensor)] = (name, tensor)  # the reference keeps the id from being reused
+            outputs[id(tensor)] = (name, tensor)  # the reference prevents reuse of the id
             conv_calls[name] += 1
 
         return hook
@@ -70,10 +69,10 @@ def find_fusable(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, .
 
 
 def fuse(network: nn.Module, pairs: Iterable[Pair]) -> None:
-    """Fold each pair in place; the norm becomes an identity.
+    """Fuse each pair in place; the norm becomes an identity.
 
     Raises:
-        KeyError: a name that is not in the network.
+        KeyError: a name is not in the network.
     """
     modules = dict(network.named_modules())
     for conv_name, norm_name in pairs:
@@ -82,12 +81,12 @@ def fuse(network: nn.Module, pairs: Iterable[Pair]) -> None:
         parent, _, child = norm_name.rpartition(".")
         setattr(modules[parent], child, nn.Identity())
     _fuse_dense(network, {id(modules[conv_name]) for conv_name, _ in pairs})
-    if pairs and ops.kernels_in_use() == "portable":  # a compiled extension has sparse kernels of its own
+    if pairs and ops.kernels_in_use() == "portable":  # a compiled extension has its own sparse kernels
         _fuse_sparse(network)
 
 
 def _fuse_dense(network: nn.Module, folded: set[int]) -> None:
-    """Give the `folded` convolutions (their ids) that stand in plain sequences the form of one pass, where it supports."""
+    """Replace the `folded` convolutions (ids) in plain sequences by `FusedConv`, if it supports them."""
     from serve.runtime.fused_conv import FusedConv, supports
 
     for parent in list(network.modules()):
@@ -99,7 +98,7 @@ def _fuse_dense(network: nn.Module, folded: set[int]) -> None:
 
 
 def _fuse_sparse(network: nn.Module) -> None:
-    """Give every sparse convolution the form of one pass, with the ReLU behind it in a sequence."""
+    """Replace every sparse convolution by `FusedSparseConv`, with the next ReLU of a sequence."""
     from mmcv.ops.sparse_conv import SparseConvolution
     from mmcv.ops.sparse_modules import SparseSequential
 
@@ -116,7 +115,7 @@ def _fuse_sparse(network: nn.Module) -> None:
                 relu = type(parent).forward is SparseSequential.forward and _take_next_relu(parent, name)
                 setattr(parent, name, FusedSparseConv(layer, relu=relu))
     for encoder in network.modules():
-        # What these put out is viewed as a bird's-eye picture, and nothing else is done with it.
+        # The output of these encoders is only viewed as a bird's-eye-view map.
         if isinstance(encoder, SparseEncoder | SparseUNet):
             for layer in encoder.conv_out.children():
                 if isinstance(layer, FusedSparseConv):
@@ -124,7 +123,7 @@ def _fuse_sparse(network: nn.Module) -> None:
 
 
 def _take_next_relu(parent: nn.Module, name: str) -> bool:
-    """Make the ReLU right behind child `name` of a sequence, identities aside, an identity; whether there is one."""
+    """Replace the ReLU behind child `name` of a sequence (skipping identities) by an identity; return if found."""
     followers = iter(parent.named_children())
     while next(followers)[0] != name:
         pass
@@ -139,7 +138,7 @@ def _take_next_relu(parent: nn.Module, name: str) -> bool:
 
 @torch.no_grad()
 def _fuse_norm(conv: Any, norm: Any) -> None:
-    """``norm(conv(x)) = scale * (W x + b - mean) + shift``, computed in float64."""
+    """Fold ``norm(conv(x)) = scale * (W x + b - mean) + shift`` into the convolution, in float64."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
@@ -152,7 +151,7 @@ def _fuse_norm(conv: Any, norm: Any) -> None:
 
 
 def _scale_weight(conv: Any, scale: Tensor) -> Tensor:
-    """The weight with its output channels scaled, wherever the layout keeps them."""
+    """Scale the output channels of the weight, according to its layout."""
     weight: Tensor = conv.weight.double()
     if isinstance(conv, nn.ConvTranspose2d):  # (in, out / groups, k, k)
         per_group = scale.view(conv.groups, 1, -1).expand(-1, conv.in_channels // conv.groups, -1)
@@ -163,7 +162,7 @@ def _scale_weight(conv: Any, scale: Tensor) -> Tensor:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    """Exactly the plain classes: a subclass may do something else with its weight (weight standardisation)."""
+    """Return whether `module` is a plain convolution; a subclass may transform its weight (standardisation)."""
     from mmcv.ops.sparse_conv import SparseConvolution
 
     return type(module) in _plain_convolutions() or isinstance(module, SparseConvolution)

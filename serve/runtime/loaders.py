@@ -1,7 +1,6 @@
-"""The first steps of test pipelines, fed from memory: what upstream's loaders make of files, made of frames.
+"""Loaders of test pipelines that read frames from memory instead of files.
 
-Each takes the configured step and gives a transform that leaves in the results what the step it stands for
-would. Knows nothing about bytes, and not which loader a model needs.
+Each function converts a configured loading step to a transform with the same results.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ __all__ = ["image_loader", "mono_loader", "multiview_loader", "point_loader"]
 
 
 def point_loader(step: Mapping[str, Any]) -> Any:
-    """mmdet3d's own loader with the file read taken out: use_dim, shift_height and the rest stay its business."""
+    """Create mmdet3d's own point loader without the file read; it handles use_dim, shift_height and the rest."""
     from mmdet3d.datasets.transforms import LoadPointsFromFile
 
     class LoadPointsFromFrame(LoadPointsFromFile):  # type: ignore[misc]
         def _load_points(self, frame: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-            # The pipeline may write into its points; the frame belongs to the caller.
+            # The pipeline may modify its points in place; the frame belongs to the caller.
             return frame.copy()
 
     arguments = {
@@ -31,32 +30,32 @@ def point_loader(step: Mapping[str, Any]) -> Any:
 
 
 def image_loader(step: Mapping[str, Any]) -> Any:
-    """Mmdet's loader for arrays, in place of the one for files."""
+    """Create mmdet's loader of arrays."""
     from mmdet.datasets.transforms import LoadImageFromNDArray
 
     return LoadImageFromNDArray(to_float32=bool(step.get("to_float32", False)))
 
 
 class _MonoLoader:
-    """An image and its camera; `mmdet3d.datasets.LoadImageFromFileMono3D` keeps the camera as nested lists."""
+    """Loader of an image and its camera, as nested lists like `mmdet3d.datasets.LoadImageFromFileMono3D`."""
 
     def __init__(self, load: Any) -> None:
         self._load = load
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Load the image and spell out the camera."""
+        """Load the image and convert the camera matrix to lists."""
         results["cam2img"] = results["cam2img"].tolist()
         loaded: dict[str, Any] = self._load(results)
         return loaded
 
 
 def mono_loader(step: Mapping[str, Any]) -> Any:
-    """An image with ``cam2img`` beside it."""
+    """Create a loader of an image with ``cam2img``."""
     return _MonoLoader(image_loader(step))
 
 
 class _MultiViewLoader:
-    """Images of several cameras, made one size by zeros to the right and below, as upstream does."""
+    """Loader of images of several cameras, zero-padded to one size at the right and bottom like upstream's."""
 
     def __init__(self, step: Mapping[str, Any]) -> None:
         self._to_float32 = bool(step.get("to_float32", False))
@@ -65,20 +64,20 @@ class _MultiViewLoader:
         self._num_ref_frames = int(step.get("num_ref_frames", -1))
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Put images, cameras and their common size where the rest of the pipeline looks."""
+        """Set images, cameras and their common size under the pipeline's keys."""
         cameras = list(results["images"].values())
         height, width = (max(camera["img"].shape[axis] for camera in cameras) for axis in (0, 1))
-        pictures = []
+        padded = []
         for camera in cameras:
-            picture = np.zeros((height, width, 3), dtype=np.float32 if self._to_float32 else np.uint8)
+            canvas = np.zeros((height, width, 3), dtype=np.float32 if self._to_float32 else np.uint8)
             image = camera.pop("img")
-            picture[: image.shape[0], : image.shape[1]] = image
-            pictures.append(picture)
+            canvas[: image.shape[0], : image.shape[1]] = image
+            padded.append(canvas)
         for name in ("cam2img", "lidar2cam"):
             results[name] = [camera[name] for camera in cameras]
         results["ori_cam2img"] = [camera["cam2img"].copy() for camera in cameras]
-        results["img"] = pictures
-        results["filename"] = [None] * len(pictures)
+        results["img"] = padded
+        results["filename"] = [None] * len(padded)
         for name in ("img_shape", "ori_shape", "pad_shape"):
             results[name] = (height, width)
         if self._scaled:
@@ -94,5 +93,5 @@ class _MultiViewLoader:
 
 
 def multiview_loader(step: Mapping[str, Any]) -> Any:
-    """Images and cameras by name under ``images``."""
+    """Create a loader of images and cameras by name under ``images``."""
     return _MultiViewLoader(step)

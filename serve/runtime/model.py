@@ -1,7 +1,4 @@
-"""From a resolved config and weights to a network in evaluation mode on a device.
-
-Knows nothing about archives, frames or answers.
-"""
+"""Construction of networks from a resolved config and weights."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ __all__ = [
 
 
 def device_for(gpu_id: int | str | None) -> torch.device:
-    """The device TorchServe's ``gpu_id`` means; CPU where it names none or CUDA is not there."""
+    """Return the device of TorchServe's ``gpu_id``; the CPU if it is None or CUDA is unavailable."""
     if gpu_id is None or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(gpu_id))
@@ -40,19 +37,19 @@ def device_for(gpu_id: int | str | None) -> torch.device:
 
 @contextmanager
 def suppress_warnings() -> Iterator[None]:
-    """Around OpenMMLab's code: it warns of its own deprecations, which nobody who serves a model can act on."""
+    """Suppress warnings of OpenMMLab's code about its own deprecations, on which users cannot act."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def scope_of(config: Mapping[str, Any]) -> str:
-    """The registry scope (``"mmdet"`` or ``"mmdet3d"``) a config is written for."""
+    """Return the registry scope of a config, ``"mmdet"`` or ``"mmdet3d"``."""
     return str(config.get("default_scope") or "mmdet")
 
 
 def strip_pretrained(config: Any) -> Any:
-    """A deep copy without ``init_cfg=dict(type='Pretrained', …)``: the weights come from the archive, not the net."""
+    """Deep-copy a config without ``init_cfg=dict(type='Pretrained', …)``, which would download weights."""
     if isinstance(config, Mapping):
         return {key: strip_pretrained(value) for key, value in config.items() if not _fetches(key, value)}
     if isinstance(config, list | tuple):
@@ -61,20 +58,20 @@ def strip_pretrained(config: Any) -> Any:
 
 
 def _fetches(key: str, value: Any) -> bool:
-    if key in ("pretrained", "teacher_ckpt"):  # a teacher is of use in training only
-        return isinstance(value, str) or value is True  # timm's models know where theirs are
-    # A backbone such as PVT takes a checkpoint without saying that it is one of pretrained weights.
+    if key in ("pretrained", "teacher_ckpt"):  # a teacher is used in training only
+        return isinstance(value, str) or value is True  # timm's models know their own URLs
+    # Some backbones, such as PVT, take a checkpoint without type='Pretrained'.
     return key == "init_cfg" and isinstance(value, Mapping) and "checkpoint" in value
 
 
 def build_network(config: Mapping[str, Any], classes: Sequence[str]) -> nn.Module:
-    """Build ``config['model']`` on the CPU, in evaluation mode, its weights as constructed.
+    """Build ``config['model']`` on the CPU in evaluation mode, with initial weights.
 
-    The same steps as `mmdet3d.apis.init_model` and `mmdet.apis.init_detector`, without reading files,
-    building data sets or touching CUDA. A config is data: only what is registered can be built from it.
+    The steps are those of `mmdet3d.apis.init_model` and `mmdet.apis.init_detector`, without reading files, building
+    data sets or touching CUDA. A config is untrusted data: only registered classes can be built from it.
 
     Args:
-        config: a resolved config.
+        config: resolved config.
         classes: class names by label.
     """
     ops.install()
@@ -106,13 +103,13 @@ def _build(config: Any, scope: str) -> Any:
         convert_SyncBN(model)
     else:
         from mmdet.registry import MODELS
-    if "train_cfg" in model:  # a teacher's and student's wrapper has none, and refuses one
+    if "train_cfg" in model:  # the wrapper of teacher and student does not accept one
         model.train_cfg = None
     return MODELS.build(use_torch_sync_bn(model))
 
 
 def is_segmentor(network: nn.Module) -> bool:
-    """Whether a network labels every point of a cloud instead of finding boxes."""
+    """Return whether a network labels every point of a cloud instead of detecting boxes."""
     return any(kind.__name__ == "Base3DSegmentor" for kind in type(network).__mro__)
 
 
@@ -120,10 +117,10 @@ def load_state_dict_strict(network: nn.Module, weights: Mapping[str, Tensor]) ->
     """Load a state dict strictly (only the counters of batch norms may be missing).
 
     Raises:
-        CheckpointError: it does not fit; lists the keys.
+        CheckpointError: the keys do not match; the message lists them.
     """
-    # The weights are of this very class of network: without its version numbers, modules take them for old
-    # ones and rename what needs no renaming.
+    # The weights are from the same class of network. Without its version numbers, modules would treat them as old
+    # ones and rename keys.
     versioned = OrderedDict(weights)
     versioned._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     found = network.load_state_dict(versioned, strict=False)

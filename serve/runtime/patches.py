@@ -1,15 +1,13 @@
-"""Mends of networks that upstream cannot build or run as they are.
+"""Patches of networks that upstream cannot build or run.
 
-* On the way into MinkUNet and SPVCNN mmdet3d 1.4.0 (`Det3DDataPreprocessor.voxelize`) moves its indices to CUDA
-  by name, whatever the device, so that a CPU cannot run them.
-* SSD's head in mmdet 3.2.0 passes over the constructor of `AnchorHead`, which sets ``loss_cls``, and is then asked
-  for it by `BaseDenseHead._predict_by_feat_single`.
-* CrowdDet's config has its regions of interest aligned by torchvision, which may be missing, or be there without its
-  kernels beside another build of torch; mmcv's kernel computes the same.
-* mmcv's own synchronized norm (``MMSyncBN``) asks for its process group while it is built; torch's does not, and
-  both are turned into plain norms for inference.
-
-Knows nothing about weights.
+* For MinkUNet and SPVCNN, mmdet3d 1.4.0 (`Det3DDataPreprocessor.voxelize`) moves indices to CUDA on any device, so that
+  they cannot run on a CPU.
+* SSD's head in mmdet 3.2.0 skips the constructor of `AnchorHead`, which sets ``loss_cls``;
+  `BaseDenseHead._predict_by_feat_single` then reads it.
+* CrowdDet's config uses torchvision's RoIAlign; torchvision may be missing, or lack kernels for this build of torch.
+  mmcv's kernel computes the same.
+* mmcv's synchronized norm (``MMSyncBN``) needs a process group to be built; torch's does not. Both become plain norms
+  for inference.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ __all__ = ["add_missing_loss", "disable_torchvision_align", "patch", "use_torch_
 
 
 def use_torch_sync_bn(config: Any) -> Any:
-    """Name torch's synchronized norm wherever the config of a model names mmcv's; in place.
+    """Replace mmcv's synchronized norm by torch's in the config of a model, in place; return the config.
 
     Args:
         config: dictionaries and lists, mmengine's or plain.
@@ -38,7 +36,7 @@ def use_torch_sync_bn(config: Any) -> Any:
 
 
 def add_missing_loss(network: nn.Module) -> bool:
-    """Give SSD's heads the ``loss_cls`` that they are asked for: none; says whether there was one to mend."""
+    """Set the missing ``loss_cls`` of SSD's heads to None; return whether there was one."""
     heads: list[Any] = [part for part in network.modules() if type(part).__name__ == "SSDHead"]
     heads = [head for head in heads if not hasattr(head, "loss_cls")]
     for head in heads:
@@ -47,7 +45,7 @@ def add_missing_loss(network: nn.Module) -> bool:
 
 
 def disable_torchvision_align(network: nn.Module) -> bool:
-    """Have every alignment of regions of interest done by mmcv's kernel; says whether one was not."""
+    """Switch every RoIAlign to mmcv's kernel; return whether one used torchvision."""
     layers: list[Any] = [part for part in network.modules() if getattr(part, "use_torchvision", False)]
     for layer in layers:
         layer.use_torchvision = False
@@ -55,7 +53,7 @@ def disable_torchvision_align(network: nn.Module) -> bool:
 
 
 def patch(network: nn.Module) -> None:
-    """Mend `network` in place, where it needs it."""
+    """Apply all patches that `network` needs, in place."""
     add_missing_loss(network)
     disable_torchvision_align(network)
     preprocessor: Any = getattr(network, "data_preprocessor", None)
@@ -64,22 +62,22 @@ def patch(network: nn.Module) -> None:
 
 
 class _QuantizeInPlace:
-    """Voxelization of MinkUNet on the device of its points, for inference."""
+    """Voxelization of MinkUNet for inference, on the device of its points."""
 
     def __init__(self, preprocessor: Any) -> None:
-        # Not as a child module: it would be its own parent.
+        # Not a child module, which would create a cycle.
         self._preprocessor = preprocessor
 
     def __call__(self, points: Sequence[Tensor], data_samples: Sequence[Any]) -> dict[str, Tensor]:
         """Keep the first point of every voxel.
 
         Args:
-            points: (N, C) of every cloud, x, y, z first, metres.
+            points: (N, C) of each cloud; the first columns are x, y, z in metres.
             data_samples: get ``batch_idx`` (M,) and ``point2voxel_map`` (N,), the row of each point's voxel.
 
         Returns:
-            ``voxels`` (M, C) and ``coors`` (M, 4), whole voxels counted from each cloud's lowest corner, with
-            the number of the cloud first or last.
+            ``voxels`` (M, C) and ``coors`` (M, 4), voxel indices relative to each cloud's minimum corner, with the
+            index of the cloud first or last.
         """
         size = points[0].new_tensor(self._preprocessor.voxel_layer.voxel_size)
         kept: list[Tensor] = []

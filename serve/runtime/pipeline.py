@@ -1,8 +1,7 @@
-"""Frames to network inputs: the config's own test pipeline, fed from memory and built once.
+"""Input pipeline: the config's own test pipeline, built once and fed from memory.
 
-Upstream builds the pipeline anew for every call and changes the model's config on the way
-(mmdet3d `apis/inference.py`); here the loaders in it are replaced by ones that take the decoded frame, and
-everything after them stays as configured. Knows nothing about networks or answers.
+Upstream rebuilds the pipeline for every call and modifies the model's config (mmdet3d `apis/inference.py`). Here its
+loaders are replaced by ones that take the decoded frame; everything after them is as configured.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ LOADERS = {
     "LoadImageFromFileMono3D": mono_loader,
     "LoadMultiViewImageFromFiles": multiview_loader,
 }
-# What only training and evaluation look at; the same steps mmdet3d's own `inference_segmentor` leaves out.
+# Steps for training and evaluation only, which mmdet3d's own `inference_segmentor` drops too.
 ANNOTATION_LOADERS = ("LoadAnnotations", "LoadPanopticAnnotations", "PointSegClassMapping")
-# First steps of pipelines that want more than one frame holds.
+# Steps of pipelines that need more than one frame.
 NOT_PER_FRAME = {
-    "TransformBroadcaster": "it follows objects through a video and answers no frame on its own",
-    "LoadProposals": "it needs the proposals of another model beside the image",
-    "PackReIDInputs": "it gives a feature vector of a cut-out, not detections",
+    "TransformBroadcaster": "it tracks objects through a video",
+    "LoadProposals": "it needs the proposals of another model",
+    "PackReIDInputs": "it returns a feature vector of an image crop, not detections",
 }
 BOX_TYPES = {"lidar": "LiDAR", "camera": "Camera", "depth": "Depth"}
 
 
 def dataset_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The test data set of a config, through any wrappers.
+    """Find the test data set of a config inside any wrappers.
 
     Raises:
         ArchiveError: the config has none with a pipeline.
@@ -50,32 +49,32 @@ def dataset_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
         dataset = dataset["dataset"]
     if not isinstance(dataset, Mapping) or not dataset.get("pipeline"):
         raise ArchiveError(
-            "the config has no test_dataloader.dataset.pipeline: nothing says how a frame is prepared"
+            "the config has no test_dataloader.dataset.pipeline, which prepares a frame; add it"
         )
     return dataset
 
 
 def pipeline_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The steps of the test pipeline of a config; raises what `dataset_of` raises."""
+    """Return the steps of the test pipeline of a config; raises like `dataset_of`."""
     return [dict(step) for step in dataset_of(config)["pipeline"]]
 
 
 def box_type_of(config: Mapping[str, Any]) -> str:
-    """``LiDAR``, ``Camera`` or ``Depth``, however the config spells it."""
-    said = str(dataset_of(config).get("box_type_3d", "LiDAR"))
-    return BOX_TYPES.get(said.lower(), said)
+    """Return ``LiDAR``, ``Camera`` or ``Depth`` for any spelling in the config."""
+    spelling = str(dataset_of(config).get("box_type_3d", "LiDAR"))
+    return BOX_TYPES.get(spelling.lower(), spelling)
 
 
 def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
-    """What frames the config's pipeline takes.
+    """Derive the frames that the config's pipeline accepts.
 
     Raises:
-        ArchiveError: it wants something we do not serve.
+        ArchiveError: the pipeline is not supported.
     """
     steps = {_kind(step): step for step in reversed(pipeline_of(config))}
     for kind, reason in NOT_PER_FRAME.items():
         if kind in steps:
-            raise ArchiveError(f"the model is not served frame by frame: {reason}")
+            raise ArchiveError(f"the model cannot be served frame by frame: {reason}")
     known = [kind for kind in LOADERS if kind in steps]
     color_type, decoder = _image_decoding(steps)
     box_type = box_type_of(config)
@@ -95,7 +94,7 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
         case ["LoadImageFromFile"]:
             return FrameSpec("image", color_type=color_type, decoder=decoder)
         case ["LoadImageFromFileMono3D"]:
-            # ImVoxelNet loads as monocular detectors do, and projects from the LiDAR.
+            # ImVoxelNet has the loader of monocular detectors, but projects from the LiDAR.
             matrices = tuple(dict.fromkeys(("cam2img", *_matrices(config, box_type))))
             return FrameSpec("mono3d", color_type=color_type, decoder=decoder, calibration=matrices)
         case ["LoadPointsFromFile", "LoadImageFromFile"]:
@@ -117,8 +116,8 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
             )
     first = pipeline_of(config)[0]["type"]
     raise ArchiveError(
-        f"the test pipeline starts with {first} and loads {', '.join(known) or 'nothing'}; served are models "
-        f"that load with {', '.join(LOADERS)}, one cloud with one image at most"
+        f"unsupported test pipeline: it starts with {first} and loads {', '.join(known) or 'nothing'}; supported "
+        f"loaders: {', '.join(LOADERS)}, at most one point cloud with one image"
     )
 
 
@@ -137,14 +136,14 @@ def _kind(step: Mapping[str, Any]) -> str:
 
 
 def _matrices(config: Mapping[str, Any], box_type: str) -> tuple[str, ...]:
-    """What a detector that lifts one image into space projects with; nothing for one that stays in the image."""
+    """Return the projection matrices of a detector that lifts an image to 3D; empty for a 2D detector."""
     if config["model"].get("coord_type") is None:
         return ()
     return ("depth2img",) if box_type == "Depth" else ("lidar2img",)
 
 
 def _image_decoding(steps: Mapping[str, Mapping[str, Any]]) -> tuple[str, Decoder]:
-    """The colour type and the decoder of the pipeline's image loader."""
+    """Return the colour type and the decoder of the pipeline's image loader."""
     for kind, usual in (
         ("LoadImageFromFile", "color"),
         ("LoadImageFromFileMono3D", "color"),
@@ -158,20 +157,20 @@ def _image_decoding(steps: Mapping[str, Mapping[str, Any]]) -> tuple[str, Decode
                 case "color", "pillow":
                     return color_type, "pillow"
             raise ArchiveError(
-                f"image loader {dict(steps[kind])} is not supported: color_type must be one of "
-                f"{sorted(COLOR_TYPES)}, imdecode_backend cv2, or pillow for color"
+                f"unsupported image loader {dict(steps[kind])}: color_type must be one of {sorted(COLOR_TYPES)}, "
+                "imdecode_backend cv2, or pillow for color"
             )
     return "color", "cv2"
 
 
 def _cameras(config: Mapping[str, Any], loader: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the cameras: those the data set has folders for, else numbers.
+    """Return the names of the cameras from the data set's folders, else numbered names.
 
     Raises:
-        ArchiveError: the model looks at earlier frames too.
+        ArchiveError: the model needs earlier frames.
     """
     if int(loader.get("num_ref_frames", -1)) > 0:
-        raise ArchiveError("the model is not served frame by frame: it needs earlier frames beside this one")
+        raise ArchiveError("the model cannot be served frame by frame: it needs earlier frames")
     count = int(loader.get("num_views", 5))
     prefixes = dataset_of(config).get("data_prefix") or {}
     named = tuple(str(name) for name in prefixes if str(name).upper().startswith("CAM"))
@@ -179,10 +178,10 @@ def _cameras(config: Mapping[str, Any], loader: Mapping[str, Any]) -> tuple[str,
 
 
 class InputPipeline:
-    """Turns one frame into what ``model.test_step`` takes; built once per model, not safe for threads."""
+    """Pipeline from a frame to the input of ``model.test_step``; one per model, not thread-safe."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Build the pipeline of a resolved `config`; raises what `frame_spec` raises."""
+        """Build the pipeline of a resolved `config`; raises like `frame_spec`."""
         self.spec = frame_spec(config)
         with suppress_warnings():
             from mmengine.dataset import Compose
@@ -196,7 +195,7 @@ class InputPipeline:
         """Run the pipeline on one frame.
 
         Raises:
-            ArchiveError: the pipeline makes several samples of it.
+            ArchiveError: the pipeline creates several samples (test-time augmentation).
         """
         data = frame.data if isinstance(frame.data, dict) else {self.spec.parts[0]: frame.data}
         inputs: dict[str, Any] = {key: copy.copy(value) for key, value in self._constants.items()}
@@ -204,7 +203,7 @@ class InputPipeline:
         sample: Any = self._compose(inputs)
         if not isinstance(sample, dict):
             raise ArchiveError(
-                "the test pipeline augments its frame; served are pipelines without flips and scales"
+                "the test pipeline augments its frame; only pipelines without flips and scales are supported"
             )
         return sample
 
@@ -215,7 +214,7 @@ def _replace_loaders(pipeline: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def _loader_inputs(data: Mapping[str, Any], spec: FrameSpec) -> dict[str, Any]:
-    """What the loaders look for, under the names mmdet's and mmdet3d's own inference calls give it."""
+    """Build the inputs of the loaders, with the keys of mmdet's and mmdet3d's own inference functions."""
     inputs: dict[str, Any] = {}
     if "points" in data:
         inputs["lidar_points"] = {"lidar_path": data["points"]}
@@ -232,12 +231,12 @@ def _loader_inputs(data: Mapping[str, Any], spec: FrameSpec) -> dict[str, Any]:
 
 
 def _rows(matrices: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Any]:
-    # The pipeline scales cameras in place; the frame belongs to the caller.
+    # The pipeline scales camera matrices in place; the frame belongs to the caller.
     return {name: np.array(matrix) for name, matrix in matrices.items()}
 
 
 def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `mmdet3d.apis` and `mmdet.apis` put beside the frame."""
+    """Return the inputs that `mmdet3d.apis` and `mmdet.apis` add to a frame."""
     if scope_of(config) != "mmdet3d":
         return {"img_id": 0}
     from mmdet3d.structures import get_box_type

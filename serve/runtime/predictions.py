@@ -1,7 +1,7 @@
-"""Predictions to answers: OpenMMLab's data samples become plain dictionaries with OpenMMLab's own names.
+"""Postprocessing: OpenMMLab's data samples become answers, plain dictionaries with OpenMMLab's names.
 
-Field names are those of `Det3DInferencer.pred2dict` and `DetInferencer.pred2dict`; labels of points and
-pixels are encoded as `serve.compare.labels` says. Knows nothing about networks or frames.
+Field names are those of `Det3DInferencer.pred2dict` and `DetInferencer.pred2dict`; `serve.compare.labels` defines the
+encoding of point and pixel labels.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ UNITS_2D = {"length": "px", "frame": "x right, y down, from the top left of the 
 def postprocess(
     sample: Any, classes: Sequence[str], box_type_3d: str | None, model: dict[str, str]
 ) -> dict[str, Any]:
-    """One prediction as an answer; detections best score first, nothing left out.
+    """Convert a prediction to an answer with all detections by descending score.
 
     Args:
-        sample: a `Det3DDataSample` or `DetDataSample` with predictions.
+        sample: `Det3DDataSample` or `DetDataSample` with predictions.
         classes: class names by label.
         box_type_3d: ``"LiDAR"``, ``"Camera"`` or ``"Depth"``; None for 2D and for labels.
-        model: name and version, echoed.
+        model: name and version, copied to the answer.
     """
     if "pred_pts_seg" in sample:
         return _labels(sample.pred_pts_seg.pts_semantic_mask.cpu().numpy(), classes, model)
@@ -71,24 +71,24 @@ def postprocess(
 def empty_detections(
     classes: Sequence[str], box_type_3d: str | None, model: dict[str, str], width: int
 ) -> dict[str, Any]:
-    """The answer to a frame with nothing in it; boxes would have `width` numbers."""
+    """Return the answer without detections, for boxes of `width` numbers."""
     boxes = np.zeros((0, width), dtype=np.float32)
     none = np.zeros(0, dtype=np.float32)
     return _assemble(boxes, none, none.astype(np.int64), classes, box_type_3d, model)
 
 
 def empty_labels(classes: Sequence[str], model: dict[str, str]) -> dict[str, Any]:
-    """The answer of a segmentor to a cloud without points."""
+    """Return the answer of a segmentor to a point cloud without points."""
     return _labels(np.zeros(0, dtype=np.uint8), classes, model)
 
 
 def filter_detections(answer: dict[str, Any], options: FrameOptions) -> dict[str, Any]:
-    """The part of an answer (best score first) that a caller asked for; labels have no scores and stay whole."""
+    """Filter the detections of an answer, sorted by score, by `options`; labels are unchanged."""
     scores = answer.get("scores", answer.get("scores_3d"))
     if scores is None:
         return answer
     count = len(scores)
-    if options.score_thr > 0:  # some scores are no probabilities: Part-A2's go below 0
+    if options.score_thr > 0:  # scores may be negative, as in Part-A2
         count = int(np.count_nonzero(np.asarray(scores) >= options.score_thr))
     if options.max_detections is not None:
         count = min(count, options.max_detections)
@@ -124,7 +124,7 @@ def _assemble(
 
 
 def _run_lengths(masks: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """(N, H, W) bool masks as compressed COCO run lengths."""
+    """Encode (N, H, W) bool masks as compressed COCO run lengths."""
     from pycocotools import mask as coco
 
     if len(masks) == 0:

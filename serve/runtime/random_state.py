@@ -1,8 +1,7 @@
-"""Random numbers that are the same every time.
+"""Fixed seeds of the global random generators.
 
-Some models draw points at random while they answer (VoteNet's `PointSample`, the sliding windows of
-PointNet++): fixed_seed alike for every frame, the same frame gets the same answer on every run. Knows nothing
-about models.
+Some models sample points at random during inference (VoteNet's `PointSample`, the sliding windows of PointNet++). With
+a fixed seed per frame, the same frame has the same answer on every run.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ SEED = 0
 
 @dataclass
 class RandomState:
-    """Whether random numbers were drawn; known once the `fixed_seed` block is left."""
+    """State of the generators in a `fixed_seed` block; `used` is set at its end if numbers were drawn."""
 
     used: bool = False
 
 
 @contextmanager
 def fixed_seed(device: torch.device, seed: int = SEED) -> Iterator[RandomState]:
-    """Inside, the global generators of Python, NumPy and torch start from `seed`; afterwards they go on as before.
+    """Seed the global generators of Python, NumPy and torch inside the block; restore them afterwards.
 
     Args:
-        device: where the model runs; the generator of a CUDA device is fixed_seed too.
-        seed: where to start.
+        device: device of the model; the generator of a CUDA device is seeded too.
+        seed: seed of all generators.
     """
     random_state = RandomState()
     kept = random.getstate(), np.random.get_state()

@@ -1,9 +1,8 @@
-"""A text in an archive's config names what OpenMMLab registered, and nothing else.
+"""Guard against code execution by configs: ``type`` may name registered classes only.
 
-mmengine's registries take a text that nobody registered for the path of an object, import its module and call it with
-what else the config says (`Registry.get`, meant for dumps of lazy configs): ``type='subprocess.Popen'`` would run a
-program. Here that way leads to registered classes only. Where upstream evaluates a text as Python,
-`serve.ops.patches` takes names. Knows nothing about archives.
+mmengine's registries treat an unregistered name as the path of an object, import its module and call it with the
+config's arguments (`Registry.get`, for dumps of lazy configs): ``type='subprocess.Popen'`` would run a program.
+`restrict_registry` limits such paths to registered classes. `serve.ops.patches` handles upstream's uses of `eval`.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ from typing import Any
 
 __all__ = ["restrict_registry"]
 
-# Whose modules may be imported for a class that a path names.
+# Packages whose modules may be imported for a path.
 _OPENMMLAB = frozenset({"mmcv", "mmdet", "mmdet3d", "mmengine", "mmpretrain", "mmseg"})
 
 
 def restrict_registry() -> None:
-    """From now on, registries of this process build registered classes and functions only."""
+    """Restrict the registries of this process to registered classes and functions."""
     from mmengine.registry import registry
 
     registry.get_object_from_string = _find_registered
 
 
 def _find_registered(path: str) -> Any:
-    """The class or function at `path` if it is registered somewhere, else None."""
+    """Find the class or function at `path` if any registry has it, else None."""
     from mmengine.utils import get_object_from_string
 
     package, _, rest = path.partition(".")

@@ -1,7 +1,6 @@
-"""The self-test: a loaded detector must still give what its archive recorded for the golden frame.
+"""Self-test: a loaded detector must reproduce the answer that its archive recorded for the golden frame.
 
-Running it also warms up everything a first request would pay for: compiled kernels, memory, algorithm
-choice. Knows nothing about TorchServe.
+It also warms up compiled kernels, memory and algorithm selection for the first request.
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ from serve.runtime.detector import Detector
 
 __all__ = ["TOLERANCES", "matches", "run_golden_frame", "self_test"]
 
-# Wider than between two runs on one machine: other processors sum in another order. Reduced precision is
-# compared with an answer recorded in float32.
+# Wider than the differences between runs on one machine, because other processors sum in another order. Answers in
+# reduced precision are compared with one in float32.
 TOLERANCES: dict[str, Tolerances] = {
     "off": Tolerances(box_m=1e-2, box_px=1.0, yaw_rad=1e-2, score=1e-3, mask_iou=0.9, label_share=0.99),
     "fp16": Tolerances(box_m=0.1, box_px=4.0, yaw_rad=5e-2, score=2e-2, mask_iou=0.8, label_share=0.95),
     "bf16": Tolerances(box_m=0.3, box_px=8.0, yaw_rad=0.1, score=5e-2, mask_iou=0.7, label_share=0.9),
 }
-# Where two candidates nearly tie, rounding decides which one suppression keeps.
+# Rounding decides which of two nearly tied candidates NMS keeps.
 MAX_MISMATCH_SHARE = 0.05
 
 
 def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
-    """The detector's answer to the golden frame, with no score threshold.
+    """Run the golden frame without a score threshold.
 
     Raises:
         SelfTestError: the frame cannot be run.
     """
-    num_points = 0 if not frame else None  # an empty file is an empty cloud here
+    num_points = 0 if not frame else None  # an empty file is an empty point cloud
     load_dim = detector.describe().get("load_dim")
     options = FrameOptions(num_points=num_points, load_dim=load_dim)
     outcome = detector.run([detector.decode(frame, options, Limits())])[0]
@@ -49,7 +48,7 @@ def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
 def matches(
     expected: Mapping[str, Any], actual: Mapping[str, Any], tolerances: Tolerances
 ) -> tuple[bool, Comparison | LabelComparison]:
-    """Whether all but `MAX_MISMATCH_SHARE` of the detections match within `tolerances`, or of the labels are equal."""
+    """Compare answers: all but `MAX_MISMATCH_SHARE` of the detections must match, or of the labels be equal."""
     found = compare_answers(expected, actual, tolerances, sides=("recorded", "now"))
     if isinstance(found, LabelComparison):
         return found.ok, found
@@ -61,10 +60,10 @@ def matches(
 
 
 def self_test(detector: Detector, archive: Archive) -> float:
-    """Run the golden frame and compare; returns the seconds it took.
+    """Run the golden frame and compare its answer; return the seconds it took.
 
     Raises:
-        SelfTestError: the detections are not those recorded at conversion.
+        SelfTestError: the answer differs from the recorded one.
     """
     started = time.perf_counter()
     actual = run_golden_frame(detector, archive.golden_frame())
@@ -73,7 +72,7 @@ def self_test(detector: Detector, archive: Archive) -> float:
     ok, found = matches(expected, actual, TOLERANCES[archive.metadata.inference.autocast])
     if not ok:
         raise SelfTestError(
-            f"the golden frame of {archive.metadata.name} does not come out as recorded "
+            f"the self-test of {archive.metadata.name} failed: the golden frame's answer differs from the recorded one "
             f"({'; '.join((found.verdict(), *getattr(found, 'problems', ())))}); "
             "convert the model again with this version of mmdet3d-serve and torch"
         )

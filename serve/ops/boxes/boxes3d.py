@@ -1,10 +1,9 @@
-"""Which points lie in which upright 3D boxes.
+"""Tests of points in upright 3D boxes.
 
 A box is (x, y, z, x_size, y_size, z_size, yaw): metres and radians, z at the centre of its *bottom*, yaw
 counter-clockwise about the z axis. A point on the bottom or the top face is inside, one on a side face is
 outside, as in the reference (mmcv 2.1.0 `csrc/common/cuda/points_in_boxes_cuda_kernel.cuh`); a NaN coordinate
-is outside. All is computed in float32, or in float64 where points or boxes are.
-Knows nothing about cameras: mmdet3d turns their boxes into this frame first.
+is outside. The dtype is float32, or float64 if points or boxes are. mmdet3d converts boxes of cameras to this frame.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ __all__ = ["points_in_boxes_all_forward", "points_in_boxes_cpu_forward", "points
 Floats = npt.NDArray[np.floating]
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
-# Pairs of a point and a box that the torch versions hold at once.
+# Pairs of a point and a box per block of the torch versions.
 PAIRS_PER_BLOCK = 1 << 23
 
 
 def points_in_boxes_part_forward(
     boxes_tensor: Tensor, pts_tensor: Tensor, box_idx_of_points_tensor: Tensor
 ) -> None:
-    """Write the first box that each point is in; other points keep what the tensor held (mmcv gives -1).
+    """Write the first box that contains each point; the elements of other points are unchanged (mmcv passes -1).
 
     Args:
         boxes_tensor: (B, T, 7) float.
@@ -62,7 +61,7 @@ def points_in_boxes_part_forward(
 
 
 def points_in_boxes_cpu_forward(boxes_tensor: Tensor, pts_tensor: Tensor, pts_indices_tensor: Tensor) -> None:
-    """Write 1 where a point is in a box and 0 elsewhere, for one cloud; any device in spite of the name.
+    """Write 1 if a point is in a box, else 0, for one point cloud; on any device despite the name.
 
     Args:
         boxes_tensor: (T, 7) float.
@@ -83,7 +82,7 @@ def points_in_boxes_cpu_forward(boxes_tensor: Tensor, pts_tensor: Tensor, pts_in
 def points_in_boxes_all_forward(
     boxes_tensor: Tensor, pts_tensor: Tensor, box_idx_of_points_tensor: Tensor
 ) -> None:
-    """Write 1 where a point is in a box; other places keep what the tensor held (mmcv gives 0).
+    """Write 1 if a point is in a box; other elements are unchanged (mmcv passes 0).
 
     Args:
         boxes_tensor: (B, T, 7) float.
@@ -101,7 +100,7 @@ def points_in_boxes_all_forward(
 
 
 def inside(points: Tensor, boxes: Tensor) -> Tensor:
-    """(T, M) bool: which of the points (M, 3) lie in which of the boxes (T, 7)."""
+    """Test which of the points (M, 3) lie in which of the boxes (T, 7); (T, M) bool."""
     points, frames = to_common_dtype(points, boxes)
     if uses_numba(points):
         hits = torch.empty((boxes.shape[0], points.shape[0]), dtype=torch.bool)
@@ -112,7 +111,7 @@ def inside(points: Tensor, boxes: Tensor) -> Tensor:
 
 
 def to_common_dtype(points: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """The points, and the boxes as (T, 9) frames; both of one dtype.
+    """Convert points, and boxes to (T, 9) frames, to a common dtype.
 
     A frame is the centre, half the sizes, cosine and sine of -yaw, and z of the bottom.
     """
@@ -125,7 +124,7 @@ def to_common_dtype(points: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inside_blocks(points: Tensor, frames: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(some boxes, M) bool at a time, on any device."""
+    """Yield blocks of (boxes, M) bool on any device."""
     rows = max(1, PAIRS_PER_BLOCK // max(1, points.shape[0]))
     x, y, z = points.t()[:, None]
     for begin in range(0, frames.shape[0], rows):
@@ -137,7 +136,7 @@ def inside_blocks(points: Tensor, frames: Tensor) -> Iterator[tuple[slice, Tenso
 
 
 def first_box_torch(points: Tensor, frames: Tensor) -> Tensor:
-    """(M,) int64: the first box that holds each point, -1 where none does."""
+    """Find the first box that contains each point on any device; (M,) int64, -1 for none."""
     beyond = frames.shape[0]
     first = torch.full((points.shape[0],), beyond, dtype=torch.int64, device=points.device)
     for block, hits in inside_blocks(points, frames):
@@ -147,7 +146,7 @@ def first_box_torch(points: Tensor, frames: Tensor) -> Tensor:
 
 
 def _check(boxes: Tensor, points: Tensor) -> tuple[int, int, int]:
-    """Clouds, points of each and boxes of each."""
+    """Check the arguments; return the number of point clouds, points and boxes."""
     check_shape("boxes_tensor", boxes, None, None, 7)
     check_shape("pts_tensor", points, boxes.shape[0], None, 3)
     check_floating(boxes_tensor=boxes, pts_tensor=points)
@@ -159,7 +158,7 @@ def _check(boxes: Tensor, points: Tensor) -> tuple[int, int, int]:
 def mark_inside(
     x: Floats, y: Floats, z: Floats, frame: Floats, hits: U8
 ) -> None:  # pragma: no cover - compiled
-    """Set `hits` to 1 where a point is in the box `frame`, to 0 elsewhere. Branch-free, to be vectorised."""
+    """Set `hits` to 1 for points in the box `frame`, else to 0. Branch-free, to be vectorised."""
     cx, cy, cz, hx, hy, hz = frame[0], frame[1], frame[2], frame[3], frame[4], frame[5]
     cos, sin = frame[6], frame[7]
     for k in range(x.shape[0]):

@@ -1,7 +1,7 @@
-"""Overlap and NMS of upright 3D boxes (x, y, z, dx, dy, dz, heading in radians), seen from above.
+"""Bird's-eye-view overlap and NMS of upright 3D boxes (x, y, z, dx, dy, dz, heading in radians).
 
-The heights do not enter: mmcv's Python multiplies them in. The reference is mmcv 2.1.0
-`csrc/common/cuda/iou3d_cuda_kernel.cuh`. Knows nothing about scores: boxes come sorted.
+mmcv's Python multiplies by the heights and sorts boxes by score. The reference is mmcv 2.1.0
+`csrc/common/cuda/iou3d_cuda_kernel.cuh`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def iou3d_boxes_overlap_bev_forward(boxes_a: Tensor, boxes_b: Tensor, ans_iou: T
 
 
 def iou3d_nms3d_forward(boxes: Tensor, keep: Tensor, num_out: Tensor, nms_overlap_thresh: float) -> None:
-    """Greedy NMS by rotated overlap (dropped above the threshold).
+    """Suppress boxes greedily by rotated overlap (dropped above the threshold).
 
     Args:
         boxes: (N, 7), by descending score.
@@ -47,7 +47,7 @@ def iou3d_nms3d_forward(boxes: Tensor, keep: Tensor, num_out: Tensor, nms_overla
 def iou3d_nms3d_normal_forward(
     boxes: Tensor, keep: Tensor, num_out: Tensor, nms_overlap_thresh: float
 ) -> None:
-    """As `iou3d_nms3d_forward` with every heading taken as zero."""
+    """Run `iou3d_nms3d_forward` with all headings set to zero."""
     _suppress(boxes, keep, num_out, nms_overlap_thresh, turned=False)
 
 
@@ -64,7 +64,7 @@ def _suppress(boxes: Tensor, keep: Tensor, num_out: Tensor, threshold: float, *,
         raise ValueError(f"num_out must hold one number, got shape {tuple(num_out.shape)}")
     for name, tensor in (("boxes", boxes), ("keep", keep), ("num_out", num_out)):
         if tensor.device.type == "meta":
-            raise ValueError(f"{name} must be on a device that holds numbers, got {tensor.device}")
+            raise ValueError(f"{name} must have values, got a tensor on {tensor.device}")
     flat = _to_bev(boxes)
     if not turned:
         flat[:, 4] = 0

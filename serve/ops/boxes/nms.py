@@ -1,8 +1,7 @@
-"""Non-maximum suppression of axis-aligned boxes (x1, y1, x2, y2): hard, soft, and with its matches.
+"""Non-maximum suppression of axis-aligned boxes (x1, y1, x2, y2): hard, soft, and with matches.
 
-Equal scores keep their order, so the answer does not depend on the device. The reference is mmcv 2.1.0
-`csrc/pytorch/cpu/nms.cpp`. Knows nothing about classes: mmcv's Python shifts boxes of different classes
-apart before it calls.
+Sorting is stable, so results do not depend on the device. mmcv's Python separates classes by shifting their boxes. The
+reference is mmcv 2.1.0 `csrc/pytorch/cpu/nms.cpp`.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ SOFT_METHODS = {0: "naive", 1: "linear", 2: "gaussian"}
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Rows (int64) that survive, by descending score.
+    """Suppress boxes greedily; return the kept rows (int64) by descending score.
 
     Args:
         boxes: (N, 4) float.
         scores: (N,) float.
-        iou_threshold: a box is dropped when its IoU with a kept one is above this.
-        offset: 0, or 1 where a box includes its last pixel.
+        iou_threshold: a box is dropped if its IoU with a kept one is above this.
+        offset: 1 if a box includes its last pixel, else 0.
     """
     check_width("boxes", boxes, 4)
     check_floating(boxes=boxes)
@@ -95,7 +94,7 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft-NMS (Bodla et al., ICCV 2017): lower the scores of overlapping boxes instead of dropping them.
+    """Lower the scores of overlapping boxes instead of dropping them (Soft-NMS, Bodla et al., ICCV 2017).
 
     Args:
         boxes: (N, 4) on CPU.
@@ -163,7 +162,7 @@ def _softnms_cpu(
                 weight = 0.0 if method == 0 else 1.0 - iou
             left[j, 4] *= weight
             if left[j, 4] < min_score:
-                # Dropped: the last one takes its place and is looked at next.
+                # Dropped: the last box moves here and is processed next.
                 n -= 1
                 for c in range(5):
                     left[j, c] = left[n, c]
@@ -175,7 +174,7 @@ def _softnms_cpu(
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Groups of rows: each survivor, then the boxes it dropped (IoU >= threshold), by descending score.
+    """Group rows: each kept box, then the boxes it suppresses (IoU >= threshold), by descending score.
 
     Args:
         dets: (N, 5) on CPU: box and score.

@@ -1,7 +1,6 @@
-"""Overlaps of axis-aligned boxes (x1, y1, x2, y2), all with all or pair by pair.
+"""Overlaps of axis-aligned boxes (x1, y1, x2, y2), all pairs or row by row.
 
 The reference is mmcv 2.1.0 `csrc/pytorch/cpu/bbox_overlaps_cpu.cpp`: two boxes without area give NaN.
-Rotated boxes are in `serve.ops.boxes.rotated`. Knows nothing of scores or NMS.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def bbox_overlaps(
         ious: (N, M), or (N,) when `aligned`; written in place.
         mode: 0 for IoU, 1 for IoF.
         aligned: pair row by row instead of all with all.
-        offset: 1 where x2 and y2 name the last pixel inside, else 0.
+        offset: 1 if x2 and y2 are the last pixel inside, else 0.
 
     Raises:
         ValueError: a shape, `mode` or `offset` does not fit.
@@ -53,7 +52,7 @@ def bbox_overlaps(
     if aligned:
         ious.copy_(_overlaps(first, second, mode, offset))
         return
-    # In blocks that stay in a core's cache.
+    # Blocks fit a core's cache.
     rows = max(1, PAIRS_PER_BLOCK // max(1, m))
     for start in range(0, n, rows):
         block = first[:, start : start + rows, None]
@@ -61,7 +60,7 @@ def bbox_overlaps(
 
 
 def _overlaps(first: Tensor, second: Tensor, mode: int, offset: int) -> Tensor:
-    """Overlaps of boxes given as four planes each, which broadcast."""
+    """Compute overlaps of boxes given as four planes each, which broadcast."""
     width = (torch.minimum(first[2], second[2]) - torch.maximum(first[0], second[0])).add_(offset)
     height = (torch.minimum(first[3], second[3]) - torch.maximum(first[1], second[1])).add_(offset)
     shared = width.clamp_(min=0).mul_(height.clamp_(min=0))

@@ -1,9 +1,9 @@
 """Points in quadrilaterals, smallest rectangles, and overlaps of point sets' convex hulls with quadrilaterals.
 
 The reference is mmcv 2.1.0 `csrc/common/cuda/points_in_polygons_cuda_kernel.cuh`, `min_area_polygons_cuda.cuh`,
-`convex_iou_cuda_kernel.cuh` and `diff_iou_rotated_cuda_kernel.cuh`. All is torch in float64 on any device, but
-for points in polygons, which is in float32 like the reference because borders decide there. Knows nothing about
-detection heads; these are reached from oriented detectors and training losses only.
+`convex_iou_cuda_kernel.cuh` and `diff_iou_rotated_cuda_kernel.cuh`. All use torch in float64 on any device, except
+points in polygons: float32 like the reference, because borders decide there. Only oriented detectors and training
+losses call them.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ __all__ = [
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
-# Of the 24 candidate corners of the overlap of two rectangles the first 8 are corners of one of them.
+# The first 8 of the 24 candidate corners of the overlap of two rectangles are corners of the rectangles.
 INTERSECTIONS_FROM = 8
-# Corners of the overlap of two rectangles, and the first once more.
+# Most corners of the overlap of two rectangles.
 MOST_CORNERS = 8
 
 
 def points_in_polygons_forward(points: Tensor, polygons: Tensor, output: Tensor) -> None:
-    """Write 1 where a point is in a quadrilateral and 0 elsewhere, by the parity of crossings to its right.
+    """Write 1 if a point is in a quadrilateral, else 0, by the parity of crossings to its right.
 
-    As in the reference the count stops at a side that the point lies on, so on a border the answer depends on
-    the side.
+    As in the reference, counting stops at a side that contains the point, so the result on a border depends on the
+    side.
 
     Args:
         points: (N, 2) float.
@@ -71,7 +71,7 @@ def points_in_polygons_forward(points: Tensor, polygons: Tensor, output: Tensor)
 
 
 def in_polygons_torch(points: Tensor, corner: Tensor) -> Tensor:
-    """(N, M) bool on any device; points (N, 2) and corners (M, 4, 2) in float32."""
+    """Test points (N, 2) in corners (M, 4, 2), float32, on any device; (N, M) bool."""
     out = torch.empty((points.shape[0], corner.shape[0]), dtype=torch.bool, device=points.device)
     rows = max(1, 4 * PAIRS_PER_BLOCK // max(1, corner.shape[0]))
     for begin in range(0, points.shape[0], rows):
@@ -112,7 +112,7 @@ def _in_polygons_cpu(points: F32, corner: F32, inside: U8) -> None:  # pragma: n
 
 
 def min_area_polygons(pointsets: Tensor, polygons: Tensor) -> None:
-    """Write the corners of the smallest rectangle, turned at will, around each set of nine points.
+    """Write the corners of the smallest rotated rectangle around each set of nine points.
 
     One side of it lies on the line through two of the points (Freeman and Shapira, CACM 18(7), 1975), so all
     36 pairs are tried.
@@ -204,20 +204,19 @@ def convex_giou(pointsets: Tensor, polygons: Tensor, output: Tensor) -> None:
 
 
 def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_valid: Tensor) -> Tensor:
-    """Put the corners of each overlap of two rectangles in order around their mean.
+    """Sort the corners of each overlap of two rectangles by angle around their mean.
 
-    Where more than 8 are valid some coincide; those nearest to the one before are left out. (The reference
-    writes beyond its output then, and loses corners where two coincide.)
+    If more than 8 are valid, some coincide, and those nearest to their predecessor are dropped. (The reference
+    then writes beyond its output, and loses corners if two coincide.)
 
     Args:
-        vertices: (B, N, V, 2) float, seen from their mean; V is 24: corners of both, then intersections.
-        mask: (B, N, V) bool, which are corners of the overlap.
-        num_valid: (B, N) int, how many.
+        vertices: (B, N, V, 2) float, relative to their mean; V is 24: corners of both, then intersections.
+        mask: (B, N, V) bool, true for corners of the overlap.
+        num_valid: (B, N) int, number of corners.
 
     Returns:
-        (B, N, 9) int32: the valid ones by angle from the x axis towards the y axis, the first once more, then
-        an intersection that is not valid (mmcv keeps zeros there) to fill up; that alone where fewer than 3 are
-        valid.
+        (B, N, 9) int32: the valid corners by angle from the x axis towards the y axis, the first again, then padded
+        with an invalid intersection (mmcv has zeros there). Only padding if fewer than 3 are valid.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
@@ -231,10 +230,10 @@ def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_v
         raise ValueError(f"vertices must hold more than 8 candidates, got shape {tuple(vertices.shape)}")
     points, valid = vertices.detach().double(), mask.bool()
     number = valid.sum(dim=2, keepdim=True)
-    # 1. By angle, those not valid last.
+    # 1. Sort by angle, invalid corners last.
     angle = torch.remainder(torch.atan2(points[..., 1], points[..., 0]), 2 * math.pi)
     order = torch.where(valid, angle, torch.inf).sort(dim=2, stable=True)[1]
-    # 2. Of more than 8 the 8 that are furthest from the one before.
+    # 2. Keep the 8 furthest from their predecessor.
     ordered = points.gather(2, order[..., None].expand(-1, -1, -1, 2))
     rank = torch.arange(order.shape[2], device=order.device).expand_as(order)
     last = ordered.gather(2, (number - 1).clamp(min=0)[..., None].expand(-1, -1, -1, 2))
@@ -242,7 +241,7 @@ def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_v
     gap = torch.where(rank < number, (ordered - before).square().sum(dim=3), -1.0)
     kept = gap.sort(dim=2, descending=True, stable=True)[1][..., :MOST_CORNERS].sort(dim=2)[0]
     order, number = order.gather(2, kept), number.clamp(max=MOST_CORNERS)
-    # 3. Close the ring and fill up.
+    # 3. Close the ring and pad.
     pad = (~valid[..., INTERSECTIONS_FROM:]).int().argmax(dim=2, keepdim=True) + INTERSECTIONS_FROM
     place = torch.arange(MOST_CORNERS + 1, device=order.device)
     ring = torch.cat((order, pad), dim=2)
@@ -251,14 +250,14 @@ def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_v
 
 
 def _hulls(points: Tensor) -> Tensor:
-    """(N, P, 2) corners of the convex hulls of (N, P, 2), from x to y; the first is repeated to fill up.
+    """Compute the corners (N, P, 2) of the convex hulls of (N, P, 2), from x to y, padded with the first.
 
     Gift wrapping (Jarvis, IPL 2(1), 1973) of all sets in step. Differentiable in the points.
     """
     rows, size = points.shape[:2]
     fixed = points.detach()
     each = torch.arange(rows, device=points.device)
-    # The lowest point, of equally low ones the leftmost, is a corner.
+    # The leftmost of the lowest points is a corner.
     low = fixed[..., 1] == fixed[..., 1].amin(dim=1, keepdim=True)
     first = torch.where(low, fixed[..., 0], torch.inf).argmin(dim=1)
     at, wrapped, closed = first, [first], torch.zeros(rows, dtype=torch.bool, device=points.device)

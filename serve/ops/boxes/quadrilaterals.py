@@ -1,10 +1,9 @@
-"""IoU and NMS of quadrilaterals (x1, y1, …, x4, y4), and the clipping of polygons they rest on.
+"""IoU and NMS of quadrilaterals (x1, y1, …, x4, y4), by polygon clipping.
 
-Corners go round in either direction. A quadrilateral is the signed sum of the two triangles it has with its
-first corner; a polygon is clipped by each (Sutherland and Hodgman, CACM 17(1), 1974) in float64. So areas are
-right for every quadrilateral whose sides do not cross, dented ones too. The reference (mmcv 2.1.0
-`csrc/common/box_iou_rotated_utils.hpp`) tests corners as if both were rectangles, and differs where they are
-not. Knows nothing about rotated boxes given by an angle.
+Corners may be in either orientation. A quadrilateral is the signed sum of the two triangles at its first corner; a
+polygon is clipped by each (Sutherland and Hodgman, CACM 17(1), 1974) in float64. So areas are right for every simple
+quadrilateral, concave ones too. The reference (mmcv 2.1.0 `csrc/common/box_iou_rotated_utils.hpp`) tests corners as if
+both were rectangles, and differs if they are not.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ __all__ = ["box_iou_quadri", "nms_quadri"]
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
-# Pairs of polygons that the torch version holds at once, with up to 72 corners each.
+# Pairs of polygons per block of the torch version, with up to 72 corners each.
 PAIRS_PER_BLOCK = 1 << 16
-# Smaller areas count as none, as in the reference.
+# Smaller areas count as zero, as in the reference.
 NO_AREA = 1e-14
 MAX_CORNERS = 64
 
@@ -73,7 +72,7 @@ def nms_quadri(
     iou_threshold: float,
     multi_label: bool = False,
 ) -> Tensor:
-    """Greedy NMS of quadrilaterals; one is dropped when its IoU with a kept one is >= `iou_threshold`.
+    """Suppress quadrilaterals greedily; one is dropped if its IoU with a kept one is >= `iou_threshold`.
 
     Args:
         dets: (N, 8), or (N, 9) with the label last when `multi_label`.
@@ -100,19 +99,19 @@ def nms_quadri(
 
 
 def suppress_torch(polygons: Tensor, groups: Tensor, threshold: float) -> Tensor:
-    """Rows that survive, on any device: one matrix of IoU, one transfer of it as bits, one scan."""
+    """Suppress on any device; return kept rows. One matrix of IoU, one transfer of bits, one scan."""
     area = signed_area(polygons).abs()
     iou = _ratio(_overlaps_torch(polygons, polygons), area[:, None], area[None, :], 0)
     return scan((iou >= threshold) & (groups[:, None] == groups[None, :]))
 
 
 def corners(boxes: Tensor) -> Tensor:
-    """(N, 4, 2) float64 corners."""
+    """Convert to (N, 4, 2) float64 corners."""
     return boxes[:, :8].detach().double().reshape(-1, 4, 2)
 
 
 def signed_area(polygons: Tensor) -> Tensor:
-    """(N,) areas of (N, P, 2), positive where the corners go from x to y; the shoelace formula."""
+    """Compute (N,) areas of (N, P, 2) by the shoelace formula, positive if the corners go from x to y."""
     if polygons.shape[1] == 0:
         return polygons.new_zeros(polygons.shape[0])
     local = polygons - polygons[:, :1]
@@ -120,14 +119,14 @@ def signed_area(polygons: Tensor) -> Tensor:
 
 
 def cross(a: Tensor, b: Tensor) -> Tensor:
-    """The z component of the cross product of vectors (…, 2)."""
+    """Compute the z component of the cross product of vectors (…, 2)."""
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
 def overlaps(first: Tensor, second: Tensor) -> Tensor:
-    """(N, M) areas that polygons (N, P, 2) and quadrilaterals (M, 4, 2), float64, have in common.
+    """Compute (N, M) overlap areas of polygons (N, P, 2) and quadrilaterals (M, 4, 2), float64.
 
-    P may be up to 9; a dented polygon may have four corners at most.
+    P may be up to 9; a concave polygon may have at most four corners.
     """
     if uses_numba(first):
         return torch.from_numpy(_overlaps_cpu(as_numpy(first), as_numpy(second)))
@@ -149,7 +148,7 @@ def _overlaps_torch(first: Tensor, second: Tensor) -> Tensor:
 
 
 def overlaps_aligned(polygons: Tensor, quadrilaterals: Tensor) -> Tensor:
-    """(R,) areas that (R, P, 2) polygons and (R, 4, 2) quadrilaterals have in common, row by row.
+    """Compute (R,) overlap areas of (R, P, 2) polygons and (R, 4, 2) quadrilaterals, row by row.
 
     Torch only, any device, float64; differentiable in both.
     """
@@ -166,7 +165,7 @@ def overlaps_aligned(polygons: Tensor, quadrilaterals: Tensor) -> Tensor:
 
 
 def _clip(polygons: Tensor, start: Tensor, along: Tensor) -> Tensor:
-    """Keep what lies left of the line: (R, P, 2) become (R, 2 P, 2), every side giving its start and end.
+    """Keep the part left of the line: (R, P, 2) become (R, 2 P, 2), a start and an end per side.
 
     Parts outside collapse onto the line, where they enclose no area.
     """
@@ -176,7 +175,7 @@ def _clip(polygons: Tensor, start: Tensor, along: Tensor) -> Tensor:
     length = torch.where(length > 0, length, torch.ones_like(length))
     here, there = (((end - start[:, None]) * normal).sum(dim=-1) for end in (polygons, after))
     step = here - there
-    # The denominator is made safe first: a gradient would flow through the branch not taken.
+    # Make the denominator safe first: gradients flow through the branch not taken too.
     t = (here / torch.where(step == 0, torch.ones_like(step), step)).clamp(0, 1)
     crossing = polygons + t[..., None] * (after - polygons)
     inside_here, inside_there = here >= 0, there >= 0

@@ -1,9 +1,8 @@
-"""Areas of overlap of rotated rectangles, and the IoU and NMS built on them.
+"""Overlap areas, IoU and NMS of rotated rectangles.
 
-A rectangle is (x, y, width, height, angle in radians); with the angle counter-clockwise or clockwise for
-all of them alike, areas are the same. Overlaps are found by clipping one rectangle with the four sides of
-the other (Sutherland and Hodgman, CACM 17(1), 1974) in float64 in the first one's own axes, where the
-clip lines are x = ±w/2 and y = ±h/2. Knows nothing about boxes in 3D.
+A rectangle is (x, y, width, height, angle in radians); the direction of the angle does not matter if it is the same for
+all. One rectangle is clipped by the four sides of the other (Sutherland and Hodgman, CACM 17(1), 1974) in float64, in
+the axes of the first, where the clip lines are x = ±w/2 and y = ±h/2.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = ["box_iou_rotated", "nms_rotated"]
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
-# A rectangle clipped by four half planes has at most eight corners.
+# A rectangle clipped by four half-planes has at most eight corners.
 MAX_CORNERS = 8
 PAIRS_PER_BLOCK = 1 << 20
 
@@ -79,14 +78,14 @@ def nms_rotated(
     iou_threshold: float,
     multi_label: bool = False,
 ) -> Tensor:
-    """Greedy NMS of rotated boxes; a box is dropped when its IoU with a kept one is >= `iou_threshold`.
+    """Suppress rotated boxes greedily; one is dropped if its IoU with a kept one is >= `iou_threshold`.
 
     Args:
         dets: (N, 5), or (N, 6) with the label last when `multi_label`.
         scores: (N,).
         order: (N,) int64, rows by descending score.
         dets_sorted: `dets` in that order.
-        labels: not used: mmcv also appends them to `dets`.
+        labels: unused; mmcv also appends them to `dets`.
         iou_threshold: IoU in [0, 1].
         multi_label: boxes of different labels do not suppress each other.
 
@@ -100,7 +99,7 @@ def nms_rotated(
 
 
 def check_sorted(dets: Tensor, scores: Tensor, order: Tensor, dets_sorted: Tensor, width: int) -> None:
-    """Raise unless the arguments of a suppression of sorted boxes fit one another."""
+    """Raise unless the arguments of an NMS of sorted boxes are consistent."""
     check_width("dets", dets, width)
     check_shape("scores", scores, dets.shape[0])
     check_shape("order", order, dets.shape[0])
@@ -111,7 +110,7 @@ def check_sorted(dets: Tensor, scores: Tensor, order: Tensor, dets_sorted: Tenso
 
 
 def suppress_rotated(boxes: Tensor, groups: Tensor, threshold: float, inclusive: bool) -> Tensor:
-    """Rows of `boxes` (N, 5) float64, sorted by descending score, that survive; (N,) `groups` are independent.
+    """Suppress `boxes` (N, 5) float64, sorted by descending score, within (N,) `groups`; return kept rows.
 
     `inclusive` drops at IoU == threshold too.
     """
@@ -129,13 +128,13 @@ def suppress_rotated(boxes: Tensor, groups: Tensor, threshold: float, inclusive:
 
 
 def scan(hits: Tensor) -> Tensor:
-    """Greedy survivors (int64 rows) given (N, N) bool "row i, if kept, drops row j > i"."""
+    """Select rows greedily (int64), given (N, N) bool "row i, if kept, drops row j > i"."""
     keep = _scan_cpu(hits.to("cpu", torch.uint8).numpy())
     return torch.from_numpy(keep).to(hits.device)
 
 
 def overlap_areas(first: Tensor, second: Tensor) -> Tensor:
-    """(N, M) float64 overlap areas of (N, 5) and (M, 5) float64 rectangles."""
+    """Compute (N, M) float64 overlap areas of (N, 5) and (M, 5) float64 rectangles."""
     n, m = first.shape[0], second.shape[0]
     if uses_numba(first):
         return torch.from_numpy(_overlaps_cpu(as_numpy(first), as_numpy(second)))
@@ -151,7 +150,7 @@ def overlap_areas(first: Tensor, second: Tensor) -> Tensor:
 
 
 def overlap_areas_aligned(first: Tensor, second: Tensor) -> Tensor:
-    """(N,) float64 overlap areas of rectangles paired row by row; torch only, any device."""
+    """Compute (N,) float64 overlap areas of rectangles paired row by row; torch, any device."""
     # 1. Corners of the second in the axes of the first.
     cos1, sin1 = torch.cos(first[:, 4]), torch.sin(first[:, 4])
     dx, dy = second[:, 0] - first[:, 0], second[:, 1] - first[:, 1]
@@ -168,7 +167,7 @@ def overlap_areas_aligned(first: Tensor, second: Tensor) -> Tensor:
         dim=-1,
     )
     corners = corners + centre[:, None]
-    # 2. Clip by the four half planes. A polygon is (N, P, 2) with repeated corners where it has fewer.
+    # 2. Clip by the four half-planes. A polygon is (N, P, 2), padded with repeated corners.
     for axis in (0, 1):
         for sign in (1.0, -1.0):
             corners = _clip(corners, axis, sign, first[:, 2 + axis] / 2)
@@ -179,7 +178,7 @@ def overlap_areas_aligned(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _clip(corners: Tensor, axis: int, sign: float, limit: Tensor) -> Tensor:
-    """Keep the part with ``sign * coordinate <= limit``; every edge yields its start and its crossing.
+    """Keep the part with ``sign * coordinate <= limit``; each edge yields its start and its crossing.
 
     An edge outside yields points that are repeated or lie on the clip line, which add no area.
     """
@@ -209,7 +208,7 @@ def _areas(boxes: Tensor) -> Tensor:
 
 @jit
 def _overlap(a: F64, b: F64, ax: F64, ay: F64, bx: F64, by: F64) -> float:  # pragma: no cover - compiled
-    # Far apart: the circles around both do not meet.
+    # Far apart: the circumscribed circles are disjoint.
     dx, dy = b[0] - a[0], b[1] - a[1]
     reach = 0.5 * (np.sqrt(a[2] * a[2] + a[3] * a[3]) + np.sqrt(b[2] * b[2] + b[3] * b[3]))
     if dx * dx + dy * dy > reach * reach:

@@ -1,1 +1,1 @@
-"""How kernels run on a CPU: compiler, cache of machine code, threads, GEMM, Winograd."""
+"""CPU backend of the kernels: JIT compiler and its cache, threads, GEMM, Winograd."""

@@ -1,10 +1,9 @@
-"""The innermost loop of our convolutions on a CPU: some rows times a panel of weights, held in registers.
+"""GEMM microkernel of the convolutions on a CPU: a few rows times a panel of weights, in registers.
 
-A compiler that vectorises a plain loop keeps one sum in memory per product and, on CPUs with 512-bit vectors,
-uses half of their width. So the loop is spelled out in LLVM's intermediate code: `ROWS` rows by `CHANNELS`
-output channels are read once, stay in vector registers while all input channels pass by, and are written once
-(the register blocking of K. Goto and R. van de Geijn, "Anatomy of high-performance matrix multiplication", ACM
-TOMS 34, 2008). Every row goes the same way, whatever rows are beside it. Knows nothing about rulebooks or images.
+A compiler that vectorises a plain loop keeps the sums in memory and uses half of the width of 512-bit vectors. So the
+loop is written in LLVM IR: sums of `ROWS` rows by `CHANNELS` output channels are read once, stay in vector registers
+for all input channels, and are written once (register blocking: K. Goto and R. van de Geijn, "Anatomy of
+high-performance matrix multiplication", ACM TOMS 34, 2008). A row's result does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -40,28 +39,28 @@ __all__ = [
     "vector_pointer",
 ]
 
-# 6 x 2 sums, two weights and one value fit the 16 vector registers of AVX2; 6 x 4 sums the 32 of AVX-512.
+# 6 x 2 sums, two weights and one value fit the 16 vector registers of AVX2, 6 x 4 sums the 32 of AVX-512.
 ROWS = 6
 _VECTORS, _WIDE_VECTORS = 2, 4
 # Whether the CPU has vectors of 16 floats.
 HAS_AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 LANES = 16 if HAS_AVX512 else 8
-# Output channels of a panel, and of one for the many registers of AVX-512: each value read meets twice the weights.
+# Output channels per panel, and per wide panel for AVX-512, which has twice the weights per value read.
 CHANNELS, _WIDE_CHANNELS = _VECTORS * LANES, _WIDE_VECTORS * LANES
 _CACHE_LINE_FLOATS = 16
 
 I64, _I32 = ir.IntType(64), ir.IntType(32)
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
-# A product may be fused into the sum it is added to: one rounding instead of two.
+# Allow fused multiply-add: one rounding instead of two.
 _FUSED = ("contract",)
 
 
 def pack_panels(weight: Tensor) -> Tensor:
-    """Weights (…, Cin, Cout) as `add_products` reads them.
+    """Pack weights (…, Cin, Cout) for `add_products`.
 
     Returns:
-        (…, P, Cin, C), contiguous and zero behind Cout; C is `CHANNELS`, or twice as many where vectors are wide and
-        Cout is a multiple of that.
+        (…, P, Cin, C), contiguous and zero beyond Cout; C is `CHANNELS`, or twice as many with AVX-512 if Cout is a
+        multiple of that.
     """
     channels = _WIDE_CHANNELS if HAS_AVX512 and weight.shape[-1] % _WIDE_CHANNELS == 0 else CHANNELS
     count = -(-weight.shape[-1] // channels)
@@ -71,7 +70,7 @@ def pack_panels(weight: Tensor) -> Tensor:
 
 @jit
 def aligned_zeros(count: int) -> npt.NDArray[np.float32]:  # pragma: no cover - compiled
-    """So many zeros that begin with a cache line, in compiled code: no vector of them lies in two lines."""
+    """Allocate zeros aligned to a cache line, in compiled code, so that no vector crosses a line."""
     room = np.zeros(count + _CACHE_LINE_FLOATS, np.float32)
     skipped = -(room.ctypes.data // 4) % _CACHE_LINE_FLOATS
     return room[skipped : skipped + count]
@@ -88,19 +87,19 @@ def add_products(
     row: Any,
     channel: Any,
 ) -> tuple[Any, Callable[..., Any]]:
-    """``sums[targets[j], channel + c] += features[sources[j]] @ panel[:, c]`` for all c and `ROWS` j from `row`.
+    """Compute ``sums[targets[j], channel + c] += features[sources[j]] @ panel[:, c]``, all c, `ROWS` j from `row`.
 
-    In compiled code only, and nothing is checked there.
+    For compiled code only; without checks.
 
     Args:
-        typing_context: numba's own; the caller passes the rest.
+        typing_context: passed by numba; the caller passes the rest.
         features: (N, Cin) float32, C-contiguous.
         panel: (Cin, C) float32, C-contiguous, one of `pack_panels`.
         sums: (M, >= channel + C) float32, C-contiguous.
         sources: int32, rows of `features`.
-        targets: int32, rows of `sums`, no two of the `ROWS` equal.
-        row: where to begin in `sources` and `targets`.
-        channel: where to begin in a row of `sums`.
+        targets: int32, rows of `sums`, distinct within the `ROWS`.
+        row: first index into `sources` and `targets`.
+        channel: first column of `sums`.
     """
     return types.void(features, panel, sums, sources, targets, row, channel), _generate
 
@@ -109,18 +108,18 @@ def add_products(
 def compress_neighbours(
     typing_context: Any, partners: Any, sources: Any, targets: Any, packed: Any, first: Any
 ) -> tuple[Any, Callable[..., Any]]:
-    """Append the `LANES` rows from `first` that have a partner to `sources` and `targets`; compiled code, if `HAS_AVX512`.
+    """Append neighbours and indices of the rows with one, of `LANES` rows from `first`; compiled code with AVX-512.
 
     Args:
-        typing_context: numba's own; the caller passes the rest.
-        partners: int32, negative for none.
-        sources: int32, gets the partners; `LANES` from `packed` on may be written over.
-        targets: int32, gets their indexes, counted from `first`'s own; the same.
-        packed: how many there are already.
-        first: where to begin in `partners`.
+        typing_context: passed by numba; the caller passes the rest.
+        partners: int32 neighbours, negative for none.
+        sources: int32, gets the neighbours; up to `LANES` elements from `packed` on are overwritten.
+        targets: int32, gets the indices into `partners`; overwritten likewise.
+        packed: number of elements so far.
+        first: first index into `partners`.
 
     Returns:
-        How many there are now.
+        The new number of elements.
     """
     return types.int64(partners, sources, targets, packed, first), _generate_packing
 
@@ -151,17 +150,17 @@ def _generate_packing(context: Any, builder: Any, signature: Any, arguments: Any
 
 
 def vector_pointer(builder: Any, data: Any, at: Any) -> Any:
-    """A pointer to the `LANES` floats of `data` from index `at`."""
+    """Return a pointer to the `LANES` floats of `data` from index `at`."""
     return builder.bitcast(builder.gep(data, [at]), VECTOR.as_pointer())
 
 
 def load_vector(builder: Any, data: Any, at: Any) -> Any:
-    """The `LANES` floats of `data` from index `at`."""
+    """Load the `LANES` floats of `data` from index `at`."""
     return builder.load(vector_pointer(builder, data, at), align=4)
 
 
 def splat(builder: Any, value: Any) -> Any:
-    """One float in all lanes."""
+    """Broadcast one float to all lanes."""
     single = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
@@ -195,7 +194,7 @@ def _products(
     channel: Any,
     vectors: int,
 ) -> None:
-    """The loop for pack_panels of so many vectors: all sums are read, stay in registers, and are written."""
+    """Generate the loop for panels of `vectors` vectors: read the sums, keep them in registers, write them."""
     inputs = builder.extract_value(features.shape, 1)
     width = builder.extract_value(sums.shape, 1)
     steps = [I64(v * LANES) for v in range(vectors)]

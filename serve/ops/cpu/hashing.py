@@ -1,7 +1,6 @@
-"""An open-addressing hash table of int64 keys for compiled CPU kernels.
+"""Open-addressing hash table of int64 keys for compiled CPU kernels.
 
-The table is a power-of-two array of keys, -1 where empty, at most half full. Knows nothing about
-what the keys stand for.
+The table is an array of keys, -1 if empty, whose size is a power of two; it is at most half full.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def table_size(capacity: int) -> int:
-    """The smallest power of two of at least twice `capacity` keys (16 at least)."""
+    """Return the smallest power of two of at least twice `capacity` keys and at least 16."""
     return 1 << max(4, int(2 * capacity - 1).bit_length())
 
 
@@ -26,9 +25,9 @@ def table_size(capacity: int) -> int:
 def find_or_insert(
     keys: npt.NDArray[np.int64], key: np.int64, insert: bool
 ) -> np.int64:  # pragma: no cover - compiled
-    """The place of `key`, or the empty place where it belongs, or -1 if absent and not `insert`.
+    """Find the slot of `key`, or the empty slot for it, or -1 if it is absent and not `insert`.
 
-    The caller writes the key into an empty place itself, so that it knows the key is new.
+    The caller writes a new key into the empty slot itself.
     """
     mask = keys.shape[0] - 1
     at: np.int64 = np.int64((np.uint64(key) * _GOLDEN) >> np.uint64(32)) & mask

@@ -1,7 +1,4 @@
-"""The one way our CPU kernels are compiled: numba, nogil, machine code kept where `serve.ops.cpu.jit_cache` says.
-
-Knows nothing about the kernels themselves.
-"""
+"""Compilation of CPU kernels: numba without the GIL, with the cache folders of `serve.ops.cpu.jit_cache`."""
 
 from __future__ import annotations
 
@@ -21,17 +18,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def jit(function: F) -> F:
-    """Compile `function` on first call and keep the machine code for other processes."""
+    """Compile `function` on its first call and cache the machine code for other processes."""
     return _compile(function, {})
 
 
 def jit_contracted(function: F) -> F:
-    """As `jit`, and products may be fused into sums (one rounding instead of two): for inner products."""
+    """Compile like `jit`, allowing fused multiply-add (one rounding instead of two), for inner products."""
     return _compile(function, {"fastmath": {"contract", "nsz"}})
 
 
 def _compile(function: F, options: dict[str, Any]) -> F:
-    """Numba with its cache on disk where there is a place for it; numba's own setting of a place goes first."""
+    """Compile with numba's cache on disk if there is a folder for it; numba's own setting takes precedence."""
     compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     chosen = config.CACHE_DIR
     source = Path(function.__code__.co_filename).resolve()
@@ -40,7 +37,7 @@ def _compile(function: F, options: dict[str, Any]) -> F:
     if place and not config.DISABLE_JIT:
         config.CACHE_DIR = place
         try:
-            with contextlib.suppress(RuntimeError):  # numba finds that it cannot write there after all
+            with contextlib.suppress(RuntimeError):  # numba cannot write there after all
                 compiled.enable_caching()
                 compiled._cache = _FaultTolerantCache(compiled._cache)
         finally:
@@ -49,7 +46,7 @@ def _compile(function: F, options: dict[str, Any]) -> F:
 
 
 class _FaultTolerantCache:
-    """A cache of numba's whose disk may fill up, go away or hold rubbish: then the kernel is compiled, no more."""
+    """Cache of numba that treats disk errors and corrupt files as misses: the kernel is just compiled."""
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache
@@ -57,7 +54,7 @@ class _FaultTolerantCache:
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         try:
             return self._cache.load_overload(signature, target_context)
-        except Exception:  # whatever unpickling a truncated file raises
+        except Exception:  # unpickling a truncated file raises anything
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:

@@ -1,13 +1,13 @@
-"""Where the machine code of our CPU kernels is kept between processes.
+"""Folders for the machine code of the CPU kernels between processes.
 
-Beside the source (in its ``__pycache__``) where that can be written, so that what set-up compiled is there for
-all; else in a folder of this user, which starts as a copy of it; else nowhere, and every process compiles for
-itself. numba alone would ignore machine code that it may read but not write (`numba.core.caching`), which is
-what an image with a read-only root file system holds.
+The first choice is the ``__pycache__`` beside the source, if it is writable, so that all users share the code that
+set-up compiled; then a folder of this user, which starts as a copy of it; else none, and each process compiles for
+itself. numba alone ignores machine code that is readable but not writable (`numba.core.caching`), as in an image with a
+read-only root file system.
 
-A folder is named after a module and a digest of its source and of all it imports here: numba looks only at the file
-a kernel is in, and would go on using code compiled with another version of a function from another file.
-Machine code is unpickled, so only folders that nobody else can write are taken. Knows nothing of the kernels.
+A folder is named after a module and a digest of its source and of its imports below `serve.ops`: numba checks only the
+file of the kernel, and would keep code compiled with an outdated function of another file. Machine code is unpickled,
+so only folders that no other user can write to are used.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ fallback: Path | None = None
 
 @cache
 def folder(module: str) -> Path | None:
-    """The folder of one module's kernels in this process, or None where there is none; decided once."""
+    """Return the folder of a module's kernels in this process, or None; chosen once."""
     places = [fallback] if fallback is not None else []
-    with contextlib.suppress(OSError):  # no temporary folder, or none that is ours alone
+    with contextlib.suppress(OSError):  # no temporary folder, or not a private one
         places.append(_own_temporary_folder())
     return choose_folder(module, SOURCES / "__pycache__", places)
 
 
 def choose_folder(module: str, own: Path, places: list[Path]) -> Path | None:
-    """A folder for the present sources in `own`, else in the first of `places` that can be used, else None.
+    """Choose a folder for the present sources in `own`, else in the first usable one of `places`, else None.
 
     Args:
         module: path below `serve.ops`, such as ``boxes.nms``.
-        own: beside the sources; what lies there is trusted as the sources are.
-        places: folders to make one in, begun as a copy of the one in `own`.
+        own: folder beside the sources, trusted like them.
+        places: parent folders for a copy of the one in `own`.
     """
     name = f"kernels-{module}-{_digest(module)}"
     if _writable(own / name):
@@ -59,7 +59,7 @@ def choose_folder(module: str, own: Path, places: list[Path]) -> Path | None:
             made.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not made.exists():
                 _begin(made, own / name)
-        except (OSError, RuntimeError):  # RuntimeError: there is no home to expand ~ to
+        except (OSError, RuntimeError):  # RuntimeError: no home directory to expand ~
             continue
         if _private(made) and _writable(made):
             return made
@@ -67,7 +67,7 @@ def choose_folder(module: str, own: Path, places: list[Path]) -> Path | None:
 
 
 def _digest(module: str) -> str:
-    """Of the module and, through their imports, all modules here that it rests on."""
+    """Hash the sources of the module and, recursively, of its imports below `serve.ops`."""
     digest = hashlib.sha256()
     seen, ahead = set(), [module]
     while ahead:
@@ -85,17 +85,17 @@ def _digest(module: str) -> str:
 
 
 def _own_temporary_folder() -> Path:
-    """A folder in the system's temporary one that lasts; OSError where somebody else could write into it."""
+    """Create a permanent folder in the system's temporary one; raise OSError if another user can write to it."""
     user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
     place = Path(tempfile.gettempdir()) / f"mmdet3d-serve{user}"
     place.mkdir(mode=0o700, exist_ok=True)
     if not _private(place):
-        raise PermissionError(f"{place} belongs to somebody else, or others can write into it")
+        raise PermissionError(f"{place} belongs to another user, or others can write to it")
     return place
 
 
 def _begin(made: Path, seed: Path) -> None:
-    """Make the folder as a copy of `seed`, whole or not at all, also if two processes begin it at once."""
+    """Create the folder as a copy of `seed`, atomically, even if two processes do so at once."""
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".kernels-") as scratch:
         copy = Path(scratch) / "copy"
         if seed.is_dir():
@@ -121,7 +121,7 @@ def _writable(path: Path) -> bool:
 
 
 def _private(path: Path) -> bool:
-    """Whether only we (or root) can write into `path` itself."""
+    """Return whether only this user (or root) can write to `path` itself."""
     found = path.lstat()
     others = stat.S_IWGRP | stat.S_IWOTH
     owners = {0, os.getuid()} if hasattr(os, "getuid") else {found.st_uid}

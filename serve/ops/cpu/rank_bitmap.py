@@ -1,7 +1,6 @@
-"""Bitmaps in which a mark's number is the count of marks before it.
+"""Bitmaps with rank: the rank of a set bit is the number of set bits before it. For compiled code.
 
-Rank by population counts (G. Jacobson, "Space-efficient static trees and graphs", FOCS 1989). For compiled code.
-Knows nothing about what is marked.
+Rank by population counts: G. Jacobson, "Space-efficient static trees and graphs", FOCS 1989.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ __all__ = ["popcount", "prefix_popcounts"]
 
 @jit
 def popcount(word: np.uint64) -> int:  # pragma: no cover - compiled
-    """Bits that are set (population count by adding within ever wider fields)."""
+    """Count the set bits, by adding within ever wider fields."""
     word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
     word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -27,7 +26,7 @@ def popcount(word: np.uint64) -> int:  # pragma: no cover - compiled
 def prefix_popcounts(
     marks: npt.NDArray[np.uint64], before: npt.NDArray[np.int32]
 ) -> int:  # pragma: no cover - compiled
-    """Fill in how many marks lie before each word; returns how many there are."""
+    """Write the number of set bits before each word to `before`; return their total."""
     total = 0
     for w in range(marks.shape[0]):
         before[w] = total

@@ -1,7 +1,7 @@
-"""Shares the rows of one CPU kernel out over as many threads as torch uses.
+"""Parallel loop over the rows of a CPU kernel, with torch's number of threads.
 
-Numba code compiled by `serve.ops.cpu.jit.jit` releases the GIL, so plain threads do. Every row is computed by
-the same instructions whatever the number of threads: results do not depend on it. Knows no kernel.
+Numba code compiled by `serve.ops.cpu.jit.jit` releases the GIL, so plain threads suffice. Each row is computed by the
+same instructions for any number of threads, so results do not depend on it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 __all__ = ["parallel_for"]
 
 
-# A thread that wakes up late, on a machine that others use too, finds the rest done instead of holding all up.
+# Dynamic scheduling: a thread that wakes up late, on a busy machine, does not delay the others.
 _CHUNKS_PER_THREAD = 4
 
 
 def parallel_for(work: Callable[[int, int], Any], total: int, *, min_per_thread: int = 1) -> None:
-    """Call ``work(first, last)`` for ranges that together cover ``range(total)``, and wait for all of them.
+    """Call ``work(first, last)`` for ranges that cover ``range(total)``, in parallel, and wait for them.
 
-    The caller works too; who does which range is not fixed, so `work` must not care.
+    The caller's thread takes part. Ranges are assigned to threads dynamically.
 
     Args:
-        work: the kernel.
-        total: how many rows there are.
-        min_per_thread: rows that a thread is worth waking up for, which takes it some 0.1 ms.
+        work: kernel of a range.
+        total: number of rows.
+        min_per_thread: rows that justify waking up a thread, which takes about 0.1 ms.
     """
     threads = min(torch.get_num_threads(), total // min_per_thread)
     if threads <= 1:
@@ -41,7 +41,7 @@ def parallel_for(work: Callable[[int, int], Any], total: int, *, min_per_thread:
     shared = iter(list(ranges))
 
     def take() -> None:
-        for first, last in shared:  # of a list: two threads never get the same one
+        for first, last in shared:  # a list iterator is atomic: no range is taken twice
             work(first, last)
 
     others = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]

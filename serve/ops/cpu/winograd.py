@@ -1,11 +1,10 @@
-"""3 x 3 convolution of stride 1 on a CPU by Winograd's minimal filtering F(2 x 2, 3 x 3).
+"""3 x 3 convolution with stride 1 on a CPU by Winograd's minimal filtering F(2 x 2, 3 x 3).
 
-Four outputs take 16 products instead of 36: patches of 4 x 4 inputs and the weights are transformed, multiplied
-place by place (a matrix product over channels each), and transformed back (A. Lavin and S. Gray, "Fast Algorithms
-for Convolutional Neural Networks", CVPR 2016, section 4.1). All transforms are sums and halvings, so rounding
-stays that of a direct convolution, within a small factor. Everything between input and output happens block by
-block in a near cache. An output has the same bits whatever the number of threads and the rest of the batch.
-Knows nothing about networks.
+Four outputs take 16 products instead of 36: tiles of 4 x 4 inputs and the weights are transformed, multiplied
+element by element (a matrix product over channels each), and transformed back (A. Lavin and S. Gray, "Fast Algorithms
+for Convolutional Neural Networks", CVPR 2016, section 4.1). The transforms are sums and halvings, so the rounding error
+is that of a direct convolution, within a small factor. Everything between input and output is blocked for the cache. An
+output has the same bits for any number of threads and any other frames in the batch.
 """
 
 from __future__ import annotations
@@ -39,20 +38,20 @@ from serve.ops.cpu.threads import parallel_for
 
 __all__ = ["PREFERRED", "convolve_3x3", "transform_weight"]
 
-# Measured faster than torch's convolution where vectors are wide; elsewhere nobody has measured.
+# Measured faster than torch's convolution with AVX-512; not measured elsewhere.
 PREFERRED = HAS_AVX512
 F32 = npt.NDArray[np.float32]
 I64s = npt.NDArray[np.int64]
-# Patches done together: a multiple of ROWS whose transforms fit a near cache.
+# Tiles per block: a multiple of ROWS whose transforms fit the L2 cache.
 _BLOCK = 48
 _G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
 def transform_weight(weight: Tensor) -> Tensor:
-    """(Cout, Cin, 3, 3) float32 to what `convolve_3x3` takes: 16 `pack_panels`, (16, P, Cin, C), computed in float64.
+    """Transform (Cout, Cin, 3, 3) float32 for `convolve_3x3`, in float64: 16 x `pack_panels`, (16, P, Cin, C).
 
     Raises:
-        ValueError: another kernel size, or channel counts that are no multiples of a vector's (`CHANNELS`).
+        ValueError: another kernel size, or channels that are not multiples of `CHANNELS` and `LANES`.
     """
     check_rank("weight", weight, 4)
     if weight.shape[2:] != (3, 3) or weight.shape[1] % LANES or weight.shape[0] % CHANNELS:
@@ -65,11 +64,11 @@ def transform_weight(weight: Tensor) -> Tensor:
 
 
 def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Tensor:
-    """``conv2d(x, w, bias, padding=1)``, negative results set to zero if `relu`.
+    """Compute ``conv2d(x, w, bias, padding=1)``, with a ReLU if `relu`.
 
     Args:
-        x: (B, Cin, H, W) float32 on the CPU; taken as it is if channels-last in memory, else copied.
-        weight: `transform_weight` of w.
+        x: (B, Cin, H, W) float32 on the CPU; copied unless channels-last in memory.
+        weight: result of `transform_weight` for w.
         bias: (Cout,) or None.
         relu: whether to apply a ReLU.
 
@@ -107,7 +106,7 @@ def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool =
 def _strips(
     x: F32, weight: F32, bias: F32, relu: bool, out: F32, first: int, last: int
 ) -> None:  # pragma: no cover - compiled
-    """Fill strips of two output rows each; the strips of all pictures of a batch are counted through."""
+    """Compute strips of two output rows each; strips are numbered through all images of a batch."""
     _, height, width, inputs = x.shape
     outputs = out.shape[3]
     across = (width + 1) // 2
@@ -165,7 +164,7 @@ def _transform_outputs(sums: F32, bias: F32, relu: bool, out: F32) -> None:  # p
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _inputs_at(typing_context: Any, patch: Any, seen: Any, channel: Any) -> tuple[Any, Callable[..., Any]]:
-    """`_transform_inputs` for `LANES` channels: B' d B, with B' = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1)."""
+    """Generate `_transform_inputs` for `LANES` channels: B' d B, B' = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         d = _view(context, builder, signature, arguments, 0)
@@ -192,7 +191,7 @@ def _inputs_at(typing_context: Any, patch: Any, seen: Any, channel: Any) -> tupl
 def _outputs_at(
     typing_context: Any, sums: Any, bias: Any, relu: Any, out: Any, channel: Any
 ) -> tuple[Any, Callable[..., Any]]:
-    """`_transform_outputs` for `LANES` channels: A' m A, with A' = (1 1 1 0; 0 1 -1 -1)."""
+    """Generate `_transform_outputs` for `LANES` channels: A' m A, A' = (1 1 1 0; 0 1 -1 -1)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         m = _view(context, builder, signature, arguments, 0)
@@ -213,7 +212,7 @@ def _outputs_at(
         for i in range(2):
             for j, value in enumerate(filtered([columns[j][i] for j in range(4)])):
                 total = builder.fadd(value, offset)
-                # Ordered: what is no number stays none.
+                # Ordered comparison: NaN stays NaN.
                 negative = builder.fcmp_ordered("<", total, zero)
                 cut = builder.select(negative, zero, total)
                 kept = builder.select(relu, cut, total)
@@ -224,7 +223,7 @@ def _outputs_at(
 
 
 class _View:
-    """A three-dimensional array inside generated code; only its last dimension needs to be contiguous."""
+    """Three-dimensional array in generated code; only its last dimension must be contiguous."""
 
     def __init__(self, builder: Any, array: Any) -> None:
         self._builder = builder
@@ -232,7 +231,7 @@ class _View:
         self._strides = [builder.extract_value(array.strides, d) for d in range(2)]
 
     def at(self, i: int, j: int, k: Any) -> Any:
-        """The index of element (i, j, k) from the start of the data."""
+        """Compute the index of element (i, j, k) from the start of the data."""
         builder, (outer, inner) = self._builder, self._strides
         size = I64(4)
         rows = builder.add(builder.mul(I64(i), outer), builder.mul(I64(j), inner))

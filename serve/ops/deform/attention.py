@@ -1,9 +1,8 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021).
 
-Every query and head takes a weighted sum of a few bilinear samples of each level, zeros outside. The
-reference is mmcv 2.1.0 `csrc/common/cuda/ms_deform_attn_cuda_kernel.cuh`. On CPU mmcv's layers use a
-torch function of their own; this one is for calls of the kernel itself and for other devices. Gradients are
-those of the torch way, by autograd. Knows nothing of reference points or of the layer around it.
+Each query and head takes a weighted sum of a few bilinear samples of each level, zeros outside. The reference is mmcv
+2.1.0 `csrc/common/cuda/ms_deform_attn_cuda_kernel.cuh`. On CPU mmcv's layers use a slower torch function;
+`serve.ops.patches` puts `attend` in its place. Gradients come from autograd on the torch version.
 """
 
 from __future__ import annotations
@@ -42,17 +41,16 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """(B, queries, heads * channels) in the dtype of `value`.
+    """Compute (B, queries, heads * channels) in the dtype of `value`.
 
     Args:
-        value: (B, keys, heads, channels) floating point; a level's pixels row by row, levels one after
-            another.
+        value: (B, keys, heads, channels) floating point; pixels of a level row by row, levels concatenated.
         value_spatial_shapes: (levels, 2) int: height, width of each level.
         value_level_start_index: (levels,) int: first key of each level.
         sampling_locations: (B, queries, heads, levels, points, 2): x, y as fractions of the level, pixel
             centres at (i + 0.5) / size.
         attention_weights: (B, queries, heads, levels, points).
-        im2col_step: not used.
+        im2col_step: unused.
 
     Raises:
         ValueError: a shape does not fit the others, or the levels exceed the keys.
@@ -78,10 +76,10 @@ def ms_deform_attn_forward(
 def attend(
     value: Tensor, value_spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """`ms_deform_attn_forward` with the arguments of mmcv's ``multi_scale_deformable_attn_pytorch``.
+    """Call `ms_deform_attn_forward` with the arguments of mmcv's ``multi_scale_deformable_attn_pytorch``.
 
-    For callers that put it in that function's place: mmcv's layers never call the kernel on CPU. Levels
-    follow one another. Where gradients are asked for it goes the torch way, which has them.
+    It replaces that function, because mmcv's layers never call the kernel on CPU. Levels are concatenated. If
+    gradients are needed, the torch version runs, which has them.
     """
     pixels = value_spatial_shapes.prod(dim=1)
     starts = pixels.cumsum(0) - pixels
@@ -129,14 +127,14 @@ def ms_deform_attn_backward(
 def _check(
     value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
 ) -> list[tuple[int, int, int]]:
-    """(start, height, width) of each level, in one transfer from the device."""
+    """Check the arguments; return (start, height, width) of each level, in one transfer from the device."""
     check_rank("value", value, 4)
     check_rank("sampling_locations", locations, 6)
     check_floating(value=value, sampling_locations=locations, attention_weights=weights)
     check_integer(value_spatial_shapes=shapes, value_level_start_index=starts)
     for name, table in (("value_spatial_shapes", shapes), ("value_level_start_index", starts)):
         if table.device.type == "meta":
-            raise ValueError(f"{name} must be on a device that holds numbers, got {table.device}")
+            raise ValueError(f"{name} must have values, got a tensor on {table.device}")
     check_same_device(value=value, sampling_locations=locations, attention_weights=weights)
     batch, keys, heads, _ = value.shape
     count = locations.shape[3]
@@ -167,7 +165,7 @@ def _check(
 def _attend_torch(
     value: Tensor, levels: list[tuple[int, int, int]], locations: Tensor, attention: Tensor
 ) -> Tensor:
-    """Any device, with gradients; (B, queries, heads * channels) in the working dtype."""
+    """Attend on any device, differentiably; (B, queries, heads * channels) in the compute dtype."""
     dtype = compute_dtype(value)
     batch, keys, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
@@ -220,7 +218,7 @@ def _attend_kernel(
                 for p in range(points):
                     x = np.float32(places[b, q, h, level, p, 0] * np.float32(width) - half)
                     y = np.float32(places[b, q, h, level, p, 1] * np.float32(height) - half)
-                    # Written so that NaN falls out too.
+                    # The comparison is false for NaN too.
                     if not (y > -1 and x > -1 and y < height and x < width):
                         continue
                     y0, x0 = np.int64(np.floor(y)), np.int64(np.floor(x))

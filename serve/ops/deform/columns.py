@@ -1,8 +1,7 @@
 """The convolution behind `serve.ops.deform.conv`: sampled rows, then one matrix product per group.
 
-The samples of a block of output pixels become rows of a matrix (numba along channels on CPU, torch
-elsewhere), one matrix product per group turns them into outputs, and blocks keep memory bounded. A mask is
-optional, so v1 and v2 are one. Knows nothing of mmcv's argument lists.
+The samples of a block of output pixels become rows of a matrix (numba along channels on CPU, torch elsewhere), one
+matrix product per group turns them into outputs, and blocks bound the memory. The mask is optional: v1 is v2 without.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from serve.ops.roi.bilinear import mix_rows, padded_corners, pixel_rows
 __all__ = ["Geometry", "check", "convolve", "convolve_torch", "gradients"]
 
 F32 = npt.NDArray[np.float32]
-# Bytes of sampled rows held at a time. Measured on 2 cores: with less, threads meet too often.
+# Bytes of sampled rows per block. Measured on 2 cores: with less, threads synchronize too often.
 CPU_BLOCK_BYTES = 1 << 24
 DEVICE_BLOCK_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything about the convolution but its tensors; pairs are (height, width)."""
+    """Parameters of the convolution; pairs are (height, width)."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -44,7 +43,7 @@ class Geometry:
     dilation: tuple[int, int]
     groups: int
     deform_groups: int
-    # What mmcv calls the first ten numbers, for messages: kernel, stride, padding, dilation (height, width), groups.
+    # mmcv's names of the ten numbers, for messages: kernel, stride, padding, dilation (height, width), groups.
     names: tuple[str, ...] = ()
 
     @property
@@ -53,7 +52,7 @@ class Geometry:
         return self.kernel[0] * self.kernel[1]
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the output."""
+        """Compute rows and columns of the output."""
         rows, columns = (
             (size + 2 * pad - (dilation * (kernel - 1) + 1)) // stride + 1
             for size, pad, dilation, kernel, stride in zip(
@@ -74,7 +73,7 @@ def check(
     weight_name: str = "weight",
     output_name: str = "output",
 ) -> None:
-    """Raise ValueError (TypeError for a dtype) unless all tensors fit one another."""
+    """Raise ValueError (TypeError for a dtype) unless all tensors are consistent."""
     check_rank("input", input, 4)
     check_rank(weight_name, weight, 4)
     named = {"input": input, weight_name: weight, "offset": offset, output_name: output}
@@ -145,7 +144,7 @@ def convolve(
 
 
 def _flatten_taps(weight: Tensor, groups: int) -> Tensor:
-    """(groups, O / groups, taps * C / groups): the kernel as one matrix per group."""
+    """Flatten the kernel to one matrix per group, (groups, O / groups, taps * C / groups)."""
     rows, channels = weight.shape[:2]
     return weight.reshape(groups, rows // groups, channels, -1).transpose(2, 3).flatten(2).contiguous()
 
@@ -156,7 +155,7 @@ def _convolve_cpu(
     groups, deform_groups, taps = geometry.groups, geometry.deform_groups, geometry.taps
     batch, channels = input.shape[:2]
     pixels = output.shape[2] * output.shape[3]
-    # Channels last: the inner loop and its four neighbours run along memory.
+    # Channels-last: the inner loop and its four neighbours are contiguous in memory.
     maps = as_numpy(input.permute(0, 2, 3, 1))
     shifts = as_numpy(offset.detach().float()).reshape(batch, deform_groups, taps, 2, pixels)
     if mask is None:
@@ -186,7 +185,7 @@ def _convolve_cpu(
             if groups == 1:
                 torch.mm(kernel[0], matrix[0, :count].t(), out=span[0])
             else:
-                # One call: with a product per group, threads would meet once per group.
+                # One call: a product per group would synchronize threads once per group.
                 span.copy_(torch.bmm(kernel, matrix[:, :count].transpose(1, 2)))
 
 
@@ -198,7 +197,7 @@ def convolve_torch(
     mask: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    """Any device, with gradients; (B, O, H', W') in the working dtype of `input`."""
+    """Convolve on any device, differentiably; (B, O, H', W') in the compute dtype of `input`."""
     groups, deform_groups, taps = geometry.groups, geometry.deform_groups, geometry.taps
     dtype = compute_dtype(input)
     batch, channels, height, width = input.shape
@@ -236,7 +235,7 @@ def convolve_torch(
 def _tap_positions(
     geometry: Geometry, rows: int, columns: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(taps, pixels) rows and columns of the undeformed taps in input pixels, int64."""
+    """Compute (taps, pixels) rows and columns of the undeformed taps in input pixels, int64."""
 
     def along(axis: int, count: int) -> Tensor:
         steps = torch.arange(count, device=device) * geometry.stride[axis] - geometry.padding[axis]
@@ -260,7 +259,7 @@ def gradients(
     geometry: Geometry,
     wanted: str,
 ) -> list[Tensor]:
-    """Gradients of the tensors whose initials are in `wanted`, of i(nput) w(eight) b(ias) o(ffset) m(ask)."""
+    """Compute the gradients of the tensors with initials in `wanted`: i(nput) w(eight) b(ias) o(ffset) m(ask)."""
     with torch.enable_grad():
         leaves = {
             name: None if tensor is None else tensor.detach().requires_grad_(name in wanted)
@@ -302,7 +301,7 @@ def _sample_kernel(
             for d in range(deform_groups):
                 y = np.float32(tap_y + shifts[d, tap, 0, pixel])
                 x = np.float32(tap_x + shifts[d, tap, 1, pixel])
-                # Written so that NaN falls out too.
+                # The comparison is false for NaN too.
                 inside = y > -1 and x > -1 and y < height and x < width
                 w00, w01, w10, w11 = zero, zero, zero, zero
                 y0, x0, y1, x1 = zero_at, zero_at, zero_at, zero_at
@@ -326,14 +325,14 @@ def _sample_kernel(
                     if x1 >= width:
                         w01, w11, x1 = zero, zero, np.int64(width - 1)
                 a, b, c, e = maps[y0, x0], maps[y0, x1], maps[y1, x0], maps[y1, x1]
-                # The channels of one deformable group, cut where a group of the convolution ends.
+                # The channels of one deformable group, split at the end of a group of the convolution.
                 at = d * per_deform
                 end = at + per_deform
                 while at < end:
                     group = at // per_group
                     begin = at - group * per_group
                     size = min(per_group - begin, end - at)
-                    # Slices, so that the loops below index from 0 and become vector instructions.
+                    # Slices, so that the loops below index from 0 and are vectorised.
                     out = sampled[group, row, tap, begin : begin + size]
                     if inside:
                         p, q = a[at : at + size], b[at : at + size]

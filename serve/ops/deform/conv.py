@@ -1,9 +1,9 @@
 """Deformable convolution v1 (Dai et al., ICCV 2017) and v2, with a mask (Zhu et al., CVPR 2019).
 
-Each kernel tap reads the input at its own place, shifted by an offset per output pixel and deformable
-group, with bilinear interpolation and zeros outside. The reference is mmcv 2.1.0
-`csrc/pytorch/cpu/deform_conv.cpp` and `modulated_deform_conv.cpp`. Gradients are those of the torch way, by
-autograd. Holds mmcv's argument lists; `serve.ops.deform.columns` does the work. Knows nothing of layers.
+Each kernel tap reads the input at its position shifted by an offset per output pixel and deformable group, with
+bilinear interpolation and zeros outside. The reference is mmcv 2.1.0 `csrc/pytorch/cpu/deform_conv.cpp` and
+`modulated_deform_conv.cpp`. Gradients come from autograd on the torch version. This module has mmcv's argument lists;
+`serve.ops.deform.columns` does the work.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ def deform_conv_forward(
     deformable_group: int,
     im2col_step: int,
 ) -> None:
-    """Deformable convolution v1.
+    """Convolve with deformable taps, v1.
 
     Args:
         input: (B, C, H, W) floating point.
         weight: (O, C / group, kH, kW).
         offset: (B, deformable_group * 2 * kH * kW, H', W'): for each tap dy, then dx, in pixels.
         output: (B, O, H', W'), written in place.
-        columns: not used: mmcv's buffer.
-        ones: not used: mmcv's buffer.
+        columns: unused buffer of mmcv's kernel.
+        ones: unused buffer of mmcv's kernel.
         kW: kernel width.
         kH: kernel height.
         dW: stride across.
@@ -66,7 +66,7 @@ def deform_conv_forward(
         dilationH: distance of taps down.
         group: groups of the convolution.
         deformable_group: groups of channels with their own offsets.
-        im2col_step: not used: memory is bounded whatever the batch.
+        im2col_step: unused; blocks bound the memory for any batch.
 
     Raises:
         ValueError: a shape does not fit the others; the message names it.
@@ -100,17 +100,17 @@ def modulated_deform_conv_forward(
     deformable_group: int,
     with_bias: bool,
 ) -> None:
-    """Deformable convolution v2: as `deform_conv_forward`, each sample times its mask.
+    """Convolve with deformable taps, v2: as `deform_conv_forward`, each sample times its mask.
 
     Args:
         input: (B, C, H, W) floating point.
         weight: (O, C / group, kernel_h, kernel_w).
-        bias: (O,), read when `with_bias`.
-        ones: not used: mmcv's buffer.
+        bias: (O,), used if `with_bias`.
+        ones: unused buffer of mmcv's kernel.
         offset: (B, deformable_group * 2 * taps, H', W') pixels.
         mask: (B, deformable_group * taps, H', W').
         output: (B, O, H', W'), written in place.
-        columns: not used: mmcv's buffer.
+        columns: unused buffer of mmcv's kernel.
         kernel_h: kernel height.
         kernel_w: kernel width.
         stride_h: stride down.
@@ -139,10 +139,10 @@ def modulated_deform_conv_forward(
 
 
 def _as_read(maps: Tensor, output: Tensor) -> Tensor:
-    """Offsets or masks (B, C, H, W) of a larger map than `output`, as the reference reads them.
+    """Reinterpret offsets or masks (B, C, H, W) of a larger map than `output` as the reference does.
 
-    It walks every image's as memory of the output's size (`modulated_deformable_im2col` in mmcv 2.1.0), whatever their
-    own; mmdet's DyHead hands it those of the level below, and its published weights were trained that way.
+    The reference reads each image's memory with the strides of the output's size (`modulated_deformable_im2col` in mmcv
+    2.1.0). mmdet's DyHead passes those of the level below, and its published weights were trained that way.
     """
     if maps.dim() != 4 or output.dim() != 4 or len(maps) != len(output):
         return maps
@@ -209,7 +209,7 @@ def deform_conv_backward_parameters(
         (kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group, NAMES
     )
     check(input, gradWeight, None, offset, None, gradOutput, geometry, "gradWeight", "gradOutput")
-    # The convolution is linear in its weight, so any weight will do.
+    # The convolution is linear in its weight, so its gradient is the same for any weight.
     gradWeight += scale * gradients(input, gradWeight, None, offset, None, gradOutput, geometry, "w")[0]
 
 
@@ -258,6 +258,6 @@ def modulated_deform_conv_backward(
 
 
 def _check_grads(**grads: tuple[Tensor, Tensor]) -> None:
-    """Raise unless each of the tensors to add to is as the one it is the gradient of."""
+    """Raise unless each gradient has the shape, dtype and device of its tensor."""
     for name, (grad, of) in grads.items():
         check_tensor((name.removeprefix("grad_").removeprefix("grad").lower(), of), name, grad, *of.shape)

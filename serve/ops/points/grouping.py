@@ -1,9 +1,8 @@
-"""Features of points picked, grouped and interpolated by the rows that sampling and queries found.
+"""Gathering, grouping and interpolation of point features by given rows.
 
-All is indexing, so torch does it on every device. The gradients add up in float32 at least and, unlike the
+Everything is indexing, so torch does it on any device. Gradients are summed in float32 or float64 and, unlike the
 reference's (mmcv 2.1.0 `csrc/common/cuda/gather_points_cuda_kernel.cuh`, `group_points_cuda_kernel.cuh`,
-`stack_group_points_cuda_kernel.cuh`, `three_interpolate_cuda_kernel.cuh`), in one order on every run.
-Knows nothing about coordinates.
+`stack_group_points_cuda_kernel.cuh`, `three_interpolate_cuda_kernel.cuh`), in a fixed order.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ __all__ = [
 def gather_points_forward(
     points_tensor: Tensor, idx_tensor: Tensor, out_tensor: Tensor, b: int, c: int, n: int, npoints: int
 ) -> None:
-    """Write the features of the picked points.
+    """Write the features of the points at given rows.
 
     Args:
         points_tensor: (b, c, n) features.
         idx_tensor: (b, npoints) int, rows in [0, n).
         out_tensor: (b, c, npoints), written in place.
-        b: clouds.
+        b: point clouds.
         c: channels.
-        n: points of each cloud.
-        npoints: points picked of each.
+        n: points per cloud.
+        npoints: gathered points per cloud.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
@@ -75,10 +74,10 @@ def gather_points_backward(
         grad_out_tensor: (b, c, npoints).
         idx_tensor: (b, npoints) int, rows in [0, n).
         grad_points_tensor: (b, c, n), added to in place.
-        b: clouds.
+        b: point clouds.
         c: channels.
-        n: points of each cloud.
-        npoints: points picked of each.
+        n: points per cloud.
+        npoints: gathered points per cloud.
 
     Raises:
         TypeError, ValueError, IndexError: as the forward function.
@@ -104,11 +103,11 @@ def group_points_forward(
         points_tensor: (b, c, n) features.
         idx_tensor: (b, npoints, nsample) int, rows in [0, n).
         out_tensor: (b, c, npoints, nsample), written in place.
-        b: clouds.
+        b: point clouds.
         c: channels.
-        n: points of each cloud.
-        npoints: centres of each.
-        nsample: neighbours of each centre.
+        n: points per cloud.
+        npoints: centres per cloud.
+        nsample: neighbours per centre.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
@@ -140,11 +139,11 @@ def group_points_backward(
         grad_out_tensor: (b, c, npoints, nsample).
         idx_tensor: (b, npoints, nsample) int, rows in [0, n).
         grad_points_tensor: (b, c, n), added to in place.
-        b: clouds.
+        b: point clouds.
         c: channels.
-        n: points of each cloud.
-        npoints: centres of each.
-        nsample: neighbours of each centre.
+        n: points per cloud.
+        npoints: centres per cloud.
+        nsample: neighbours per centre.
 
     Raises:
         TypeError, ValueError, IndexError: as the forward function.
@@ -166,23 +165,23 @@ def stack_group_points_forward(
     m: int,
     nsample: int,
 ) -> None:
-    """`group_points_forward` for clouds of different sizes, stacked; a cloud without points gives zeros.
+    """Run `group_points_forward` on stacked clouds of different sizes; a cloud without points gives zeros.
 
     Args:
         features_tensor: (N1 + N2 + …, c) features.
         features_batch_cnt_tensor: (b,) int, N1, N2, ….
-        idx_tensor: (m, nsample) int, rows counted within the cloud.
-        idx_batch_cnt_tensor: (b,) int, centres of each cloud; they add up to m.
+        idx_tensor: (m, nsample) int, rows relative to the cloud.
+        idx_batch_cnt_tensor: (b,) int, centres per cloud; their sum is m.
         out_tensor: (m, c, nsample), written in place.
-        b: clouds.
+        b: point clouds.
         c: channels.
         m: centres of all clouds.
-        nsample: neighbours of each centre.
+        nsample: neighbours per centre.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device; counts that do not add up.
-        IndexError: a row out of its cloud's range (mmcv's ball query marks an empty ball with -1: replace
-            it first, as mmdet3d does).
+        IndexError: a row out of its cloud's range (mmcv's ball query marks an empty ball with -1; replace it, as
+            mmdet3d does).
     """
     check_shape("features_tensor", features_tensor, None, c)
     check_shape("idx_tensor", idx_tensor, m, nsample)
@@ -216,15 +215,15 @@ def stack_group_points_backward(
 
     Args:
         grad_out_tensor: (m, c, nsample).
-        idx_tensor: (m, nsample) int, rows counted within the cloud.
-        idx_batch_cnt_tensor: (b,) int, centres of each cloud.
-        features_batch_cnt_tensor: (b,) int, points of each cloud.
+        idx_tensor: (m, nsample) int, rows relative to the cloud.
+        idx_batch_cnt_tensor: (b,) int, centres per cloud.
+        features_batch_cnt_tensor: (b,) int, points per cloud.
         grad_features_tensor: (n, c), added to in place.
-        b: clouds.
+        b: point clouds.
         c: channels.
         m: centres of all clouds.
         n: points of all clouds.
-        nsample: neighbours of each centre.
+        nsample: neighbours per centre.
 
     Raises:
         TypeError, ValueError, IndexError: as the forward function.
@@ -264,10 +263,10 @@ def three_interpolate_forward(
         idx_tensor: (b, n, 3) int, rows in [0, m).
         weight_tensor: (b, n, 3) float.
         out_tensor: (b, c, n) float, written in place.
-        b: clouds.
+        b: point clouds.
         c: channels.
-        m: points with features of each cloud.
-        n: points wanted of each cloud.
+        m: known points per cloud.
+        n: interpolated points per cloud.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
@@ -306,10 +305,10 @@ def three_interpolate_backward(
         idx_tensor: (b, n, 3) int, rows in [0, m).
         weight_tensor: (b, n, 3) float.
         grad_points_tensor: (b, c, m), added to in place.
-        b: clouds.
+        b: point clouds.
         c: channels.
-        n: points wanted of each cloud.
-        m: points with features of each cloud.
+        n: interpolated points per cloud.
+        m: known points per cloud.
 
     Raises:
         TypeError, ValueError, IndexError: as the forward function.
@@ -324,7 +323,7 @@ def three_interpolate_backward(
 
 
 def _pick(features: Tensor, rows: Tensor) -> Tensor:
-    """(B, C, K) of (B, C, N) at the rows (B, K); these were checked."""
+    """Gather (B, C, K) from (B, C, N) at checked rows (B, K)."""
     return features.gather(2, rows[:, None].long().expand(-1, features.shape[1], -1))
 
 
@@ -341,7 +340,7 @@ def _add(grad: Tensor, rows: Tensor, into: Tensor, b: int, c: int, n: int) -> No
     if total.device.type == "cpu":
         total.scatter_add_(2, rows[:, None].expand(-1, c, -1), grad)
     else:
-        # scatter_add_ adds with atomics on CUDA; index_put_ sorts first, so it adds in one order.
+        # scatter_add_ uses atomics on CUDA; index_put_ sorts first, so its order is fixed.
         start = torch.arange(b, device=rows.device)[:, None] * n
         flat = total.transpose(1, 2).reshape(b * n, c)
         flat.index_put_(((rows + start).flatten(),), grad.transpose(1, 2).flatten(0, 1), accumulate=True)
@@ -352,7 +351,7 @@ def _add(grad: Tensor, rows: Tensor, into: Tensor, b: int, c: int, n: int) -> No
 def _stack_rows(
     idx: Tensor, centre_counts: Tensor, point_counts: Tensor, n: int, b: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows of the stack for rows within each cloud, and which centres are of a cloud without points."""
+    """Convert rows relative to each cloud to rows of the stack; also mark centres of clouds without points."""
     centres_of = counts("idx_batch_cnt_tensor", centre_counts, idx.shape[0])
     points_of = counts("features_batch_cnt_tensor", point_counts, n)
     if len(centres_of) != b or len(points_of) != b:

@@ -1,10 +1,9 @@
-"""Neighbours of points in 3D: within a radius, the k nearest, the three nearest.
+"""Neighbour searches in 3D: ball query, k nearest, three nearest.
 
-Every centre is compared with every point, as in the reference (mmcv 2.1.0 `csrc/common/cuda/`
-`ball_query_cuda_kernel.cuh`, `stack_ball_query_cuda_kernel.cuh`, `knn_cuda_kernel.cuh`,
-`three_nn_cuda_kernel.cuh`), in float32, or in float64 where the coordinates are. Of equally near points
-the one of the lower row comes first; the reference leaves their order in k-NN to its heap. A point with a
-NaN coordinate is nobody's neighbour. Knows nothing about features.
+Each centre is compared with each point by brute force, as in the reference (mmcv 2.1.0 `csrc/common/cuda/`
+`ball_query_cuda_kernel.cuh`, `stack_ball_query_cuda_kernel.cuh`, `knn_cuda_kernel.cuh`, `three_nn_cuda_kernel.cuh`), in
+float32, or in float64 if the coordinates are. Equally near points are ordered by row; in the reference the heap decides
+the order of k-NN. A point with a NaN coordinate is never a neighbour.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ __all__ = ["ball_query_forward", "knn_forward", "stack_ball_query_forward", "thr
 
 Floats = npt.NDArray[np.floating]
 I32 = npt.NDArray[np.int32]
-# Distances held at once by the torch versions.
+# Distances per block of the torch versions.
 PAIRS_PER_BLOCK = 1 << 23
-# Points whose distances one compiled, vectorised loop computes before any of them is looked at.
+# Points per vectorised loop of distances, before they are compared.
 BLOCK = 128
-# Farther (squared metres) than this the reference finds no k-NN neighbour.
+# Upper bound of squared distances of k-NN, square metres, as in the reference.
 KNN_REACH = 1e10
 
 
@@ -50,19 +49,19 @@ def ball_query_forward(
     max_radius: float,
     nsample: int,
 ) -> None:
-    """The first `nsample` points, by row, with min_radius <= distance < max_radius, or at the centre itself.
+    """Find the first `nsample` points, by row, with min_radius <= distance < max_radius, or at the centre itself.
 
-    A ball with fewer points repeats its first; an empty one leaves its row of `idx_tensor` as it was.
+    A ball with fewer points is padded with its first; an empty one leaves its row of `idx_tensor` unchanged.
 
     Args:
         new_xyz_tensor: (b, m, 3) float centres, metres.
         xyz_tensor: (b, n, 3) float points, metres.
         idx_tensor: (b, m, nsample) int, written in place with rows of `xyz_tensor`.
-        b: clouds.
-        n: points of each.
-        m: centres of each.
-        min_radius: metres.
-        max_radius: metres.
+        b: point clouds.
+        n: points per cloud.
+        m: centres per cloud.
+        min_radius: inner radius, metres.
+        max_radius: outer radius, metres, exclusive.
         nsample: neighbours per centre.
 
     Raises:
@@ -85,15 +84,15 @@ def stack_ball_query_forward(
     max_radius: float,
     nsample: int,
 ) -> None:
-    """`ball_query_forward` for clouds of different sizes, stacked; an empty ball's row begins with -1.
+    """Run `ball_query_forward` on stacked clouds of different sizes; an empty ball's row starts with -1.
 
     Args:
         new_xyz_tensor: (M1 + M2 + …, 3) float centres, metres.
         new_xyz_batch_cnt: (B,) int, M1, M2, ….
         xyz_tensor: (N1 + N2 + …, 3) float points, metres.
         xyz_batch_cnt: (B,) int, N1, N2, ….
-        idx_tensor: (M1 + M2 + …, nsample) int, written in place with rows counted within the cloud.
-        max_radius: metres, not included.
+        idx_tensor: (M1 + M2 + …, nsample) int, written in place with rows relative to the cloud.
+        max_radius: metres, exclusive.
         nsample: neighbours per centre.
 
     Raises:
@@ -132,22 +131,22 @@ def knn_forward(
     m: int,
     nsample: int,
 ) -> None:
-    """The `nsample` points nearest to each centre, nearest first.
+    """Find the `nsample` points nearest to each centre, nearest first.
 
-    Where there are fewer points, row 0 and the squared distance 1e10 fill up, as in the reference.
+    With fewer points, the rest is row 0 and the squared distance 1e10, as in the reference.
 
-    The reference never asks how wide a row is: it takes numbers three by three from where the data starts. DGCNN
-    hands it rows of 64 features, and its published weights were trained on the neighbours that come out, so
-    wider rows are read the same way here.
+    The reference ignores the width of a row: it reads consecutive triples from the start of the data. DGCNN passes
+    rows of 64 features, and its published weights were trained on the resulting neighbours, so wider rows are read the
+    same way here.
 
     Args:
-        xyz_tensor: (b, n, 3) float points, metres; or (b, n, c) with c > 3, read as said above.
-        new_xyz_tensor: (b, m, 3) float centres, metres; or (b, m, c), the same.
+        xyz_tensor: (b, n, 3) float points, metres; or (b, n, c) with c > 3, read as above.
+        new_xyz_tensor: (b, m, 3) float centres, metres; or (b, m, c), read as above.
         idx_tensor: (b, m, nsample) int, written in place with rows of `xyz_tensor`.
-        dist2_tensor: (b, m, nsample) float, written in place, squared metres.
-        b: clouds.
-        n: points of each.
-        m: centres of each.
+        dist2_tensor: (b, m, nsample) float, written in place, square metres.
+        b: point clouds.
+        n: points per cloud.
+        m: centres per cloud.
         nsample: neighbours per centre.
 
     Raises:
@@ -166,7 +165,7 @@ def knn_forward(
 
 
 def _triples(rows: Tensor, b: int, n: int) -> Tensor:
-    """The first b × n × 3 numbers of wider rows, as points; anything else as it is."""
+    """Return the first b × n × 3 numbers of wider rows as points, anything else unchanged."""
     if rows.dim() != 3 or rows.shape[:2] != (b, n) or rows.shape[2] <= 3:
         return rows
     return rows.reshape(-1)[: b * n * 3].view(b, n, 3)
@@ -181,18 +180,18 @@ def three_nn_forward(
     n: int,
     m: int,
 ) -> None:
-    """The three of the known points nearest to each unknown one, nearest first.
+    """Find the three known points nearest to each unknown one, nearest first.
 
-    Where fewer than three are known, row 0 and an infinite distance fill up.
+    With fewer than three, the rest is row 0 and an infinite distance.
 
     Args:
         unknown_tensor: (b, n, 3) float, metres.
         known_tensor: (b, m, 3) float, metres.
-        dist2_tensor: (b, n, 3) float, written in place, squared metres.
+        dist2_tensor: (b, n, 3) float, written in place, square metres.
         idx_tensor: (b, n, 3) int, written in place with rows of `known_tensor`.
-        b: clouds.
-        n: unknown points of each.
-        m: known points of each.
+        b: point clouds.
+        n: unknown points per cloud.
+        m: known points per cloud.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
@@ -211,11 +210,11 @@ def three_nn_forward(
 
 
 def counts(name: str, tensor: Tensor, total: int) -> list[int]:
-    """The counts of a stack of `total` rows as numbers; ValueError where they do not add up to it."""
+    """Convert the counts of a stack to numbers; raise ValueError unless their sum is `total`."""
     check_shape(name, tensor, None)
     check_integer(**{name: tensor})
     if tensor.device.type == "meta":
-        raise ValueError(f"{name} must be on a device that holds numbers, got {tensor.device}")
+        raise ValueError(f"{name} must have values, got a tensor on {tensor.device}")
     sizes: list[int] = tensor.tolist()
     if any(size < 0 for size in sizes) or sum(sizes) != total:
         raise ValueError(f"{name} must be counts that add up to {total}, got {sizes}")
@@ -223,9 +222,9 @@ def counts(name: str, tensor: Tensor, total: int) -> list[int]:
 
 
 def nearest(centres: Tensor, points: Tensor, k: int, reach: float) -> tuple[Tensor, Tensor]:
-    """Squared distances and rows, both (M, k), of the `k` points (N, 3) nearest to the centres (M, 3).
+    """Find squared distances and rows, both (M, k), of the `k` points (N, 3) nearest to the centres (M, 3).
 
-    Only squared distances below `reach` count; `reach` itself and row 0 stand where there are too few.
+    Only squared distances below `reach` count; missing neighbours are row 0 at distance `reach`.
     """
     dtype = torch.promote_types(as_compute_dtype(centres).dtype, as_compute_dtype(points).dtype)
     centres, points = centres.detach().to(dtype), points.detach().to(dtype)
@@ -239,7 +238,7 @@ def nearest(centres: Tensor, points: Tensor, k: int, reach: float) -> tuple[Tens
 
 
 def nearest_torch(centres: Tensor, points: Tensor, k: int, reach: float) -> tuple[Tensor, Tensor]:
-    """`nearest` on any device: a stable sort keeps equally near points in order."""
+    """Run `nearest` on any device; a stable sort keeps equally near points in order."""
     dist2 = centres.new_full((centres.shape[0], k), reach)
     rows = torch.zeros((centres.shape[0], k), dtype=torch.int32, device=centres.device)
     found = min(k, points.shape[0])
@@ -262,14 +261,14 @@ def nearest_torch(centres: Tensor, points: Tensor, k: int, reach: float) -> tupl
 
 
 def first_hits(hits: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """The first `limit` columns (R, limit) int64 that are True in each row of `hits` (R, N), and their number.
+    """Find the first `limit` columns that are True in each row of `hits` (R, N), and their number (R,), int64.
 
-    Places beyond the number, (R,) int64, hold 0. Torch only, any device, no transfer to the host.
+    The result (R, limit) int64 is padded with 0. Torch, any device, no transfer to the host.
     """
     rank = hits.cumsum(dim=1)
     place = torch.where(hits & (rank <= limit), rank - 1, torch.full_like(rank, limit))
     column = torch.arange(hits.shape[1], device=hits.device).expand_as(place)
-    # All that is not wanted goes to one more place, which is cut off.
+    # All other columns are written to an extra element, which is cut off.
     found = torch.zeros((hits.shape[0], limit + 1), dtype=torch.int64, device=hits.device)
     found.scatter_(1, place, column)
     return found[:, :limit], hits.sum(dim=1).clamp(max=limit)
@@ -285,12 +284,12 @@ def _check_points(idx: Tensor, **floats: Tensor) -> None:
 def _ball_query(
     centres: Tensor, points: Tensor, idx: Tensor, min_radius: float, max_radius: float, itself: bool
 ) -> None:
-    """One cloud. `itself`: a point at the centre counts whatever the radii are."""
+    """Query one point cloud. `itself`: a point at the centre counts for any radii."""
     if idx.numel() == 0 or points.shape[0] == 0:
         return
     dtype = torch.promote_types(as_compute_dtype(centres).dtype, as_compute_dtype(points).dtype)
     centres, points = centres.detach().to(dtype), points.detach().to(dtype)
-    # The reference squares the radii in float32, whatever the coordinates are.
+    # The reference squares the radii in float32 for any dtype of coordinates.
     low, high = np.float32(min_radius) ** 2, np.float32(max_radius) ** 2
     if uses_numba(centres):
         rows = idx.to(torch.int32, copy=True).contiguous()
@@ -303,7 +302,7 @@ def _ball_query(
 def ball_query_torch(
     centres: Tensor, points: Tensor, idx: Tensor, low: float, high: float, itself: bool
 ) -> None:
-    """One cloud on any device; `low` and `high` are squared."""
+    """Query one point cloud on any device; `low` and `high` are squared."""
     place = torch.arange(idx.shape[1], device=idx.device)
     for block, distances in _distance_blocks(centres, points):
         hits = (distances >= low) & (distances < high)
@@ -315,7 +314,7 @@ def ball_query_torch(
 
 
 def _distance_blocks(centres: Tensor, points: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Squared distances (rows, N) of the centres, some rows at a time, summed in the reference's order."""
+    """Yield squared distances (rows, N) in blocks of centres, summed in the reference's order."""
     rows = max(1, PAIRS_PER_BLOCK // max(1, points.shape[0]))
     for begin in range(0, centres.shape[0], rows):
         block = slice(begin, begin + rows)

@@ -1,9 +1,8 @@
 """Furthest-point sampling: the next sample is the point furthest from all samples so far.
 
-The first sample is point 0. Of equally far points the first is taken; the reference (mmcv 2.1.0
-`csrc/common/cuda/furthest_point_sample_cuda_kernel.cuh`) takes there whichever its thread layout finds.
-Distances are squared and in float32. A point with a NaN coordinate never comes nearer than its entry in
-`temp_tensor`, as in the reference. Knows nothing about features: mmcv's Python turns them into distances.
+The first sample is point 0. The first of equally far points is chosen; in the reference (mmcv 2.1.0
+`csrc/common/cuda/furthest_point_sample_cuda_kernel.cuh`) the thread layout decides. Distances are squared and in
+float32. A point with a NaN coordinate keeps its distance in `temp_tensor`, as in the reference.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ def furthest_point_sampling_forward(
 
     Args:
         points_tensor: (b, n, 3) float, metres.
-        temp_tensor: (b, n) float, squared metres: on entry a bound no distance exceeds (mmcv gives 1e10),
-            on return the squared distance to the nearest sample, the last one not counted.
+        temp_tensor: (b, n) float, square metres: on entry an upper bound of all distances (mmcv passes 1e10), on
+            return the squared distance to the nearest sample except the last.
         idx_tensor: (b, m) int, written in place.
-        b: clouds.
-        n: points of each.
-        m: samples of each; beyond `n` the first point is repeated.
+        b: point clouds.
+        n: points per cloud.
+        m: samples per cloud; beyond `n` the first point is repeated.
 
     Raises:
-        TypeError, ValueError: a tensor of wrong dtype, shape or device; samples wanted of no points.
+        TypeError, ValueError: a tensor of wrong dtype, shape or device; samples of an empty cloud.
     """
     check_shape("points_tensor", points_tensor, b, n, 3)
     _check(points_tensor, temp_tensor, idx_tensor, b, n, m)
@@ -59,15 +58,15 @@ def furthest_point_sampling_forward(
 def furthest_point_sampling_with_dist_forward(
     points_tensor: Tensor, temp_tensor: Tensor, idx_tensor: Tensor, b: int, n: int, m: int
 ) -> None:
-    """As `furthest_point_sampling_forward`, given all distances instead of coordinates.
+    """Run `furthest_point_sampling_forward` on given distances instead of coordinates.
 
     Args:
-        points_tensor: (b, n, n) float distances of any kind, none below zero; row i holds those from point i.
+        points_tensor: (b, n, n) float, non-negative distances; row i has those from point i.
         temp_tensor: (b, n) float, as above.
         idx_tensor: (b, m) int, written in place.
-        b: clouds.
-        n: points of each.
-        m: samples of each.
+        b: point clouds.
+        n: points per cloud.
+        m: samples per cloud.
 
     Raises:
         TypeError, ValueError: as above.
@@ -97,7 +96,7 @@ def _check(points: Tensor, temp: Tensor, idx: Tensor, b: int, n: int, m: int) ->
 
 
 def _sample_torch(points: Tensor, temp: Tensor, m: int) -> Tensor:
-    """(b, m) int64; one step after the other, but never a look at the device from the host."""
+    """Sample (b, m) int64 on any device, without transfers to the host."""
     x, y, z = points.unbind(2)
     rows = torch.zeros((points.shape[0], m), dtype=torch.int64, device=points.device)
     for step in range(1, m):
@@ -116,15 +115,15 @@ def _sample_with_dist_torch(distances: Tensor, temp: Tensor, m: int) -> Tensor:
 
 
 def _fold(distance: Tensor, temp: Tensor) -> Tensor:
-    """Lower `temp` to `distance` where that is smaller (NaN is not) and say where it is now largest."""
+    """Lower `temp` to `distance` where smaller (NaN is not); return the position of its maximum."""
     torch.where(distance < temp, distance, temp, out=temp)
     return temp.argmax(dim=1)
 
 
 @jit
 def _first_largest(bits: I32) -> int:  # pragma: no cover - compiled
-    # Floats that are not negative compare as their bits do, and a maximum of integers is vectorised;
-    # one of floats, with their NaNs, is not.
+    # Non-negative floats compare as their bits do. A maximum of integers is vectorised, one of floats is not
+    # because of NaN.
     best = np.int32(-1)
     for k in range(bits.shape[0]):
         best = bits[k] if bits[k] > best else best

@@ -1,7 +1,6 @@
-"""Point features to voxel features (``DynamicScatter``): reduce all points of one voxel.
+"""Reduction of point features to voxel features (``DynamicScatter``).
 
-Knows nothing about voxel sizes: it sees integer coordinates only. The reference is mmcv 2.1.0
-`csrc/pytorch/cuda/scatter_points_cuda.cu`.
+The reference is mmcv 2.1.0 `csrc/pytorch/cuda/scatter_points_cuda.cu`.
 """
 
 from __future__ import annotations
@@ -66,14 +65,14 @@ def dynamic_point_to_voxel_backward(
         grad_feats: (N, C) float, written in place.
         grad_reduced_feats: (M, C) float.
         feats: (N, C) float.
-        reduced_feats: (M, C) float, as the forward function made it.
+        reduced_feats: (M, C) float, from the forward function.
         coors_idx: (N,) int, the voxel of each point, negative where dropped.
         reduce_count: (M,) int, points per voxel.
         reduce_type: as in the forward function.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device; an unknown reduction.
-        IndexError: a voxel that there is not.
+        IndexError: a voxel out of range.
     """
     check_shape("feats", feats, None, None)
     check_shape("reduced_feats", reduced_feats, None, feats.shape[1])
@@ -98,7 +97,7 @@ def dynamic_point_to_voxel_backward(
     if reduce_type == "mean":
         grad = grad / reduce_count[voxel, None].to(grad.dtype)
     elif reduce_type == "max":
-        # As in the reference the first point that holds the maximum gets the whole gradient.
+        # As in the reference, the first point with the maximum gets the whole gradient.
         hit = feats[valid] == reduced_feats[voxel]
         position = torch.arange(valid.numel(), device=feats.device)[:, None].expand_as(hit)
         beyond = valid.numel()

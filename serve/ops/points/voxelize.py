@@ -1,10 +1,9 @@
-"""Points to voxels: hard (capped, first come) and dynamic (uncapped) voxelization.
+"""Hard (capped) and dynamic (uncapped) voxelization of point clouds.
 
-Voxel coordinates are written as (z, y, x), int32, as mmcv does. Hard voxelization is deterministic
-on every device: voxels are numbered by their first point, points keep their order, both caps drop
-late comers. The reference is mmcv 2.1.0 `csrc/pytorch/cpu/voxelization.cpp`; instead of its dense
-grid (370 MB for SECOND's 41 x 1600 x 1408) a hash table holds only the voxels that occur.
-Knows nothing about models.
+Voxel coordinates are (z, y, x), int32, as in mmcv. Hard voxelization is deterministic on any device: voxels are
+numbered by their first point, points keep their order, and both caps drop the later ones. The reference is mmcv 2.1.0
+`csrc/pytorch/cpu/voxelization.cpp`; instead of its dense grid (370 MB for SECOND's 41 x 1600 x 1408) a hash table has
+only the occupied voxels.
 """
 
 from __future__ import annotations
@@ -56,10 +55,10 @@ def hard_voxelize_forward(
         coors: (max_voxels, 3) int32, filled in place with (z, y, x).
         num_points_per_voxel: (max_voxels,) int32 zeros, filled in place.
         voxel_num: scalar int64 on CPU, set to the number of voxels.
-        max_points: most points kept in one voxel.
-        max_voxels: most voxels made.
+        max_points: most points per voxel.
+        max_voxels: most voxels.
         NDim: must be 3.
-        deterministic: accepted and ignored: the fast way is deterministic here.
+        deterministic: ignored; the result is always deterministic.
     """
     _check(points, voxel_size, coors_range, NDim)
     check_voxel_buffers(points, voxels, coors, num_points_per_voxel, voxel_num, max_points, max_voxels)
@@ -100,7 +99,7 @@ def _check(points: Tensor, voxel_size: Tensor, coors_range: Tensor, ndim: int) -
 
 
 def _grid(voxel_size: Tensor, coors_range: Tensor) -> tuple[F32, F32, I64]:
-    """Voxel size, minimum corner (float32 as in the reference) and grid shape, all x y z."""
+    """Return voxel size, minimum corner (float32 as in the reference) and grid shape, all x y z."""
     size = voxel_size.detach().cpu().numpy().astype(np.float32)
     bounds = coors_range.detach().cpu().numpy().astype(np.float32)
     if np.any(size <= 0) or np.any(bounds[3:] <= bounds[:3]):
@@ -110,7 +109,7 @@ def _grid(voxel_size: Tensor, coors_range: Tensor) -> tuple[F32, F32, I64]:
 
 
 def _cells(points: Tensor, size: F32, low: F32, grid: I64) -> tuple[Tensor, Tensor]:
-    """(N, 3) int32 cells in x y z, and (N,) bool inside. NaN and inf are outside."""
+    """Compute (N, 3) int32 cells in x y z, and (N,) bool inside. NaN and inf are outside."""
     xyz = points[:, :3].float()
     scaled = torch.floor((xyz - xyz.new_tensor(low.tolist())) / xyz.new_tensor(size.tolist()))
     limit = torch.tensor(grid.tolist(), device=points.device)
@@ -130,14 +129,14 @@ def _hard_voxelize_torch(
     max_points: int,
     max_voxels: int,
 ) -> int:
-    """The same by sorting, for any device: no atomics, so the order is that of the CPU."""
+    """Voxelize by sorting, on any device; without atomics the order is that of the CPU."""
     cell, inside = _cells(points, size, low, grid)
     kept = inside.nonzero().squeeze(1)
     if kept.numel() == 0:
         return 0
     cell = cell[kept].long()
     key = (cell[:, 2] * int(grid[1]) + cell[:, 1]) * int(grid[0]) + cell[:, 0]
-    # 1. Number the voxels by their first point: a stable sort brings equal keys together in order.
+    # 1. Number the voxels by their first point: a stable sort groups equal keys in order.
     ordered, order = torch.sort(key, stable=True)
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[1:] = ordered[1:] != ordered[:-1]
@@ -145,7 +144,7 @@ def _hard_voxelize_torch(
     first = order[new]
     rank_of_group = torch.empty_like(first)
     rank_of_group[torch.argsort(first)] = torch.arange(first.numel(), device=first.device)
-    # 2. A point's place in its voxel is its distance to the first of the group.
+    # 2. A point's position in its voxel is its distance to the first of the group.
     start = new.nonzero().squeeze(1)
     place = torch.arange(group.numel(), device=group.device) - start[group]
     voxel = rank_of_group[group]
@@ -179,12 +178,12 @@ def _hard_voxelize_cpu(
         fx = np.floor((points[i, 0] - low[0]) / size[0])
         fy = np.floor((points[i, 1] - low[1]) / size[1])
         fz = np.floor((points[i, 2] - low[2]) / size[2])
-        # Written so that NaN falls out too.
+        # The comparison is false for NaN too.
         if not (fx >= 0 and fx < grid[0] and fy >= 0 and fy < grid[1] and fz >= 0 and fz < grid[2]):
             continue
         x, y, z = np.int64(fx), np.int64(fy), np.int64(fz)
         key = (z * grid[1] + y) * grid[0] + x
-        # Once the voxels are used up only known ones are looked for.
+        # At max_voxels, only existing voxels are searched.
         at = find_or_insert(keys, key, made < max_voxels)
         if at < 0:
             continue

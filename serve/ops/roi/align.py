@@ -1,8 +1,7 @@
 """RoIAlign (He et al., Mask R-CNN, ICCV 2017): bilinear samples of a feature map, pooled per bin.
 
-The reference is mmcv 2.1.0 `csrc/pytorch/cpu/roi_align.cpp`: samples beyond one pixel outside the map
-count as zero, samples within it are clamped to the border. On CPU the regions are shared out over as
-many threads as torch uses. Knows nothing about detectors or pyramid levels.
+The reference is mmcv 2.1.0 `csrc/pytorch/cpu/roi_align.cpp`: samples more than one pixel outside the map are zero,
+nearer ones are clamped to the border. On CPU regions are distributed over torch's number of threads.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ def roi_align_forward(
         input: (B, C, H, W) float.
         rois: (R, 5): batch index, then x1, y1, x2, y2 in pixels of the original image.
         output: (R, C, aligned_height, aligned_width), written in place.
-        argmax_y: as `output` for max pooling, else empty: where the maximum was sampled, map pixels.
-        argmax_x: likewise.
+        argmax_y: as `output` for max pooling, else empty: row of the maximum's sample, map pixels.
+        argmax_x: as `argmax_y`, for the column.
         aligned_height: bins down.
         aligned_width: bins across.
         spatial_scale: map pixels per image pixel.
-        sampling_ratio: samples per bin and axis; 0 takes one per map pixel.
+        sampling_ratio: samples per bin and axis; 0 for one per map pixel.
         pool_mode: 0 max, 1 average.
         aligned: shift by half a pixel (detectron2's correction).
     """
@@ -69,7 +68,7 @@ def roi_align_forward(
 
 
 def check_mode(pool_mode: int) -> None:
-    """Raise ValueError unless `pool_mode` is one of the two."""
+    """Raise ValueError unless `pool_mode` is 0 or 1."""
     if pool_mode not in (MAX_POOL, AVERAGE_POOL):
         raise ValueError(f"pool_mode must be 0 (max) or 1 (average), got {pool_mode}")
 
@@ -77,7 +76,7 @@ def check_mode(pool_mode: int) -> None:
 def _sampling(
     rois: Tensor, bins: tuple[int, int], scale: float, ratio: int, aligned: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(R, 5) image, left, top, bin width and height in map pixels; (R, 2) int64 samples per bin across, down."""
+    """Compute (R, 5) image, left, top, bin width, bin height in map pixels, and (R, 2) int64 samples per bin x, y."""
     box = rois[:, 1:5].to(dtype) * scale - (0.5 if aligned else 0.0)
     extent = box[:, 2:] - box[:, :2]
     if not aligned:
@@ -90,7 +89,7 @@ def _sampling(
 def upright_places(
     rois: Tensor, bins: tuple[int, int], scale: float, ratio: int, aligned: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Places]:
-    """Grids and places for `serve.ops.roi.sampling.sample_blocks`: those of the forward function."""
+    """Return the forward function's grids and sample positions for `serve.ops.roi.sampling.sample_blocks`."""
     where, samples = _sampling(rois, bins, scale, ratio, aligned, dtype)
 
     def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +110,7 @@ def _pool_torch(
     argmax_x: Tensor,
     pool_mode: int,
 ) -> None:
-    """Any device: regions with the same sampling grid are done together, in blocks of bounded memory."""
+    """Pool on any device; regions with the same sampling grid are batched, in blocks of bounded memory."""
     channels, bins_y, bins_x = output.shape[1], output.shape[2], output.shape[3]
     for grid_x, grid_y in torch.unique(samples, dim=0).tolist():
         rows = (samples == samples.new_tensor([grid_x, grid_y])).all(dim=1).nonzero().squeeze(1)
@@ -136,14 +135,14 @@ def _pool_torch(
 
 
 def _sample_positions(start: Tensor, bin_size: Tensor, bins: int, grid: int) -> Tensor:
-    """(R, bins * grid) sample coordinates along one axis, map pixels."""
+    """Compute (R, bins * grid) sample coordinates along one axis, map pixels."""
     step = torch.arange(bins, device=start.device, dtype=start.dtype)
     inner = (torch.arange(grid, device=start.device, dtype=start.dtype) + 0.5) / grid
     return start[:, None] + ((step[:, None] + inner[None]).flatten()[None] * bin_size[:, None])
 
 
 def _bilinear(input: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """(R, C, len(y), len(x)) samples on a grid per region."""
+    """Sample (R, C, len(y), len(x)) on a grid per region."""
     height, width = input.shape[2:]
     y_low, y_high, y_weight, y_ok = _neighbours(y, height)
     x_low, x_high, x_weight, x_ok = _neighbours(x, width)
@@ -169,7 +168,7 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _average_cpu(input: Tensor, where: Tensor, samples: Tensor, output: Tensor) -> None:
-    # Channels last: the inner loop runs along memory, and so do the four neighbours.
+    # Channels-last: the inner loop and its four neighbours are contiguous in memory.
     maps = as_numpy(input.float().permute(0, 2, 3, 1))
     regions, grids = as_numpy(where), as_numpy(samples)
     pooled = np.zeros((output.shape[0], output.shape[2], output.shape[3], output.shape[1]), dtype=np.float32)

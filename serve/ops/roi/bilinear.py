@@ -1,13 +1,11 @@
 """Bilinear samples of feature maps at scattered positions, the base of the image kernels.
 
-Two rules for what lies beyond a map are in use. *Zero padding* (deformable convolution and attention):
-pixels outside are zero, so a sample fades out within one pixel of the border. *Clamping* (RoIAlign and its
-kin): a sample up to one pixel outside takes the border's value, one further out is zero. A position that
-is not a number is outside under both.
+There are two rules for samples outside of a map. *Zero padding* (deformable convolution and attention): pixels outside
+are zero, so a sample fades out within one pixel of the border. *Clamping* (RoIAlign and similar): a sample up to one
+pixel outside has the border's value, one further out is zero. A NaN position is outside under both.
 
-Any device: samples are rows of a table (one row per pixel) mixed with four weights each, by
-`torch.nn.functional.embedding_bag`, which has gradients. CPU and float32: numba loops along channels.
-Knows nothing of regions, kernels or levels.
+On any device, samples are sums of four weighted rows of a table (one row per pixel), by
+`torch.nn.functional.embedding_bag`, which is differentiable. On CPU in float32, numba loops along channels.
 """
 
 from __future__ import annotations
@@ -37,20 +35,20 @@ I64 = npt.NDArray[np.int64]
 
 
 def pixel_rows(maps: Tensor) -> Tensor:
-    """(..., H, W, C) maps as a (pixels + 1, C) table; the last row is zero, for what lies outside."""
+    """Reshape (..., H, W, C) maps to a (pixels + 1, C) table; the last row is zero, for samples outside."""
     rows = maps.reshape(-1, maps.shape[-1])
     return torch.cat((rows, rows.new_zeros((1, rows.shape[1]))))
 
 
 def mix_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """(N, C): for each of N bags the sum of `table` (T, C) rows (N, S) int64 times `weights` (N, S)."""
+    """Sum `table` (T, C) rows (N, S) int64 times `weights` (N, S) for each of N bags; (N, C)."""
     if rows.numel() == 0 or table.shape[1] == 0:
         return table.new_zeros((rows.shape[0], table.shape[1]))
     return functional.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
 
 
 def padded_corners(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The four pixels around each position (..., 4) int64 ``row * width + column`` and their weights.
+    """Return the four pixels around each position (..., 4) int64 ``row * width + column`` and their weights.
 
     Zero padding: pixels outside are -1.
     """
@@ -69,7 +67,7 @@ def padded_corners(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tenso
 
 
 def clamped_corners(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """As `padded_corners` with clamping: all four pixels are -1 further than one pixel outside."""
+    """Run `padded_corners` with clamping: all four pixels are -1 more than one pixel outside."""
     inside = (y >= -1) & (x >= -1) & (y <= height) & (x <= width)
     y = torch.where(inside, y, torch.zeros_like(y)).clamp(0, height - 1)
     x = torch.where(inside, x, torch.zeros_like(x)).clamp(0, width - 1)
@@ -85,13 +83,13 @@ def clamped_corners(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tens
 
 
 def average_samples(maps: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """(R, P, C) means of clamped bilinear samples.
+    """Compute (R, P, C) means of clamped bilinear samples.
 
     Args:
-        maps: (B, H, W, C) contiguous, in its working dtype.
-        image: (R,) int64, the map of each region, in range.
-        y: (R, P, S) rows in map pixels: S samples of P points of each region.
-        x: (R, P, S) columns likewise.
+        maps: (B, H, W, C) contiguous, in the compute dtype.
+        image: (R,) int64, index of each region's map, in range.
+        y: (R, P, S) rows in map pixels: S samples for P points per region.
+        x: (R, P, S) columns in map pixels.
     """
     if not uses_float32_kernel(maps):
         return average_samples_torch(maps, image, y, x)
@@ -107,7 +105,7 @@ def average_samples(maps: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor
 
 
 def average_samples_torch(maps: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """`average_samples` for any device."""
+    """Run `average_samples` on any device."""
     height, width, channels = maps.shape[1:]
     regions, points, samples = y.shape
     index, weights = clamped_corners(y, x, height, width)
@@ -123,12 +121,12 @@ def average_samples_torch(maps: Tensor, image: Tensor, y: Tensor, x: Tensor) -> 
 
 
 def add_at_corners(maps: Tensor, plane: Tensor, pixel: Tensor, weights: Tensor, values: Tensor) -> None:
-    """Add `values` times `weights` to chosen pixels of `maps` (B, C, H, W), in a fixed order on every device.
+    """Add `values` times `weights` to given pixels of `maps` (B, C, H, W), in a fixed order on any device.
 
     Args:
         maps: floating point, changed in place.
         plane: ``image * C + channel``, int64, of a shape that broadcasts to that of `values`.
-        pixel: (..., K) int64 ``row * W + column`` as from `clamped_corners`; negative ones are left out.
+        pixel: (..., K) int64 ``row * W + column`` from `clamped_corners`; negative ones are skipped.
         weights: (..., K).
         values: (...).
     """
@@ -156,7 +154,7 @@ def _average_kernel(
             out[:] = zero
             for s in range(ys.shape[2]):
                 y, x = ys[r, p, s], xs[r, p, s]
-                # Written so that NaN falls out too.
+                # The comparison is false for NaN too.
                 if not (y >= -1 and x >= -1 and y <= height and x <= width):
                     continue
                 y = min(max(y, zero), np.float32(height - 1))

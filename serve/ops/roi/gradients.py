@@ -1,9 +1,9 @@
-"""Gradients of the pooling of regions, for training two-stage detectors on any device.
+"""Gradients of region pooling, for training two-stage detectors on any device.
 
-Means of samples and exact integrals are linear in the map: their gradients are those of the torch way, by
-autograd. Maxima send theirs to where the forward function found them. All are summed in a fixed order. The
-forward functions, and what their arguments mean, are in `serve.ops.roi.align`, `serve.ops.roi.sampling` and
-`serve.ops.roi.pool`. Every function here adds to its ``grad_`` arguments in place.
+Means of samples and exact integrals are linear in the map: their gradients come from autograd on the torch version.
+Gradients of maxima go to the recorded positions. All sums have a fixed order. The forward functions, which describe the
+arguments, are in `serve.ops.roi.align`, `serve.ops.roi.sampling` and `serve.ops.roi.pool`. Every function adds to its
+``grad_`` arguments in place.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Gradient of `roi_align_forward` with respect to the map; `argmax_y` and `argmax_x` as it wrote them.
+    """Add the gradient of `roi_align_forward` by the map; it wrote `argmax_y` and `argmax_x`.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
-        IndexError: a region names an image that is not there.
+        IndexError: the image of a region is out of range.
     """
     bins = (aligned_height, aligned_width)
     image = _check(grad_output, rois, grad_input, 5, bins)
@@ -88,7 +88,7 @@ def roi_align_rotated_backward(
     aligned: bool,
     clockwise: bool,
 ) -> None:
-    """Gradient of `roi_align_rotated_forward` with respect to the map; raises as `roi_align_backward`."""
+    """Add the gradient of `roi_align_rotated_forward` by the map; raises as `roi_align_backward`."""
     bins = (pooled_height, pooled_width)
     image = _check(grad_output, rois, grad_input, 6, bins)
     if grad_output.numel() > 0:
@@ -108,7 +108,7 @@ def riroi_align_rotated_backward(
     num_orientations: int,
     clockwise: bool,
 ) -> None:
-    """Gradient of `riroi_align_rotated_forward` with respect to the map; raises as `roi_align_backward`."""
+    """Add the gradient of `riroi_align_rotated_forward` by the map; raises as `roi_align_backward`."""
     bins = (pooled_height, pooled_width)
     image = _check(grad_output, rois, grad_input, 6, bins)
     roi_sampling.check_orientations(grad_input, num_orientations, "grad_input")
@@ -133,7 +133,7 @@ def bezier_align_backward(
     sampling_ratio: int,
     aligned: bool,
 ) -> None:
-    """Gradient of `bezier_align_forward` with respect to the map; raises as `roi_align_backward`."""
+    """Add the gradient of `bezier_align_forward` by the map; raises as `roi_align_backward`."""
     bins = (aligned_height, aligned_width)
     image = _check(grad_output, rois, grad_input, roi_sampling.BEZIER_WIDTH, bins)
     if grad_output.numel() > 0:
@@ -155,7 +155,7 @@ def deform_roi_pool_backward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """Gradients of `deform_roi_pool_forward` with respect to map and offset; raises as `roi_align_backward`."""
+    """Add the gradients of `deform_roi_pool_forward` by map and offset; raises as `roi_align_backward`."""
     bins = (pooled_height, pooled_width)
     image = _check(grad_output, rois, grad_input, 5, bins)
     roi_sampling.check_shifts(offset, rois, bins)
@@ -194,11 +194,11 @@ def roi_pool_backward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Gradient of `roi_pool_forward` with respect to the map; `argmax` as it wrote it.
+    """Add the gradient of `roi_pool_forward` by the map; it wrote `argmax`.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
-        IndexError: a region names an image that is not there, `argmax` a pixel that is not.
+        IndexError: an image of a region or a pixel in `argmax` is out of range.
     """
     image = _check(grad_output, rois, grad_input, 5, (pooled_height, pooled_width))
     check_shape("argmax", argmax, *grad_output.shape)
@@ -219,7 +219,7 @@ def prroi_pool_backward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Gradient of `prroi_pool_forward` with respect to the map; raises as `roi_align_backward`."""
+    """Add the gradient of `prroi_pool_forward` by the map; raises as `roi_align_backward`."""
     bins = (pooled_height, pooled_width)
     image = _check(grad_output, rois, grad_input, 5, bins)
     if grad_output.numel() == 0:
@@ -244,9 +244,9 @@ def prroi_pool_coor_backward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Gradient of `prroi_pool_forward` with respect to the regions' corners, (R, 5) with 0 for the image.
+    """Add the gradient of `prroi_pool_forward` by the regions' corners, (R, 5) with 0 for the image.
 
-    `output` is not used. Raises as `roi_align_backward`.
+    `output` is unused. Raises as `roi_align_backward`.
     """
     bins = (pooled_height, pooled_width)
     image = _check(grad_output, rois, input, 5, bins, "input")
@@ -255,7 +255,7 @@ def prroi_pool_coor_backward(
     check_same_device(rois=rois, grad_rois=grad_rois)
     if grad_output.numel() == 0:
         return
-    # Differences of near numbers: in float64 whatever the maps are in.
+    # Differences of nearly equal numbers: always in float64.
     maps, grad = input.detach().double(), grad_output.detach().double()
     with torch.enable_grad():
         corners = rois[:, 1:5].detach().double().requires_grad_()
@@ -270,11 +270,11 @@ def prroi_pool_coor_backward(
 def border_align_backward(
     grad_output: Tensor, boxes: Tensor, argmax_idx: Tensor, grad_input: Tensor, pool_size: int
 ) -> None:
-    """Gradient of `border_align_forward` with respect to the map; `argmax_idx` as it wrote it.
+    """Add the gradient of `border_align_forward` by the map; it wrote `argmax_idx`.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
-        IndexError: `argmax_idx` names a sample that there is not.
+        IndexError: a sample in `argmax_idx` is out of range.
     """
     channels, count = roi_pool.check_borders(grad_input, boxes, pool_size, "grad_input")
     shape = (grad_input.shape[0], channels, count, roi_pool.BORDERS)
@@ -289,7 +289,7 @@ def border_align_backward(
     corners, step = boxes.detach().to(dtype), argmax_idx.to(dtype)
     size = (corners[..., 2:] - corners[..., :2]) / pool_size
     none = torch.zeros_like(size[..., 0])
-    # (B, 1, N, 4): where each border starts and how it goes on, as in the forward function.
+    # (B, 1, N, 4): start and direction of each border, as in the forward function.
     x, y = corners[..., [0, 0, 2, 2]][:, None], corners[..., [1, 1, 3, 3]][:, None]
     step_x = torch.stack((size[..., 0], none, -size[..., 0], none), dim=-1)[:, None]
     step_y = torch.stack((none, size[..., 1], none, -size[..., 1]), dim=-1)[:, None]
@@ -313,14 +313,14 @@ def _check(
 
 
 def _bins_last(grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """(R, bins, C) of (R, C, bins y, bins x)."""
+    """Reshape (R, C, bins y, bins x) to (R, bins, C)."""
     return grad_output.detach().to(dtype).flatten(2).transpose(1, 2)
 
 
 def _spread(
     grad_output: Tensor, image: Tensor, grids: Tensor, places: roi_sampling.Places, grad_input: Tensor
 ) -> None:
-    """Add the gradient of means of samples to the map they are taken from."""
+    """Add the gradient of means of samples to their map."""
     dtype = compute_dtype(grad_input)
     grad = _bins_last(grad_output, dtype)
     batch, channels, height, width = grad_input.shape

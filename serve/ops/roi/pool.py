@@ -1,9 +1,8 @@
-"""Pooling of upright regions: the maximum per bin, the exact integral per bin, and maxima along borders.
+"""Pooling of upright regions: maximum per bin, exact integral per bin, and maxima along borders.
 
 The references are mmcv 2.1.0 `csrc/common/cuda/roi_pool_cuda_kernel.cuh` (Girshick, Fast R-CNN, ICCV 2015),
 `prroi_pool_cuda_kernel.cuh` (Jiang et al., IoU-Net, ECCV 2018) and `border_align_cuda_kernel.cuh` (Qiu et
 al., BorderDet, ECCV 2020). Pooling by samples is in `serve.ops.roi.align` and `serve.ops.roi.sampling`.
-Knows nothing of detectors or pyramid levels.
 """
 
 from __future__ import annotations
@@ -47,20 +46,20 @@ def roi_pool_forward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Maximum of the map pixels that each bin touches; a bin outside the map is 0.
+    """Write the maximum of the map pixels that each bin touches; a bin outside the map is 0.
 
     Args:
         input: (B, C, H, W) floating point.
         rois: (R, 5): batch index, x1, y1, x2, y2 in image pixels, both ends included.
         output: (R, C, pooled_height, pooled_width), written in place.
-        argmax: as `output`, int32: ``row * W + column`` of the first maximum, -1 where nothing was pooled.
+        argmax: as `output`, int32: ``row * W + column`` of the first maximum, -1 for an empty bin.
         pooled_height: bins down.
         pooled_width: bins across.
         spatial_scale: map pixels per image pixel.
 
     Raises:
         ValueError: a shape does not fit.
-        IndexError: a region names an image that is not there.
+        IndexError: the image of a region is out of range.
     """
     image = check_pooling(input, rois, output, 5, (pooled_height, pooled_width))
     expected = tuple(output.shape)
@@ -88,7 +87,7 @@ def roi_pool_forward(
 
 
 def _bin_bounds(rois: Tensor, bins: tuple[int, ...], scale: float, size: torch.Size) -> tuple[Tensor, Tensor]:
-    """(R, bins, 2) int64 first pixel and end of each bin, down and across; a region without area has none."""
+    """Compute (R, bins, 2) int64 first pixel and end of each bin, down and across; equal without area."""
     starts = rois[:, 1:3] * scale
     extent = (rois[:, 3:5] + 1) * scale - starts
     empty = (extent <= 0).any(dim=1)
@@ -106,7 +105,7 @@ def _bin_bounds(rois: Tensor, bins: tuple[int, ...], scale: float, size: torch.S
 def _max_torch(
     maps: Tensor, image: Tensor, rows: Tensor, columns: Tensor, output: Tensor, argmax: Tensor
 ) -> None:
-    """Any device: every bin is looked at through a window as large as the largest of its region."""
+    """Pool on any device; each bin has a window as large as the largest bin of its region."""
     height, width, channels = maps.shape[1:]
     lowest = torch.finfo(torch.float32).min
     windows = torch.stack([(b[..., 1] - b[..., 0]).amax(dim=1) for b in (rows, columns)], dim=1).clamp(min=1)
@@ -169,10 +168,10 @@ def prroi_pool_forward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Mean over each bin of the bilinearly interpolated map, exactly; zeros outside the map.
+    """Write the exact mean over each bin of the bilinearly interpolated map; zeros outside the map.
 
-    The integral of the interpolation is separable: each map row and column counts by the area under its
-    triangle within the bin. So pooling is two matrix products per region.
+    The integral of the interpolation is separable: the weight of each map row and column is the area under its triangle
+    within the bin. So pooling is two matrix products per region.
 
     Args:
         input: (B, C, H, W) floating point.
@@ -184,7 +183,7 @@ def prroi_pool_forward(
 
     Raises:
         ValueError: a shape does not fit.
-        IndexError: a region names an image that is not there.
+        IndexError: the image of a region is out of range.
     """
     image = check_pooling(input, rois, output, 5, (pooled_height, pooled_width))
     if output.numel() == 0:
@@ -192,7 +191,7 @@ def prroi_pool_forward(
     dtype = compute_dtype(input)
     maps = input.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
     height, width, channels = maps.shape[1:]
-    # Triangle areas are differences of near numbers: in float64 whatever the maps are in.
+    # Triangle areas are differences of nearly equal numbers: always in float64.
     box = rois[:, 1:5].double() * spatial_scale
     sizes = torch.Size((height, width))
     down, across = (one.to(dtype) for one in integral_weights(box, (pooled_height, pooled_width), sizes))
@@ -208,20 +207,20 @@ def prroi_pool_forward(
 
 
 def integral_weights(box: Tensor, bins: tuple[int, int], size: torch.Size) -> tuple[Tensor, Tensor]:
-    """(R, bins y, H) and (R, bins x, W): the share of each row and column in each bin of boxes (R, 4), map pixels."""
+    """Compute the weights (R, bins y, H) and (R, bins x, W) of rows and columns in bins of boxes (R, 4), map pixels."""
     down = _triangle_means(box[:, 1], box[:, 3], bins[0], size[0])
     return down, _triangle_means(box[:, 0], box[:, 2], bins[1], size[1])
 
 
 def _triangle_means(start: Tensor, end: Tensor, bins: int, size: int) -> Tensor:
-    """(R, bins, size): weight of each pixel in the mean over each of `bins` equal parts of start..end."""
+    """Compute the weight (R, bins, size) of each pixel in the mean over each of `bins` equal parts of start..end."""
     step = (end - start).clamp(min=0) / bins
     edge = start[:, None] + step[:, None] * torch.arange(bins + 1, device=start.device)
-    # Area under a triangle of half width 1 around the pixel, from its left foot to the edge.
+    # Area under a triangle of half width 1 around the pixel, from its left end to the edge.
     t = (edge[..., None] - torch.arange(size, device=start.device)).clamp(-1, 1)
     area = torch.where(t <= 0, (1 + t) ** 2 / 2, 1 - (1 - t) ** 2 / 2)
     width = step[:, None, None]
-    # Never a division by zero, not even in what is thrown away: its gradient would not be a number.
+    # No division by zero, not even in discarded elements: their gradient would be NaN.
     part = (area[:, 1:] - area[:, :-1]) / torch.where(width > 0, width, torch.ones_like(width))
     return torch.where(width > 0, part, torch.zeros_like(part))
 
@@ -229,14 +228,14 @@ def _triangle_means(start: Tensor, end: Tensor, bins: int, size: int) -> Tensor:
 def border_align_forward(
     input: Tensor, boxes: Tensor, output: Tensor, argmax_idx: Tensor, pool_size: int
 ) -> None:
-    """Maximum of `pool_size` + 1 samples along each border of each box, from a map per border.
+    """Write the maximum of `pool_size` + 1 samples along each border of each box, from a map per border.
 
     Args:
         input: (B, 4 * C, H, W) floating point; channels for the top, left, bottom and right border.
-        boxes: (B, N, 4): x1, y1, x2, y2 in map pixels. Top and left start at the first corner, bottom and
-            right at the second and go back.
+        boxes: (B, N, 4): x1, y1, x2, y2 in map pixels. Top and left run from the first corner, bottom and right back
+            from the second.
         output: (B, C, N, 4), written in place.
-        argmax_idx: as `output`, int32: number of the first sample that is the maximum.
+        argmax_idx: as `output`, int32: index of the first sample with the maximum.
         pool_size: steps along a border.
 
     Raises:
@@ -270,7 +269,7 @@ def border_align_forward(
 
 
 def check_borders(input: Tensor, boxes: Tensor, pool_size: int, name: str = "input") -> tuple[int, int]:
-    """Channels per border and boxes per image, after checks of map and boxes."""
+    """Check map and boxes; return channels per border and boxes per image."""
     check_rank(name, input, 4)
     check_rank("boxes", boxes, 3)
     check_floating(**{name: input, "boxes": boxes})
@@ -288,7 +287,7 @@ def check_borders(input: Tensor, boxes: Tensor, pool_size: int, name: str = "inp
 
 
 def _border_torch(maps: Tensor, boxes: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Any device: (B, N, 4, C) maxima and the int32 numbers of their samples."""
+    """Pool on any device; (B, N, 4, C) maxima and the int32 indices of their samples."""
     batch, height, width, borders, channels = maps.shape
     size = boxes[..., 2:] - boxes[..., :2]
     none = torch.zeros_like(size[..., 0])
@@ -312,7 +311,7 @@ def _border_torch(maps: Tensor, boxes: Tensor, steps: int) -> tuple[Tensor, Tens
         else:
             more = value > best
             best, at = torch.where(more, value, best), torch.where(more, number, at)
-        # Step by step as the reference does, so that samples fall on the same side of the map's edge.
+        # Add step by step like the reference, so that samples fall on the same side of the map's edge.
         x, y = x + step_x, y + step_y
     return best, at.to(torch.int32)
 

@@ -1,9 +1,8 @@
-"""Features of the points in each 3D box: pooled over a grid of the box (RoI-aware) or sampled (RoI-point).
+"""Pooling of the features of points in 3D boxes: over a grid of the box (RoI-aware) or sampled (RoI-point).
 
-Boxes and what "inside" means are those of `serve.ops.boxes.boxes3d`. Points of one cell, and of one box, are taken in
-the order of their rows; those beyond a cap are dropped. The reference is mmcv 2.1.0
-`csrc/common/cuda/roiaware_pool3d_cuda_kernel.cuh` and `roipoint_pool3d_cuda_kernel.cuh`. Sums are in float32 at
-least. Knows nothing about how boxes were proposed or enlarged.
+Boxes, and "inside", are defined in `serve.ops.boxes.boxes3d`. Points of a cell, and of a box, are in the order of their
+rows; those beyond a cap are dropped. Sums are in float32 or float64. The reference is mmcv 2.1.0
+`csrc/common/cuda/roiaware_pool3d_cuda_kernel.cuh` and `roipoint_pool3d_cuda_kernel.cuh`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Floats = npt.NDArray[np.floating]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 MAX, MEAN = 0, 1
-# Points that one compiled, vectorised loop compares with a box before any of them is looked at.
+# Points per vectorised loop of comparisons with a box.
 BLOCK = 1024
 
 
@@ -45,16 +44,16 @@ def roiaware_pool3d_forward(
     pooled_features: Tensor,
     pool_method: int,
 ) -> None:
-    """Pool the features of the points in each cell of each box; cells without points keep what they held.
+    """Pool the features of the points in each cell of each box; cells without points are unchanged.
 
     Args:
         rois: (N, 7) float boxes.
         pts: (P, 3) float, metres.
         pts_feature: (P, C) float.
-        argmax: (N, X, Y, Z, C) int32, written in place when the maximum is taken: the row of `pts` it comes
-            from, the first of equal ones, -1 where there is none.
-        pts_idx_of_voxels: (N, X, Y, Z, K) int32 zeros, contiguous, written in place: how many points each cell
-            took, then their rows; so K - 1 is the cap.
+        argmax: (N, X, Y, Z, C) int32, written in place by max pooling: row of `pts` with the maximum, the first of
+            equal ones, -1 for none.
+        pts_idx_of_voxels: (N, X, Y, Z, K) int32 zeros, contiguous, written in place: number of points of each cell,
+            then their rows; the cap is K - 1.
         pooled_features: (N, X, Y, Z, C) float zeros, written in place.
         pool_method: 0 for the maximum, 1 for the mean.
 
@@ -102,8 +101,8 @@ def roiaware_pool3d_backward(
     """Add to `grad_in` the gradient of `roiaware_pool3d_forward` with respect to the features.
 
     Args:
-        pts_idx_of_voxels: (N, X, Y, Z, K) int, as the forward function wrote it.
-        argmax: (N, X, Y, Z, C) int, likewise.
+        pts_idx_of_voxels: (N, X, Y, Z, K) int, from the forward function.
+        argmax: (N, X, Y, Z, C) int, from the forward function.
         grad_out: (N, X, Y, Z, C) float.
         grad_in: (P, C) float, added to in place.
         pool_method: 0 for the maximum, 1 for the mean.
@@ -140,9 +139,9 @@ def roiaware_pool3d_backward(
 def roipoint_pool3d_forward(
     xyz: Tensor, boxes3d: Tensor, pts_feature: Tensor, pooled_features: Tensor, pooled_empty_flag: Tensor
 ) -> None:
-    """Coordinates and features of the first S points in each box; fewer points are repeated in turn.
+    """Write coordinates and features of the first S points in each box; fewer points are repeated cyclically.
 
-    A box without points has its flag set to 1 and its features left as they were.
+    A box without points has its flag set to 1 and its features unchanged.
 
     Args:
         xyz: (B, P, 3) float, metres.
@@ -183,7 +182,7 @@ def roipoint_pool3d_forward(
 
 
 def find_first_inside(points: Tensor, frames: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """The first `limit` points in each box, (T, limit) int64 filled up with 0, and their number (T,) int64."""
+    """Find the first `limit` points in each box, (T, limit) int64 padded with 0, and their number (T,) int64."""
     if not uses_numba(points):
         return find_first_inside_torch(points, frames, limit)
     rows = torch.zeros((frames.shape[0], limit), dtype=torch.int64)
@@ -193,7 +192,7 @@ def find_first_inside(points: Tensor, frames: Tensor, limit: int) -> tuple[Tenso
 
 
 def find_first_inside_torch(points: Tensor, frames: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """`find_first_inside` on any device."""
+    """Run `find_first_inside` on any device."""
     rows = torch.zeros((frames.shape[0], limit), dtype=torch.int64, device=points.device)
     number = torch.zeros(frames.shape[0], dtype=torch.int64, device=points.device)
     for block, hits in inside_blocks(points, frames):
@@ -210,14 +209,14 @@ def roiaware_torch(
     pooled: Tensor,
     method: int,
 ) -> None:
-    """The pooling on any device; `winners` is filled with -1, `pooled` and `held` are contiguous."""
+    """Pool on any device; `winners` is filled with -1, `pooled` and `held` are contiguous."""
     grid, cap, channels = pooled.shape[1:4], held.shape[4] - 1, features.shape[1]
     cells = grid.numel()
     for block, hits in inside_blocks(points, frames):
         box, point = torch.nonzero(hits, as_tuple=True)
         box = box + block.start
         cell = box * cells + _cells(points[point], frames[box], grid)
-        # Points of one cell together, each cell's in the order of their rows.
+        # Group points by cell, in the order of their rows.
         cell, order = torch.sort(cell, stable=True)
         point = point[order]
         new = torch.ones_like(cell, dtype=torch.bool)
@@ -239,7 +238,7 @@ def roiaware_torch(
             pooled.flatten(0, 3)[taken] = total / number[:, None].to(total.dtype)
             continue
         lowest = torch.full_like(values, -torch.inf)
-        values = torch.where(values > lowest, values, lowest)  # NaN never is the maximum
+        values = torch.where(values > lowest, values, lowest)  # NaN is never the maximum
         into = group[:, None].expand_as(values)
         top = lowest[: taken.numel()].scatter_reduce(0, into, values, "amax")
         place = torch.arange(group.numel(), device=group.device)[:, None].expand_as(values)
@@ -254,7 +253,7 @@ def roiaware_torch(
 
 
 def _cells(points: Tensor, frames: Tensor, grid: torch.Size) -> Tensor:
-    """(K,) int64: the flat cell of each point in the box it is paired with."""
+    """Compute (K,) int64, the flat cell of each point in its paired box."""
     cx, cy, _, hx, hy, hz, cos, sin, bottom = frames.t()
     dx, dy = points[:, 0] - cx, points[:, 1] - cy
     x, y, z = dx * cos + dy * -sin, dx * sin + dy * cos, points[:, 2] - bottom
@@ -271,7 +270,7 @@ def _check_method(pool_method: int) -> None:
 
 
 def _add_rows(into: Tensor, rows: Tensor, values: Tensor) -> None:
-    """``into[rows] += values`` with repetitions, in a fixed order on every device."""
+    """Compute ``into[rows] += values`` with repeated rows, in a fixed order on any device."""
     if into.device.type == "cpu":
         into.index_add_(0, rows, values)
     else:
@@ -323,7 +322,7 @@ def _roiaware_cpu(
             if maximum:
                 for c in range(channels):
                     value = features[p, c]
-                    # No point yet: anything above minus infinity wins. NaN compares false either way.
+                    # No point yet: anything above minus infinity is larger. NaN compares false.
                     best = pooled[box, cell, c] if winners[box, cell, c] >= 0 else -np.inf
                     if value > best:
                         pooled[box, cell, c] = value

@@ -1,11 +1,9 @@
-"""Pooling of regions that may be rotated, shifted or bent: means of bilinear samples on a grid per bin.
+"""Pooling of rotated, shifted or bent regions: means of bilinear samples on a grid per bin.
 
-RoIAlign with other places to sample at. What differs between the kernels is only where the samples of a
-bin lie; all of them clamp at the border and take one sample per map pixel where no number is asked for. The
-references are mmcv 2.1.0 `csrc/pytorch/cpu/roi_align_rotated.cpp` (Ma et al., RRPN, 2018) and
-`bezier_align.cpp` (Liu et al., ABCNet, CVPR 2020), `csrc/common/cuda/riroi_align_rotated_cuda_kernel.cuh`
-(Han et al., ReDet, CVPR 2021) and `deform_roi_pool_cuda_kernel.cuh` (Dai et al., ICCV 2017). Knows nothing
-of detectors or pyramid levels.
+The kernels are RoIAlign with other sample positions; all clamp at the border and default to one sample per map pixel.
+The references are mmcv 2.1.0 `csrc/pytorch/cpu/roi_align_rotated.cpp` (Ma et al., RRPN, 2018) and `bezier_align.cpp`
+(Liu et al., ABCNet, CVPR 2020), `csrc/common/cuda/riroi_align_rotated_cuda_kernel.cuh` (Han et al., ReDet, CVPR 2021)
+and `deform_roi_pool_cuda_kernel.cuh` (Dai et al., ICCV 2017).
 """
 
 from __future__ import annotations
@@ -53,13 +51,13 @@ def roi_align_rotated_forward(
         pooled_height: bins down.
         pooled_width: bins across.
         spatial_scale: map pixels per image pixel.
-        sampling_ratio: samples per bin and axis; 0 takes one per map pixel.
+        sampling_ratio: samples per bin and axis; 0 for one per map pixel.
         aligned: shift by half a pixel.
         clockwise: the angle turns clockwise on the screen (y down), else counter-clockwise.
 
     Raises:
         ValueError: a shape does not fit, or a size is negative while `aligned`.
-        IndexError: a region names an image that is not there.
+        IndexError: the image of a region is out of range.
     """
     image = check_pooling(input, rois, output, 6, (pooled_height, pooled_width))
     if output.numel() > 0:
@@ -84,7 +82,7 @@ def riroi_align_rotated_forward(
     num_orientations: int,
     clockwise: bool,
 ) -> None:
-    """Rotation-invariant pooling: pool rotated regions, then turn their orientation channels along.
+    """Average-pool rotated regions and rotate their orientation channels (rotation-invariant RoIAlign).
 
     Args:
         features: (B, C * num_orientations, H, W) floating point.
@@ -93,13 +91,13 @@ def riroi_align_rotated_forward(
         pooled_height: bins down.
         pooled_width: bins across.
         spatial_scale: map pixels per image pixel.
-        num_samples: samples per bin and axis; 0 takes one per map pixel.
-        num_orientations: orientation channels; between two of them is interpolated.
-        clockwise: as in `roi_align_rotated_forward`; the channels turn by the angle as given.
+        num_samples: samples per bin and axis; 0 for one per map pixel.
+        num_orientations: orientation channels, interpolated linearly.
+        clockwise: as in `roi_align_rotated_forward`; the channels rotate by the given angle.
 
     Raises:
         ValueError: a shape does not fit.
-        IndexError: a region names an image that is not there.
+        IndexError: the image of a region is out of range.
     """
     image = check_pooling(features, rois, output, 6, (pooled_height, pooled_width), "features")
     check_orientations(features, num_orientations, "features")
@@ -113,7 +111,7 @@ def riroi_align_rotated_forward(
 
 
 def check_orientations(features: Tensor, orientations: int, name: str) -> None:
-    """Raise ValueError unless the channels of `features` are so many orientations of something."""
+    """Raise ValueError unless the channels of `features` are a multiple of `orientations`."""
     if orientations < 1 or features.shape[1] % orientations:
         raise ValueError(
             f"{name} must have a multiple of num_orientations={orientations} channels, got {features.shape[1]}"
@@ -121,11 +119,11 @@ def check_orientations(features: Tensor, orientations: int, name: str) -> None:
 
 
 def turn_orientations(pooled: Tensor, angle: Tensor, orientations: int) -> Tensor:
-    """(R, C * orientations, bins y, bins x) with the orientation channels of each region turned by `angle` (R,)."""
+    """Rotate the orientation channels of (R, C * orientations, bins y, bins x) by `angle` (R,)."""
     steps = angle * orientations / (2 * math.pi)
     whole = steps.floor()
     share = (steps - whole)[:, None, None]
-    # One row of bins per region and channel; the rows of a region's orientations change places.
+    # One row of bins per region and channel; the rows of a region's orientations are permuted.
     stacked = pooled.flatten(2).flatten(0, 1)
     channel = torch.arange(orientations, device=pooled.device)[None] - whole[:, None].long()
     first = torch.arange(stacked.shape[0], device=pooled.device).view(len(angle), -1, orientations)[:, :, :1]
@@ -148,7 +146,7 @@ def deform_roi_pool_forward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """Average-pool upright regions whose bins are shifted one by one.
+    """Average-pool upright regions with individually shifted bins.
 
     Args:
         input: (B, C, H, W) floating point.
@@ -158,12 +156,12 @@ def deform_roi_pool_forward(
         pooled_height: bins down.
         pooled_width: bins across.
         spatial_scale: map pixels per image pixel.
-        sampling_ratio: samples per bin and axis; 0 takes one per map pixel.
+        sampling_ratio: samples per bin and axis; 0 for one per map pixel.
         gamma: factor on `offset`.
 
     Raises:
         ValueError: a shape does not fit.
-        IndexError: a region names an image that is not there.
+        IndexError: the image of a region is out of range.
     """
     image = check_pooling(input, rois, output, 5, (pooled_height, pooled_width))
     check_shifts(offset, rois, (pooled_height, pooled_width))
@@ -202,12 +200,12 @@ def bezier_align_forward(
         aligned_height: bins down.
         aligned_width: bins across.
         spatial_scale: map pixels per image pixel.
-        sampling_ratio: samples per bin and axis; 0 takes one per map pixel.
+        sampling_ratio: samples per bin and axis; 0 for one per map pixel.
         aligned: shift by half a pixel.
 
     Raises:
         ValueError: a shape does not fit.
-        IndexError: a region names an image that is not there.
+        IndexError: the image of a region is out of range.
     """
     image = check_pooling(input, rois, output, BEZIER_WIDTH, (aligned_height, aligned_width))
     if output.numel() > 0:
@@ -219,7 +217,7 @@ def bezier_align_forward(
 def rotated_places(
     box: Tensor, bins: tuple[int, int], scale: float, ratio: int, aligned: bool, clockwise: bool
 ) -> tuple[Tensor, Places]:
-    """Grids and places for rotated rectangles (R, 5) in image pixels."""
+    """Return grids and sample positions for rotated rectangles (R, 5) in image pixels."""
     centre = box[:, :2] * scale - (0.5 if aligned else 0.0)
     extent = box[:, 2:4] * scale
     if not aligned:
@@ -233,7 +231,7 @@ def rotated_places(
 def shifted_places(
     box: Tensor, offset: Tensor, bins: tuple[int, int], scale: float, ratio: int, gamma: float
 ) -> tuple[Tensor, Places]:
-    """Grids and places for upright rectangles (R, 4) with bins shifted by `offset` (empty for none)."""
+    """Return grids and sample positions for upright rectangles (R, 4) with bins shifted by `offset`."""
     box = box * scale - 0.5
     extent = box[:, 2:] - box[:, :2]
     plain = _turned((box[:, :2] + box[:, 2:]) / 2, extent, None, *bins)
@@ -251,7 +249,7 @@ def shifted_places(
 def bent_places(
     points: Tensor, bins: tuple[int, int], scale: float, ratio: int, aligned: bool
 ) -> tuple[Tensor, Places]:
-    """Grids and places between two Bézier curves, (R, 16) control points in image pixels."""
+    """Return grids and sample positions between two Bézier curves, (R, 16) control points in image pixels."""
     height, width = bins
     points = points.reshape(-1, 8, 2) * scale
     upper, lower = points[:, :4], points[:, 4:].flip(1)
@@ -281,7 +279,7 @@ def bent_places(
 
 
 def check_regions(input: Tensor, rois: Tensor, width: int, name: str = "input") -> Tensor:
-    """The image (R,) int64 of each region, after checks of (B, C, H, W) `input` and (R, `width`) `rois`."""
+    """Check `input` (B, C, H, W) and `rois` (R, `width`); return the image (R,) int64 of each region."""
     check_rank(name, input, 4)
     check_width("rois", rois, width)
     check_floating(**{name: input, "rois": rois})
@@ -309,7 +307,7 @@ def check_pooling(
     name: str = "input",
     pooled: str = "output",
 ) -> Tensor:
-    """`check_regions`, and that `output` has a value per region, channel and bin."""
+    """Run `check_regions`, and check that `output` has a value per region, channel and bin."""
     image = check_regions(input, rois, width, name)
     expected = (rois.shape[0], input.shape[1], *bins)
     if tuple(output.shape) != expected:
@@ -320,12 +318,12 @@ def check_pooling(
 
 
 def _inner(count: int, like: Tensor) -> Tensor:
-    """(count,) middles of `count` equal parts of [0, 1]."""
+    """Return the (count,) centres of `count` equal parts of [0, 1]."""
     return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count
 
 
 def _turned(centre: Tensor, extent: Tensor, angle: Tensor | None, bins_y: int, bins_x: int) -> Places:
-    """Places on a regular grid over rectangles: (R, 2) `centre` and `extent` x y, (R,) `angle` or upright."""
+    """Compute positions on a regular grid over rectangles: (R, 2) `centre`, `extent` x y, (R,) `angle` or None."""
     size = extent / extent.new_tensor([bins_x, bins_y])
 
     def along(rows: Tensor, axis: int, bins: int, grid: int) -> Tensor:
@@ -350,7 +348,7 @@ def _turned(centre: Tensor, extent: Tensor, angle: Tensor | None, bins_y: int, b
 
 
 def _grids(extent: Tensor, bins_y: int, bins_x: int, ratio: int) -> Tensor:
-    """(R, 2) int64 samples per bin, down and across."""
+    """Compute (R, 2) int64 samples per bin, down and across."""
     if ratio > 0:
         return torch.full(extent.shape, ratio, dtype=torch.int64, device=extent.device)
     return torch.ceil(extent.flip(1) / extent.new_tensor([bins_y, bins_x])).long().clamp(min=0)
@@ -364,9 +362,9 @@ def _pool(input: Tensor, image: Tensor, grids: Tensor, places: Places, output: T
 
 
 def sample_blocks(grids: Tensor, places: Places, bins: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(rows, y, x): regions with the same sampling grid together, in blocks of bounded memory.
+    """Yield (rows, y, x) of regions with the same sampling grid, in blocks of bounded memory.
 
-    A region without samples comes with none: (R, bins, 0) `y` and `x`.
+    Regions without samples have (R, bins, 0) `y` and `x`.
     """
     kinds, kind = torch.unique(grids, dim=0, return_inverse=True)
     for number, (down, across) in enumerate(kinds.tolist()):

@@ -1,10 +1,9 @@
 """Sparse convolution and max pooling over a rulebook: gather, multiply, add.
 
-A rulebook (`serve.ops.sparse.rulebook`) lists for each kernel offset which input row meets which output
-row; within one offset an output row occurs at most once, so additions never race and every device
-gives the same sum order. In float32 on the CPU one compiled pass does it all, tile by tile of output
-rows (docs/decisions/0005). The reference is mmcv 2.1.0 `csrc/pytorch/cuda/spconv_ops_cuda.cu`. Knows
-nothing about coordinates.
+A rulebook (`serve.ops.sparse.rulebook`) lists the pairs of input and output rows of each kernel offset; within one
+offset an output row occurs at most once, so additions never race and the order of sums is the same on any device. In
+float32 on the CPU one compiled pass does everything, by tiles of output rows (docs/decisions/0005). The reference is
+mmcv 2.1.0 `csrc/pytorch/cuda/spconv_ops_cuda.cu`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ __all__ = [
 ]
 
 
-# Output rows done together: their sums stay in a near cache while the weights of one offset pass by.
+# Output rows per tile: their sums stay in the L1 or L2 cache for the weights of one offset.
 _TILE = 256
 
 
@@ -60,7 +59,7 @@ def indice_conv_forward(
     inverse: int = 0,
     subm: int = 0,
 ) -> Tensor:
-    """Convolve.
+    """Convolve sparse features over a rulebook.
 
     Args:
         features: (N, Cin) float.
@@ -87,7 +86,7 @@ def fused_indice_conv_forward(
     inverse: int = 0,
     subm: int = 0,
 ) -> Tensor:
-    """`indice_conv_forward` plus `bias` (Cout,)."""
+    """Run `indice_conv_forward` and add `bias` (Cout,)."""
     return convolve(features, filters, bias, indice_pairs, indice_pair_num, num_act_out, inverse, subm)
 
 
@@ -102,21 +101,21 @@ def convolve(
     subm: int = 0,
     relu: bool = False,
 ) -> Tensor:
-    """`indice_conv_forward`, plus `bias` (Cout,) where there is one, negative sums set to zero if `relu`."""
+    """Run `indice_conv_forward`, add `bias` (Cout,) if given, and apply a ReLU if `relu`."""
     check_rulebook(features, indice_pairs, indice_pair_num, num_act_out, subm)
     weight = _weight(features, filters, indice_pairs)
     if bias is not None:
         check_tensor(("features", features), "bias", bias, weight.shape[2])
     if uses_numba(features) and features.dtype == torch.float32:
-        neighbours = neighbours_of_pairs(
+        neighbours = to_neighbour_table(
             indice_pairs, indice_pair_num, features.shape[0], num_act_out, inverse=bool(inverse)
         )
         if neighbours is not None:
             return convolve_table(features, pack_filters(weight, bias), neighbours, relu=relu)
     check_rulebook_rows(indice_pairs, indice_pair_num, features.shape[0], num_act_out, bool(inverse))
-    counts: list[int] = indice_pair_num.tolist()  # the one transfer
+    counts: list[int] = indice_pair_num.tolist()  # the only transfer
     centre = _identity_offset(counts, num_act_out, bool(subm))
-    # Autocast would halve the products but not the sum they are added to; a compiled kernel is outside it too.
+    # Autocast would round the products but not their sum to half precision; compiled kernels are outside it too.
     with torch.autocast(features.device.type, enabled=False):
         if centre is None:
             output = features.new_zeros((num_act_out, weight.shape[2]))
@@ -138,7 +137,7 @@ def indice_conv_backward(
     inverse: int = 0,
     subm: int = 0,
 ) -> list[Tensor]:
-    """Gradients of `indice_conv_forward` for `features` (N, Cin) and `filters`, given `out_bp` (M, Cout)."""
+    """Compute the gradients of `indice_conv_forward` by `features` and `filters`, given `out_bp` (M, Cout)."""
     check_rulebook(features, indice_pairs, indice_pair_num, out_bp.shape[0], subm)
     weight = _weight(features, filters, indice_pairs)
     check_tensor(("features", features), "out_bp", out_bp, None, weight.shape[2])
@@ -147,7 +146,7 @@ def indice_conv_backward(
     check_rulebook_rows(indice_pairs, indice_pair_num, features.shape[0], out_bp.shape[0], bool(inverse))
     counts: list[int] = indice_pair_num.tolist()
     centre = _identity_offset(counts, out_bp.shape[0], bool(subm))
-    # All of the filters: those past the end of a shorter rulebook have no part in the answer.
+    # All of the filters: those past the end of a shorter rulebook have no effect.
     grad_weight = torch.zeros(filters.shape, dtype=filters.dtype, device=filters.device)
     grad_weight = grad_weight.view(-1, *weight.shape[1:])
     out_bp = out_bp.contiguous()
@@ -166,7 +165,7 @@ def indice_conv_backward(
 def indice_maxpool_forward(
     features: Tensor, indice_pairs: Tensor, indice_pair_num: Tensor, num_act_out: int
 ) -> Tensor:
-    """Maximum over the inputs of each output row; as in the reference it starts from zero."""
+    """Compute the maximum over the inputs of each output row; as in the reference it starts from zero."""
     check_rulebook(features, indice_pairs, indice_pair_num, num_act_out)
     check_rulebook_rows(indice_pairs, indice_pair_num, features.shape[0], num_act_out)
     output = features.new_zeros((num_act_out, features.shape[1]))
@@ -179,7 +178,7 @@ def indice_maxpool_forward(
 def indice_maxpool_backward(
     features: Tensor, out_features: Tensor, out_bp: Tensor, indice_pairs: Tensor, indice_pair_num: Tensor
 ) -> Tensor:
-    """Every input equal to its output's maximum gets that output's gradient, as in the reference."""
+    """Pass each output's gradient to every input equal to its maximum, as in the reference."""
     check_rulebook(features, indice_pairs, indice_pair_num, out_features.shape[0])
     for name, tensor in (("out_features", out_features), ("out_bp", out_bp)):
         check_tensor(("features", features), name, tensor, out_features.shape[0], features.shape[1])
@@ -211,18 +210,21 @@ def _weight(features: Tensor, filters: Tensor, indice_pairs: Tensor) -> Tensor:
         raise ValueError(
             f"{weight.shape[0]} kernel offsets in filters but {indice_pairs.shape[0]} in indice_pairs"
         )
-    # Cylinder3D lets a 3 x 3 x 3 layer share the rulebook of a 1 x 3 x 3 one by its key; the reference loops over
-    # the rulebook and takes as many filters from the front, and published weights were trained that way.
+    # In Cylinder3D a 3 x 3 x 3 layer shares the rulebook of a 1 x 3 x 3 one by its key; the reference loops over
+    # the rulebook with the first filters, and published weights were trained that way.
     return weight[: indice_pairs.shape[0]]
 
 
-def neighbours_of_pairs(
+def to_neighbour_table(
     pairs: Tensor, pair_num: Tensor, num_act_in: int, num_act_out: int, *, inverse: bool
 ) -> npt.NDArray[np.int32] | None:
-    """(K, M) input row of every offset and output row, -1 for none; None if an offset names an output twice.
+    """Convert a rulebook to the (K, M) input row of each offset and output row, -1 for none.
+
+    Returns:
+        The table, or None if an offset has an output twice.
 
     Raises:
-        IndexError: a pair names a row that is not there.
+        IndexError: a row of a pair is out of range.
     """
     lists, counts = as_numpy(pairs), as_numpy(pair_num)
     table = np.empty((len(lists), num_act_out), dtype=np.int32)
@@ -233,29 +235,29 @@ def neighbours_of_pairs(
     )
     if (states == _OUT_OF_RANGE).any():
         raise IndexError(
-            f"indice_pairs must name input rows in [0, {num_act_in}), output rows in [0, {num_act_out}), and as many "
-            f"as indice_pair_num says of the {pairs.shape[2]} there is room for"
+            f"indice_pairs must have input rows in [0, {num_act_in}), output rows in [0, {num_act_out}), and "
+            f"indice_pair_num counts of at most {pairs.shape[2]}"
         )
     return None if (states == _NOT_UNIQUE).any() else table
 
 
 @dataclass(frozen=True)
 class PackedFilters:
-    """Weights and bias as the compiled convolution reads them.
+    """Weights and bias in the layout of the compiled convolution.
 
     Attributes:
-        pack_panels: (K, P, Cin, width of a panel) float32, see `register_tile.pack_panels`.
-        start: (P * width of a panel,) float32: the bias, and zeros.
+        panels: (K, P, Cin, width of a panel) float32, see `serve.ops.cpu.gemm.pack_panels`.
+        start: (P * width of a panel,) float32: the bias, padded with zeros.
         channels: Cout.
     """
 
-    pack_panels: npt.NDArray[np.float32]
+    panels: npt.NDArray[np.float32]
     start: npt.NDArray[np.float32]
     channels: int
 
 
 def pack_filters(weight: Tensor, bias: Tensor | None) -> PackedFilters:
-    """`weight` (K, Cin, Cout) and `bias` (Cout,), float32 on the CPU, once for many calls."""
+    """Pack `weight` (K, Cin, Cout) and `bias` (Cout,), float32 on the CPU, once for many calls."""
     kernel = as_numpy(pack_panels(weight))
     start = np.zeros(kernel.shape[1] * kernel.shape[3], dtype=np.float32)
     if bias is not None:
@@ -266,29 +268,29 @@ def pack_filters(weight: Tensor, bias: Tensor | None) -> PackedFilters:
 def convolve_table(
     features: Tensor, kernel: PackedFilters, neighbours: npt.NDArray[np.int32], *, relu: bool = False
 ) -> Tensor:
-    """The convolution of `features` (N, Cin) float32, on the CPU.
+    """Convolve `features` over a neighbour table on the CPU.
 
     Args:
-        features: of the input voxels.
+        features: (N, Cin) float32 features of the input voxels.
         kernel: weights and bias.
-        neighbours: (K, M) int32: the input row of every offset and output row, -1 for none. Its values are trusted.
-        relu: set negative sums to zero.
+        neighbours: (K, M) int32: input row of each offset and output row, -1 for none. Values are not checked.
+        relu: apply a ReLU.
 
     Returns:
         (M, Cout).
     """
-    check_shape("features", features, None, kernel.pack_panels.shape[2])
-    if len(neighbours) > len(kernel.pack_panels):
+    check_shape("features", features, None, kernel.panels.shape[2])
+    if len(neighbours) > len(kernel.panels):
         raise ValueError(
-            f"neighbours has {len(neighbours)} kernel offsets, the weights have {len(kernel.pack_panels)}"
+            f"neighbours has {len(neighbours)} kernel offsets, the weights have {len(kernel.panels)}"
         )
     rows = as_numpy(features)
     output = np.empty((neighbours.shape[1], kernel.channels), dtype=np.float32)
 
     def work(first: int, last: int) -> None:
-        _convolve_tiles(rows, kernel.pack_panels, kernel.start, neighbours, relu, output, first, last)
+        _convolve_tiles(rows, kernel.panels, kernel.start, neighbours, relu, output, first, last)
 
-    # Shared out by whole tiles: which rows are done together does not depend on the number of threads.
+    # Threads get whole tiles, so the grouping of rows does not depend on the number of threads.
     parallel_for(work, -(-len(output) // _TILE))
     return torch.from_numpy(output)
 
@@ -335,9 +337,9 @@ def _convolve_tiles(
     first_tile: int,
     last_tile: int,
 ) -> None:  # pragma: no cover - compiled
-    """Fill the output rows of some tiles; `weight` is in `pack_panels`, `start` as wide as those together."""
-    # Behind the sums of a tile lie rows that nobody reads: groups of rows are filled up with them, so that every
-    # row goes the same way and which rows are beside it, in a tile and so in a batch, never changes its bits.
+    """Compute the output rows of some tiles; `weight` is in panels, `start` as wide as those together."""
+    # Unused rows behind the sums of a tile pad the groups of rows. So all rows take the same code path, and the
+    # other rows of a tile, hence of a batch, never change a row's bits.
     sums = aligned_zeros((_TILE + ROWS) * start.shape[0]).reshape(_TILE + ROWS, start.shape[0])
     targets = np.empty(_TILE + LANES, dtype=np.int32)
     sources = np.empty(_TILE + LANES, dtype=np.int32)
@@ -368,24 +370,24 @@ def _convolve_tiles(
 def _pack(
     partners: npt.NDArray[np.int32], sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]
 ) -> int:  # pragma: no cover - compiled
-    """List the rows of a tile that have a partner in `targets`, and the partners in `sources`; returns how many."""
+    """List the rows of a tile with a neighbour in `targets` and the neighbours in `sources`; return their number."""
     n, done = 0, 0
     if HAS_AVX512:
         while done + LANES <= partners.shape[0]:
             n = compress_neighbours(partners, sources, targets, n, done)
             done += LANES
     for o in range(done, partners.shape[0]):
-        # Written always, counted where there is a partner: no branch to mispredict.
+        # Always write, count only neighbours: no branch to mispredict.
         targets[n], sources[n] = o, partners[o]
         n += partners[o] >= 0
     return n
 
 
 def _identity_offset(counts: list[int], num_act_out: int, subm: bool) -> int | None:
-    """The offset of a submanifold rulebook that maps every row to itself, if there is one.
+    """Find the offset of a submanifold rulebook that maps every row to itself, if there is one.
 
-    It is the middle one of an odd kernel without dilation; only then every output row has a partner there
-    (a shifted finite set never covers itself), so the count tells.
+    It is the middle one of an odd kernel. Only there each output row has a neighbour (a shifted finite set never covers
+    itself), so the count identifies it.
     """
     centre = len(counts) // 2
     return centre if subm and counts[centre] == num_act_out else None
@@ -394,7 +396,7 @@ def _identity_offset(counts: list[int], num_act_out: int, subm: bool) -> int | N
 def _offsets(
     pairs: Tensor, counts: list[int], inverse: bool, skip: int | None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(offset, source rows, target rows) of each offset that has pairs."""
+    """Yield (offset, source rows, target rows) of each offset with pairs."""
     for k, count in enumerate(counts):
         if count > 0 and k != skip:
             yield k, pairs[k, int(inverse), :count], pairs[k, int(not inverse), :count]

@@ -1,9 +1,8 @@
-"""The geometry of a sparse convolution as a table: the input row of every kernel offset and output voxel, -1 for none.
+"""Neighbour tables of submanifold sparse convolutions, on the CPU.
 
-What the compiled convolution (`serve.ops.sparse.conv.convolve_table`) reads; here for layers whose output voxels are
-their input voxels, in `serve.ops.sparse.strided_table` for the others. mmcv's layers exchange lists of pairs
-(`serve.ops.sparse.rulebook`, with the same geometry and the same order of output voxels); who needs none of those
-finds the table without them. On the CPU only. Knows nothing about features or weights.
+A neighbour table has the input row of each kernel offset and output voxel, -1 for none; the compiled convolution
+(`serve.ops.sparse.conv.convolve_table`) reads it. `serve.ops.sparse.strided_table` builds those of other convolutions.
+mmcv's layers exchange lists of pairs instead (`serve.ops.sparse.rulebook`), with the same geometry and order.
 """
 
 from __future__ import annotations
@@ -25,18 +24,19 @@ __all__ = ["ROWS_PER_THREAD", "WORDS_PER_ROW", "invert_table", "submanifold_tabl
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
-# Words of a bitmap that are cleared and counted in the time that sorting takes for a voxel.
+# Words of a bitmap that can be cleared and counted in the time of sorting one voxel.
 WORDS_PER_ROW = 32
-# Voxels that keep a thread busy for longer than it takes to wake up.
+# Voxels that keep a thread busy for longer than its wake-up time.
 ROWS_PER_THREAD = 1 << 14
 
 
 def submanifold_table(
     indices: Tensor, batch_size: int, shape: Sequence[int], ksize: Sequence[int], dilation: Sequence[int]
 ) -> I32:
-    """The table (K, N) of a submanifold convolution, whose output voxels are its input voxels.
+    """Build the table (K, N) of a submanifold convolution, whose output voxels are its input voxels.
 
-    A neighbour is found as in `sparse_index`, by walking two copies of the sorted voxels in step.
+    Neighbours are found in a bitmap, or, in large sparse grids, by merging two copies of the sorted voxels as in
+    `serve.ops.sparse.rulebook`.
 
     Args:
         indices: (N, 1 + D) int32: batch index, then D coordinates, each voxel once.
@@ -57,7 +57,7 @@ def submanifold_table(
     inside, ascending = _keys(rows, np.array([batch_size, *shape], np.int64), padding, widths, keys)
     if not inside:
         rulebook.check_bounds(indices, batch_size, shape)
-    # Kernel positions that differ in the last dimension only lie side by side, and are found together.
+    # Kernel positions that differ only in the last dimension are adjacent and are found together.
     lines = rulebook.kernel_offsets(np.array([*kernel[:-1], 1]))
     starts, step = (lines * steps - padding) @ widths[1:], steps[-1]
     words = -(-batch_size * int(widths[0]) // 64)
@@ -88,7 +88,7 @@ def submanifold_table(
 def _keys(
     rows: I32, limits: I64, padding: I64, widths: I64, keys: I64
 ) -> tuple[bool, bool]:  # pragma: no cover - compiled
-    """Number the voxels within a grid that has room for the kernel around it; whether all lie inside and ascend."""
+    """Compute linear indices in a grid padded by the kernel; return whether all are inside and ascending."""
     inside = ascending = True
     for i in range(rows.shape[0]):
         key = rows[i, 0] * widths[0]
@@ -115,8 +115,8 @@ def _walk(
 ) -> None:  # pragma: no cover - compiled
     """Find the neighbours of the sorted voxels `first` to `last` along each line of the kernel.
 
-    A line begins `starts` away from a voxel and has `across` positions, `step` apart. Where o sees i under one
-    offset of a `mirrored` kernel, i sees o under the opposite one: then half of the lines do.
+    A line starts `starts` away from a voxel and has `across` positions, `step` apart. If i is the neighbour of o under
+    one offset of a `mirrored` kernel, o is that of i under the opposite one, so half of the lines suffice.
     """
     rows, lines = known.shape[0], starts.shape[0]
     for line in range((lines + 1) // 2 if mirrored else lines):
@@ -129,7 +129,7 @@ def _walk(
             at = j
             while at < rows and known[at] < end:
                 position = known[at] - begin
-                if step != 1:  # hardly ever; a division costs more than all the rest
+                if step != 1:  # rare; a division costs more than the rest of the loop
                     if position % step != 0:
                         at += 1
                         continue
@@ -151,11 +151,11 @@ def _mark_keys(keys: I64, marks: U64) -> None:  # pragma: no cover - compiled
 def _look_up(
     keys: I64, starts: I64, across: int, marks: U64, before: I32, table: I32, first: int, last: int
 ) -> None:  # pragma: no cover - compiled
-    """Find the neighbours of the voxels `first` to `last`, which ascend: a voxel's row is the count of marks before it.
+    """Find the neighbours of the ascending voxels `first` to `last`: a voxel's row is its rank in the bitmap.
 
-    Without branches: whether there is a neighbour cannot be predicted.
+    Branch-free, because the presence of a neighbour is unpredictable.
     """
-    # Unsigned: an index that might be negative costs a comparison each time.
+    # Unsigned: an index that may be negative costs a comparison.
     one, low = np.uint64(1), np.uint64(63)
     for line in range(starts.shape[0]):
         for i in range(np.uint64(first), np.uint64(last)):
@@ -170,7 +170,7 @@ def _look_up(
 
 
 def invert_table(table: I32, inputs: int) -> I32:
-    """The table (K, `inputs`) of the inverse convolution: outputs of `table` (K, M) become inputs."""
+    """Invert `table` (K, M) to the table (K, `inputs`) of the inverse convolution."""
     turned = np.full((len(table), inputs), -1, np.int32)
     parallel_for(lambda first, last: _invert(table, turned, first, last), len(table))
     return turned

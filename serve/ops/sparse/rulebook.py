@@ -1,11 +1,9 @@
-"""Which input voxel meets which output voxel under which kernel offset: rulebooks of sparse convolution.
+"""Rulebooks of sparse convolution: pairs of input and output voxels for each kernel offset.
 
 For stride s, padding p, dilation d and kernel offset k a convolution pairs input i with output o where
-``i = o * s - p + k * d``; a transposed one where ``o = i * s - p + k * d``. A submanifold convolution
-keeps the input's voxels and takes s = 1, p = kernel // 2 (mmcv 2.1.0 `csrc/pytorch/cuda/spconv_ops_cuda.cu`,
-`getValidOutPos` in its `spconv/geometry.h`). Knows nothing about features or weights.
-
-Output voxels come in the order of their linear index.
+``i = o * s - p + k * d``; a transposed one if ``o = i * s - p + k * d``. A submanifold convolution
+keeps the input's voxels and has s = 1, p = kernel // 2 (mmcv 2.1.0 `csrc/pytorch/cuda/spconv_ops_cuda.cu`,
+`getValidOutPos` in its `spconv/geometry.h`). Output voxels are in the order of their linear index.
 """
 
 from __future__ import annotations
@@ -60,19 +58,19 @@ def rulebook(
         stride: D strides.
         padding: D paddings.
         dilation: D dilations.
-        out_padding: already contained in `out_shape`; not used.
+        out_padding: unused; contained in `out_shape`.
         subm: 1 for a submanifold convolution.
         transpose: 1 for a transposed convolution.
 
     Returns:
-        Output indices (M, 1 + D) int32; pairs (K, 2, N) int32, filled with -1 beyond the count, [k, 0]
-        input rows and [k, 1] output rows; counts (K,) int32.
+        Output indices (M, 1 + D) int32; pairs (K, 2, N) int32, padded with -1, [k, 0] input rows and [k, 1] output
+        rows; counts (K,) int32.
     """
     ndim = len(ksize)
     check_rank("indices", indices, 2)
     check_integer(indices=indices)
     if indices.device.type == "meta":
-        raise ValueError(f"indices must be on a device that holds numbers, got {indices.device}")
+        raise ValueError(f"indices must have values, got a tensor on {indices.device}")
     if indices.shape[1] != ndim + 1:
         raise ValueError(f"indices must be (N, {ndim + 1}) for a {ndim}-d kernel, got {tuple(indices.shape)}")
     volume = prod(ksize)
@@ -80,7 +78,7 @@ def rulebook(
         raise ValueError(f"kernel volume must be in 1..{MAX_KERNEL_VOLUME}, got {volume} from {list(ksize)}")
     if min(out_shape) <= 0:
         raise ValueError(f"output shape {list(out_shape)} is empty: the kernel is larger than its input")
-    batch_size = int(batch_size)  # mmdet3d's dynamic voxel networks give a tensor
+    batch_size = int(batch_size)  # a tensor in mmdet3d's dynamic voxel networks
     if batch_size * prod(out_shape) >= 2**62 or batch_size * prod(spatial_shape) >= 2**62:
         raise ValueError(f"spatial shape {list(spatial_shape)} x batch {batch_size} does not fit 62 bits")
     if subm:
@@ -112,7 +110,7 @@ get_indice_pairs_4d_forward = rulebook
 
 
 def _with_grid(indices: Tensor, grid: Tensor, *arguments: object) -> Rulebook:
-    """The variant that reuses a caller's dense grid as scratch memory; ours needs none."""
+    """Build a rulebook, ignoring the caller's dense grid (scratch memory of mmcv's kernel)."""
     del grid
     return rulebook(indices, *arguments)  # type: ignore[arg-type]
 
@@ -134,15 +132,15 @@ def _rulebook_cpu(indices: Tensor, geometry: I64, subm: bool, transpose: bool) -
 
 
 def kernel_offsets(ksize: I64) -> I64:
-    """(K, D) kernel positions in row-major order, the order of a flattened weight."""
+    """Return (K, D) kernel positions in row-major order, the order of a flattened weight."""
     return np.stack(np.unravel_index(np.arange(int(np.prod(ksize))), tuple(ksize)), axis=1).astype(np.int64)
 
 
 def _submanifold_pairs(rows: I32, geometry: I64, pairs: I32, counts: I32) -> None:
-    """Fill `pairs` and `counts`: a neighbour is found by walking two copies of the sorted voxels in step.
+    """Fill `pairs` and `counts` by merging two copies of the sorted voxels.
 
-    Voxels are numbered within a grid that has room for the kernel around it: a neighbour under offset k is then
-    always the same distance away, and one outside the grid has a number that no voxel has.
+    Linear indices are those of a grid padded by the kernel: a neighbour under offset k is at a constant distance, and
+    one outside the grid has an index that no voxel has.
     """
     ksize, _, padding, dilation, _, shape = geometry
     reach = np.maximum(0, (ksize - 1) * dilation - padding)
@@ -151,8 +149,8 @@ def _submanifold_pairs(rows: I32, geometry: I64, pairs: I32, counts: I32) -> Non
     distances = (kernel_offsets(ksize) * dilation - padding) @ widths[1:]
     order = np.argsort(key)
     known = key[order]
-    # Where o sees i under one offset, i sees o under the opposite one: half the walks do. That holds for odd
-    # kernels without dilation; the others walk for every offset.
+    # If i is the neighbour of o under one offset, o is that of i under the opposite one, so half of the merges
+    # suffice for odd kernels without dilation; others need one per offset.
     volume = len(distances)
     mirrored = bool((ksize % 2 == 1).all() and (dilation == 1).all())
     walks = (volume + 1) // 2 if mirrored else volume
@@ -197,13 +195,13 @@ def _walk(
 
 
 def _strided_pairs(rows: I32, geometry: I64, transpose: bool, pairs: I32, counts: I32) -> I32:
-    """Fill `pairs` and `counts`: all places that are reached are sorted, and numbered in that order.
+    """Fill `pairs` and `counts`: sort the output cells of all pairs and number them in that order.
 
     Returns:
         The output voxels, (M, 1 + D).
     """
     ksize, stride, _, dilation, shape, _ = geometry
-    # Of the kernel positions along a dimension only every so-maniest meets the output grid.
+    # Along a dimension only one of `stride` kernel positions meets the output grid.
     steps = np.ones_like(stride) if transpose else stride // np.gcd(stride, dilation)
     most = rows.shape[0] * int(np.prod(-(-ksize // steps)))
     places, meetings = np.empty(most, dtype=np.int64), np.empty((most, 2), dtype=np.int32)
@@ -218,10 +216,10 @@ def _strided_pairs(rows: I32, geometry: I64, transpose: bool, pairs: I32, counts
 def _reached(
     rows: I32, geometry: I64, transpose: bool, places: I64, meetings: I32
 ) -> int:  # pragma: no cover - compiled
-    """List the linear output place of every pair in `places` and its (offset, input row) in `meetings`."""
+    """List the linear output cell of every pair in `places` and its (offset, input row) in `meetings`."""
     ndim = rows.shape[1] - 1
     ksize, stride, padding, dilation, shape = geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]
-    # Found dimension by dimension; the first two rows take turns.
+    # Dimension by dimension; the first two rows alternate.
     offsets = np.empty((2, ksize.prod()), dtype=np.int64)
     keys = np.empty((2, ksize.prod()), dtype=np.int64)
     total = 0
@@ -255,7 +253,7 @@ def _reached(
 def _number(
     places: I64, order: I64, meetings: I32, shape: I64, out: I32, pairs: I32, counts: I32
 ) -> int:  # pragma: no cover - compiled
-    """Number the `places` in their `order`, write their coordinates to `out`, and the pairs in input order."""
+    """Assign numbers to `places` in their `order`; write coordinates to `out` and pairs in input order."""
     numbers = np.empty(places.shape[0], dtype=np.int32)
     made = 0
     for e in range(order.shape[0]):
@@ -276,14 +274,14 @@ def _number(
 
 
 def _rulebook_torch(indices: Tensor, geometry: I64, subm: bool, transpose: bool) -> Rulebook:
-    """The same with sorts and searches only, for any device."""
+    """Build a rulebook by sorts and searches, on any device."""
     device = indices.device
     _, stride, padding, dilation, out_shape, in_shape = torch.from_numpy(geometry).to(device)
     offsets = torch.from_numpy(kernel_offsets(geometry[0])).to(device)
     n, volume = indices.shape[0], offsets.shape[0]
     batch, coords = indices[:, :1].long(), indices[:, 1:].long()
     pairs = torch.full((volume, 2, n), -1, dtype=torch.int32, device=device)
-    # 1. For each kernel offset the place each input row contributes to, and whether there is one.
+    # 1. For each kernel offset, the output cell of each input row, if any.
     if transpose:
         place = coords[None] * stride - padding + offsets[:, None] * dilation
         valid = torch.ones((volume, n), dtype=torch.bool, device=device)
@@ -293,7 +291,7 @@ def _rulebook_torch(indices: Tensor, geometry: I64, subm: bool, transpose: bool)
         place = torch.div(shifted, stride, rounding_mode="floor")
     valid &= ((place >= 0) & (place < out_shape)).all(dim=2)
     key = _linear(batch[None].expand(volume, n, 1), place, out_shape)
-    # 2. The output rows: those of the input, or every place that was hit.
+    # 2. The output rows: those of the input, or all occupied cells.
     if subm:
         out = indices
         known, order = torch.sort(_linear(batch, coords, in_shape))

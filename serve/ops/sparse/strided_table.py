@@ -1,8 +1,7 @@
-"""The table of neighbours of a strided or transposed sparse convolution, and its output voxels.
+"""Neighbour tables and output voxels of strided and transposed sparse convolutions, on the CPU.
 
-See `serve.ops.sparse.neighbour_table`. Places that are reached are marked in a bitmap of the output grid, and numbered by
-counting marks; grids too large for a bitmap take the way of sorted lists. On the CPU only. Knows nothing about
-features or weights.
+See `serve.ops.sparse.neighbour_table`. Output cells are marked in a bitmap of the output grid and numbered by their
+rank; grids too large for a bitmap use sorted lists (`serve.ops.sparse.rulebook`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from serve.ops.cpu.jit import jit
 from serve.ops.cpu.rank_bitmap import popcount, prefix_popcounts
 from serve.ops.cpu.threads import parallel_for
 from serve.ops.sparse import rulebook
-from serve.ops.sparse.conv import neighbours_of_pairs
+from serve.ops.sparse.conv import to_neighbour_table
 from serve.ops.sparse.neighbour_table import ROWS_PER_THREAD, WORDS_PER_ROW
 
 __all__ = ["strided_table"]
@@ -28,13 +27,13 @@ __all__ = ["strided_table"]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
-# Cells of an output grid that are marked in a bitmap: 16 MiB of it, and 8 MiB of counts.
+# Largest output grid for a bitmap, cells: 16 MiB of bitmap and 8 MiB of counts.
 MAX_MARKED_CELLS = 1 << 27
-# Extents whose every coordinate is listed with what it reaches.
+# Largest extent for the lists of `_reach`.
 MAX_LISTED_EXTENT = 1 << 16
-# Three of it fit 32 bits, and no sum with offsets is above zero.
+# The sum of three fits 32 bits, and stays below zero with offsets.
 _NOWHERE = -(1 << 29)
-# Input voxels whose pairs are listed together.
+# Input voxels per block of listed pairs.
 _BLOCK = 1024
 
 
@@ -49,7 +48,7 @@ def strided_table(
     dilation: Sequence[int],
     transpose: bool,
 ) -> tuple[Tensor, I32]:
-    """The output voxels (M, 1 + D) of a strided or transposed convolution and its table (K, M).
+    """Compute the output voxels (M, 1 + D) of a strided or transposed convolution and its table (K, M).
 
     Args:
         indices: (N, 1 + D) int32: batch index, then D coordinates, each voxel once.
@@ -60,7 +59,7 @@ def strided_table(
         stride: D strides.
         padding: D paddings.
         dilation: D dilations.
-        transpose: whether the convolution is a transposed one.
+        transpose: whether the convolution is transposed.
 
     Raises:
         IndexError: a voxel lies outside.
@@ -71,12 +70,12 @@ def strided_table(
             indices, batch_size, out_shape, in_shape, ksize, stride, padding, dilation, [0] * len(ksize),
             0, int(transpose),
         )  # fmt: skip
-        table = neighbours_of_pairs(pairs, counts, len(indices), len(rows), inverse=False)
-        assert table is not None  # an offset of a convolution names an output once
+        table = to_neighbour_table(pairs, counts, len(indices), len(rows), inverse=False)
+        assert table is not None  # an offset of a convolution has an output once
         return rows, table
     if not _inside(as_numpy(indices), np.array([batch_size, *in_shape], np.int64)):
         rulebook.check_bounds(indices, batch_size, in_shape)
-    # Fewer dimensions are three, the first of which have one coordinate.
+    # Pad fewer dimensions to three with extents of one.
     geometry = np.ones((6, 3), np.int64)
     geometry[2] = 0
     geometry[:, missing:] = [ksize, stride, padding, dilation, out_shape, in_shape]
@@ -88,11 +87,11 @@ def strided_table(
 
 
 def _marked_table(inputs: I32, batch_size: int, geometry: I64, transpose: bool) -> tuple[I32, I32]:
-    """Output voxels (M, 4) and table of three-dimensional voxels (N, 4), all inside."""
+    """Compute output voxels (M, 4) and table of three-dimensional voxels (N, 4), all inside."""
     reached, ways = _reach(geometry, transpose)
     frame = int(geometry[4].prod())
     blocks, words = -(-len(inputs) // _BLOCK), -(-batch_size * frame // 64)
-    # One more than there can be: the listing writes past the pairs it counts.
+    # One spare row: the listing writes past the pairs it counts.
     listed = np.empty((blocks, _BLOCK * int(ways.prod()) + 1, 3), np.int32)
     pairs = np.empty(blocks, np.int64)
     parallel_for(
@@ -119,7 +118,7 @@ def _marked_table(inputs: I32, batch_size: int, geometry: I64, transpose: bool) 
 
 @jit
 def _inside(rows: I32, limits: I64) -> bool:  # pragma: no cover - compiled
-    """Whether all voxels lie in [0, `limits`); torch's way wakes threads up that then spin beside ours."""
+    """Check that all voxels lie in [0, `limits`); torch would wake up threads that then spin beside ours."""
     inside = True
     for i in range(rows.shape[0]):
         for d in range(rows.shape[1]):
@@ -129,12 +128,12 @@ def _inside(rows: I32, limits: I64) -> bool:  # pragma: no cover - compiled
 
 @jit
 def _reach(geometry: I64, transpose: bool) -> tuple[I32, I64]:  # pragma: no cover - compiled
-    """What an input coordinate reaches along each dimension.
+    """List the outputs of each input coordinate along each dimension.
 
     Returns:
-        (3, C, n, 2): for input coordinates up to the largest extent C, the kernel positions that take it to an output
-        and that output, both multiplied by what they count for in the linear offset and the linear place of a frame;
-        positions are far below zero where there are fewer than n. And (3,): how many of n a dimension needs.
+        (3, C, n, 2): for each input coordinate below the largest extent C, the kernel positions that take it to an
+        output, and that output, both as linear offsets (of the kernel, and of the cells of a frame), padded with
+        `_NOWHERE`. And (3,): how many of n each dimension uses.
     """
     ksize, stride, padding, dilation, out_shape, in_shape = geometry
     ways = np.zeros(3, np.int64)
@@ -173,10 +172,10 @@ def _list(
     first: int,
     last: int,
 ) -> None:  # pragma: no cover - compiled
-    """List the (output place, offset, input row) of every pair of some blocks, and count them in `pairs`.
+    """List the (output cell, offset, input row) of every pair of some blocks, and count them in `pairs`.
 
-    All `ways` of all dimensions are combined, those that lead nowhere too: that costs less than mispredicted
-    branches. `frame` is the number of places of a frame.
+    All `ways` of all dimensions are combined, invalid ones too: that costs less than mispredicted branches. `frame` is
+    the number of cells of a frame.
     """
     for block in range(first, last):
         total = 0
@@ -188,7 +187,7 @@ def _list(
                 for y in range(ways[1]):
                     offset, place = zs[z, 0] + ys[y, 0], start + zs[z, 1] + ys[y, 1]
                     for x in range(ways[2]):
-                        # Written always, counted where it leads somewhere.
+                        # Always write, count only valid pairs.
                         entries[total, 0], entries[total, 1] = place + xs[x, 1], offset + xs[x, 0]
                         entries[total, 2] = i
                         total += offset + xs[x, 0] >= 0
@@ -207,7 +206,7 @@ def _mark(listed: I32, pairs: I64, marks: U64) -> None:  # pragma: no cover - co
 def _coordinates(
     marks: U64, before: I32, shape: I64, out: I32, first: int, last: int
 ) -> None:  # pragma: no cover - compiled
-    """Write the coordinates of the places marked in the words `first` to `last` to `out`."""
+    """Write the coordinates of the cells marked in the words `first` to `last` to `out`."""
     width, height, line_end = shape[2], shape[1], np.int64(-1)
     frame = z = y = np.int64(0)
     for w in range(first, last):
@@ -216,7 +215,7 @@ def _coordinates(
             others = word & (word - np.uint64(1))
             place = np.int64(w * 64 + popcount((word ^ others) - np.uint64(1)))
             word = others
-            if place >= line_end:  # divisions for the first of a line only
+            if place >= line_end:  # divide only at the first cell of a line
                 line = place // width
                 line_end = (line + 1) * width
                 plane, y = line // height, line % height
@@ -230,7 +229,7 @@ def _coordinates(
 def _fill(
     listed: I32, pairs: I64, marks: U64, before: I32, table: I32, first: int, last: int
 ) -> None:  # pragma: no cover - compiled
-    """Write the input rows of the pairs of some blocks to the `table`, at the numbers of their places."""
+    """Write the input rows of the pairs of some blocks to the `table`, at the ranks of their cells."""
     for block in range(first, last):
         for e in range(pairs[block]):
             place = listed[block, e, 0]
