@@ -1,9 +1,9 @@
-"""Calls every kernel with one argument spoilt at a time and tells what came of it, as lines of JSON.
+"""Fuzzer of all kernels: call each with one corrupted argument at a time and print the outcomes as lines of JSON.
 
-Run as a program, because a kernel that reads foreign memory may end its process. Before each call it prints what it
-is about to do. What comes of a call is one of: ``same`` (the answer of the honest call), ``error`` (an exception of a
-kind we raise, with its words), ``foreign`` (any other exception), ``random`` (two calls with different rubbish in
-free memory differ), or ``other`` (a stable answer that is not the honest one).
+It is a program, because an invalid memory access may crash the process; it announces each call before it runs. An
+outcome is ``same`` (the result of the valid call), ``error`` (an exception of an expected type, with its message),
+``foreign`` (any other exception), ``random`` (two calls differ, with different garbage in free memory), or ``other`` (a
+stable result other than the valid one).
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from tools.bench.kernels.inputs import Inputs
 
 CASES = {**boxes.CASES, **points.CASES, **images.CASES}
 OURS = (TypeError, ValueError, IndexError)
-# What another precision, or order of summation, may change.
+# Tolerances for another dtype or summation order.
 TOLERANCE = {"float16": 0.06, "float64": 1e-4, "not contiguous": 1e-5}
 
-Change = tuple[
-    str, Any, Any
-]  # what is done, the spoilt argument, the honest one it should count as (or None)
+# Description, corrupted argument, and the valid argument it should be equivalent to (or None).
+Change = tuple[str, Any, Any]
 
 
 def names(kernel: Callable[..., Any], count: int) -> list[str]:
@@ -40,7 +39,7 @@ def names(kernel: Callable[..., Any], count: int) -> list[str]:
     return (found + ["arguments"] * count)[:count]
 
 
-def spoilt(tensor: torch.Tensor) -> Iterator[Change]:
+def corrupt(tensor: torch.Tensor) -> Iterator[Change]:
     wide = torch.empty((*tensor.shape, 2), dtype=tensor.dtype)
     wide[..., 0], wide[..., 1] = tensor, 77
     if tensor.numel() > 1:
@@ -81,7 +80,7 @@ def spoilt(tensor: torch.Tensor) -> Iterator[Change]:
                     yield what, one, None
 
 
-def spoilt_number(value: Any) -> Iterator[Change]:
+def corrupt_number(value: Any) -> Iterator[Change]:
     if isinstance(value, bool) or not isinstance(value, int):
         return
     for other in (-1, 0, value + 1):
@@ -89,27 +88,27 @@ def spoilt_number(value: Any) -> Iterator[Change]:
             yield f"{other} for {value}", other, None
 
 
-def copied(arguments: list[Any]) -> list[Any]:
+def copy(arguments: list[Any]) -> list[Any]:
     return [
         one.clone() if isinstance(one, torch.Tensor) and one.is_contiguous() else one for one in arguments
     ]
 
 
 def call(kernel: Callable[..., Any], arguments: list[Any]) -> list[Any]:
-    """All a call makes: what it returns, and its arguments afterwards."""
-    # A view that is not contiguous is written through, so it needs its own memory in each call.
+    """Call a kernel; return its result and its arguments afterwards."""
+    # Non-contiguous views are written through, so they need their own memory in each call.
     own = [
         torch.stack((one, one), dim=-1)[..., 0]
         if isinstance(one, torch.Tensor) and not one.is_contiguous()
         else one
-        for one in copied(arguments)
+        for one in copy(arguments)
     ]
     made = kernel(*own)
     return [made, *own]
 
 
 def litter(seed: int) -> None:
-    """Leave rubbish where the next allocations will find it."""
+    """Fill free memory with garbage for the next allocations."""
     for size in (16, 100, 500, 3000, 20000):
         kept = [torch.full((size,), float(seed) * 1e9 + number) for number in range(20)]
         del kept
@@ -142,19 +141,19 @@ def outcome(kernel: Callable[..., Any], arguments: list[Any], at: int, change: C
         second = call(kernel, tried)
     except Exception as error:
         kind = "error" if type(error) in OURS else "foreign"
-        return {"came": kind, "type": type(error).__name__, "words": str(error)[:300]}
+        return {"outcome": kind, "type": type(error).__name__, "message": str(error)[:300]}
     if not same(first, second):
-        return {"came": "random"}
-    honest = arguments if counts_as is None else [*arguments[:at], counts_as, *arguments[at + 1 :]]
+        return {"outcome": "random"}
+    valid = arguments if counts_as is None else [*arguments[:at], counts_as, *arguments[at + 1 :]]
     try:
-        expected = call(kernel, honest)
+        expected = call(kernel, valid)
     except Exception:
-        return {"came": "other"}
-    # Buffers that are only written, or not used, may have any shape or type: the rest must not have changed.
+        return {"outcome": "other"}
+    # Output and unused buffers may have any shape or dtype: only the rest must be the same.
     skip = 1 + at if counts_as is None else None
     pairs = [pair for number, pair in enumerate(zip(first, expected, strict=True)) if number != skip]
     alike = len(pairs) > 0 and all(same(a, b, TOLERANCE.get(what, 0.0)) for a, b in pairs)
-    return {"came": "same" if alike else "other"}
+    return {"outcome": "same" if alike else "other"}
 
 
 def main(wanted: list[str]) -> None:
@@ -164,11 +163,11 @@ def main(wanted: list[str]) -> None:
         kernel = extension.kernels()[kernel_name]
         arguments = CASES[kernel_name](Inputs(False))
         for at, (name, value) in enumerate(zip(names(kernel, len(arguments)), arguments, strict=True)):
-            changes = spoilt(value) if isinstance(value, torch.Tensor) else spoilt_number(value)
+            changes = corrupt(value) if isinstance(value, torch.Tensor) else corrupt_number(value)
             for change in changes:
-                told = {"kernel": kernel_name, "argument": name, "change": change[0]}
-                print(json.dumps({"about": told}), flush=True)
-                print(json.dumps({**told, **outcome(kernel, arguments, at, change)}), flush=True)
+                attempt = {"kernel": kernel_name, "argument": name, "change": change[0]}
+                print(json.dumps({"next": attempt}), flush=True)
+                print(json.dumps({**attempt, **outcome(kernel, arguments, at, change)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every Python of an environment finds mmcv's kernels: installed as `make setup` does, in real interpreters."""
+"""Autoloading of mmcv's kernels in every Python of an environment, installed like `make setup` does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def setup_env():
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> Path:
-    """A fresh virtual environment with the file installed, that sees what this one has."""
+    """Create a virtual environment with the file installed; it sees this environment's packages by path."""
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     setup_env().install_autoload(folder)
@@ -34,7 +34,7 @@ def environment(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory) -> dict[str, Path]:
-    """Folders with a package called mmcv: as mmcv-lite comes, and with an extension of its own."""
+    """Create folders with a package mmcv: one like mmcv-lite, one with an extension."""
     folders = {}
     for kind in ("lite", "compiled"):
         folders[kind] = tmp_path_factory.mktemp(kind)
@@ -57,7 +57,7 @@ def python(environment: Path, code: str, *paths: Path, **variables: str) -> subp
 HERE = [Path(sysconfig.get_path("purelib")), *(Path(p) for p in sys.path if p.endswith("-packages"))]
 
 
-def test_mmcv_ops_imports_in_a_fresh_environment_without_a_compiler(environment):
+def test_fresh_environment_without_a_compiler_imports_mmcv_ops(environment):
     ran = python(environment, f"import mmcv.ops; {USE}", ROOT, *HERE)
     assert (ran.stdout, ran.returncode) == ("portable\n", 0), ran.stderr
 
@@ -71,7 +71,7 @@ def test_mmcv_ops_imports_in_a_fresh_environment_without_a_compiler(environment)
         ("lite", "auto", "portable"),
     ],
 )
-def test_a_compiled_extension_goes_first_unless_the_environment_says_portable(
+def test_compiled_extension_takes_precedence_unless_portable_is_set(
     environment, stand_ins, installed, asked, taken
 ):
     variables = {"MMDET3D_SERVE_OPS": asked} if asked else {}
@@ -79,19 +79,19 @@ def test_a_compiled_extension_goes_first_unless_the_environment_says_portable(
     assert (ran.stdout, ran.returncode) == (f"{taken}\n", 0), ran.stderr
 
 
-def test_a_choice_in_the_program_goes_before_the_environment(environment, stand_ins):
+def test_install_argument_overrides_the_environment(environment, stand_ins):
     code = f"import serve.ops; serve.ops.install('auto'); serve.ops.install(); {USE}"
     ran = python(environment, code, stand_ins["compiled"], ROOT, MMDET3D_SERVE_OPS="portable")
     assert (ran.stdout, ran.returncode) == ("compiled\n", 0), ran.stderr
 
 
-def test_a_program_that_chooses_nothing_gets_what_the_environment_says(environment, stand_ins):
+def test_install_without_argument_reads_the_environment(environment, stand_ins):
     code = f"import serve.ops; serve.ops.install(); {USE}"
     ran = python(environment, code, stand_ins["compiled"], ROOT, *HERE, MMDET3D_SERVE_OPS="portable")
     assert (ran.stdout, ran.returncode) == ("portable\n", 0), ran.stderr
 
 
-def test_a_start_of_python_imports_nothing_of_ours_and_nothing_heavy(environment):
+def test_interpreter_start_imports_neither_serve_nor_heavy_modules(environment):
     code = (
         "import sys; print(sorted({'serve', 'torch', 'numba', 'numpy', 'mmcv', 'typing'} & set(sys.modules)))"
     )
@@ -99,23 +99,24 @@ def test_a_start_of_python_imports_nothing_of_ours_and_nothing_heavy(environment
     assert (ran.stdout, ran.stderr) == ("[]\n", "")
 
 
-def test_an_impossible_setting_is_a_sentence_at_the_first_use_and_nothing_before(environment, stand_ins):
+def test_invalid_setting_raises_when_kernels_are_first_imported(environment, stand_ins):
     begun = python(
         environment, "import mmcv; print('fine')", stand_ins["lite"], ROOT, MMDET3D_SERVE_OPS="fast"
     )
     assert (begun.stdout, begun.stderr, begun.returncode) == ("fine\n", "", 0)
     used = python(environment, USE, stand_ins["lite"], ROOT, *HERE, MMDET3D_SERVE_OPS="fast")
     assert used.returncode == 1
-    assert used.stderr.endswith("SettingsError: MMDET3D_SERVE_OPS='fast' must be auto or portable\n")
+    last = used.stderr.splitlines()[-1]
+    assert "SettingsError" in last and "MMDET3D_SERVE_OPS" in last and "fast" in last
 
 
-def test_without_the_project_python_starts_and_mmcv_says_what_it_lacks(environment, stand_ins):
+def test_python_starts_without_the_project_and_mmcv_reports_the_missing_extension(environment, stand_ins):
     ran = python(environment, "print('fine'); import mmcv._ext", stand_ins["lite"])
     assert ran.stdout == "fine\n"
     assert ran.stderr.endswith("ModuleNotFoundError: No module named 'mmcv._ext'\n")
 
 
-def test_a_module_of_yours_called_serve_stays_yours(environment, stand_ins, tmp_path):
+def test_user_module_named_serve_is_not_shadowed(environment, stand_ins, tmp_path):
     (tmp_path / "serve.py").write_text("MINE = True")
     ran = python(environment, "import serve, mmcv; print(serve.MINE)", tmp_path, stand_ins["lite"])
     assert (ran.stdout, ran.stderr) == ("True\n", "")

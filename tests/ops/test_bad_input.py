@@ -1,8 +1,8 @@
-"""No argument, however spoilt, ends the process or gives a silent wrong answer: every kernel, every tensor argument.
+"""No corrupted argument of any kernel crashes the process or gives a wrong result silently.
 
-`fuzz_kernels` does the calling, in a process of its own. A kernel that reads foreign memory is found out there by
-answers that differ with what lies in free memory; where compiled loops check their bounds (some kernels in `make
-test`, all of them in `make test-soak`), also where it would have done no harm.
+`fuzz_kernels` calls the kernels in a process of its own. Invalid reads show as results that depend on the contents of
+free memory, and, with bounds checks in compiled loops (some kernels in `make test`, all in `make test-soak`), even if
+they are harmless.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .fuzz_kernels import CASES, names
 ROOT = Path(__file__).resolve().parents[2]
 NO_TENSORS = {"get_compiler_version", "get_compiling_cuda_version"}
 
-# Changes that make another valid call, with another answer: kernel (a pattern), argument, change (a pattern).
+# Changes that give another valid call with another result: kernel, argument, change (patterns).
 VALID = [
-    # A single argument says how many there are of something, or how large a map is.
+    # The argument alone determines a number of items, or the size of a map.
     ("nms_match", "dets", "along 0"),
     ("get_indice_pairs_.*", "indices", "along 0"),
     ("hard_voxelize_forward", "points", "along 0"),
@@ -49,37 +49,37 @@ VALID = [
     (".*(align|pool).*", "input|features", "(shorter|longer) along [23]"),
     ("masked_im2col_forward", "im", "longer along [23]"),
     ("knn_forward", "(new_)?xyz_tensor", "longer along 2"),
-    # Empty stands for none.
+    # Empty means none.
     ("deform_roi_pool_forward", "offset", "nothing along"),
     ("sync_bn_forward_output", "running_mean", "nothing along"),
-    # Out of range has a meaning: no neighbour, background, dropped, shifted out of the picture, any place in space.
+    # Out of range has a meaning: no neighbour, background, dropped, shifted out of the image, any point in space.
     ("assign_score_withk_.*", "knn_idx", "an index"),
     ("s.*_focal_loss_.*", "target", "an index of -7"),
     ("dynamic_point_to_voxel_.*", "coors|coors_idx", "an index"),
     ("tin_shift_.*", "shift", "an index"),
 ]  # fmt: skip
-# Arithmetic goes on with these; what is asked is that two calls agree and nothing outside is read.
+# Arithmetic continues with these; only two equal calls and no invalid reads are required.
 NOT_FINITE = {"one NaN", "all NaN", "infinite", "enormous"}
 
 
 Outcomes = dict[str, list[dict[str, str]]]
-# Checked bounds in `make test` too: a kernel of boxes, of points, of a grid, and of images.
+# Kernels with bounds checks in `make test`: of boxes, of points, of a grid, and of images.
 CHECKED_ALWAYS = ("nms", "points_in_boxes_part_forward", "hard_voxelize_forward", "roi_align_forward")
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> Outcomes:
-    """Per kernel what came of its calls, with the machine code that everybody runs."""
-    return fuzzed()
+    """Fuzz all kernels with the normal machine code; outcomes by kernel."""
+    return fuzz()
 
 
 @pytest.fixture(scope="session")
 def checked(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcomes]:
-    """`checked("nms")`: what came of the calls of these kernels where loops check their bounds."""
-    # Machine code that checks bounds is not for others to find.
+    """Return a function that fuzzes the named kernels with bounds checks in compiled loops."""
+    # A folder of its own, so that no other process uses machine code with bounds checks.
     folder = kept_folder(pytestconfig, "checked-kernels", ROOT / "serve" / "ops")
     folder = folder or tmp_path_factory.mktemp("checked")
-    return lambda *kernels: fuzzed(*kernels, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(folder))
+    return lambda *kernels: fuzz(*kernels, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(folder))
 
 
 @pytest.fixture(scope="session")
@@ -92,73 +92,72 @@ def some_checked_outcomes(checked: Callable[..., Outcomes]) -> Outcomes:
     return checked(*CHECKED_ALWAYS)
 
 
-def fuzzed(*kernels: str, **variables: str) -> Outcomes:
+def fuzz(*kernels: str, **variables: str) -> Outcomes:
     ran = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-m", "tests.ops.fuzz_kernels", *kernels],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = ran.stdout.splitlines()
     assert ran.returncode == 0, (
-        f"the process ended with {ran.returncode} at {lines[-1:]}: {ran.stderr[-2000:]}"
+        f"the process exited with {ran.returncode} at {lines[-1:]}: {ran.stderr[-2000:]}"
     )
     found = defaultdict(list)
     for line in map(json.loads, lines):
-        if "came" in line:
+        if "outcome" in line:
             found[line["kernel"]].append(line)
     return found
 
 
-def test_every_kernel_has_an_honest_call():
+def test_every_kernel_has_a_valid_call():
     assert set(CASES) | NO_TENSORS == set(extension.kernels())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kernel", sorted(CASES))
-def test_a_spoilt_argument_is_named_or_does_no_harm(kernel, outcomes):
-    judge(kernel, outcomes)
+def test_corrupted_argument_is_named_or_harmless(kernel, outcomes):
+    assert_harmless(kernel, outcomes)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kernel", CHECKED_ALWAYS)
-def test_no_loop_leaves_its_arrays_whatever_argument_is_spoilt(kernel, some_checked_outcomes):
-    judge(kernel, some_checked_outcomes)
+def test_corrupted_argument_stays_within_bounds_of_selected_kernels(kernel, some_checked_outcomes):
+    assert_harmless(kernel, some_checked_outcomes)
 
 
 @pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kernel", sorted(CASES))
-def test_no_loop_of_any_kernel_leaves_its_arrays_whatever_argument_is_spoilt(kernel, checked_outcomes):
-    judge(kernel, checked_outcomes)
+def test_corrupted_argument_stays_within_bounds_of_all_kernels(kernel, checked_outcomes):
+    assert_harmless(kernel, checked_outcomes)
 
 
-def judge(kernel: str, outcomes: Outcomes) -> None:
-    wrong = [one for one in outcomes[kernel] if (why := complaint(one)) and one.setdefault("why", why)]
-    assert not wrong, "\n".join(
-        f"{one['argument']}, {one['change']}: {one['why']} {one.get('words', '')}" for one in wrong
+def assert_harmless(kernel: str, outcomes: Outcomes) -> None:
+    faults = [one for one in outcomes[kernel] if (why := find_fault(one)) and one.setdefault("why", why)]
+    assert not faults, "\n".join(
+        f"{one['argument']}, {one['change']}: {one['why']} {one.get('message', '')}" for one in faults
     )
-    tried = {one["argument"] for one in outcomes[kernel]}
-    assert tried, "nothing was tried"
+    assert {one["argument"] for one in outcomes[kernel]}, "no argument was corrupted"
 
 
-def complaint(one: dict[str, str]) -> str:
-    """What is wrong about an outcome; empty where nothing is."""
+def find_fault(one: dict[str, str]) -> str:
+    """Return what is wrong with an outcome; empty if nothing."""
     parameters = inspect.signature(extension.kernels()[one["kernel"]]).parameters
-    if one["came"] == "error":
-        told = any(re.search(rf"\b{re.escape(name)}\b", one["words"]) for name in (*parameters, *RULEBOOK))
-        return "" if told else "the error names no argument:"
-    if one["came"] == "foreign":
-        return f"an error that is not ours, {one['type']}:"
-    if one["came"] == "random":
-        return "the answer depends on what lies in free memory"
-    if one["came"] == "other" and not is_valid(one):
-        return "another answer, and no error"
+    if one["outcome"] == "error":
+        named = any(re.search(rf"\b{re.escape(name)}\b", one["message"]) for name in (*parameters, *RULEBOOK))
+        return "" if named else "the error names no argument:"
+    if one["outcome"] == "foreign":
+        return f"unexpected exception {one['type']}:"
+    if one["outcome"] == "random":
+        return "the result depends on the contents of free memory"
+    if one["outcome"] == "other" and not is_valid(one):
+        return "another result without an error"
     return ""
 
 
-# What `get_indice_pairs_*_backward` takes after its first two, as `get_indice_pairs_*_forward` calls it.
+# Names of `get_indice_pairs_*_forward` for the arguments of `get_indice_pairs_*_backward` after its first two.
 RULEBOOK = ("batch_size", "spatial_shape", "out_shape", "ksize")
 
 
@@ -176,12 +175,13 @@ def is_valid(one: dict[str, str]) -> bool:
     )
 
 
-def test_an_unfinished_kernel_would_be_noticed():
-    """The judge itself: each kind of harm is a complaint."""
+def test_find_fault_reports_each_kind_of_harm():
     base = {"kernel": "nms", "argument": "boxes", "change": "shorter along 0"}
-    assert complaint({**base, "came": "foreign", "type": "RuntimeError", "words": "boxes"})
-    assert complaint({**base, "came": "error", "type": "IndexError", "words": "index is out of bounds"})
-    assert complaint({**base, "came": "random"}) and complaint({**base, "came": "other"})
-    assert not complaint({**base, "came": "error", "type": "ValueError", "words": "scores must be (11,)"})
+    assert find_fault({**base, "outcome": "foreign", "type": "RuntimeError", "message": "boxes"})
+    assert find_fault({**base, "outcome": "error", "type": "IndexError", "message": "index is out of bounds"})
+    assert find_fault({**base, "outcome": "random"}) and find_fault({**base, "outcome": "other"})
+    assert not find_fault(
+        {**base, "outcome": "error", "type": "ValueError", "message": "scores must be (11,)"}
+    )
     assert names(extension.kernels()["nms"], 4) == ["boxes", "scores", "iou_threshold", "offset"]
     assert len(CASES["nms"](Inputs(False))) == 4

@@ -14,7 +14,7 @@ from serve.ops.roi import align as roi_align
 
 
 def rectangles(seed: int, n: int) -> torch.Tensor:
-    """(n, 5) rotated rectangles, crowded, some equal, some touching, some of zero width."""
+    """Draw (n, 5) rotated rectangles, crowded, some equal, some touching, some of zero width."""
     rng = np.random.default_rng(seed)
     boxes = np.concatenate(
         (rng.uniform(-4, 4, (n, 2)), rng.uniform(0.2, 5, (n, 2)), rng.uniform(-7, 7, (n, 1))), axis=1
@@ -69,7 +69,7 @@ def greedy(iou: np.ndarray, order: list[int], drops) -> list[int]:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**16), n=st.integers(1, 20), threshold=st.sampled_from([0.01, 0.3, 0.7]))
-def test_rotated_nms_is_greedy(seed, n, threshold):
+def test_nms_rotated_is_greedy(seed, n, threshold):
     boxes = rectangles(seed, n).float()
     scores = torch.rand(n, generator=torch.Generator().manual_seed(seed))
     labels = torch.arange(n) % 2
@@ -79,12 +79,12 @@ def test_rotated_nms_is_greedy(seed, n, threshold):
     order = torch.sort(scores, descending=True)[1]
     got = rotated.nms_rotated(boxes, scores, order, boxes[order], labels[:0], threshold)
     assert got.tolist() == greedy(iou, order.tolist(), lambda v: v >= threshold)
-    # Labels appended: each label is a world of its own.
+    # Labels appended: labels are independent.
     with_label = torch.cat((boxes, labels[:, None].float()), 1)
     got = rotated.nms_rotated(with_label, scores, order, with_label[order], labels, threshold, True)
     apart = np.where(labels.numpy()[:, None] == labels.numpy()[None], iou, 0)
     assert got.tolist() == greedy(apart, order.tolist(), lambda v: v >= threshold)
-    # The way other devices go.
+    # The torch version.
     hits = torch.from_numpy(iou[np.ix_(order, order)] >= threshold)
     assert order[rotated.scan(hits)].tolist() == greedy(iou, order.tolist(), lambda v: v >= threshold)
 
@@ -108,7 +108,7 @@ def iou_matrix(boxes: torch.Tensor, offset: float = 0.0) -> np.ndarray:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**16), n=st.integers(0, 40), offset=st.sampled_from([0, 1]))
-def test_nms_is_greedy_and_equal_scores_keep_their_order(seed, n, offset):
+def test_nms_is_greedy_and_stable_for_equal_scores(seed, n, offset):
     boxes, scores = upright(seed, n)
     order = sorted(range(n), key=lambda i: (-float(scores[i]), i))
     expected = greedy(iou_matrix(boxes, offset), order, lambda v: v > np.float32(0.4))
@@ -129,7 +129,7 @@ def test_soft_nms_lowers_scores_by_overlap():
         assert (1 not in got) if second is None else got[1] == pytest.approx(second)
 
 
-def test_nms_match_groups_every_box_with_its_keeper():
+def test_nms_match_groups_each_box_with_the_box_that_suppresses_it():
     boxes, scores = upright(7, 30)
     groups = nms.nms_match(torch.cat((boxes, scores[:, None]), 1), 0.4)
     assert sorted(i for g in groups for i in g) == list(range(30))
@@ -137,7 +137,7 @@ def test_nms_match_groups_every_box_with_its_keeper():
     assert all(iou[group[0], i] >= 0.4 for group in groups for i in group[1:])
 
 
-def test_3d_overlap_and_nms_look_from_above():
+def test_iou3d_and_nms3d_use_the_birds_eye_view():
     boxes = torch.tensor([[0.0, 0, 0, 4, 2, 1, 0], [0, 0, 9, 2, 4, 1, np.pi / 2], [10, 0, 0, 4, 2, 1, 0]])
     overlap = torch.zeros(3, 3)
     iou3d.iou3d_boxes_overlap_bev_forward(boxes, boxes, overlap)
@@ -210,8 +210,8 @@ def test_roi_align_equals_its_definition(mode, ratio, aligned, path):
     np.testing.assert_allclose(output.numpy(), expected, atol=1e-5)
 
 
-def test_roi_align_refuses_an_image_that_is_not_there():
-    with pytest.raises(IndexError, match="rois name images"):
+def test_roi_align_rejects_an_image_index_out_of_range():
+    with pytest.raises(IndexError, match="rois"):
         roi_align.roi_align_forward(
             torch.zeros(1, 1, 4, 4), torch.tensor([[3.0, 0, 0, 2, 2]]), torch.zeros(1, 1, 2, 2),
             torch.zeros(0), torch.zeros(0), 2, 2, 1.0, 0, 1, True,

@@ -1,4 +1,4 @@
-"""Points in 3D boxes, and the two poolings over them, against loops written from their definitions."""
+"""Points in 3D boxes, and the two pooling kernels over them, against loops from their definitions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mmcv(mmcv_ops):
 
 
 def scene(seed: int, boxes: int, points: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 boxes, half of them unturned with whole numbers, and points, many on faces of those."""
+    """Draw float64 boxes, half of them axis-aligned with integers, and points, many on their faces."""
     rng = np.random.default_rng(seed)
     free = np.concatenate(
         (rng.uniform(-2, 2, (boxes, 3)), rng.uniform(0.5, 4, (boxes, 3)), rng.uniform(-7, 7, (boxes, 1))),
@@ -35,7 +35,7 @@ def scene(seed: int, boxes: int, points: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def local(point, box) -> tuple[float, float, float]:
-    """The point seen from the centre of the bottom of the box, in the axes of the box."""
+    """Transform the point to the axes of the box, relative to the centre of its bottom."""
     x, y, z, *_, yaw = (float(v) for v in box)
     dx, dy = float(point[0]) - x, float(point[1]) - y
     return (
@@ -63,7 +63,7 @@ def table(points, boxes) -> np.ndarray:
     m=st.integers(0, 40),
     index=st.sampled_from([torch.int32, torch.int64]),
 )
-def test_side_faces_are_outside_and_bottom_and_top_inside(seed, t, m, index):
+def test_points_in_boxes_include_bottom_and_top_but_not_sides(seed, t, m, index):
     boxes, points = scene(seed, t, m)
     expected = torch.from_numpy(table(points, boxes))
     each = torch.full((t, m), 9, dtype=index)
@@ -80,7 +80,7 @@ def test_side_faces_are_outside_and_bottom_and_top_inside(seed, t, m, index):
     assert all(torch.equal(hits, expected[block]) for block, hits in boxes3d.inside_blocks(*exact))
 
 
-def test_half_and_sliced_points_and_points_that_are_no_numbers():
+def test_points_in_boxes_accept_float16_slices_and_nan():
     boxes, points = (part.float() for part in scene(1, 5, 200))
     wide = points.repeat(1, 2).half()
     hits = [boxes3d.inside(cloud, boxes) for cloud in (wide[:, 3:], wide[:, 3:].float().contiguous())]
@@ -90,7 +90,7 @@ def test_half_and_sliced_points_and_points_that_are_no_numbers():
 
 
 def naive_pool(rois, points, features, grid, cap, mean):
-    """Dictionary of cell to the rows it takes, and the pooled features."""
+    """Return a dictionary of cells to rows, and the pooled features."""
     cells: dict[tuple[int, ...], list[int]] = {}
     for b, box in enumerate(rois):
         for p, point in enumerate(points):
@@ -122,7 +122,7 @@ def outputs(rois, features, grid, k):
 @pytest.mark.parametrize("method", [pool3d.MAX, pool3d.MEAN])
 @settings(max_examples=25, deadline=None)
 @given(seed=some_seeds, n=st.integers(0, 4), p=st.integers(0, 60), k=st.integers(1, 5))
-def test_pooling_over_a_grid_takes_the_first_points_of_each_cell(method, seed, n, p, k):
+def test_roiaware_pool_uses_the_first_points_of_each_cell(method, seed, n, p, k):
     grid = (2, 3, 2)
     rois, points = scene(seed, n, p)
     features = torch.randn(p, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -146,7 +146,7 @@ def test_pooling_over_a_grid_takes_the_first_points_of_each_cell(method, seed, n
 
 
 @pytest.mark.parametrize("mode", ["max", "avg"])
-def test_mmcv_pools_and_takes_gradients_through_these_kernels(mmcv, mode):
+def test_mmcv_roiaware_pool_and_gradients_use_these_kernels(mmcv, mode):
     rois, points = (part.float() for part in scene(8, 5, 300))
     features = torch.randn(300, 4, requires_grad=True)
     layer = mmcv.RoIAwarePool3d(out_size=(3, 2, 2), max_pts_per_voxel=6, mode=mode)
@@ -160,7 +160,7 @@ def test_mmcv_pools_and_takes_gradients_through_these_kernels(mmcv, mode):
     torch.testing.assert_close(features.grad, again.grad)
 
 
-def test_no_number_is_ever_the_maximum():
+def test_roiaware_max_pool_ignores_nan():
     roi, points = (
         torch.tensor([[0.0, 0, 0, 2, 2, 2, 0]]),
         torch.tensor([[0.0, 0, 1], [0.1, 0, 1], [0, 0.1, 1]]),
@@ -177,7 +177,7 @@ def test_no_number_is_ever_the_maximum():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=some_seeds, t=st.integers(0, 5), m=st.integers(0, 60), samples=st.integers(1, 12))
-def test_sampling_a_box_repeats_its_points_in_turn(seed, t, m, samples):
+def test_roipoint_pool_repeats_points_cyclically(seed, t, m, samples):
     boxes, points = scene(seed, t, m)
     features = torch.randn(m, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     pooled = torch.full((1, t, samples, 5), 7.0, dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_sampling_a_box_repeats_its_points_in_turn(seed, t, m, samples):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_mmcv_asks_which_points_are_in_boxes_through_these_kernels(mmcv):
+def test_mmcv_points_in_boxes_uses_these_kernels(mmcv):
     boxes, points = (torch.stack([part.float(), part.float().flip(0)]) for part in scene(4, 6, 80))
     every = mmcv.points_in_boxes_cpu(points, boxes)
     assert every.any() and torch.equal(mmcv.points_in_boxes_all(points, boxes), every)
@@ -212,7 +212,7 @@ def test_mmcv_asks_which_points_are_in_boxes_through_these_kernels(mmcv):
     assert pooled.shape == (2, 6, 16, 6) and torch.equal(empty == 0, every.any(1))
 
 
-def test_wrong_arguments_are_named():
+def test_errors_name_the_wrong_argument():
     boxes, points = scene(0, 2, 3)
     with pytest.raises(ValueError, match=r"boxes_tensor must have shape \(\*, 7\)"):
         boxes3d.points_in_boxes_cpu_forward(boxes[:, :6], points, torch.zeros(2, 3))

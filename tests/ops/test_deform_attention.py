@@ -16,7 +16,7 @@ def problem(seed, batch, queries, heads, shapes, points, channels, dtype=torch.f
     keys = sum(h * w for h, w in shapes)
     starts = np.cumsum([0, *(h * w for h, w in shapes)])[:-1]
     value = torch.randn(batch, keys, heads, channels, generator=generator).to(dtype)
-    # Some places lie outside.
+    # Some positions are outside.
     places = torch.rand(batch, queries, heads, len(shapes), points, 2, generator=generator) * 1.6 - 0.3
     weights = torch.rand(batch, queries, heads, len(shapes), points, generator=generator)
     return value, torch.tensor(shapes), torch.tensor(starts), places.to(dtype), weights.to(dtype)
@@ -47,7 +47,7 @@ def naive(value, shapes, starts, places, weights) -> np.ndarray:
     channels=st.sampled_from([1, 4, 5]),
     index=st.sampled_from([torch.int32, torch.int64]),
 )
-def test_both_ways_equal_the_definition(seed, batch, queries, heads, points, channels, index):
+def test_numba_and_torch_versions_equal_the_definition(seed, batch, queries, heads, points, channels, index):
     value, shapes, starts, places, weights = problem(
         seed, batch, queries, heads, [(4, 3), (1, 2)], points, channels
     )
@@ -67,7 +67,7 @@ def mmcv_attention(mmcv_ops):
     return module
 
 
-def test_it_equals_what_mmcv_computes_on_cpu(mmcv_attention, monkeypatch):
+def test_attention_equals_the_torch_function_of_mmcv(mmcv_attention, monkeypatch):
     args = problem(1, 2, 50, 8, [(20, 30), (10, 15), (5, 8)], 4, 32)
     value, shapes, _, places, weights = args
     expected = mmcv_attention.multi_scale_deformable_attn_pytorch(value, shapes, places, weights)
@@ -80,7 +80,7 @@ def test_it_equals_what_mmcv_computes_on_cpu(mmcv_attention, monkeypatch):
     torch.testing.assert_close(blocked, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_it_can_stand_in_for_the_function_that_mmcv_calls_on_cpu(mmcv_attention, monkeypatch):
+def test_attend_replaces_the_cpu_function_of_mmcv(mmcv_attention, monkeypatch):
     layer = mmcv_attention.MultiScaleDeformableAttention(16, 4, 2, 2, batch_first=True).eval()
     torch.nn.init.normal_(layer.attention_weights.weight)
     shapes = torch.tensor([(4, 3), (2, 2)])
@@ -99,7 +99,7 @@ def test_it_can_stand_in_for_the_function_that_mmcv_calls_on_cpu(mmcv_attention,
         torch.testing.assert_close(layer(query, **args), expected.detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_are_those_of_differences(mmcv_attention):
+def test_gradients_equal_finite_differences(mmcv_attention):
     value, shapes, starts, places, weights = problem(2, 1, 2, 2, [(3, 4), (2, 2)], 2, 3, torch.float64)
     leaves = [t.requires_grad_() for t in (value, places, weights)]
 
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_differences(mmcv_attention):
     assert torch.autograd.gradcheck(attend, leaves, atol=1e-5)
 
 
-def test_half_precision_slices_and_nan_are_taken():
+def test_attention_accepts_float16_slices_and_nan():
     value, shapes, starts, places, weights = problem(3, 1, 3, 2, [(3, 4)], 2, 4)
     expected = deform_attention.ms_deform_attn_forward(value, shapes, starts, places, weights, 1)
     wide = torch.cat((value, value), -1)[..., :4]
@@ -143,7 +143,7 @@ def test_half_precision_slices_and_nan_are_taken():
         ("attention_weights", 4, lambda t: t[..., :1]),
     ],
 )
-def test_what_does_not_fit_is_named(name, place, change):
+def test_errors_name_the_wrong_argument(name, place, change):
     args = list(problem(0, 1, 2, 2, [(3, 4), (2, 2)], 2, 3))
     args[place] = change(args[place])
     with pytest.raises((ValueError, TypeError), match=name):

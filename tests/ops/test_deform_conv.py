@@ -1,4 +1,4 @@
-"""Deformable convolution against loops written from its definition, on both ways, and through mmcv."""
+"""Deformable convolution, numba and torch versions, against loops from its definition, and through mmcv."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serve.ops.deform.columns import Geometry
 
 
 def sample(plane: np.ndarray, y: float, x: float) -> float:
-    """Bilinear with zeros outside: each pixel counts by its distance, if nearer than one."""
+    """Interpolate bilinearly with zeros outside: pixels nearer than one count by distance."""
     total = 0.0
     for i in range(plane.shape[0]):
         for j in range(plane.shape[1]):
@@ -95,7 +95,7 @@ geometries = st.builds(
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**16), g=geometries)
-def test_both_ways_equal_the_definition(seed, g):
+def test_numba_and_torch_versions_equal_the_definition(seed, g):
     x, weight, bias, offset, mask = problem(seed, g, batch=1)
     plain, masked = naive(x, weight, None, offset, None, g), naive(x, weight, bias, offset, mask, g)
     np.testing.assert_allclose(forward_v1(x, weight, offset, g), plain, atol=2e-4)
@@ -106,7 +106,7 @@ def test_both_ways_equal_the_definition(seed, g):
 
 @pytest.mark.parametrize("deform_groups", [1, 2, 4, 12])
 @pytest.mark.parametrize("groups", [1, 2, 3, 12])
-def test_groups_of_both_kinds_cut_the_channels_independently(groups, deform_groups):
+def test_convolution_groups_and_deformable_groups_are_independent(groups, deform_groups):
     g = Geometry((3, 3), (1, 1), (1, 1), (1, 1), groups, deform_groups)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 12, 7, 9, generator=generator)
@@ -117,7 +117,7 @@ def test_groups_of_both_kinds_cut_the_channels_independently(groups, deform_grou
     np.testing.assert_allclose(forward_v2(x, weight, None, offset, mask, g), expected, atol=1e-4)
 
 
-def test_without_offsets_it_is_a_convolution_also_across_blocks(monkeypatch):
+def test_zero_offsets_give_a_plain_convolution_across_blocks(monkeypatch):
     g = Geometry((3, 3), (2, 1), (1, 2), (1, 2), 2, 1)
     monkeypatch.setattr(deform_columns, "CPU_BLOCK_BYTES", 1)
     monkeypatch.setattr(deform_columns, "DEVICE_BLOCK_BYTES", 1)
@@ -133,7 +133,7 @@ def test_without_offsets_it_is_a_convolution_also_across_blocks(monkeypatch):
     torch.testing.assert_close(got.float(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_half_precision_slices_and_empty_batches_are_taken():
+def test_deform_conv_accepts_float16_slices_and_empty_batches():
     g = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1, 2)
     x, weight, bias, offset, mask = problem(3, g)
     expected = forward_v2(x, weight, bias, offset, mask, g)
@@ -157,7 +157,7 @@ def test_infinite_and_nan_offsets_sample_zero():
     assert forward_v1(x.double(), weight.double(), offset.double(), g).tolist() == expected
 
 
-def test_the_number_of_threads_does_not_change_a_bit():
+def test_number_of_threads_does_not_change_a_bit():
     g = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1, 1)
     x, weight, bias, offset, mask = problem(5, g, size=(40, 30))
     threads = torch.get_num_threads()
@@ -183,7 +183,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
         ("output", lambda p: p.update(g=Geometry((9, 9), (1, 1), (0, 0), (1, 1), 1, 1))),
     ],
 )
-def test_what_does_not_fit_is_named(name, change):
+def test_errors_name_the_wrong_argument(name, change):
     g = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1, 1)
     p = dict(zip(("x", "weight", "bias", "offset", "mask"), problem(0, g), strict=True), g=g)
     out = torch.zeros(2, 2, 6, 5)
@@ -196,8 +196,8 @@ def test_what_does_not_fit_is_named(name, change):
         )  # fmt: skip
 
 
-def test_offsets_of_a_larger_map_are_read_as_memory_of_the_outputs_size():
-    """As the reference does, which asks for no shape; mmdet's DyHead relies on it."""
+def test_offsets_of_a_larger_map_are_read_with_strides_of_the_output():
+    """The reference does not check the shape; mmdet's DyHead relies on that."""
     g = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1, 1)
     x, weight, bias, offset, mask = problem(0, g)
     size = g.output_size(*x.shape[2:])
@@ -215,7 +215,7 @@ def test_offsets_of_a_larger_map_are_read_as_memory_of_the_outputs_size():
         forward_v2(x, weight, bias, offset[:, :, 1:], mask, g)
 
 
-def test_mmcv_layers_run_and_their_gradients_are_those_of_differences(mmcv_ops):
+def test_mmcv_layers_run_with_gradients_equal_to_finite_differences(mmcv_ops):
     g = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 2, 1)
     x, weight, bias, offset, mask = problem(11, g, dtype=torch.float64, batch=1, size=(3, 3))
     leaves = [t.requires_grad_() for t in (x, offset * 0.7 + 0.013, mask, weight, bias)]
@@ -236,7 +236,7 @@ def test_mmcv_layers_run_and_their_gradients_are_those_of_differences(mmcv_ops):
     assert torch.autograd.gradcheck(v1, [leaves[0], leaves[1], leaves[3]], atol=1e-5)
 
 
-def test_mmcv_layer_pads_what_is_smaller_than_its_kernel(mmcv_ops):
+def test_mmcv_layer_pads_an_input_smaller_than_its_kernel(mmcv_ops):
     layer = mmcv_ops.DeformConv2d(2, 3, 3, padding=1)
     with torch.no_grad():
         got = layer(torch.ones(1, 2, 2, 2), torch.zeros(1, 18, 2, 2))

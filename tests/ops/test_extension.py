@@ -1,4 +1,4 @@
-"""The stand-in module: complete, lazy, and clear about what it lacks."""
+"""The extension module: complete, lazy, and with clear errors for unsupported kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serve import ops
 from serve.ops import extension
 
 
-def test_every_function_mmcv_asks_for_is_there():
+def test_extension_has_every_function_that_mmcv_loads():
     location = importlib.util.find_spec("mmcv").submodule_search_locations[0]
     asked: set[str] = set()
     for source in (Path(location) / "ops").glob("*.py"):
@@ -26,7 +26,7 @@ def test_every_function_mmcv_asks_for_is_there():
     assert all(callable(getattr(module, name)) for name in asked)
 
 
-def test_a_missing_kernel_names_itself_and_the_way_out():
+def test_unsupported_kernel_error_names_kernel_and_alternative():
     module = extension.build("mmcv._ext")
     with pytest.raises(extension.UnsupportedKernelError, match=r"upfirdn2d.*compiled mmcv"):
         module.upfirdn2d(1, 2)
@@ -42,7 +42,7 @@ def test_install_is_idempotent_and_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_mmcv_ops_import_takes_the_portable_kernels():
+def test_mmcv_ops_uses_portable_kernels():
     ops.install()
     import mmcv.ops
 
@@ -51,14 +51,14 @@ def test_mmcv_ops_import_takes_the_portable_kernels():
 
 
 @pytest.mark.parametrize(("preference", "expected"), [("auto", "compiled"), ("portable", "portable")])
-def test_a_compiled_extension_is_preferred_unless_told_otherwise(tmp_path, preference, expected):
-    # A package named mmcv with an extension of its own stands in for a compiled install.
+def test_compiled_extension_is_preferred_by_default(tmp_path, preference, expected):
+    # A package named mmcv with its own extension represents a compiled mmcv.
     (tmp_path / "mmcv").mkdir()
     (tmp_path / "mmcv" / "__init__.py").write_text("")
     (tmp_path / "mmcv" / "_ext.py").write_text("")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import serve.ops as o; o.install({preference!r});"
-        "o.install();"  # as every part that needs kernels does: it must not undo the choice
+        "o.install();"  # as other modules do: it must keep the choice
         f"import mmcv._ext; assert o.kernels_in_use() == {expected!r}, o.kernels_in_use()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

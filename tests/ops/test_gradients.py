@@ -1,4 +1,4 @@
-"""Gradients of the kernels that training reaches, against differences of the forward functions, through mmcv."""
+"""Gradients of the kernels used in training, against finite differences of the forward functions, through mmcv."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def maps(x: Inputs, channels: int = 4) -> torch.Tensor:
 
 
 def regions(boxes: torch.Tensor) -> torch.Tensor:
-    """Boxes on two images."""
+    """Assign boxes to two images."""
     image = torch.arange(len(boxes), dtype=boxes.dtype) % 2
     return torch.cat((image[:, None], boxes), dim=1).double()
 
@@ -37,7 +37,7 @@ def regions(boxes: torch.Tensor) -> torch.Tensor:
 def check_derivative(
     function: Callable[..., torch.Tensor], *inputs: torch.Tensor, step: float = 1e-5
 ) -> None:
-    """The gradient of a random sum of outputs along a random direction, for each input by itself."""
+    """Compare the gradient of a random sum of outputs along a random direction, for each input."""
     generator = torch.Generator().manual_seed(1)
     leaves = [one.clone().requires_grad_() for one in inputs]
     made = function(*leaves)
@@ -112,7 +112,7 @@ def test_border_align(ops):
 
 
 class PreciseRoIPool(torch.autograd.Function):
-    """The kernels by themselves: mmcv's function takes float32 only, too coarse for differences."""
+    """The bare kernels: mmcv's function accepts float32 only, too coarse for finite differences."""
 
     @staticmethod
     def forward(ctx, features, rois):
@@ -146,7 +146,7 @@ def test_precise_roi_pooling_through_mmcv(ops):
     features = maps(Inputs(False)).float().requires_grad_()
     rois = regions(Inputs(False).boxes(3, EXTENT)).float().requires_grad_()
     ops.prroi_pool(features, rois, (2, 2), SCALE).sum().backward()
-    # Shares of a bin within the map sum to one: each of 3 regions has 4 bins of 4 channels.
+    # Weights of a bin within the map sum to one: each of 3 regions has 4 bins of 4 channels.
     torch.testing.assert_close(features.grad.sum(), torch.tensor(48.0), rtol=0.2, atol=0)
     assert rois.grad.shape == rois.shape and bool(torch.isfinite(rois.grad).all())
 
@@ -165,7 +165,7 @@ def test_carafe_with_respect_to_map_and_masks(ops, groups):
     check_derivative(lambda m, k: ops.carafe(m, k, 3, groups, 2), maps(x), masks)
 
 
-def test_naive_carafe_has_the_same_gradients():  # mmcv's function asks for CUDA before it calls the kernel
+def test_naive_carafe_has_the_same_gradients():  # mmcv's function checks for CUDA before it calls the kernel
     for number in (0, 1):
         ((top, features, masks, *rest), (_, _, _, *buffers)) = (
             CASES[name](Inputs(False)) for name in ("carafe_naive_backward", "carafe_backward")
@@ -183,7 +183,7 @@ def test_correlation_with_respect_to_both(ops, stride):
 
 
 class Chamfer(torch.autograd.Function):
-    """The kernels by themselves: mmcv's function makes float32 gradients of everything."""
+    """The bare kernels: mmcv's function returns float32 gradients."""
 
     @staticmethod
     def forward(ctx, first, second):
@@ -219,7 +219,7 @@ def test_scores_by_neighbour_with_respect_to_features_centres_and_scores(ops):
 
 
 @pytest.mark.parametrize("kernel", ["roi_align_backward", "roi_pool_backward"])
-def test_gradients_are_added_to_what_is_there(kernel):
+def test_gradients_accumulate(kernel):
     first, second = (CASES[kernel](Inputs(False)) for _ in range(2))
     at = next(i for i, one in enumerate(first) if isinstance(one, torch.Tensor) and one.dim() == 4 and i > 1
               and one.dtype == torch.float32)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Kernels are compiled once for all processes, whatever can be written; and never fail for want of a disk."""
+"""Cache of compiled kernels: shared by processes, in any writable folder, and never a reason to fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve.ops.cpu import jit_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
-# Suppresses boxes, then says what numba's own statistics are and where the machine code lies.
+# Runs NMS, then prints numba's cache statistics and the folder of the machine code.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -36,7 +36,7 @@ print(json.dumps({"kept": kept.tolist(), "hits": sum(stats.cache_hits.values()),
 
 @pytest.fixture
 def installed(tmp_path) -> Iterator[Path]:
-    """A copy of the package in a folder of its own, without any machine code."""
+    """Copy the package to its own folder, without machine code."""
     site = tmp_path / "site"
     shutil.copytree(ROOT / "serve", site / "serve", ignore=shutil.ignore_patterns("__pycache__"))
     yield site
@@ -49,7 +49,7 @@ def may_be_written(folder: Path, allowed: bool) -> None:
 
 
 def obey_permissions() -> None:
-    """Root writes where it may not: give up the capabilities for that (Linux, capabilities(7)) before exec."""
+    """Drop root's capabilities to ignore permissions (Linux, capabilities(7)) before exec."""
     for capability in (1, 2, 3):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 
@@ -69,12 +69,12 @@ def run(site: Path, cache_dir: Path, **variables: str) -> dict:
 
 @pytest.fixture
 def sealed(tmp_path) -> Path:
-    """A folder that cannot be written."""
+    """Create a read-only folder."""
     (tmp_path / "sealed").mkdir(mode=0o555)
     return tmp_path / "sealed"
 
 
-def test_a_second_process_compiles_nothing(installed, tmp_path):
+def test_second_process_uses_the_cache(installed, tmp_path):
     first = run(installed, tmp_path / "cache")
     second = run(installed, tmp_path / "cache")
     assert (first["hits"], first["misses"]) == (0, 1)
@@ -84,9 +84,7 @@ def test_a_second_process_compiles_nothing(installed, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_set_up_compiled_serves_processes_that_may_write_nothing_but_a_cache(
-    installed, sealed, tmp_path
-):
+def test_read_only_package_copies_its_kernels_to_the_cache_folder(installed, sealed, tmp_path):
     run(installed, sealed)
     may_be_written(installed, False)
     result = run(installed, tmp_path / "cache", HOME=str(sealed))
@@ -94,7 +92,7 @@ def test_what_set_up_compiled_serves_processes_that_may_write_nothing_but_a_cach
     assert Path(result["folder"]).parent == tmp_path / "cache"
 
 
-def test_without_home_and_cache_the_temporary_folder_does_and_lasts(installed, sealed, tmp_path):
+def test_temporary_folder_is_used_without_home_and_cache(installed, sealed, tmp_path):
     may_be_written(installed, False)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -108,7 +106,7 @@ def test_without_home_and_cache_the_temporary_folder_does_and_lasts(installed, s
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
 
 
-def test_where_nothing_can_be_written_each_process_compiles_for_itself(installed, sealed):
+def test_process_without_writable_folder_compiles_for_itself(installed, sealed):
     may_be_written(installed, False)
     program = PROGRAM.replace(
         "import torch", "import torch, tempfile; tempfile._candidate_tempdir_list = lambda: [sys.argv[1]]"
@@ -119,28 +117,28 @@ def test_where_nothing_can_be_written_each_process_compiles_for_itself(installed
         cwd=sealed, capture_output=True, text=True, check=False, preexec_fn=obey_permissions,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout)
-    assert (told["kept"], told["misses"], told["folder"]) == ([0, 2], 1, "None")
+    result = json.loads(ran.stdout)
+    assert (result["kept"], result["misses"], result["folder"]) == ([0, 2], 1, "None")
 
 
-def test_another_version_of_what_a_kernel_rests_on_is_compiled_anew(installed, tmp_path):
+def test_changed_import_of_a_kernel_invalidates_its_cache(installed, tmp_path):
     first = run(installed, tmp_path / "cache")
     with (installed / "serve" / "ops" / "cpu" / "jit.py").open("a") as source:
         source.write("# another version\n")
     second = run(installed, tmp_path / "cache")
     assert second["misses"] == 1 and second["folder"] != first["folder"]
-    assert not Path(first["folder"]).exists()  # what nobody will read again does not pile up
+    assert not Path(first["folder"]).exists()  # outdated folders do not accumulate
 
 
-def test_a_truncated_file_is_compiled_anew(installed, tmp_path):
+def test_truncated_cache_file_is_a_miss(installed, tmp_path):
     folder = Path(run(installed, tmp_path / "cache")["folder"])
     for file in folder.rglob("nms._nms_cpu*.nbc"):
         file.write_bytes(file.read_bytes()[:100])
     assert run(installed, tmp_path / "cache")["misses"] == 1
 
 
-def test_a_full_disk_costs_the_cache_and_not_the_answer(tmp_path):
-    # In place of a full disk: the folder is gone when the first kernel is compiled, a file is in its place.
+def test_kernel_runs_if_the_cache_folder_disappears(tmp_path):
+    # Simulate a full disk: at the first compilation the folder has been replaced by a file.
     program = PROGRAM.replace(
         "from serve.ops.cpu import jit_cache",
         "from serve.ops.cpu import jit_cache; import shutil\n"
@@ -157,7 +155,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_answer(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
-def test_a_folder_that_others_can_write_is_not_read(tmp_path, mode):
+def test_folder_writable_by_others_is_not_used(tmp_path, mode):
     own, place = tmp_path / "file", tmp_path / "place"
     own.write_text("the sources' folder cannot be written")
     made = jit_cache.choose_folder("boxes.nms", own, [place])
@@ -167,7 +165,7 @@ def test_a_folder_that_others_can_write_is_not_read(tmp_path, mode):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file away")
-def test_a_folder_of_somebody_else_is_not_read(tmp_path):
+def test_folder_of_another_user_is_not_used(tmp_path):
     own, place = tmp_path / "file", tmp_path / "place"
     own.write_text("")
     made = jit_cache.choose_folder("boxes.nms", own, [place])

@@ -47,7 +47,7 @@ def test_focal_losses_and_gradients_follow_their_definition(mmcv_ops, seed, n, c
     torch.testing.assert_close(torch.autograd.grad(got, logits)[0], torch.autograd.grad(expected, logits)[0])
 
 
-def test_certain_logits_and_half_precision_stay_finite():
+def test_focal_losses_stay_finite_for_large_logits_and_float16():
     logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4]])
     target = torch.tensor([0, 2])
     for dtype in (torch.float32, torch.float16):
@@ -56,7 +56,7 @@ def test_certain_logits_and_half_precision_stay_finite():
         assert torch.isfinite(out).all() and out[0].abs().max() < 1e-6 < out[1, 1]
 
 
-def test_a_negative_target_has_no_softmax_loss():
+def test_softmax_focal_loss_ignores_negative_targets():
     p = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
     out = torch.ones(2)
     losses.softmax_focal_loss_forward(p, torch.tensor([-1, 1]), torch.ones(2), out, 2.0, 0.25)
@@ -75,7 +75,7 @@ def test_a_negative_target_has_no_softmax_loss():
         (TypeError, "input", {"input": torch.zeros(2, 3).long()}),
     ],
 )
-def test_what_does_not_fit_is_named(error, name, change):
+def test_errors_name_the_wrong_argument(error, name, change):
     args = {
         "input": torch.zeros(2, 3),
         "target": torch.tensor([0, 1]),
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_named(error, name, change):
 
 
 @pytest.mark.parametrize("mode", ["default", "N"])
-def test_synchronized_batch_norm_of_one_process_is_batch_norm(mmcv_ops, mode, monkeypatch):
+def test_sync_bn_of_one_process_equals_batch_norm(mmcv_ops, mode, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 5, 6, generator=generator)
@@ -109,6 +109,6 @@ def test_synchronized_batch_norm_of_one_process_is_batch_norm(mmcv_ops, mode, mo
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_batch_norm_statistics_of_the_wrong_length_are_named():
+def test_sync_bn_names_statistics_of_wrong_length():
     with pytest.raises(ValueError, match="mean"):
         sync_bn.sync_bn_forward_mean(torch.zeros(2, 3, 4), torch.zeros(2))

@@ -1,4 +1,4 @@
-"""Tables of neighbours say what the rulebooks of mmcv's layers say, whatever way they were found."""
+"""Neighbour tables equal the rulebooks of mmcv's layers, for each way of building them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from serve.ops.sparse import neighbour_table, rulebook, strided_table
 
 
 def voxels(shape: list[int], batch: int, share: float, seed: int) -> torch.Tensor:
-    """Some voxels of a grid, in no order."""
+    """Draw voxels of a grid, in random order."""
     dice = np.random.default_rng(seed)
     taken = np.argwhere(dice.random((batch, *shape)) < share).astype(np.int32)
     return torch.from_numpy(dice.permutation(taken))
 
 
 def by_pairs(indices, batch, out_shape, in_shape, ksize, stride, padding, dilation, subm, transpose):
-    """The same through a list of pairs, by torch's way, which shares no code with the tables."""
+    """Build the table from the pairs of the torch version, which shares no code with the tables."""
     geometry = np.array([ksize, stride, padding, dilation, out_shape, in_shape], dtype=np.int64)
     rows, pairs, counts = rulebook._rulebook_torch(indices, geometry, subm, transpose)
     table = np.full((len(counts), len(rows)), -1, np.int32)
@@ -60,7 +60,7 @@ def strided(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(case=strided(), marked=st.booleans())
-def test_a_strided_table_is_the_rulebook(case, marked):
+def test_strided_table_equals_the_rulebook(case, marked):
     in_shape, out_shape, ksize, stride, padding, dilation, transpose, seed, share, batch = case
     if min(out_shape) <= 0:
         return
@@ -83,7 +83,7 @@ def test_a_strided_table_is_the_rulebook(case, marked):
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), ndim=dimensions, seed=st.integers(0, 1000), ordered=st.booleans())
-def test_a_submanifold_table_is_the_rulebook(data, ndim, seed, ordered):
+def test_submanifold_table_equals_the_rulebook(data, ndim, seed, ordered):
     shape = [data.draw(st.integers(1, 6)) for _ in range(ndim)]
     ksize = [data.draw(st.integers(1, 3)) for _ in range(ndim)]
     dilation = [data.draw(st.integers(1, 2)) for _ in range(ndim)]
@@ -97,7 +97,7 @@ def test_a_submanifold_table_is_the_rulebook(data, ndim, seed, ordered):
 
 
 @pytest.mark.parametrize("wrong", [[0, 0, 0, 5], [0, -1, 0, 0], [2, 0, 0, 0]])
-def test_a_voxel_outside_is_an_index_error(wrong):
+def test_voxel_outside_the_grid_raises_index_error(wrong):
     indices = torch.tensor([[0, 1, 1, 1], wrong], dtype=torch.int32)
     with pytest.raises(IndexError, match="must lie in"):
         neighbour_table.submanifold_table(indices, 2, [4, 4, 4], [3, 3, 3], [1, 1, 1])
@@ -108,7 +108,7 @@ def test_a_voxel_outside_is_an_index_error(wrong):
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_threads_share_the_work_of_many_voxels_and_change_nothing(monkeypatch, ordered):
+def test_number_of_threads_does_not_change_a_table(monkeypatch, ordered):
     for module in (neighbour_table, strided_table):
         monkeypatch.setattr(module, "ROWS_PER_THREAD", 2048)
     indices = voxels([20, 60, 60], 2, 0.1, 3)
@@ -137,7 +137,7 @@ def test_threads_share_the_work_of_many_voxels_and_change_nothing(monkeypatch, o
     assert np.array_equal(same, expected_same)
 
 
-def test_marks_are_counted():
+def test_prefix_popcounts_count_set_bits():
     dice = np.random.default_rng(0)
     marks = dice.integers(0, 1 << 63, 1000, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     marks[::3] = 0
@@ -147,7 +147,7 @@ def test_marks_are_counted():
     assert total == ones.sum() and np.array_equal(before, np.cumsum(ones) - ones)
 
 
-def test_layers_that_share_a_key_must_stand_on_the_same_voxels():
+def test_layers_with_one_key_and_other_voxels_are_rejected():
     from mmcv.ops import SparseConvTensor, SubMConv3d
 
     from serve.runtime.fused_sparse_conv import FusedSparseConv
@@ -157,11 +157,11 @@ def test_layers_that_share_a_key_must_stand_on_the_same_voxels():
     layer(first)
     other = SparseConvTensor(torch.ones(5, 2), voxels([4, 4, 4], 1, 1.0, 0)[:5], [4, 4, 4], 1)
     other.indice_dict = first.indice_dict
-    with pytest.raises(ValueError, match="same voxels"):
+    with pytest.raises(ValueError, match="5 rows of features for 3 voxels of 'a'"):
         layer(other)
 
 
-def test_weights_that_move_are_prepared_anew():
+def test_converted_weights_are_repacked():
     from mmcv.ops import SparseConvTensor, SubMConv3d
 
     from serve.runtime.fused_sparse_conv import FusedSparseConv
@@ -177,7 +177,7 @@ def test_weights_that_move_are_prepared_anew():
         assert torch.equal(layer.float()(x).features, single)
 
 
-def test_the_compiled_convolution_refuses_what_does_not_fit():
+def test_convolve_table_rejects_inconsistent_shapes():
     kernel = sparse_conv.pack_filters(torch.ones(3, 4, 5), None)
     with pytest.raises(ValueError, match="features"):
         sparse_conv.convolve_table(torch.ones(2, 3), kernel, np.full((3, 2), -1, np.int32))

@@ -47,7 +47,7 @@ def test_overlaps_follow_their_definition(seed, n, m, mode, offset, dtype):
     np.testing.assert_allclose(aligned, ious.diagonal()[:pairs], atol=1e-6)
 
 
-def test_mmcv_takes_half_precision_and_slices_in_blocks(mmcv_ops, monkeypatch):
+def test_mmcv_overlaps_accept_float16_and_slices_in_blocks(mmcv_ops, monkeypatch):
     monkeypatch.setattr(overlaps, "PAIRS_PER_BLOCK", 7)
     first, second = boxes(0, 9), boxes(1, 5)
     expected = mmcv_ops.bbox._bbox_overlaps_cpu(first, second)
@@ -59,7 +59,7 @@ def test_mmcv_takes_half_precision_and_slices_in_blocks(mmcv_ops, monkeypatch):
     torch.testing.assert_close(coarse.float(), expected, atol=1e-2, rtol=1e-2)
 
 
-def test_two_boxes_without_area_give_no_number():
+def test_overlap_of_boxes_without_area_is_nan():
     ious = torch.zeros(1, 1)
     overlaps.bbox_overlaps(torch.zeros(1, 4), torch.zeros(1, 4), ious, 0, False, 0)
     assert ious.isnan().all()
@@ -76,6 +76,6 @@ def test_two_boxes_without_area_give_no_number():
         ("offset", (torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2, 2), 0, False, 2)),
     ],
 )
-def test_what_does_not_fit_is_named(name, args):
+def test_errors_name_the_wrong_argument(name, args):
     with pytest.raises(ValueError, match=name):
         overlaps.bbox_overlaps(*args)

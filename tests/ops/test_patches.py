@@ -1,4 +1,4 @@
-"""What mmcv's own Python gets wrong on a CPU works after `serve.ops.install`."""
+"""Patches of mmcv's own Python work on a CPU after `serve.ops.install`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from serve import ops
 ops.install()
 
 
-def test_farthest_points_are_sampled_on_a_cpu():
+def test_furthest_point_sample_runs_on_a_cpu():
     from mmcv.ops import furthest_point_sample
 
     line = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [2, 0, 0], [10, 0, 0]]])
     assert furthest_point_sample(line, 3).tolist() == [[0, 3, 2]]
 
 
-def test_neighbours_are_found_on_a_cpu():
+def test_knn_runs_on_a_cpu():
     from mmcv.ops import knn
 
     line = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [5, 0, 0]]])
@@ -28,7 +28,7 @@ def test_neighbours_are_found_on_a_cpu():
 
 
 @pytest.mark.parametrize("name", ["points_in_boxes_part", "points_in_boxes_all"])
-def test_points_are_put_into_boxes_on_a_cpu(name):
+def test_points_in_boxes_runs_on_a_cpu(name):
     import mmcv.ops
 
     points = torch.tensor([[[0.0, 0, 0.5], [5, 0, 0.5]]])
@@ -37,7 +37,7 @@ def test_points_are_put_into_boxes_on_a_cpu(name):
     assert inside.flatten().tolist() == ([0, -1] if name.endswith("part") else [1, 0])
 
 
-def test_a_sparse_tensor_becomes_dense_without_a_deprecated_index():
+def test_sparse_tensor_converts_to_dense_without_deprecation():
     from mmcv.ops import SparseConvTensor
 
     sparse = SparseConvTensor(
@@ -49,7 +49,7 @@ def test_a_sparse_tensor_becomes_dense_without_a_deprecated_index():
     assert dense.shape == (1, 2, 2, 1, 3) and dense[0, :, 1, 0, 2].tolist() == [1.0, 2.0] and dense.sum() == 3
 
 
-def test_a_sparse_tensor_takes_its_extents_as_a_tensor():
+def test_sparse_tensor_accepts_a_tensor_of_extents():
     from mmcv.ops import SparseConvTensor
 
     places = torch.tensor([[0, 1, 0, 2]], dtype=torch.int32)
@@ -57,7 +57,7 @@ def test_a_sparse_tensor_takes_its_extents_as_a_tensor():
     assert sparse.spatial_shape == [2, 1, 3] and sparse.sparity == pytest.approx(1 / 6)
 
 
-def test_deformable_attention_takes_the_kernel_on_a_cpu():
+def test_deformable_attention_uses_the_kernel_on_a_cpu():
     from mmcv.ops import multi_scale_deform_attn
 
     from serve.ops.deform.attention import attend
@@ -65,7 +65,7 @@ def test_deformable_attention_takes_the_kernel_on_a_cpu():
     assert multi_scale_deform_attn.multi_scale_deformable_attn_pytorch is attend
 
 
-def test_masked_convolution_calls_torch_as_it_is_today():
+def test_masked_convolution_runs_without_deprecation():
     from mmcv.ops import MaskedConv2d
 
     layer = MaskedConv2d(2, 3, 3, padding=1)

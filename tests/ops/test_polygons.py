@@ -23,7 +23,7 @@ def mmcv(mmcv_ops):
 
 
 def quads(seed: int, n: int) -> torch.Tensor:
-    """(n, 8) quadrilaterals, star-shaped around their centre (so convex or dented), in either direction."""
+    """Draw (n, 8) quadrilaterals, star-shaped around their centre (convex or concave), in either orientation."""
     rng = np.random.default_rng(seed)
     angles = (np.arange(4) + rng.uniform(0.1, 0.9, (n, 4))) * math.pi / 2
     radii = rng.uniform(0.3, 3, (n, 4))
@@ -47,7 +47,7 @@ def iou_of(a: shapely.Polygon, b: shapely.Polygon) -> float:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=some_seeds, n=st.integers(0, 6), m=st.integers(0, 6))
-def test_iou_of_quadrilaterals_is_that_of_their_areas(seed, n, m):
+def test_quadrilateral_iou_equals_polygon_intersection(seed, n, m):
     first, second = quads(seed, n), quads(seed + 1, m)
     expected = torch.tensor(
         [[iou_of(shape_of(a), shape_of(b)) for b in second] for a in first], dtype=torch.float64
@@ -67,7 +67,7 @@ def test_iou_of_quadrilaterals_is_that_of_their_areas(seed, n, m):
         torch.testing.assert_close(aligned, share, atol=1e-9, rtol=1e-9)
 
 
-def test_a_quadrilateral_without_area_overlaps_nothing():
+def test_quadrilateral_without_area_overlaps_nothing():
     line, square = torch.tensor([[0.0, 0, 1, 0, 2, 0, 1, 0]]), torch.tensor([[0.0, -1, 2, -1, 2, 1, 0, 1]])
     for pair in ((line, square), (square, line), (line, line)):
         ious = torch.full((1,), -1.0)
@@ -82,7 +82,7 @@ def test_a_quadrilateral_without_area_overlaps_nothing():
     threshold=st.sampled_from([0.05, 0.4, 0.8]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-def test_quadrilateral_nms_is_greedy_and_labels_are_apart(seed, n, threshold, dtype):
+def test_quadrilateral_nms_is_greedy_within_labels(seed, n, threshold, dtype):
     boxes = quads(seed, n).to(dtype)
     scores = torch.rand(n, generator=torch.Generator().manual_seed(seed))
     order = scores.argsort(descending=True)
@@ -103,7 +103,7 @@ def test_quadrilateral_nms_is_greedy_and_labels_are_apart(seed, n, threshold, dt
 
 @settings(max_examples=20, deadline=None)
 @given(seed=some_seeds, n=st.integers(0, 30), m=st.integers(0, 5))
-def test_a_point_is_in_a_polygon_by_parity_of_crossings(seed, n, m):
+def test_points_in_polygons_use_parity_of_crossings(seed, n, m):
     boxes = quads(seed, m).float()
     points = torch.rand(n, 2, generator=torch.Generator().manual_seed(seed)) * 6 - 3
     inside = torch.full((n, m), -1.0)
@@ -113,7 +113,7 @@ def test_a_point_is_in_a_polygon_by_parity_of_crossings(seed, n, m):
     assert torch.equal(polygons.in_polygons_torch(points, boxes.view(m, 4, 2)).float(), inside)
 
 
-def test_the_count_of_crossings_stops_at_a_side_the_point_lies_on():
+def test_points_in_polygons_stop_counting_at_a_side_with_the_point():
     # Sides in the order of the reference: (first, last), (second, first), …
     square = torch.tensor([[0.0, 0, 2, 0, 2, 2, 0, 2]])
     points = torch.tensor([[1.0, 1], [0, 1], [2, 1], [0, 0], [1, 0], [3, 1]])
@@ -124,14 +124,14 @@ def test_the_count_of_crossings_stops_at_a_side_the_point_lies_on():
 
 
 def point_sets(seed: int, n: int, whole: bool) -> torch.Tensor:
-    """(n, 18) sets of nine points; whole numbers give many on one line and many equal."""
+    """Draw (n, 18) sets of nine points; integers give many collinear and equal ones."""
     points = np.random.default_rng(seed).uniform(-3, 3, (n, 9, 2))
     return torch.from_numpy((points.round() if whole else points).reshape(n, 18))
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=some_seeds, n=st.integers(0, 5), k=st.integers(0, 4), whole=st.booleans())
-def test_convex_iou_takes_the_hull_of_the_points(seed, n, k, whole):
+def test_convex_iou_uses_the_hull_of_the_points(seed, n, k, whole):
     sets, boxes = point_sets(seed, n, whole), quads(seed, k)
     hulls = [shapely.MultiPoint(points.view(9, 2).numpy()).convex_hull for points in sets]
     ious = torch.full((n, k), -1.0, dtype=torch.float64)
@@ -151,7 +151,7 @@ def generalized_iou(points: np.ndarray, box: np.ndarray) -> float:
 
 @settings(max_examples=8, deadline=None)
 @given(seed=some_seeds, apart=st.booleans())
-def test_generalized_iou_and_its_gradient_by_differences(seed, apart):
+def test_convex_giou_and_its_gradient_equal_finite_differences(seed, apart):
     sets, boxes = point_sets(seed, 2, False), quads(seed, 2) + (9.0 if apart else 0.0)
     output = torch.zeros((2, 19), dtype=torch.float64)
     polygons.convex_giou(sets, boxes, output)
@@ -166,7 +166,7 @@ def test_generalized_iou_and_its_gradient_by_differences(seed, apart):
 
 @settings(max_examples=25, deadline=None)
 @given(seed=some_seeds, n=st.integers(0, 5), whole=st.booleans())
-def test_the_smallest_rectangle_holds_all_points_and_none_is_smaller(seed, n, whole):
+def test_min_area_rectangle_contains_all_points_and_is_minimal(seed, n, whole):
     sets = point_sets(seed, n, whole)
     rectangles = torch.full((n, 8), float("nan"), dtype=torch.float64)
     polygons.min_area_polygons(sets, rectangles)
@@ -179,7 +179,7 @@ def test_the_smallest_rectangle_holds_all_points_and_none_is_smaller(seed, n, wh
         assert abs(side @ next_side) < 1e-9 and side[0] <= 1e-9 and side[1] <= 1e-9
 
 
-def test_the_rectangle_of_a_rectangle_begins_at_its_lower_right():
+def test_min_area_rectangle_of_a_rectangle_starts_at_its_lower_right():
     grid = torch.tensor(list(itertools.product((0.0, 1.0, 4.0), (0.0, 1.0, 2.0)))).view(1, 18)
     rectangle = torch.zeros(1, 8)
     polygons.min_area_polygons(grid, rectangle)
@@ -202,7 +202,7 @@ def rectangle_of(box) -> shapely.Polygon:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=some_seeds, n=st.integers(1, 8))
-def test_sorted_corners_give_the_area_of_overlap(mmcv_ops, seed, n):
+def test_sorted_vertices_give_the_overlap_area(mmcv_ops, seed, n):
     from mmcv.ops.diff_iou_rotated import diff_iou_rotated_2d
 
     first, second = turned(seed, n), turned(seed + 1, n)
@@ -214,7 +214,7 @@ def test_sorted_corners_give_the_area_of_overlap(mmcv_ops, seed, n):
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=1e-5)
 
 
-def test_sorted_corners_are_a_closed_ring_filled_up_with_an_invalid_one():
+def test_sorted_vertices_are_a_closed_ring_with_padding():
     vertices, mask = torch.zeros(1, 2, 24, 2), torch.zeros(1, 2, 24, dtype=torch.bool)
     for row, (x, y) in {3: (1, 1), 9: (-1, -1), 20: (-1, 1), 0: (1, -1)}.items():
         vertices[0, 0, row], mask[0, 0, row] = torch.tensor([x, y]), True
@@ -224,7 +224,7 @@ def test_sorted_corners_are_a_closed_ring_filled_up_with_an_invalid_one():
     assert rows.tolist() == [[[3, 20, 9, 0, 3, 8, 8, 8, 8], [10] * 9]]
 
 
-def test_mmcv_calls_these_kernels(mmcv):
+def test_mmcv_polygon_functions_use_these_kernels(mmcv):
     boxes, sets = quads(3, 6).float(), point_sets(4, 6, False).float()
     iou = mmcv.box_iou_quadri(boxes, boxes)
     torch.testing.assert_close(iou.diagonal(), torch.ones(6))
@@ -236,7 +236,7 @@ def test_mmcv_calls_these_kernels(mmcv):
     assert mmcv.min_area_polygons(sets).shape == (6, 8)
 
 
-def test_half_and_transposed_inputs_are_taken_as_their_values():
+def test_polygon_kernels_accept_float16_and_transposed_inputs():
     sets, boxes = point_sets(5, 4, False).half(), quads(6, 4).half()
     found = []
     for turn in (lambda t: t, lambda t: t.double().t().contiguous().t()):
@@ -256,7 +256,7 @@ def test_half_and_transposed_inputs_are_taken_as_their_values():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_wrong_arguments_are_named():
+def test_errors_name_the_wrong_argument():
     boxes = quads(0, 2)
     with pytest.raises(ValueError, match=r"boxes1 must be \(N, >=8\)"):
         quadrilaterals.box_iou_quadri(boxes[:, :5], boxes, torch.zeros(4))

@@ -1,4 +1,4 @@
-"""Pooling of regions of every shape against loops written from the definitions, and through mmcv."""
+"""Pooling of regions of every shape against loops from the definitions, and through mmcv."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KERNELS = {name: getattr(module, name) for module in (roi_pool, roi_sampling) fo
 
 
 def sample(image: np.ndarray, y: float, x: float) -> np.ndarray:
-    """Bilinear of (C, H, W); the border's value up to one pixel outside, then zero."""
+    """Interpolate (C, H, W) bilinearly; the border's value up to one pixel outside, then zero."""
     height, width = image.shape[1:]
     if not (-1 <= y <= height and -1 <= x <= width):
         return np.zeros(image.shape[0])
@@ -33,7 +33,7 @@ def sample(image: np.ndarray, y: float, x: float) -> np.ndarray:
 
 
 def maps_and_regions(seed: int, regions: int, columns: int, channels: int = 3):
-    """(2, C, 7, 9) maps; regions partly outside, the first without extent."""
+    """Draw (2, C, 7, 9) maps and regions, partly outside, the first without extent."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randn(2, channels, 7, 9, generator=generator, dtype=torch.float64)
     rois = torch.rand(regions, columns, generator=generator, dtype=torch.float64) * 30 - 4
@@ -74,7 +74,7 @@ def naive_rotated(maps, rois, size, scale, ratio, aligned, clockwise):
 
 
 def run_both(kernel: str, maps: torch.Tensor, rois: torch.Tensor, shape, *args):
-    """The kernel's output by loops (float32) and by the torch way (float64)."""
+    """Run the numba version (float32) and the torch version (float64) of a kernel."""
     results = []
     for dtype in (torch.float32, torch.float64):
         output = torch.full(shape, 7.0, dtype=dtype)
@@ -102,10 +102,10 @@ def test_rotated_roi_align_equals_its_definition(seed, ratio, aligned, clockwise
 
 
 @pytest.mark.parametrize("clockwise", [False, True])
-def test_rotation_invariant_align_turns_the_orientation_channels(clockwise, mmcv_ops):
+def test_riroi_align_rotates_orientation_channels(clockwise, mmcv_ops):
     maps, rois = maps_and_regions(5, 4, 6, channels=8)
     pooled = naive_rotated(maps, rois, (2, 2), 0.25, 2, False, clockwise)
-    # The definition has no half-pixel shift, and regions of at least one pixel: as when not aligned.
+    # Without `aligned`, there is no half-pixel shift and regions have at least one pixel.
     expected = np.zeros_like(pooled)
     for r in range(len(rois)):
         steps = float(rois[r, 5]) * 4 / (2 * math.pi)
@@ -123,7 +123,7 @@ def test_rotation_invariant_align_turns_the_orientation_channels(clockwise, mmcv
 
 @pytest.mark.parametrize("ratio", [0, 2])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_deformable_pooling_shifts_each_bin(ratio, shifted, mmcv_ops):
+def test_deform_roi_pool_shifts_each_bin(ratio, shifted, mmcv_ops):
     maps, rois = maps_and_regions(6, 4, 5)
     generator = torch.Generator().manual_seed(6)
     offset = torch.randn(4, 2, 2, 3, generator=generator) if shifted else torch.zeros(0)
@@ -192,7 +192,7 @@ def naive_max(maps, rois, size, scale):
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**16), regions=st.integers(0, 5))
-def test_roi_pool_takes_the_first_maximum_of_each_bin(seed, regions):
+def test_roi_pool_finds_the_first_maximum_of_each_bin(seed, regions):
     maps, rois = maps_and_regions(seed, regions, 5)
     maps = maps.round()  # many ties
     if regions > 1:
@@ -205,7 +205,7 @@ def test_roi_pool_takes_the_first_maximum_of_each_bin(seed, regions):
         np.testing.assert_array_equal(argmax, places)
 
 
-def test_roi_pool_through_mmcv_takes_half_precision(mmcv_ops):
+def test_mmcv_roi_pool_accepts_float16(mmcv_ops):
     maps, rois = maps_and_regions(2, 4, 5)
     expected, _ = naive_max(maps.half().float(), rois, (2, 2), 0.25)
     got = mmcv_ops.roi_pool(maps.half(), rois.half().float().half(), (2, 2), 0.25)
@@ -215,7 +215,7 @@ def test_roi_pool_through_mmcv_takes_half_precision(mmcv_ops):
     np.testing.assert_array_equal(mmcv_ops.RoIPool((2, 2), 0.25)(maps.half().float(), rois), expected)
 
 
-def test_precise_pooling_is_the_integral_of_the_interpolation(mmcv_ops):
+def test_prroi_pool_integrates_the_interpolation(mmcv_ops):
     maps, _ = maps_and_regions(3, 0, 5, channels=1)
     rois = torch.tensor([[0, 2.0, 3, 17, 21], [1, -9, -8, 30, 14], [0, 5, 5, 5, 9], [1, 80, 80, 90, 90]])
 
@@ -232,7 +232,7 @@ def test_precise_pooling_is_the_integral_of_the_interpolation(mmcv_ops):
         for i, j in np.ndindex(2, 2):
             h, w = (y2 - y1) / 2, (x2 - x1) / 2
             total = 0.0
-            # Smooth between whole pixels, so Gauss there is exact.
+            # Polynomial between pixels, so Gaussian quadrature is exact there.
             ys = [
                 y1 + i * h,
                 *range(math.floor(y1 + i * h) + 1, math.ceil(y1 + (i + 1) * h)),
@@ -266,7 +266,7 @@ def test_precise_pooling_is_the_integral_of_the_interpolation(mmcv_ops):
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**16), steps=st.integers(1, 4), boxes=st.integers(0, 3))
-def test_border_align_takes_the_maximum_along_each_border(seed, steps, boxes):
+def test_border_align_finds_the_maximum_along_each_border(seed, steps, boxes):
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randn(2, 8, 5, 6, generator=generator)
     corner = torch.rand(2, boxes, 2, generator=generator) * 6 - 1.4
@@ -289,14 +289,14 @@ def test_border_align_takes_the_maximum_along_each_border(seed, steps, boxes):
         np.testing.assert_array_equal(argmax.numpy()[clear], places[clear])
 
 
-def test_border_align_through_mmcv(mmcv_ops):
+def test_mmcv_border_align_uses_these_kernels(mmcv_ops):
     maps = torch.arange(2 * 4 * 3 * 3, dtype=torch.float32).view(2, 4, 3, 3)
     boxes = torch.tensor([[[0.0, 0, 2, 2]]]).expand(2, 1, 4)
     got = mmcv_ops.BorderAlign(2)(maps, boxes)
     assert got[0, 0, 0].tolist() == [2, 15, 26, 35]
 
 
-def test_slices_and_empty_inputs_are_taken(mmcv_ops):
+def test_roi_kernels_accept_slices_and_empty_inputs(mmcv_ops):
     maps, rois = maps_and_regions(9, 4, 6)
     layer = mmcv_ops.RoIAlignRotated((2, 2), 0.25, 2)
     expected = layer(maps, rois)
@@ -317,7 +317,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
-def test_samples_that_are_not_numbers_are_outside():
+def test_nan_samples_are_outside():
     maps = torch.ones(1, 2, 2, 1)
     nowhere = torch.tensor([[[float("nan"), float("inf"), -1e30, 0.0]]])
     for dtype in (torch.float32, torch.float64):
@@ -337,13 +337,13 @@ def test_samples_that_are_not_numbers_are_outside():
         (ValueError, "rois", torch.zeros(1, 4)),
     ],
 )
-def test_regions_that_make_no_sense_are_named(error, name, rois):
+def test_invalid_regions_raise_errors_that_name_them(error, name, rois):
     maps = torch.zeros(2, 1, 4, 4)
     with pytest.raises(error, match=name):
         roi_sampling.roi_align_rotated_forward(maps, rois, torch.zeros(1, 1, 2, 2), 2, 2, 1.0, 2, True, False)
 
 
-def test_outputs_of_the_wrong_shape_are_named():
+def test_outputs_of_wrong_shape_raise_errors_that_name_them():
     maps, rois = torch.zeros(1, 4, 4, 4), torch.zeros(1, 5)
     wrong = torch.zeros(1, 4, 3, 3)
     with pytest.raises(ValueError, match="output"):

@@ -26,7 +26,7 @@ def sample(plane: np.ndarray, y: float, x: float) -> float:
 
 @pytest.mark.parametrize("points", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_feature_alignment_adds_samples_of_the_box(points, dtype, mmcv_ops):
+def test_rotated_feature_align_adds_samples_of_the_box(points, dtype, mmcv_ops):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 3, 4, 5, generator=generator).to(dtype)
     boxes = torch.rand(2, 4, 5, 5, generator=generator).to(dtype) * 40
@@ -48,7 +48,7 @@ def test_feature_alignment_adds_samples_of_the_box(points, dtype, mmcv_ops):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_rotating_filters_move_every_entry_to_its_place(mmcv_ops):
+def test_active_rotated_filter_permutes_entries(mmcv_ops):
     generator = torch.Generator().manual_seed(0)
     filters = torch.randn(2, 3, 4, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     places = torch.stack([torch.randperm(36, generator=generator) + 1 for _ in range(8)], 1).int()
@@ -94,14 +94,14 @@ def test_correlation_multiplies_shifted_windows(seed, kernel, reach, stride, pad
     np.testing.assert_allclose(output, expected, atol=1e-4)
 
 
-def test_correlation_through_mmcv(mmcv_ops):
+def test_mmcv_correlation_uses_these_kernels(mmcv_ops):
     x = torch.ones(1, 2, 3, 3)
     got = mmcv_ops.Correlation(max_displacement=1)(x, x)
     assert got.shape == (1, 3, 3, 3, 3) and got[0, 1, 1].eq(2).all() and got[0, 0, 0, 0, 0] == 0
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_shifts_in_time_go_both_ways(mmcv_ops, index):
+def test_tin_shift_shifts_both_ways(mmcv_ops, index):
     x = torch.arange(1.0, 25).view(1, 3, 4, 2).double().requires_grad_()
     shift = torch.tensor([[1, -2]], dtype=index)
     got = mmcv_ops.tin_shift(x, shift)
@@ -128,7 +128,7 @@ def flood(labels: np.ndarray, start: list[tuple[int, int]], steps, joins) -> np.
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**16))
-def test_pixels_join_the_kernel_that_reaches_them_first(seed):
+def test_pixel_group_assigns_pixels_to_the_first_kernel(seed):
     rng = np.random.default_rng(seed)
     labels = np.where(rng.random((7, 8)) < 0.15, rng.integers(1, 4, (7, 8)), 0).astype(np.int32)
     mask, contour = rng.random((7, 8)) < 0.7, (rng.random((7, 8)) < 0.8).astype(np.uint8)
@@ -154,12 +154,12 @@ def test_pixels_join_the_kernel_that_reaches_them_first(seed):
             assert got[label][0] == pytest.approx(score[y, x].mean(), abs=1e-5)
 
 
-def test_kernels_expand_layer_by_layer(mmcv_ops):
+def test_contour_expand_grows_layer_by_layer(mmcv_ops):
     row = np.array(
         [[[1, 1, 1, 1, 1, 1, 1]], [[0, 1, 1, 0, 1, 1, 0]], [[0, 1, 0, 0, 0, 1, 0]]], dtype=np.uint8
     )
     seeds = np.array([[0, 1, 0, 0, 0, 2, 0]], dtype=np.int32)
-    # As in PSENet's own code a pixel that grew in one layer does not grow again in the next: the ends stay 0.
+    # As in PSENet's own code, a pixel added in one layer does not grow in the next: the ends stay 0.
     assert mmcv_ops.contour_expand(row, seeds, 1, 3) == [[0, 1, 1, 1, 2, 2, 0]]
     assert mmcv_ops.contour_expand(row, seeds, 2, 3) == [[0] * 7]
 
@@ -184,6 +184,6 @@ def test_kernels_expand_layer_by_layer(mmcv_ops):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(error, name, call):
+def test_errors_name_the_wrong_argument(error, name, call):
     with pytest.raises(error, match=name):
         call(torch.zeros(1, 2, 2, 2))

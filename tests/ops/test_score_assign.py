@@ -44,10 +44,10 @@ def naive(points, centers, scores, idx):
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16]),
     index=st.sampled_from([torch.int32, torch.int64]),
 )
-def test_scores_weigh_the_offsets_of_neighbours_from_their_centre(seed, n0, n1, m, k, dtype, index):
+def test_assign_score_weights_offsets_of_neighbours(seed, n0, n1, m, k, dtype, index):
     points, centers, scores, idx = inputs(seed, 2, n0, n1, m, k, 3, dtype)
     expected = naive(points, centers, scores, idx)
-    out = torch.ones((2, 3, n1, k), dtype=dtype)  # it adds to what is there
+    out = torch.ones((2, 3, n1, k), dtype=dtype)  # the kernel adds to it
     score_assign.assign_score_withk_forward(
         points, centers, scores, idx.to(index), out, B=2, N0=n0, N1=n1, M=m, K=k, O=3, aggregate=0
     )
@@ -65,7 +65,7 @@ def nearest(own, other):
 
 @settings(max_examples=30, deadline=None)
 @given(seed=some_seeds, n=st.integers(1, 200), m=st.integers(1, 20))
-def test_chamfer_distance_is_that_of_the_first_nearest_point(seed, n, m):
+def test_chamfer_distance_uses_the_first_nearest_point(seed, n, m):
     rng = np.random.default_rng(seed)
     sets = [np.round(rng.uniform(-3, 3, (2, size, 2))) for size in (n, m)]  # many ties
     dist = [torch.full((2, size), -1.0) for size in (n, m)]
@@ -77,14 +77,14 @@ def test_chamfer_distance_is_that_of_the_first_nearest_point(seed, n, m):
             assert dist[own][cloud].tolist() == near.tolist() and idx[own][cloud].tolist() == rows.tolist()
 
 
-def test_chamfer_distance_to_an_empty_set_is_left_alone():
+def test_chamfer_distance_to_an_empty_set_is_not_written():
     points, none = torch.zeros(1, 2, 2), torch.zeros(1, 0, 2)
     dist, idx = torch.full((1, 2), 5.0), torch.full((1, 2), 5, dtype=torch.int32)
     score_assign.chamfer_distance_forward(points, none, dist, none[..., 0], idx, none[..., 0].int())
     assert dist.tolist() == [[5, 5]] and idx.tolist() == [[5, 5]]
 
 
-def test_mmcv_computes_both_through_these_kernels(mmcv_ops):
+def test_mmcv_assign_score_and_chamfer_use_these_kernels(mmcv_ops):
     mmcv = mmcv_ops
     points, centers, scores, idx = inputs(3, 2, 20, 8, 4, 5, 6, torch.float32)
     out = mmcv.assign_score_withk(scores, points, centers, idx.clamp(0, 19), "sum")
@@ -97,7 +97,7 @@ def test_mmcv_computes_both_through_these_kernels(mmcv_ops):
     assert dist2.shape == (2, 30) and idx1.dtype == torch.int32
 
 
-def test_wrong_arguments_are_named():
+def test_errors_name_the_wrong_argument():
     points, centers, scores, idx = inputs(0, 1, 4, 2, 3, 2, 5)
     sizes = {"B": 1, "N0": 4, "N1": 2, "M": 3, "K": 2, "O": 5}
     out = torch.zeros((1, 5, 2, 2), dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_wrong_arguments_are_named():
         call(points, centers[:, :3], scores, idx, out, **sizes, aggregate=0)
     with pytest.raises(TypeError, match="knn_idx must be int32"):
         call(points, centers, scores, idx.double(), out, **sizes, aggregate=0)
-    with pytest.raises(IndexError, match="knn_idx must begin each row with the centre"):
+    with pytest.raises(IndexError, match="knn_idx"):
         call(points, centers, scores, torch.tensor([[[-1, 0], [0, 1]]]), out, **sizes, aggregate=0)
     with pytest.raises(ValueError, match=r"xyz2 must have shape \(1, \*, 2\)"):
         flat = torch.zeros(1, 3)

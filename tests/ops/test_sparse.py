@@ -15,7 +15,7 @@ from serve.ops.sparse import rulebook
 
 
 def random_sparse(seed: int, shape: tuple[int, ...], batch: int, fill: float, channels: int):
-    """Indices (N, 1 + D) int32 in random order, features, and the dense (B, C, *shape) equivalent."""
+    """Draw indices (N, 1 + D) int32 in random order, features, and the dense (B, C, *shape) equivalent."""
     rng = np.random.default_rng(seed)
     occupied = np.argwhere(rng.random((batch, *shape)) < fill).astype(np.int32)
     rng.shuffle(occupied)
@@ -43,7 +43,7 @@ def at_rows(dense: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def build_rulebook(path, indices, batch, out, shape, ksize, stride, padding, dilation, subm=0, transpose=0):
-    """`path` names the implementation: the CPU one, or the sort-based one that other devices take."""
+    """Build a rulebook with the numba or the torch version (`path`)."""
     geometry = np.array(
         [
             ksize,
@@ -117,7 +117,7 @@ def test_transposed_convolution_equals_dense_transposed_convolution(path):
     torch.testing.assert_close(got, at_rows(expected, rows), atol=1e-5, rtol=1e-5)
 
 
-def test_both_index_builders_agree_on_the_pairs():
+def test_numba_and_torch_rulebooks_are_equal():
     shape = [9, 8, 7]
     indices, _, _ = random_sparse(5, tuple(shape), 3, 0.2, 1)
     out = out_shape(shape, [3] * 3, [2] * 3, [1] * 3, [1] * 3)
@@ -141,7 +141,7 @@ def test_both_index_builders_agree_on_the_pairs():
 
 
 @pytest.mark.parametrize(("subm", "inverse"), [(0, 0), (1, 0), (0, 1)])
-def test_gradients_equal_numerical_ones(subm, inverse):
+def test_gradients_equal_finite_differences(subm, inverse):
     shape = [4, 4, 4]
     indices, _, _ = random_sparse(1, tuple(shape), 1, 0.3, 2)
     ksize = [3] * 3
@@ -173,7 +173,7 @@ def test_gradients_equal_numerical_ones(subm, inverse):
             assert (above - below) / (2 * step) == pytest.approx(float(flat_got[i]), abs=1e-6)
 
 
-def test_max_pooling_takes_the_maximum_and_sends_gradients_to_it():
+def test_max_pool_and_its_gradient_use_the_maximum():
     shape, ksize = [4, 4], [2, 2]
     indices, features, _ = random_sparse(2, (4, 4), 1, 0.6, 2)
     features = features.abs()
@@ -190,7 +190,7 @@ def test_max_pooling_takes_the_maximum_and_sends_gradients_to_it():
     assert grad.sum() == pooled.numel()
 
 
-def test_no_voxels_give_no_voxels():
+def test_empty_input_gives_empty_output():
     empty = torch.zeros((0, 4), dtype=torch.int32)
     for subm in (0, 1):
         shape = [5, 5, 5]
@@ -204,7 +204,7 @@ def test_no_voxels_give_no_voxels():
         assert rows.shape == (0, 4) and result.shape == (0, 4)
 
 
-def test_an_index_outside_the_grid_is_named_not_read():
+def test_index_outside_the_grid_raises_index_error():
     indices = torch.tensor([[0, 1, 1, 9]], dtype=torch.int32)
     with pytest.raises(IndexError, match="must lie in"):
         rulebook.get_indice_pairs_3d_forward(
@@ -213,7 +213,7 @@ def test_an_index_outside_the_grid_is_named_not_read():
 
 
 @pytest.mark.parametrize("spoil", ["channels", "dtype", "kernel"])
-def test_arguments_that_do_not_fit_are_named(spoil):
+def test_errors_name_the_wrong_argument(spoil):
     features, filters = torch.zeros(2, 3), torch.zeros(3, 3, 3, 4)
     pairs, counts = torch.full((9, 2, 2), -1, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
     if spoil == "channels":
@@ -226,8 +226,8 @@ def test_arguments_that_do_not_fit_are_named(spoil):
         sparse_conv.indice_conv_forward(features, filters, pairs, counts, 2)
 
 
-def test_many_output_voxels_grow_the_table():
-    # A 3x3x3 kernel of stride 1 makes 27 outputs of each lonely voxel: far more than the first guess.
+def test_isolated_voxels_give_all_output_voxels():
+    # A 3x3x3 kernel of stride 1 has 27 outputs per isolated voxel.
     places = [(0, x, y, z) for x, y, z in itertools.product(range(1, 30, 4), repeat=3)]
     indices = torch.tensor(places, dtype=torch.int32)
     rows, _, counts = rulebook.get_indice_pairs_3d_forward(
@@ -237,7 +237,7 @@ def test_many_output_voxels_grow_the_table():
     assert counts.tolist() == [len(places)] * 27
 
 
-def test_autocast_around_the_layer_changes_nothing():
+def test_autocast_does_not_change_the_result():
     shape = [6, 6, 6]
     indices, features, _ = random_sparse(4, (6, 6, 6), 1, 0.3, 3)
     weight = torch.randn(3, 3, 3, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -251,7 +251,7 @@ def test_autocast_around_the_layer_changes_nothing():
         assert torch.equal(plain, inside) and inside.dtype == torch.float32
 
 
-def test_voxels_that_occur_twice_are_both_summed():
+def test_duplicate_voxels_are_summed():
     indices = torch.tensor([[0, 2, 2], [0, 2, 2], [0, 3, 3]], dtype=torch.int32)
     features = torch.tensor([[1.0], [10.0], [100.0]])
     weight = torch.ones(2, 2, 1, 1)
@@ -263,7 +263,7 @@ def test_voxels_that_occur_twice_are_both_summed():
 
 
 @pytest.mark.parametrize(("source", "target"), [(0, 5), (7, 0)])
-def test_a_rulebook_that_names_a_missing_row_is_refused(source, target):
+def test_rulebook_with_a_row_out_of_range_is_rejected(source, target):
     pairs = torch.full((1, 2, 2), -1, dtype=torch.int32)
     pairs[0, 0, 0], pairs[0, 1, 0] = source, target
     with pytest.raises(IndexError, match="row"):
@@ -273,7 +273,7 @@ def test_a_rulebook_that_names_a_missing_row_is_refused(source, target):
 
 
 @pytest.mark.parametrize("channels", [(1, 3), (5, 8), (16, 16), (7, 64), (32, 128), (3, 96)])
-def test_the_compiled_loop_equals_the_way_of_other_devices(channels):
+def test_numba_version_equals_torch_version(channels):
     shape = [6, 6, 6]
     indices, features, _ = random_sparse(9, (6, 6, 6), 2, 0.3, channels[0])
     weight = torch.randn(3, 3, 3, *channels, generator=torch.Generator().manual_seed(0))
@@ -285,7 +285,7 @@ def test_the_compiled_loop_equals_the_way_of_other_devices(channels):
     torch.testing.assert_close(compiled, in_double.float(), atol=1e-4, rtol=1e-4)
 
 
-def test_the_number_of_threads_changes_nothing():
+def test_number_of_threads_does_not_change_the_result():
     indices, features, _ = random_sparse(11, (14, 14, 14), 1, 0.5, 16)  # several tiles, the last one short
     weight = torch.randn(3, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     shape = [14, 14, 14]
@@ -306,7 +306,7 @@ def test_the_number_of_threads_changes_nothing():
 
 
 @pytest.mark.parametrize("channels", [(4, 16), (16, 24), (5, 7), (16, 64)])
-def test_a_row_has_the_same_bits_whatever_rows_are_computed_beside_it(channels):
+def test_other_rows_do_not_change_a_rows_bits(channels):
     shape = [9, 9, 9]
     indices, features, _ = random_sparse(12, (9, 9, 9), 4, 0.4, channels[0])
     weight = torch.randn(3, 3, 3, *channels, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Work shared out over threads: all of it, once, and what one part raises reaches the caller."""
+"""Parallel loops: each range runs once, and an exception of a range reaches the caller."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def threads(request):
 
 
 @pytest.mark.parametrize("total", [0, 1, 2, 7, 100])
-def test_every_piece_is_done_once(threads, total):
+def test_parallel_for_covers_each_row_once(threads, total):
     done = [0] * total
 
     def work(first: int, last: int) -> None:
@@ -31,7 +31,7 @@ def test_every_piece_is_done_once(threads, total):
     assert done == [1] * total
 
 
-def test_no_thread_is_woken_up_for_little_work(threads):
+def test_small_work_stays_on_the_callers_thread(threads):
     ranges: list[tuple[int, int]] = []
     parallel_for(lambda first, last: ranges.append((first, last)), 99, min_per_thread=50)
     assert ranges == [(0, 99)]
@@ -40,7 +40,7 @@ def test_no_thread_is_woken_up_for_little_work(threads):
     assert (len(ranges) > 1) == (threads > 1) and sum(last - first for first, last in ranges) == 100
 
 
-def test_what_a_part_raises_reaches_the_caller(threads):
+def test_exception_of_a_range_reaches_the_caller(threads):
     def work(first: int, last: int) -> None:
         if first <= 40 < last:
             raise IndexError("part 40")
@@ -49,7 +49,7 @@ def test_what_a_part_raises_reaches_the_caller(threads):
         parallel_for(work, 100)
 
 
-def test_the_caller_does_not_wait_for_a_thread_that_has_not_begun():
+def test_caller_does_not_wait_for_threads_that_have_not_started():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     release, held = threading.Event(), threading.Semaphore(0)
@@ -58,7 +58,7 @@ def test_the_caller_does_not_wait_for_a_thread_that_has_not_begun():
     )
     try:
         outer.start()
-        # Its own thread and the pool's only one are held.
+        # The caller's thread and the pool's only thread are blocked.
         assert held.acquire(timeout=30) and held.acquire(timeout=30)
         done: list[int] = []
         parallel_for(lambda first, last: done.extend(range(first, last)), 50)

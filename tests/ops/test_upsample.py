@@ -33,7 +33,7 @@ def naive_carafe(features, masks, kernel, groups, scale):
     groups=st.sampled_from([1, 2]),
     scale=st.integers(1, 3),
 )
-def test_carafe_follows_its_definition_both_ways(seed, batch, kernel, groups, scale):
+def test_carafe_versions_equal_the_definition(seed, batch, kernel, groups, scale):
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(batch, 4, 3, 2, generator=generator)
     masks = torch.randn(batch, groups * kernel**2, 3 * scale, 2 * scale, generator=generator)
@@ -44,7 +44,7 @@ def test_carafe_follows_its_definition_both_ways(seed, batch, kernel, groups, sc
         np.testing.assert_allclose(output, expected, atol=1e-4)
 
 
-def test_carafe_through_mmcv_takes_half_precision_and_slices(mmcv_ops, monkeypatch):
+def test_mmcv_carafe_accepts_float16_and_slices(mmcv_ops, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 4, 6, 5, generator=generator)
     masks = torch.rand(2, 25, 12, 10, generator=generator)
@@ -67,7 +67,7 @@ def test_carafe_through_mmcv_takes_half_precision_and_slices(mmcv_ops, monkeypat
     kernel=st.sampled_from([(3, 3), (1, 1), (3, 5)]),
     share=st.sampled_from([0.0, 0.4, 1.0]),
 )
-def test_masked_convolution_is_the_convolution_where_the_mask_is(mmcv_ops, seed, kernel, share):
+def test_masked_convolution_equals_convolution_within_the_mask(mmcv_ops, seed, kernel, share):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 3, 6, 7, generator=generator)
     mask = (torch.rand(1, 6, 7, generator=generator) < share).float()
@@ -87,7 +87,7 @@ def test_masked_convolution_is_the_convolution_where_the_mask_is(mmcv_ops, seed,
         (ValueError, "mask_w_idx", [0], [0, 1]),
     ],
 )
-def test_pixels_that_are_not_there_are_named(error, name, rows, columns):
+def test_pixels_out_of_range_raise_errors_that_name_them(error, name, rows, columns):
     rows, columns = torch.tensor(rows), torch.tensor(columns)
     with pytest.raises(error, match=name):
         pixel_masks.masked_im2col_forward(
@@ -99,7 +99,7 @@ def test_pixels_that_are_not_there_are_named(error, name, rows, columns):
         )
 
 
-def test_int32_pixels_are_taken():
+def test_masked_kernels_accept_int32_pixels():
     rows = torch.tensor([1], dtype=torch.int32)
     image = torch.zeros(1, 1, 2, 2)
     pixel_masks.masked_col2im_forward(torch.ones(1, 1), rows, rows, image, 2, 2, 1)
@@ -134,6 +134,6 @@ def test_psa_masks_cover_the_map(mmcv_ops, kind, size):
         ("output", (torch.zeros(1, 4, 2, 2), torch.zeros(1, 9, 4, 4), torch.zeros(1, 4, 4, 2), 3, 1, 2)),
     ],
 )
-def test_what_does_not_fit_carafe_is_named(name, args):
+def test_carafe_errors_name_the_wrong_argument(name, args):
     with pytest.raises(ValueError, match=name):
         carafe.carafe_naive_forward(*args)

@@ -14,7 +14,7 @@ SIZE, RANGE = (0.5, 0.5, 1.0), (0.0, -2.0, -1.0, 4.0, 2.0, 2.0)
 
 
 def naive(points: np.ndarray, max_points: int, max_voxels: int):
-    """First come, first served, straight from the definition."""
+    """Voxelize with a dictionary, from the definition."""
     voxels: dict[tuple[int, ...], list[np.ndarray]] = {}
     size, low = np.array(SIZE, dtype=np.float32), np.array(RANGE[:3], dtype=np.float32)
     grid = np.round((np.array(RANGE[3:], dtype=np.float32) - low) / size)
@@ -57,9 +57,9 @@ def run(points: torch.Tensor, max_points: int, max_voxels: int, path: str):
     max_points=st.integers(1, 6),
     max_voxels=st.integers(1, 80),
 )
-def test_hard_voxelization_is_first_come_first_served_with_both_caps(path, seed, n, max_points, max_voxels):
+def test_hard_voxelization_keeps_the_first_points_and_voxels(path, seed, n, max_points, max_voxels):
     rng = np.random.default_rng(seed)
-    # Some points lie exactly on voxel borders and on the borders of the range.
+    # Some points are exactly on borders of voxels and of the range.
     points = np.where(rng.random((n, 4)) < 0.3, rng.integers(-2, 5, (n, 4)), rng.uniform(-3, 5, (n, 4)))
     points = points.astype(np.float32)
     expected = naive(points, max_points, max_voxels)
@@ -72,13 +72,13 @@ def test_hard_voxelization_is_first_come_first_served_with_both_caps(path, seed,
 
 
 @pytest.mark.parametrize("path", ["numba", "torch"])
-def test_nan_and_inf_fall_outside(path):
+def test_nan_and_inf_points_are_outside(path):
     points = torch.tensor([[float("nan"), 0, 0, 1], [1, float("inf"), 0, 1], [1.0, 1.0, 0.0, 1]])
     _, coors, counts = run(points, 3, 5, path)
     assert counts.tolist() == [1] and coors.tolist() == [[1, 6, 2]]
 
 
-def test_half_precision_and_slices_of_wider_tensors_are_taken():
+def test_voxelization_accepts_float16_and_slices():
     wide = torch.rand(50, 8) * 3
     expected = run(wide[:, 2:6].contiguous(), 3, 40, "numba")
     for got, want in zip(run(wide[:, 2:6], 3, 40, "numba"), expected, strict=True):
@@ -95,7 +95,7 @@ def test_dynamic_voxelization_marks_points_outside():
 
 
 @pytest.mark.parametrize("bad", ["rank", "integers", "size"])
-def test_wrong_points_are_named(bad):
+def test_wrong_points_raise_errors_that_name_them(bad):
     points = {"rank": torch.zeros(3), "integers": torch.zeros(3, 4, dtype=torch.int32)}.get(
         bad, torch.zeros(3, 4)
     )

@@ -23,15 +23,15 @@ def random_layer(seed: int, batch: int, inputs: int, outputs: int, height: int, 
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 3),
     height=st.integers(1, 11),
-    width=st.sampled_from([1, 2, 3, 7, 8, 97, 100]),  # more than one block of patches too
+    width=st.sampled_from([1, 2, 3, 7, 8, 97, 100]),  # more than one block of tiles too
     channels_last=st.booleans(),
     relu=st.booleans(),
-    pack_panels=st.integers(1, 2),  # two of them make a wide one where vectors are wide
+    panels=st.integers(1, 2),  # two of them form a wide panel with AVX-512
 )
-def test_it_equals_direct_convolution_at_every_size(
-    seed, batch, height, width, channels_last, relu, pack_panels
+def test_winograd_equals_direct_convolution_at_every_size(
+    seed, batch, height, width, channels_last, relu, panels
 ):
-    x, weight, bias = random_layer(seed, batch, LANES, pack_panels * CHANNELS, height, width)
+    x, weight, bias = random_layer(seed, batch, LANES, panels * CHANNELS, height, width)
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -40,7 +40,7 @@ def test_it_equals_direct_convolution_at_every_size(
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_picture_has_the_same_bits_alone_in_a_batch_and_with_any_number_of_threads():
+def test_batch_and_threads_do_not_change_an_images_bits():
     x, weight, bias = random_layer(3, 4, 2 * LANES, 2 * CHANNELS, 13, 30)
     transformed = winograd.transform_weight(weight)
     before = torch.get_num_threads()
@@ -54,14 +54,14 @@ def test_a_picture_has_the_same_bits_alone_in_a_batch_and_with_any_number_of_thr
         torch.set_num_threads(before)
 
 
-def test_what_is_no_number_stays_none_behind_a_relu():
+def test_relu_keeps_nan():
     x, weight, bias = random_layer(5, 1, LANES, CHANNELS, 4, 4)
     x[0, 0, 1, 1] = float("nan")
     got = winograd.convolve_3x3(x, winograd.transform_weight(weight), bias, relu=True)
     assert got.isnan().any()
 
 
-def test_arguments_that_do_not_fit_are_named():
+def test_errors_name_the_wrong_argument():
     x, weight, bias = random_layer(0, 1, LANES, CHANNELS, 4, 4)
     transformed = winograd.transform_weight(weight)
     with pytest.raises(ValueError, match="weight must be"):

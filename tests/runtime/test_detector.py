@@ -1,4 +1,4 @@
-"""The runtime: a batch gives what each frame gives alone, and a bad frame is alone with its error."""
+"""The runtime: a batch equals its single frames, and a bad frame has its own error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def frame(points: np.ndarray, **options) -> Frame:
 
 
 def cloud(street: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """n points of a street, repeated with jitter where there are not so many."""
+    """Sample n points of a street, repeated with jitter if it has fewer."""
     rng = np.random.default_rng(seed)
     points = (
         street[rng.integers(0, len(street), n)].copy()
@@ -37,7 +37,7 @@ def cloud(street: np.ndarray, n: int, seed: int) -> np.ndarray:
     return points
 
 
-def test_the_sample_street_has_its_cars(detector, street):
+def test_detector_finds_the_cars_of_the_sample(detector, street):
     (answer,) = detector.run([frame(street, score_thr=0.3)])
     assert answer["names"].count("Car") >= 2
     assert answer["box_type_3d"] == "LiDAR" and answer["bboxes_3d"].shape[1] == 7
@@ -58,7 +58,7 @@ def test_the_sample_street_has_its_cars(detector, street):
         [60_000, 17_000, 100, 0, 9_000, 33_000, 1, 120_000],
     ],
 )
-def test_a_batch_gives_what_each_frame_gives_alone(detector, street, sizes):
+def test_batch_equals_single_frames(detector, street, sizes):
     frames = [frame(cloud(street, n, seed)) for seed, n in enumerate(sizes)]
     for single, together in zip(frames, detector.run(frames), strict=True):
         (alone,) = detector.run([single])
@@ -66,30 +66,30 @@ def test_a_batch_gives_what_each_frame_gives_alone(detector, street, sizes):
         assert found.ok, comparison_table(found)
 
 
-def test_clouds_of_one_call_are_one_batch(detector, street, monkeypatch):
+def test_point_clouds_of_one_call_form_one_batch(detector, street, monkeypatch):
     sizes = []
     forward = detector.forward
     monkeypatch.setattr(
         detector, "forward", lambda samples: (sizes.append(len(samples)), forward(samples))[1]
     )
     detector.run([frame(street), frame(street[:0]), frame(street[::2])])
-    assert sizes == [2]  # the empty one never reaches the network
+    assert sizes == [2]  # the empty frame never reaches the network
 
 
 @pytest.mark.parametrize(
     "points", [np.zeros((0, 4)), np.full((50, 4), 500.0), np.full((3, 4), [10, 0, 90, 0])]
 )
-def test_nothing_in_range_is_an_answer_without_boxes(detector, points):
+def test_frame_without_points_in_range_has_no_boxes(detector, points):
     (answer,) = detector.run([frame(points.astype(np.float32))])
     assert answer["bboxes_3d"].shape == (0, 7) and answer["names"] == [] and answer["classes"]
 
 
-def test_the_same_frame_gives_the_same_bytes(detector, street):
+def test_same_frame_gives_the_same_bytes(detector, street):
     first, second = (encode_json(detector.run([frame(street)])[0]) for _ in range(2))
     assert first == second
 
 
-def test_options_select_the_best(detector, street):
+def test_options_filter_detections(detector, street):
     everything, above, three = detector.run(
         [frame(street), frame(street, score_thr=0.5), frame(street, max_detections=3)]
     )
@@ -99,17 +99,17 @@ def test_options_select_the_best(detector, street):
     np.testing.assert_array_equal(three["scores_3d"], scores[:3])
 
 
-def test_the_caller_keeps_its_points(detector, street):
+def test_run_does_not_modify_the_callers_points(detector, street):
     mine = street.copy()
     detector.run([frame(mine)])
     np.testing.assert_array_equal(mine, street)
 
 
-class Moody:
-    """A network in front of the real one that fails on demand, as a full device or a broken frame would."""
+class FailingNetwork:
+    """Proxy of a network that fails on demand, like a full device or a broken frame."""
 
-    def __init__(self, network: nn.Module, mood) -> None:
-        self._network, self._mood = network, mood
+    def __init__(self, network: nn.Module, failure) -> None:
+        self._network, self._mood = network, failure
 
     def __getattr__(self, name):
         return getattr(self._network, name)
@@ -120,64 +120,64 @@ class Moody:
 
 
 @pytest.fixture
-def moody(detector):
-    """Swap the detector's network for one with a mood."""
+def failing_detector(detector):
+    """Replace the detector's network by a proxy that fails on demand."""
     calm = detector.network
 
-    def give(mood):
-        detector.network = Moody(calm, mood)
+    def give(failure):
+        detector.network = FailingNetwork(calm, failure)
         return detector
 
     yield give
     detector.network = calm
 
 
-def test_a_frame_the_network_fails_on_is_alone_with_its_error(moody, street, caplog):
-    def mood(data):
+def test_failing_frame_does_not_affect_the_others(failing_detector, street, caplog):
+    def failure(data):
         if any(float(points[0, 3]) == 0.625 for points in data["inputs"]["points"]):
             raise RuntimeError("no")
 
     bad = street.copy()
     bad[:, 3] = 0.625
-    outcomes = moody(mood).run([frame(street), frame(bad), frame(street)])
+    outcomes = failing_detector(failure).run([frame(street), frame(bad), frame(street)])
     assert isinstance(outcomes[1], InferenceFailed) and "RuntimeError" in str(outcomes[1])
     assert len(outcomes[0]["names"]) == len(outcomes[2]["names"]) > 0
 
 
-def test_a_batch_too_large_for_the_device_is_halved(moody, street):
+def test_out_of_memory_batch_is_halved(failing_detector, street):
     seen = []
 
-    def mood(data):
+    def failure(data):
         seen.append(len(data["inputs"]["points"]))
         if seen[-1] > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    outcomes = moody(mood).run([frame(street)] * 5)
+    outcomes = failing_detector(failure).run([frame(street)] * 5)
     assert all(isinstance(outcome, dict) for outcome in outcomes)
     assert seen == [5, 2, 3, 1, 2]
 
 
-def test_a_frame_too_large_alone_says_so(moody, street):
-    def mood(data):
+def test_out_of_memory_frame_raises_out_of_memory(failing_detector, street):
+    def failure(data):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    outcomes = moody(mood).run([frame(street)] * 2)
+    outcomes = failing_detector(failure).run([frame(street)] * 2)
     assert all(isinstance(outcome, OutOfMemory) and outcome.status == 507 for outcome in outcomes)
 
 
-def test_a_pipeline_that_raises_fails_its_frame_only(detector, street, caplog):
+def test_failing_pipeline_affects_its_frame_only(detector, street, caplog):
     outcomes = detector.run([frame(street), frame(np.zeros((3, 3), dtype=np.float32)), frame(street)])
     assert isinstance(outcomes[1], InferenceFailed)
     assert outcomes[0]["names"] == outcomes[2]["names"] != []
 
 
-def test_running_leaves_the_config_alone(detector, street):
+def test_run_does_not_modify_the_config(detector, street):
     before = copy.deepcopy(detector.network.cfg.to_dict())
     detector.run([frame(street)])
     assert detector.network.cfg.to_dict() == before
 
 
-def test_the_device_follows_torchserve_and_the_machine(monkeypatch):
+def test_device_for_maps_gpu_ids(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device_for(None) == torch.device("cpu")
     assert device_for(1) == device_for("1") == torch.device("cuda", 1)
@@ -186,7 +186,7 @@ def test_the_device_follows_torchserve_and_the_machine(monkeypatch):
 
 
 class Tangled(nn.Module):
-    """Attributes in another order than use, a norm without a convolution, and one that reads a sum."""
+    """Network with attributes in another order than calls, a norm without a convolution, and one of a sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Tangled(nn.Module):
         return self.summed(self.conv_c(y) + y)
 
 
-def test_norms_are_folded_where_the_run_shows_it_and_nowhere_else():
+def test_only_observed_conv_norm_pairs_are_fused():
     torch.manual_seed(0)
     network = Tangled().eval()
     for module in network.modules():
@@ -220,7 +220,7 @@ def test_norms_are_folded_where_the_run_shows_it_and_nowhere_else():
     assert isinstance(network.bn_a, nn.Identity) and isinstance(network.summed, nn.BatchNorm2d)
 
 
-def test_the_demonstration_is_folded_and_unchanged(demo_archive, detector, street):
+def test_fused_demo_model_equals_the_unfused_one(demo_archive, detector, street):
     from serve.runtime.model import build_network, load_state_dict_strict
 
     assert len(demo_archive.metadata.inference.fold_batch_norm) >= 10
@@ -233,21 +233,21 @@ def test_the_demonstration_is_folded_and_unchanged(demo_archive, detector, stree
     assert found.ok, comparison_table(found)
 
 
-def test_a_worker_proves_itself_on_the_golden_frame(demo_archive, detector):
+def test_self_test_passes_on_the_golden_frame(demo_archive, detector):
     assert self_test(detector, demo_archive) > 0
 
 
-def test_a_detector_that_answers_otherwise_is_not_served(demo_archive):
+def test_self_test_fails_for_changed_weights(demo_archive):
     import torch
 
     changed = load_detector(demo_archive, torch.device("cpu"))
     with torch.no_grad():
         changed.network.bbox_head.conv_reg.weight.mul_(1.05)
-    with pytest.raises(SelfTestError, match="does not come out as recorded"):
+    with pytest.raises(SelfTestError, match="second"):
         self_test(changed, demo_archive)
 
 
-def test_an_archive_that_packs_code_is_not_run_unless_trusted(tmp_path, demo_archive):
+def test_archive_with_code_requires_trust(tmp_path, demo_archive):
     from dataclasses import replace
 
     (tmp_path / "weights").write_bytes(demo_archive.weights.read_bytes())
@@ -269,6 +269,6 @@ def test_an_archive_that_packs_code_is_not_run_unless_trusted(tmp_path, demo_arc
     assert witness.exists()
 
 
-def test_decoding_knows_the_models_own_point_size(detector, street):
+def test_decode_uses_the_models_load_dim(detector, street):
     decoded = detector.decode(street.tobytes(), FrameOptions(), Limits())
     np.testing.assert_array_equal(decoded.data, street)

@@ -1,4 +1,4 @@
-"""Folded networks compute what they computed before, in fewer passes."""
+"""Fused networks compute the same in fewer passes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from serve.ops.cpu import winograd  # noqa: E402
 from serve.runtime import fusion  # noqa: E402
 
 
-def settled(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Evaluation mode, with norms that do something."""
+def prepare(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Switch to evaluation mode with random norms."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -47,17 +47,15 @@ def sparse_network() -> nn.Module:
         block(SubMConv3d(4, 16, 3, padding=1, bias=False, indice_key="subm1"), 16),
         block(SubMConv3d(16, 16, 3, padding=1, bias=False, indice_key="subm1"), 16),
         block(SparseConv3d(16, 24, 3, stride=2, padding=1, bias=False, indice_key="down"), 24),
-        SparseSequential(
-            SubMConv3d(24, 24, 3, indice_key="subm2"), nn.ReLU()
-        ),  # nothing to fold, a ReLU to take in
+        SparseSequential(SubMConv3d(24, 24, 3, indice_key="subm2"), nn.ReLU()),  # no norm to fuse, but a ReLU
         block(SparseInverseConv3d(24, 16, 3, bias=False, indice_key="down"), 16),
     )
 
 
-def test_a_folded_sparse_network_computes_the_same_with_one_pass_a_layer():
+def test_fused_sparse_network_equals_the_unfused_one():
     from serve.runtime.fused_sparse_conv import FusedSparseConv
 
-    plain = settled(sparse_network())
+    plain = prepare(sparse_network())
     folded = copy.deepcopy(plain)
     pairs = fusion.find_fusable(plain, lambda: plain(sparse_input((9, 8, 7), 4)))
     assert len(pairs) == 4
@@ -69,7 +67,7 @@ def test_a_folded_sparse_network_computes_the_same_with_one_pass_a_layer():
     torch.testing.assert_close(got.features, expected.features, atol=1e-4, rtol=1e-4)
 
 
-def test_an_inverse_convolution_without_its_partner_says_so():
+def test_inverse_convolution_without_geometry_names_its_key():
     from mmcv.ops import SparseInverseConv3d
 
     from serve.runtime.fused_sparse_conv import FusedSparseConv
@@ -79,7 +77,7 @@ def test_an_inverse_convolution_without_its_partner_says_so():
         layer(sparse_input((4, 4, 4), 4))
 
 
-def test_the_map_of_an_encoder_is_what_mmcv_makes_of_it():
+def test_sparse_map_equals_mmcvs_dense_tensor():
     from serve.runtime.fused_sparse_conv import SparseMap
 
     x = sparse_input((3, 5, 4), 6)
@@ -92,21 +90,21 @@ def test_the_map_of_an_encoder_is_what_mmcv_makes_of_it():
 
 
 class Tapped(nn.Sequential):
-    """A sequence that hands out what comes before its ReLU."""
+    """Sequence that returns the input of its ReLU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self[1](self[0](x))
 
 
 @pytest.mark.skipif(not winograd.PREFERRED, reason="only where vectors are wide")
-def test_a_folded_backbone_computes_the_same_and_sequences_of_another_kind_are_left_alone():
+def test_fused_backbone_equals_the_unfused_one_and_other_sequences_are_unchanged():
     from serve.runtime.fused_conv import FusedConv
 
     def layer(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
         conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
-    plain = settled(
+    plain = prepare(
         nn.Sequential(
             nn.Sequential(*layer(32, 64, 2), *layer(64, 64), *layer(64, 48)), Tapped(*layer(48, 64))
         )
@@ -115,7 +113,7 @@ def test_a_folded_backbone_computes_the_same_and_sequences_of_another_kind_are_l
     x = torch.randn(2, 32, 17, 22, generator=torch.Generator().manual_seed(0))
     fusion.fuse(folded, fusion.find_fusable(plain, lambda: plain(x)))
     kinds = [type(module) for module in folded[0]]
-    # Stride 2 and 48 channels are not for it; the second layer is.
+    # The kernel does not support stride 2 or 48 channels; the second layer is supported.
     assert kinds.count(FusedConv) == 1 and kinds.count(nn.ReLU) == 2
     assert not any(isinstance(module, FusedConv) for module in folded[1])
     torch.testing.assert_close(folded(x), plain(x), atol=1e-4, rtol=1e-4)

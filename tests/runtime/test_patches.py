@@ -1,4 +1,4 @@
-"""What upstream cannot build or run as it is: mended in the network, or in its config, and nowhere else."""
+"""Networks that upstream cannot build or run, patched in the network or in its config."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ SSD = {
 }
 
 
-def test_mmcvs_synchronized_norm_is_built_without_a_process_group():
+def test_mm_sync_bn_is_built_without_a_process_group():
     network = build_network(SSD, ("a", "b"))
     norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     assert len(norms) == 20
     assert not any("Sync" in type(norm).__name__ for norm in norms)
 
 
-def test_the_config_that_is_kept_still_names_it():
+def test_network_config_still_names_mm_sync_bn():
     network = build_network(SSD, ("a", "b"))
     assert network.cfg.model.backbone.norm_cfg.type == "MMSyncBN"
     assert SSD["model"]["backbone"]["norm_cfg"]["type"] == "MMSyncBN"
 
 
-def test_ssds_head_answers_though_it_has_no_loss():
+def test_ssd_head_predicts_without_a_loss():
     network = build_network(SSD, ("a", "b"))
     features = network.extract_feat(torch.rand(1, 3, 128, 128))
     metas = [{"img_shape": (128, 128), "scale_factor": (1.0, 1.0)}]
@@ -71,7 +71,7 @@ def test_ssds_head_answers_though_it_has_no_loss():
     assert not patches.add_missing_loss(network), "it was mended before"
 
 
-def test_regions_are_aligned_without_torchvision():
+def test_roi_align_runs_without_torchvision():
     from mmcv.ops import RoIAlign
 
     regions = torch.tensor([[0.0, 1.0, 1.0, 6.0, 6.0]])
@@ -83,7 +83,7 @@ def test_regions_are_aligned_without_torchvision():
     assert not patches.disable_torchvision_align(network), "it was mended before"
 
 
-def test_labels_that_upstream_leaves_as_floats_are_whole_numbers():
+def test_float_labels_of_upstream_become_integers():
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
@@ -97,8 +97,8 @@ def test_labels_that_upstream_leaves_as_floats_are_whole_numbers():
     assert answer["names"] == ["person"]
 
 
-def test_the_teacher_of_a_wrapper_for_training_is_built():
-    """mmdet's own `init_detector` gives up on such a config: it has no backbone, and its class no ``train_cfg``."""
+def test_teacher_of_a_training_wrapper_is_built():
+    """mmdet's own `init_detector` fails for such a config: it has no backbone, and its class no ``train_cfg``."""
     detector = {**SSD["model"], "train_cfg": None}
     wrapper = {
         "default_scope": "mmdet",
@@ -114,6 +114,6 @@ def test_the_teacher_of_a_wrapper_for_training_is_built():
     assert not any(parameter.requires_grad for parameter in network.teacher.parameters())
 
 
-def test_a_config_without_such_norms_is_left_alone():
+def test_config_without_mm_sync_bn_is_unchanged():
     config = Config({"model": {"neck": [{"norm_cfg": {"type": "GN"}}, 3]}})
     assert patches.use_torch_sync_bn(config).model.neck[0].norm_cfg.type == "GN"
