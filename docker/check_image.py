@@ -57,7 +57,7 @@ class Buildah:
 
 
 def make_base(buildah: Buildah, folder: Path, root: Path | None, suite: str) -> str:
-    """A base image with Debian's Python; returns its name."""
+    """Build a base image with Debian's Python; return its name."""
     if root is None:
         root = folder / "base"
         say(f"debootstrap {suite} with {BASE_PACKAGES}")
@@ -104,7 +104,7 @@ def describe(buildah: Buildah, image: str) -> None:
 
 @contextmanager
 def mounted(buildah: Buildah, image: str) -> Iterator[tuple[str, Path]]:
-    """A container of the image, and its root as a folder."""
+    """Start a container of the image; return it and its root as a folder."""
     container = buildah("from", image, quiet=True)
     try:
         yield container, Path(buildah("mount", container, quiet=True))
@@ -113,7 +113,7 @@ def mounted(buildah: Buildah, image: str) -> Iterator[tuple[str, Path]]:
 
 
 def inside(buildah: Buildah, container: str, *command: str) -> list[str]:
-    """The words that run a command in the container as `USER`, with the network of this machine."""
+    """Return the command line that runs a command in the container as `USER`, with this machine's network."""
     return [*buildah.base, "run", "--isolation", "chroot", "--user", USER, container, "--", *command]
 
 

@@ -122,12 +122,12 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
 
 
 def _used_columns(steps: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
-    """Indices of the columns of a point that the model looks at."""
+    """Return the indices of the point columns that the model reads."""
     use_dim = steps["LoadPointsFromFile"].get("use_dim", (0, 1, 2))
     used = tuple(range(use_dim)) if isinstance(use_dim, int) else tuple(int(k) for k in use_dim)
     if (sweeps := steps.get("LoadPointsFromMultiSweeps")) is not None:
         time_dim = int(sweeps.get("time_dim", 4))
-        used = tuple(k for k in used if k != time_dim)  # upstream writes the time of the sweep there
+        used = tuple(k for k in used if k != time_dim)  # upstream overwrites it with the time of the sweep
     return used
 
 
