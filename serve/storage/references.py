@@ -87,11 +87,6 @@ class References:
         self._allowed = [_parse_prefix(text) for text in allowed]
         self._threads = ThreadPoolExecutor(self.limits.parallel, thread_name_prefix="reference")
 
-    @property
-    def enabled(self) -> bool:
-        """Whether any prefix is allowed."""
-        return bool(self._allowed)
-
     def check(self, uri: object) -> Location:
         """Parse a URI and check it against the prefixes, without sending anything.
 
