@@ -33,7 +33,7 @@ def options(store, *models: ServedModel, **more) -> TorchServeOptions:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def archives(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     for name in ("checksum", "later"):
         write_archive(folder / f"{name}.mar", inspect.getsource(checksum_handler), name)
@@ -41,8 +41,8 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(store) -> Iterator[TorchServe]:
-    with TorchServe(options(store, ServedModel("checksum.mar"))) as running:
+def server(archives) -> Iterator[TorchServe]:
+    with TorchServe(options(archives, ServedModel("checksum.mar"))) as running:
         yield running
 
 
@@ -82,9 +82,9 @@ def test_batches_use_the_worker_sockets_if_configured(gateway, server, cloud, re
     assert (predictions_of(server) == before) == directly
 
 
-def test_hung_worker_is_replaced(store, background, cloud):
+def test_hung_worker_is_replaced(archives, background, cloud):
     model = ServedModel("checksum.mar", response_timeout_s=2)
-    with TorchServe(options(store, model)) as server:
+    with TorchServe(options(archives, model)) as server:
         urls = {"inference_url": server.inference_url, "management_url": server.management_url}
         limits = {"backend_timeout_s": 4.0, "worker_sockets": server.worker_sockets}
         with running_gateway(background, **urls, **limits) as gateway:
@@ -101,10 +101,10 @@ def test_hung_worker_is_replaced(store, background, cloud):
 
 @pytest.mark.parametrize("way", ["directly", "through TorchServe"])
 def test_batch_of_a_worker_in_an_endless_computation_is_answered_by_its_successor(
-    store, background, cloud, tmp_path, way
+    archives, background, cloud, tmp_path, way
 ):
     model = ServedModel("checksum.mar", response_timeout_s=2)
-    with TorchServe(options(store, model, log_dir=tmp_path / "logs")) as server:
+    with TorchServe(options(archives, model, log_dir=tmp_path / "logs")) as server:
         urls = {"inference_url": server.inference_url, "management_url": server.management_url}
         sockets = server.worker_sockets if way == "directly" else None
         with running_gateway(background, **urls, worker_sockets=sockets) as gateway:
@@ -153,8 +153,8 @@ def test_changes_through_the_management_api_are_noticed(gateway, server, cloud):
     eventually(lambda: gateway.post("/predictions/later", content=cloud(1)).status_code == 404)
 
 
-def test_torchserve_with_token_authorization_is_supported(store, background, cloud):
-    with TorchServe(options(store, ServedModel("checksum.mar"), token_authorization=True)) as server:
+def test_torchserve_with_token_authorization_is_supported(archives, background, cloud):
+    with TorchServe(options(archives, ServedModel("checksum.mar"), token_authorization=True)) as server:
         assert server.run_dir is not None
         keys = server.run_dir / "key_file.json"
         urls = {"inference_url": server.inference_url, "management_url": server.management_url}
