@@ -214,7 +214,7 @@ def test_stopped_torchserve_returns_503_quickly_and_recovers(gateway, backend, c
         answer = gateway.post(content=cloud(1))
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
         assert time.monotonic() - asked < 2.0
-    assert "does not answer" in gateway.client.get("/health/ready").json()["reasons"][0]
+    assert "TorchServe" in gateway.client.get("/health/ready").json()["reasons"][0]
     assert gateway.client.get("/health/live").status_code == 200
     assert time.monotonic() - began < 10
     backend.come_back()
