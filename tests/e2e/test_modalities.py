@@ -158,15 +158,14 @@ def test_a_missing_or_superfluous_part_is_named_with_what_the_model_takes(small,
     assert [status for status, _ in answers] == [400] * 6 + [422] * 3 + [200]
     messages = [answer["error"]["message"] for _, answer in answers[:-1]]
     assert all("image, calibration" in message for message in messages[:5])
-    assert "superfluous: points" in messages[2] and "missing: image" in messages[4]
+    assert "points" in messages[2] and "missing: image" in messages[4]
     assert "lacks cam2img" in messages[6]
 
 
 def test_a_model_of_one_part_refuses_others_by_name(ask, street):
     status, document = ask({"points": street.tobytes(), "calibration": b"{}"})[0]
-    assert (
-        status == 400 and "takes one part, points; superfluous: calibration" in document["error"]["message"]
-    )
+    assert (status, document["error"]["code"]) == (400, "bad_request")
+    assert "calibration" in document["error"]["message"]
     assert ask({"points": street.tobytes()})[0][0] == 200
 
 
@@ -195,7 +194,7 @@ def test_lidar2img_is_the_product_where_it_is_left_out():
         ({**GOOD, "cam2img": [[1, 0, 0], [0, 1, 0], [0, 0, "1"]]}, "finite"),
         ({**GOOD, "cam2img": [[1, 0, 0], [0, 1, 0], [0, 0, 1e300]]}, "finite"),
         ({**GOOD, "cam2img": [[1, 0, 0], [0, 1, 0], [0, 0]]}, "list of rows"),
-        ({**GOOD, "P2": np.eye(4).tolist()}, "P2; known are cam2img"),
+        ({**GOOD, "P2": np.eye(4).tolist()}, "P2.*cam2img"),
         ({"lidar2cam": np.eye(4).tolist()}, "lacks cam2img"),
     ],
 )
@@ -213,7 +212,7 @@ def test_not_a_number_in_a_calibration_is_refused():
 def test_every_camera_needs_its_own():
     body = orjson.dumps({"CAM_FRONT": GOOD})
     assert set(parse_calibration(body, ("cam2img",), ("CAM_FRONT",))) == {"CAM_FRONT"}
-    with pytest.raises(UndecodableFrame, match="every camera: CAM_FRONT, CAM_BACK"):
+    with pytest.raises(UndecodableFrame, match="CAM_FRONT, CAM_BACK"):
         parse_calibration(body, ("cam2img",), ("CAM_FRONT", "CAM_BACK"))
 
 

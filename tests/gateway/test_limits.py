@@ -30,7 +30,7 @@ def test_body_over_the_limit_is_rejected_before_it_is_read(start_gateway, torchs
 def test_client_that_keeps_sending_a_large_body_receives_413(start_gateway):
     gateway = start_gateway(**SMALL)
     answer = gateway.post(content=b"x" * (8 << 20))
-    assert answer.status_code == 413 and "limit is 2000" in answer.json()["error"]["message"]
+    assert answer.status_code == 413 and "2000" in answer.json()["error"]["message"]
 
 
 def test_chunked_body_is_rejected_at_the_limit(start_gateway, torchserve):
@@ -63,7 +63,7 @@ def test_too_many_frames_in_a_request_are_rejected(start_gateway, cloud, torchse
     gateway = start_gateway(max_frames_per_request=2)
     body = pack_frames([(cloud(i), {}) for i in range(3)])
     answer = gateway.post(content=body, headers={"content-type": FRAMES_CONTENT_TYPE})
-    assert answer.status_code == 413 and "3 frames, the limit is 2" in answer.json()["error"]["message"]
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "frame_too_large"
     assert gateway.post(files=[("data", cloud(i)) for i in range(3)]).status_code == 413
     assert (
         gateway.post(files=[("data", cloud(i)) for i in range(17)]).status_code == 400
@@ -117,7 +117,7 @@ def test_pending_bytes_are_limited(start_gateway, backend, cloud):
     thread2 = in_background(gateway, content=cloud(2, 62))
     eventually(lambda: gateway.admission.bytes == 1984)
     refused = gateway.post(content=cloud(3, 2))
-    assert refused.status_code == 429 and "hold 1984 bytes" in refused.json()["error"]["message"]
+    assert refused.status_code == 429 and "1984" in refused.json()["error"]["message"]
     assert gateway.post(files={"data": cloud(3, 2)}).status_code == 429
     backend.release()
     for each in (thread, thread2):

@@ -470,11 +470,12 @@ def test_the_tool_ends_with_2_and_one_sentence_when_it_cannot_find_out(
     ends_with("no model 'second' is loaded")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        ends_with("no server answers at", "--inference-addr", f"127.0.0.1:{free.getsockname()[1]}")
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        ends_with(address, "--inference-addr", address)
     ends_with("no file or folder", img=tmp_path / "none.bin")
     ends_with("no checkpoint file", checkpoint=tmp_path / "none.pth")
     ends_with("tolerance score", "--score-tolerance", "-1")
-    ends_with("write host:port", "--inference-addr", "ftp://x")
+    ends_with("host:port", "--inference-addr", "ftp://x")
     ends_with("token file", "--token-file", str(tmp_path / "none"))
 
 
