@@ -1,4 +1,4 @@
-"""`serve.client` against a real socket: answers come back, every failure is an error of our tree."""
+"""`serve.client` over a real socket: answers, and an error of `serve.errors` for every failure."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _errors_of(name: str) -> Iterator[None]:
 
 
 def _table(name: str, columns: Mapping[str, npt.NDArray[Any]], count: int) -> PointTable:
-    """Standard names for the columns; refuse what is not numeric or has no coordinates."""
+    """Rename columns to their standard names; reject non-numeric columns and missing coordinates."""
     standard: dict[str, npt.NDArray[Any]] = {}
     for own, values in columns.items():
         if values.dtype.kind not in "fiu" or values.shape != (count,):
@@ -155,7 +155,7 @@ def _check_bytes(name: str, count: int, bytes_per_point: int, have: int) -> None
 
 
 def _read_npy(body: Bytes, limits: Limits, name: str = "npy") -> PointTable:
-    """A structured array, columns by its field names."""
+    """Read a structured array; its field names are the columns."""
     stream = io.BytesIO(bytes(body[:MAX_HEADER_BYTES]))
     version = np.lib.format.read_magic(stream)
     read_header = (
@@ -183,7 +183,7 @@ def _plain_array(
     limits: Limits,
     name: str,
 ) -> PointTable:
-    """A two-dimensional array without names: its columns are numbered."""
+    """Read a two-dimensional array, whose columns are numbered."""
     if len(shape) != 2 or dtype.kind not in "fiu" or not 3 <= shape[1] <= MAX_COLUMNS:
         raise UndecodableFrame(f"a point cloud is an array of numbers (N, columns), got {shape} {dtype}")
     _check_count(shape[0], limits)
@@ -343,7 +343,7 @@ def _read_ply(body: Bytes, limits: Limits) -> PointTable:
 
 
 def _vertex_size(lines: Sequence[Sequence[str]]) -> tuple[int, int]:
-    """Number of vertices, and bytes of each; vertices must be the first element and hold no lists."""
+    """Return the number of vertices and the bytes of each; they must be the first element, without lists."""
     elements = [line for line in lines if line[:1] == ["element"]]
     if not elements or elements[0][1] != "vertex":
         raise UndecodableFrame("the PLY's first element is not vertex")

@@ -1,4 +1,4 @@
-"""A handler for a real TorchServe that costs nothing: it answers every frame with its checksum.
+"""Handler for a real TorchServe without a model: answers every frame with its checksum.
 
 Reads and answers framed batches as ours do. A frame ``die once PATH`` ends its worker the first time it is
 seen, ``die`` always, ``hang once PATH`` stops its interpreter for a minute the first time it is seen, ``too large``

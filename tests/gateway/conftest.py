@@ -1,4 +1,4 @@
-"""A gateway on a real port, in front of a TorchServe made of paper."""
+"""Fixtures: a gateway on a real port in front of a fake TorchServe."""
 
 from __future__ import annotations
 

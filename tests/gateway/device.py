@@ -1,4 +1,4 @@
-"""A device for the batcher: it notes what it is given and answers when it is told to."""
+"""Fake device for the batcher: records its batches and answers on release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TorchServe made of paper: its management API and the framed predictions contract, with troubles on demand.
+"""Fake TorchServe: its management API and framed predictions, with failures on demand.
 
 Answers of its models name the frame they are for, so that a mix-up shows.
 """
@@ -104,8 +104,8 @@ class FakeTorchServe:
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         use = "inference" if path[0] == "predictions" else "management"
         if self.tokens is not None and headers.get("authorization") != f"Bearer {self.tokens[use]}":
-            said = "Token Authorization failed. Token either incorrect, expired, or not provided correctly"
-            await _send(send, 400, {"code": 400, "type": "InvalidKeyException", "message": said})
+            reply = "Token Authorization failed. Token either incorrect, expired, or not provided correctly"
+            await _send(send, 400, {"code": 400, "type": "InvalidKeyException", "message": reply})
         elif use == "management":
             await self._manage(path[1:], b"customized=true" in scope["query_string"], send)
         else:
@@ -124,8 +124,8 @@ class FakeTorchServe:
         if len(path) > 1:
             wanted = [*versions] if path[1] == "all" and versions else [path[1]]
         if versions is None or any(version not in versions for version in wanted):
-            said = {"code": 404, "type": "ModelNotFoundException", "message": f"Model not found: {path[0]}"}
-            await _send(send, 404, said)
+            reply = {"code": 404, "type": "ModelNotFoundException", "message": f"Model not found: {path[0]}"}
+            await _send(send, 404, reply)
             return
         entries = [versions[version].described(path[0], version) for version in wanted]
         if customized:
@@ -183,8 +183,8 @@ class FakeTorchServe:
             await _send(send, 400, {"code": 400, "type": "BadRequestException", "message": "what is this?"})
             return
         if trouble == "queue full":
-            said = 'Model "second" has no worker to serve inference request. Please use scale workers API'
-            await _send(send, 503, {"code": 503, "type": "ServiceUnavailableException", "message": said})
+            reply = 'Model "second" has no worker to serve inference request. Please use scale workers API'
+            await _send(send, 503, {"code": 503, "type": "ServiceUnavailableException", "message": reply})
             return
         if trouble == "short answer":
             outcomes = pack_outcomes(Outcomes(items[:-1]))

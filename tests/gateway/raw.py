@@ -1,4 +1,4 @@
-"""HTTP by hand on a socket, for what no client library will do: stop half-way, flood, hang up."""
+"""Raw HTTP on a socket, for what client libraries do not do: stop half-way, flood, disconnect."""
 
 from __future__ import annotations
 

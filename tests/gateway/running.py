@@ -1,4 +1,4 @@
-"""A loop in a thread, and uvicorn on it: real sockets for tests that are written from outside."""
+"""uvicorn on an event loop in a thread: real sockets for black-box tests."""
 
 from __future__ import annotations
 

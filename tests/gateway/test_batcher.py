@@ -1,4 +1,4 @@
-"""The batcher alone: greedy, in order, within its budget, one outcome per item, and nothing resident."""
+"""The batcher alone: greedy, FIFO, within its budget, one outcome per item, and no resident task."""
 
 from __future__ import annotations
 
@@ -236,10 +236,10 @@ async def test_exception_of_one_item_does_not_affect_the_others():
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "expected"),
     [(NotReady("gone"), NotReady), (OutOfMemory("full"), OutOfMemory), (KeyError("secret"), BackendBroken)],
 )
-def test_failed_batch_raises_a_separate_exception_for_every_caller(raised, told, caplog):
+def test_failed_batch_raises_a_separate_exception_for_every_caller(raised, expected, caplog):
     @in_a_loop
     async def run():
         def fail(items):
@@ -251,7 +251,7 @@ def test_failed_batch_raises_a_separate_exception_for_every_caller(raised, told,
         outcomes = await asyncio.gather(
             *(batcher.submit(item, cost=1) for item in "abc"), return_exceptions=True
         )
-        assert [type(outcome) for outcome in outcomes] == [told] * 3
+        assert [type(outcome) for outcome in outcomes] == [expected] * 3
         assert len({id(outcome) for outcome in [*outcomes, raised]}) == 4
         assert not any("secret" in str(outcome) for outcome in outcomes)
         assert [report.failed for report in device.reports] == [True]
@@ -260,7 +260,7 @@ def test_failed_batch_raises_a_separate_exception_for_every_caller(raised, told,
 
     run()
     assert "batch of 3 frames failed" in caplog.text
-    assert ("Traceback" in caplog.text) == (told is BackendBroken)
+    assert ("Traceback" in caplog.text) == (expected is BackendBroken)
 
 
 @pytest.mark.parametrize("answered", [[], ["one"], ["one", "two", "three"], None])

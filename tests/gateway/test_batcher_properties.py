@@ -1,4 +1,4 @@
-"""The batcher under any order of arrivals, hang-ups, failures and changes of its slots."""
+"""Properties of the batcher under any order of arrivals, cancellations, failures and slot changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Item = tuple[int, int, int, str]  # number, cost, bytes, key
 
 
 class Watched:
-    """Runs batches until told to end them, and checks each at its start against what was promised."""
+    """Runs batches until they are ended, and checks the guarantees at the start of each."""
 
     def __init__(self, batch_cost: Any, slots: int, prefetch: int) -> None:
         self.cost_of, self.slots, self.prefetch = batch_cost, slots, prefetch

@@ -1,4 +1,4 @@
-"""Thousands of requests, most of them wrong in some way, while workers are killed; and then a normal one.
+"""Thousands of mostly invalid requests while workers are killed, and then a normal one.
 
 The gateway is the real command, TorchServe is real, its handler answers with a checksum of each frame: every
 200 is held against the frame it is for.
@@ -42,7 +42,7 @@ LIMITS = {
     "max_frame_bytes": 64 << 10, "max_body_bytes": 128 << 10, "batch_bytes": 128 << 10, "max_pending_frames": 128,
     "max_pending_bytes": 4 << 20, "body_timeout_s": 5, "log_level": "error",
 }  # fmt: skip
-# Of a request that can be meant, while workers die: answered, told to come back, or out of time.
+# Outcomes of a valid request while workers die: answered, retry later, or past its deadline.
 BUSY = {200, 429, 503, 504}
 
 

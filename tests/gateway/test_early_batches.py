@@ -1,4 +1,4 @@
-"""A batch that is not full goes shortly before a slot is free, if batches take as long as those before them said."""
+"""Early send: a batch that is not full goes shortly before a slot is free, if durations are predictable."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ async def test_latency_model_learns_from_failed_items_but_not_from_failed_batche
     assert worker.batcher._latency_model.predict(1, max_error_s=0.001) == pytest.approx(0.025)
 
 
-def told(pairs: Sequence[tuple[float, float]]) -> LatencyModel:
+def observed(pairs: Sequence[tuple[float, float]]) -> LatencyModel:
     latency = LatencyModel()
     for cost, seconds in pairs:
         latency.observe(cost, seconds)
@@ -154,13 +154,15 @@ def told(pairs: Sequence[tuple[float, float]]) -> LatencyModel:
 
 
 def test_prediction_is_linear_in_cost():
-    latency = told([(cost, 0.02 + 1e-6 * cost) for cost in (20e3, 50e3, 120e3, 30e3, 70e3, 90e3, 20e3, 60e3)])
+    latency = observed(
+        [(cost, 0.02 + 1e-6 * cost) for cost in (20e3, 50e3, 120e3, 30e3, 70e3, 90e3, 20e3, 60e3)]
+    )
     assert latency.predict(100e3, max_error_s=0.5) == pytest.approx(0.12)
 
 
 def test_prediction_is_none_without_enough_or_accurate_observations():
-    assert told([(1, 0.1)] * 5).predict(1, max_error_s=1.0) is None
-    steady = told([(1, 0.1)] * 6)
+    assert observed([(1, 0.1)] * 5).predict(1, max_error_s=1.0) is None
+    steady = observed([(1, 0.1)] * 6)
     assert steady.predict(1, max_error_s=0.001) == pytest.approx(0.1)
     for _ in range(6):
         steady.observe(1, 2.0)
@@ -171,18 +173,18 @@ def test_prediction_is_none_without_enough_or_accurate_observations():
 
 
 def test_single_outlier_does_not_suspend_predictions():
-    steady = told([(cost, 0.02 + 0.002 * cost) for cost in (1, 2, 3, 4)] * 5)
+    steady = observed([(cost, 0.02 + 0.002 * cost) for cost in (1, 2, 3, 4)] * 5)
     steady.observe(2, 2.0)
     assert steady.predict(3, max_error_s=0.0015) == pytest.approx(0.026, abs=0.0005)
 
 
 def test_lasting_change_is_learned():
-    changed = told([(1, 0.02)] * 40)
+    changed = observed([(1, 0.02)] * 40)
     for _ in range(60):
         changed.observe(1, 0.2)
     assert changed.predict(1, max_error_s=0.02) == pytest.approx(0.2, rel=0.1)
 
 
 def test_prediction_never_decreases_with_cost():
-    latency = told([(10, 0.2), (20, 0.1)] * 5)
+    latency = observed([(10, 0.2), (20, 0.1)] * 5)
     assert latency.predict(1000, max_error_s=9) <= latency.predict(2000, max_error_s=9)

@@ -1,4 +1,4 @@
-"""What TorchServe can do wrong, and what clients are told of it."""
+"""Failures of TorchServe and its workers, and what clients get for them."""
 
 from __future__ import annotations
 

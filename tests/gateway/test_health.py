@@ -1,4 +1,4 @@
-"""Models that come, change and go at run time; health, metrics and the documents."""
+"""Models registered, changed and removed at run time; health, metrics and API documentation."""
 
 from __future__ import annotations
 

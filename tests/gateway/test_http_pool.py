@@ -1,4 +1,4 @@
-"""The gateway's own connection, over real sockets, against servers that answer well and badly."""
+"""The gateway's HTTP connection pool over real sockets, against correct and broken servers."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ def test_answer_is_parsed_in_any_chunking_and_encoding(pieces):
 
 
 @pytest.mark.parametrize(
-    "said", [b"", OK[:-1], b"SSH-2.0-OpenSSH\r\n"], ids=["nothing", "half of it", "another protocol"]
+    "raw", [b"", OK[:-1], b"SSH-2.0-OpenSSH\r\n"], ids=["nothing", "half of it", "another protocol"]
 )
-def test_broken_answer_raises_connection_lost(said):
+def test_broken_answer_raises_connection_lost(raw):
     async def answer(reader, writer):
         await read(reader)
-        writer.write(said)
+        writer.write(raw)
 
     with pytest.raises(ConnectionLost):
         ask(answer)

@@ -1,4 +1,4 @@
-"""A connection on which a client draws things out is closed; one that keeps to the rules is not."""
+"""Header, body and request limits of a connection."""
 
 from __future__ import annotations
 

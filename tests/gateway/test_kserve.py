@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, asked for by its own client, and by hand where no client would go."""
+"""The Open Inference Protocol with Triton's client, and with raw requests that no client sends."""
 
 from __future__ import annotations
 

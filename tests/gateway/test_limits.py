@@ -1,4 +1,4 @@
-"""Limits: what is refused, when, and that it costs nobody else anything."""
+"""Limits: what is rejected, when, and without effect on other requests."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_full_queue_returns_429_at_once(start_gateway, backend, cloud):
     threads = [in_background(gateway, content=cloud(i)) for i in range(2)]
     eventually(lambda: gateway.admission.items == 2)
     answer = gateway.post(content=cloud(3))
-    assert backend.app.held and gateway.admission.items == 2  # nobody had to be answered first
+    assert backend.app.held and gateway.admission.items == 2  # before any was answered
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
     assert answer.json()["error"]["code"] == "overloaded"
     with raw.connected(gateway.url) as connection:  # before the body is read

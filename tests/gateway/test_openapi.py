@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: what fits it is answered as it says, and nothing a client sends is a 5xx."""
+"""The OpenAPI document holds: valid requests are answered accordingly, and no request causes a 5xx."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def conforms(operation) -> None:
             case.path_parameters["model"] = "second"
         asked = (case.query or {}).get("timeout_ms")
         if isinstance(asked, int | float) and not isinstance(asked, bool) and 0 < asked < PATIENT_MS:
-            case.query["timeout_ms"] = PATIENT_MS  # who asks for a deadline of 2 ms may well be told 504
+            case.query["timeout_ms"] = PATIENT_MS  # a deadline of 2 ms may end in 504
         case.call_and_validate(checks=CHECKS)
 
     ask()

@@ -1,4 +1,4 @@
-"""``POST /predictions``: TorchServe's own call, one frame and many, in every form and to every taste."""
+"""``POST /predictions``: one or many frames, in every request and response format."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_server_timing_lists_the_stages(gateway, cloud):
     header = gateway.post(content=cloud(1)).headers["server-timing"]
     found = dict(re.findall(r"(\w+);dur=([0-9.]+)", header))
     assert list(found) == ["decode", "queue", "inference", "backend", "encode"]
-    assert float(found["inference"]) == 2.0  # what the worker said
+    assert float(found["inference"]) == 2.0  # from the worker
     assert float(found["backend"]) > 0
 
 

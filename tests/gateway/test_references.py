@@ -1,4 +1,4 @@
-"""Frames that a request names by address: read from a bucket where the operator allows it, refused where not."""
+"""Frames by URI: read from a bucket if the operator allows the prefix, else refused."""
 
 # ruff: noqa: F811 (fixtures are named as arguments)
 

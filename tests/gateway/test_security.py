@@ -1,4 +1,4 @@
-"""API keys, CORS, and what is never written down."""
+"""API keys, CORS, and secrets that must not be logged."""
 
 from __future__ import annotations
 

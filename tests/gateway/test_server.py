@@ -1,4 +1,4 @@
-"""The lifecycle of the real process: start, serve, drain, end; and what it costs when nothing happens."""
+"""Lifecycle of the real process: start, serve, drain, exit; and its cost when idle."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def start(backend) -> Iterator[Callable[..., Process]]:
         )
         started.append(popen)
         assert popen.stderr is not None
-        told = next((line for line in popen.stderr if line.startswith("gateway ")), "")
-        found = re.search(r"http://\S+", told)
+        line_with_url = next((line for line in popen.stderr if line.startswith("gateway ")), "")
+        found = re.search(r"http://\S+", line_with_url)
         assert found, f"it did not start: {popen.wait(10)}"
         threading.Thread(target=popen.stderr.read, daemon=True).start()
         process = Process(popen, found[0])

@@ -1,4 +1,4 @@
-"""The gateway before a real TorchServe: with a handler that costs nothing, and with the demonstration SECOND."""
+"""The gateway in front of a real TorchServe, with the checksum handler and with the demo SECOND."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_batch_of_a_worker_in_an_endless_computation_is_answered_by_its_successo
             answers = gateway.post(PATH, files=[("data", cloud(1)), ("data", frame)], timeout=60).json()
             assert answers == [json.loads(checksum(cloud(1))), json.loads(checksum(frame))]
     if way == "directly":  # the worker says where it was before it goes
-        said = (tmp_path / "logs" / "torchserve.log").read_text()
-        assert re.search(r"Timeout .*!", said) and re.search(r"line \d+ in answer_batch", said), said
+        log = (tmp_path / "logs" / "torchserve.log").read_text()
+        assert re.search(r"Timeout .*!", log) and re.search(r"line \d+ in answer_batch", log), log
 
 
 def test_batch_of_a_dying_worker_is_answered_by_its_successor(gateway, server, cloud, tmp_path):

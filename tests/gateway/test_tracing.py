@@ -1,4 +1,4 @@
-"""Spans of the gateway reach a real OTLP receiver, under the caller's; without an exporter nothing is traced."""
+"""Spans reach a real OTLP receiver as children of the caller's; nothing is traced without an exporter."""
 
 from __future__ import annotations
 
@@ -100,5 +100,5 @@ def test_exporter_without_the_extra_is_a_settings_error():
         "try: Tracing('http://127.0.0.1:4318')\n"
         "except SettingsError as error: print(error)"
     )
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert "requirements/otel.lock" in told
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "requirements/otel.lock" in output

@@ -1,4 +1,4 @@
-"""Batches that go to a worker directly: both ends, over real sockets."""
+"""The worker's socket: client and server together, over real sockets."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_second_batch_is_received_while_the_first_is_answered(tmp_path):
     both = threading.Barrier(2, timeout=20)
 
     def answer(body: memoryview) -> bytes:
-        both.wait()  # nobody gets an answer before both are here
+        both.wait()  # no answer before both have arrived
         return bytes(body)
 
     with worker(tmp_path, answer):

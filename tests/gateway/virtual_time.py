@@ -1,4 +1,4 @@
-"""An event loop whose time is counted, not waited for: when nothing is ready, the clock jumps to the next timer."""
+"""Event loop with virtual time: when nothing is ready, the clock jumps to the next timer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Framed batches and framed outcomes: what goes in comes out, and damage is refused."""
+"""Framed batches and outcomes: round trips and corrupted bodies."""
 
 from __future__ import annotations
 

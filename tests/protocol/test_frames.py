@@ -1,4 +1,4 @@
-"""Decoding frames: what is good comes out exact, what is bad is named, nothing is allocated first."""
+"""Frame decoding: exact values, named mistakes, no allocation before the checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures decoded by Pillow, where a config says so, have the pixels that mmcv's loader has."""
+"""Image decoding with Pillow, as mmcv's loader does it."""
 
 from __future__ import annotations
 

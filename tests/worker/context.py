@@ -1,4 +1,4 @@
-"""The context that TorchServe hands a handler, as far as ours look at it."""
+"""Fake of the context that TorchServe passes to a handler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads are started for the cores that a container was given."""
+"""CPU quota of the container, from control groups."""
 
 from __future__ import annotations
 

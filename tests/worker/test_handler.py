@@ -1,4 +1,4 @@
-"""Handlers as TorchServe calls them: rows in, one body and one status per row out."""
+"""Handlers as TorchServe calls them: rows in, a body and a status per row out."""
 
 from __future__ import annotations
 
@@ -137,9 +137,9 @@ def test_batches_of_several_threads_are_computed_one_at_a_time(handler, street):
 def test_handler_describes_its_archive(handler, demo_archive):
     context = Context(demo_archive.root, headers=[{"describe": "True"}])
     (body,) = handler.handle([{}], context)
-    said = orjson.loads(body)
-    assert (said["name"], said["modality"], said["load_dim"]) == ("second", "lidar", 4)
-    assert said["self_test"]["passed"] and said["classes"] == ["Pedestrian", "Cyclist", "Car"]
+    description = orjson.loads(body)
+    assert (description["name"], description["modality"], description["load_dim"]) == ("second", "lidar", 4)
+    assert description["self_test"]["passed"] and description["classes"] == ["Pedestrian", "Cyclist", "Car"]
 
 
 @pytest.mark.parametrize(

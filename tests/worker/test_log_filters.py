@@ -1,4 +1,4 @@
-"""What a worker prints for every batch is thinned out, and nothing else is."""
+"""Filters of the lines that a worker prints for every batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serve.worker import log_filters as worker_log
+from serve.worker import log_filters
 
 METRICS = logging.getLogger("ts.metrics.caching_metric")
 
@@ -28,20 +28,20 @@ def test_gauge_is_printed_once_per_second_and_at_first(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 50.0
-    monkeypatch.setattr(worker_log.time, "monotonic", lambda: now)
-    worker_log.install_log_filters()
+    monkeypatch.setattr(log_filters.time, "monotonic", lambda: now)
+    log_filters.install_log_filters()
     with caplog.at_level(logging.INFO):
         for _ in range(25):
             METRICS.info(metric("PredictionTime", now))
             METRICS.info(metric("HandlerTime", now))
             now += 0.1
-    said = [text for text in caplog.messages if "PredictionTime" in text]
-    assert len(said) == 3 and said[0] == metric("PredictionTime", 50.0)
+    printed = [text for text in caplog.messages if "PredictionTime" in text]
+    assert len(printed) == 3 and printed[0] == metric("PredictionTime", 50.0)
     assert len(caplog.messages) == 6
 
 
 def test_every_counter_is_printed(caplog: pytest.LogCaptureFixture) -> None:
-    worker_log.install_log_filters()
+    log_filters.install_log_filters()
     with caplog.at_level(logging.INFO):
         for _ in range(5):
             METRICS.info(metric("Frames", 1, "COUNTER"))
@@ -49,8 +49,8 @@ def test_every_counter_is_printed(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_only_the_received_line_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
-    worker_log.install_log_filters()
-    worker_log.install_log_filters()
+    log_filters.install_log_filters()
+    log_filters.install_log_filters()
     with caplog.at_level(logging.INFO):
         logging.info("Backend received inference at: %d", 1)
         logging.info("Frontend disconnected.")

@@ -1,4 +1,4 @@
-"""A worker that computes one batch for too long ends itself."""
+"""Watchdog of a worker that computes one batch for too long."""
 
 from __future__ import annotations
 
