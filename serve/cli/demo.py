@@ -15,7 +15,7 @@ from serve.cli.serve import KNOWN_TO_SERVE, STATE_DIR, demonstration, serve_unti
 from serve.client import Client
 from serve.errors import ArchiveError
 from serve.gateway.options import GatewayOptions
-from serve.protocol import frames as wire
+from serve.protocol.frames import encode_json
 from serve.storage.hashes import sha256_of
 from serve.torchserve import ServedModel, TorchServeOptions
 from serve.torchserve.supervisor import Service, gateway_options
@@ -90,7 +90,7 @@ def _show(service: Service, seconds: float, frame: Path) -> None:
     address = service.gateway_url or service.torchserve.inference_url
     with Client(address) as client:
         answer = client.predict(body, "second", score_thr=SCORE_THR)
-    frame.with_suffix(".json").write_bytes(wire.encode_json(answer))
+    frame.with_suffix(".json").write_bytes(encode_json(answer))
     frame.with_suffix(".png").write_bytes(encode_png(draw_frame(body, answer, load_dim=4)))
     print(
         f"ready after {seconds:.1f} s; the sample frame has {len(answer['names'])} detections of {SCORE_THR} or more:"

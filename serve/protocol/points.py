@@ -1,8 +1,8 @@
 """Bytes to a point cloud in a model's columns.
 
-The format is recognised by its first bytes (`sniff`), never by arithmetic on the length. A ``.bin`` has no signature
-and no header: its numbers are compared with what a point cloud looks like (`check_layout`), so that another stride,
-float64 or another byte order are noticed. What the client declares (``load_dim``, ``columns``) is taken at its word.
+The format is recognised by its first bytes (`sniff`), never by the length of the file. A ``.bin`` has no signature and
+no header, so that the plausibility of its numbers is checked (`check_layout`): another stride, float64 and another byte
+order are noticed. A layout that the client declares (``load_dim``, ``columns``) is not questioned.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from serve.settings import Limits
 
 __all__ = ["Columns", "PointLayout", "arrange", "check_layout", "decode_points", "parse_columns", "sniff"]
 
-# A LiDAR sees some hundred metres; what is beyond is not a coordinate but misread bytes.
+# A LiDAR sees some hundred metres; larger coordinates are misread bytes.
 MAX_COORDINATE_M = 1e6
-# First bytes to format. Formats without a reader are named, so that nobody's archive is taken for coordinates.
+# Signature → format. Formats without a reader are listed too, so that their bytes do not pass for coordinates.
 MAGIC: Sequence[tuple[bytes, str]] = (
     (NPY_MAGIC, "npy"),
     (b"# .PCD", "PCD"),
@@ -66,11 +66,11 @@ _COLUMN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,63})\s*(?:=\s*([-+0-9.eE]{1,3
 
 @dataclass(frozen=True)
 class PointLayout:
-    """Columns of the points that a model takes.
+    """Columns of the points that a model accepts.
 
     Attributes:
-        columns: standard name of each, in order.
-        used: indices of those that the model looks at; others may be missing in a file that names its columns.
+        columns: standard names, in order.
+        used: indices of the columns that the model uses; a file that names its columns may lack the others.
     """
 
     columns: tuple[str, ...]
@@ -78,7 +78,7 @@ class PointLayout:
 
     @classmethod
     def default(cls, load_dim: int, *, is_depth: bool, used: Sequence[int] | None = None) -> PointLayout:
-        """Give the usual columns of a sensor: LiDAR (nuScenes' order) or depth camera."""
+        """Return the usual columns of a sensor: LiDAR (nuScenes' order) or depth camera."""
         usual = (
             ("x", "y", "z", "red", "green", "blue")
             if is_depth
@@ -90,7 +90,7 @@ class PointLayout:
 
 @dataclass(frozen=True)
 class Columns:
-    """What a client declares of its columns (``columns=x,y,z,intensity=0``).
+    """Columns as declared by a client (``columns=x,y,z,intensity=0``).
 
     Attributes:
         names: standard name of each column of the file, in order.
@@ -102,10 +102,10 @@ class Columns:
 
 
 def parse_columns(text: str) -> Columns:
-    """Parse the option ``columns``: names in the file's order, and constants for what it lacks.
+    """Parse the option ``columns``: names in the file's order, and constants for missing columns.
 
     Raises:
-        UnknownOption: not of that form.
+        UnknownOption: the text does not have this form.
     """
     names: list[str] = []
     constants: dict[str, float] = {}
@@ -113,18 +113,18 @@ def parse_columns(text: str) -> Columns:
         found = _COLUMN.fullmatch(part)
         if found is None or len(names) == MAX_COLUMNS:
             raise UnknownOption(
-                f"columns: '{part[:80]}' is no column name or name=value, as in x,y,z,intensity=0"
+                f"columns: '{part[:80]}' is neither a column name nor name=value, as in x,y,z,intensity=0"
             )
         name = STANDARD_NAME.get(found[1].lower(), found[1])
         if name in names or name in constants:
-            raise UnknownOption(f"columns: '{name}' stands twice")
+            raise UnknownOption(f"columns: '{name}' occurs twice")
         if found[2] is None:
             names.append(name)
             continue
         try:
             constants[name] = float(found[2])
         except ValueError:
-            raise UnknownOption(f"columns: {name}={found[2]} is no number") from None
+            raise UnknownOption(f"columns: {name}={found[2]} is not a number") from None
     return Columns(tuple(names), constants)
 
 
@@ -137,24 +137,24 @@ def decode_points(
     load_dim: int | None = None,
     num_points: int | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Decode a point cloud of any format that is read.
+    """Decode a point cloud of any supported format.
 
     Args:
         body: the file.
         layout: the model's columns.
-        limits: bounds.
-        columns: the client's word on the file's columns (see `parse_columns`).
-        load_dim: the client's word on the numbers per point.
-        num_points: the client's word on the number of points.
+        limits: limits on the number of points.
+        columns: columns of the file as declared by the client (see `parse_columns`).
+        load_dim: numbers per point as declared by the client.
+        num_points: number of points as declared by the client.
 
     Returns:
         (N, len(layout.columns)) float32.
 
     Raises:
         UnknownOption: `columns` cannot be parsed.
-        UndecodableFrame: no point cloud, a damaged one, or one that cannot be what it is declared to be.
+        UndecodableFrame: not a point cloud, or a corrupt one, or it contradicts the declarations.
         FrameTooLarge: more points than the limits allow.
-        NonFinitePoints: NaN or inf among the points.
+        NonFinitePoints: the points contain NaN or inf.
     """
     declared = parse_columns(columns) if columns else None
     width = len(declared.names) if declared else len(layout.columns)
@@ -168,33 +168,33 @@ def decode_points(
         read = _read_bin(body, width, limits, is_empty=num_points == 0)
         if declared is None and load_dim is None and num_points is None:
             check_layout(body, width)
-        table = _named(
+        table = _name_columns(
             PointTable("bin", {str(k): read[:, k] for k in range(width)}, len(read)), declared, layout
         )
         points = read if declared is None else arrange(table, layout, declared.constants)
     else:
-        table = _named(read_point_file(body, kind, limits), declared, layout)
+        table = _name_columns(read_point_file(body, kind, limits), declared, layout)
         points = arrange(table, layout, declared.constants if declared else {})
     if num_points is not None and num_points != len(points):
         raise UndecodableFrame(
             f"the request declares {num_points} points, the frame holds {len(points)} of {width} floats"
         )
-    return _checked(points)
+    return _check_points(points)
 
 
-def _checked(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _check_points(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     if not np.isfinite(points).all():
         bad = int((~np.isfinite(points)).any(axis=1).sum())
-        raise NonFinitePoints(f"{bad} of {len(points)} points hold NaN or inf; remove them before sending")
+        raise NonFinitePoints(f"{bad} of {len(points)} points contain NaN or inf; remove them before sending")
     if len(points) and (reach := float(np.abs(points[:, :3]).max())) > MAX_COORDINATE_M:
         raise UndecodableFrame(
-            f"coordinates reach {reach:.3g} m: these bytes are not float32 little-endian points of {points.shape[1]} "
-            "numbers starting with x, y, z in metres"
+            f"coordinates reach {reach:.3g} m; expected little-endian float32 points of {points.shape[1]} numbers that "
+            "start with x, y, z in metres"
         )
     return points
 
 
-def _named(table: PointTable, declared: Columns | None, layout: PointLayout) -> PointTable:
+def _name_columns(table: PointTable, declared: Columns | None, layout: PointLayout) -> PointTable:
     """Name the columns of a table that numbers them: as declared, else as the model's."""
     if "0" not in table.columns:
         return table
@@ -210,19 +210,19 @@ def _named(table: PointTable, declared: Columns | None, layout: PointLayout) -> 
 def _read_bin(body: Bytes, width: int, limits: Limits, *, is_empty: bool) -> npt.NDArray[np.float32]:
     if len(body) == 0 and not is_empty:
         raise UndecodableFrame(
-            "the body is empty; an empty cloud is sent with num_points=0, or as .npy (0, load_dim)"
+            "the body is empty; send an empty point cloud with num_points=0, or as .npy of shape (0, load_dim)"
         )
-    # Float32 coordinates always have bytes outside the printable range; text never has.
+    # Float32 coordinates always contain bytes outside the printable range; text never does.
     head = bytes(body[:512])
     if head and all(byte in _PRINTABLE for byte in head):
         raise UndecodableFrame(
-            'the body is text, not a point cloud; send the bytes of a .bin or .npy, or base64 as JSON {"b64": …}'
+            'the body is text, not a point cloud; send the bytes of a .bin or .npy file, or base64 as JSON {"b64": …}'
         )
     stride = 4 * width
     if len(body) % stride:
         raise UndecodableFrame(
-            f"{len(body)} bytes are not a whole number of points: this model takes {width} float32 per point "
-            f"({stride} bytes); a file of other columns is named by columns=x,y,z,…"
+            f"{len(body)} bytes are not a whole number of points; this model takes {width} float32 per point "
+            f"({stride} bytes); declare other columns with columns=x,y,z,…"
         )
     if len(body) // stride > limits.max_points:
         raise FrameTooLarge(
@@ -232,10 +232,10 @@ def _read_bin(body: Bytes, width: int, limits: Limits, *, is_empty: bool) -> npt
 
 
 def sniff(body: Bytes) -> str | None:
-    """Name the format of a file by its first bytes; None: no format with a signature, such as a ``.bin``.
+    """Recognise the format of a file by its first bytes; None if it has no signature, such as a ``.bin``.
 
     Raises:
-        UndecodableFrame: a known format that holds no point cloud, or one without a reader here.
+        UndecodableFrame: a known format without point clouds, or without a reader here.
     """
     head = bytes(body[:16])
     for magic, name in MAGIC:
@@ -250,7 +250,7 @@ def sniff(body: Bytes) -> str | None:
 
 
 def _is_not_points(magic: bytes, body: Bytes) -> bool:
-    """Whether so short a signature is no coincidence of a first coordinate.
+    """Return whether a signature is more than a coincidence with the first coordinate.
 
     A first coordinate of a ``.bin`` may be any float32: one whose bytes equal a signature of two or three bytes is
     possible, so the length has to disagree with every stride of 3 to 8 floats as well.
@@ -259,13 +259,13 @@ def _is_not_points(magic: bytes, body: Bytes) -> bool:
 
 
 def _plausible(body: Bytes) -> bool:
-    """Whether the first numbers read as float32 are coordinates: finite, and below 10 km."""
+    """Return whether the first numbers, read as float32, may be coordinates: finite, and below 10 km."""
     head = np.frombuffer(bytes(body[: min(len(body), 4096) // 4 * 4]), dtype="<f4")
     with np.errstate(invalid="ignore"):
         return bool(len(head) and (np.isfinite(head) & (np.abs(head) < 1e4)).mean() > 0.99)
 
 
-# A layout is called wrong where another explains the numbers so much better that no real cloud does by chance.
+# Reject a layout only if another one explains the numbers far better than happens by chance.
 _SAMPLE_FLOATS = 1 << 12
 _MIN_FLOATS = 512
 _STRIDES = range(3, 9)
@@ -273,14 +273,14 @@ _FAR_BETTER = 0.35
 
 
 def check_layout(body: Bytes, width: int) -> None:
-    """Refuse a ``.bin`` whose numbers are surely not float32 little-endian points of `width` columns.
+    """Reject a ``.bin`` whose numbers cannot be little-endian float32 points of `width` columns.
 
     Numbers of another type or byte order are hardly ever of the size of coordinates. Of the right stride, numbers one
     stride apart are of the same column and mostly of neighbouring points: they differ far less than numbers any
     other distance apart.
 
     Raises:
-        UndecodableFrame: names what the bytes look like, and how to declare what they are.
+        UndecodableFrame: the message names the likely layout, and how to declare another.
     """
     sample = bytes(body[: 4 * _SAMPLE_FLOATS])
     sample = sample[: len(sample) // 8 * 8]
@@ -291,7 +291,7 @@ def check_layout(body: Bytes, width: int) -> None:
         if plausible < 0.9 and _plausible_share(np.frombuffer(sample, kind)) > 0.98:
             raise UndecodableFrame(
                 f"the body looks like {name}, not float32 little-endian; convert it, or send .npy, "
-                "which says what it is"
+                "which declares its type"
             )
     best = _likely_stride(np.frombuffer(sample, "<f4"), width)
     if best is not None and (len(body) // 4) % best == 0:
@@ -302,14 +302,14 @@ def check_layout(body: Bytes, width: int) -> None:
 
 
 def _plausible_share(numbers: npt.NDArray[np.floating]) -> float:
-    """Share of numbers that a coordinate, an intensity, a colour or a zero could be."""
+    """Return the share of numbers that may be coordinates, intensities, colours or zero."""
     with np.errstate(invalid="ignore"):
         size = np.abs(numbers)
         return float(((size == 0) | ((size > 1e-6) & (size < 1e5))).mean())
 
 
 def _likely_stride(numbers: npt.NDArray[np.float32], width: int) -> int | None:
-    """Give another stride that explains the numbers far better than `width`; None: none does."""
+    """Return a stride that explains the numbers far better than `width`, or None."""
     with np.errstate(invalid="ignore", over="ignore"):
         clipped = np.clip(np.nan_to_num(numbers), -1e3, 1e3)
     change = {
@@ -323,18 +323,18 @@ def _likely_stride(numbers: npt.NDArray[np.float32], width: int) -> int | None:
 def arrange(
     table: PointTable, layout: PointLayout, constants: Mapping[str, float]
 ) -> npt.NDArray[np.float32]:
-    """Put columns into the order a model takes.
+    """Arrange columns in the order of the model.
 
     Args:
-        table: what the file holds.
-        layout: the model's columns; those that it does not look at may be missing and become 0.
-        constants: values that the client states for columns that the file lacks.
+        table: columns of the file.
+        layout: columns of the model; unused ones may be missing and become 0.
+        constants: values given by the client for missing columns.
 
     Returns:
         (N, len(layout.columns)) float32.
 
     Raises:
-        UndecodableFrame: a column that the model looks at is missing.
+        UndecodableFrame: a column that the model uses is missing.
     """
     missing = [
         name
@@ -344,10 +344,10 @@ def arrange(
     if missing:
         raise UndecodableFrame(
             f"the {table.format} file has no column {', '.join(missing)}, which the model uses; it has "
-            f"{', '.join(table.columns) or 'none'}. State a value, as in columns={missing[0]}=0, or send the column"
+            f"{', '.join(table.columns) or 'none'}; give a value, as in columns={missing[0]}=0, or send the column"
         )
     points = np.zeros((table.count, len(layout.columns)), dtype=np.float32)
-    with np.errstate(over="ignore"):  # too large a double becomes inf and is refused with the others
+    with np.errstate(over="ignore"):  # a double out of range becomes inf, which is rejected later
         for k, name in enumerate(layout.columns):
             if name in table.columns:
                 points[:, k] = table.columns[name]
