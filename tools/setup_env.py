@@ -1,18 +1,22 @@
 """Create or update the project's virtual environment (`make setup`). Standard library only.
 
-What it does, in order: checks the Python that runs it, makes the virtual environment, installs the
-locked requirements (wheels only, every file checked against its hash), sees to torch, installs this
-project in editable mode, and imports everything once. A stamp inside the environment, a hash of all
-inputs, makes the second run a matter of milliseconds.
+Steps, in order: check the running Python, make the virtual environment, install the locked requirements (wheels
+only, every file checked against its hash) while torch is unpacked, install this project in editable mode, import
+everything once and compile the kernels side by side. A stamp inside the environment, a hash of all inputs, makes
+the second run a matter of milliseconds.
 
-torch is the one package outside the lock, because its build depends on the machine. A torch that is
-already importable and within TORCH_RANGE is kept: one in the environment itself, or one of the Python
-that runs this file (the environment then also sees that Python's packages; ours come first). The lower
-bound is the first release whose `torch.load(weights_only=True)` is safe (CVE-2025-32434); the upper
-bound is the first minor release that this project has not been run with.
+uv installs the locks, because it is several times as fast as pip. pip fetches it (hash-checked) into ``uv/`` of the
+environment, and uv gets the indexes, certificates and proxies that pip is configured with, so that every mirror of
+pip's works. If there is no uv for this machine, or uv cannot read that index, pip installs the locks.
 
-What it does not know: which CUDA driver the machine has. Without --torch-index-url it takes the build
-that the configured package index offers first.
+torch is the one package outside the lock, because its build depends on the machine. A torch that is already
+importable and within TORCH_RANGE is kept: one in the environment itself, or one of the Python that runs this file
+(the environment then also sees that Python's packages; its own come first). The lower bound is the first release
+whose `torch.load(weights_only=True)` is safe (CVE-2025-32434); the upper bound is the first minor release that
+this project has not been run with (`make check-range`). pip installs torch, with its own order of indexes.
+
+The driver of a GPU is not looked at. Without --torch-index-url torch is the build that the configured package index
+offers first.
 
 No compiler, no system Java and no system package is needed, and none is installed.
 """
@@ -20,20 +24,52 @@ No compiler, no system Java and no system package is needed, and none is install
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_PYTHON = (3, 11)
 TORCH_RANGE = ((2, 6), (2, 14))  # at least, below
 TORCH_DEFAULT = "2.13.0"
 STAMP_NAME = ".setup-stamp"
+# There while packages are installed: a run that was killed may leave half a package that looks like a whole one.
+UNFINISHED_NAME = ".setup-unfinished"
+UV_FOLDER = "uv"
+PIP = (
+    "-m",
+    "pip",
+    "install",
+    "--disable-pip-version-check",
+    "--no-input",
+    "--progress-bar=off",
+    "--no-compile",
+)
+LOCKED = ("--no-deps", "--require-hashes", "--only-binary=:all:")
 PIP_PROGRESS = ("Collecting ", "  Downloading ", "Building ", "Installing ", "Processing ")
+# pip's settings and uv's variables for the same.
+UV_VARIABLES = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "no-index": "UV_NO_INDEX",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+    "client-cert": "SSL_CLIENT_CERT",
+    "proxy": "ALL_PROXY",
+    "timeout": "UV_HTTP_TIMEOUT",
+    "no-cache-dir": "UV_NO_CACHE",
+}
+MOST_PROCESSES = 8  # that compile kernels: each takes some 400 MB
 
 PROBE_TORCH = "import torch; print(torch.__version__)"
 # Copied into site-packages with a .pth file that calls it, so that every Python of the environment has mmcv's kernels.
@@ -167,17 +203,20 @@ def make_venv(venv: Path, reuse_torch: bool) -> str:
 
 
 def pip(venv: Path, *arguments: str) -> None:
-    """Run pip in the environment; its output is shown only while it runs on a terminal, and on failure.
+    """Run `pip install` in the environment; its output is shown while it runs on a terminal, and on failure.
 
     Python compiles what is imported when it is imported, in `self_check` for the first time: compiling all of torch
     and scipy beforehand, as pip does by default, took half of the set-up.
     """
-    command = [str(venv_python(venv)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    command += ["--progress-bar", "off", "--no-compile", *arguments]
     kept: list[str] = []
     live = sys.stdout.isatty()
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, errors="replace"
+        [str(venv_python(venv)), *PIP, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        errors="replace",
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -196,25 +235,133 @@ def pip(venv: Path, *arguments: str) -> None:
     sys.stdout.writelines(warnings)
 
 
+def uv_environment(pip_settings: str) -> dict[str, str]:
+    """The environment for uv, with what `pip config list` printed turned into uv's variables.
+
+    Args:
+        pip_settings: lines such as ``global.index-url='https://mirror/simple'``.
+    """
+    settings = {}
+    for line in pip_settings.splitlines():
+        name, _, value = line.partition("=")
+        settings[name] = value
+    found = {}
+    for section in ("global", "install", ":env:"):  # pip's own order: the last one wins
+        for key, variable in UV_VARIABLES.items():
+            if text := settings.get(f"{section}.{key}"):
+                words = str(ast.literal_eval(text)).split()
+                found[variable] = ("," if key == "find-links" else " ").join(words)
+    # As pip does it: the best file of all indexes, which the hashes make safe.
+    return {**os.environ, **found, "UV_INDEX_STRATEGY": "unsafe-best-match"}
+
+
+def fetch_uv(venv: Path) -> Path:
+    """Install uv beside the packages of the environment, unless it is there; its program."""
+    folder = venv / UV_FOLDER
+    program = folder / "bin" / "uv"
+    lock = ROOT / "requirements" / "installer.lock"
+    wanted = lock.read_text().split()[0].replace("==", "-")
+    if not (program.exists() and (folder / f"{wanted}.dist-info").is_dir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        pip(venv, *LOCKED, "--target", str(folder), "-r", str(lock))
+    return program
+
+
 def install_lock(venv: Path, locks: list[Path]) -> str:
-    """Install exactly the locked wheels, each checked against its hash."""
+    """Install exactly the locked wheels, each checked against its hash: by uv, or by pip if uv cannot."""
     files = [word for lock in locks for word in ("-r", str(lock))]
-    pip(venv, "--no-deps", "--require-hashes", "--only-binary=:all:", *files)
     names = {line.split("==")[0] for lock in locks for line in lock.read_text().splitlines() if "==" in line}
-    return f"{len(names)} packages, wheels only, hashes checked"
+    unfinished = venv / UNFINISHED_NAME
+    again = unfinished.exists()
+    unfinished.touch()
+    installer = "uv"
+    if trouble := _install_by_uv(venv, [*LOCKED, *(["--reinstall"] if again else []), *files]):
+        print(f"setup: uv does not install here ({trouble}): pip does, which takes longer", flush=True)
+        pip(venv, *LOCKED, *(["--force-reinstall"] if again else []), *files)
+        installer = "pip"
+    unfinished.unlink()
+    return f"{len(names)} packages by {installer}, wheels only, hashes checked"
 
 
-def install_torch(venv: Path, index_url: str | None, lock: Path | None) -> str:
-    """Keep a torch in range, else install what `lock` says, hashes checked, or TORCH_DEFAULT without one."""
-    found = installed_torch(venv_python(venv))
-    if found is not None and torch_in_range(found):
-        return f"kept {found}"
+def _install_by_uv(venv: Path, arguments: list[str]) -> str:
+    """Run `uv pip install`; empty if it succeeded, else why not."""
+    python = str(venv_python(venv))
+    try:
+        program = fetch_uv(venv)
+        asked = subprocess.run(
+            [python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+        )
+        ran = subprocess.run(
+            [str(program), "pip", "install", "--quiet", "--python", python, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=uv_environment(asked.stdout),
+            check=False,
+        )
+    except SetupFailed:
+        return "pip cannot fetch it"
+    except (OSError, subprocess.CalledProcessError) as error:
+        return str(error)
+    return " ".join(ran.stderr.split())[:300] or f"exit code {ran.returncode}" if ran.returncode else ""
+
+
+@contextmanager
+def running(command: list[str] | None) -> Iterator[subprocess.Popen[str] | None]:
+    """Run `command` beside the block; what it has not finished by the end of the block is ended, with its children."""
+    if command is None:
+        yield None
+        return
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        cwd=ROOT,
+        env=_compiling(),
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
+
+def unpack_torch(venv: Path, index_url: str | None, lock: Path | None) -> list[str] | None:
+    """Command that installs torch without what it needs, or None if there is one; `install_torch` adds the rest."""
+    if installed_torch(venv_python(venv)) is not None:
+        return None
+    return [str(venv_python(venv)), *PIP, "--quiet", "--no-deps", *_torch_source(index_url, lock)]
+
+
+def _torch_source(index_url: str | None, lock: Path | None) -> list[str]:
+    """Arguments of pip for the torch to install."""
     source = ["--index-url", index_url] if index_url else []
     if lock is not None:
-        wanted = ["--no-deps", "--require-hashes", "-r", str(lock.resolve())]
-    else:
-        wanted = [f"torch=={TORCH_DEFAULT}"]
-    pip(venv, "--only-binary=:all:", *source, *wanted)
+        return [*LOCKED, *source, "-r", str(lock.resolve())]
+    return ["--only-binary=:all:", *source, f"torch=={TORCH_DEFAULT}"]
+
+
+def install_torch(
+    venv: Path, index_url: str | None, lock: Path | None, unpacking: subprocess.Popen[str] | None = None
+) -> str:
+    """Keep a torch in range, else install what `lock` pins, hashes checked, or TORCH_DEFAULT without one.
+
+    Args:
+        venv: the environment.
+        index_url: package index to take it from; None: pip's own.
+        lock: a lock with torch and its CUDA libraries.
+        unpacking: the process of `unpack_torch`. If it failed, pip is asked again here and says why.
+    """
+    if unpacking is not None:
+        unpacking.communicate()
+    found = None if unpacking else installed_torch(venv_python(venv))
+    if found is not None and torch_in_range(found):
+        return f"kept {found}"
+    pip(venv, *_torch_source(index_url, lock))
     now = installed_torch(venv_python(venv))
     if now is None:
         raise SetupFailed(
@@ -260,13 +407,33 @@ def _compiling() -> dict[str, str]:
     return {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-def compile_kernels(venv: Path) -> str:
-    """Call every kernel once, so that no request waits for the compiler; the machine code stays in the package."""
+def kernels_command(venv: Path) -> list[str]:
+    """Command that calls every kernel once, so that no request waits for the compiler; the machine code stays."""
+    processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
     command = [str(venv_python(venv)), "-m", "tools.bench", "ops", "--compile-only"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_compiling(), check=False)
-    if ran.returncode:
-        raise SetupFailed(f"the kernels do not compile:\n{ran.stdout}{ran.stderr}")
-    return ran.stdout.strip()
+    return [*command, "--processes", str(processes)]
+
+
+def finish_kernels(compiling: subprocess.Popen[str]) -> str:
+    """Wait for the process of `kernels_command`."""
+    output, errors = compiling.communicate()
+    if compiling.returncode:
+        raise SetupFailed(f"the kernels do not compile:\n{output}{errors}")
+    return output.strip()
+
+
+def interrupted(*_: object) -> NoReturn:
+    """End a run that is asked to stop as Ctrl-C does, so that nothing goes on behind it."""
+    raise KeyboardInterrupt
+
+
+def install_dependencies(steps: Steps, args: argparse.Namespace, venv: Path, locks: list[Path]) -> None:
+    """The environment without this project: the locks, and torch meanwhile."""
+    steps.run(f"virtual environment {venv}", lambda: make_venv(venv, not args.fresh_torch))
+    torch = args.torch_index_url, args.torch_lock
+    with running(unpack_torch(venv, *torch)) as unpacking:
+        steps.run("locked requirements", lambda: install_lock(venv, locks))
+        steps.run("torch", lambda: install_torch(venv, *torch, unpacking))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -288,7 +455,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dependencies-only",
         action="store_true",
-        help="leave out this project itself; a later run without this adds it (layers of an image)",
+        help="leave out this project itself; --project-only adds it later (layers of an image)",
+    )
+    parser.add_argument(
+        "--project-only",
+        action="store_true",
+        help="add this project to an environment that --dependencies-only made; takes nothing from an index",
     )
     parser.add_argument(
         "--no-kernels",
@@ -319,16 +491,18 @@ def main(argv: list[str] | None = None) -> int:
             stamp.touch()
             return 0
         stamp.unlink(missing_ok=True)
-        steps = Steps(total=3 if args.dependencies_only else 6 - args.no_kernels)
-        steps.run(f"virtual environment {venv}", lambda: make_venv(venv, not args.fresh_torch))
-        steps.run("locked requirements", lambda: install_lock(venv, locks))
-        steps.run("torch", lambda: install_torch(venv, args.torch_index_url, args.torch_lock))
+        total = 3 if args.dependencies_only else 6 - args.no_kernels - 3 * args.project_only
+        steps = Steps(total)
+        if not args.project_only:
+            install_dependencies(steps, args, venv, locks)
         if args.dependencies_only:
+            shutil.rmtree(venv / UV_FOLDER, ignore_errors=True)
             return 0
         steps.run("this project", lambda: install_project(venv))
-        steps.run("import of everything", lambda: self_check(venv))
-        if not args.no_kernels:
-            steps.run("machine code of the kernels", lambda: compile_kernels(venv))
+        with running(None if args.no_kernels else kernels_command(venv)) as compiling:
+            steps.run("import of everything", lambda: self_check(venv))
+            if compiling is not None:
+                steps.run("machine code of the kernels", lambda: finish_kernels(compiling))
         stamp.write_text(wanted)
         steps.say(f"done in {time.monotonic() - began:.0f} s")
     except SetupFailed as error:
@@ -341,4 +515,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupted)
     sys.exit(main())

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -237,6 +238,82 @@ def test_the_words_of_pip_are_shown_when_it_fails(setup_env: ModuleType, tmp_pat
         setup_env.pip(Path(sys.prefix), "-r", str(tmp_path / "absent.txt"))
 
 
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("global.index-url='https://a.test/simple'", {"UV_DEFAULT_INDEX": "https://a.test/simple"}),
+        (
+            "global.extra-index-url='\\nhttps://a.test\\nfile:///b'\nglobal.find-links='/c /d'",
+            {"UV_INDEX": "https://a.test file:///b", "UV_FIND_LINKS": "/c,/d"},
+        ),
+        (
+            ":env:.index-url='https://env.test'\nglobal.index-url='https://a.test'\ninstall.index-url='https://b.test'",
+            {"UV_DEFAULT_INDEX": "https://env.test"},
+        ),
+        (
+            "global.cert='/ca.crt'\nglobal.trusted-host='a.test b.test'\nglobal.timeout='180'",
+            {"SSL_CERT_FILE": "/ca.crt", "UV_INSECURE_HOST": "a.test b.test", "UV_HTTP_TIMEOUT": "180"},
+        ),
+        ("download.index-url='https://a.test'\nglobal.constraint='/c.txt'", {}),
+    ],
+)
+def test_uv_gets_the_index_that_pip_is_configured_with(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, printed: str, expected: dict[str, str]
+) -> None:
+    for variable in setup_env.UV_VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    found = setup_env.uv_environment(printed)
+    assert {name: found[name] for name in setup_env.UV_VARIABLES.values() if name in found} == expected
+
+
+def test_pip_installs_the_lock_if_uv_cannot_be_fetched(
+    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def pip(venv: Path, *arguments: str) -> None:
+        asked.append(arguments)
+        if "--target" in arguments:
+            raise setup_env.SetupFailed("no uv for this machine")
+
+    monkeypatch.setattr(setup_env, "pip", pip)
+    lock = tmp_path / "a.lock"
+    lock.write_text("a==1")
+    assert setup_env.install_lock(tmp_path, [lock]).startswith("1 packages by pip")
+    assert "--require-hashes" in asked[1] and asked[1][-2:] == ("-r", str(lock))
+    assert "pip cannot fetch it" in capsys.readouterr().out
+
+
+def test_packages_of_an_interrupted_run_are_installed_again(
+    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def interrupted_once(venv: Path, arguments: list[str]) -> str:
+        asked.append(arguments)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(setup_env, "_install_by_uv", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        setup_env.install_lock(tmp_path, [])
+    setup_env.install_lock(tmp_path, [])
+    setup_env.install_lock(tmp_path, [])
+    assert ["--reinstall" in arguments for arguments in asked] == [False, True, False]
+
+
+def test_what_runs_beside_a_step_ends_with_its_children_when_the_step_fails(setup_env: ModuleType) -> None:
+    program = "import subprocess, sys; subprocess.run(['sleep', '600'])"
+    with pytest.raises(setup_env.SetupFailed), setup_env.running([sys.executable, "-c", program]) as process:
+        parent = psutil.Process(process.pid)
+        while not (children := parent.children()):
+            assert parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE
+        raise setup_env.SetupFailed("no index")
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert process.returncode is not None and alive == []
+
+
 def test_the_fingerprint_changes_with_the_lock_and_the_torch_index(
     setup_env: ModuleType, tmp_path: Path
 ) -> None:
@@ -253,21 +330,29 @@ def test_the_fingerprint_changes_with_the_lock_and_the_torch_index(
     assert setup_env.fingerprint(plain, [lock]) != first
 
 
+STEPS = ["install_lock", "install_torch", "install_project", "self_check", "finish_kernels"]
+
+
 def test_a_second_run_does_nothing(
     setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done: list[str] = []
-    for step in ("install_lock", "install_torch", "install_project", "self_check", "compile_kernels"):
+    for step in STEPS:
         monkeypatch.setattr(setup_env, step, lambda *_, step=step: done.append(step))
     monkeypatch.setattr(setup_env, "make_venv", lambda venv, _: fake_venv(venv))
+    monkeypatch.setattr(setup_env, "unpack_torch", lambda *_: None)
+    monkeypatch.setattr(setup_env, "kernels_command", lambda _: ["true"])
     arguments = ["--venv", str(tmp_path / "venv")]
     assert setup_env.main(arguments) == 0
-    assert done == ["install_lock", "install_torch", "install_project", "self_check", "compile_kernels"]
+    assert done == STEPS
     assert "done in" in capsys.readouterr().out
     assert setup_env.main(arguments) == 0
-    assert len(done) == 5
+    assert len(done) == len(STEPS)
     assert setup_env.main([*arguments, "--no-dev"]) == 0
-    assert len(done) == 10
+    assert len(done) == 2 * len(STEPS)
+    done.clear()
+    assert setup_env.main([*arguments, "--project-only", "--no-kernels", "--force"]) == 0
+    assert done == ["install_project", "self_check"]
 
 
 def fake_venv(venv: Path) -> None:
@@ -282,6 +367,7 @@ def test_a_failed_step_leaves_no_stamp(
         raise setup_env.SetupFailed("no index")
 
     monkeypatch.setattr(setup_env, "make_venv", lambda venv, _: fake_venv(venv))
+    monkeypatch.setattr(setup_env, "unpack_torch", lambda *_: None)
     monkeypatch.setattr(setup_env, "install_lock", fail)
     assert setup_env.main(["--venv", str(tmp_path / "venv")]) == 2
     assert capsys.readouterr().err == "error: no index\n"

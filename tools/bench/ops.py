@@ -7,12 +7,15 @@ correctness.
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,12 +133,30 @@ def run(
     return found
 
 
-def compile_all(progress: Callable[[str], None] = lambda kernel: None) -> int:
-    """Call each kernel once on small inputs to fill the JIT cache; return how many."""
-    for name, build in CASES.items():
-        progress(name)
-        extension.kernels()[name](*build(Inputs(False)))
-    return len(CASES)
+def compile_all(progress: Callable[[str], None] = lambda kernel: None, processes: int = 1) -> int:
+    """Call every kernel once on small inputs, so that its machine code is there for all processes.
+
+    Args:
+        progress: told each kernel that is done.
+        processes: so many compile side by side.
+
+    Returns:
+        How many kernels.
+    """
+    # Neighbours call the same functions: each process has a stretch of its own, so that few are compiled twice.
+    length = -(-len(CASES) // processes)
+    stretches = (list(CASES)[start : start + length] for start in range(0, len(CASES), length))
+    names = [name for abreast in itertools.zip_longest(*stretches) for name in abreast if name is not None]
+    # Forked, they need not import torch again; nothing here has started a thread yet.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        for name in pool.map(_compile, names):
+            progress(name)
+    return len(names)
+
+
+def _compile(name: str) -> str:
+    extension.kernels()[name](*CASES[name](Inputs(False)))
+    return name
 
 
 def _sizes(arguments: Sequence[Any]) -> str:

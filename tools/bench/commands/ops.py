@@ -28,6 +28,12 @@ def main(argv: Sequence[str] | None) -> int:
         action="store_true",
         help="call each kernel once on small inputs to fill the JIT cache",
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="with --compile-only: so many compile side by side (default: 1)",
+    )
     args = parser.parse_args(argv)
     import torch
 
@@ -35,6 +41,8 @@ def main(argv: Sequence[str] | None) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.compile_only:
+        tqdm.monitor_interval = 0  # no thread of tqdm's: compile_all forks
     bar: tqdm[Any]
     with tqdm(
         total=len([name for name in ops.CASES if args.filter in name]), unit="kernel", file=sys.stderr
@@ -45,7 +53,7 @@ def main(argv: Sequence[str] | None) -> int:
             bar.update()
 
         if args.compile_only:
-            print(f"{ops.compile_all(tick)} kernels")
+            print(f"{ops.compile_all(tick, args.processes)} kernels")
             return 0
         result = ops.run(args.device, args.filter, args.native_python, tick)
     print(result.table())
