@@ -257,6 +257,7 @@ def test_a_busy_port_is_named_with_the_setting_that_changes_it(store: Path, tmp_
             TorchServe(options_for(store, tmp_path, "echo", **{f"{use}_port": port})).start()
 
 
+@pytest.mark.torchserve
 def test_java_that_cannot_start_is_told_with_what_it_said(store: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendStartError, match="Unrecognized option: --no-such-option"):
         TorchServe(options_for(store, tmp_path, java_options=["--no-such-option"])).start()
