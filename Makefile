@@ -25,7 +25,7 @@ SETUP_INPUTS := pyproject.toml tools/setup_env.py serve/ops/autoload.py $(wildca
 CODE := serve handlers tools tests
 # How `make test` divides the tests (docs/testing.md): JOBS processes side by side.
 JOBS ?= 2
-PARALLEL := --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder --max-worker-restart 2
+PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max-worker-restart 2
 
 .PHONY: help setup lint format docs test test-quick test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom lock clean distclean
 

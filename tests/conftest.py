@@ -1,12 +1,13 @@
 """Fixtures for all tests: free ports, archives, a watch for what tests leave behind; docs/testing.md has the tiers.
 
-Under pytest-xdist every test has a group, and a group stays in one process: the tests of real servers share one, so
-that no two servers compete for the cores, those that measure time share another, and the rest is grouped by file, so
-that a fixture of a module is made once.
+Under pytest-xdist every file has a group, and a group stays in one process: files with tests of real servers share
+one, so that no two servers compete for the cores, those with tests that measure time share another, and any other file
+is a group of its own, so that a fixture of a module is made once.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -74,21 +76,38 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.testrunuid = uuid.uuid4().hex
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test its group for xdist; what takes long goes first, so that no process is alone at the end."""
+    """Let files go first that start servers, then slow ones, so that no process has one left at the end."""
 
     def rank(item: pytest.Item) -> int:
         return 0 if item.get_closest_marker("torchserve") else 1 if item.get_closest_marker("slow") else 2
 
-    files = {item.path: 2 for item in items}
+    files: dict[Path, int] = {}
     for item in items:
-        files[item.path] = min(files[item.path], rank(item))
-        if item.get_closest_marker("xdist_group") is None:
-            server, timing = (item.get_closest_marker(name) for name in ("torchserve", "timing"))
-            group = "torchserve" if server else "timing" if timing else str(item.path.relative_to(ROOT))
-            item.add_marker(pytest.mark.xdist_group(group))
+        files[item.path] = min(files.get(item.path, 2), rank(item))
     items.sort(key=lambda item: files[item.path])
+
+
+@functools.cache
+def group_of(path: str) -> str:
+    """The group of a test file, by the markers in it."""
+    text = (ROOT / path).read_text()
+    return next((name for name in ("torchserve", "timing") if f"pytest.mark.{name}" in text), path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out whole groups of files.
+
+    Not by xdist's own groups: xdist 3.8 writes them into `Item._nodeid`, which pytest 9.2 no longer reads.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    return GroupScheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
