@@ -27,7 +27,7 @@ CODE := serve handlers tools tests
 JOBS ?= 2
 PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max-worker-restart 2
 
-.PHONY: help setup lint format docs test test-quick test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom lock clean distclean
+.PHONY: help setup lint format docs test test-quick test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom check-range lock clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -151,6 +151,9 @@ sbom: $(STAMP) #: Write the list of all parts, CycloneDX: build/sbom.cdx.json
 # Options of uv for every lock: valid on every platform and Python, no index named (every mirror works), wheels only.
 COMPILE = $(VENV)/uv/bin/uv pip compile --python $(PY) --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 	--no-emit-index-url --no-emit-find-links --only-binary=:all: $(if $(UPGRADE),--upgrade)
+check-range: $(STAMP) #: Show that the ends of the range of torch and Python work, in environments of their own (gigabytes) [ARGS=--help]
+	@exec $(PY) -m tools.check_range $(ARGS)
+
 lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for the newest versions]
 	@test -x $(VENV)/uv/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check --target $(VENV)/uv --no-deps \
 		--require-hashes --only-binary=:all: -r requirements/installer.lock

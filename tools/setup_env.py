@@ -163,7 +163,7 @@ def fingerprint(args: argparse.Namespace, locks: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in [*locks, ROOT / "pyproject.toml", AUTOLOAD, Path(__file__).resolve()]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    chosen = args.torch_index_url, args.torch_lock and args.torch_lock.read_bytes()
+    chosen = args.torch_version, args.torch_index_url, args.torch_lock and args.torch_lock.read_bytes()
     digest.update(repr((sys.version_info[:3], sys.base_prefix, str(ROOT), *chosen)).encode())
     return digest.hexdigest()
 
@@ -330,28 +330,33 @@ def running(command: list[str] | None) -> Iterator[subprocess.Popen[str] | None]
                 os.killpg(process.pid, signal.SIGTERM)
 
 
-def unpack_torch(venv: Path, index_url: str | None, lock: Path | None) -> list[str] | None:
+def unpack_torch(venv: Path, version: str, index_url: str | None, lock: Path | None) -> list[str] | None:
     """Command that installs torch without what it needs, or None if there is one; `install_torch` adds the rest."""
     if installed_torch(venv_python(venv)) is not None:
         return None
-    return [str(venv_python(venv)), *PIP, "--quiet", "--no-deps", *_torch_source(index_url, lock)]
+    return [str(venv_python(venv)), *PIP, "--quiet", "--no-deps", *_torch_source(version, index_url, lock)]
 
 
-def _torch_source(index_url: str | None, lock: Path | None) -> list[str]:
+def _torch_source(version: str, index_url: str | None, lock: Path | None) -> list[str]:
     """Arguments of pip for the torch to install."""
     source = ["--index-url", index_url] if index_url else []
     if lock is not None:
         return [*LOCKED, *source, "-r", str(lock.resolve())]
-    return ["--only-binary=:all:", *source, f"torch=={TORCH_DEFAULT}"]
+    return ["--only-binary=:all:", *source, f"torch=={version}"]
 
 
 def install_torch(
-    venv: Path, index_url: str | None, lock: Path | None, unpacking: subprocess.Popen[str] | None = None
+    venv: Path,
+    version: str,
+    index_url: str | None,
+    lock: Path | None,
+    unpacking: subprocess.Popen[str] | None = None,
 ) -> str:
-    """Keep a torch in range, else install what `lock` pins, hashes checked, or TORCH_DEFAULT without one.
+    """Keep a torch in range, else install what `lock` pins, hashes checked, or `version` without one.
 
     Args:
         venv: the environment.
+        version: what to install.
         index_url: package index to take it from; None: pip's own.
         lock: a lock with torch and its CUDA libraries.
         unpacking: the process of `unpack_torch`. If it failed, pip is asked again here and says why.
@@ -361,11 +366,11 @@ def install_torch(
     found = None if unpacking else installed_torch(venv_python(venv))
     if found is not None and torch_in_range(found):
         return f"kept {found}"
-    pip(venv, *_torch_source(index_url, lock))
+    pip(venv, *_torch_source(version, index_url, lock))
     now = installed_torch(venv_python(venv))
     if now is None:
         raise SetupFailed(
-            f"torch {TORCH_DEFAULT} was installed but cannot be imported; "
+            f"torch {version} was installed but cannot be imported; "
             f"run `{venv_python(venv)} -c 'import torch'` to see why."
         )
     replaced = f", in place of {found} which is outside {torch_range_text()}" if found else ""
@@ -430,7 +435,7 @@ def interrupted(*_: object) -> NoReturn:
 def install_dependencies(steps: Steps, args: argparse.Namespace, venv: Path, locks: list[Path]) -> None:
     """The environment without this project: the locks, and torch meanwhile."""
     steps.run(f"virtual environment {venv}", lambda: make_venv(venv, not args.fresh_torch))
-    torch = args.torch_index_url, args.torch_lock
+    torch = args.torch_version, args.torch_index_url, args.torch_lock
     with running(unpack_torch(venv, *torch)) as unpacking:
         steps.run("locked requirements", lambda: install_lock(venv, locks))
         steps.run("torch", lambda: install_torch(venv, *torch, unpacking))
@@ -445,6 +450,12 @@ def main(argv: list[str] | None = None) -> int:
         "--torch-index-url",
         metavar="URL",
         help=f"package index to take torch {TORCH_DEFAULT} from (a CUDA or CPU build); default: pip's own",
+    )
+    parser.add_argument(
+        "--torch-version",
+        metavar="VERSION",
+        default=TORCH_DEFAULT,
+        help="torch to install if there is none in range (default: %(default)s)",
     )
     parser.add_argument(
         "--torch-lock",

@@ -318,8 +318,8 @@ def test_the_fingerprint_changes_with_the_lock_and_the_torch_index(
     setup_env: ModuleType, tmp_path: Path
 ) -> None:
     plain, other = (
-        argparse.Namespace(torch_index_url=None, torch_lock=None),
-        argparse.Namespace(torch_index_url="x", torch_lock=None),
+        argparse.Namespace(torch_version="2.13.0", torch_index_url=None, torch_lock=None),
+        argparse.Namespace(torch_version="2.13.0", torch_index_url="x", torch_lock=None),
     )
     lock = tmp_path / "runtime.lock"
     lock.write_text("a==1")
