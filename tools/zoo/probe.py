@@ -268,7 +268,9 @@ def _explained(path: Path, error: Exception) -> ProbeResult:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if isinstance(error, ArchiveError) and "frame by frame" in str(error):
         return ProbeResult(path.stem, "not a per-frame model", str(error).rpartition(": ")[2])
-    if isinstance(error, ArchiveError) and ("describes no model" in text or "test_dataloader.dataset.pipeline" in text):
+    if isinstance(error, ArchiveError) and (
+        "describes no model" in text or "test_dataloader.dataset.pipeline" in text
+    ):
         return ProbeResult(path.stem, "not a model", str(error)[:300])
     wanted = {package for name, package in PACKAGES.items() if re.search(rf"\b{name}\b", text, re.IGNORECASE)}
     if wanted and re.search(r"install|No module named|import|registry", text, re.IGNORECASE):
