@@ -15,9 +15,9 @@ from serve.ops.sparse import neighbour_table, rulebook, strided_table
 
 def voxels(shape: list[int], batch: int, share: float, seed: int) -> torch.Tensor:
     """Draw voxels of a grid, in random order."""
-    dice = np.random.default_rng(seed)
-    taken = np.argwhere(dice.random((batch, *shape)) < share).astype(np.int32)
-    return torch.from_numpy(dice.permutation(taken))
+    rng = np.random.default_rng(seed)
+    taken = np.argwhere(rng.random((batch, *shape)) < share).astype(np.int32)
+    return torch.from_numpy(rng.permutation(taken))
 
 
 def by_pairs(indices, batch, out_shape, in_shape, ksize, stride, padding, dilation, subm, transpose):
@@ -138,8 +138,8 @@ def test_number_of_threads_does_not_change_a_table(monkeypatch, ordered):
 
 
 def test_prefix_popcounts_count_set_bits():
-    dice = np.random.default_rng(0)
-    marks = dice.integers(0, 1 << 63, 1000, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    rng = np.random.default_rng(0)
+    marks = rng.integers(0, 1 << 63, 1000, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     marks[::3] = 0
     before = np.empty(1000, np.int32)
     total = rank_bitmap.prefix_popcounts(marks, before)

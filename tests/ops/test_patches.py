@@ -69,8 +69,8 @@ def test_masked_convolution_runs_without_deprecation():
     from mmcv.ops import MaskedConv2d
 
     layer = MaskedConv2d(2, 3, 3, padding=1)
-    picture, mask = torch.ones(1, 2, 4, 4), torch.ones(1, 4, 4)
+    image, mask = torch.ones(1, 2, 4, 4), torch.ones(1, 4, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        masked = layer(picture, mask)
-    torch.testing.assert_close(masked, torch.nn.Conv2d.forward(layer, picture))
+        masked = layer(image, mask)
+    torch.testing.assert_close(masked, torch.nn.Conv2d.forward(layer, image))

@@ -84,9 +84,9 @@ def test_sparse_map_equals_mmcvs_dense_tensor():
     laid_out = SparseMap(x.features, x.indices, x.spatial_shape, x.batch_size)
     assert torch.equal(laid_out.dense(), x.dense())
     assert torch.equal(laid_out.dense(channels_first=False), x.dense(channels_first=False))
-    picture = laid_out.dense().view(2, 6 * 3, 5, 4)
-    assert torch.equal(picture, x.dense().view(2, 6 * 3, 5, 4))
-    assert picture.is_contiguous(memory_format=torch.channels_last)
+    dense = laid_out.dense().view(2, 6 * 3, 5, 4)
+    assert torch.equal(dense, x.dense().view(2, 6 * 3, 5, 4))
+    assert dense.is_contiguous(memory_format=torch.channels_last)
 
 
 class Tapped(nn.Sequential):

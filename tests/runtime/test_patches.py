@@ -68,19 +68,19 @@ def test_ssd_head_predicts_without_a_loss():
     with torch.no_grad():
         (found,) = network.bbox_head.predict_by_feat(*network.bbox_head(features), batch_img_metas=metas)
     assert len(found.scores) > 0
-    assert not patches.add_missing_loss(network), "it was mended before"
+    assert not patches.add_missing_loss(network), "it was patched before"
 
 
 def test_roi_align_runs_without_torchvision():
     from mmcv.ops import RoIAlign
 
     regions = torch.tensor([[0.0, 1.0, 1.0, 6.0, 6.0]])
-    picture = torch.rand(1, 2, 8, 8)
-    wanted = RoIAlign((2, 2), 1.0, 0)(picture, regions)
+    maps = torch.rand(1, 2, 8, 8)
+    wanted = RoIAlign((2, 2), 1.0, 0)(maps, regions)
     network = nn.Sequential(RoIAlign((2, 2), 1.0, 0, use_torchvision=True))
     assert patches.disable_torchvision_align(network)
-    assert torch.equal(network[0](picture, regions), wanted)
-    assert not patches.disable_torchvision_align(network), "it was mended before"
+    assert torch.equal(network[0](maps, regions), wanted)
+    assert not patches.disable_torchvision_align(network), "it was patched before"
 
 
 def test_float_labels_of_upstream_become_integers():

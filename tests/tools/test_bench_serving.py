@@ -335,8 +335,8 @@ def test_write_page_replaces_the_measured_part_only(tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "of last year" not in text
     assert f"**{GATEWAY}**" in text and "```json\n{" in text
-    for picture in written[1:]:
-        assert picture.read_bytes().startswith(b"\x89PNG") and f"({picture.name})" in text
+    for figure in written[1:]:
+        assert figure.read_bytes().startswith(b"\x89PNG") and f"({figure.name})" in text
     report(GOOD).write_page(page)
     assert page.read_text() == text
 

@@ -107,7 +107,7 @@ class Report:
             {"day": self.day, "quick": self.quick, **asdict(self.machine), "results": results, "aims": aims}
         )
 
-    def markdown(self, pictures: Sequence[str]) -> str:
+    def markdown(self, figures: Sequence[str]) -> str:
         """Format the measured part of the page."""
         blocks = [f"LoadResult on {self.day}. {self.describe_machine()}."]
         for result in self.results:
@@ -117,7 +117,7 @@ class Report:
             blocks.append("\n".join("| " + " | ".join(row) + " |" for row in cells))
             blocks.extend(self._skipped(result))
         blocks.append("\n".join(f"* {verdict}" for verdict in self.verdicts()))
-        blocks.extend(f"![{Path(name).stem}]({name})" for name in pictures)
+        blocks.extend(f"![{Path(name).stem}]({name})" for name in figures)
         blocks.append(f"```json\n{self.json_line()}\n```")
         return "\n\n".join(blocks)
 
@@ -132,10 +132,10 @@ class Report:
         _, end, after = rest.partition(END)
         if not begin or not end:
             raise ValueError(f"{page} lacks the markers {BEGIN} and {END}")
-        pictures = self.draw(page.parent)
-        measured = self.markdown([picture.name for picture in pictures])
+        figures = self.draw(page.parent)
+        measured = self.markdown([figure.name for figure in figures])
         page.write_text(f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}")
-        return [page, *pictures]
+        return [page, *figures]
 
     def draw(self, folder: Path) -> list[Path]:
         """Draw latency and throughput of the sleep model."""
