@@ -1,15 +1,12 @@
-"""Match two sets of detections one to one and say how far apart they are.
+"""Match two sets of detections one to one and measure their deviations.
 
-Takes detections as they travel on the wire: plain dictionaries with OpenMMLab's names, 3D
-(``bboxes_3d``, ``scores_3d``, ``labels_3d``, ``box_type_3d``) or 2D (``bboxes``, ``scores``, ``labels``
-and perhaps ``masks`` as COCO RLE). The order of the detections means nothing. Answers of labels are handed
-to `serve.compare.labels`.
+Detections are plain dictionaries with OpenMMLab's names, as in a response: 3D (``bboxes_3d``, ``scores_3d``,
+``labels_3d``, ``box_type_3d``) or 2D (``bboxes``, ``scores``, ``labels`` and optionally ``masks`` as COCO RLE). Their
+order is irrelevant. Predictions of labels are left to `serve.compare.labels`.
 
-Knows nothing about models, servers, files or torch, and has no opinion about which side is right.
-
-How detections are paired is told in `serve.compare.assignment`. One left alone whose score lies within the score
-tolerance of the threshold may have been cut off on the other side by rounding: it is reported as borderline,
-not as a failure. Masks take no part in the pairing; they are compared afterwards.
+`serve.compare.assignment` pairs the detections. An unmatched one whose score is within the score tolerance of the
+threshold may be missing on the other side because of rounding: it is reported as borderline, not as a failure. Masks
+are not used for pairing and are compared afterwards.
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ _REACH_2D = 50.0  # px
 
 @dataclass(frozen=True)
 class Tolerances:
-    """What still counts as equal; every limit is inclusive.
+    """Limits of equality, all inclusive.
 
     Attributes:
         box_m: metres (and m/s for velocities) between values of 3D boxes.
@@ -52,7 +49,7 @@ class Tolerances:
         yaw_rad: radians between headings, modulo a full turn.
         score: between scores.
         mask_iou: least intersection over union of two masks.
-        label_share: least share of points or pixels with the same label, where there are no boxes.
+        label_share: least share of points or pixels with the same label, for predictions of labels.
     """
 
     box_m: float = 1e-4
@@ -63,7 +60,7 @@ class Tolerances:
     label_share: float = 0.999
 
     def __post_init__(self) -> None:
-        """Refuse limits that could never be met or would hide everything."""
+        """Reject limits that could never be met or would hide every deviation."""
         for name in ("box_m", "box_px", "yaw_rad", "score"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise SettingsError(
@@ -75,10 +72,10 @@ class Tolerances:
 
 
 class Pair(NamedTuple):
-    """Two detections taken to be the same object, by their positions in the two dictionaries.
+    """Two detections of the same object, by their positions in the two dictionaries.
 
     ``box`` is the largest deviation of a box value in metres or pixels, ``yaw`` is in radians (0 for 2D),
-    ``mask_iou`` is None where a side has no masks.
+    ``mask_iou`` is None if a side has no masks.
     """
 
     expected: int
@@ -94,7 +91,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome of `compare`; tuples of positions refer to the dictionaries compared."""
+    """Result of `compare`; positions refer to the compared dictionaries."""
 
     is_3d: bool
     tolerances: Tolerances
@@ -112,7 +109,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """True when nothing is outside the tolerances, left alone or malformed."""
+        """Whether no detection is outside the tolerances, unmatched or malformed."""
         return not (self.problems or self.unmatched_expected or self.unmatched_actual) and all(
             pair.ok for pair in self.pairs
         )
@@ -134,16 +131,16 @@ class Comparison:
 
     @property
     def smallest_mask_iou(self) -> float | None:
-        """Smallest mask IoU over all pairs; None where no masks were compared."""
+        """Smallest mask IoU over all pairs; None without masks."""
         return min((pair.mask_iou for pair in self.pairs if pair.mask_iou is not None), default=None)
 
     @property
     def wrong_labels(self) -> int:
-        """How many pairs carry different labels."""
+        """Number of pairs with different labels."""
         return sum(pair.expected_label != pair.actual_label for pair in self.pairs)
 
     def verdict(self) -> str:
-        """One line: match or mismatch, counts, and the largest deviations with their tolerances."""
+        """Format one line: match or mismatch, counts, and the largest deviations with their tolerances."""
         if not (self.expected_count or self.actual_count or self.problems):
             return f"match: no detections on either side at score >= {self.score_thr:g}"
         tol, unit = self.tolerances, "m" if self.is_3d else "px"
@@ -166,12 +163,12 @@ class Comparison:
 
 
 def is_3d(detections: Mapping[str, Any]) -> bool:
-    """Whether a detection dictionary is of the 3D kind (carries ``bboxes_3d``)."""
+    """Whether a detection dictionary is 3D (has ``bboxes_3d``)."""
     return "bboxes_3d" in detections
 
 
 def detection_count(detections: Mapping[str, Any]) -> int:
-    """How many detections a dictionary holds."""
+    """Number of detections in a dictionary."""
     return len(detections.get("bboxes_3d", detections.get("bboxes", ())))
 
 
@@ -188,20 +185,20 @@ def compare(
     Args:
         expected: detections of the reference.
         actual: detections under test.
-        tolerances: what still counts as equal; the defaults of `Tolerances` when None.
-        score_thr: the score both sides were cut off at; only used to tell borderline detections.
-        sides: what the two are called in the table and in problems.
+        tolerances: limits of equality; the defaults of `Tolerances` if None.
+        score_thr: score threshold of both sides, used to recognise borderline detections.
+        sides: names of the two sides in tables and problems.
 
     Returns:
         A `Comparison`. Malformed input (missing keys, unequal lengths, NaN, different kinds of boxes, masks
-        on one side only) is reported in ``problems`` and never raised.
+        on one side only) is reported in ``problems``; no exception is raised.
     """
     tolerances = tolerances or Tolerances()
     problems: list[str] = []
     boxes_3d = is_3d(expected)
     one = _read(expected, sides[0], boxes_3d, problems)
     two = _read(actual, sides[1], boxes_3d, problems)
-    problems += _differences_in_kind(expected, actual, one, two, sides)
+    problems += _compare_kinds(expected, actual, one, two, sides)
 
     # 1. Pair. Boxes of different width (7 and 9 values) cannot be paired and are a problem already.
     if one.rows.boxes.shape[1] == two.rows.boxes.shape[1]:
@@ -214,15 +211,15 @@ def compare(
             reach=_REACH_3D if boxes_3d else _REACH_2D,
         )
         matched = matched[np.argsort(matched[:, 0], kind="stable")]
-        pairs = _pairs(one, two, matched, boxes_3d, tolerances, problems, sides)
+        pairs = _measure_pairs(one, two, matched, boxes_3d, tolerances, problems, sides)
     else:
         matched, pairs = np.empty((0, 2), np.int64), ()
-    # 2. What is alone fails, unless its score is at the threshold.
-    alone, borderline = [], []
+    # 2. Unmatched detections fail, unless their score is at the threshold.
+    unmatched, borderline = [], []
     for column, side in enumerate((one, two)):
         rows = np.setdiff1d(np.arange(len(side.rows.scores)), matched[:, column])
         near = np.abs(side.rows.scores[rows] - score_thr) <= tolerances.score
-        alone.append(tuple(rows[~near].tolist()))
+        unmatched.append(tuple(rows[~near].tolist()))
         borderline.append(tuple(rows[near].tolist()))
     return Comparison(
         is_3d=boxes_3d,
@@ -231,13 +228,13 @@ def compare(
         expected_count=len(one.rows.scores),
         actual_count=len(two.rows.scores),
         pairs=pairs,
-        unmatched_expected=alone[0],
-        unmatched_actual=alone[1],
+        unmatched_expected=unmatched[0],
+        unmatched_actual=unmatched[1],
         borderline_expected=borderline[0],
         borderline_actual=borderline[1],
         problems=tuple(problems),
         sides=sides,
-        described=(one.described(), two.described()),
+        described=(one.describe(), two.describe()),
     )
 
 
@@ -257,20 +254,20 @@ def compare_answers(
 
 @dataclass(frozen=True)
 class _Side:
-    """One dictionary as arrays."""
+    """One side as arrays."""
 
     rows: Rows
     names: list[str] | None = None
     masks: list[Any] | None = None
 
-    def described(self) -> tuple[str, ...]:
+    def describe(self) -> tuple[str, ...]:
         names = self.names or [f"label {label}" for label in self.rows.labels]
         scores = self.rows.scores
         return tuple(f"#{k} {name} {scores[k]:.4f}" for k, name in enumerate(names))
 
 
 def _read(detections: Mapping[str, Any], name: str, boxes_3d: bool, problems: list[str]) -> _Side:
-    """Dictionary → arrays; what cannot be read becomes a problem and an empty side."""
+    """Convert a dictionary to arrays; malformed input becomes a problem and an empty side."""
     least, suffix = (7, "_3d") if boxes_3d else (4, "")
     empty = _Side(Rows(np.empty((0, least)), np.empty(0), np.empty(0, np.int64)))
     if is_3d(detections) != boxes_3d:
@@ -302,10 +299,10 @@ def _read(detections: Mapping[str, Any], name: str, boxes_3d: bool, problems: li
     )
 
 
-def _differences_in_kind(
+def _compare_kinds(
     expected: Mapping[str, Any], actual: Mapping[str, Any], one: _Side, two: _Side, sides: tuple[str, str]
 ) -> list[str]:
-    """Sentences on what makes two answers incomparable as a whole."""
+    """List the properties that make the two sides incomparable as a whole."""
     if is_3d(expected) != is_3d(actual):
         kinds = ["3D" if is_3d(side) else "2D" for side in (expected, actual)]
         return [f"{sides[0]} detections are {kinds[0]} and {sides[1]} ones {kinds[1]}"]
@@ -322,7 +319,7 @@ def _differences_in_kind(
     return found
 
 
-def _pairs(
+def _measure_pairs(
     one: _Side,
     two: _Side,
     matched: _Ints,
@@ -331,7 +328,7 @@ def _pairs(
     problems: list[str],
     sides: tuple[str, str],
 ) -> tuple[Pair, ...]:
-    """Deviations of the matched positions, in the order of the first side."""
+    """Measure the deviations of the matched positions."""
     i, j = matched[:, 0], matched[:, 1]
     deviation = np.abs(one.rows.boxes[i] - two.rows.boxes[j])
     yaw = np.zeros(len(matched))
@@ -363,7 +360,7 @@ def _pairs(
 def _mask_ious(
     one: _Side, two: _Side, matched: _Ints, problems: list[str], sides: tuple[str, str]
 ) -> _Floats | None:
-    """IoU of COCO RLE masks per pair, by pycocotools; two empty masks are equal."""
+    """Compute the IoU of COCO RLE masks per pair, by pycocotools; two empty masks are equal."""
     if one.masks is None or two.masks is None or not len(matched):
         return None
     from pycocotools import mask as coco

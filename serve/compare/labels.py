@@ -1,9 +1,8 @@
-"""Labels of every point or pixel: how they travel on the wire, and whether two sets of them are the same.
+"""Encode, decode and compare labels of points and panoptic maps of images.
 
-A label per point travels as ``{"dtype": "uint8", "shape": [N], "b64": "…"}``: little-endian bytes of that
-dtype, base64. A panoptic map travels as COCO has it (cocodataset.org, panoptic format): a PNG whose pixels
-hold red + 256 green + 65536 blue = id of a segment, base64, beside one record per segment; id 0 is no segment.
-Knows nothing about models, torch or servers.
+Labels of points are encoded as ``{"dtype": "uint8", "shape": [N], "b64": "…"}``: little-endian bytes of that dtype in
+base64. A panoptic map is encoded in COCO's panoptic format (cocodataset.org): a PNG in base64 whose pixels hold
+red + 256 green + 65536 blue = segment id, and one record per segment; id 0 is no segment.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ PANOPTIC_OFFSET = 1000  # mmdet's INSTANCE_OFFSET: a pixel is label + 1000 × nu
 
 
 def encode_labels(labels: npt.NDArray[Any]) -> dict[str, Any]:
-    """(N,) whole numbers of 0 or more, in the smallest of uint8, uint16, uint32 that holds them."""
+    """Encode labels (N,), integers >= 0, in the smallest of uint8, uint16, uint32 that holds them."""
     largest = int(labels.max(initial=0))
     dtype = next(name for name in _DTYPES if largest <= np.iinfo(name).max)
     packed = np.ascontiguousarray(labels, dtype=np.dtype(dtype).newbyteorder("<"))
@@ -45,26 +44,26 @@ def encode_labels(labels: npt.NDArray[Any]) -> dict[str, Any]:
 
 
 def decode_labels(encoded: Mapping[str, Any]) -> npt.NDArray[np.int64]:
-    """Inverse of `encode_labels`.
+    """Decode the output of `encode_labels`.
 
     Raises:
-        ValueError: not what `encode_labels` writes.
+        ValueError: malformed.
     """
     try:
         if encoded["dtype"] not in _DTYPES:
-            raise ValueError(f"dtype {encoded['dtype']!r} is none of {', '.join(_DTYPES)}")
+            raise ValueError(f"dtype {encoded['dtype']!r} is not one of {', '.join(_DTYPES)}")
         raw = base64.b64decode(encoded["b64"], validate=True)
         labels = np.frombuffer(raw, dtype=np.dtype(encoded["dtype"]).newbyteorder("<"))
         return labels.reshape(tuple(encoded["shape"])).astype(np.int64)
     except (KeyError, TypeError, binascii.Error) as error:
-        raise ValueError(f"not labels of points: {error!r}") from None
+        raise ValueError(f"malformed labels of points: {error!r}") from None
 
 
 def encode_segments(panoptic: npt.NDArray[Any], classes: Sequence[str]) -> dict[str, Any]:
-    """Mmdet's panoptic map as ``panoptic_seg`` and ``segments_info``.
+    """Encode mmdet's panoptic map as ``panoptic_seg`` and ``segments_info``.
 
     Args:
-        panoptic: (H, W) label + 1000 × instance number, which is 0 for what is not counted (sky, road); a
+        panoptic: (H, W) label + 1000 × instance number, which is 0 for uncountable classes (sky, road); a
             label outside `classes` is no segment.
         classes: class names by label.
     """
@@ -90,8 +89,8 @@ def encode_segments(panoptic: npt.NDArray[Any], classes: Sequence[str]) -> dict[
         )
         ids[mask] = segments[-1]["id"]
     # OpenCV writes blue first.
-    picture = np.stack([ids >> 16, (ids >> 8) & 255, ids & 255], axis=-1).astype(np.uint8)
-    png = cv2.imencode(".png", picture)[1].tobytes()
+    image = np.stack([ids >> 16, (ids >> 8) & 255, ids & 255], axis=-1).astype(np.uint8)
+    png = cv2.imencode(".png", image)[1].tobytes()
     return {
         "panoptic_seg": {"size": [height, width], "png_b64": base64.b64encode(png).decode()},
         "segments_info": segments,
@@ -99,37 +98,37 @@ def encode_segments(panoptic: npt.NDArray[Any], classes: Sequence[str]) -> dict[
 
 
 def decode_segments(answer: Mapping[str, Any]) -> npt.NDArray[np.int64]:
-    """(H, W) segment ids of an answer with ``panoptic_seg``.
+    """Decode ``panoptic_seg`` of `encode_segments` to segment ids (H, W).
 
     Raises:
-        ValueError: not what `encode_segments` writes.
+        ValueError: malformed.
     """
     try:
         raw = base64.b64decode(answer["panoptic_seg"]["png_b64"], validate=True)
-        picture: Any = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR)
-        if picture is None or list(picture.shape[:2]) != list(answer["panoptic_seg"]["size"]):
-            raise ValueError("the PNG is not of the size that stands beside it")
+        image: Any = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR)
+        if image is None or list(image.shape[:2]) != list(answer["panoptic_seg"]["size"]):
+            raise ValueError(f"the panoptic map is not of size {answer['panoptic_seg']['size']}")
     except (KeyError, TypeError, binascii.Error, cv2.error) as error:
-        raise ValueError(f"not a panoptic map: {error!r}") from None
-    blue, green, red = (picture[..., channel].astype(np.int64) for channel in range(3))
+        raise ValueError(f"malformed panoptic map: {error!r}") from None
+    blue, green, red = (image[..., channel].astype(np.int64) for channel in range(3))
     return np.asarray(red + (green << 8) + (blue << 16))
 
 
 def has_labels(answer: Mapping[str, Any]) -> bool:
-    """Whether an answer is of labels and not of detections."""
+    """Whether the predictions are labels instead of detections."""
     return "pts_semantic_mask" in answer or "panoptic_seg" in answer
 
 
 @dataclass(frozen=True)
 class LabelComparison:
-    """The outcome of `compare_labels`.
+    """Result of `compare_labels`.
 
     Attributes:
-        count: points or pixels compared.
-        agreeing: how many of them carry the same label on both sides.
-        least_share: the share of them that must.
-        problems: what makes the two incomparable.
-        sides: what the two are called.
+        count: number of points or pixels compared.
+        agreeing: number of them with the same label on both sides.
+        least_share: required share of them.
+        problems: reasons why the two are incomparable.
+        sides: names of the two sides.
         unit: ``points`` or ``pixels``.
     """
 
@@ -142,19 +141,19 @@ class LabelComparison:
 
     @property
     def share(self) -> float:
-        """The share that agrees; 1 where there is nothing."""
+        """Share with the same label; 1 for empty predictions."""
         return self.agreeing / self.count if self.count else 1.0
 
     @property
     def ok(self) -> bool:
-        """Whether enough agree."""
+        """Whether enough labels agree."""
         return not self.problems and self.share >= self.least_share
 
     def verdict(self) -> str:
-        """One line: match or mismatch, and how many agree."""
+        """Format one line: match or mismatch, and how many labels agree."""
         word = "match" if self.ok else "MISMATCH"
-        said = f"{self.agreeing} of {self.count} {self.unit} have the same label (>= {self.least_share:.2%})"
-        return f"{word}: {said} in {' and '.join(self.sides)} answers"
+        share = f"{self.agreeing} of {self.count} {self.unit} have the same label (>= {self.least_share:.2%})"
+        return f"{word}: {share} in {' and '.join(self.sides)} predictions"
 
 
 def compare_labels(
@@ -164,16 +163,19 @@ def compare_labels(
     *,
     sides: tuple[str, str] = ("native", "served"),
 ) -> LabelComparison:
-    """Compare two answers of labels, point by point or pixel by pixel.
+    """Compare two predictions of labels, point by point or pixel by pixel.
 
-    Pixels of panoptic maps agree when their segments have the same class and overlap most among all: ids
-    mean nothing across two answers.
+    Pixels of panoptic maps agree if their segments have the same class and overlap most among all: segment ids are
+    not comparable between predictions.
 
     Args:
-        expected: the reference.
-        actual: what is tested.
-        least_share: the share of points or pixels that must agree, 0 to 1.
-        sides: what the two are called. Malformed answers are told in ``problems`` and never raised.
+        expected: predictions of the reference.
+        actual: predictions under test.
+        least_share: required share of points or pixels with the same label, 0 to 1.
+        sides: names of the two sides.
+
+    Returns:
+        A `LabelComparison`. Malformed input is reported in ``problems``; no exception is raised.
     """
     unit = "points" if "pts_semantic_mask" in expected else "pixels"
     try:
@@ -182,9 +184,9 @@ def compare_labels(
         else:
             one, two = _matched_segments(expected, actual)
     except (ValueError, KeyError, TypeError) as error:
-        return LabelComparison(0, 0, least_share, (f"answers are malformed: {error!r}",), sides, unit)
+        return LabelComparison(0, 0, least_share, (f"malformed predictions: {error!r}",), sides, unit)
     if one.shape != two.shape:
-        problem = f"{one.shape} {unit} in {sides[0]} and {two.shape} in {sides[1]} answers"
+        problem = f"{one.shape} {unit} in {sides[0]} and {two.shape} in {sides[1]} predictions"
         return LabelComparison(max(one.size, two.size), 0, least_share, (problem,), sides, unit)
     return LabelComparison(one.size, int((one == two).sum()), least_share, (), sides, unit)
 
@@ -192,7 +194,7 @@ def compare_labels(
 def _matched_segments(
     expected: Mapping[str, Any], actual: Mapping[str, Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Two maps of ids, the second in the words of the first: greedily by overlap within a class."""
+    """Two maps of segment ids, the second renumbered like the first: greedily by overlap within a class."""
     one, two = decode_segments(expected), decode_segments(actual)
     if one.shape != two.shape:
         return one, two

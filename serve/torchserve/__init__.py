@@ -1,8 +1,8 @@
-"""A real TorchServe as a child process: started, waited for, asked, and ended without a trace.
+"""TorchServe as a child process: start, wait for its models, manage, stop.
 
-`process` is the way in; `config` says what TorchServe is told, `launch` how Java is called, `guard` ends it
-when we are gone, `log` finds out why a model did not load, `state` lets ``make stop`` find it. None of them
-imports torch, and nothing outside this package knows how TorchServe is run.
+`process` is the entry point; `config` writes TorchServe's configuration, `java` its command line, `guard` stops it when
+the parent dies, `log` finds the reason of a failed load, `pidfile` lets ``mmdet3d-serve stop`` find it. None of them
+imports torch.
 """
 
 from serve.torchserve.config import ServedModel, TorchServeOptions

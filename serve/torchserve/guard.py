@@ -1,18 +1,16 @@
-"""The process between us and Java: it ends TorchServe when asked to, or when whoever started it is gone.
+"""Guard process between the server and Java: stops TorchServe on request, or when its parent dies.
 
-`process` runs this file as a script: ``python -I -S guard.py RUN_DIR DRAIN_S LOG -- JAVA ARGUMENTS…``. It
-starts Java in a process group of its own (TorchServe's Python workers join it) and then waits:
+`process` runs this file as a script: ``python -I -S guard.py RUN_DIR DRAIN_S LOG -- JAVA ARGUMENTS…``. It starts Java
+in a process group of its own (TorchServe's Python workers join it) and then waits for one of:
 
-* ``stop SECONDS`` on standard input: SIGTERM to Java, SIGKILL to the group after SECONDS; SIGTERM:
-  likewise, with DRAIN_S.
-* end of standard input: the parent has gone, however it went (kill -9 included): SIGKILL to the group.
-* Java has gone by itself: its workers are killed, ``exit CODE`` is printed, RUN_DIR stays for the parent.
+* ``stop SECONDS`` on standard input: SIGTERM to Java, SIGKILL to the group after SECONDS. SIGTERM to the guard does
+  the same with DRAIN_S.
+* End of standard input, which means that the parent died, by kill -9 or otherwise: SIGKILL to the group.
+* Exit of Java: the guard kills its workers and prints ``exit CODE``; RUN_DIR stays for the parent.
 
-On its way out it removes RUN_DIR. On Linux the kernel kills Java when this process is killed
-(PR_SET_PDEATHSIG), and TorchServe's workers leave by themselves once Java's socket closes.
-
-Knows nothing about TorchServe. It cannot clean up when it and its parent are both killed with SIGKILL: then
-Java dies with it, idle workers follow, and RUN_DIR stays behind.
+Before exiting, the guard removes RUN_DIR. On Linux the kernel kills Java when the guard is killed (PR_SET_PDEATHSIG),
+and TorchServe's workers exit once Java's socket closes. If the guard and its parent are both killed with SIGKILL, Java
+and idle workers still exit, but RUN_DIR stays.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def _die_with_parent() -> None:
-    """Run in the child before exec: have the kernel kill it when its parent dies (Linux)."""
+    """Ask the kernel to kill this process when its parent dies; runs in the child before exec (Linux)."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):
@@ -43,13 +41,13 @@ def _kill_group(leader: int, number: signal.Signals) -> None:
         os.killpg(leader, number)
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         os.write(1, f"{text}\n".encode())
 
 
-def _end(java: subprocess.Popen[bytes], drain_s: float) -> None:
-    """SIGTERM to Java, then SIGKILL to all that is left of its group."""
+def _stop(java: subprocess.Popen[bytes], drain_s: float) -> None:
+    """Send SIGTERM to Java, then SIGKILL to the rest of its group."""
     if drain_s > 0 and java.poll() is None:
         java.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -59,31 +57,31 @@ def _end(java: subprocess.Popen[bytes], drain_s: float) -> None:
 
 
 def _wait(java: subprocess.Popen[bytes], wake: int, drain_s: float, terminated: list[int]) -> float:
-    """Wait for a reason to end; returns the seconds to drain."""
-    told = False
-    typed = b""
+    """Wait for a reason to stop; returns the seconds to drain."""
+    reported = False
+    received = b""
     while True:
         select.select([0, wake], [], [])
         with contextlib.suppress(BlockingIOError):
             os.read(wake, 4096)
-        if not told and java.poll() is not None:
-            told = True
+        if not reported and java.poll() is not None:
+            reported = True
             _kill_group(java.pid, signal.SIGKILL)
-            _tell(f"exit {java.returncode}")
+            _report(f"exit {java.returncode}")
         if terminated:
             return drain_s
         if select.select([0], [], [], 0)[0]:
             piece = os.read(0, 4096)
             if not piece:
                 return 0.0
-            typed += piece
-            if b"\n" in typed:
-                words = typed.split()
+            received += piece
+            if b"\n" in received:
+                words = received.split()
                 return float(words[1]) if len(words) > 1 else drain_s
 
 
 def main(argv: list[str]) -> int:
-    """Guard one Java process; returns 0 once everything is gone."""
+    """Guard one Java process; returns 0 once it and its workers have exited."""
     run_dir, drain_s, log = argv[0], float(argv[1]), argv[2]
     command = argv[argv.index("--") + 1 :]
     terminated: list[int] = []
@@ -108,9 +106,9 @@ def main(argv: list[str]) -> int:
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 restore_signals=True,
             )
-        _tell(f"pid {java.pid}")
+        _report(f"pid {java.pid}")
         seconds = _wait(java, reading, drain_s, terminated)
-        _end(java, seconds)
+        _stop(java, seconds)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
     return 0

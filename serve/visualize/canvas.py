@@ -1,7 +1,6 @@
-"""Pens for pictures: smooth lines, text, panels, labels that do not cover each other, class colours.
+"""Drawing primitives for images: smooth lines, text, panels, non-overlapping labels, class colours.
 
-Works on BGR uint8 arrays and with the font that ships with Pillow, so that pictures look the same on every
-machine. Knows nothing about detections, metres or files.
+Images are BGR uint8 arrays. Text uses the font that ships with Pillow, so that images look the same on every machine.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Area = tuple[float, float, float, float]  #: left, top, right, bottom in pixels
 
 _FRACTION_BITS = 4  # of OpenCV's fixed-point coordinates
 _PANEL: Colour = (30, 22, 16)
-#: One colour per class, by label, told apart on dark ground and in photographs (BGR).
+#: One colour per class, by label, distinguishable on a dark background and in photographs (BGR).
 _CLASS_COLOURS: tuple[Colour, ...] = (
     (67, 159, 255), (150, 92, 255), (110, 226, 124), (255, 196, 86), (64, 220, 250), (255, 140, 190),
     (86, 110, 255), (190, 226, 60), (214, 160, 255), (150, 206, 250), (120, 190, 170), (230, 230, 230),
@@ -43,7 +42,7 @@ _CLASS_COLOURS: tuple[Colour, ...] = (
 
 
 class Text(NamedTuple):
-    """One line of text at its top left corner, in pixels of the finished picture."""
+    """One line of text at its top left corner, in pixels of the finished image."""
 
     at: tuple[float, float]
     words: str
@@ -62,19 +61,19 @@ def place_label(
     spare: Sequence[Area] = (),
     tight: bool = False,
 ) -> tuple[float, float] | None:
-    """Find room for a label next to an outline.
+    """Find a free position for a label next to an outline.
 
     Args:
-        outline: (K, 2) column, row of what is labelled.
-        words: the label; with four pixels around it.
-        size: width and height of the picture.
-        taken: what must not be covered; the place found is added.
-        type_size: height of the type in pixels.
-        spare: what should not be covered, if there is a choice.
-        tight: put it at the upper edge, as is the habit in photographs.
+        outline: (K, 2) column, row of the labelled shape.
+        words: the label, which gets a margin of four pixels.
+        size: width and height of the image.
+        taken: occupied areas; the found one is added.
+        type_size: font size in pixels.
+        spare: areas to avoid if possible.
+        tight: prefer the upper edge of the outline, as in photographs.
 
     Returns:
-        The upper left corner, or None when all is crowded.
+        The upper left corner, or None without a free position.
     """
     width, height = (side + 8 for side in text_size(words, type_size))
     (x1, y1), (x2, y2) = outline.min(0), outline.max(0)
@@ -100,19 +99,19 @@ def _covers(area: Area, others: Sequence[Area]) -> bool:
     return any(x1 < right and left < x2 and y1 < low and top < y2 for left, top, right, low in others)
 
 
-def draw_texts(picture: BgrImage, texts: Sequence[Text]) -> None:
-    """All text at once, in place; chips are dark ground under their words."""
+def draw_texts(image: BgrImage, texts: Sequence[Text]) -> None:
+    """Draw all texts in place; a chip is a dark background under a text."""
     for text in texts:
         if text.chip:
             width, height = (side + 8 for side in text_size(text.words, text.size))
-            draw_panel(picture, (*text.at, text.at[0] + width, text.at[1] + height), 0.78)
-    page = Image.fromarray(np.ascontiguousarray(picture[..., ::-1]))
+            draw_panel(image, (*text.at, text.at[0] + width, text.at[1] + height), 0.78)
+    page = Image.fromarray(np.ascontiguousarray(image[..., ::-1]))
     pen = ImageDraw.Draw(page)
     for text in texts:
         inset = 4 if text.chip else 0
         at = (round(text.at[0] + inset), round(text.at[1] + inset))
         pen.text(at, text.words, fill=text.colour[::-1], font=_font(text.size), anchor="la")
-    picture[:] = np.asarray(page)[..., ::-1]
+    image[:] = np.asarray(page)[..., ::-1]
 
 
 @lru_cache(maxsize=16)
@@ -121,24 +120,24 @@ def _font(size: int) -> Any:
 
 
 def text_size(words: str, size: int) -> tuple[float, float]:
-    """Width and height of a line in pixels; the height of all lines of one size is the same."""
+    """Width and height of a line of text in pixels; all lines of one font size are equally high."""
     return float(_font(size).getlength(words)), float(size)
 
 
-def draw_panel(picture: BgrImage, area: Area, cover: float = 0.86) -> None:
+def draw_panel(image: BgrImage, area: Area, cover: float = 0.86) -> None:
     """Darken a rectangle."""
     x1, y1, x2, y2 = (max(0, round(value)) for value in area)
-    part = picture[y1:y2, x1:x2]
+    part = image[y1:y2, x1:x2]
     part[:] = (part * (1 - cover) + np.array(_PANEL) * cover).astype(np.uint8)
 
 
 def class_colour(label: int) -> Colour:
-    """The colour of a class; a dozen, then again from the first."""
+    """Colour of a class, one of twelve by label modulo 12."""
     return _CLASS_COLOURS[int(label) % len(_CLASS_COLOURS)]
 
 
 def _fixed(points: Any) -> NDArray[np.int32]:
-    """Pixel coordinates → OpenCV's fixed point."""
+    """Convert pixel coordinates to OpenCV's fixed point."""
     limited = np.clip(np.asarray(points, np.float64), -(2.0**20), 2.0**20)
     return np.asarray(np.round(limited * 2**_FRACTION_BITS), np.int32)
 

@@ -1,6 +1,6 @@
-"""Pictures of answers that are no boxes in their own frame: labelled points, segments, boxes seen by a camera.
+"""Draw labels of points, segments of images, and 3D boxes projected into camera images.
 
-Gives BGR uint8 arrays as `serve.visualize.detections` does. Knows nothing about models, servers or files.
+Images are BGR uint8 arrays, as in `serve.visualize.detections`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NEAR_M = 0.1
 def draw_point_labels(
     points: NDArray[Any], answer: Mapping[str, Any], *, size: tuple[int, int] = (1200, 900), title: str = ""
 ) -> BgrImage:
-    """A cloud from above, each point in the colour of its class.
+    """Draw a point cloud from above, each point in the colour of its class.
 
     Args:
         points: (N, >=3) x, y, z.
@@ -48,12 +48,12 @@ def draw_point_labels(
     width, height = size
     canvas: BgrImage = np.full((height, width, 3), _GROUND, np.uint8)
     if len(points):
-        # x up and y left would turn indoor scans; x right and y up show either frame, turned at most.
+        # x right and y up suits indoor scans, and shows the LiDAR frame turned by 90 degrees.
         xy = np.asarray(points[:, :2], np.float64)
         low, high = np.percentile(xy, 0.5, axis=0), np.percentile(xy, 99.5, axis=0)
         scale = 0.92 * min(width / max(high[0] - low[0], 1e-3), height / max(high[1] - low[1], 1e-3))
         pixels = (xy - (low + high) / 2) * (scale, -scale) + (width / 2, height / 2)
-        order = np.argsort(points[:, 2], kind="stable")  # what is higher covers what is lower
+        order = np.argsort(points[:, 2], kind="stable")  # higher points cover lower ones
         column, row = np.floor(pixels[order]).astype(np.int64).T
         inside = (column >= 0) & (column < width - 1) & (row >= 0) & (row < height - 1)
         colours = np.array([class_colour(label) for label in range(12)], np.uint8)[labels[order] % 12]
@@ -66,7 +66,7 @@ def draw_point_labels(
 
 
 def draw_segments(image: BgrImage, answer: Mapping[str, Any], *, title: str = "") -> BgrImage:
-    """An image with its panoptic segments laid over it.
+    """Draw panoptic segments over their image.
 
     Args:
         image: (H, W, 3) uint8, BGR, or (H, W) grey.
@@ -74,27 +74,27 @@ def draw_segments(image: BgrImage, answer: Mapping[str, Any], *, title: str = ""
         title: written in the upper left corner.
 
     Raises:
-        ValueError: the map is not of the image's size.
+        ValueError: the map and the image differ in size.
     """
-    picture: BgrImage = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
+    drawn: BgrImage = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
     ids = decode_segments(answer)
-    if ids.shape != picture.shape[:2]:
-        raise ValueError(f"a panoptic map of {ids.shape} over an image of {picture.shape[:2]}")
+    if ids.shape != drawn.shape[:2]:
+        raise ValueError(f"a panoptic map of {ids.shape} over an image of {drawn.shape[:2]}")
     counts: dict[int, tuple[str, int]] = {}
     for segment in answer["segments_info"]:
         mask, label = ids == segment["id"], int(segment["category_id"])
-        picture[mask] = (picture[mask] * 0.5 + np.array(class_colour(label)) * 0.5).astype(np.uint8)
+        drawn[mask] = (drawn[mask] * 0.5 + np.array(class_colour(label)) * 0.5).astype(np.uint8)
         outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(picture, outlines, -1, class_colour(label), 1, cv2.LINE_AA)
+        cv2.drawContours(drawn, outlines, -1, class_colour(label), 1, cv2.LINE_AA)
         counts[label] = (str(segment["name"]), counts.get(label, ("", 0))[1] + 1)
-    _legend(picture, title, [(label, name, count) for label, (name, count) in sorted(counts.items())])
-    return picture
+    _legend(drawn, title, [(label, name, count) for label, (name, count) in sorted(counts.items())])
+    return drawn
 
 
 def draw_projected(
     parts: Mapping[str, Bytes], answer: Mapping[str, Any], *, title: str = "", score_thr: float = 0.0
 ) -> BgrImage:
-    """The images of a frame with its 3D boxes projected into them, side by side.
+    """Draw the images of a frame side by side, with its 3D boxes projected into them.
 
     Args:
         parts: the frame's bytes by part, with a calibration.
@@ -119,7 +119,7 @@ def draw_projected(
         frame = decode_frame(parts[name], FrameSpec("image"), FrameOptions(), Limits())
         matrices = calibration[name.partition(".")[2]] if cameras else calibration
         drawn.append(_with_boxes(np.asarray(frame.data), matrices[needed], answer, kind, score_thr))
-    height = max(picture.shape[0] for picture in drawn)
+    height = max(image.shape[0] for image in drawn)
     padded = [np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0))) for p in drawn]
     whole: BgrImage = np.ascontiguousarray(np.concatenate(padded, axis=1))
     if title:
@@ -130,7 +130,7 @@ def draw_projected(
 def _with_boxes(
     image: BgrImage, projection: NDArray[np.float64], answer: Mapping[str, Any], kind: str, score_thr: float
 ) -> BgrImage:
-    picture: BgrImage = image.copy()
+    drawn: BgrImage = image.copy()
     matrix = np.eye(4)
     matrix[: projection.shape[0], : projection.shape[1]] = projection
     shown = []
@@ -149,14 +149,14 @@ def _with_boxes(
     for _, pixels, _, colour in reversed(shown):  # near boxes cover far ones
         for pen, widen in (((0, 0, 0), 2), (colour, 0)):
             for i, j in _EDGES:
-                draw_line(picture, pixels[[i, j]], pen, (2 if max(i, j) < 4 else 1) + widen)
+                draw_line(drawn, pixels[[i, j]], pen, (2 if max(i, j) < 4 else 1) + widen)
     texts: list[Text] = []
     taken: list[Area] = []
     for _, pixels, words, colour in shown[:40]:
-        if (at := place_label(pixels, words, picture.shape[1::-1], taken, tight=True)) is not None:
+        if (at := place_label(pixels, words, drawn.shape[1::-1], taken, tight=True)) is not None:
             texts.append(Text(at, words, 13, colour, chip=True))
-    draw_texts(picture, texts)
-    return picture
+    draw_texts(drawn, texts)
+    return drawn
 
 
 def _corners(box: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
@@ -171,11 +171,11 @@ def _corners(box: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
     return np.asarray(np.stack([x, y, local[:, 2]], 1) + box[:3])
 
 
-def _legend(picture: BgrImage, title: str, rows: Sequence[tuple[int, str, int]]) -> None:
+def _legend(image: BgrImage, title: str, rows: Sequence[tuple[int, str, int]]) -> None:
     shown = sorted((row for row in rows if row[2]), key=lambda row: -row[2])[:14]
     texts = [Text((12, 12), title, 17, _BRIGHT, chip=True)] if title else []
     texts += [
         Text((12, 42 + 24 * k), f"{name}  {count:,}", 14, class_colour(label), chip=True)
         for k, (label, name, count) in enumerate(shown)
     ]
-    draw_texts(picture, texts)
+    draw_texts(image, texts)

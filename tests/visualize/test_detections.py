@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from serve.visualize.detections import draw_birds_eye_view, draw_frame, draw_image, encode_png
+from serve.visualize.birds_eye import draw_birds_eye_view
+from serve.visualize.detections import draw_frame, draw_image, encode_png
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEN = (110, 226, 124)  # of label 2, BGR
@@ -134,10 +135,10 @@ def test_depth_boxes_are_turned_so_that_forward_is_up() -> None:
     ("points", "detections", "sentence"),
     [
         (np.zeros((5, 2)), boxes_3d(), r"\(N, >=3\)"),
-        (np.zeros((5, 4)), {"bboxes": []}, "no 3D detections"),
+        (np.zeros((5, 4)), {"bboxes": []}, "bboxes_3d"),
         (np.zeros((5, 4)), boxes_3d(box_type_3d="Camera"), "Camera cannot be drawn"),
-        (np.zeros((5, 4)), boxes_3d((1, 2, 3)), "do not fit"),
-        (np.zeros((5, 4)), boxes_3d((1,) * 7, labels_3d=[]), "do not fit"),
+        (np.zeros((5, 4)), boxes_3d((1, 2, 3)), "length"),
+        (np.zeros((5, 4)), boxes_3d((1,) * 7, labels_3d=[]), "length"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(
