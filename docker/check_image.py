@@ -1,12 +1,12 @@
-"""Build the image where no container engine runs, start it, and ask it for detections from inside.
+"""Build the image without a container engine, start it, and request detections from inside.
 
 `make image-check` runs this, as root, on Debian with the packages `buildah` and `debootstrap`. It takes minutes and
-gigabytes, so neither `make test` nor continuous integration does. A base is made with debootstrap (Debian's own
-Python), the Dockerfile is built on it with `buildah --storage-driver vfs bud --isolation chroot`, and the image is
-run as a user that it has never heard of. Seen from outside are: the answer, where files were written, and how it ends.
+gigabytes, so neither `make test` nor continuous integration does. A base image is made with debootstrap (Debian's own
+Python), the Dockerfile is built on it with `buildah --storage-driver vfs bud --isolation chroot`, and the image is run
+as a user without an entry in its /etc/passwd. The response, the written files and the exit code are checked.
 
-What it does not show: what an engine adds (namespaces, cgroups, a root file system mounted read-only), and the base
-image that the Dockerfile names.
+Not covered: the additions of an engine (namespaces, cgroups, a read-only root file system), and the base image that the
+Dockerfile names.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ START_S = 400.0
 STOP_S = 60.0
 
 
-def say(text: str) -> None:
+def print_heading(text: str) -> None:
     """Print a heading."""
     print(f"\n== {text}", flush=True)
 
 
 class Buildah:
-    """buildah with a storage of its own, so that removing a folder removes everything."""
+    """Buildah with its own storage, so that removing a folder removes everything."""
 
     def __init__(self, folder: Path) -> None:
         self.base = ["buildah", "--storage-driver", "vfs", "--root", str(folder / "storage"),
@@ -60,7 +60,7 @@ def make_base(buildah: Buildah, folder: Path, root: Path | None, suite: str) -> 
     """Build a base image with Debian's Python; return its name."""
     if root is None:
         root = folder / "base"
-        say(f"debootstrap {suite} with {BASE_PACKAGES}")
+        print_heading(f"debootstrap {suite} with {BASE_PACKAGES}")
         log = folder / "debootstrap.log"
         with log.open("w") as file:
             command = ["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", suite, str(root)]
@@ -83,7 +83,7 @@ def build(buildah: Buildah, base: str, target: str, arguments: argparse.Namespac
         words += ["--volume", each]
     if arguments.pip_conf:
         words += ["--secret", f"id=pip_conf,src={arguments.pip_conf}"]
-    say(f"buildah --storage-driver vfs bud --isolation chroot --target {target}")
+    print_heading(f"buildah --storage-driver vfs bud --isolation chroot --target {target}")
     began = time.monotonic()
     buildah(*words, str(ROOT))
     print(f"built in {time.monotonic() - began:.0f} s")
@@ -91,9 +91,9 @@ def build(buildah: Buildah, base: str, target: str, arguments: argparse.Namespac
 
 
 def describe(buildah: Buildah, image: str) -> None:
-    """Print what the image says of itself, and refuse what it must not say."""
+    """Print the image's configuration and check user and stop signal."""
     config = json.loads(buildah("inspect", "--type", "image", image, quiet=True))["Docker"]["config"]
-    say(f"{image}: what it says of itself")
+    print_heading(f"{image}: configuration")
     for key in ("User", "Entrypoint", "ExposedPorts", "StopSignal", "Healthcheck", "Labels"):
         print(f"{key:<13}{json.dumps(config.get(key))}")
     assert config["User"] == "1000:1000" and config["StopSignal"] == "SIGTERM"
@@ -118,7 +118,7 @@ def inside(buildah: Buildah, container: str, *command: str) -> list[str]:
 
 
 def show_memory(service: psutil.Process) -> None:
-    """Print what each process of the service holds, MB of 10^6 bytes: resident, and of that its own alone."""
+    """Print the memory of each process of the service, MB of 10^6 bytes: resident and unshared."""
     roles = {
         "model_service_worker.py": "worker",
         "org.pytorch.serve.ModelServer": "TorchServe (Java)",
@@ -132,18 +132,18 @@ def show_memory(service: psutil.Process) -> None:
         role = next((role for word, role in roles.items() if word in words and "guard.py" not in words), None)
         if role:
             held = each.memory_full_info()
-            print(f"memory  {role:<18}{held.rss / 1e6:5.0f} MB resident, {held.uss / 1e6:5.0f} MB its own")
+            print(f"memory  {role:<18}{held.rss / 1e6:5.0f} MB resident, {held.uss / 1e6:5.0f} MB unshared")
 
 
 def serve_and_ask(buildah: Buildah, container: str, root: Path, caches: str) -> None:
-    """Start the image's entry point, ask it from inside, stop it as an engine would."""
+    """Start the image's entry point, send it a frame from inside, stop it as an engine would."""
     gateway, inference, management, metrics = pick_free_ports(4)
     config = json.loads(buildah("inspect", container, quiet=True))["Docker"]["config"]
     words = ["--gateway-port", str(gateway), "--inference-port", str(inference),
              "--management-port", str(management), "--metrics-port", str(metrics)]  # fmt: skip
     marker = root.parent / "marker"
     marker.touch()
-    say(f"started as user {USER}: {' '.join([*config['Entrypoint'], *words])}")
+    print_heading(f"started as user {USER}: {' '.join([*config['Entrypoint'], *words])}")
     began = time.monotonic()
     service = subprocess.Popen(inside(buildah, container, *config["Entrypoint"], *words), cwd=ROOT)
     try:
@@ -165,7 +165,7 @@ def serve_and_ask(buildah: Buildah, container: str, root: Path, caches: str) -> 
             "X-Max-Detections: 2",
             f"{url}/predictions/second",
         ]
-        say(f"from inside: {' '.join(curl)}")
+        print_heading(f"from inside: {' '.join(curl)}")
         answer = subprocess.run(inside(buildah, container, *curl), check=True, capture_output=True, text=True)
         print(answer.stdout)
         assert len(json.loads(answer.stdout)["scores_3d"]) == 2
@@ -178,7 +178,7 @@ def serve_and_ask(buildah: Buildah, container: str, root: Path, caches: str) -> 
             if not path.is_symlink() and path.is_file() and path.stat().st_mtime > marker.stat().st_mtime
         ]
         outside = [path for path in written if path.split("/")[0] not in ("tmp", "proc", "sys", "dev")]
-        # Names and routes that buildah itself writes into every container.
+        # Files that buildah writes into every container.
         outside = [
             path for path in outside if path not in ("etc/hosts", "etc/resolv.conf", "run/.containerenv")
         ]
@@ -186,7 +186,7 @@ def serve_and_ask(buildah: Buildah, container: str, root: Path, caches: str) -> 
         assert not outside
         below = psutil.Process(service.pid).children(recursive=True)
         (first,) = [each for each in below if each.name() == "dumb-init"]
-        say("SIGTERM to process 1")
+        print_heading("SIGTERM to process 1")
         first.terminate()
         code = service.wait(STOP_S)
         print(f"exit code {code}")
@@ -200,7 +200,7 @@ def serve_and_ask(buildah: Buildah, container: str, root: Path, caches: str) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build, run, ask, clean up."""
+    """Build, run, check, clean up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--build-arg", action="append", default=[], metavar="NAME=VALUE", help="for the Dockerfile"
@@ -229,17 +229,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         gateway = build(buildah, base, "gateway", arguments)
         describe(buildah, gateway)
         with mounted(buildah, gateway) as (container, _):
-            said = subprocess.run(
+            usage = subprocess.run(
                 inside(buildah, container, "python", "-m", "serve", "gateway", "--help"),
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
-            print(said.stdout.partition("\n")[0])
+            print(usage.stdout.partition("\n")[0])
         image = build(buildah, base, "serve", arguments)
         describe(buildah, image)
         with mounted(buildah, image) as (container, root):
             for caches in ("empty", "kept from before"):
                 serve_and_ask(buildah, container, root, caches)
-    say("all of it removed again")
+    print_heading("removed all temporary files")
     return 0
 
 

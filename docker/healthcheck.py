@@ -1,7 +1,7 @@
-"""Exit 0 when the gateway of this container would answer a frame now; what HEALTHCHECK runs. Standard library only.
+"""HEALTHCHECK of the image: exit 0 if the gateway of this container is ready. Standard library only.
 
-Asks `/health/ready` on loopback, at the port in MMDET3D_SERVE_GATEWAY_PORT. Knows nothing of ports that were changed
-by a word on the command line.
+Requests `/health/ready` on loopback, at the port in MMDET3D_SERVE_GATEWAY_PORT; a port changed on the command line is
+not seen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TIMEOUT_S = 4.0
 
 
 def main() -> int:
-    """0 when ready, 1 when not, each with a line that `docker inspect` shows."""
+    """Return 0 if ready, else 1; prints a line for `docker inspect`."""
     port = int(os.environ.get("MMDET3D_SERVE_GATEWAY_PORT") or 8000)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
@@ -23,7 +23,7 @@ def main() -> int:
         print(answer.read(1000).decode(errors="replace"))
         return int(answer.status != http.HTTPStatus.OK)
     except (OSError, http.client.HTTPException) as error:
-        print(f"port {port} does not answer: {error}")
+        print(f"port {port} does not respond: {error}")
         return 1
     finally:
         connection.close()

@@ -3,8 +3,8 @@
     python -m tools.layout                 this checkout
     python -m tools.layout --root DIR      another one, for instance of an earlier commit
 
-A room is a top-level package or module below ``serve/``, ``handlers/`` or ``tools/`` (a package counts once, whatever it
-holds). An arrow is one room that imports another, at module level or inside a function. A floor is the length of the
+A room is a top-level package or module below ``serve/``, ``handlers/`` or ``tools/`` (a package counts once, whatever
+it holds). An arrow is one room that imports another, at module level or inside a function. A floor is the length of the
 longest chain of arrows below a room.
 """
 

@@ -34,7 +34,7 @@ A path or number that may be left out takes `none`.
 
 
 def render() -> str:
-    """The text of docs/settings.md."""
+    """Generate the text of docs/settings.md."""
     parts = [
         HEAD,
         "## Every process\n\nOf these only `--workers` is a flag, of `mmdet3d-serve serve`.\n",

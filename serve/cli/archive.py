@@ -1,7 +1,6 @@
-"""The commands that make archives: by config and checkpoint as upstream's do, or by the name of a model.
+"""``mmdet3d-serve archive`` and upstream's converters: archives from a model name, or from config and checkpoint.
 
-Config, checkpoint and output folder may be addresses (`serve.storage`). Knows the arguments and the words; the
-work is `serve.zoo.index`'s, `serve.storage`'s and `serve.convert.conversion`'s.
+Config, checkpoint and output folder may be URIs (`serve.storage`).
 """
 
 from __future__ import annotations
@@ -9,57 +8,57 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from serve import convert, storage, zoo
-from serve.archive import store as model_store
-from serve.cli.entry import command_parser
+from serve.archive.store import archive_uri, publish
+from serve.cli.entry import command_parser, open_cache, stage_reporter
 from serve.errors import ArchiveError
-from serve.settings import Settings
 from serve.zoo.config_source import local_config
 
 __all__ = ["main", "to_torchserve"]
 
 
 def to_torchserve(argv: Sequence[str] | None, package: str) -> int:
-    """``mmdet3d2torchserve.py CONFIG CHECKPOINT --output-folder STORE --model-name NAME`` and its mmdet twin."""
+    """Run ``mmdet3d2torchserve.py CONFIG CHECKPOINT --output-folder STORE --model-name NAME`` or its mmdet twin."""
     parser = argparse.ArgumentParser(
         description=f"Convert a {package} config and checkpoint to a TorchServe archive (.mar) that proves itself."
     )
-    parser.add_argument("config", help="config file or its address, or the name of a model in the zoo")
+    parser.add_argument("config", help="path or URI of a config, or the name of a model in the zoo")
     parser.add_argument(
-        "checkpoint", help="checkpoint file (.pth, .safetensors) or its address (s3://…, https://…)"
+        "checkpoint", help="path or URI (s3://…, https://…) of a checkpoint (.pth, .safetensors)"
     )
     parser.add_argument(
-        "--output-folder", required=True, help="model store: a folder, made if missing, or s3://bucket/models"
+        "--output-folder",
+        required=True,
+        help="model store: a folder, created if missing, or s3://bucket/models",
     )
     _add_options(parser)
     args = parser.parse_args(argv)
     with local_config(args.config) as config:
         entry = zoo.resolve(config, package=package)
-        _tell_notes(entry.notes if not Path(config).is_file() else ())
-        checkpoint = _fetched(args.checkpoint, args)
+        _print_notes(entry.notes if not Path(config).is_file() else ())
+        checkpoint = _fetch(args.checkpoint, args)
         name = args.model_name or checkpoint.stem
         return _convert(entry.config_path, checkpoint, name, args.output_folder, args)
 
 
 def main(argv: Sequence[str] | None) -> int:
-    """Look the model up, fetch its weights, convert."""
+    """Look up the model, fetch its weights, convert."""
     parser = command_parser(
         "archive",
-        "Make a TorchServe archive of a model by its name (second, pointpillars, faster-rcnn, …, a full or former zoo "
-        "name, or a config path). Weights come from the zoo unless --checkpoint is given.",
+        "Create a TorchServe archive of a model by its name (second, pointpillars, faster-rcnn, …, a full or former "
+        "zoo name, or a config path). The zoo's weights are used unless --checkpoint is given.",
         [
             "archive second",
             "archive my_config.py --checkpoint my.pth --model-name mine",
             "archive second --output-folder s3://bucket/models",
         ],
     )
-    parser.add_argument("model", metavar="MODEL", help="name of the model, or path or address of a config")
+    parser.add_argument("model", metavar="MODEL", help="name of the model, or path or URI of a config")
     parser.add_argument(
-        "--checkpoint", help="checkpoint file or its address (s3://…, https://…) instead of the zoo's weights"
+        "--checkpoint", help="path or URI (s3://…, https://…) of a checkpoint in place of the zoo's weights"
     )
     parser.add_argument(
         "--output-folder", default="model-store", help="folder, or s3://bucket/models (default: %(default)s)"
@@ -68,8 +67,8 @@ def main(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     with local_config(args.model) as model:
         entry = zoo.resolve(model)
-        _tell_notes(entry.notes)
-        checkpoint = _fetched(
+        _print_notes(entry.notes)
+        checkpoint = _fetch(
             args.checkpoint or zoo.require_weights_url(entry),
             args,
             entry.sha256_prefix if not args.checkpoint else None,
@@ -85,15 +84,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extra-files", default="", metavar="A,B", help="files to pack under extra/, separated by commas"
     )
-    parser.add_argument("--device", default="cpu", help="where the golden frame is run: cpu or cuda:N")
-    parser.add_argument("--golden-frame", help="prove the archive on this frame instead of a made one")
+    parser.add_argument("--device", default="cpu", help="device of the golden frame: cpu or cuda:N")
+    parser.add_argument("--golden-frame", help="prove the archive on this frame instead of a synthetic one")
     parser.add_argument(
-        "--allow-partial", action="store_true", help="go on when weights are missing or left over"
+        "--allow-partial", action="store_true", help="continue when weights are missing or unexpected"
     )
     parser.add_argument(
         "--trust-checkpoint",
         action="store_true",
-        help="unpickle anything the checkpoint holds; it can run code",
+        help="unpickle any type in the checkpoint, which can run code",
     )
     parser.add_argument("--no-fold", action="store_true", help="do not fold batch norms into convolutions")
     parser.add_argument(
@@ -106,38 +105,33 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="precision on CUDA (default: %(default)s)",
     )
     parser.add_argument(
-        "--cache-dir", type=Path, help="where downloads are kept (default: MMDET3D_SERVE_CACHE_DIR)"
+        "--cache-dir", type=Path, help="folder for downloads (default: MMDET3D_SERVE_CACHE_DIR)"
     )
 
 
-def _fetched(source: str, args: argparse.Namespace, sha256_prefix: str | None = None) -> Path:
+def _fetch(source: str, args: argparse.Namespace, sha256_prefix: str | None = None) -> Path:
     if not storage.is_remote(source):
         return Path(source).expanduser()
-    settings = Settings.from_environment()
-    cache = storage.Cache(args.cache_dir or settings.cache_dir, settings.cache_max_bytes)
-    return storage.local_path(source, sha256=sha256_prefix, cache=cache)
+    print(f"fetching {storage.parse(source)}", file=sys.stderr, flush=True)
+    return storage.local_path(source, open_cache(args.cache_dir), sha256=sha256_prefix)
 
 
 def _convert(config: Path, checkpoint: Path, name: str, store: str, args: argparse.Namespace) -> int:
-    """Into the folder, or through a folder that is thrown away into the bucket."""
+    """Convert into a folder, or through a temporary folder into a bucket."""
     if not storage.is_remote(store):
         return _convert_into(config, checkpoint, name, Path(store), args)
-    place = model_store.archive_uri(store, name)
-    if not args.force and storage.exists(place):
-        raise ArchiveError(f"{place} exists; choose another --model-name, or replace it with --force")
+    target = archive_uri(store, name)
+    if not args.force and storage.exists(target):
+        raise ArchiveError(f"{target} exists; choose another --model-name, or replace it with --force")
     with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-store-") as folder:
         code = _convert_into(config, checkpoint, name, Path(folder), args)
-        print(f"uploaded  {model_store.publish(Path(folder, f'{name}.mar'), store, force=args.force)}")
+        print(f"uploaded  {publish(Path(folder, f'{name}.mar'), store, force=args.force)}")
         return code
 
 
 def _convert_into(config: Path, checkpoint: Path, name: str, folder: Path, args: argparse.Namespace) -> int:
-    started = time.perf_counter()
-
-    def report(step: str) -> None:
-        print(f"[{time.perf_counter() - started:5.1f} s] {step}", file=sys.stderr, flush=True)
-
-    made = convert.convert(
+    report = stage_reporter()
+    result = convert.convert(
         convert.Conversion(
             config=config,
             checkpoint=checkpoint,
@@ -148,27 +142,27 @@ def _convert_into(config: Path, checkpoint: Path, name: str, folder: Path, args:
             force=args.force,
             allow_partial=args.allow_partial,
             trust_checkpoint=args.trust_checkpoint,
-            extra_files=[_fetched(file, args) for file in args.extra_files.split(",") if file],
-            golden_frame=_fetched(args.golden_frame, args) if args.golden_frame else None,
+            extra_files=[_fetch(file, args) for file in args.extra_files.split(",") if file],
+            golden_frame=_fetch(args.golden_frame, args) if args.golden_frame else None,
             channels_last=not args.no_channels_last,
             fold_batch_norm=not args.no_fold,
             autocast=args.autocast,
             report=report,
         )
     )
-    _tell_notes(made.notes)
-    folded = len(made.metadata.inference.fold_batch_norm)
+    _print_notes(result.notes)
     report("done")
-    print(f"archive   {made.path} ({made.path.stat().st_size / 1e6:.1f} MB)")
-    print(f"sha256    {made.sha256}")
-    meta = made.metadata
-    print(f"model     {meta.name} {meta.version}, {len(meta.classes)} classes, {folded} norms folded")
+    metadata = result.metadata
+    folded = len(metadata.inference.fold_batch_norm)
+    print(f"archive   {result.path} ({result.path.stat().st_size / 1e6:.1f} MB)")
+    print(f"sha256    {result.sha256}")
     print(
-        f"proved    {made.golden_detections} detections on its golden frame, the same after opening it afresh"
+        f"model     {metadata.name} {metadata.version}, {len(metadata.classes)} classes, {folded} norms folded"
     )
+    print(f"proved    {result.golden_detections} detections in its golden frame, the same from the archive")
     return 0
 
 
-def _tell_notes(notes: Sequence[str]) -> None:
+def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

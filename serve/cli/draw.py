@@ -18,17 +18,17 @@ def main(argv: Sequence[str] | None) -> int:
     parser = command_parser(
         "draw",
         "Draw detections: a point cloud from above with its boxes, or an image with its boxes and masks. DETECTIONS "
-        "is the answer of a server, saved as a file.",
+        "is a server's JSON response, saved as a file.",
         [
             "draw frame.bin detections.json -o frame.png",
             "draw street.jpg detections.json -o street.png --score-thr 0.3",
         ],
     )
     parser.add_argument("frame", metavar="FRAME", type=Path, help="point cloud (.bin, .npy) or image")
-    parser.add_argument("detections", metavar="DETECTIONS", type=Path, help="JSON file with the answer")
+    parser.add_argument("detections", metavar="DETECTIONS", type=Path, help="JSON file with the response")
     parser.add_argument("-o", "--output", type=Path, required=True, help="PNG file to write")
     parser.add_argument(
-        "--score-thr", type=float, default=0.0, help="leave out lower scores, 0 to 1 (default: %(default)g)"
+        "--score-thr", type=float, default=0.0, help="lowest score to draw, 0 to 1 (default: %(default)g)"
     )
     parser.add_argument(
         "--load-dim", type=int, default=4, help="floats per point of a .bin (default: %(default)s)"
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--title", help="caption (default: the file name)")
     args = parser.parse_args(argv)
     try:
-        picture = draw_frame(
+        image = draw_frame(
             args.frame.read_bytes(),
             json.loads(args.detections.read_bytes()),
             load_dim=args.load_dim,
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None) -> int:
             score_thr=args.score_thr,
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise BadRequest(f"{args.detections} is not an answer that can be drawn: {error}") from None
-    args.output.write_bytes(encode_png(picture))
+        raise BadRequest(f"{args.detections} holds no detections that can be drawn: {error}") from None
+    args.output.write_bytes(encode_png(image))
     print(args.output)
     return 0

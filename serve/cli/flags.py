@@ -73,7 +73,7 @@ def add_flags(
 
 
 def values_of(args: argparse.Namespace, cls: type[Options]) -> dict[str, object]:
-    """What the flags of a class were set to, by field name; fields that were not set are left out."""
+    """Collect the given flags of a class, by field name; fields without a flag are omitted."""
     begin = _dest(cls, "")
     return {
         name.removeprefix(begin): value
@@ -83,7 +83,7 @@ def values_of(args: argparse.Namespace, cls: type[Options]) -> dict[str, object]
 
 
 def show_default(value: object, unit: str) -> str:
-    """A default as people read it: ``33554432 (32 MiB)``, ``none``."""
+    """Format a default for people: ``33554432 (32 MiB)``, ``none``."""
     if value is None or value == ():
         return "none"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The command ``mmdet3d-serve``: one file per subcommand, imported when it is called.
+"""Command ``mmdet3d-serve``: one module per subcommand, imported on use.
 
 Lazy imports keep ``mmdet3d-serve gateway`` free of torch, which its image lacks.
 """
@@ -14,24 +14,24 @@ from serve.cli.entry import PROGRAM, run
 
 __all__ = ["COMMANDS", "main"]
 
-# Subcommand to module and summary, in the order in which people meet them.
+# Subcommand to module and summary, in the order of first use.
 COMMANDS = {
     "demo": ("serve.cli.demo", "archive, serve and ask the demonstration SECOND"),
     "archive": (
         "serve.cli.archive",
-        "make a .mar archive of a zoo model or of your own config and checkpoint",
+        "create a .mar archive of a zoo model or of your own config and checkpoint",
     ),
     "serve": ("serve.cli.serve", "serve archives with TorchServe and the gateway in the foreground"),
     "stop": ("serve.cli.stop", "stop what 'serve' or 'demo' left running"),
     "verify": ("serve.cli.verify", "compare a served model with native mmdet / mmdet3d inference"),
     "draw": ("serve.cli.draw", "draw detections on a point cloud or an image"),
     "zoo": ("serve.cli.zoo", "list the models of the zoo by name"),
-    "fetch": ("serve.cli.fetch", "bring the archives of a bucket into a folder"),
-    "push": ("serve.cli.push", "upload an archive to a bucket, with its hash"),
+    "fetch": ("serve.cli.fetch", "fetch the archives of a bucket into a folder"),
+    "push": ("serve.cli.push", "verify archives and upload them to a bucket"),
     "pack": ("serve.cli.pack", "pack a folder of frames into one FFRecord file"),
     "gateway": ("serve.cli.gateway", "run the gateway alone, in front of a TorchServe elsewhere"),
 }
-# Former names, understood for one version.
+# Former names, accepted for one version.
 RENAMED = {"up": ["serve", "--container"], "fetch-models": ["fetch"]}
 
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in RENAMED:
         now = RENAMED[arguments[0]]
         print(
-            f"warning: '{arguments[0]}' is now '{' '.join(now)}'; the old name goes in 0.3", file=sys.stderr
+            f"warning: '{arguments[0]}' is now '{' '.join(now)}'; the old name will be removed in 0.3",
+            file=sys.stderr,
         )
         arguments[:1] = now
     name = arguments[0] if arguments else "--help"
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         listed = "\n".join(f"  {known:<9} {summary}" for known, (_, summary) in COMMANDS.items())
-        usage = f"usage: {PROGRAM} COMMAND [OPTION …]\n\ncommands:\n{listed}\n\n{PROGRAM} COMMAND --help says more."
+        usage = f"usage: {PROGRAM} COMMAND [OPTION …]\n\ncommands:\n{listed}\n\n"
+        usage += f"{PROGRAM} COMMAND --help lists the options."
         asked = name in ("-h", "--help")
         if not asked:
             print(f"error: unknown command '{name}'", file=sys.stderr)

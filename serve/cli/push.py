@@ -7,7 +7,7 @@ from pathlib import Path
 
 from serve import archive
 from serve.archive import store
-from serve.cli.entry import command_parser
+from serve.cli.entry import command_parser, stage_reporter
 
 __all__ = ["main"]
 
@@ -16,15 +16,17 @@ def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, verify every archive, upload."""
     parser = command_parser(
         "push",
-        "Upload archives (.mar) to a bucket, each with its sha256, under its own file name. Every archive is verified "
-        "first. Credentials: the environment, `aws configure` or the machine's role.",
+        "Verify archives (.mar) and upload them to a bucket under their file names, each with its sha256. Credentials: "
+        "the environment, `aws configure` or the machine's role.",
         ["push model-store/second.mar --to s3://bucket/models"],
     )
     parser.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="archive to upload (.mar)")
     parser.add_argument("--to", required=True, metavar="URI", help="s3://bucket/models")
-    parser.add_argument("-f", "--force", action="store_true", help="replace what is there")
+    parser.add_argument("-f", "--force", action="store_true", help="replace existing archives")
     args = parser.parse_args(argv)
+    report = stage_reporter()
     for path in args.archives:
+        report(f"verifying {path}")
         archive.verify(path)
     for path in args.archives:
         print(f"uploaded  {store.publish(path, args.to, force=args.force)}", flush=True)

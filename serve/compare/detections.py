@@ -168,7 +168,7 @@ def is_3d(detections: Mapping[str, Any]) -> bool:
 
 
 def detection_count(detections: Mapping[str, Any]) -> int:
-    """Number of detections in a dictionary."""
+    """Count the detections in a dictionary."""
     return len(detections.get("bboxes_3d", detections.get("bboxes", ())))
 
 

@@ -110,7 +110,7 @@ def _read_dataset_classes(dataset_type: Any, scope: str) -> Sequence[str]:
 
 
 def collect_custom_code(config: Mapping[str, Any]) -> dict[str, Source]:
-    """Sources of the modules in ``custom_imports`` that are not installed packages, by path below ``code/``.
+    """Collect the sources of modules in ``custom_imports`` that are not installed, by path below ``code/``.
 
     Raises:
         ArchiveError: a module cannot be imported.

@@ -191,7 +191,7 @@ def convert(conversion: Conversion) -> ConversionResult:
 
 
 def _count(answer: Mapping[str, Any]) -> int:
-    """Number of detections, or of points or segments for models that predict labels."""
+    """Count the detections, or the points or segments of predicted labels."""
     if "pts_semantic_mask" in answer:
         return int(answer["pts_semantic_mask"]["shape"][0])
     return len(answer["names"] if "names" in answer else answer["segments_info"])

@@ -187,7 +187,7 @@ def _is_loop(value: Any) -> bool:
 
 
 def _test_dataset(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The data set of the test split, out of its wrappers."""
+    """Find the data set of the test split inside its wrappers."""
     data = config.get("data") or {}
     found: Any = next((data[split] for split in ("test", "val") if data.get(split) is not None), {})
     while True:
@@ -214,7 +214,7 @@ def _base_dataset(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dataset(dataset: Mapping[str, Any], pipeline: Sequence[Step]) -> dict[str, Any]:
-    """What today's form keeps of a data set: its type, its class names, its pipeline."""
+    """Keep type, class names and pipeline of a data set, in today's form."""
     kept = {
         name: dataset[name]
         for name in ("type", "modality", "box_type_3d", "load_interval")
@@ -251,7 +251,7 @@ def _parts(model: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[st
 
 
 def _pipeline(steps: Sequence[Step], notes: list[str]) -> tuple[list[Step], Step | None, list[Step]]:
-    """Steps in today's form without packing; the normalisation and the paddings that were among them."""
+    """Convert steps to today's form without packing; returns also the normalisation and the paddings."""
     flat: list[Step] = []
     normalization: Step | None = None
     padding: list[Step] = []
@@ -320,7 +320,7 @@ def _is_identity(kind: str, step: Step) -> bool:
 
 
 def _pad(step: Step, normalization: Step | None) -> Step:
-    """A padding that stays in the pipeline; normalisation comes after it now, so it pads with the mean."""
+    """Convert a padding that stays in the pipeline; normalisation comes after it now, so it pads with the mean."""
     value = step.get("pad_val", 0)
     image = value.get("img", 0) if isinstance(value, dict) else value
     if normalization is not None and not any(image if isinstance(image, list | tuple) else (image,)):
@@ -347,7 +347,7 @@ def _packed_keys(flat: Sequence[Step]) -> list[str]:
 def _preprocessor(
     model: dict[str, Any], package: str, normalization: Step | None, padding: Sequence[Step]
 ) -> dict[str, Any]:
-    """What normalises, pads and voxelises today."""
+    """Build the data preprocessor, which normalises, pads and voxelises."""
     made: dict[str, Any] = {
         "type": "Det3DDataPreprocessor" if package == "mmdet3d" else "DetDataPreprocessor"
     }

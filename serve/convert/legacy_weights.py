@@ -85,7 +85,7 @@ def shapes_of(model: torch.nn.Module) -> dict[str, Shape]:
 
 
 def versions_of(model: torch.nn.Module) -> dict[str, int]:
-    """Module path → version, as torch records it with weights saved now.
+    """Read module path → version, as torch records it with weights saved now.
 
     Formats other than torch's (safetensors) lose the versions; without them, modules that once renamed their keys
     rename them again, wrongly.

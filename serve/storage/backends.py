@@ -1,12 +1,12 @@
-"""mmengine's file backends ``petrel``, ``aws`` and ``ffrecord``, over our storage.
+"""File backends ``petrel``, ``aws`` and ``ffrecord`` for mmengine, implemented by `serve.storage`.
 
-After `register` (which importing this module does), configs written for Ceph's closed SDK, for mmcv's AWS
-backend and for High-Flyer's FFRecordClient find their backends, by name and by the prefix ``s3://``, in the
-old ``FileClient`` and in the new functions of ``mmengine.fileio``. A training config gets them with
+After `register`, which importing this module calls, configs written for Ceph's closed SDK, for mmcv's AWS backend and
+for High-Flyer's FFRecordClient find their backends, by name and by the prefix ``s3://``, in the old ``FileClient`` and
+in the functions of ``mmengine.fileio``. A training config registers them with
 ``custom_imports = dict(imports=['serve.storage.backends'])``.
 
-mmengine's own backends for local files, http, LMDB and memcached stay as they are. What is read comes as
-bytes that also have ``tobytes``, because the callers of either interface expect theirs.
+mmengine's own backends for local files, http, LMDB and memcached stay unchanged. Reads return bytes that also have
+``tobytes``, so that callers of either interface work.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ __all__ = ["FFRecordBackend", "ObjectBackend", "register"]
 
 
 class Content(bytes):
-    """Bytes that can be asked for as the memoryviews of old backends could."""
+    """Bytes with the method ``tobytes`` of the memoryviews that old backends returned."""
 
     def tobytes(self) -> bytes:
-        """The same bytes."""
+        """Return the same bytes."""
         return bytes(self)
 
 
 class ObjectBackend(BaseStorageBackend):  # type: ignore[misc]
-    """Objects in S3 or Ceph; the names and promises of mmengine's ``PetrelBackend``."""
+    """Objects in S3 or Ceph, with the interface of mmengine's ``PetrelBackend``."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class ObjectBackend(BaseStorageBackend):  # type: ignore[misc]
         enable_mc: bool = True,
         conf_path: str | None = None,
     ) -> None:
-        """Prepare; nothing is sent yet.
+        """Create the backend without sending anything.
 
         Args:
-            path_mapping: prefixes of paths → what they stand for; the longest that fits is taken.
-            enable_mc: accepted for the sake of petrel's configs; there is no memcached here.
+            path_mapping: prefixes of paths → their replacements; the longest matching one applies.
+            enable_mc: accepted for petrel's configs and ignored; memcached is not used.
             conf_path: petrel's configuration; ``~/petreloss.conf`` when None.
         """
         del enable_mc
@@ -58,45 +58,45 @@ class ObjectBackend(BaseStorageBackend):  # type: ignore[misc]
         self._conf = Path(conf_path) if conf_path else None
 
     def get(self, filepath: str | Path) -> bytes:
-        """All bytes of an object."""
+        """Read an object."""
         where = self._where(filepath)
         return Content(self._s3(where).read(where))
 
     def get_text(self, filepath: str | Path, encoding: str = "utf-8") -> str:
-        """An object as text."""
+        """Read an object as text."""
         return str(self.get(filepath), encoding=encoding)
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Make or replace an object."""
+        """Create or replace an object."""
         where = self._where(filepath)
         self._s3(where).write(where, bytes(obj))
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
-        """Make or replace an object from text."""
+        """Create or replace an object from text."""
         self.put(obj.encode(encoding), filepath)
 
     def exists(self, filepath: str | Path) -> bool:
-        """Whether there is such an object, or a folder of objects."""
+        """Whether the object, or a folder of objects, exists."""
         return self.isfile(filepath) or self.isdir(filepath)
 
     def isdir(self, filepath: str | Path) -> bool:
-        """Whether any object lies below this path."""
+        """Whether any object has this prefix."""
         where = self._where(filepath)
         return self._s3(where).is_folder(where)
 
     def isfile(self, filepath: str | Path) -> bool:
-        """Whether there is such an object."""
+        """Whether the object exists."""
         where = self._where(filepath)
         return self._s3(where).is_file(where)
 
     def join_path(self, filepath: str | Path, *filepaths: str | Path) -> str:
-        """Paths put together with slashes."""
+        """Join paths with slashes."""
         parts = [str(part).replace("\\", "/").lstrip("/") for part in filepaths]
         return "/".join([map_path(filepath, self.path_mapping).rstrip("/"), *parts])
 
     @contextlib.contextmanager
     def get_local_path(self, filepath: str | Path) -> Iterator[str]:
-        """The path of a local copy, which is gone when the ``with`` block ends."""
+        """Yield the path of a local copy, which is removed when the ``with`` block ends."""
         where = self._where(filepath)
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as folder:
             path = os.path.join(folder, where.name or "object")
@@ -104,35 +104,35 @@ class ObjectBackend(BaseStorageBackend):  # type: ignore[misc]
             yield path
 
     def copyfile(self, src: str | Path, dst: str | Path) -> str:
-        """Copy an object to another place in the same store; returns where it is."""
+        """Copy an object within the store; returns the new path."""
         target = self._target(dst, src)
         self.put(self.get(src), target)
         return target
 
     def copytree(self, src: str | Path, dst: str | Path) -> str:
-        """Copy a folder of objects; returns where it is."""
-        target = self._fresh(dst)
+        """Copy a folder of objects; returns the new path."""
+        target = self._require_missing(dst)
         for name in self.list_dir_or_file(src, list_dir=False, recursive=True):
             self.copyfile(self.join_path(src, name), self.join_path(target, name))
         return target
 
     def copyfile_from_local(self, src: str | Path, dst: str | Path) -> str:
-        """Upload a file; returns where it is."""
+        """Upload a file; returns the new path."""
         target = self._target(dst, src)
         where = self._where(target)
         self._s3(where).upload(Path(src), where)
         return target
 
     def copytree_from_local(self, src: str | Path, dst: str | Path) -> str:
-        """Upload a folder; returns where it is."""
-        target = self._fresh(dst)
+        """Upload a folder; returns the new path."""
+        target = self._require_missing(dst)
         for path in sorted(Path(src).rglob("*")):
             if path.is_file():
                 self.copyfile_from_local(path, self.join_path(target, path.relative_to(src).as_posix()))
         return target
 
     def copyfile_to_local(self, src: str | Path, dst: str | Path) -> str | Path:
-        """Download an object to a file or into a folder; returns where it is."""
+        """Download an object to a file or into a folder; returns its path."""
         where = self._where(src)
         if os.path.isdir(dst):
             dst = type(dst)(os.path.join(dst, where.name))
@@ -140,7 +140,7 @@ class ObjectBackend(BaseStorageBackend):  # type: ignore[misc]
         return dst
 
     def copytree_to_local(self, src: str | Path, dst: str | Path) -> str | Path:
-        """Download a folder of objects; returns where it is."""
+        """Download a folder of objects; returns its path."""
         for name in self.list_dir_or_file(src, list_dir=False, recursive=True):
             path = Path(dst, name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,16 +159,16 @@ class ObjectBackend(BaseStorageBackend):  # type: ignore[misc]
         if not store.is_file(where):
             if store.is_folder(where):
                 raise IsADirectoryError(f"{where} is a folder; remove it with rmtree")
-            raise ObjectNotFound(f"there is no {where}")
+            raise ObjectNotFound(f"{where} does not exist")
         store.remove(where)
 
     def rmtree(self, dir_path: str | Path) -> None:
-        """Remove everything below a path."""
+        """Remove all objects below a path."""
         for name in list(self.list_dir_or_file(dir_path, list_dir=False, recursive=True)):
             self.remove(self.join_path(dir_path, name))
 
     def copy_if_symlink_fails(self, src: str | Path, dst: str | Path) -> bool:
-        """Copy, since stores have no links; False says so."""
+        """Copy, since stores have no links; returns False."""
         if self.isfile(src):
             self.copyfile(src, dst)
         else:
@@ -183,10 +183,10 @@ class ObjectBackend(BaseStorageBackend):  # type: ignore[misc]
         suffix: str | tuple[str, ...] | None = None,
         recursive: bool = False,
     ) -> Iterator[str]:
-        """Names below a path, relative to it; folders without a slash at the end.
+        """List the names below a path, relative to it; folders have no trailing slash.
 
         Raises:
-            TypeError: a suffix is asked for together with folders, as mmengine's backends have it.
+            TypeError: a suffix is given together with folders, as in mmengine's backends.
         """
         _check_suffix(list_dir, suffix)
         where = self._where(dir_path)
@@ -197,20 +197,20 @@ class ObjectBackend(BaseStorageBackend):  # type: ignore[misc]
     def generate_presigned_url(
         self, url: str, client_method: str = "get_object", expires_in: int = 3600
     ) -> str:
-        """An address that lets anybody read (or with ``put_object`` write) the object for some seconds."""
+        """Generate a URL that permits reading (or with ``put_object`` writing) the object for `expires_in` seconds."""
         where = self._where(url)
-        made: str = self._s3(where).client.generate_presigned_url(
+        presigned: str = self._s3(where).client.generate_presigned_url(
             client_method,
             Params={"Bucket": where.bucket, "Key": where.path},
             ExpiresIn=expires_in,
         )
-        return made
+        return presigned
 
     def _where(self, filepath: str | Path) -> Location:
         where = parse(map_path(filepath, self.path_mapping))
         if where.scheme != "s3":
             raise UriError(
-                f"{where} is no s3:// address, and path_mapping has no prefix for it; add one, for instance "
+                f"{where} is not an s3:// URI, and path_mapping has no prefix of it; add one, for instance "
                 "{'data/': 's3://bucket/data/'}"
             )
         return where
@@ -229,22 +229,22 @@ class ObjectBackend(BaseStorageBackend):  # type: ignore[misc]
             raise
 
     def _target(self, dst: str | Path, src: str | Path) -> str:
-        """`dst`, or the place in it where it is a folder."""
+        """Return `dst`, or the path of `src` in it if it is a folder."""
         target = map_path(dst, self.path_mapping)
         return self.join_path(target, os.path.basename(str(src))) if self.isdir(target) else target
 
-    def _fresh(self, dst: str | Path) -> str:
+    def _require_missing(self, dst: str | Path) -> str:
         target = map_path(dst, self.path_mapping)
         if self.exists(target):
-            raise FileExistsError(f"{parse(target)} is there already; name another folder")
+            raise FileExistsError(f"{parse(target)} exists; choose another folder")
         return target
 
 
 class FFRecordBackend(BaseStorageBackend):  # type: ignore[misc]
-    """Files in a packed folder, read only: ``file_client_args=dict(backend='ffrecord', fname='packed.ffr')``.
+    """Files in a packed folder, read-only: ``file_client_args=dict(backend='ffrecord', fname='packed.ffr')``.
 
-    A path is looked for as it is; then, where it begins with the folder that the packed file lies in, without
-    that: with ``data/coco/coco.ffr``, ``data/coco/train2017/1.jpg`` finds ``train2017/1.jpg``.
+    A path is looked up unchanged first, then relative to the folder of the packed file: with ``data/coco/coco.ffr``,
+    ``data/coco/train2017/1.jpg`` finds ``train2017/1.jpg``.
     """
 
     def __init__(
@@ -253,53 +253,53 @@ class FFRecordBackend(BaseStorageBackend):  # type: ignore[misc]
         check_data: bool = True,
         path_mapping: Mapping[str, str] | None = None,
     ) -> None:
-        """Name the packed file; it is opened at the first use, in each process.
+        """Set the packed file, which each process opens on first use.
 
         Args:
-            fname: packed file (or files that belong together).
+            fname: packed file, or several that form one.
             check_data: compare checksums.
-            path_mapping: prefixes of paths → prefixes in the packed folder; the longest that fits is taken.
+            path_mapping: prefixes of paths → prefixes in the packed folder; the longest matching one applies.
         """
         self._fname, self._check = fname, check_data
         self.path_mapping = dict(path_mapping or {})
         self._opened: PackedFolder | None = None
 
     def get(self, filepath: str | Path) -> bytes:
-        """All bytes of a packed file."""
+        """Read a packed file."""
         return Content(self._packed().read(self._name(filepath)))
 
     def get_text(self, filepath: str | Path, encoding: str = "utf-8") -> str:
-        """A packed file as text."""
+        """Read a packed file as text."""
         return str(self.get(filepath), encoding=encoding)
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Not possible: packed files are written once, by packing.
+        """Raise, because packed files are read-only.
 
         Raises:
             StorageError: always.
         """
         del obj
-        raise StorageError(f"{filepath} cannot be written: {self._fname} is packed; pack the folder anew")
+        raise StorageError(f"{filepath} cannot be written: {self._fname} is read-only; pack the folder again")
 
     def exists(self, filepath: str | Path) -> bool:
-        """Whether there is a file or folder."""
+        """Whether the file or folder exists."""
         return self._packed().exists(self._name(filepath))
 
     def isdir(self, filepath: str | Path) -> bool:
-        """Whether there is a folder."""
+        """Whether the folder exists."""
         return self._packed().is_dir(self._name(filepath))
 
     def isfile(self, filepath: str | Path) -> bool:
-        """Whether there is a file."""
+        """Whether the file exists."""
         return self._packed().is_file(self._name(filepath))
 
     def join_path(self, filepath: str | Path, *filepaths: str | Path) -> str:
-        """Paths put together."""
+        """Join paths."""
         return os.path.join(str(filepath), *(str(part) for part in filepaths))
 
     @contextlib.contextmanager
     def get_local_path(self, filepath: str | Path) -> Iterator[str]:
-        """The path of a local copy, which is gone when the ``with`` block ends."""
+        """Yield the path of a local copy, which is removed when the ``with`` block ends."""
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as folder:
             path = Path(folder, Path(str(filepath)).name)
             path.write_bytes(self.get(filepath))
@@ -313,10 +313,10 @@ class FFRecordBackend(BaseStorageBackend):  # type: ignore[misc]
         suffix: str | tuple[str, ...] | None = None,
         recursive: bool = False,
     ) -> Iterator[str]:
-        """Names below a path, relative to it.
+        """List the names below a path, relative to it.
 
         Raises:
-            TypeError: a suffix is asked for together with folders, as mmengine's backends have it.
+            TypeError: a suffix is given together with folders, as in mmengine's backends.
         """
         _check_suffix(list_dir, suffix)
         packed = self._packed()
@@ -351,7 +351,7 @@ def _ends(name: str, suffix: str | tuple[str, ...] | None) -> bool:
 
 
 def register() -> None:
-    """Make the backends known to mmengine, in place of its own of the same names. May be called again."""
+    """Register the backends with mmengine, replacing its own of the same names. Idempotent."""
     for name, backend, prefixes in (
         ("petrel", ObjectBackend, ["s3", "petrel", "ceph"]),
         ("aws", ObjectBackend, []),
@@ -359,7 +359,7 @@ def register() -> None:
     ):
         register_backend(name, backend, force=True, prefixes=prefixes)
         FileClient.register_backend(name, backend, force=True)
-        # mmengine 0.10.7 forgets to enter a prefix that it already knows, even when forced to.
+        # mmengine 0.10.7 does not replace a known prefix, even with force.
         FileClient._prefix_to_backends.update(dict.fromkeys(prefixes, backend))
 
 

@@ -269,7 +269,7 @@ class _Transfer:
         return self.part.stat().st_size if self.part.is_file() else 0
 
     def _resumable(self) -> tuple[int, dict[str, Any]]:
-        """Number of bytes to keep of the part, and the notes on them."""
+        """Read how many bytes of the part can be kept, and the notes on them."""
         notes: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             loaded = json.loads(self.notes.read_text())

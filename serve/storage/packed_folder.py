@@ -34,7 +34,7 @@ class PackedFolder:
         self._contents: OrderedDict[str, Any] = _read_contents(self._reader)
 
     def __len__(self) -> int:
-        """Number of files."""
+        """Count the files."""
         return len(self._reader) - 1
 
     def read(self, name: str | Path) -> memoryview:
@@ -140,7 +140,7 @@ def _read_contents(reader: Reader) -> OrderedDict[str, Any]:
 
 
 def _count_files(contents: Any, files: int, depth: int, left: list[int]) -> int:
-    """Number of files in a table, which must map names to indices or further tables and nothing else.
+    """Count the files in a table, which must map names to indices or further tables and nothing else.
 
     `left` counts down over all tables, because a pickle can refer to one table many times.
     """

@@ -285,7 +285,7 @@ def _model_settings(
 
 
 def _escaped(value: object) -> str:
-    """A value as Java's Properties reads it: Latin-1 with backslash escapes."""
+    """Encode a value for Java's Properties: Latin-1 with backslash escapes."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     if "\n" in text or "\r" in text:
         raise SettingsError(f"a setting of TorchServe cannot hold a line break: {text!r}")

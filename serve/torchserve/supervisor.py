@@ -244,12 +244,12 @@ class Service:
 
 
 def _shell_code(code: int) -> int:
-    """An exit code as shells have it: 128 + the signal, where `Popen` has the signal's negative."""
+    """Convert an exit code of `Popen` to that of a shell: 128 + the signal for a negative one."""
     return 128 - code if code < 0 else code
 
 
 def _reachable(url: str) -> str:
-    """An address to connect to, of one to listen on."""
+    """Convert an address to listen on to one to connect to."""
     return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 

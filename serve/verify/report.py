@@ -74,7 +74,7 @@ def _list_unmatched(found: Comparison) -> list[tuple[str, int, int, str]]:
 
 
 def summary(reports: Sequence[FrameReport]) -> str:
-    """Number of matching frames and the largest deviations over all frames, with notes."""
+    """Format the number of matching frames and the largest deviations over all frames, with notes."""
     bad = [report.path.name for report in reports if not report.comparison.ok]
     labels = [report.comparison for report in reports if isinstance(report.comparison, LabelComparison)]
     if labels:

@@ -132,7 +132,7 @@ def draw_panel(image: BgrImage, area: Area, cover: float = 0.86) -> None:
 
 
 def class_colour(label: int) -> Colour:
-    """Colour of a class, one of twelve by label modulo 12."""
+    """Choose the colour of a class: one of twelve, by label modulo 12."""
     return _CLASS_COLOURS[int(label) % len(_CLASS_COLOURS)]
 
 

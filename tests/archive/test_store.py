@@ -53,7 +53,7 @@ def test_what_was_published_is_fetched_with_its_hash(store, tmp_path, capsys):
     assert (
         fetch_command.main(["--from", store + "/", "--to", str(tmp_path / "out"), "--models", "second"]) == 0
     )
-    assert "there already" in capsys.readouterr().out
+    assert "unchanged" in capsys.readouterr().out
     assert (tmp_path / "out/second.mar").stat().st_mtime_ns == before
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pointpillars.mar", "second.mar"]
 

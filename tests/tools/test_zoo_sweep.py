@@ -88,11 +88,11 @@ def test_trials_that_hang_or_eat_memory_are_ended_and_a_sweep_remembers(tmp_path
     path = tmp_path / "cache" / "results.jsonl"
     seen = {}
     sweep = Sweep(path, extra=False, timeout_s=15, memory_mb=1500, jobs=2)
-    sweep.run(wanted, lambda family, result: seen.update({family.name: result.verdict}))
+    sweep.run(wanted, lambda family, result: seen.update({family.name: result.probe}))
     assert "longer than the 15 s" in seen["hangs"].reason
     assert "more than the 1500 MiB" in seen["eats"].reason
-    assert seen["empty"].verdict == "not a model"
-    assert seen["fails"].verdict == "fails" and "no such thing" in seen["fails"].reason
+    assert seen["empty"].status == "not a model"
+    assert seen["fails"].status == "fails" and "no such thing" in seen["fails"].reason
     with path.open("a") as file:
         file.write('{"family": "mmdet/cut of')
     assert {result.family for result in load_results(path)} == {family.key for family in wanted}

@@ -175,26 +175,26 @@ def test_zero_detections_are_a_result(server: FakeTorchServe, frame: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("answer", "sentence"),
+    ("answer", "detail"),
     [
-        (lidar_answer(box_type_3d="Depth"), "its boxes are of type Depth"),
-        (lidar_answer(0.9, names=["Van"]), "its label 2 is 'Van'"),
-        (lidar_answer(0.9, labels_3d=[7]), "its label 7"),
-        (lidar_answer(classes=["Car"]), "its classes are Car, the checkpoint's Pedestrian, Cyclist, Car"),
-        ({"bboxes": [], "scores": [], "labels": []}, "it answers 2D boxes, the config's are 3D"),
+        (lidar_answer(box_type_3d="Depth"), "type Depth"),
+        (lidar_answer(0.9, names=["Van"]), "'Van'"),
+        (lidar_answer(0.9, labels_3d=[7]), "label 7"),
+        (lidar_answer(classes=["Car"]), "Pedestrian, Cyclist, Car"),
+        ({"bboxes": [], "scores": [], "labels": []}, "2D"),
     ],
 )
 def test_another_model_under_the_name_is_told_apart_from_a_deviation(
-    server: FakeTorchServe, frame: Path, answer: dict[str, Any], sentence: str
+    server: FakeTorchServe, frame: Path, answer: dict[str, Any], detail: str
 ) -> None:
     server.answer = lambda body, options: answer
     native = Scripted({"frame.bin": lidar_answer(0.9)})
     with (
         Client(server.address) as client,
-        pytest.raises(errors.ModelNotFound, match="moved") as caught,
+        pytest.raises(errors.ModelNotFound) as caught,
     ):
         list(verify([frame], native, client, "second"))
-    assert sentence in str(caught.value)
+    assert detail in str(caught.value)
 
 
 def test_an_answer_that_is_no_detections_is_a_broken_backend(server: FakeTorchServe, frame: Path) -> None:
@@ -303,11 +303,11 @@ def test_npy_clouds_are_read_as_points_and_not_as_their_header(
 @pytest.mark.parametrize(
     ("name", "body", "sentence"),
     [
-        ("short.bin", b"\x00" * 18, "no whole number of points"),
-        ("empty.bin", b"", "holds no points"),
-        ("bad.npy", b"\x93NUMPY", "not a readable .npy"),
-        ("frame.txt", b"1 2 3", "no frame for a lidar model"),
-        ("gone.bin", None, "no file"),
+        ("short.bin", b"\x00" * 18, "18 bytes"),
+        ("empty.bin", b"", "empty"),
+        ("bad.npy", b"\x93NUMPY", r"bad\.npy"),
+        ("frame.txt", b"1 2 3", r"frame\.txt"),
+        ("gone.bin", None, r"gone\.bin"),
     ],
 )
 def test_unreadable_clouds_are_refused_with_a_sentence(
@@ -342,7 +342,7 @@ def test_sparse_kernels_in_spconv_2_layout_are_brought_into_mmcvs(
     turned = {k: v.permute(4, 0, 1, 2, 3) if v.dim() == 5 else v for k, v in saved["state_dict"].items()}
     torch.save({**saved, "state_dict": turned}, tmp_path / "spconv2.pth")
     native = load_reference(SECOND, tmp_path / "spconv2.pth", "cpu")
-    assert "sparse kernels were brought into mmcv's" in native.notes[0]
+    assert len(native.notes) == 1 and "sparse kernels" in native.notes[0]
     assert native.detect(cloud) == detected
 
 
@@ -453,28 +453,29 @@ def test_the_tool_ends_with_2_and_one_sentence_when_it_cannot_find_out(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def ends_with(sentence: str, *more: str, img: Path = cloud, checkpoint: Path = second_checkpoint) -> None:
+    def ends_with(detail: str, *more: str, img: Path = cloud, checkpoint: Path = second_checkpoint) -> None:
         arguments = [str(img), SECOND, str(checkpoint), "second", "--device", "cpu"]
         assert main([*arguments, "--inference-addr", server.address, *more]) == 2
         captured = capsys.readouterr()
-        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-        assert sentence in captured.err
+        *stages, error = captured.err.splitlines()
+        assert error.startswith("error: ") and all(line.startswith("[") for line in stages)
+        assert detail in error
         assert captured.out == ""
 
     def refused(body: bytes, options: Mapping[str, str]) -> Mapping[str, Any]:
         raise errors.ModelNotFound("no model 'second' is loaded")
 
     server.answer = serving(second, detected, classes=["Dog"])
-    ends_with("is another model: its classes are Dog")
+    ends_with("Dog")
     server.answer = refused
     ends_with("no model 'second' is loaded")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
         ends_with(address, "--inference-addr", address)
-    ends_with("no file or folder", img=tmp_path / "none.bin")
-    ends_with("no checkpoint file", checkpoint=tmp_path / "none.pth")
-    ends_with("tolerance score", "--score-tolerance", "-1")
+    ends_with("none.bin", img=tmp_path / "none.bin")
+    ends_with("none.pth", checkpoint=tmp_path / "none.pth")
+    ends_with("score", "--score-tolerance", "-1")
     ends_with("host:port", "--inference-addr", "ftp://x")
     ends_with("token file", "--token-file", str(tmp_path / "none"))
 

@@ -1,14 +1,13 @@
-"""How good detections are: average precision per class over bird's-eye-view rotated IoU, numpy only.
+"""Average precision per class over bird's-eye-view rotated IoU.
 
-AP is interpolated at 40 recall positions 1/40, 2/40, …, 1 (A. Simonelli et al., *Disentangling Monocular 3D
-Object Detection*, ICCV 2019, which KITTI adopted as "R40"): the mean over them of the best precision at
-that recall or a higher one. Detections are taken by falling score; each takes the free ground truth that it
-overlaps most. Boxes marked "ignored" (too few returns, out of range) count neither when found nor when
-missed.
+AP is interpolated at 40 recall positions 1/40, 2/40, …, 1 (A. Simonelli et al., *Disentangling Monocular 3D Object
+Detection*, ICCV 2019, which KITTI adopted as "R40"): the mean over them of the best precision at that recall or a
+higher one. Detections are taken by falling score; each is matched with the free ground truth that it overlaps most.
+Boxes marked "ignored" (too few returns, out of range) count neither when found nor when missed.
 
-Does not know: KITTI's difficulty classes, height (IoU is of the ground rectangles), neighbouring classes
-such as vans, or KITTI's sampling of score thresholds: precision is taken exactly, at every score. Written
-apart from `serve.ops`, so that the two can check each other.
+Not covered: KITTI's difficulty classes, height (IoU is of the ground rectangles), neighbouring classes such as vans,
+and KITTI's sampling of score thresholds: precision is taken exactly, at every score. IoU is computed by the kernels of
+`serve.ops`; the tests check it against an independent implementation.
 """
 
 from __future__ import annotations
@@ -55,58 +54,20 @@ class ClassResult:
     detections: int
 
 
-def _corners(box: NDArray[np.float64]) -> list[tuple[float, float]]:
-    """Four corners of the ground rectangle, counter-clockwise."""
-    x, y, dx, dy, yaw = (float(box[i]) for i in (0, 1, 3, 4, 6))
-    cos, sin = math.cos(yaw), math.sin(yaw)
-    return [
-        (x + cos * a * dx / 2 - sin * b * dy / 2, y + sin * a * dx / 2 + cos * b * dy / 2)
-        for a, b in ((1, 1), (-1, 1), (-1, -1), (1, -1))
-    ]
-
-
-def _clip(
-    polygon: list[tuple[float, float]], start: tuple[float, float], end: tuple[float, float]
-) -> list[tuple[float, float]]:
-    """The part of a polygon to the left of the line start -> end (Sutherland and Hodgman, 1974)."""
-    ex, ey = end[0] - start[0], end[1] - start[1]
-    side = [ex * (py - start[1]) - ey * (px - start[0]) for px, py in polygon]
-    kept = []
-    for i, (px, py) in enumerate(polygon):
-        j = (i + 1) % len(polygon)
-        if side[i] >= 0:
-            kept.append((px, py))
-        if (side[i] > 0 > side[j]) or (side[i] < 0 < side[j]):
-            share = side[i] / (side[i] - side[j])
-            qx, qy = polygon[j]
-            kept.append((px + share * (qx - px), py + share * (qy - py)))
-    return kept
-
-
-def _intersection(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Area in m2 shared by the ground rectangles of two boxes (7,)."""
-    polygon, window = _corners(first), _corners(second)
-    for i in range(4):
-        polygon = _clip(polygon, window[i], window[(i + 1) % 4])
-        if len(polygon) < 3:
-            return 0.0
-    following = polygon[1:] + polygon[:1]
-    return abs(sum(ax * by - bx * ay for (ax, ay), (bx, by) in zip(polygon, following, strict=True))) / 2
-
-
 def bev_iou(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
     """Bird's-eye-view rotated IoU of boxes (A, 7) with boxes (B, 7): (A, B) in [0, 1]. Metres and radians."""
-    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    out = np.zeros((len(first), len(second)))
-    if not out.size:
-        return out
-    distance = np.hypot(first[:, None, 0] - second[None, :, 0], first[:, None, 1] - second[None, :, 1])
-    reach = np.hypot(first[:, 3], first[:, 4])[:, None] / 2 + np.hypot(second[:, 3], second[:, 4])[None] / 2
-    for i, j in zip(*np.nonzero(distance < reach), strict=True):
-        shared = _intersection(first[i], second[j])
-        union = float(first[i, 3] * first[i, 4] + second[j, 3] * second[j, 4]) - shared
-        out[i, j] = shared / union if union > 0 else 0.0
-    return out
+    from serve import ops
+
+    ops.install()
+    import torch
+    from mmcv.ops import box_iou_rotated
+
+    # mmcv's boxes are x, y, dx, dy, yaw; its "clockwise" is seen with y down, so counter-clockwise with y up.
+    ground = [
+        torch.from_numpy(np.asarray(boxes, np.float32).reshape(-1, 7)[:, [0, 1, 3, 4, 6]])
+        for boxes in (first, second)
+    ]
+    return np.asarray(box_iou_rotated(*ground, clockwise=True).numpy().astype(np.float64))
 
 
 def average_precision(

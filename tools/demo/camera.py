@@ -107,7 +107,7 @@ def _rays(supersampling: int) -> Array:
 
 
 def _ground(ground: Ground, rays: Array) -> _Surface:
-    """The scene without objects; sky is infinitely far.
+    """Render the scene without objects; the sky is infinitely far.
 
     As in `tools.demo.raycast`: along a column of pixels the running maximum of the ground's slope is monotone, so
     the first crossing of every ray is one sorted search.

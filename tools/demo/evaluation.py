@@ -5,7 +5,6 @@
 Which boxes count: at least `min_points` returns inside and the centre within the detector's range; the
 others are ignored, found or not. AP is `tools.demo.average_precision`'s.
 
-Does not know: real recordings, nor how fast or right a server is.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Evaluation:
     seconds_per_frame: float
 
     def table(self) -> str:
-        """A table for people: class, IoU, AP and recall in percent, number of ground-truth boxes."""
+        """Format a table: class, IoU, AP and recall in percent, number of ground-truth boxes."""
         low_x, low_y, _, high_x, high_y, _ = self.point_cloud_range
         last_seed = self.first_seed + self.frames - 1
         lines = [
@@ -61,7 +60,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def json_line(self) -> str:
-        """The same as one line of JSON; AP and recall in [0, 1], null where there was nothing to find."""
+        """Format one line of JSON; AP and recall in [0, 1], null without ground truth."""
         ap: dict[str, dict[str, float | None]] = {}
         recall: dict[str, dict[str, float | None]] = {}
         for result in self.results:
@@ -117,7 +116,7 @@ def detect(model: Any, scene: Scene) -> FrameDetections:
 
 
 def truth_of(scene: Scene, limits: tuple[float, ...], min_points: int) -> FrameTruth:
-    """A scene's boxes; ignored if of fewer returns or centred out of ``limits`` (x0, y0, z0, x1, y1, z1)."""
+    """Select a scene's boxes; ignored with fewer returns or centred outside of ``limits`` (x0, y0, z0, x1, y1, z1)."""
     x, y = scene.boxes[:, 0], scene.boxes[:, 1]
     outside = (x < limits[0]) | (x > limits[3]) | (y < limits[1]) | (y > limits[4])
     return FrameTruth(

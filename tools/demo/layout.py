@@ -206,7 +206,7 @@ class _Builder:
         self.add_clutter(solids, x, y, self.heading(0.1), (length, width))
 
     def walls(self, side: float, across: float) -> None:
-        """A broken line of house fronts along the road, some set back, some with a step in them."""
+        """Add a broken line of house fronts along the road, some set back, some with a step in them."""
         rng = self.rng
         along = float(rng.uniform(-2.0, 15.0))
         while along < 75.0:

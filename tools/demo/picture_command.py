@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None) -> int:
 
 
 def detect(scene: Scene) -> dict[str, Any]:
-    """The answer of a worker to the scene: archive the demonstration, load it, run the frame."""
+    """Predict the scene as a worker does: archive the demo model, load it, run the frame."""
     with tempfile.TemporaryDirectory() as folder:
         path = convert(Conversion(CONFIG, CHECKPOINT, Path(folder), "second")).path
         detector = load_detector(archive.extract(path, Path(folder) / "opened"), torch.device("cpu"))
@@ -69,7 +69,7 @@ def detect(scene: Scene) -> dict[str, Any]:
 
 
 def picture(seed: int, scene: Scene, answer: dict[str, Any], score_thr: float) -> np.ndarray:
-    """The camera's image above the view from above, both with boxes; BGR."""
+    """Stack the camera's image and the bird's-eye view, both with boxes; BGR."""
     parts = {
         "image": cv2.imencode(".png", render_seed(seed))[1].tobytes(),
         "calibration": json.dumps({"lidar2img": LIDAR_TO_IMAGE.tolist()}).encode(),

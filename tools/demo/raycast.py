@@ -152,7 +152,7 @@ def _polytope_hit(solid: Polytope, direction: Array) -> tuple[Array, Array, Arra
 
 
 def _window(solid: Solid, azimuth: Array) -> slice | None:
-    """The columns that can meet the solid, or None."""
+    """Find the columns whose rays can hit the solid, or None."""
     if isinstance(solid, Polytope):
         angle = np.arctan2(solid.vertices[:, 1], solid.vertices[:, 0])
         low, high = float(angle.min()), float(angle.max())

@@ -54,7 +54,7 @@ class Scene:
     source: NDArray[np.int64]
 
     def to_bytes(self) -> bytes:
-        """The cloud as a KITTI ``.bin``: little-endian float32, 4 per point."""
+        """Encode the point cloud as a KITTI ``.bin``: little-endian float32, 4 per point."""
         return self.points.astype("<f4").tobytes()
 
     def summary(self) -> str:
@@ -102,7 +102,7 @@ def held_out_seed(index: int) -> int:
 
 
 def generate_scene(seed: int) -> Scene:
-    """The scene of a seed (any integer >= 0): same seed, same scene, whatever ran before."""
+    """Generate the scene of a seed (any integer >= 0), the same on every call."""
     rng = np.random.Generator(np.random.PCG64(seed))
     layout = draw_layout(rng)
     returns = cast(layout.ground, [item.solids for item in layout.objects] + layout.clutter, rng)
@@ -124,7 +124,7 @@ def generate_scene(seed: int) -> Scene:
 
 
 def sample_scene() -> Scene:
-    """The one fixed scene that the demonstration serves; neither a training nor a held-out evaluation scene.
+    """Generate the fixed scene that the demo serves, neither a training nor a held-out scene.
 
     Its seed is the first from 2,000,000 on with at least 15,000 points, and five cars (one within 15 m), two
     pedestrians and a cyclist of at least 60 returns each within 48 m ahead and 30 m to the sides.

@@ -9,7 +9,7 @@ from serve.cli.archive import to_torchserve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Parse the command line and convert."""
     return to_torchserve(argv, "mmdet3d")
 
 

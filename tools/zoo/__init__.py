@@ -1,1 +1,1 @@
-"""What of the model zoos can be served: every family tried with random weights, and the page that says so."""
+"""Coverage of the model zoos: probe every family with random weights, and report the results."""

@@ -1,14 +1,14 @@
-"""``python -m tools.zoo NAME``: try every family of the zoos; write random weights."""
+"""``python -m tools.zoo NAME``: probe every family of the zoos; write random weights."""
 
 from __future__ import annotations
 
 from tools.commands import dispatch
 
 COMMANDS = {
-    "sweep": ("tools.zoo.sweep_command", "try one model of every family and write docs/coverage.md"),
+    "sweep": ("tools.zoo.sweep_command", "probe one model of every family and write docs/coverage.md"),
     "random-checkpoint": (
         "tools.zoo.random_checkpoint_command",
-        "write weights for trying a model out offline",
+        "write random weights for testing a model offline",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The families of the installed model zoos: one per folder of configs. Does not read a config."""
+"""List the families of the installed model zoos, one per folder of configs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Family:
 
 
 def families(roots: Mapping[str, Path] | None = None) -> list[Family]:
-    """All families, mmdet3d's first, each package's by name.
+    """List all families, mmdet3d's first, each package's by name.
 
     Args:
         roots: package name → its ``.mim`` folder; None for the installed packages.

@@ -1,7 +1,7 @@
-"""Imports what every trial needs, once: the fork server of a sweep loads this module, trials are forked from it.
+"""Imports shared by all probes: the fork server of a sweep loads this module and forks the probes.
 
-Importing it takes seconds and installs the kernels that the environment asks for. Nothing is computed here:
-what is forked must have no threads.
+Importing it takes seconds and installs the configured kernels. Nothing is computed here, because a forked process must
+not inherit threads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""One config, tried from end to end: random weights, archive with its golden proof, single, batch, native.
+"""Probe one config end to end: random weights, archive with its proof, single frames, a batch, native inference.
 
-Meant to be a process of its own: a model may take the process with it. The images a model works on are made
-smaller first (`shrink`), so that a sweep over hundreds of configs ends on a small machine. Knows nothing about
-other configs or pages.
+Runs in a process of its own, which a model can crash. The model's images are made smaller first (`shrink`), so that a
+sweep over hundreds of configs finishes on a small machine.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from serve.errors import ArchiveError, ServeError
 
 __all__ = ["ProbeResult", "run", "shrink", "try_config"]
 
-# Longer and shorter side of images inside the network, and the size of the picture that is sent.
+# Longer and shorter side of images inside the network, and the size of the image that is sent.
 SHRUNK_PX = (320, 224)
-PICTURE_PX = (320, 240)
-# With a mask for each of the 1,203 classes of LVIS, 300 detections of one picture take minutes and 10 GB.
-MOST_MASKED = 100
-# Import name → what to install.
+IMAGE_PX = (320, 240)
+# With a mask for each of the 1,203 classes of LVIS, 300 detections in an image take minutes and 10 GB.
+MAX_MASKS = 100
+# Import name → package to install.
 PACKAGES = {
     "mmpretrain": "mmpretrain",
     "mmcls": "mmpretrain",
@@ -53,22 +52,22 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What became of one config.
+    """Result of probing one config.
 
     Attributes:
-        config: its name, without ``.py``.
-        verdict: ``works``, ``needs package``, ``not a model``, ``not a per-frame model``, ``differs``,
+        config: name of the config, without ``.py``.
+        status: ``works``, ``needs package``, ``not a model``, ``not a per-frame model``, ``differs``,
             ``broken upstream`` or ``fails``.
-        reason: a sentence, or the figures of a model that works.
-        modality: what a frame is, where that was found out.
-        answers: detections, segments or labelled points of the golden frame.
-        deviation: largest deviation from native inference, in words.
-        seconds: how long it took.
-        packages: what is missing.
+        reason: explanation of the status, or notes on a working model.
+        modality: kind of frame, if known.
+        answers: number of detections, segments or labelled points of the golden frame.
+        deviation: largest deviation from native inference, formatted.
+        seconds: duration of the probe.
+        packages: missing packages.
     """
 
     config: str
-    verdict: str
+    status: str
     reason: str = ""
     modality: str = ""
     answers: int | None = None
@@ -78,11 +77,10 @@ class ProbeResult:
 
 
 def shrink(config: Any, origin: Path) -> Any:
-    """A config whose test pipeline makes images small and whose masks are few; in place.
+    """Limit the image size of a config's test pipeline and its number of masks, in place.
 
-    Weights of teachers, which only training looks at, and those that a backbone of timm would fetch by itself are
-    left out, and a path to a teacher's config is made absolute, since it is meant from the root of upstream's
-    repository.
+    Also removes weights of teachers, which only training uses, and those that a timm backbone would download, and makes
+    a teacher's config path absolute, since it is relative to the root of upstream's repository.
 
     Args:
         config: an mmengine ``Config``.
@@ -93,7 +91,7 @@ def shrink(config: Any, origin: Path) -> Any:
         dataset = dataset["dataset"]
     for step in _steps((dataset or {}).get("pipeline") or ()):
         if step.get("keep_ratio") is False and step.get("type", "").endswith("Resize"):
-            continue  # a network of one input size, as SSD: it takes no other
+            continue  # the network has a fixed input size, as SSD
         for key in ("scale", "size", "img_scale"):
             value = step.get(key)
             if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(n, int) for n in value):
@@ -104,8 +102,8 @@ def shrink(config: Any, origin: Path) -> Any:
     if "teacher_ckpt" in model:
         model["teacher_ckpt"] = None
     region_head, test = model.get("roi_head") or {}, (model.get("test_cfg") or {}).get("rcnn") or {}
-    if "mask_head" in region_head and test.get("max_per_img", 0) > MOST_MASKED:
-        test["max_per_img"] = MOST_MASKED
+    if "mask_head" in region_head and test.get("max_per_img", 0) > MAX_MASKS:
+        test["max_per_img"] = MAX_MASKS
     if (model.get("backbone") or {}).get("pretrained") is True:
         model["backbone"]["pretrained"] = False
     return config
@@ -127,23 +125,23 @@ def _smaller(size: Any) -> tuple[int, int]:
 
 
 def try_config(path: Path) -> ProbeResult:
-    """Try one config; never raises for a model."""
+    """Probe one config; failures of the model become a status, not an exception."""
     started = time.perf_counter()
-    said: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-coverage-") as folder:
-            verdict = _try(path, Path(folder), said)
+            result = _try(path, Path(folder), found)
     except Exception as error:
-        verdict = _explained(path, error)
+        result = _explain(path, error)
         traceback.print_exc()
     return replace(
-        verdict,
-        modality=verdict.modality or said.get("modality", ""),
+        result,
+        modality=result.modality or found.get("modality", ""),
         seconds=round(time.perf_counter() - started, 1),
     )
 
 
-def _try(path: Path, folder: Path, said: dict[str, Any]) -> ProbeResult:
+def _try(path: Path, folder: Path, properties: dict[str, Any]) -> ProbeResult:
     import torch
     from mmengine.config import Config
 
@@ -156,7 +154,7 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> ProbeResult:
     from serve.verify.reference import load_reference
     from tools.zoo.random_weights import write_random_checkpoint
 
-    # 1. The config, made small.
+    # 1. Shrink the config.
     small = folder / path.name
     try:
         full = Config.fromfile(str(path), import_custom_modules=False)
@@ -172,93 +170,93 @@ def _try(path: Path, folder: Path, said: dict[str, Any]) -> ProbeResult:
     shrink(full, path).dump(str(small))
     resolved, _ = convert.resolve_config(small)
     spec = frame_spec(resolved)
-    said["modality"] = spec.modality
-    # 2. Weights and archive, which proves itself.
-    classes = tuple(convert.configured_classes(resolved)) or _numbered(resolved["model"])
+    properties["modality"] = spec.modality
+    # 2. Write weights, and an archive that proves itself.
+    classes = tuple(convert.configured_classes(resolved)) or _number_classes(resolved["model"])
     checkpoint = folder / "random.pth"
     frame = None
     if spec.modality == "image":
         import cv2
 
         frame = folder / "picture.png"
-        cv2.imwrite(str(frame), golden.golden_image(*PICTURE_PX))
+        cv2.imwrite(str(frame), golden.golden_image(*IMAGE_PX))
     write_random_checkpoint(resolved, classes, checkpoint, frame=frame)
-    made = convert.convert(convert.Conversion(small, checkpoint, folder, "tried", golden_frame=frame))
-    opened = archive.extract(made.path, folder / "opened")
+    converted = convert.convert(convert.Conversion(small, checkpoint, folder, "tried", golden_frame=frame))
+    opened = archive.extract(converted.path, folder / "opened")
     detector = load_detector(opened, torch.device("cpu"), trust_code=True)
-    # 3. Two different frames alone and together.
+    # 3. Run two different frames singly and as a batch.
     first = detector.decode(opened.golden_frame(), FrameOptions(), Limits())
-    second = _other(first)
-    alone = [_good(detector.run([one])[0]) for one in (first, second)]
-    together = [_good(outcome) for outcome in detector.run([first, second])]
+    second = _modify(first)
+    single = [_get_result(detector.run([one])[0]) for one in (first, second)]
+    batched = [_get_result(outcome) for outcome in detector.run([first, second])]
     tolerances = TOLERANCES["off"]
-    for one, two in zip(alone, together, strict=True):
+    for one, two in zip(single, batched, strict=True):
         same, found = matches(one, two, tolerances)
         if not same:
             return ProbeResult(path.stem, "differs", f"a batch from its frames alone: {found.verdict()}")
-    # 4. Upstream's own call.
-    native = load_reference(small, checkpoint, "cpu")
+    # 4. Compare with upstream's own functions.
+    reference = load_reference(small, checkpoint, "cpu")
     entries = opened.metadata.golden_frame
     files = (
         opened.root / entries
         if isinstance(entries, str)
         else {name: opened.root / entry for name, entry in entries.items()}
     )
-    same, found = matches(native.detect(files), alone[0], tolerances)
+    same, found = matches(reference.detect(files), single[0], tolerances)
     figures = found.verdict()
     if not same:
         return ProbeResult(
-            path.stem, "differs", f"from native inference: {figures}", answers=made.golden_detections
+            path.stem, "differs", f"from native inference: {figures}", answers=converted.golden_detections
         )
     return ProbeResult(
         path.stem,
         "works",
-        "; ".join(made.notes),
-        answers=made.golden_detections,
-        deviation=_figures(found),
+        "; ".join(converted.notes),
+        answers=converted.golden_detections,
+        deviation=_format_deviation(found),
     )
 
 
-def _figures(found: Any) -> str:
-    """The largest deviations of a comparison in a few words."""
+def _format_deviation(found: Any) -> str:
+    """Format the largest deviations of a comparison."""
     if hasattr(found, "share"):
         return f"{found.count - found.agreeing} of {found.count} {found.unit}"
     unit = "m" if found.is_3d else "px"
     parts = [f"{found.largest_box:.0e} {unit}", f"score {found.largest_score:.0e}"]
     if found.smallest_mask_iou is not None:
         parts.append(f"mask IoU {found.smallest_mask_iou:.3f}")
-    alone = max(len(found.unmatched_expected), len(found.unmatched_actual))
-    return ", ".join([*parts, *([f"{alone} unpaired"] if alone else [])])
+    unpaired = max(len(found.unmatched_expected), len(found.unmatched_actual))
+    return ", ".join([*parts, *([f"{unpaired} unpaired"] if unpaired else [])])
 
 
-def _good(outcome: Any) -> dict[str, Any]:
+def _get_result(outcome: Any) -> dict[str, Any]:
     if isinstance(outcome, ServeError):
         raise outcome
     return dict(outcome)
 
 
-def _other(frame: Any) -> Any:
-    """Another frame of the same shape: half of the points, the pictures mirrored."""
+def _modify(frame: Any) -> Any:
+    """Make another frame of the same kind: half of the points, mirrored images."""
     if isinstance(frame.data, dict):
         changed = {
-            name: value if name == "calibration" else _changed(value) for name, value in frame.data.items()
+            name: value if name == "calibration" else _change(value) for name, value in frame.data.items()
         }
         return replace(frame, data=changed)
-    return replace(frame, data=_changed(frame.data))
+    return replace(frame, data=_change(frame.data))
 
 
-def _changed(array: Any) -> Any:
+def _change(array: Any) -> Any:
     return np.ascontiguousarray(array[::2] if array.dtype == np.float32 else array[:, ::-1])
 
 
-def _numbered(model: Any) -> tuple[str, ...]:
-    """Class names for a model whose data set has none: as many as its first head has classes."""
+def _number_classes(model: Any) -> tuple[str, ...]:
+    """Generate class names for a data set without any: as many as the first head has classes."""
     counts = re.findall(r"'num_classes': (\d+)", str(model))
     return tuple(f"class {i}" for i in range(int(counts[0]) if counts else 1))
 
 
-def _explained(path: Path, error: Exception) -> ProbeResult:
-    """An exception as a verdict."""
+def _explain(path: Path, error: Exception) -> ProbeResult:
+    """Classify an exception."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -287,9 +285,9 @@ def _explained(path: Path, error: Exception) -> ProbeResult:
 
 
 def run(config: Path, out: Path, log: Path) -> None:
-    """The body of a trial's process: write the verdict to `out` and everything that is printed to `log`."""
-    os.setsid()  # Ctrl-C is for the sweep, which ends its trials itself
-    with log.open("wb") as said:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
+    """Probe a config in a process of its own: write the result to `out` and all output to `log`."""
+    os.setsid()  # the sweep handles Ctrl-C and kills its probes
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     out.write_text(json.dumps(asdict(try_config(config))))

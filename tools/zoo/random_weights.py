@@ -1,9 +1,8 @@
-"""Checkpoints with random weights that behave like trained ones: for trying a model out, for tests, for timing.
+"""Checkpoints of random weights with the activation statistics of trained ones, for tests and timing.
 
-Freshly initialised detectors are poor test subjects: activations die out or explode on the way, every
-score is the same, and which boxes survive is decided by rounding. So one forward run over a golden frame
-sets each batch norm to the statistics it sees and scales each output layer to a useful spread
-(layer-sequential unit variance, Mishkin and Matas, ICLR 2016). Knows nothing about archives or servers.
+Freshly initialised detectors are poor test subjects: activations vanish or explode, all scores are equal, and rounding
+decides which boxes survive. So one forward pass over a golden frame sets each batch norm to the observed statistics and
+scales each output layer to a useful spread (layer-sequential unit variance, Mishkin and Matas, ICLR 2016).
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ def _train_where_there_is_spread(norm: Any, inputs: tuple[Tensor, ...]) -> None:
 
 
 def _spread(reach: float, median: float) -> Callable[[Any, Any, Tensor], Tensor]:
-    """A hook that, on a layer's first call, gives its output the wanted reach and median."""
+    """Create a hook that scales a layer on its first call, so that its output has this reach and median."""
     done: set[int] = set()
 
     def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""``docs/coverage.md``: the results of a sweep as a page. Knows nothing about how they came about."""
+"""Write the results of a sweep as a page, ``docs/coverage.md``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from tools.zoo.families import Family
-from tools.zoo.probe import MOST_MASKED, PICTURE_PX, SHRUNK_PX
+from tools.zoo.probe import IMAGE_PX, MAX_MASKS, SHRUNK_PX
 from tools.zoo.sweep import Result
 
 __all__ = ["counts", "page"]
@@ -33,17 +33,17 @@ is served and what upstream's call gives. *with the zoo extra* means after
 
 
 def page(families: Sequence[Family], results: Sequence[Result], versions: Mapping[str, str]) -> str:
-    """The whole page.
+    """Format the whole page.
 
     Args:
         families: all families of the zoos; each gets a row.
-        results: what is known of them.
+        results: their results.
         versions: package name → version, named on the page.
     """
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    picture, inside = (f"{width} x {height}" for width, height in (PICTURE_PX, SHRUNK_PX))
+    picture, inside = (f"{width} x {height}" for width, height in (IMAGE_PX, SHRUNK_PX))
     lines = [
-        _HEAD.format(inside=inside, picture=picture, masked=MOST_MASKED, versions=named),
+        _HEAD.format(inside=inside, picture=picture, masked=MAX_MASKS, versions=named),
         *counts(families, results),
         "",
         _FOOT,
@@ -53,7 +53,7 @@ def page(families: Sequence[Family], results: Sequence[Result], versions: Mappin
             "",
             f"## {package}",
             "",
-            "| family | config | modality | verdict | answers | deviation | remark |",
+            "| family | config | modality | status | answers | deviation | remark |",
             "|---|---|---|---|---|---|---|",
         ]
         lines += [_row(family, _of(family, results)) for family in families if family.package == package]
@@ -61,16 +61,16 @@ def page(families: Sequence[Family], results: Sequence[Result], versions: Mappin
 
 
 def counts(families: Sequence[Family], results: Sequence[Result]) -> list[str]:
-    """One line per package: how many families are served."""
+    """Format one line per package: how many families are served."""
     lines = []
     for package in dict.fromkeys(family.package for family in families):
         mine = [family for family in families if family.package == package]
         best = [_best(_of(family, results)) for family in mine]
-        works = [result for result in best if result and result.verdict.verdict == "works"]
+        works = [result for result in best if result and result.probe.status == "works"]
         plain = sum(not result.extra for result in works)
         untried = sum(not result and bool(family.configs) for family, result in zip(mine, best, strict=True))
         odd = sum(
-            not family.configs or (result is not None and result.verdict.verdict in _NO_MODELS)
+            not family.configs or (result is not None and result.probe.status in _NO_MODELS)
             for family, result in zip(mine, best, strict=True)
         )
         models = len(mine) - odd
@@ -91,11 +91,11 @@ def _of(family: Family, results: Sequence[Result]) -> list[Result]:
 
 
 def _best(results: Sequence[Result]) -> Result | None:
-    """What stands in the row: the first that works, as set up if it can be; else what became of the first config."""
-    working = [result for result in results if result.verdict.verdict == "works"]
+    """Choose the result of a row: the first that works, preferably without the zoo extra, else the first config's."""
+    working = [result for result in results if result.probe.status == "works"]
     if working:
         return working[0]
-    tried = [result for result in results if result.verdict.verdict not in _NO_MODELS]
+    tried = [result for result in results if result.probe.status not in _NO_MODELS]
     telling = [result for result in tried if result.extra] or tried or list(results)
     return telling[0] if telling else None
 
@@ -106,23 +106,23 @@ def _row(family: Family, results: Sequence[Result]) -> str:
         return _cells(family.name, "", "", "not a model", "", "", "the wheel has no config of it")
     if best is None:
         return _cells(family.name, family.configs[0].stem, "", "not tried", "", "", "")
-    verdict = best.verdict
-    said = verdict.verdict
-    if said == "works" and best.extra:
-        said = "works with the zoo extra"
-    elif said == "needs package":
-        said = f"needs {', '.join(verdict.packages)}"
-    remarks = [verdict.reason] if verdict.reason and verdict.verdict != "needs package" else []
+    probe = best.probe
+    status = probe.status
+    if status == "works" and best.extra:
+        status = "works with the zoo extra"
+    elif status == "needs package":
+        status = f"needs {', '.join(probe.packages)}"
+    remarks = [probe.reason] if probe.reason and probe.status != "needs package" else []
     if best.position:
         first = next((result for result in results if result.position == 0), None)
         if first is not None:
-            why = first.verdict.reason
-            if first.verdict.verdict == "needs package":
-                why = f"needs {', '.join(first.verdict.packages)}"
-            remarks.insert(0, f"first config {first.verdict.config}: {first.verdict.verdict}, {why}")
-    answers = "" if verdict.answers is None else str(verdict.answers)
+            why = first.probe.reason
+            if first.probe.status == "needs package":
+                why = f"needs {', '.join(first.probe.packages)}"
+            remarks.insert(0, f"first config {first.probe.config}: {first.probe.status}, {why}")
+    answers = "" if probe.answers is None else str(probe.answers)
     return _cells(
-        family.name, verdict.config, verdict.modality, said, answers, verdict.deviation, "; ".join(remarks)
+        family.name, probe.config, probe.modality, status, answers, probe.deviation, "; ".join(remarks)
     )
 
 

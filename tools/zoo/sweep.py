@@ -1,8 +1,7 @@
-"""Every family tried in a process of its own, with a time limit, a memory limit and a file of results.
+"""Probe every family in a process of its own, with limits on time and memory, and record the results.
 
-The first config of a family is tried first; where it is not a model that answers single frames, or wants a
-package, the next ones are, up to `MAX_CONFIGS`. Results are appended to a file of JSON lines as they come, so
-that a broken-off sweep goes on where it was. Knows nothing about models: `tools.zoo.probe` does.
+The first config of a family is probed first. If it is not a per-frame model, or needs a package, the next ones follow,
+up to `MAX_CONFIGS`. Results are appended to a file of JSON lines, so that an interrupted sweep resumes.
 """
 
 from __future__ import annotations
@@ -27,44 +26,47 @@ from tools.zoo.probe import ProbeResult, run
 __all__ = ["Result", "Sweep", "load_results"]
 
 MAX_CONFIGS = 8
-# After these the family's next config has a chance; a model that fails or differs is what we want to see.
+# The family's next config follows after these; failures and deviations are results to report.
 NEXT_AFTER = ("not a model", "not a per-frame model", "needs package", "broken upstream")
 _POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one config of a family.
+    """Result of one config of a family.
 
     Attributes:
         family: package and name of the folder.
         position: 0 for the family's first config.
         extra: whether the packages of the ``zoo`` extra were installed.
-        verdict: see `tools.zoo.probe.ProbeResult`.
+        probe: see `tools.zoo.probe.ProbeResult`.
         peak_mb: most memory its process held, MiB.
     """
 
     family: str
     position: int
     extra: bool
-    verdict: ProbeResult
+    probe: ProbeResult
     peak_mb: int = 0
 
 
 def load_results(path: Path) -> list[Result]:
-    """The results in a file, the latest of each config and extra; a last line that was cut off is left out."""
+    """Load the latest result of each config and extra from a file; an incomplete last line is skipped."""
     latest: dict[tuple[str, int, bool], Result] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         with suppress(ValueError, KeyError, TypeError):
             raw: dict[str, Any] = json.loads(line)
-            raw["verdict"]["packages"] = tuple(raw["verdict"]["packages"])
-            result = Result(**{**raw, "verdict": ProbeResult(**raw["verdict"])})
+            if "verdict" in raw:  # results of 0.1.0
+                raw["probe"] = raw.pop("verdict")
+                raw["probe"]["status"] = raw["probe"].pop("verdict")
+            raw["probe"]["packages"] = tuple(raw["probe"]["packages"])
+            result = Result(**{**raw, "probe": ProbeResult(**raw["probe"])})
             latest[result.family, result.position, result.extra] = result
     return list(latest.values())
 
 
 class Sweep:
-    """Runs trials, a few at a time.
+    """Runner of probes, a few in parallel.
 
     Args:
         results: file of JSON lines, appended to; its folder is made.
@@ -83,7 +85,7 @@ class Sweep:
         self._timeout_s = timeout_s
         self._memory_mb = memory_mb
         self._jobs = jobs
-        # Forked from a process that has imported everything, so that a trial is only the trial.
+        # Forked from a process that has imported everything, so that a probe takes no import time.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tools.zoo.preload"])
         self._stop = threading.Event()
@@ -93,7 +95,7 @@ class Sweep:
         """Try the families in their order; `done` is called in this thread as each is finished.
 
         Raises:
-            KeyboardInterrupt: passed on after the running trials have been stopped.
+            KeyboardInterrupt: passed on after the running probes have been stopped.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(self._jobs) as pool:
@@ -108,23 +110,23 @@ class Sweep:
                 raise
 
     def _family(self, family: Family) -> Result | None:
-        """The last result of a family; None where it has no configs."""
+        """Probe a family; returns its last result, None without configs."""
         result = None
         for position, config in enumerate(family.configs[:MAX_CONFIGS]):
             if self._stop.is_set():
                 break
-            result = self._trial(family, position, config)
+            result = self._probe(family, position, config)
             if self._stop.is_set():
                 break
             with self._writing, self._path.open("a") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
-            if result.verdict.verdict not in NEXT_AFTER:
+            if result.probe.status not in NEXT_AFTER:
                 break
         return result
 
-    def _trial(self, family: Family, position: int, config: Path) -> Result:
+    def _probe(self, family: Family, position: int, config: Path) -> Result:
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-coverage-") as folder:
-            out = Path(folder, "verdict.json")
+            out = Path(folder, "probe.json")
             log = self._path.parent / "logs" / f"{family.package}-{family.name}-{position}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             process = self._context.Process(target=run, args=(config, out, log))
@@ -136,23 +138,23 @@ class Sweep:
                 )
             try:
                 raw = json.loads(out.read_text())
-                verdict = ProbeResult(**{**raw, "packages": tuple(raw["packages"])})
+                probe = ProbeResult(**{**raw, "packages": tuple(raw["packages"])})
             except (OSError, ValueError):
                 last = f"its process ended with {process.exitcode}; see {log.name}"
-                verdict = ProbeResult(config.stem, "fails", last)
-            return Result(family.key, position, self._extra, verdict, peak_mb)
+                probe = ProbeResult(config.stem, "fails", last)
+            return Result(family.key, position, self._extra, probe, peak_mb)
 
     def _watch(self, process: Any) -> tuple[int, str]:
-        """Wait for a trial; its peak memory in MiB, and why it was ended if it was."""
+        """Wait for a probe; returns its peak memory in MiB and the reason if it was killed."""
         started, peak, ended = time.monotonic(), 0, ""
         try:
-            trial = psutil.Process(process.pid)
-            trial.nice(10)
+            probe = psutil.Process(process.pid)
+            probe.nice(10)
         except psutil.NoSuchProcess:
             process.join()
             return peak, ended
         while process.is_alive():
-            peak = max(peak, _held_mb(trial))
+            peak = max(peak, _memory_mb(probe))
             if self._stop.is_set():
                 ended = "stopped"
             elif peak > self._memory_mb:
@@ -160,29 +162,29 @@ class Sweep:
             elif time.monotonic() - started > self._timeout_s:
                 ended = f"it took longer than the {self._timeout_s:g} s of the sweep"
             if ended:
-                _end(trial)
+                _kill(probe)
             process.join(_POLL_S)
-        # Where the fork server was ended first, nothing tells of its trials any more.
-        _end(trial)
+        # If the fork server died first, its children are not reported any more.
+        _kill(probe)
         return peak, ended
 
 
-def _family_of(trial: psutil.Process) -> Iterable[psutil.Process]:
+def _process_tree(probe: psutil.Process) -> Iterable[psutil.Process]:
     try:
-        return [trial, *trial.children(recursive=True)]
-    except psutil.NoSuchProcess:  # also where another process has its number now
+        return [probe, *probe.children(recursive=True)]
+    except psutil.NoSuchProcess:  # or its pid was reused
         return []
 
 
-def _held_mb(trial: psutil.Process) -> int:
+def _memory_mb(probe: psutil.Process) -> int:
     total = 0
-    for process in _family_of(trial):
+    for process in _process_tree(probe):
         with suppress(psutil.Error):
             total += process.memory_info().rss
     return total >> 20
 
 
-def _end(trial: psutil.Process) -> None:
-    for process in _family_of(trial):
+def _kill(probe: psutil.Process) -> None:
+    for process in _process_tree(probe):
         with suppress(psutil.Error):
             process.kill()

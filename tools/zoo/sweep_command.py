@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None) -> int:
         help="a family, as in atss or mmdet/atss; repeatable",
     )
     parser.add_argument(
-        "--again", action="append", default=[], metavar="VERDICT",
-        help="try families with this verdict again, as in fails; 'all' for every one; repeatable",
+        "--again", action="append", default=[], metavar="STATUS",
+        help="try families with this status again, as in fails; 'all' for every one; repeatable",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="models tried at a time (default: %(default)s)")
     parser.add_argument(
@@ -69,23 +69,23 @@ def main(argv: Sequence[str] | None) -> int:
 
     def due(key: str) -> bool:
         result = latest.get(key)
-        if result is None or "all" in again or result.verdict.verdict in again:
+        if result is None or "all" in again or result.probe.status in again:
             return True
         # What worked as set up, or needs no package, comes out the same with more packages.
-        return extra and not result.extra and result.verdict.verdict == "needs package"
+        return extra and not result.extra and result.probe.status == "needs package"
 
     left = [family for family in wanted if family.configs and due(family.key)]
     sweep = Sweep(results, extra=extra, timeout_s=args.timeout_s, memory_mb=args.memory_mb, jobs=args.jobs)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: end the trials as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops the probes, like Ctrl-C
     bar: tqdm[Any]
     with tqdm(total=len(left), unit="family", file=sys.stderr) as bar:
 
         def done(family: Any, result: Result | None) -> None:
             bar.update()
             if result is not None:
-                verdict = result.verdict
+                probe = result.probe
                 bar.write(
-                    f"{family.key}: {verdict.verdict} ({verdict.config}, {verdict.seconds:.0f} s) {verdict.reason}"
+                    f"{family.key}: {probe.status} ({probe.config}, {probe.seconds:.0f} s) {probe.reason}"
                 )
 
         sweep.run(left, done)

@@ -10,7 +10,6 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, measure, print a table and then one line of JSON."""
-
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench storage",
         description="Time s3:// reads against boto3, random FFRecord reads against pread, and packing. Uses this "
