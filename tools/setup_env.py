@@ -39,7 +39,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_PYTHON = (3, 11)
-TORCH_RANGE = ((2, 6), (2, 14))  # at least, below
+TORCH_RANGE = ((2, 6), (2, 15))  # at least, below
 TORCH_DEFAULT = "2.13.0"
 STAMP_NAME = ".setup-stamp"
 # There while packages are installed: a run that was killed may leave half a package that looks like a whole one.

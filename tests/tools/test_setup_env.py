@@ -193,7 +193,8 @@ def test_every_task_of_the_makefile_is_described() -> None:
         ("2.6.0", True),
         ("2.13.0+cpu", True),
         ("2.13.1a0+gitabc", True),
-        ("2.14.0", False),
+        ("2.14.1+cu130", True),
+        ("2.15.0", False),
         ("3.0.0", False),
     ],
 )
