@@ -58,7 +58,7 @@ def rewrite(path: Path, change) -> Path:
     return path
 
 
-def test_what_was_written_comes_back(tmp_path):
+def test_archive_round_trips(tmp_path):
     path = write(tmp_path, extra={"notes.txt": b"hello"}, code={"mine/__init__.py": b""})
     metadata = archive.verify(path)
     opened = archive.extract(path, tmp_path / "opened")
@@ -74,7 +74,7 @@ def test_what_was_written_comes_back(tmp_path):
     assert opened.code is not None and (tmp_path / "opened/extra/notes.txt").read_bytes() == b"hello"
 
 
-def test_the_same_contents_give_the_same_bytes(tmp_path):
+def test_equal_contents_give_equal_bytes(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     first = write(tmp_path / "one", extra={"b": b"1", "a": b"2"})
@@ -82,13 +82,13 @@ def test_the_same_contents_give_the_same_bytes(tmp_path):
     assert hashlib.sha256(first.read_bytes()).digest() == hashlib.sha256(second.read_bytes()).digest()
 
 
-def test_torchserve_finds_model_and_handler_in_the_manifest(tmp_path):
+def test_manifest_names_model_and_handler(tmp_path):
     with zipfile.ZipFile(write(tmp_path)) as opened:
         model = json.loads(opened.read("MAR-INF/MANIFEST.json"))["model"]
     assert model == {"modelName": "second", "modelVersion": "1.0", "handler": "handlers.mmdet3d_handler"}
 
 
-def test_an_existing_archive_is_replaced_only_by_force(tmp_path):
+def test_existing_archive_is_replaced_only_with_force(tmp_path):
     before = write(tmp_path).read_bytes()
     with pytest.raises(ArchiveError, match="--force"):
         write(tmp_path, golden_frame=b"other")
@@ -97,14 +97,14 @@ def test_an_existing_archive_is_replaced_only_by_force(tmp_path):
     assert (tmp_path / "second.mar").read_bytes() != before
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path):
+def test_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         write(tmp_path, extra={"gone": tmp_path / "missing"})
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
 
 
 @pytest.mark.parametrize("name", ["../evil", "a b", "", ".hidden", "x" * 200, "a/b"])
-def test_a_name_that_is_no_name_is_refused(tmp_path, name):
+def test_invalid_name_or_version_is_rejected(tmp_path, name):
     from dataclasses import replace
 
     with pytest.raises(ArchiveError):
@@ -114,7 +114,7 @@ def test_a_name_that_is_no_name_is_refused(tmp_path, name):
 @pytest.mark.parametrize(
     "entry", ["weights.safetensors", "config.json", "golden/frame.bin", "golden/expected.json"]
 )
-def test_an_altered_entry_is_refused_and_named(tmp_path, entry):
+def test_altered_entry_is_rejected_by_name(tmp_path, entry):
     path = rewrite(write(tmp_path), lambda entries: entries.update({entry: entries[entry] + b" "}))
     with pytest.raises(ArchiveError, match=f"{entry} was altered"):
         archive.verify(path)
@@ -133,20 +133,20 @@ def test_an_altered_entry_is_refused_and_named(tmp_path, entry):
         "extra/../torch.py",
     ],
 )
-def test_an_entry_that_would_land_elsewhere_is_refused(tmp_path, name):
+def test_entry_outside_the_archive_folder_is_rejected(tmp_path, name):
     path = rewrite(write(tmp_path), lambda entries: entries.update({name: b"import os"}))
     with pytest.raises(ArchiveError, match="entry"):
         archive.extract(path, tmp_path / "opened")
     assert not (tmp_path / "opened").exists()
 
 
-def test_an_entry_nobody_declared_is_refused(tmp_path):
+def test_undeclared_entry_is_rejected(tmp_path):
     path = rewrite(write(tmp_path), lambda entries: entries.update({"extra/undeclared": b""}))
     with pytest.raises(ArchiveError, match="extra/undeclared"):
         archive.verify(path)
 
 
-def test_a_handler_of_somebody_else_is_refused(tmp_path):
+def test_foreign_handler_in_the_manifest_is_rejected(tmp_path):
     def change(entries):
         manifest = json.loads(entries["MAR-INF/MANIFEST.json"])
         manifest["model"]["handler"] = "extra/evil.py"
@@ -164,14 +164,14 @@ def with_metadata(path: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize("changes", [{"format": 2}, {"serve_version": "0.99.0"}, {"serve_version": "9.0.0"}])
-def test_another_version_is_refused_with_both_versions_named(tmp_path, changes):
+def test_incompatible_version_is_rejected_naming_both_versions(tmp_path, changes):
     path = with_metadata(write(tmp_path), **changes)
     with pytest.raises(ArchiveVersionError, match=__version__.replace(".", r"\.")) as refused:
         archive.verify(path)
     assert str(next(iter(changes.values()))) in str(refused.value)
 
 
-def test_a_patch_version_is_honoured(tmp_path):
+def test_other_patch_version_is_accepted(tmp_path):
     patch = ".".join([*__version__.split(".")[:2], "999"])
     assert archive.verify(with_metadata(write(tmp_path), serve_version=patch)).serve_version == patch
 
@@ -179,12 +179,12 @@ def test_a_patch_version_is_honoured(tmp_path):
 @pytest.mark.parametrize(
     "changes", [{"classes": 3}, {"surprise": 1}, {"inference": {"fold_batch_norm": [["a"]]}}]
 )
-def test_malformed_metadata_is_refused(tmp_path, changes):
+def test_malformed_metadata_is_rejected(tmp_path, changes):
     with pytest.raises(ArchiveError, match=r"model\.json"):
         archive.verify(with_metadata(write(tmp_path), **changes))
 
 
-def test_a_foreign_archive_says_what_to_do(tmp_path):
+def test_foreign_archive_is_rejected(tmp_path):
     path = tmp_path / "foreign.mar"
     with zipfile.ZipFile(path, "w") as foreign:
         foreign.writestr("MAR-INF/MANIFEST.json", "{}")
@@ -193,14 +193,14 @@ def test_a_foreign_archive_says_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
-def test_a_truncated_archive_is_refused(tmp_path, keep):
+def test_truncated_archive_is_rejected(tmp_path, keep):
     path = write(tmp_path)
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(ArchiveError):
         archive.verify(path)
 
 
-def test_a_flipped_bit_is_found(tmp_path):
+def test_flipped_bit_is_detected(tmp_path):
     path = write(tmp_path)
     data = bytearray(path.read_bytes())
     data[data.find(b"weights\x50\x4b") if b"weights\x50\x4b" in data else data.rfind(b"weights")] ^= 1
@@ -209,7 +209,7 @@ def test_a_flipped_bit_is_found(tmp_path):
         archive.verify(path)
 
 
-def test_a_missing_file_is_named_when_opened_unpacked(tmp_path):
+def test_missing_file_of_an_unpacked_archive_is_named(tmp_path):
     opened = archive.extract(write(tmp_path), tmp_path / "opened")
     shutil.rmtree(opened.root / "golden")
     with pytest.raises(ArchiveError, match="golden/"):
@@ -237,11 +237,11 @@ configs = st.recursive(
 
 
 @given(configs)
-def test_a_config_survives_json(config):
+def test_config_round_trips_through_json(config):
     back = config_json.from_json(json.loads(json.dumps(config_json.to_json(config))))
     assert back == config and repr(back) == repr(config)
 
 
-def test_what_is_not_data_is_refused_and_placed():
+def test_config_value_that_is_not_data_is_rejected_by_path():
     with pytest.raises(ArchiveError, match=r"config\.model\.act\[1\]"):
         config_json.to_json({"model": {"act": [1, print]}})

@@ -43,7 +43,7 @@ def store(bucket, tmp_path) -> str:
     return place
 
 
-def test_what_was_published_is_fetched_with_its_hash(store, tmp_path, capsys):
+def test_published_archive_is_fetched_with_its_hash(store, tmp_path, capsys):
     assert fetch_command.main(["--from", store, "--to", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     for name in ("second", "pointpillars"):
@@ -58,7 +58,7 @@ def test_what_was_published_is_fetched_with_its_hash(store, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pointpillars.mar", "second.mar"]
 
 
-def test_a_newer_archive_takes_the_place_of_the_old_one(store, tmp_path):
+def test_newer_archive_replaces_the_old_one(store, tmp_path):
     model_store.fetch(store, tmp_path / "out", ["second"])
     with pytest.raises(ArchiveError, match="--force"):
         model_store.publish(made(tmp_path, "second", b"newer"), store)
@@ -81,7 +81,7 @@ def put(store: str, name: str, body: bytes, **metadata: str) -> None:
         (lambda body: (b"no archive", {}), ArchiveError, "not a readable archive"),
     ],
 )
-def test_what_is_altered_is_refused_and_what_was_there_stays(store, tmp_path, spoil, error, says):
+def test_altered_archive_is_rejected_and_the_old_one_kept(store, tmp_path, spoil, error, says):
     model_store.fetch(store, tmp_path / "out", ["second"])
     before = (tmp_path / "out/second.mar").read_bytes()
     body, metadata = spoil(made(tmp_path, "second", b"newer").read_bytes())
@@ -92,15 +92,13 @@ def test_what_is_altered_is_refused_and_what_was_there_stays(store, tmp_path, sp
     assert (tmp_path / "out/second.mar").read_bytes() == before
 
 
-def test_an_archive_put_there_by_other_means_is_checked_by_its_own_hashes_and_that_is_said(
-    store, tmp_path, capsys
-):
+def test_archive_without_store_hash_is_checked_by_its_own_hashes_with_a_note(store, tmp_path, capsys):
     put(store, "third.mar", made(tmp_path, "third").read_bytes())
     assert fetch_command.main(["--from", store, "--to", str(tmp_path / "out"), "--models", "third"]) == 0
     assert "no sha256 for third.mar" in capsys.readouterr().err
 
 
-def test_an_archive_under_another_name_is_refused(store, tmp_path):
+def test_archive_under_another_name_is_rejected(store, tmp_path):
     put(store, "other.mar", made(tmp_path, "second").read_bytes())
     with pytest.raises(ArchiveError, match=r"second\.mar"):
         model_store.fetch(store, tmp_path / "out", ["other"])
@@ -126,7 +124,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_of_the_init_container(store, tmp_path):
+def test_fetch_command_fills_the_model_store(store, tmp_path):
     done = run("fetch", "--from", store, "--to", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/second.mar").is_file() and "AKIA" not in done.stdout + done.stderr
@@ -134,7 +132,7 @@ def test_the_command_of_the_init_container(store, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_the_command_that_packs(tmp_path, capsys):
+def test_pack_command_packs_a_folder(tmp_path, capsys):
     (tmp_path / "in/velodyne").mkdir(parents=True)
     (tmp_path / "in/velodyne/8.bin").write_bytes(b"frame")
     out = tmp_path / "p.ffr"

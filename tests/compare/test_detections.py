@@ -72,7 +72,7 @@ def reordered(detections: dict[str, Any], order: list[int]) -> dict[str, Any]:
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**31), st.integers(0, 40), st.sampled_from(["7", "9", "2d", "masks"]), st.randoms())
-def test_any_order_matches_and_deviates_by_nothing(seed: int, count: int, kind: str, random: Any) -> None:
+def test_shuffled_detections_match_without_deviation(seed: int, count: int, kind: str, random: Any) -> None:
     if kind in "79":
         detections = clouds_of_boxes(seed, count, columns=int(kind))
     else:
@@ -88,7 +88,9 @@ def test_any_order_matches_and_deviates_by_nothing(seed: int, count: int, kind: 
 
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 2**31), st.integers(1, 30), st.integers(0, 8), st.data())
-def test_a_single_value_beyond_its_tolerance_is_found(seed: int, count: int, column: int, data: Any) -> None:
+def test_single_value_beyond_its_tolerance_is_a_mismatch(
+    seed: int, count: int, column: int, data: Any
+) -> None:
     tol = Tolerances()
     detections = clouds_of_boxes(seed, count)
     changed = copy(detections)
@@ -110,7 +112,7 @@ def test_a_single_value_beyond_its_tolerance_is_found(seed: int, count: int, col
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 2**31), st.integers(1, 30), st.randoms(), st.data())
-def test_values_all_below_their_tolerances_match(seed: int, count: int, random: Any, data: Any) -> None:
+def test_values_within_their_tolerances_match(seed: int, count: int, random: Any, data: Any) -> None:
     tol = Tolerances()
     detections = clouds_of_boxes(seed, count)
     changed = copy(detections)
@@ -139,14 +141,14 @@ def test_corners_are_compared_in_pixels(column: int, pixels: float, equal: bool)
     assert len(found.pairs) == 12
 
 
-def test_zero_detections_on_both_sides_are_a_match() -> None:
+def test_no_detections_on_both_sides_match() -> None:
     for empty in (clouds_of_boxes(0, 0), image_boxes(0, 0), {**image_boxes(0, 0), "masks": []}):
         found = compare(empty, empty, score_thr=0.3)
         assert found.ok
         assert comparison_table(found) == "match: no detections on either side at score >= 0.3"
 
 
-def test_zero_against_some_is_a_mismatch_and_not_a_crash() -> None:
+def test_no_detections_against_some_is_a_mismatch() -> None:
     some, none = clouds_of_boxes(1, 2), clouds_of_boxes(1, 0)
     assert compare(some, none).unmatched_expected == (0, 1)
     assert compare(none, some).unmatched_actual == (0, 1)
@@ -154,7 +156,7 @@ def test_zero_against_some_is_a_mismatch_and_not_a_crash() -> None:
 
 
 @pytest.mark.parametrize("missing_side", ["native", "served"])
-def test_a_detection_cut_off_at_the_threshold_is_borderline(missing_side: str) -> None:
+def test_unmatched_detection_at_the_threshold_is_borderline(missing_side: str) -> None:
     detections = clouds_of_boxes(2, 6)
     detections["scores_3d"][4] = 0.3 + 0.9e-5
     fewer = reordered(detections, [0, 1, 2, 3, 5])
@@ -169,7 +171,7 @@ def test_a_detection_cut_off_at_the_threshold_is_borderline(missing_side: str) -
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 @pytest.mark.parametrize("key", ["bboxes_3d", "scores_3d", "labels_3d"])
-def test_nan_fails_even_against_itself(key: str, value: float | None) -> None:
+def test_nan_is_a_mismatch_even_against_itself(key: str, value: float | None) -> None:
     detections = clouds_of_boxes(5, 3)
     if key == "bboxes_3d":
         detections[key][1][2] = value
@@ -193,26 +195,26 @@ def test_nan_fails_even_against_itself(key: str, value: float | None) -> None:
         ({"masks": [{}] * 3}, "only served detections have masks"),
     ],
 )
-def test_a_malformed_answer_is_a_mismatch_with_a_sentence(change: dict[str, Any], sentence: str) -> None:
+def test_malformed_detections_are_a_mismatch_with_a_problem(change: dict[str, Any], sentence: str) -> None:
     detections = clouds_of_boxes(6, 3)
     found = compare(detections, {**detections, **change})
     assert not found.ok
     assert sentence in comparison_table(found)
 
 
-def test_a_missing_key_is_named() -> None:
+def test_missing_key_is_named() -> None:
     detections = clouds_of_boxes(6, 3)
     found = compare(detections, {k: v for k, v in detections.items() if k != "scores_3d"})
     assert "served detections are malformed: 'scores_3d' is missing" in comparison_table(found)
 
 
-def test_boxes_of_another_modality_are_a_mismatch() -> None:
+def test_3d_against_2d_boxes_are_a_mismatch() -> None:
     found = compare(clouds_of_boxes(6, 3), image_boxes(6, 3))
     assert not found.ok
     assert "native detections are 3D and served ones 2D" in comparison_table(found)
 
 
-def test_the_same_label_under_another_name_is_a_mismatch() -> None:
+def test_same_label_under_another_name_is_a_mismatch() -> None:
     detections = clouds_of_boxes(6, 2)
     found = compare(
         {**detections, "names": ["Car", "Car"], "labels_3d": [0, 0]},
@@ -222,7 +224,7 @@ def test_the_same_label_under_another_name_is_a_mismatch() -> None:
     assert "'Car'" in comparison_table(found) and "'Van'" in comparison_table(found)
 
 
-def test_a_wrong_label_is_paired_by_its_box_and_named() -> None:
+def test_wrong_label_is_paired_by_its_box_and_named() -> None:
     detections = clouds_of_boxes(7, 20)
     changed = copy(detections)
     changed["labels_3d"][9] = 2 if detections["labels_3d"][9] != 2 else 0
@@ -231,7 +233,7 @@ def test_a_wrong_label_is_paired_by_its_box_and_named() -> None:
     assert "label differs" in comparison_table(found)
 
 
-def test_opposite_headings_are_not_equal_but_full_turns_are() -> None:
+def test_full_turns_match_and_opposite_headings_do_not() -> None:
     detections = clouds_of_boxes(8, 4)
     turned = copy(detections)
     turned["bboxes_3d"][2][6] += 2 * math.pi
@@ -242,7 +244,7 @@ def test_opposite_headings_are_not_equal_but_full_turns_are() -> None:
     assert found.largest_yaw == pytest.approx(math.pi)
 
 
-def test_near_duplicates_are_paired_for_the_least_deviation() -> None:
+def test_near_duplicates_pair_with_least_total_deviation() -> None:
     """A greedy nearest-first choice would leave one of these without a partner."""
     detections = clouds_of_boxes(9, 1)
     base = detections["bboxes_3d"][0]
@@ -260,7 +262,7 @@ def test_near_duplicates_are_paired_for_the_least_deviation() -> None:
     assert compare(at(*[0.0] * 50), at(*[0.0] * 50)).ok
 
 
-def test_a_detection_twice_is_not_matched_twice() -> None:
+def test_duplicate_detection_matches_once() -> None:
     detections = clouds_of_boxes(10, 5)
     found = compare(detections, reordered(detections, [0, 1, 2, 3, 4, 4]))
     assert not found.ok
@@ -292,7 +294,7 @@ def test_two_empty_masks_are_equal() -> None:
 @pytest.mark.parametrize(
     "mask", [{"size": [10, 10]}, {}, "text", None, {"size": [7, 7], "counts": "0"}], ids=repr
 )
-def test_bad_masks_fail_with_a_sentence(mask: Any) -> None:
+def test_malformed_masks_are_a_mismatch_with_a_problem(mask: Any) -> None:
     detections = image_boxes(13, 2, masks=True)
     found = compare(detections, {**detections, "masks": [mask, mask]})
     assert not found.ok
@@ -300,7 +302,7 @@ def test_bad_masks_fail_with_a_sentence(mask: Any) -> None:
 
 
 @pytest.mark.timing
-def test_thousands_of_detections_take_about_a_second_at_most() -> None:
+def test_thousands_of_detections_compare_within_a_second() -> None:
     detections = clouds_of_boxes(14, 5000)
     order = np.random.default_rng(0).permutation(5000).tolist()
     started = time.perf_counter()
@@ -309,7 +311,7 @@ def test_thousands_of_detections_take_about_a_second_at_most() -> None:
     assert time.perf_counter() - started < 10
 
 
-def test_a_long_table_is_cut_and_shows_the_worst_first() -> None:
+def test_long_table_is_shortened_with_the_worst_first() -> None:
     detections = clouds_of_boxes(16, 100)
     changed = copy(detections)
     changed["bboxes_3d"][70][0] += 0.5
@@ -322,11 +324,11 @@ def test_a_long_table_is_cut_and_shows_the_worst_first() -> None:
 @pytest.mark.parametrize(
     "limits", [{"box_m": -1.0}, {"score": math.nan}, {"mask_iou": 2.0}, {"yaw_rad": math.inf}]
 )
-def test_impossible_tolerances_are_refused(limits: dict[str, float]) -> None:
+def test_impossible_tolerances_are_rejected(limits: dict[str, float]) -> None:
     with pytest.raises(SettingsError, match="tolerance"):
         Tolerances(**limits)
 
 
-def test_sides_can_be_named() -> None:
+def test_table_uses_the_names_of_the_sides() -> None:
     found = compare(clouds_of_boxes(1, 2), clouds_of_boxes(1, 0), sides=("golden", "now"))
     assert "only golden" in comparison_table(found)

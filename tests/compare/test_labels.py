@@ -23,7 +23,7 @@ CLASSES = ["person", "car", "sky"]
 @pytest.mark.parametrize(
     ("largest", "dtype"), [(0, "uint8"), (255, "uint8"), (256, "uint16"), (70_000, "uint32")]
 )
-def test_labels_take_the_smallest_type_and_come_back(largest, dtype):
+def test_labels_round_trip_in_the_smallest_type(largest, dtype):
     labels = np.random.default_rng(0).integers(0, largest + 1, 1000)
     labels[-1] = largest
     encoded = encode_labels(labels)
@@ -32,7 +32,7 @@ def test_labels_take_the_smallest_type_and_come_back(largest, dtype):
     assert len(base64.b64decode(encoded["b64"])) == 1000 * np.dtype(dtype).itemsize
 
 
-def test_no_points_have_no_labels():
+def test_empty_labels_round_trip():
     assert decode_labels(encode_labels(np.zeros(0, np.int64))).shape == (0,)
 
 
@@ -40,7 +40,7 @@ def test_no_points_have_no_labels():
     "encoded", [{}, {"dtype": "object", "shape": [1], "b64": "AA=="}, {"dtype": "uint8", "shape": [2], "b64": "AA=="},
                 {"dtype": "uint8", "shape": [1], "b64": "%"}, {"dtype": "uint8", "shape": None, "b64": "AA=="}]
 )  # fmt: skip
-def test_what_are_no_labels_is_refused(encoded):
+def test_malformed_labels_are_rejected(encoded):
     with pytest.raises(ValueError):
         decode_labels(encoded)
 
@@ -53,7 +53,7 @@ def panoptic() -> np.ndarray:
     return found
 
 
-def test_segments_are_those_of_coco():
+def test_segments_follow_the_coco_format():
     answer = encode_segments(panoptic(), CLASSES)
     assert [(s["name"], s["isthing"], s["area"]) for s in answer["segments_info"]] == [
         ("sky", 0, 20 * 30 - 60 - 40 - 104 - 4), ("person", 1, 60), ("car", 1, 104), ("person", 1, 40),
@@ -68,14 +68,14 @@ def test_segments_are_those_of_coco():
     np.testing.assert_array_equal(red + 256 * green + 65536 * blue, ids)
 
 
-def test_many_segments_keep_their_ids():
+def test_many_segments_round_trip():
     crowd = np.arange(400).reshape(20, 20) * 1000 + 1000
     np.testing.assert_array_equal(
         decode_segments(encode_segments(crowd, CLASSES)), np.arange(400).reshape(20, 20) + 1
     )
 
 
-def test_numbering_means_nothing_but_classes_and_shapes_do():
+def test_panoptic_comparison_ignores_segment_ids_only():
     one = encode_segments(panoptic(), CLASSES)
     swapped = panoptic()
     swapped[panoptic() == 1000], swapped[panoptic() == 2000] = 2000, 1000
@@ -87,7 +87,7 @@ def test_numbering_means_nothing_but_classes_and_shapes_do():
     assert not compare_labels(one, encode_segments(renamed, CLASSES), 0.95).ok
 
 
-def test_points_are_counted_and_strangers_are_named():
+def test_label_comparison_counts_points_and_names_problems():
     one, two = (
         {"pts_semantic_mask": encode_labels(np.array(labels))} for labels in ([1, 2, 3, 4], [1, 2, 3, 0])
     )

@@ -88,7 +88,7 @@ def namespaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.torchserve
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_service_runs_with_a_read_only_root_and_a_user_it_never_heard_of(tmp_path: Path) -> None:
+def test_service_runs_with_read_only_root_and_unknown_user(tmp_path: Path) -> None:
     # As the Dockerfile sets them.
     variables = {
         "HOME": "/tmp", "USER": "model-server", "MMDET3D_SERVE_CACHE_DIR": "/tmp/mmdet3d-serve-cache",
@@ -111,7 +111,7 @@ def test_the_service_runs_with_a_read_only_root_and_a_user_it_never_heard_of(tmp
     assert told["left"] == "[]"
 
 
-def test_a_store_that_cannot_be_read_is_a_sentence_and_2(tmp_path: Path) -> None:
+def test_unreadable_store_returns_2_with_one_error_line(tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir(mode=0)
     ran = subprocess.run(

@@ -76,12 +76,12 @@ def variables(stage: str) -> dict[str, str]:
 # The Dockerfile
 
 
-def test_the_default_image_is_the_whole_service() -> None:
+def test_default_image_target_is_the_whole_service() -> None:
     assert list(stages())[-1] == "serve"
 
 
 @pytest.mark.parametrize("stage", ["serve", "gateway"])
-def test_an_image_runs_a_command_of_ours_below_an_init(stage: str) -> None:
+def test_image_runs_the_command_below_an_init(stage: str) -> None:
     (entrypoint,) = words(stage, "ENTRYPOINT")
     init, single, end, *command = json.loads(entrypoint)
     assert (init, single, end) == ("dumb-init", "--single-child", "--")
@@ -92,7 +92,7 @@ def test_an_image_runs_a_command_of_ours_below_an_init(stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["serve", "gateway"])
-def test_an_image_ends_by_sigterm_is_watched_and_is_nobody_special(stage: str) -> None:
+def test_image_has_sigterm_healthcheck_and_unprivileged_user(stage: str) -> None:
     assert words(stage, "STOPSIGNAL") == ["SIGTERM"]
     assert words(stage, "USER") == ["1000:1000"]
     (check,) = words(stage, "HEALTHCHECK")
@@ -133,7 +133,7 @@ def test_nothing_is_installed_but_locked_wheels() -> None:
         assert (ROOT / "requirements" / name).is_file(), name
 
 
-def test_whatever_is_copied_is_there_and_let_through() -> None:
+def test_copied_files_exist_and_are_not_ignored() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in ignored
     passed = [line[1:] for line in ignored if line.startswith("!")]
@@ -199,7 +199,7 @@ print("made")
 """
 
 
-def test_the_gateway_needs_nothing_that_its_image_lacks() -> None:
+def test_gateway_imports_only_packages_of_its_lock() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", ONLY_LOCKED], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -237,14 +237,14 @@ def check(port: int) -> int:
     return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
 
 
-def test_the_health_check_says_what_readiness_says(answering: tuple[int, list[int]]) -> None:
+def test_health_check_follows_readiness(answering: tuple[int, list[int]]) -> None:
     port, statuses = answering
     assert check(port) == 0
     statuses.append(503)
     assert check(port) == 1
 
 
-def test_the_health_check_fails_where_nobody_listens() -> None:
+def test_health_check_fails_without_a_listener() -> None:
     assert check(pick_free_ports(1)[0]) == 1
 
 

@@ -87,7 +87,7 @@ def answers(request, demo_mar, tmp_path_factory) -> dict[int, list[bytes]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_with_as_many_threads_every_run_gives_the_same_bytes(answers):
+def test_runs_with_equal_threads_give_equal_bytes(answers):
     for threads, told in answers.items():
         assert len(told) == 2 * RUNS
         assert len(set(told)) == 1, f"{threads} threads: runs differ"
@@ -97,7 +97,7 @@ def test_with_as_many_threads_every_run_gives_the_same_bytes(answers):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_with_any_number_of_threads_the_detections_are_the_same_within_rounding(answers):
+def test_runs_with_any_threads_give_equal_detections_within_rounding(answers):
     one: dict[str, Any] = orjson.loads(answers[1][0])
     tolerances = Tolerances() if "labels_3d" in one else OF_RANDOM_WEIGHTS
     for threads in THREADS[1:]:

@@ -106,7 +106,7 @@ def run_program(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", ["second", *RANDOM])
-def test_what_is_served_equals_native_pytorch(name, models, frames, address, run_tool):
+def test_served_model_equals_native_pytorch(name, models, frames, address, run_tool):
     config, checkpoint = models[name]
     prove = run_program if name == "second" else run_tool
     folder = frames["lidar" if name in ("second", "pointpillars") else "image"]
@@ -126,7 +126,7 @@ def test_what_is_served_equals_native_pytorch(name, models, frames, address, run
     assert max(counted, default=0) > 0, "nothing was compared"
 
 
-def test_an_altered_weight_is_noticed(models, frames, store, server, address, run_tool, tmp_path):
+def test_altered_weight_is_detected_by_verify(models, frames, store, server, address, run_tool, tmp_path):
     checkpoint = torch.load(DEMO_CHECKPOINT, weights_only=True)
     checkpoint["state_dict"]["bbox_head.conv_reg.bias"][2] += 0.01
     torch.save(checkpoint, tmp_path / "altered.pth")
@@ -146,7 +146,7 @@ def test_an_altered_weight_is_noticed(models, frames, store, server, address, ru
     assert done.returncode == 1, done.stdout + done.stderr
 
 
-def test_the_wrong_model_and_no_model_are_told_apart_from_a_deviation(models, frames, address, run_tool):
+def test_verify_reports_wrong_and_missing_models(models, frames, address, run_tool):
     config, checkpoint = models["second"]
     for name in ("faster-rcnn", "nobody"):
         done = run_tool(
@@ -155,7 +155,7 @@ def test_the_wrong_model_and_no_model_are_told_apart_from_a_deviation(models, fr
         assert done.returncode == 2 and "error:" in done.stderr, done.stdout + done.stderr
 
 
-def test_bad_input_is_a_4xx_and_the_worker_lives(address, server, street):
+def test_bad_input_gets_a_4xx_and_the_worker_survives(address, server, street):
     before = [worker.pid for worker in server.workers("second")]
     url = f"http://{address}/predictions/second"
     bad = street.copy()
@@ -185,7 +185,7 @@ def test_bad_input_is_a_4xx_and_the_worker_lives(address, server, street):
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.98])
-def test_a_truncated_picture_is_refused_over_the_wire(address, kept):
+def test_truncated_image_is_rejected_over_http(address, kept):
     body = cv2.imencode(".jpg", golden_image())[1].tobytes()
     answer = httpx.post(
         f"http://{address}/predictions/faster-rcnn", content=body[: int(kept * len(body))], timeout=60
@@ -193,7 +193,7 @@ def test_a_truncated_picture_is_refused_over_the_wire(address, kept):
     assert answer.status_code == 422 and answer.json()["error"]["code"] == "undecodable_frame"
 
 
-def test_a_framed_batch_travels_in_one_call(address, street):
+def test_framed_batch_is_answered_in_one_call(address, street):
     body = pack_frames([(street.tobytes(), {"max_detections": 2}), (b"junk", {}), (street.tobytes(), {})])
     answer = httpx.post(
         f"http://{address}/predictions/second",
@@ -206,7 +206,7 @@ def test_a_framed_batch_travels_in_one_call(address, street):
     assert outcomes[0]["answer"]["bboxes_3d"] == outcomes[2]["answer"]["bboxes_3d"][:2]
 
 
-def test_an_archive_altered_after_conversion_is_not_served(demo_mar, tmp_path):
+def test_archive_altered_after_conversion_is_not_served(demo_mar, tmp_path):
     # A whole zip again, with one bit of the weights changed: only the recorded hash can tell.
     with zipfile.ZipFile(demo_mar) as sound, zipfile.ZipFile(tmp_path / "second.mar", "w") as altered:
         for name in sound.namelist():
@@ -220,7 +220,7 @@ def test_an_archive_altered_after_conversion_is_not_served(demo_mar, tmp_path):
         TorchServe(options).start()
 
 
-def test_the_serve_command_refuses_a_corrupt_archive_with_a_sentence(demo_mar, tmp_path):
+def test_serve_command_rejects_a_corrupt_archive(demo_mar, tmp_path):
     data = bytearray(demo_mar.read_bytes())
     data[data.find(b"weights.safetensors") + 100_000] ^= 1
     (tmp_path / "second.mar").write_bytes(data)

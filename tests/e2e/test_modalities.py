@@ -86,7 +86,7 @@ def other_frame(row: dict) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_a_batch_gives_what_each_frame_gives_alone_and_what_upstream_gives(name, small, served):
+def test_batch_equals_single_frames_and_upstream(name, small, served):
     model, handler = small(name), served(name)
     first = row_of(model.opened)
     second = other_frame(first)
@@ -107,7 +107,7 @@ def test_a_batch_gives_what_each_frame_gives_alone_and_what_upstream_gives(name,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
-def test_the_handler_says_what_parts_it_takes(name, served):
+def test_handler_describes_its_parts(name, served):
     said = served(name).describe()
     assert said["parts"] == PARTS[name]
     assert served(name).self_test_s > 0
@@ -115,7 +115,7 @@ def test_the_handler_says_what_parts_it_takes(name, served):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mono3d", "fusion"])
-def test_parts_come_as_fields_as_json_or_in_a_framed_batch(name, small, served):
+def test_parts_arrive_as_fields_json_or_framed_batch(name, small, served):
     parts = row_of(small(name).opened)
     document = {
         part: orjson.loads(body) if part == "calibration" else {"b64": base64.b64encode(body).decode()}
@@ -139,7 +139,7 @@ def test_parts_come_as_fields_as_json_or_in_a_framed_batch(name, small, served):
 
 
 @pytest.mark.slow
-def test_a_missing_or_superfluous_part_is_named_with_what_the_model_takes(small, served):
+def test_missing_or_superfluous_part_is_named(small, served):
     parts = row_of(small("mono3d").opened)
     without = {name: body for name, body in parts.items() if name != "calibration"}
     rows = [
@@ -162,7 +162,7 @@ def test_a_missing_or_superfluous_part_is_named_with_what_the_model_takes(small,
     assert "lacks cam2img" in messages[6]
 
 
-def test_a_model_of_one_part_refuses_others_by_name(ask, street):
+def test_single_part_model_rejects_other_parts(ask, street):
     status, document = ask({"points": street.tobytes(), "calibration": b"{}"})[0]
     assert (status, document["error"]["code"]) == (400, "bad_request")
     assert "calibration" in document["error"]["message"]
@@ -170,7 +170,7 @@ def test_a_model_of_one_part_refuses_others_by_name(ask, street):
 
 
 @pytest.mark.slow
-def test_an_empty_cloud_has_no_labels_and_no_boxes(served):
+def test_empty_point_cloud_gives_no_labels_and_no_boxes(served):
     for name, field in (("segments", "pts_semantic_mask"), ("depth", "bboxes_3d")):
         ((status, answer),) = call(served(name), {"body": b"", "num_points": b"0"})
         assert status == 200 and (answer[field] == [] or answer[field]["shape"] == [0])
@@ -179,7 +179,7 @@ def test_an_empty_cloud_has_no_labels_and_no_boxes(served):
 GOOD = {"cam2img": np.eye(3).tolist(), "lidar2cam": np.eye(4).tolist()}
 
 
-def test_lidar2img_is_the_product_where_it_is_left_out():
+def test_missing_lidar2img_is_computed_as_a_product():
     cam2img = [[500, 0, 320], [0, 500, 240], [0, 0, 1]]
     found = parse_calibration(orjson.dumps({**GOOD, "cam2img": cam2img}), ("lidar2img",))
     np.testing.assert_allclose(found["lidar2img"][:3, :3], cam2img)
@@ -198,18 +198,18 @@ def test_lidar2img_is_the_product_where_it_is_left_out():
         ({"lidar2cam": np.eye(4).tolist()}, "lacks cam2img"),
     ],
 )
-def test_a_calibration_that_is_none_is_refused_with_what_belongs_there(document, says):
+def test_malformed_calibration_is_rejected(document, says):
     with pytest.raises(UndecodableFrame, match=says):
         parse_calibration(orjson.dumps(document), ("cam2img",))
 
 
-def test_not_a_number_in_a_calibration_is_refused():
+def test_nan_in_a_calibration_is_rejected():
     body = b'{"cam2img": [[1, 0, 0], [0, NaN, 0], [0, 0, Infinity]]}'
     with pytest.raises(UndecodableFrame, match="finite"):
         parse_calibration(body, ("cam2img",))
 
 
-def test_every_camera_needs_its_own():
+def test_every_camera_needs_a_calibration():
     body = orjson.dumps({"CAM_FRONT": GOOD})
     assert set(parse_calibration(body, ("cam2img",), ("CAM_FRONT",))) == {"CAM_FRONT"}
     with pytest.raises(UndecodableFrame, match="CAM_FRONT, CAM_BACK"):
@@ -228,7 +228,7 @@ JSON = st.recursive(
     document=st.dictionaries(st.sampled_from(["cam2img", "lidar2cam", "x"]), JSON) | JSON,
     raw=st.binary(max_size=40),
 )
-def test_no_document_raises_anything_but_a_sentence(document, raw):
+def test_any_calibration_document_parses_or_raises_client_error(document, raw):
     import json
 
     for body in (json.dumps(document).encode(), raw):

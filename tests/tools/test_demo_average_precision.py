@@ -70,25 +70,25 @@ def test_bev_iou_equals_shapely(x: float, y: float, dx: float, dy: float, yaw_a:
     assert bev_iou(np.array([first]), np.array([second]))[0, 0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_all_right_is_one_and_all_wrong_is_zero() -> None:
+def test_ap_is_1_for_all_right_and_0_for_all_wrong() -> None:
     scores = np.array([0.9, 0.8])
     assert average_precision(scores, np.array([True, True]), 2) == (1.0, 1.0)
     assert average_precision(scores, np.array([False, False]), 2) == (0.0, 0.0)
     assert average_precision(np.zeros(0), np.zeros(0, dtype=bool), 2) == (0.0, 0.0)
 
 
-def test_nothing_to_find_has_no_precision() -> None:
+def test_ap_without_ground_truth_is_nan() -> None:
     assert all(math.isnan(v) for v in average_precision(np.array([0.5]), np.array([False]), 0))
 
 
-def test_a_case_worked_by_hand() -> None:
+def test_ap_equals_a_hand_computed_case() -> None:
     """4 objects; right, wrong, right, wrong gives precision 1 up to recall 1/4 (10 of 40), 2/3 to 1/2."""
     ap, recall = average_precision(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False]), 4)
     assert ap == pytest.approx((10 * 1.0 + 10 * 2 / 3) / 40)
     assert recall == 0.5
 
 
-def test_equal_scores_count_together_in_whatever_order() -> None:
+def test_equal_scores_count_together_in_any_order() -> None:
     scores = np.array([0.5, 0.5])
     assert average_precision(scores, np.array([True, False]), 1) == average_precision(
         scores, np.array([False, True]), 1
@@ -96,7 +96,7 @@ def test_equal_scores_count_together_in_whatever_order() -> None:
     assert average_precision(scores, np.array([True, False]), 1)[0] == pytest.approx(0.5)
 
 
-def test_each_object_is_found_once() -> None:
+def test_each_object_matches_once() -> None:
     detections = [found([cuboid(10, 0), cuboid(10.1, 0)], [0.9, 0.8])]
     result = evaluate_class(detections, [truth([cuboid(10, 0), cuboid(30, 0)])], 2, 0.5)
     # One right, its double wrong, one missed: precision 1 up to recall 1/2.
@@ -119,7 +119,7 @@ def test_other_classes_and_other_frames_do_not_match() -> None:
     assert result.ap == 0.0 and result.detections == 1 and result.ground_truths == 1
 
 
-def test_the_threshold_decides() -> None:
+def test_iou_threshold_decides_matches() -> None:
     detections = [found([cuboid(11, 0)], [0.9])]  # IoU 6 / 10
     for iou, expected in ((0.5, 1.0), (0.7, 0.0)):
         assert evaluate_class(detections, [truth([cuboid(10, 0)])], 2, iou).ap == expected

@@ -105,7 +105,7 @@ def test_held_out_average_precision_is_above_a_floor() -> None:
     assert "Car" in result.table()
 
 
-def test_a_missing_checkpoint_is_said_with_the_way_to_make_one(tmp_path: Path) -> None:
+def test_missing_checkpoint_error_names_make_demo_train(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="make demo-train"):
         load_model(checkpoint=tmp_path / "none.pth")
 
@@ -144,7 +144,7 @@ def test_training_twice_gives_the_same_weights(tmp_path: Path, quiet_openmmlab: 
     assert all(torch.allclose(value, states[1][key], atol=1e-4) for key, value in states[0].items())
 
 
-def test_interrupted_training_leaves_the_old_checkpoint(
+def test_interrupted_training_keeps_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_openmmlab: None
 ) -> None:
     out = tmp_path / "kept.pth"
@@ -159,7 +159,7 @@ def test_interrupted_training_leaves_the_old_checkpoint(
     assert out.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["kept.pth"]
 
 
-def test_an_interrupt_while_saving_leaves_the_old_checkpoint(
+def test_interrupt_while_saving_keeps_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: Any
 ) -> None:
     out = tmp_path / "kept.pth"
@@ -179,13 +179,13 @@ def test_an_interrupt_while_saving_leaves_the_old_checkpoint(
     "wrong",
     [{"frames": 0}, {"epochs": 0}, {"seed": -1}, {"learning_rate": 0.0}, {"frames": 10_001}, {"seed": 100}],
 )
-def test_impossible_training_options_are_refused(wrong: dict[str, Any]) -> None:
+def test_impossible_training_options_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
         TrainingOptions(**wrong)
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_wrong_option_is_one_sentence_and_2(command: str) -> None:
+def test_wrong_option_returns_2_with_one_error_line(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tools.demo", command, "--frames", "0"],
         cwd=ROOT,

@@ -221,7 +221,7 @@ def test_make_scene_writes_cloud_and_ground_truth(tmp_path: Path) -> None:
     assert f"{len(expected.points)} points" in done.stdout
 
 
-def test_make_scene_says_what_is_wrong_in_one_sentence(tmp_path: Path) -> None:
+def test_scene_command_returns_2_with_one_error_line(tmp_path: Path) -> None:
     for arguments in (["x.bin", "--seed", "-1"], [str(tmp_path / "no" / "such" / "x.bin")]):
         done = subprocess.run(
             [sys.executable, "-m", "tools.demo", "scene", *arguments],

@@ -24,7 +24,7 @@ def no_fork_server_is_left():
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
-def test_the_page_has_a_row_for_every_family_of_the_installed_zoos():
+def test_page_has_a_row_for_every_installed_family():
     text = PAGE.read_text()
     for package in ("mmdet", "mmdet3d"):
         section = text.partition(f"\n## {package}\n")[2].partition("\n## ")[0]
@@ -36,7 +36,7 @@ def test_the_page_has_a_row_for_every_family_of_the_installed_zoos():
         assert rows == [family.name for family in families() if family.package == package]
 
 
-def test_there_are_as_many_families_as_folders():
+def test_families_equal_the_config_folders():
     by_package = {package: sum(f.package == package for f in families()) for package in ("mmdet", "mmdet3d")}
     assert by_package == {"mmdet": 114, "mmdet3d": 32}
 
@@ -59,7 +59,7 @@ RESULTS = [
 ]
 
 
-def test_a_row_says_what_works_and_why_the_rest_does_not():
+def test_row_reports_status_and_reason():
     rows = [line for line in page(FAMILIES, RESULTS, {"torch": "2"}).splitlines() if line.startswith("| ")][
         1:
     ]
@@ -73,7 +73,7 @@ def test_a_row_says_what_works_and_why_the_rest_does_not():
 
 
 @pytest.mark.slow
-def test_trials_that_hang_or_eat_memory_are_ended_and_a_sweep_remembers(tmp_path):
+def test_probes_over_the_limits_are_killed_and_results_recorded(tmp_path):
     """In one sweep, since starting its fork server takes most of the time."""
     configs = {
         "hangs": "while True: pass",
@@ -100,7 +100,7 @@ def test_trials_that_hang_or_eat_memory_are_ended_and_a_sweep_remembers(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_families_are_swept_and_written_to_a_page(tmp_path, capsys):
+def test_sweep_writes_two_families_to_a_page(tmp_path, capsys):
     from tools.zoo.sweep_command import main as zoo_coverage
 
     arguments = ["--only", "mmdet/common", "--only", "mmdet/atss", "--results", str(tmp_path / "r.jsonl")]
@@ -129,7 +129,7 @@ SWEPT = ("centerpoint", "fcos3d", "mvxnet", "votenet", "pointnet2", "yolox", "de
 @pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_families_of_every_modality_come_out_as_the_page_says(tmp_path):
+def test_families_of_every_modality_have_the_committed_status(tmp_path):
     from tools.zoo.sweep_command import main as zoo_coverage
 
     only = [word for name in SWEPT for word in ("--only", name)]

@@ -114,7 +114,7 @@ def all_gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.torchserve
-def test_a_started_server_answers_at_once(server: TorchServe) -> None:
+def test_started_server_answers_at_once(server: TorchServe) -> None:
     answer = post(server)
     assert (answer.status_code, answer.json()) == (200, {"body": 3})
     assert [worker.ready for worker in server.workers("echo")] == [True]
@@ -123,26 +123,26 @@ def test_a_started_server_answers_at_once(server: TorchServe) -> None:
 
 
 @pytest.mark.torchserve
-def test_the_status_and_body_a_handler_sets_reach_the_client(server: TorchServe) -> None:
+def test_handler_status_and_body_reach_the_client(server: TorchServe) -> None:
     answer = post(server, **{"x-status": "422"})
     assert (answer.status_code, answer.reason_phrase, answer.json()) == (422, "As Asked", {"body": 3})
     assert answer.headers["content-type"] == "application/json"
 
 
 @pytest.mark.torchserve
-def test_a_broken_json_body_reaches_the_handler_as_bytes(server: TorchServe) -> None:
+def test_broken_json_body_reaches_the_handler_as_bytes(server: TorchServe) -> None:
     answer = post(server, b'{"a": ', **{"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()) == (200, {"body": 6})
 
 
 @pytest.mark.torchserve
-def test_an_oversized_body_gets_413_and_the_server_goes_on(server: TorchServe) -> None:
+def test_oversized_body_gets_413_and_the_server_continues(server: TorchServe) -> None:
     assert post(server, b"0" * (server.options.max_request_bytes + 1)).status_code == 413
     assert post(server, b"0" * (server.options.max_request_bytes - 1)).status_code == 200
 
 
 @pytest.mark.torchserve
-def test_the_metrics_port_counts_requests(server: TorchServe) -> None:
+def test_metrics_port_counts_requests(server: TorchServe) -> None:
     post(server)
     told = httpx.get(f"{server.metrics_url}/metrics", trust_env=False).text
     assert 'ts_inference_requests_total{model_name="echo"' in told
@@ -162,7 +162,7 @@ def test_only_loopback_addresses_listen(server: TorchServe) -> None:
 
 
 @pytest.mark.torchserve
-def test_a_model_is_loaded_and_removed_at_run_time(server: TorchServe) -> None:
+def test_model_is_registered_and_unregistered_at_run_time(server: TorchServe) -> None:
     server.register(ServedModel("echo.mar", name="second"))
     assert post(server, model="second").status_code == 200
     server.unregister("second")
@@ -172,7 +172,7 @@ def test_a_model_is_loaded_and_removed_at_run_time(server: TorchServe) -> None:
 
 
 @pytest.mark.torchserve
-def test_a_model_that_cannot_load_is_not_registered_and_says_why(server: TorchServe) -> None:
+def test_model_that_fails_to_load_is_not_registered_and_reports_why(server: TorchServe) -> None:
     with pytest.raises(
         BackendStartError, match=r"^model refusing did not load: weights.safetensors has the wrong"
     ):
@@ -181,14 +181,14 @@ def test_a_model_that_cannot_load_is_not_registered_and_says_why(server: TorchSe
 
 
 @pytest.mark.torchserve
-def test_no_address_can_be_loaded_from(server: TorchServe) -> None:
+def test_archives_cannot_be_loaded_from_urls(server: TorchServe) -> None:
     for address in ("http://127.0.0.1:1/x.mar", f"file://{server.options.model_store}/echo.mar"):
         asked = httpx.post(f"{server.management_url}/models", params={"url": address}, trust_env=False)
         assert (asked.status_code, "does not match any allowed" in asked.text) == (404, True)
 
 
 @pytest.mark.torchserve
-def test_a_killed_worker_is_replaced(server: TorchServe) -> None:
+def test_killed_worker_is_replaced(server: TorchServe) -> None:
     [killed] = server.workers("echo")
     assert killed.pid is not None
     psutil.Process(killed.pid).kill()
@@ -199,7 +199,7 @@ def test_a_killed_worker_is_replaced(server: TorchServe) -> None:
 
 
 @pytest.mark.torchserve
-def test_two_servers_run_side_by_side_and_one_ends_without_a_trace(
+def test_two_servers_run_side_by_side_and_one_stops_cleanly(
     server: TorchServe, store: Path, tmp_path: Path
 ) -> None:
     with TorchServe(options_for(store, tmp_path, "twin=echo.mar")) as twin:
@@ -214,7 +214,7 @@ def test_two_servers_run_side_by_side_and_one_ends_without_a_trace(
 
 
 @pytest.mark.torchserve
-def test_with_token_authorization_only_a_token_gets_an_answer(store: Path, tmp_path: Path) -> None:
+def test_token_authorization_rejects_requests_without_token(store: Path, tmp_path: Path) -> None:
     with TorchServe(options_for(store, tmp_path, "echo", token_authorization=True)) as server:
         assert post(server).status_code == 400
         assert post(server, Authorization=f"Bearer {server.tokens()['inference']}").status_code == 200
@@ -226,7 +226,7 @@ def test_with_token_authorization_only_a_token_gets_an_answer(store: Path, tmp_p
 
 
 @pytest.mark.torchserve
-def test_a_handler_that_refuses_its_archive_ends_the_start_with_its_sentence(
+def test_handler_that_rejects_its_archive_fails_the_start_with_its_message(
     store: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(BackendStartError) as caught:
@@ -241,7 +241,7 @@ def test_a_handler_that_refuses_its_archive_ends_the_start_with_its_sentence(
     ("model", "reason"),
     [("torn", "torn.mar is not a readable archive"), ("absent", "there is no archive absent.mar")],
 )
-def test_a_broken_or_absent_archive_is_refused_before_anything_starts(
+def test_broken_or_missing_archive_fails_before_java_starts(
     store: Path, tmp_path: Path, model: str, reason: str
 ) -> None:
     with pytest.raises(BackendStartError, match=reason):
@@ -250,7 +250,7 @@ def test_a_broken_or_absent_archive_is_refused_before_anything_starts(
 
 
 @pytest.mark.parametrize("use", ["inference", "management", "metrics"])
-def test_a_busy_port_is_named_with_the_setting_that_changes_it(store: Path, tmp_path: Path, use: str) -> None:
+def test_busy_port_is_named_with_its_setting(store: Path, tmp_path: Path, use: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         with pytest.raises(BackendStartError, match=rf"port {port} .* set {use}_port \(--{use}-port\)"):
@@ -258,7 +258,7 @@ def test_a_busy_port_is_named_with_the_setting_that_changes_it(store: Path, tmp_
 
 
 @pytest.mark.torchserve
-def test_java_that_cannot_start_is_told_with_what_it_said(store: Path, tmp_path: Path) -> None:
+def test_java_start_failure_reports_its_output(store: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendStartError, match="Unrecognized option: --no-such-option"):
         TorchServe(options_for(store, tmp_path, java_options=["--no-such-option"])).start()
     assert list(tmp_path.iterdir()) == []
@@ -268,7 +268,7 @@ def test_java_that_cannot_start_is_told_with_what_it_said(store: Path, tmp_path:
 
 
 @pytest.mark.torchserve
-def test_poll_tells_that_java_was_killed_and_its_workers_are_gone(store: Path, tmp_path: Path) -> None:
+def test_poll_reports_killed_java_and_its_workers_exit(store: Path, tmp_path: Path) -> None:
     with TorchServe(options_for(store, tmp_path, "echo")) as server:
         processes = family(server)
         assert server.poll() is None
@@ -283,7 +283,7 @@ def test_poll_tells_that_java_was_killed_and_its_workers_are_gone(store: Path, t
 
 @pytest.mark.torchserve
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part in this is Linux's")
-def test_java_and_workers_end_with_their_guard(store: Path, tmp_path: Path) -> None:
+def test_java_and_workers_exit_with_their_guard(store: Path, tmp_path: Path) -> None:
     with TorchServe(options_for(store, tmp_path, "echo")) as server:
         processes = family(server)
         guard = processes[0].parent()
@@ -295,7 +295,7 @@ def test_java_and_workers_end_with_their_guard(store: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.torchserve
-def test_nothing_outlives_a_parent_that_is_killed(store: Path, tmp_path: Path) -> None:
+def test_no_process_outlives_a_killed_parent(store: Path, tmp_path: Path) -> None:
     options = options_for(store, tmp_path, "echo")
     program = f"""
 from pathlib import Path
@@ -326,7 +326,7 @@ input()
 
 
 @pytest.mark.torchserve
-def test_the_command_serves_until_it_is_stopped_from_elsewhere(
+def test_serve_command_runs_until_stop_command(
     store: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -362,15 +362,13 @@ def test_the_command_serves_until_it_is_stopped_from_elsewhere(
     assert f"curl -T FRAME http://127.0.0.1:{inference}/predictions/echo" in capsys.readouterr().out
 
 
-def test_the_command_refuses_an_archive_that_is_not_ours(
-    store: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_serve_command_rejects_a_foreign_archive(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(serving.main, ["--store", str(store), "--models", "echo"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: {store / 'echo.mar'}: ") and "mmdet3d-serve" in told
 
 
-def test_stop_ends_no_process_that_is_not_ours(tmp_path: Path) -> None:
+def test_stop_running_spares_foreign_processes(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
         write_pidfile(tmp_path, stranger.pid, "http://127.0.0.1:8080")
         assert stop_running(tmp_path) == []
@@ -382,7 +380,7 @@ def test_stop_ends_no_process_that_is_not_ours(tmp_path: Path) -> None:
 # What TorchServe is told
 
 
-def test_the_properties_close_what_should_be_closed(tmp_path: Path) -> None:
+def test_properties_close_management_and_metrics(tmp_path: Path) -> None:
     options = TorchServeOptions(tmp_path, [ServedModel("a.mar", workers=2)], gpus=1)
     told = dict(line.split("=", 1) for line in properties(options, [Manifest("a", "1.0", "h")]).splitlines())
     assert told["inference_address"] == "http://127.0.0.1:8080"
@@ -399,7 +397,7 @@ def test_the_properties_close_what_should_be_closed(tmp_path: Path) -> None:
     assert json.loads(told["models"])["a"]["1.0"]["batchSize"] == 1
 
 
-def test_a_path_survives_the_way_through_javas_properties(tmp_path: Path) -> None:
+def test_path_round_trips_through_java_properties(tmp_path: Path) -> None:
     store = tmp_path / "模型 store\\x"
     store.mkdir()
     text = properties(TorchServeOptions(store), [])
@@ -408,7 +406,7 @@ def test_a_path_survives_the_way_through_javas_properties(tmp_path: Path) -> Non
     assert line.endswith(r"\u6a21\u578b store\\x")
 
 
-def test_the_log_configuration_is_well_formed_for_any_folder(tmp_path: Path) -> None:
+def test_log_configuration_is_well_formed_for_any_folder(tmp_path: Path) -> None:
     import xml.etree.ElementTree as tree
 
     text = log_configuration(
@@ -429,24 +427,24 @@ def test_the_log_configuration_is_well_formed_for_any_folder(tmp_path: Path) -> 
         ({"response_timeout_s": 0}, "response_timeout_s=0 must be .* at least 1"),
     ],
 )
-def test_impossible_settings_are_refused(tmp_path: Path, setting: dict[str, object], sentence: str) -> None:
+def test_impossible_settings_are_rejected(tmp_path: Path, setting: dict[str, object], sentence: str) -> None:
     with pytest.raises(SettingsError, match=sentence):
         TorchServeOptions(tmp_path, **setting)
 
 
 @pytest.mark.parametrize("text", ["../x.mar", "a=b,c.mar", "a/b=c.mar", "", "=x.mar"])
-def test_names_that_could_lead_elsewhere_are_refused(text: str) -> None:
+def test_archive_names_outside_the_store_are_rejected(text: str) -> None:
     with pytest.raises(SettingsError):
         ServedModel.parse(text)
 
 
-def test_one_version_twice_is_refused(tmp_path: Path) -> None:
+def test_duplicate_model_version_is_rejected(tmp_path: Path) -> None:
     options = TorchServeOptions(tmp_path, [ServedModel("a.mar"), ServedModel("b.mar")])
     with pytest.raises(SettingsError, match="twice"):
         properties(options, [Manifest("a", "1.0", "h"), Manifest("a", "1.0", "h")])
 
 
-def test_a_manifest_names_model_version_and_handler(tmp_path: Path) -> None:
+def test_read_manifest_returns_model_version_and_handler(tmp_path: Path) -> None:
     path = write_archive(tmp_path / "a.mar", ECHO, name="second", version="2.1")
     assert read_manifest(path) == Manifest("second", "2.1", "handler_of_second.py")
 
@@ -468,7 +466,7 @@ def log_path(tmp_path: Path) -> Path:
 STDOUT = "W-9000-second_1.0-stdout"
 
 
-def test_the_reason_of_a_failed_load_is_the_last_exception_of_the_worker(log_path: Path) -> None:
+def test_load_failure_reason_is_the_last_exception_of_the_worker(log_path: Path) -> None:
     log = WorkerLog(log_path)
     assert log.failure({"second"}) is None
     logged(
@@ -496,9 +494,7 @@ DEATH = (
 )
 
 
-def test_a_worker_that_ends_without_a_word_twice_is_told_as_such(
-    log_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_that_dies_silently_twice_is_reported(log_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("serve.torchserve.log.time.monotonic", lambda: now)
     log = WorkerLog(log_path)
@@ -511,7 +507,7 @@ def test_a_worker_that_ends_without_a_word_twice_is_told_as_such(
     assert "without saying why" in failure.reason
 
 
-def test_words_that_were_lost_with_a_first_death_are_taken_from_the_second(log_path: Path) -> None:
+def test_reason_lost_with_the_first_death_is_read_from_the_second(log_path: Path) -> None:
     """TorchServe stops reading when it notices that a worker is gone, whatever the pipe still holds."""
     log = WorkerLog(log_path)
     logged(log_path, (STDOUT, "MODEL_LOG", "model_name: second, batchSize: 1"), *DEATH)
@@ -527,7 +523,7 @@ def test_words_that_were_lost_with_a_first_death_are_taken_from_the_second(log_p
     assert failure.reason == "weights.safetensors has the wrong hash"
 
 
-def test_the_death_of_another_model_is_not_the_reason(log_path: Path) -> None:
+def test_death_of_another_model_is_not_the_reason(log_path: Path) -> None:
     log = WorkerLog(log_path)
     logged(
         log_path,
@@ -539,7 +535,7 @@ def test_the_death_of_another_model_is_not_the_reason(log_path: Path) -> None:
     assert log.failure({"second"}) is None
 
 
-def test_the_child_sees_our_package_and_none_of_torchserves_variables(
+def test_child_environment_has_the_package_and_no_torchserve_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TS_CONFIG_FILE", "/elsewhere")

@@ -123,7 +123,7 @@ def frame(tmp_path: Path) -> Path:
 # --- frames and tokens ------------------------------------------------------------------------------------
 
 
-def test_a_folder_stands_for_its_frames_in_order(tmp_path: Path) -> None:
+def test_find_frames_lists_a_folder_in_order(tmp_path: Path) -> None:
     for name in ("b.bin", "a.BIN", "c.npy", "d.png", "labels.txt"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.bin").mkdir()
@@ -131,14 +131,14 @@ def test_a_folder_stands_for_its_frames_in_order(tmp_path: Path) -> None:
     assert [p.name for p in find_frames(tmp_path, "image")] == ["d.png"]
 
 
-def test_a_folder_without_frames_and_a_missing_path_are_unreadable_input(tmp_path: Path) -> None:
+def test_find_frames_rejects_empty_and_missing_folders(tmp_path: Path) -> None:
     with pytest.raises(errors.UndecodableFrame, match=r"\.bin, \.npy"):
         find_frames(tmp_path, "lidar")
     with pytest.raises(errors.UndecodableFrame):
         find_frames(tmp_path / "nowhere", "image")
 
 
-def test_a_token_is_read_bare_and_from_torchserves_key_file(tmp_path: Path) -> None:
+def test_read_token_reads_bare_tokens_and_key_files(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("abc-DEF_1\n")
     assert read_token(path) == "abc-DEF_1"
@@ -155,7 +155,7 @@ def test_a_token_is_read_bare_and_from_torchserves_key_file(tmp_path: Path) -> N
 # --- verification with a scripted native side -------------------------------------------------------------
 
 
-def test_both_sides_get_the_same_threshold(server: FakeTorchServe, frame: Path) -> None:
+def test_verify_sends_both_sides_the_same_threshold(server: FakeTorchServe, frame: Path) -> None:
     server.answer = lambda body, options: lidar_answer(0.9, 0.4)
     native = Scripted({"frame.bin": lidar_answer(0.9, 0.4, 0.24)})
     with Client(server.address) as client:
@@ -165,7 +165,7 @@ def test_both_sides_get_the_same_threshold(server: FakeTorchServe, frame: Path) 
     assert "2 detections compared" in summary(reports)
 
 
-def test_zero_detections_are_a_result(server: FakeTorchServe, frame: Path) -> None:
+def test_verify_accepts_no_detections(server: FakeTorchServe, frame: Path) -> None:
     server.answer = lambda body, options: lidar_answer()
     with Client(server.address) as client:
         reports = list(verify([frame], Scripted(), client, "second"))
@@ -184,7 +184,7 @@ def test_zero_detections_are_a_result(server: FakeTorchServe, frame: Path) -> No
         ({"bboxes": [], "scores": [], "labels": []}, "2D"),
     ],
 )
-def test_another_model_under_the_name_is_told_apart_from_a_deviation(
+def test_another_model_under_the_name_raises_model_not_found(
     server: FakeTorchServe, frame: Path, answer: dict[str, Any], detail: str
 ) -> None:
     server.answer = lambda body, options: answer
@@ -197,15 +197,13 @@ def test_another_model_under_the_name_is_told_apart_from_a_deviation(
     assert detail in str(caught.value)
 
 
-def test_an_answer_that_is_no_detections_is_a_broken_backend(server: FakeTorchServe, frame: Path) -> None:
+def test_response_without_detections_raises_backend_broken(server: FakeTorchServe, frame: Path) -> None:
     server.answer = lambda body, options: {"hello": "world"}
     with Client(server.address) as client, pytest.raises(errors.BackendBroken, match="hello"):
         list(verify([frame], Scripted(), client, "second"))
 
 
-def test_the_summary_names_the_frames_that_differ_and_the_largest_deviation(
-    server: FakeTorchServe, tmp_path: Path
-) -> None:
+def test_summary_names_differing_frames_and_largest_deviation(server: FakeTorchServe, tmp_path: Path) -> None:
     frames = [tmp_path / f"{k}.bin" for k in range(3)]
     for k, path in enumerate(frames):
         np.full((1, 4), k, np.float32).tofile(path)
@@ -227,7 +225,7 @@ def test_the_summary_names_the_frames_that_differ_and_the_largest_deviation(
     assert cv2.imread(str(written[0])).shape == (900, 1200, 3)
 
 
-def test_a_model_that_looks_at_no_input_is_mentioned(server: FakeTorchServe, tmp_path: Path) -> None:
+def test_summary_notes_constant_predictions(server: FakeTorchServe, tmp_path: Path) -> None:
     frames = [tmp_path / f"{k}.bin" for k in range(2)]
     for path in frames:
         np.zeros((1, 4), np.float32).tofile(path)
@@ -277,7 +275,7 @@ def detected(second: ReferenceModel, cloud: Path) -> dict[str, Any]:
     return second.detect(cloud)
 
 
-def test_the_native_second_detects_with_names_in_the_lidar_frame(
+def test_reference_second_detects_with_names_in_the_lidar_frame(
     second: ReferenceModel, detected: dict[str, Any]
 ) -> None:
     assert (second.modality, second.box_type_3d, second.load_dim) == ("lidar", "LiDAR", 4)
@@ -292,7 +290,7 @@ def test_the_native_second_detects_with_names_in_the_lidar_frame(
     assert len(best["scores_3d"]) == len(best["bboxes_3d"]) == len(best["names"]) >= 1
 
 
-def test_npy_clouds_are_read_as_points_and_not_as_their_header(
+def test_npy_point_clouds_are_read_without_their_header(
     second: ReferenceModel, cloud: Path, detected: dict[str, Any], tmp_path: Path
 ) -> None:
     copy = tmp_path / "frame.npy"
@@ -310,7 +308,7 @@ def test_npy_clouds_are_read_as_points_and_not_as_their_header(
         ("gone.bin", None, r"gone\.bin"),
     ],
 )
-def test_unreadable_clouds_are_refused_with_a_sentence(
+def test_unreadable_point_clouds_are_rejected(
     second: ReferenceModel, tmp_path: Path, name: str, body: bytes | None, sentence: str
 ) -> None:
     if body is not None:
@@ -319,7 +317,7 @@ def test_unreadable_clouds_are_refused_with_a_sentence(
         second.detect(tmp_path / name)
 
 
-def test_a_checkpoint_of_another_network_is_refused(
+def test_checkpoint_of_another_network_is_rejected(
     second_checkpoint: Path, tmp_path: Path, cloud: Path
 ) -> None:
     with pytest.raises(errors.CheckpointError, match=r"\.pth"):
@@ -332,7 +330,7 @@ def test_a_checkpoint_of_another_network_is_refused(
         load_reference(SECOND, second_checkpoint, "quantum")
 
 
-def test_sparse_kernels_in_spconv_2_layout_are_brought_into_mmcvs(
+def test_spconv_2_kernels_are_permuted_to_mmcv_layout(
     second_checkpoint: Path, cloud: Path, detected: dict[str, Any], tmp_path: Path
 ) -> None:
     """What OpenMMLab publishes for 1.x; mmdet3d without spconv refuses it shape by shape."""
@@ -352,14 +350,14 @@ def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> ReferenceModel:
     return load_reference(FASTER_RCNN, path, "cpu")
 
 
-def test_models_of_both_packages_work_in_one_process(
+def test_models_of_both_packages_run_in_one_process(
     second: ReferenceModel, faster_rcnn: ReferenceModel, cloud: Path
 ) -> None:
     """mmengine looks names up in the scope of whichever model was loaded last."""
     assert second.detect(cloud)["scores_3d"]
 
 
-def test_the_native_faster_rcnn_detects_in_an_image(faster_rcnn: ReferenceModel, tmp_path: Path) -> None:
+def test_reference_faster_rcnn_detects_in_an_image(faster_rcnn: ReferenceModel, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)
     path = tmp_path / "image.png"
     cv2.imwrite(str(path), noise)
@@ -399,7 +397,7 @@ def serving(native: ReferenceModel, found: Mapping[str, Any], **more: Any) -> An
     return answer
 
 
-def test_the_tool_agrees_with_a_server_that_answers_the_same(
+def test_verify_command_returns_0_for_equal_predictions(
     main: Callable[[list[str]], int],
     server: FakeTorchServe,
     second: ReferenceModel,
@@ -418,7 +416,7 @@ def test_the_tool_agrees_with_a_server_that_answers_the_same(
     assert len(list((tmp_path / "drawn").iterdir())) == 2
 
 
-def test_the_tool_fails_when_one_box_deviates_and_passes_when_told_that_this_is_equal(
+def test_verify_command_returns_1_for_a_deviation_beyond_tolerance(
     main: Callable[[list[str]], int],
     server: FakeTorchServe,
     second: ReferenceModel,
@@ -443,7 +441,7 @@ def test_the_tool_fails_when_one_box_deviates_and_passes_when_told_that_this_is_
     assert main([*arguments, "--box-tolerance", "0.002"]) == 0
 
 
-def test_the_tool_ends_with_2_and_one_sentence_when_it_cannot_find_out(
+def test_verify_command_returns_2_with_one_error_line(
     main: Callable[[list[str]], int],
     server: FakeTorchServe,
     second: ReferenceModel,
@@ -480,7 +478,7 @@ def test_the_tool_ends_with_2_and_one_sentence_when_it_cannot_find_out(
     ends_with("token file", "--token-file", str(tmp_path / "none"))
 
 
-def test_the_tool_says_its_units_and_the_seeds_arguments(
+def test_verify_help_names_arguments_and_units(
     main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -54,7 +54,7 @@ def has_colour(
     return bool((np.abs(near.astype(int) - colour).max(1) < 25).any())
 
 
-def test_a_box_is_drawn_where_it_is_forward_up_and_left_left() -> None:
+def test_birds_eye_view_draws_forward_up_and_left_left() -> None:
     picture = draw_birds_eye_view(np.zeros((0, 4)), boxes_3d((20, 8, -1, 4, 2, 1.5, 0)), extent_m=VIEW)
     assert (picture.shape, picture.dtype) == ((900, 1200, 3), np.uint8)
     for x, y in ((22, 8), (18, 8), (20, 9), (20, 7)):  # front, rear, left, right
@@ -64,7 +64,7 @@ def test_a_box_is_drawn_where_it_is_forward_up_and_left_left() -> None:
 
 
 @pytest.mark.parametrize("yaw", [0.0, math.pi / 2, math.pi, -math.pi / 2, 0.7])
-def test_the_tick_leaves_the_box_where_it_heads(yaw: float) -> None:
+def test_heading_line_leaves_the_box_at_its_front(yaw: float) -> None:
     picture = draw_birds_eye_view(np.zeros((0, 4)), boxes_3d((15, 0, -1, 4, 2, 1.5, yaw)), extent_m=VIEW)
     beyond = 2 + 3 / 30
     ahead = pixel(15 + beyond * math.cos(yaw), beyond * math.sin(yaw))
@@ -82,7 +82,7 @@ def test_higher_points_are_brighter() -> None:
     assert 200 < low < high
 
 
-def test_everything_is_in_view_when_no_extent_is_given() -> None:
+def test_default_extent_shows_all_boxes() -> None:
     far = boxes_3d((150, 60, 0, 4, 2, 2, 0), (-80, -90, 0, 4, 2, 2, 0))
     picture = draw_birds_eye_view(cloud(), far)
     bright = np.argwhere(np.abs(picture.astype(int) - GREEN).max(2) < 25)
@@ -91,7 +91,7 @@ def test_everything_is_in_view_when_no_extent_is_given() -> None:
 
 @pytest.mark.parametrize("size", [(1200, 900), (300, 200), (64, 64)])
 @pytest.mark.parametrize("count", [0, 1, 300])
-def test_any_number_of_boxes_and_any_size_gives_a_picture(count: int, size: tuple[int, int]) -> None:
+def test_any_number_of_boxes_and_any_size_gives_an_image(count: int, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(count)
     boxes = rng.uniform(-100, 100, (count, 9))
     boxes[:, 3:6] = np.abs(boxes[:, 3:6]) / 20
@@ -101,7 +101,7 @@ def test_any_number_of_boxes_and_any_size_gives_a_picture(count: int, size: tupl
     assert draw_birds_eye_view(cloud(), detections, size=size).shape == (size[1], size[0], 3)
 
 
-def test_points_and_boxes_that_are_no_numbers_are_left_out() -> None:
+def test_non_finite_points_and_boxes_are_skipped() -> None:
     points = cloud(100)
     points[::2, 1] = math.nan
     detections = boxes_3d(
@@ -119,7 +119,7 @@ def test_low_scores_are_not_drawn() -> None:
     assert not has_colour(left_out, pixel(22, 8), GREEN)
 
 
-def test_depth_boxes_are_turned_so_that_forward_is_up() -> None:
+def test_depth_boxes_are_drawn_with_forward_up() -> None:
     """x right 8, y forward 20, long side forward: the same picture as LiDAR x 20, y -8."""
     depth = boxes_3d((8, 20, 1, 4, 2, 1.5, math.pi / 2), box_type_3d="Depth")
     lidar = boxes_3d((20, -8, 1, 4, 2, 1.5, 0))
@@ -141,7 +141,7 @@ def test_depth_boxes_are_turned_so_that_forward_is_up() -> None:
         (np.zeros((5, 4)), boxes_3d((1,) * 7, labels_3d=[]), "length"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(
+def test_undrawable_input_raises_value_error(
     points: np.ndarray, detections: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
@@ -164,7 +164,7 @@ def boxes_2d(width: int, height: int, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("grey", [False, True])
-def test_an_image_shows_box_and_translucent_mask_and_stays_as_it_was_elsewhere(grey: bool) -> None:
+def test_draw_image_changes_only_boxes_and_masks(grey: bool) -> None:
     image = np.full((100, 200) if grey else (100, 200, 3), 100, np.uint8)
     before = image.copy()
     picture = draw_image(image, boxes_2d(200, 100))
@@ -176,14 +176,14 @@ def test_an_image_shows_box_and_translucent_mask_and_stays_as_it_was_elsewhere(g
     assert (picture[90, 150] == 100).all()
 
 
-def test_masks_of_another_size_are_refused() -> None:
+def test_masks_of_another_size_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"\["):
         draw_image(np.zeros((50, 50, 3), np.uint8), boxes_2d(200, 100))
     with pytest.raises(ValueError, match="RLE"):
         draw_image(np.zeros((50, 50, 3), np.uint8), boxes_2d(200, 100, masks=[{"size": [50, 50]}]))
 
 
-def test_masks_follow_their_boxes_when_low_scores_are_left_out() -> None:
+def test_masks_follow_their_boxes_above_the_threshold() -> None:
     both = boxes_2d(200, 100)
     empty = coco.encode(np.asfortranarray(np.zeros((100, 200), np.uint8)))
     for key, first in (("bboxes", [0, 0, 9, 9]), ("scores", 0.1), ("labels", 0), ("names", "x")):
@@ -201,7 +201,7 @@ def test_the_same_input_gives_the_same_png() -> None:
     assert cv2.imdecode(np.frombuffer(pictures[0], np.uint8), cv2.IMREAD_COLOR).shape == (900, 1200, 3)
 
 
-def test_an_empty_cloud_file_is_drawn_as_one() -> None:
+def test_empty_point_cloud_file_is_drawn() -> None:
     assert draw_frame(b"", boxes_3d()).shape == (900, 1200, 3)
 
 
@@ -210,7 +210,7 @@ def draw_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_tool_draws_a_cloud_and_an_image(tmp_path: Path) -> None:
+def test_draw_command_draws_a_point_cloud_and_an_image(tmp_path: Path) -> None:
     frame, answer, out = tmp_path / "frame.bin", tmp_path / "answer.json", tmp_path / "out.png"
     cloud().tofile(frame)
     answer.write_text(json.dumps(boxes_3d((20, 8, -1, 4, 2, 1.5, 0))))
@@ -235,9 +235,7 @@ def test_the_tool_draws_a_cloud_and_an_image(tmp_path: Path) -> None:
         (None, json.dumps(boxes_3d())),
     ],
 )
-def test_the_tool_ends_with_one_sentence_where_it_cannot_draw(
-    tmp_path: Path, frame: bytes | None, answer: str
-) -> None:
+def test_draw_command_returns_2_with_one_error_line(tmp_path: Path, frame: bytes | None, answer: str) -> None:
     if frame is not None:
         (tmp_path / "frame.bin").write_bytes(frame)
     (tmp_path / "answer.json").write_text(answer)
