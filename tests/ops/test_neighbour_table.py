@@ -68,12 +68,19 @@ def test_strided_table_equals_the_rulebook(case, marked):
     expected_rows, expected = by_pairs(
         indices, batch, out_shape, in_shape, ksize, stride, padding, dilation, False, transpose
     )
-    with pytest.MonkeyPatch.context() as patch:
-        if not marked:
-            patch.setattr(strided_table, "MAX_MARKED_CELLS", 0)
-        rows, table = strided_table.strided_table(
-            indices, batch, in_shape, out_shape, ksize, stride, padding, dilation, transpose
-        )
+    limit = strided_table.MAX_MARKED_CELLS if marked else 0
+    rows, table = strided_table.strided_table(
+        indices,
+        batch,
+        in_shape,
+        out_shape,
+        ksize,
+        stride,
+        padding,
+        dilation,
+        transpose,
+        max_marked_cells=limit,
+    )
     assert np.array_equal(rows.numpy(), expected_rows) and np.array_equal(table, expected)
     assert rows.dtype == torch.int32 and table.dtype == np.int32
     turned = neighbour_table.invert_table(table, len(indices))

@@ -115,18 +115,18 @@ def _strips(
     sums = aligned_zeros(16 * _BLOCK * outputs).reshape(16, _BLOCK, outputs)
     rows = np.arange(_BLOCK).astype(np.int32)
     for strip in range(first, last):
-        picture, y = strip // ((height + 1) // 2), 2 * (strip % ((height + 1) // 2))
+        image, y = strip // ((height + 1) // 2), 2 * (strip % ((height + 1) // 2))
         for begin in range(0, across, _BLOCK):
             count = min(_BLOCK, across - begin)
             for t in range(count):
                 left = 2 * (begin + t) - 1
                 if y > 0 and y + 2 < height and left >= 0 and left + 3 < width:
-                    _transform_inputs(x[picture, y - 1 :, left:], seen[:, t:])
+                    _transform_inputs(x[image, y - 1 :, left:], seen[:, t:])
                 else:
                     for i in range(4):
                         for j in range(4):
                             if 0 <= y - 1 + i < height and 0 <= left + j < width:
-                                patch[i, j] = x[picture, y - 1 + i, left + j]
+                                patch[i, j] = x[image, y - 1 + i, left + j]
                             else:
                                 patch[i, j] = 0
                     _transform_inputs(patch, seen[:, t:])
@@ -140,12 +140,12 @@ def _strips(
             for t in range(count):
                 left = 2 * (begin + t)
                 if y + 1 < height and left + 1 < width:
-                    _transform_outputs(sums[:, t:], bias, relu, out[picture, y:, left:])
+                    _transform_outputs(sums[:, t:], bias, relu, out[image, y:, left:])
                 else:
                     _transform_outputs(sums[:, t:], bias, relu, corner)
                     for i in range(min(2, height - y)):
                         for j in range(min(2, width - left)):
-                            out[picture, y + i, left + j] = corner[i, j]
+                            out[image, y + i, left + j] = corner[i, j]
 
 
 @jit

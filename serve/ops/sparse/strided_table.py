@@ -47,6 +47,8 @@ def strided_table(
     padding: Sequence[int],
     dilation: Sequence[int],
     transpose: bool,
+    *,
+    max_marked_cells: int = MAX_MARKED_CELLS,
 ) -> tuple[Tensor, I32]:
     """Compute the output voxels (M, 1 + D) of a strided or transposed convolution and its table (K, M).
 
@@ -60,12 +62,13 @@ def strided_table(
         padding: D paddings.
         dilation: D dilations.
         transpose: whether the convolution is transposed.
+        max_marked_cells: largest output grid for a bitmap, cells; larger ones use sorted lists.
 
     Raises:
         IndexError: a voxel lies outside.
     """
     cells, missing = batch_size * prod(out_shape), 3 - len(ksize)
-    if cells > MAX_MARKED_CELLS or max(in_shape) > MAX_LISTED_EXTENT or missing < 0 or not len(indices):
+    if cells > max_marked_cells or max(in_shape) > MAX_LISTED_EXTENT or missing < 0 or not len(indices):
         rows, pairs, counts = rulebook.rulebook(
             indices, batch_size, out_shape, in_shape, ksize, stride, padding, dilation, [0] * len(ksize),
             0, int(transpose),
