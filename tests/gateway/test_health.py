@@ -130,7 +130,7 @@ def test_idle_gateway_sends_no_requests_to_torchserve(gateway, torchserve, cloud
 async def _quiet_for(seconds: float) -> None:
     import asyncio
 
-    await asyncio.sleep(seconds)  # longer than a registry is believed: what is shown is that nothing happens
+    await asyncio.sleep(seconds)  # longer than MAX_AGE_S: nothing must happen meanwhile
 
 
 def metrics(gateway) -> dict[str, float]:
