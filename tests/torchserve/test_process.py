@@ -504,7 +504,7 @@ def test_worker_that_dies_silently_twice_is_reported(log_path: Path, monkeypatch
         now = second_at
     failure = log.failure({"second"})
     assert failure is not None
-    assert "without saying why" in failure.reason
+    assert "out of memory" in failure.reason
 
 
 def test_reason_lost_with_the_first_death_is_read_from_the_second(log_path: Path) -> None:
