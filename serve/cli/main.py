@@ -16,7 +16,7 @@ __all__ = ["COMMANDS", "main"]
 
 # Subcommand to module and summary, in the order of first use.
 COMMANDS = {
-    "demo": ("serve.cli.demo", "archive, serve and ask the demonstration SECOND"),
+    "demo": ("serve.cli.demo", "archive and serve the demo SECOND, and send it a frame"),
     "archive": (
         "serve.cli.archive",
         "create a .mar archive of a zoo model or of your own config and checkpoint",
@@ -29,7 +29,7 @@ COMMANDS = {
     "fetch": ("serve.cli.fetch", "fetch the archives of a bucket into a folder"),
     "push": ("serve.cli.push", "verify archives and upload them to a bucket"),
     "pack": ("serve.cli.pack", "pack a folder of frames into one FFRecord file"),
-    "gateway": ("serve.cli.gateway", "run the gateway alone, in front of a TorchServe elsewhere"),
+    "gateway": ("serve.cli.gateway", "run the gateway in front of a TorchServe elsewhere"),
 }
 # Former names, accepted for one version.
 RENAMED = {"up": ["serve", "--container"], "fetch-models": ["fetch"]}

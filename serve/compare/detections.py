@@ -154,8 +154,8 @@ class Comparison:
         counts = [f"{len(self.pairs)} pairs of {both}"]
         if self.wrong_labels:
             counts.append(f"{self.wrong_labels} with different labels")
-        if alone := len(self.unmatched_expected) + len(self.unmatched_actual):
-            counts.append(f"{alone} unmatched")
+        if unmatched := len(self.unmatched_expected) + len(self.unmatched_actual):
+            counts.append(f"{unmatched} unmatched")
         if borderline := len(self.borderline_expected) + len(self.borderline_actual):
             counts.append(f"{borderline} borderline (not counted)")
         word = "match" if self.ok else "MISMATCH"
@@ -246,7 +246,7 @@ def compare_answers(
     *,
     sides: tuple[str, str] = ("native", "served"),
 ) -> Comparison | LabelComparison:
-    """`compare` for detections, `serve.compare.labels.compare_labels` for labels; the reference says which it is."""
+    """Compare detections by `compare`, labels by `compare_labels`, depending on the expected predictions."""
     if not has_labels(expected):
         return compare(expected, actual, tolerances, score_thr, sides=sides)
     return compare_labels(expected, actual, (tolerances or Tolerances()).label_share, sides=sides)

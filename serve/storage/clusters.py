@@ -41,8 +41,8 @@ def find_cluster(name: str, conf: Path | None = None) -> Cluster:
     path = (conf or PETREL_CONF).expanduser()
     if not path.is_file():
         if name or conf is not None:
-            wanted = f"cluster '{name}'" if name else "the petrel configuration"
-            raise StorageError(f"{wanted} not found: {path} does not exist")
+            missing = f"cluster '{name}'" if name else "the petrel configuration"
+            raise StorageError(f"{missing} not found: {path} does not exist")
         return Cluster()
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     try:

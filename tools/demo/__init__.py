@@ -1,4 +1,4 @@
-"""The demonstration detector: synthetic LiDAR scenes, a small SECOND trained on them, and how good it is.
+"""The demo detector: synthetic LiDAR scenes, a small SECOND trained on them, and how good it is.
 
 Importing this package imports nothing. It knows nothing about serving.
 """

@@ -1,11 +1,11 @@
-"""``python -m tools.demo NAME``: train and evaluate the demonstration SECOND, write synthetic scenes."""
+"""``python -m tools.demo NAME``: train and evaluate the demo SECOND, write synthetic scenes."""
 
 from __future__ import annotations
 
 from tools.commands import dispatch
 
 COMMANDS = {
-    "train": ("tools.demo.train_command", "train the demonstration SECOND on synthetic scenes"),
+    "train": ("tools.demo.train_command", "train the demo SECOND on synthetic scenes"),
     "evaluate": ("tools.demo.evaluate_command", "average precision on held-out synthetic scenes"),
     "picture": ("tools.demo.picture_command", "draw a scene as a camera and from above, with its detections"),
     "scene": ("tools.demo.scene_command", "write one synthetic LiDAR frame"),

@@ -1,7 +1,7 @@
 """What a camera beside the LiDAR sees of a synthetic scene: ray casting, sunlight and shadows.
 
 The pinhole camera of `tools.demo.raycast` (KITTI's left colour camera: 1242 x 375 px, focal length 721.5 px),
-0.27 m before and 0.08 m below the LiDAR. For pictures in the documentation; no model sees these images. Colours
+0.27 m before and 0.08 m below the LiDAR. For images in the documentation; no model sees these images. Colours
 are invented: a scene knows reflectivities of a laser only.
 """
 

@@ -1,4 +1,4 @@
-"""Print the demonstration SECOND's average precision on held-out scenes (see `tools.demo.evaluation`)."""
+"""Print the demo SECOND's average precision on held-out scenes (see `tools.demo.evaluation`)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,8 @@ def main(argv: Sequence[str] | None) -> int:
         default=5,
         help="ignore boxes with fewer returns inside (default: %(default)s)",
     )
-    parser.add_argument(
-        "--config", type=Path, default=CONFIG, help="mmdet3d config (default: the demonstration's)"
-    )
-    parser.add_argument(
-        "--checkpoint", type=Path, default=CHECKPOINT, help="weights (default: the demonstration's)"
-    )
+    parser.add_argument("--config", type=Path, default=CONFIG, help="mmdet3d config (default: the demo's)")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="weights (default: the demo's)")
     parser.add_argument("--device", default="cpu", help="torch device, cpu or cuda:N (default: %(default)s)")
     args = parser.parse_args(argv)
     result = evaluate(

@@ -33,7 +33,7 @@ GAP = 6
 def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, detect, draw, write one PNG."""
     parser = argparse.ArgumentParser(
-        description="Draw a synthetic scene with the demonstration SECOND's detections: what a camera beside the "
+        description="Draw a synthetic scene with the demo SECOND's detections: what a camera beside the "
         "LiDAR would see, rendered, and the point cloud from above."
     )
     parser.add_argument(

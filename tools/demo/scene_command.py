@@ -11,7 +11,7 @@ from tools.demo.scenes import SAMPLE_SEED, generate_scene
 
 
 def main(argv: Sequence[str] | None) -> int:
-    """Parse the command line, write the files, say what is in them."""
+    """Parse the command line, write the files, print a summary."""
     parser = argparse.ArgumentParser(
         description="Write one synthetic LiDAR frame: float32 x, y, z in metres (forward, left, up), "
         "intensity 0 to 1."

@@ -1,10 +1,10 @@
 """Synthetic LiDAR scenes in KITTI's axes and file format, with ground-truth boxes, from a seed.
 
 `generate_scene` draws a street (`tools.demo.layout`), fires a 64-beam LiDAR into it (`tools.demo.raycast`)
-and counts the returns in every box. The demonstration SECOND was trained on these scenes and is measured on
+and counts the returns in every box. The demo SECOND was trained on these scenes and is measured on
 others of them; the two sets of seeds are disjoint by construction (`training_seed`, `held_out_seed`).
 
-Does not know: torch, any network, real recordings. A figure measured here says nothing about real streets.
+Results on these scenes do not transfer to real streets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train the demonstration SECOND on synthetic scenes (see `tools.demo.training`)."""
+"""Train the demo SECOND on synthetic scenes (see `tools.demo.training`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tools.demo.training import CHECKPOINT, TrainingOptions, train
 
 
 def main(argv: Sequence[str] | None) -> int:
-    """Parse the command line, train, say where the checkpoint is."""
+    """Parse the command line, train, print the path of the checkpoint."""
     defaults = TrainingOptions()
     parser = argparse.ArgumentParser(
-        description="Train the demonstration SECOND from scratch on synthetic LiDAR scenes, on the CPU. "
+        description="Train the demo SECOND from scratch on synthetic LiDAR scenes, on the CPU. "
         "Ctrl-C leaves an existing checkpoint as it was."
     )
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Train the demonstration SECOND from scratch on synthetic scenes, on a CPU, with mmdet3d's own losses.
+"""Train the demo SECOND from scratch on synthetic scenes, on a CPU, with mmdet3d's own losses.
 
 Each frame is drawn once, kept in memory and shown every epoch under a fresh flip, turn and scale. The
 optimiser is AdamW under a one-cycle cosine schedule (L. N. Smith and N. Topin, *Super-Convergence*, 2017),
@@ -74,7 +74,7 @@ class TrainingOptions:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained.
+        """Reject options that cannot be trained.
 
         Raises:
             SettingsError: a count below 1 (threads, budget and seed: below 0), or beyond a seed's scenes,

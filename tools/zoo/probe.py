@@ -178,7 +178,7 @@ def _try(path: Path, folder: Path, properties: dict[str, Any]) -> ProbeResult:
     if spec.modality == "image":
         import cv2
 
-        frame = folder / "picture.png"
+        frame = folder / "image.png"
         cv2.imwrite(str(frame), golden.golden_image(*IMAGE_PX))
     write_random_checkpoint(resolved, classes, checkpoint, frame=frame)
     converted = convert.convert(convert.Conversion(small, checkpoint, folder, "tried", golden_frame=frame))
@@ -193,7 +193,7 @@ def _try(path: Path, folder: Path, properties: dict[str, Any]) -> ProbeResult:
     for one, two in zip(single, batched, strict=True):
         same, found = matches(one, two, tolerances)
         if not same:
-            return ProbeResult(path.stem, "differs", f"a batch from its frames alone: {found.verdict()}")
+            return ProbeResult(path.stem, "differs", f"a batch from single frames: {found.verdict()}")
     # 4. Compare with upstream's own functions.
     reference = load_reference(small, checkpoint, "cpu")
     entries = opened.metadata.golden_frame

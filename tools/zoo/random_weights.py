@@ -52,9 +52,9 @@ def write_random_checkpoint(
 ) -> None:
     """Write a checkpoint that fits `config` (resolved), deterministic in `seed` and `frame`.
 
-    The file holds ``state_dict`` and ``meta.dataset_meta.classes``, as mmengine's own do. A deep network whose
-    norms know one picture may blow up another of another scale a thousandfold (YOLOX does): let `frame` be the
-    one that it will be tried with.
+    The file holds ``state_dict`` and ``meta.dataset_meta.classes``, as mmengine's own do. The norms of a deep
+    network that are set on one image can amplify an image of another scale a thousandfold (YOLOX): pass the frame that
+    the model will be run on as `frame`.
 
     Args:
         config: a resolved config.
@@ -76,7 +76,7 @@ def _initialise(network: Any) -> None:
 
     logger = MMLogger.get_current_instance()
     level = logger.level
-    logger.setLevel("ERROR")  # it would tell of every tensor
+    logger.setLevel("ERROR")  # INFO logs every tensor
     try:
         network.init_weights()
     finally:
@@ -90,19 +90,19 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any], frame: Path | None
     with fixed_seed(torch.device("cpu")):
         sample = samples.build(decode_frame(body, samples.spec, FrameOptions(), Limits()))
     views = [sample]
-    if isinstance(sample["inputs"], Tensor):  # a picture: norms that know one alone are far off on its mirror
+    if isinstance(sample["inputs"], Tensor):  # an image: norms set on one alone do not fit its mirror image
         views.append({**copy.deepcopy(sample), "inputs": sample["inputs"].flip(-1)})
     from mmengine.dataset import pseudo_collate
 
     hooks = []
     for name, module in network.named_modules():
         if isinstance(module, _BatchNorm):
-            # One value has no spread: such a norm (ResNeSt's, behind a mean over the picture) keeps its own.
+            # A single value has no variance: such a norm (ResNeSt's, after a mean over the image) keeps its own.
             hooks.append(module.register_forward_pre_hook(_train_where_there_is_spread))
             module.momentum = 1.0  # running statistics become those of this run
             if RESIDUAL.search(name) and module.affine:
                 module.weight.data.fill_(RESIDUAL_WEIGHT)
-            if module.eps == 0:  # NAS-FCOS: fine to evaluate with, refused by torch in training
+            if module.eps == 0:  # NAS-FCOS: valid in evaluation, rejected by torch in training
                 module.eps = _NO_EPS
         elif isinstance(module, nn.Conv2d | nn.Linear):
             target = next(((std, bias) for pattern, std, bias in OUTPUT_LAYERS if pattern.search(name)), None)

@@ -16,13 +16,13 @@ _HEAD = """\
 
 Written by `make zoo-coverage` (`python -m tools.zoo sweep`); do not edit. For every folder of configs in the
 installed packages the first config is built with random weights that behave, converted (which proves the
-archive on its golden frame), loaded, run on two frames alone and as a batch, and compared with upstream's own
+archive on its golden frame), loaded, run on two frames singly and as a batch, and compared with upstream's own
 inference call. Where the first config is not a model that answers single frames, or wants a package, the next
 ones of its folder are tried.
 
-Images inside the networks are limited to {inside} pixels, the picture sent is {picture}, and detections with
+Images inside the networks are limited to {inside} pixels, the image sent is {image}, and detections with
 masks are at most {masked}, so that the sweep ends on a small machine; nothing else of a config is changed. Random
-weights say nothing about how well a model detects, only that the same comes out.
+weights do not measure how well a model detects, only that the predictions are equal.
 
 Versions: {versions}.
 """
@@ -41,9 +41,9 @@ def page(families: Sequence[Family], results: Sequence[Result], versions: Mappin
         versions: package name → version, named on the page.
     """
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    picture, inside = (f"{width} x {height}" for width, height in (IMAGE_PX, SHRUNK_PX))
+    image, inside = (f"{width} x {height}" for width, height in (IMAGE_PX, SHRUNK_PX))
     lines = [
-        _HEAD.format(inside=inside, picture=picture, masked=MAX_MASKS, versions=named),
+        _HEAD.format(inside=inside, image=image, masked=MAX_MASKS, versions=named),
         *counts(families, results),
         "",
         _FOOT,
