@@ -5,17 +5,19 @@ Reading a config runs its Python, as OpenMMLab does.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from serve.archive.format import Source
+from serve.convert.legacy_config import is_legacy, modernize, package_of
+from serve.convert.local_bases import local_bases
 from serve.errors import ArchiveError
+from serve.runtime.pipeline import dataset_of
 
-__all__ = ["collect_custom_code", "configured_classes", "resolve_config"]
+__all__ = ["ResolvedConfig", "collect_custom_code", "resolve_config"]
 
 # Training, evaluation and logging keys stay outside the archive.
 KEPT_KEYS = (
@@ -31,8 +33,24 @@ KEPT_KEYS = (
 )
 
 
-def resolve_config(path: Path) -> tuple[dict[str, Any], Literal["mmdet", "mmdet3d"]]:
+class ResolvedConfig(NamedTuple):
+    """A config after its bases, in today's form.
+
+    Attributes:
+        config: what serving needs, as plain data.
+        package: the package it is written for.
+        notes: what was converted or left out.
+    """
+
+    config: dict[str, Any]
+    package: Literal["mmdet", "mmdet3d"]
+    notes: tuple[str, ...] = ()
+
+
+def resolve_config(path: Path) -> ResolvedConfig:
     """Read a config and keep what serving needs, as plain data, with the package it is written for.
+
+    Configs of mmdet 2.x and mmdet3d 0.x are converted (`serve.convert.legacy_config`).
 
     Runs the config's Python and imports its custom modules.
 
@@ -51,11 +69,15 @@ def resolve_config(path: Path) -> tuple[dict[str, Any], Literal["mmdet", "mmdet3
         from serve.storage import backends  # noqa: F401  (registers s3:// and packed files with mmengine)
 
         try:
-            full = Config.fromfile(str(path), import_custom_modules=False).to_dict()
+            with local_bases(path) as whole:
+                full = Config.fromfile(str(whole), import_custom_modules=False).to_dict()
         except Exception as error:
             raise ArchiveError(f"config {path} cannot be read: {error}") from error
-    if "model" not in full:
-        raise ArchiveError(f"config {path} describes no model")
+        if not isinstance(full.get("model"), Mapping):
+            raise ArchiveError(f"config {path} describes no model")
+        notes: tuple[str, ...] = ()
+        if is_legacy(full):
+            full, notes = modernize(full, package_of(full))
     scope = scope_of(full)
     if scope not in ("mmdet", "mmdet3d"):
         raise ArchiveError(f"config {path} is for {scope}; supported: mmdet, mmdet3d")
@@ -63,12 +85,13 @@ def resolve_config(path: Path) -> tuple[dict[str, Any], Literal["mmdet", "mmdet3
     kept = {key: full[key] for key in KEPT_KEYS if full.get(key) is not None}
     kept["default_scope"] = scope
     config: dict[str, Any] = strip_pretrained(kept)
+    notes += keep_one_view(config)
     if config.get("custom_imports"):
         with suppress_warnings():
             from mmengine.utils import import_modules_from_strings
 
             import_modules_from_strings(**dict(config["custom_imports"]))
-    return config, "mmdet3d" if scope == "mmdet3d" else "mmdet"
+    return ResolvedConfig(config, "mmdet3d" if scope == "mmdet3d" else "mmdet", notes)
 
 
 def _inline_teacher(model: dict[str, Any], path: Path) -> None:
@@ -85,28 +108,28 @@ def _inline_teacher(model: dict[str, Any], path: Path) -> None:
     raise ArchiveError(f"config {path} names a teacher config {named}, which does not exist")
 
 
-def configured_classes(config: Mapping[str, Any]) -> Sequence[str]:
-    """Class names from a resolved config's metainfo or from its data set class; empty if neither has any."""
-    dataset = (config.get("test_dataloader") or {}).get("dataset") or {}
-    while "pipeline" not in dataset and isinstance(dataset.get("dataset"), Mapping):
-        dataset = dataset["dataset"]
-    for source in (dataset.get("metainfo"), config.get("metainfo"), {"classes": config.get("class_names")}):
-        if source and (classes := source.get("classes") or source.get("CLASSES")):
-            return tuple(classes)
-    return _read_dataset_classes(dataset.get("type"), str(config["default_scope"]))
+def keep_one_view(config: dict[str, Any]) -> tuple[str, ...]:
+    """Replace test-time augmentation in the test pipeline by its first scale without a flip; in place.
 
-
-def _read_dataset_classes(dataset_type: Any, scope: str) -> Sequence[str]:
-    """METAINFO of the data set class; building the data set would read its annotations."""
-    from serve.runtime.model import suppress_warnings
-
-    if not dataset_type:
+    Returns:
+        A note, if there was any.
+    """
+    dataset = dataset_of(config)
+    steps: list[Any] = []
+    augmented = False
+    for step in dataset["pipeline"]:
+        if str(step.get("type", "")).rpartition(".")[2] != "TestTimeAug":
+            steps.append(step)
+            continue
+        augmented = True
+        for variants in step.get("transforms", ()):
+            kept = min(variants, key=lambda one: float(one.get("prob") or 0.0), default=None)
+            if kept is not None and not str(kept["type"]).rpartition(".")[2].startswith("RandomFlip"):
+                steps.append(variants[0])
+    if not augmented:
         return ()
-    with suppress_warnings():
-        registry = importlib.import_module(f"{scope}.registry").DATASETS
-        found = registry.get(dataset_type)
-    metainfo = getattr(found, "METAINFO", None) or {}
-    return tuple(metainfo.get("classes") or ())
+    dataset["pipeline"] = steps
+    return ("test-time augmentation (TestTimeAug) is left out: one scale, no flip",)
 
 
 def collect_custom_code(config: Mapping[str, Any]) -> dict[str, Source]:

@@ -19,8 +19,9 @@ from serve import archive
 from serve.archive import InferenceOptions, Metadata
 from serve.archive.format import WEIGHTS, Source
 from serve.convert import golden
-from serve.convert.config import collect_custom_code, configured_classes, resolve_config
-from serve.errors import ArchiveError, CheckpointError, SelfTestError
+from serve.convert.classes import check_against_head, find_class_names
+from serve.convert.config import collect_custom_code, resolve_config
+from serve.errors import ArchiveError, SelfTestError
 from serve.protocol.batch import Body
 from serve.protocol.frames import FrameSpec
 from serve.storage.hashes import sha256_of
@@ -51,6 +52,7 @@ class Conversion:
         allow_partial: continue when keys are missing or unexpected.
         trust_checkpoint: unpickle any type in the checkpoint.
         extra_files: packed under ``extra/``.
+        classes: class names by label, in place of those of checkpoint and config.
         golden_frame: the user's frame in place of the synthetic one; for a frame of several parts the folder of
             its files (``points.bin``, ``image.png``, ``calibration.json``, …).
         channels_last: see `serve.archive.format.InferenceOptions`.
@@ -69,6 +71,7 @@ class Conversion:
     allow_partial: bool = False
     trust_checkpoint: bool = False
     extra_files: Sequence[Path] = ()
+    classes: Sequence[str] = ()
     golden_frame: Path | None = None
     channels_last: bool = True
     fold_batch_norm: bool = True
@@ -118,23 +121,22 @@ def convert(conversion: Conversion) -> ConversionResult:
     device = torch.device(conversion.device)
     # 1. Config.
     report("reading the config")
-    config, package = resolve_config(conversion.config)
+    config, package, config_notes = resolve_config(conversion.config)
     spec = frame_spec(config)
     code = collect_custom_code(config)
     # 2. Checkpoint and network.
     report("reading the checkpoint")
     checkpoint = load_checkpoint(conversion.checkpoint, trust=conversion.trust_checkpoint)
-    classes = tuple(checkpoint.classes or configured_classes(config))
-    if not classes:
-        raise CheckpointError(
-            f"neither {conversion.checkpoint.name} nor the config names the classes; add metainfo=dict(classes=[…])"
-        )
+    named = find_class_names(config, checkpoint.classes or (), conversion.classes)
+    check_against_head(named, config["model"])
+    classes = named.names
     report("building the network")
     with torch.random.fork_rng():
         torch.manual_seed(0)  # weights missing from the checkpoint are the same in every conversion
         network = build_network(config, classes)
     keys = adapt_and_load(network, checkpoint, allow_partial=conversion.allow_partial)
-    notes = keys.notes if keys.ok else (*keys.notes, f"loaded in part (--allow-partial):\n{keys.summary()}")
+    notes = config_notes
+    notes += keys.notes if keys.ok else (*keys.notes, f"loaded in part (--allow-partial):\n{keys.summary()}")
     state = {key: tensor.detach().clone() for key, tensor in network.state_dict().items()}
     network.to(device)
     # 3. Golden frame.

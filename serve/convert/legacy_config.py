@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from serve.errors import ArchiveError
 
-__all__ = ["Modernized", "is_legacy", "modernize"]
+__all__ = ["Modernized", "is_legacy", "modernize", "package_of"]
 
 Step = dict[str, Any]
 
@@ -72,8 +71,7 @@ _REARRANGED = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Modernized:
+class Modernized(NamedTuple):
     """A config in today's form.
 
     Attributes:
@@ -94,6 +92,19 @@ def is_legacy(config: Mapping[str, Any]) -> bool:
         return True
     model = config.get("model")
     return isinstance(model, Mapping) and any(name in model for name in _VOXEL_LAYERS)
+
+
+def package_of(config: Mapping[str, Any]) -> str:
+    """Package of a legacy config, which seldom names its scope: by its scope, its steps, its model."""
+    if config.get("default_scope") in ("mmdet", "mmdet3d"):
+        return str(config["default_scope"])
+    dataset = _test_dataset(config)
+    kinds = {str(step.get("type")) for step in dataset.get("pipeline") or config.get("test_pipeline") or ()}
+    model = config["model"]
+    in_3d = any(name in model for name in _VOXEL_LAYERS) or any(
+        kind.endswith("3D") or kind.startswith("LoadPoints") for kind in kinds
+    )
+    return "mmdet3d" if in_3d or not _is_of_mmdet(model) else "mmdet"
 
 
 def modernize(config: Mapping[str, Any], package: str) -> Modernized:

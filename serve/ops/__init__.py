@@ -47,7 +47,7 @@ class _ExtensionFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not fullname.startswith(("mmcv.", "mmdet3d.")):
+        if not fullname.startswith(("mmcv.", "mmdet3d.", "mmengine.")):
             return None
         if fullname != EXTENSION:
             return _find_patched(fullname, path)

@@ -105,12 +105,55 @@ def _use_attention_kernel(module: ModuleType) -> None:
 def _look_up_functions(module: ModuleType) -> None:
     def find_function(name: str) -> Any:
         """Find the module's own function of that name."""
-        found = vars(module).get(name)
+        # Dumps of lazy configs name a function by its path.
+        package, _, own = name.rpartition(".")
+        found = vars(module).get(own) if package in ("", "mmcv.ops", module.__name__) else None
         if not isinstance(found, FunctionType) or found.__module__ != module.__name__:
             raise ValueError(f"{name!r} is not a function of {module.__name__}; use a name such as 'nms'")
         return found
 
     module.__dict__["eval"] = find_function
+
+
+def _look_up_packages(module: ModuleType) -> None:
+    """Have mmengine find installed packages by `importlib.metadata`.
+
+    It asks pkg_resources, which setuptools no longer contains, for every ``_base_ = 'mmdet::…'`` (mmcv#3325).
+    """
+    import importlib.metadata
+    import importlib.util
+    from pathlib import Path
+
+    def is_installed(package: str) -> bool:
+        """Whether a distribution or an importable module of that name is there."""
+        try:
+            importlib.metadata.distribution(package)
+        except importlib.metadata.PackageNotFoundError:
+            spec = importlib.util.find_spec(package)
+            return spec is not None and spec.origin is not None
+        return True
+
+    def package2module(package: str) -> str:
+        """Top-level module of a distribution."""
+        names = importlib.metadata.distribution(package).read_text("top_level.txt") or ""
+        if not names.strip():
+            raise ValueError(f"can not infer the module name of {package}")
+        return names.split()[0]
+
+    def get_installed_path(package: str) -> str:
+        """Folder of an installed package, by the name of its distribution or of its module."""
+        name = package
+        if importlib.util.find_spec(package) is None:
+            name = package2module(package)
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        if spec.origin is None:
+            raise RuntimeError(f"{package} is a namespace package, which is invalid for `get_install_path`")
+        return str(Path(spec.origin).parent)
+
+    for function in (is_installed, package2module, get_installed_path):
+        module.__dict__[function.__name__] = function
 
 
 def _look_up_types(module: ModuleType) -> None:
@@ -126,6 +169,23 @@ def _look_up_types(module: ModuleType) -> None:
     module.__dict__["eval"] = find_type
 
 
+def _let_none_be_replaced(module: ModuleType) -> None:
+    """Let a config replace a base's ``None`` by a dictionary, as storage pages do with ``backend_args``."""
+    merge = module.Config._merge_a_into_b
+
+    def merge_over_none(
+        a: dict[str, Any], b: dict[str, Any], allow_list_keys: bool = False
+    ) -> dict[str, Any]:
+        """Merge `a` into `b`; None in `b` counts as absent where `a` has a dictionary."""
+        kept = {
+            key: value for key, value in b.items() if value is not None or not isinstance(a.get(key), dict)
+        }
+        merged: dict[str, Any] = merge(a, kept if len(kept) < len(b) else b, allow_list_keys)
+        return merged
+
+    module.Config._merge_a_into_b = staticmethod(merge_over_none)
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "mmcv.ops.furthest_point_sample": _assume_no_cuda,
     "mmcv.ops.knn": _assume_no_cuda,
@@ -135,4 +195,6 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "mmcv.ops.sparse_structure": _patch_sparse_structure,
     "mmcv.ops.multi_scale_deform_attn": _use_attention_kernel,
     "mmdet3d.datasets.transforms.loading": _look_up_types,
+    "mmengine.config.config": _let_none_be_replaced,
+    "mmengine.utils.package_utils": _look_up_packages,
 }

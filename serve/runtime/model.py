@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from serve import ops
-from serve.errors import CheckpointError
+from serve.errors import ArchiveError, CheckpointError
 from serve.runtime.patches import patch, use_torch_sync_bn
 from serve.runtime.registry_guard import restrict_registry
 
@@ -105,7 +105,12 @@ def _build(config: Any, scope: str) -> Any:
         from mmdet.registry import MODELS
     if "train_cfg" in model:  # the wrapper of teacher and student does not accept one
         model.train_cfg = None
-    return MODELS.build(use_torch_sync_bn(model))
+    try:
+        return MODELS.build(use_torch_sync_bn(model))
+    except Exception as error:  # whatever a constructor makes of somebody's config
+        raise ArchiveError(
+            f"the network {model.get('type')} cannot be built from its config: {type(error).__name__}: {error}"
+        ) from error
 
 
 def is_segmentor(network: nn.Module) -> bool:

@@ -38,18 +38,19 @@ NOT_PER_FRAME = {
 BOX_TYPES = {"lidar": "LiDAR", "camera": "Camera", "depth": "Depth"}
 
 
-def dataset_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Find the test data set of a config inside any wrappers.
+def dataset_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Find the test data set of a config inside any wrappers; of several joined ones the first.
 
     Raises:
-        ArchiveError: the config has none with a pipeline.
+        ArchiveError: none of them has a pipeline.
     """
-    dataset = (config.get("test_dataloader") or {}).get("dataset")
-    while isinstance(dataset, Mapping) and "pipeline" not in dataset and "dataset" in dataset:
-        dataset = dataset["dataset"]
-    if not isinstance(dataset, Mapping) or not dataset.get("pipeline"):
+    dataset: Any = (config.get("test_dataloader") or {}).get("dataset")
+    while isinstance(dataset, Mapping) and not dataset.get("pipeline"):
+        inner = dataset.get("dataset") or dataset.get("datasets")
+        dataset = inner[0] if isinstance(inner, list | tuple) and inner else inner
+    if not isinstance(dataset, dict):
         raise ArchiveError(
-            "the config has no test_dataloader.dataset.pipeline, which prepares a frame; add it"
+            "the config has no test_dataloader.dataset.pipeline: nothing says how a frame is prepared"
         )
     return dataset
 

@@ -28,12 +28,24 @@ def _find_registered(path: str) -> Any:
     from mmengine.utils import get_object_from_string
 
     package, _, rest = path.partition(".")
+    if path.startswith("torch.nn."):
+        return _find_layer(get_object_from_string(path))
     if package not in _OPENMMLAB or not rest:
         return None
     found = get_object_from_string(path)
     if any(found is known for one in _registries() for known in one.module_dict.values()):
         return found
     return None
+
+
+def _find_layer(found: Any) -> Any:
+    """A layer of torch's own, which lazy configs name by its path; making one runs no code of anybody's."""
+    from torch import nn
+
+    is_layer = (
+        isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("torch.nn.")
+    )
+    return found if is_layer else None
 
 
 def _registries() -> Iterator[Any]:

@@ -97,7 +97,7 @@ def make(name: str, folder: Path) -> Small:
     change(config)
     path, checkpoint = folder / f"{name}.py", folder / f"{name}.pth"
     config.dump(str(path))
-    resolved, _ = resolve_config(path)
+    resolved = resolve_config(path).config
     write_random_checkpoint(resolved, tuple(configured_classes(resolved)), checkpoint)
     made = convert(Conversion(path, checkpoint, folder, name))
     return Small(path, checkpoint, made.path, archive.extract(made.path, folder / f"{name}-opened"))

@@ -57,7 +57,7 @@ def image_detector(folder: Path, demo_mar: Path) -> tuple[Path, bytes]:
     from tools.zoo.random_weights import write_random_checkpoint
 
     config = zoo.resolve("yolox_tiny_8xb8-300e_coco").config_path
-    resolved, _ = convert.resolve_config(config)
+    resolved = convert.resolve_config(config).config
     checkpoint = folder / "random.pth"
     write_random_checkpoint(resolved, tuple(convert.configured_classes(resolved)), checkpoint)
     made = convert.convert(convert.Conversion(config, checkpoint, folder, "image"))

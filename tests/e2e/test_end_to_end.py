@@ -51,7 +51,7 @@ def models(tmp_path_factory, store, demo_mar) -> dict[str, tuple[Path, Path]]:
             )
             config = half
         checkpoint = folder / f"{name}.pth"
-        resolved, _ = resolve_config(config)
+        resolved = resolve_config(config).config
         write_random_checkpoint(resolved, tuple(configured_classes(resolved)), checkpoint)
         convert.convert(Conversion(config, checkpoint, store, name))
         made[name] = (config, checkpoint)

@@ -376,7 +376,7 @@ def registered():
     assert prefix_to_backends["s3"].__module__ == "serve.storage.backends" == backends["ffrecord"].__module__
 
 path = Path("serve/assets/second_demo.py")
-config, _ = convert.resolve_config(path)
+config = convert.resolve_config(path).config
 registered()
 fresh()
 model.build_network(config, ["a", "b", "c"])

@@ -246,7 +246,7 @@ def _random_weights(config: str, path: Path) -> Path:
     from tools.zoo.random_weights import write_random_checkpoint
 
     ops.install()
-    parsed, _ = resolve_config(zoo.resolve(config).config_path)
+    parsed = resolve_config(zoo.resolve(config).config_path).config
     write_random_checkpoint(parsed, tuple(configured_classes(parsed)), path)
     return path
 

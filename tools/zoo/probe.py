@@ -168,7 +168,7 @@ def _try(path: Path, folder: Path, properties: dict[str, Any]) -> ProbeResult:
     if not full.get("test_dataloader"):
         return ProbeResult(path.stem, "broken upstream", "the config describes no test pipeline")
     shrink(full, path).dump(str(small))
-    resolved, _ = convert.resolve_config(small)
+    resolved = convert.resolve_config(small).config
     spec = frame_spec(resolved)
     properties["modality"] = spec.modality
     # 2. Write weights, and an archive that proves itself.

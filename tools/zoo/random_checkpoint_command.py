@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None) -> int:
     from tools.zoo.random_weights import write_random_checkpoint
 
     report(f"reading the config {args.config}")
-    config, _ = resolve_config(zoo.resolve(args.config).config_path)
+    config = resolve_config(zoo.resolve(args.config).config_path).config
     report("building the network and scaling its weights on one frame")
     write_random_checkpoint(config, tuple(configured_classes(config)), args.out, args.seed)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")

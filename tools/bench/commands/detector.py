@@ -76,7 +76,7 @@ def _archive(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, d
     from tools.zoo.random_weights import write_random_checkpoint
 
     config = zoo.resolve(name).config_path
-    resolved, _ = convert.resolve_config(config)
+    resolved = convert.resolve_config(config).config
     checkpoint = args.checkpoint or folder / "random.pth"
     if args.checkpoint is None:
         write_random_checkpoint(resolved, tuple(convert.configured_classes(resolved)), checkpoint)
