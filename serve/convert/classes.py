@@ -108,7 +108,7 @@ def check_against_head(classes: ClassNames, model: Mapping[str, Any]) -> None:
 
 
 def head_class_count(model: Mapping[str, Any]) -> int | None:
-    """Number of classes of a model's head by its config; None: the config does not say."""
+    """Count the classes of a model's head by its config; None: the config does not say."""
     for head in _heads(model):
         if isinstance(tasks := head.get("tasks"), list | tuple) and tasks:
             return sum(int(task.get("num_class", len(task.get("class_names", ())))) for task in tasks)

@@ -58,7 +58,7 @@ def _bases(path: Path) -> list[str]:
 
 
 def _in_zoo(base: str) -> Path | None:
-    """The installed zoo's file of the same folder and name: faster_rcnn is faster-rcnn today."""
+    """Find the zoo's file of the same folder and words: faster_rcnn is faster-rcnn today."""
     wanted = _words(Path(base))
     for root in zoo.installed_roots().values():
         for candidate in sorted((root / "configs").glob("*/*.py")) + sorted(
