@@ -266,7 +266,7 @@ def _plausible(body: Bytes) -> bool:
 
 
 # Reject a layout only if another one explains the numbers far better than happens by chance.
-_SAMPLE_FLOATS = 1 << 12
+_SAMPLE_FLOATS = 1 << 11
 _MIN_FLOATS = 512
 _STRIDES = range(3, 9)
 _FAR_BETTER = 0.35

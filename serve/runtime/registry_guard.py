@@ -39,7 +39,7 @@ def _find_registered(path: str) -> Any:
 
 
 def _find_layer(found: Any) -> Any:
-    """A layer of torch's own, which lazy configs name by its path; making one runs no code of anybody's."""
+    """Accept a layer of torch's own, which lazy configs name by its path; building one runs no foreign code."""
     from torch import nn
 
     is_layer = (
