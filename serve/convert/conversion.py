@@ -104,6 +104,8 @@ def convert(conversion: Conversion) -> ConversionResult:
     Raises:
         SetupError: a step failed; the message says what to change.
     """
+    report = conversion.report
+    report("loading torch")
     import torch
     from safetensors.torch import save_file
 
@@ -114,7 +116,6 @@ def convert(conversion: Conversion) -> ConversionResult:
     from serve.runtime.pipeline import box_type_of, frame_spec
     from serve.runtime.selftest import self_test
 
-    report = conversion.report
     target = conversion.output_folder / f"{conversion.model_name}.mar"
     if target.exists() and not conversion.force:
         raise ArchiveError(f"{target} exists; choose another --model-name, or replace it with --force")

@@ -120,4 +120,4 @@ def test_user_golden_frame_is_recorded(demo, tmp_path, street):
 def test_conversion_reports_each_step(demo):
     steps: list[str] = []
     convert(replace(demo, report=steps.append))
-    assert len(steps) == 6 and "config" in steps[0] and "proving" in steps[-1]
+    assert len(steps) == 7 and "config" in steps[1] and "proving" in steps[-1]
