@@ -26,7 +26,6 @@ from pathlib import Path
 import psutil
 
 from tests.conftest import pick_free_ports
-from tools.demo.scenes import sample_frame
 
 ROOT = Path(__file__).parents[1]
 USER = "4711:0"  # not in the image's /etc/passwd; group 0 is what OpenShift gives
@@ -154,7 +153,7 @@ def serve_and_ask(buildah: Buildah, container: str, root: Path, caches: str) -> 
             assert time.monotonic() - began < START_S, "it was not ready in time"
             time.sleep(1)
         print(f"ready {time.monotonic() - began:.0f} s after its start, caches {caches}")
-        (root / "tmp" / "frame.bin").write_bytes(sample_frame())
+        shutil.copyfile(ROOT / "serve" / "assets" / "sample.bin", root / "tmp" / "frame.bin")
         (root / "tmp" / "frame.bin").chmod(0o644)
         curl = [
             "curl",

@@ -147,6 +147,17 @@ def test_copied_files_exist_and_are_not_ignored() -> None:
                 assert any(source == one or Path(source).match(one) for one in passed), source
 
 
+@pytest.mark.parametrize("stage", ["serve", "gateway"])
+def test_images_hold_neither_tools_nor_tests(stage: str) -> None:
+    """What reaches an image: its own copies, and what the stages that it copies whole folders from have copied."""
+    copied: list[str] = []
+    for rest in words(stage, "COPY"):
+        source = re.match(r"--from=([\w-]+) /opt/mmdet3d-serve ", rest)
+        copied += words(source[1], "COPY") if source else [rest]
+    assert any("serve ./serve" in rest for rest in copied)
+    assert not [rest for rest in copied if re.search(r"\b(tools|tests|docs|k8s)\b", rest)]
+
+
 def test_stages_build_on_the_base_that_is_given_and_that_is_pinned() -> None:
     assert all(words(stage, "FROM") == [f"${{BASE_IMAGE}} AS {stage}"] for stage in stages() if stage)
     (base,) = [rest for rest in words("", "ARG") if rest.startswith("BASE_IMAGE=")]
