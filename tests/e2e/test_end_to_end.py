@@ -224,9 +224,9 @@ def test_serve_command_rejects_a_corrupt_archive(demo_mar, tmp_path):
     data = bytearray(demo_mar.read_bytes())
     data[data.find(b"weights.safetensors") + 100_000] ^= 1
     (tmp_path / "second.mar").write_bytes(data)
-    tool = TOOL.parents[1] / "serve_archives.py"
     done = subprocess.run(
-        [sys.executable, tool, "--store", tmp_path, "--state-dir", tmp_path / "state"],
+        [sys.executable, "-m", "serve", "serve", "--store", tmp_path, "--state-dir", tmp_path / "state"],
+        cwd=TOOL.parents[2],
         capture_output=True,
         text=True,
         check=False,
