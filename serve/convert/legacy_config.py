@@ -14,26 +14,11 @@ import copy
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
+from serve.convert.legacy_pipeline import Step, as_plain, modernize_pipeline, packed_keys
 from serve.errors import ArchiveError
 
 __all__ = ["Modernized", "is_legacy", "modernize", "package_of"]
 
-Step = dict[str, Any]
-
-# Wrappers around the steps of a test pipeline, with all scales and flips.
-_AUGMENTERS = ("MultiScaleFlipAug", "MultiScaleFlipAug3D")
-# Steps that made tensors and data containers; packing does that today.
-_PACKERS = (
-    "DefaultFormatBundle",
-    "DefaultFormatBundle3D",
-    "ImageToTensor",
-    "ToTensor",
-    "ToDataContainer",
-    "Collect",
-    "Collect3D",
-)
-_OLD_STEPS = frozenset((*_AUGMENTERS, *_PACKERS, "Normalize", "IndoorPointSample"))
-_RENAMED_STEPS = {"IndoorPointSample": "PointSample"}
 # Wrappers of data sets by the member that holds what they wrap.
 _WRAPPED = ("dataset", "datasets")
 _VOXEL_LAYERS = ("voxel_layer", "pts_voxel_layer")
@@ -127,15 +112,15 @@ def modernize(config: Mapping[str, Any], package: str) -> Modernized:
         )
     if not isinstance(config.get("model"), Mapping):
         raise ArchiveError("the config has no model")
-    model = copy.deepcopy(_plain(config["model"]))
+    model = copy.deepcopy(as_plain(config["model"]))
     _check_rearranged(model)
     if package == "mmdet3d" and _is_of_mmdet(model):
         package = "mmdet"
     for name in ("train_cfg", "test_cfg"):
         if config.get(name) is not None and model.get(name) is None and not _is_loop(config[name]):
-            model[name] = copy.deepcopy(_plain(config[name]))
+            model[name] = copy.deepcopy(as_plain(config[name]))
     model["train_cfg"] = None
-    flat, normalization, padding = _pipeline(steps, notes)
+    flat, normalization, padding = modernize_pipeline(steps, notes)
     model["data_preprocessor"] = _preprocessor(model, package, normalization, padding)
     for _, part in _parts(model):
         for name in _TRAINING_ONLY:
@@ -153,11 +138,11 @@ def modernize(config: Mapping[str, Any], package: str) -> Modernized:
         _qualify(model)
     packed = {
         "type": "Pack3DDetInputs" if package == "mmdet3d" else "PackDetInputs",
-        **({"keys": _packed_keys(flat)} if package == "mmdet3d" else {"meta_keys": _META_KEYS}),
+        **({"keys": packed_keys(flat)} if package == "mmdet3d" else {"meta_keys": _META_KEYS}),
     }
     pipeline = [*flat, packed]
     members = {
-        name: _plain(value)
+        name: as_plain(value)
         for name, value in config.items()
         if name not in ("data", "train_cfg", "test_cfg", "test_pipeline", "train_pipeline", "model")
     }
@@ -179,19 +164,6 @@ def modernize(config: Mapping[str, Any], package: str) -> Modernized:
 _META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 
 
-def _plain(value: Any) -> Any:
-    """Dictionaries and lists without mmengine's classes around them."""
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return (
-            type(value)(_plain(inner) for inner in value)
-            if type(value) in (list, tuple)
-            else list(map(_plain, value))
-        )
-    return value
-
-
 def _is_loop(value: Any) -> bool:
     """Whether a ``train_cfg`` or ``test_cfg`` is mmengine's loop, not the model's settings."""
     return isinstance(value, Mapping) and str(value.get("type", "")).endswith("Loop")
@@ -208,7 +180,7 @@ def _test_dataset(config: Mapping[str, Any]) -> Mapping[str, Any]:
             (found[name] for name in _WRAPPED if isinstance(found.get(name), Mapping | list)), None
         )
         if wrapped is None or "pipeline" in found:
-            return _plain(found)  # type: ignore[no-any-return]
+            return as_plain(found)  # type: ignore[no-any-return]
         found = wrapped
 
 
@@ -256,100 +228,6 @@ def _parts(model: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[st
         for one in inner:
             if isinstance(one, dict):
                 yield from _parts(one, f"{path}.{name}" if path else str(name))
-
-
-# The pipeline
-
-
-def _pipeline(steps: Sequence[Step], notes: list[str]) -> tuple[list[Step], Step | None, list[Step]]:
-    """Convert steps to today's form without packing; returns also the normalisation and the paddings."""
-    flat: list[Step] = []
-    normalization: Step | None = None
-    padding: list[Step] = []
-    for step in _unwrapped(steps, notes):
-        kind = str(step["type"]).rpartition(".")[2]
-        step["type"] = _RENAMED_STEPS.get(kind, step["type"])
-        if kind in _PACKERS or _is_identity(kind, step):
-            continue
-        if kind == "Normalize":
-            normalization = step
-        elif kind == "Pad" and step.get("size_divisor") is not None and not step.get("pad_val"):
-            padding.append(step)
-        elif kind == "Pad":
-            flat.append(_pad(step, normalization))
-        else:
-            if "img_scale" in step:
-                step["scale"] = step.pop("img_scale")
-            flat.append(step)
-    if any(step["type"] == "Pad" for step in flat) and normalization is not None:
-        for step in flat:
-            if str(step["type"]).startswith("LoadImage"):
-                step["to_float32"] = True  # the padding is the mean, exactly
-    return flat, normalization, padding
-
-
-def _unwrapped(steps: Sequence[Step], notes: list[str]) -> Iterator[Step]:
-    for step in steps:
-        kind = str(step.get("type", "")).rpartition(".")[2]
-        if kind not in _AUGMENTERS:
-            if kind == "LoadProposals":
-                raise ArchiveError(
-                    "the pipeline loads proposals from a file (LoadProposals): such models are not served"
-                )
-            yield {name: _plain(value) for name, value in step.items() if name != "file_client_args"}
-            continue
-        scales = step.get("img_scale")
-        many = isinstance(scales, list) and len(scales) > 1
-        factors = step.get("scale_factor")
-        if many or step.get("flip") or (isinstance(factors, list) and len(factors) > 1):
-            notes.append(f"test-time augmentation ({kind}) is left out: one scale, no flip")
-        scale = (
-            scales[0]
-            if isinstance(scales, list) and scales and isinstance(scales[0], list | tuple)
-            else scales
-        )
-        for inner in step.get("transforms", ()):
-            one = {name: _plain(value) for name, value in inner.items()}
-            if str(one.get("type", "")).rpartition(".")[2] == "Resize" and not {"img_scale", "scale"} & set(
-                one
-            ):
-                if scale is not None:
-                    one["scale"] = tuple(scale)
-                elif factors is not None:
-                    one["scale_factor"] = factors[0] if isinstance(factors, list) else factors
-            yield one
-
-
-def _is_identity(kind: str, step: Step) -> bool:
-    """Whether a random step does nothing at test time: no flip, no turn, no change of scale."""
-    if kind in ("RandomFlip", "RandomFlip3D"):
-        return True  # flips were decided by the augmenter around it
-    if kind == "GlobalRotScaleTrans":
-        still = not any(step.get("rot_range") or (0,)) and set(step.get("scale_ratio_range") or (1,)) == {1}
-        return still and not any(step.get("translation_std") or (0,))
-    return False
-
-
-def _pad(step: Step, normalization: Step | None) -> Step:
-    """Convert a padding that stays in the pipeline; normalisation comes after it now, so it pads with the mean."""
-    value = step.get("pad_val", 0)
-    image = value.get("img", 0) if isinstance(value, dict) else value
-    if normalization is not None and not any(image if isinstance(image, list | tuple) else (image,)):
-        mean = list(normalization["mean"])
-        image = tuple(reversed(mean)) if normalization.get("to_rgb", True) else tuple(mean)
-    if isinstance(image, list):
-        image = tuple(image)
-    return {**step, "pad_val": {"img": image}}
-
-
-def _packed_keys(flat: Sequence[Step]) -> list[str]:
-    kinds = {str(step["type"]).rpartition(".")[2] for step in flat}
-    keys = ["points"] if "LoadPointsFromFile" in kinds else []
-    return keys + (
-        ["img"]
-        if any(kind.startswith("LoadImage") or kind.startswith("LoadMultiView") for kind in kinds)
-        else []
-    )
 
 
 # The model

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from serve.errors import FrameTooLarge, NonFinitePoints, UndecodableFrame, UnknownOption
 from serve.protocol.batch import Bytes
-from serve.protocol.point_formats import MAX_COLUMNS, NPY_MAGIC, STANDARD_NAME, PointTable, read_point_file
+from serve.protocol.point_formats import NPY_MAGIC, read_point_file
+from serve.protocol.point_table import MAX_COLUMNS, STANDARD_NAME, PointTable
 from serve.settings import Limits
 
 __all__ = ["Columns", "PointLayout", "arrange", "check_layout", "decode_points", "parse_columns", "sniff"]
