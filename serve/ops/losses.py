@@ -52,9 +52,11 @@ def sigmoid_focal_loss_backward(
     """Write the derivative of each loss by its logit into `grad_input`; arguments as in the forward."""
     factor = _check(input, target, weight, background=True)
     _check_like("grad_input", grad_input, input.shape)
-    with torch.enable_grad():
-        logits = input.detach().to(compute_dtype(input)).requires_grad_()
-        (grad,) = torch.autograd.grad(_sigmoid_loss(logits, target, gamma, alpha).sum(), logits)
+    p = input.detach().to(compute_dtype(input)).sigmoid()
+    # Written out: the derivative of the loss itself ends where a logarithm is kept away from zero, the reference's not.
+    positive = -alpha * (1 - p) ** gamma * (1 - p - gamma * p * p.clamp(min=SMALLEST).log())
+    negative = -(1 - alpha) * p**gamma * (gamma * (1 - p) * (1 - p).clamp(min=SMALLEST).log() - p)
+    grad = torch.where(_is_target(input, target), positive, negative)
     grad_input.copy_(grad if factor is None else grad * factor[:, None])
 
 
@@ -100,12 +102,13 @@ def softmax_focal_loss_backward(
     _check_like("buff", buff, target.shape)
     _check_like("grad_input", grad_input, input.shape)
     p = _gather_target(input, target)
-    slope = alpha * (1 - p) ** (gamma - 1) * (gamma * p * p.clamp(min=SMALLEST).log() - (1 - p))
+    slope = gamma * (1 - p) ** (gamma - 1) * p * p.clamp(min=SMALLEST).log() - (1 - p) ** gamma
+    slope = alpha * slope
     slope = torch.where(target >= 0, slope, torch.zeros_like(slope))
     if factor is not None:
         slope = slope * factor
     buff.copy_(slope)
-    hot = torch.arange(input.shape[1], device=input.device)[None] == target[:, None]
+    hot = _is_target(input, target)
     grad_input.copy_(slope[:, None] * (hot.to(p.dtype) - input.detach().to(p.dtype)))
 
 
@@ -113,8 +116,12 @@ def _sigmoid_loss(logits: Tensor, target: Tensor, gamma: float, alpha: float) ->
     p = logits.sigmoid()
     positive = -alpha * (1 - p) ** gamma * p.clamp(min=SMALLEST).log()
     negative = -(1 - alpha) * p**gamma * (1 - p).clamp(min=SMALLEST).log()
-    hot = torch.arange(logits.shape[1], device=logits.device)[None] == target[:, None]
-    return torch.where(hot, positive, negative)
+    return torch.where(_is_target(logits, target), positive, negative)
+
+
+def _is_target(scores: Tensor, target: Tensor) -> Tensor:
+    """(N, C) bool."""
+    return torch.arange(scores.shape[1], device=scores.device)[None] == target[:, None]
 
 
 def _gather_target(input: Tensor, target: Tensor) -> Tensor:

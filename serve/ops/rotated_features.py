@@ -271,7 +271,8 @@ def correlation_backward(
     dtype = compute_dtype(input1)
     with torch.enable_grad():
         leaves = [one.detach().to(dtype).requires_grad_() for one in (input1, input2)]
-        grads = torch.autograd.grad(_correlate(leaves[0], leaves[1], steps), leaves, grad_output.to(dtype))
+        made = _correlate(leaves[0], leaves[1], steps, whole_steps=True)
+        grads = torch.autograd.grad(made, leaves, grad_output.to(dtype))
     grad_input1 += grads[0]
     grad_input2 += grads[1]
 
@@ -295,13 +296,19 @@ def _check_correlation(
     check_shape(name, output, batch, patch_h, patch_w, rows, columns)
 
 
-def _correlate(first: Tensor, second: Tensor, steps: tuple[int, ...]) -> Tensor:
-    """Correlate differentiably; (B, patchH, patchW, H', W') in the dtype of both."""
+def _correlate(first: Tensor, second: Tensor, steps: tuple[int, ...], *, whole_steps: bool = False) -> Tensor:
+    """Correlate differentiably; (B, patchH, patchW, H', W') in the dtype of both.
+
+    `whole_steps` centres an even patch on a whole number of its steps, as the reference does in its backward only.
+    """
     kernel_h, kernel_w, patch_h, patch_w, pad_h, pad_w, dilation_h, dilation_w, down, across, *stride = steps
     height, width = first.shape[2:]
     # One spare margin: with an even patch the last shift reaches further than the first.
     far_h, far_w = down * (patch_h - 1), across * (patch_w - 1)
-    padded = functional.pad(second, (far_w // 2, far_w, far_h // 2, far_h))
+    above, before = far_h // 2, far_w // 2
+    if whole_steps:
+        above, before = down * ((patch_h - 1) // 2), across * ((patch_w - 1) // 2)
+    padded = functional.pad(second, (before, far_w, above, far_h))
     window = first.new_ones((1, 1, kernel_h, kernel_w))
     made = []
     for i in range(patch_h):
@@ -315,7 +322,7 @@ def _correlate(first: Tensor, second: Tensor, steps: tuple[int, ...]) -> Tensor:
 
 
 def tin_shift_forward(input: Tensor, shift: Tensor, output: Tensor) -> None:
-    """Shift groups of channels in time; frames from outside are zero.
+    """Shift groups of channels in time; where nothing comes to, `output` stays as it is (mmcv gives zeros).
 
     Args:
         input: (B, T, C, S).
@@ -325,15 +332,18 @@ def tin_shift_forward(input: Tensor, shift: Tensor, output: Tensor) -> None:
     Raises:
         ValueError: a shape does not fit.
     """
-    _shift(input, shift, output, 1, ("input", "output"))
+    _shift(input, shift, output, ("input", "output"))
 
 
 def tin_shift_backward(grad_output: Tensor, shift: Tensor, grad_input: Tensor) -> None:
-    """Write into `grad_input` the gradient of `tin_shift_forward`: the shift backwards."""
-    _shift(grad_output, shift, grad_input, -1, ("grad_output", "grad_input"))
+    """Shift `grad_output` as `tin_shift_forward` does, forward too, into `grad_input`.
+
+    That is not its gradient, but what mmcv's kernel gives; models were trained with it.
+    """
+    _shift(grad_output, shift, grad_input, ("grad_output", "grad_input"))
 
 
-def _shift(source: Tensor, shift: Tensor, target: Tensor, sign: int, names: tuple[str, str]) -> None:
+def _shift(source: Tensor, shift: Tensor, target: Tensor, names: tuple[str, str]) -> None:
     check_rank(names[0], source, 4)
     check_rank("shift", shift, 2)
     check_integer(shift=shift)
@@ -346,9 +356,9 @@ def _shift(source: Tensor, shift: Tensor, target: Tensor, sign: int, names: tupl
         raise ValueError(f"shift must be ({batch}, a divisor of {channels}), got {tuple(shift.shape)}")
     if target.numel() == 0:
         return
-    moved = sign * shift.long().repeat_interleave(channels // groups, dim=1)
+    moved = shift.long().repeat_interleave(channels // groups, dim=1)
     origin = torch.arange(frames, device=source.device)[None, :, None] - moved[:, None]
     there = (origin >= 0) & (origin < frames)
     index = origin.clamp(0, frames - 1)[..., None].expand(source.shape)
     values = source.detach().gather(1, index)
-    target.copy_(torch.where(there[..., None], values, torch.zeros_like(values)))
+    target.copy_(torch.where(there[..., None], values.to(target.dtype), target))

@@ -21,7 +21,7 @@ from serve.ops.checks import (
     uses_numba,
 )
 from serve.ops.cpu.jit import jit
-from serve.ops.points.neighbours import nearest
+from serve.ops.points.neighbours import KNN_REACH, nearest
 
 __all__ = [
     "assign_score_withk_backward",
@@ -172,7 +172,8 @@ def chamfer_distance_forward(
 ) -> None:
     """Write the squared distance from each point to the nearest of the other set, both ways, and its row.
 
-    The first of equally near points is chosen. If the other set is empty, nothing is written.
+    The first of equally near points is chosen; among more than two, distances of 1e10 and above count as 1e10 and name
+    row 0. If the other set is empty, nothing is written.
 
     Args:
         xyz1: (B, N, 2) float.
@@ -201,7 +202,8 @@ def chamfer_distance_forward(
             (first[cloud], second[cloud], dist1[cloud], idx1[cloud]),
             (second[cloud], first[cloud], dist2[cloud], idx2[cloud]),
         ):
-            near, rows = nearest(own, other, 1, float("inf"))
+            # The reference searches two points without a limit, more of them up to one.
+            near, rows = nearest(own, other, 1, float("inf") if other.shape[0] == 2 else KNN_REACH)
             dist.copy_(near[:, 0])
             idx.copy_(rows[:, 0])
 
@@ -262,11 +264,12 @@ def _assign_cpu(
                 neighbour = idx[b, n, k]
                 if neighbour < 0 or neighbour >= n0:
                     continue
-                total[:] = 0
+                for o in range(o_of):
+                    total[o] = output[b, o, n, k]
                 for m in range(m_of):
                     _add_weighted(points[b, neighbour, m], centers[b, centre, m], scores[b, n, k, m], total)
                 for o in range(o_of):
-                    output[b, o, n, k] += total[o]
+                    output[b, o, n, k] = total[o]
 
 
 @jit
@@ -274,4 +277,4 @@ def _add_weighted(
     feature: Floats, centre: Floats, score: float, total: Floats
 ) -> None:  # pragma: no cover - compiled
     for o in range(total.shape[0]):
-        total[o] += (feature[o] - centre[o]) * score
+        total[o] += feature[o] * score - centre[o] * score

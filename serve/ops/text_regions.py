@@ -73,14 +73,15 @@ def pixel_group(
         as_numpy((kernel_contour != 0).to(torch.uint8)),
         labels,
         count,
-        float(distance_threshold) ** 2,
+        np.float32(distance_threshold) * np.float32(distance_threshold),
     )
     scores = as_numpy(score.float())
     groups: list[list[float]] = [[0.0, 0.0] for _ in range(count)]
     for label in range(1, count):
         y, x = np.nonzero(labels == label)
         if len(y):
-            mean = float(scores[y, x].mean(dtype=np.float64))
+            # Added one by one in float32, as in the reference.
+            mean = float(np.add.accumulate(scores[y, x])[-1] / np.float32(len(y)))
             groups[label] = [mean, float(len(y)), *np.stack((x, y), axis=1).ravel().astype(float).tolist()]
     return groups
 
@@ -124,7 +125,7 @@ def contour_expand(
 
 @jit
 def _aggregate(
-    mask: U8, embedding: F32, contour: U8, labels: I32, count: int, limit: float
+    mask: U8, embedding: F32, contour: U8, labels: I32, count: int, limit: np.float32
 ) -> None:  # pragma: no cover - compiled
     height, width, size = embedding.shape
     mean = np.zeros((max(count, 1), size), dtype=np.float32)
@@ -153,9 +154,10 @@ def _aggregate(
             u = x + (-1 if side == 0 else (1 if side == 1 else 0))
             if v < 0 or v >= height or u < 0 or u >= width or not mask[v, u] or labels[v, u] > 0:
                 continue
-            distance = 0.0
+            distance = np.float32(0)
             for d in range(size):
-                distance += (mean[label, d] - embedding[v, u, d]) ** 2
+                step = np.float64(mean[label, d] - embedding[v, u, d])
+                distance = np.float32(distance + step * step)
             if distance < limit:
                 labels[v, u] = label
                 queue[filled] = v * width + u

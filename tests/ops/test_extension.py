@@ -26,6 +26,11 @@ def test_extension_has_every_function_that_mmcv_loads():
     assert all(callable(getattr(module, name)) for name in asked)
 
 
+def test_every_kernel_is_on_the_page_of_differences():
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    assert set(extension.kernels()) <= set(re.findall(r"`(\w+)`", page))
+
+
 def test_unsupported_kernel_error_names_kernel_and_alternative():
     module = extension.build("mmcv._ext")
     with pytest.raises(extension.UnsupportedKernelError, match=r"upfirdn2d.*compiled mmcv"):

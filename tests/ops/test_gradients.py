@@ -88,8 +88,9 @@ def test_bezier_align(ops):
 
 def test_deformable_roi_pooling_with_respect_to_map_and_offset(ops):
     x = Inputs(False)
-    rois = regions(x.boxes(4, EXTENT))
-    offset = 0.3 * x.normal(4, 2, 3, 3).double()
+    # Well inside the map: mmcv's derivative by the offset is another where samples are clamped to the border.
+    rois = regions(0.3 * EXTENT + 0.4 * x.boxes(4, EXTENT))
+    offset = 0.1 * x.normal(4, 2, 3, 3).double()
     check_derivative(lambda m, o: ops.deform_roi_pool(m, rois, o, (3, 3), SCALE, 2, 0.5), maps(x), offset)
 
 

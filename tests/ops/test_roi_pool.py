@@ -181,7 +181,10 @@ def naive_max(maps, rois, size, scale):
                 ends = math.floor(n * step + start), math.ceil((n + 1) * step + start)
                 bounds.append(tuple(min(max(v, 0), limit) for v in ends))
             (top, bottom), (left, right) = bounds
-            if h <= 0 or w <= 0 or bottom <= top or right <= left:
+            if h <= 0 or w <= 0:
+                at[r, c, i, j] = 0  # as it was
+                continue
+            if bottom <= top or right <= left:
                 continue
             window = maps[int(roi[0]), c, top:bottom, left:right].numpy()
             out[r, c, i, j] = window.max()

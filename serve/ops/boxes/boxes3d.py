@@ -2,8 +2,9 @@
 
 A box is (x, y, z, x_size, y_size, z_size, yaw): metres and radians, z at the centre of its *bottom*, yaw
 counter-clockwise about the z axis. A point on the bottom or the top face is inside, one on a side face is
-outside, as in the reference (mmcv 2.1.0 `csrc/common/cuda/points_in_boxes_cuda_kernel.cuh`); a NaN coordinate
-is outside. The dtype is float32, or float64 if points or boxes are. mmdet3d converts boxes of cameras to this frame.
+outside, as in the reference (mmcv 2.1.0 `csrc/common/cuda/points_in_boxes_cuda_kernel.cuh`); so is a point
+whose x or y is NaN, but not one whose z is. All is computed in float32, or in float64 where points or boxes are.
+Knows nothing about cameras: mmdet3d turns their boxes into this frame first.
 """
 
 from __future__ import annotations
@@ -132,7 +133,11 @@ def inside_blocks(points: Tensor, frames: Tensor) -> Iterator[tuple[slice, Tenso
         cx, cy, cz, hx, hy, hz, cos, sin, _ = frames[block].t()[..., None]
         dx, dy = x - cx, y - cy
         along, across = dx * cos + dy * -sin, dx * sin + dy * cos
-        yield block, ((z - cz).abs() <= hz) & (along > -hx) & (along < hx) & (across > -hy) & (across < hy)
+        # As in the reference a height that is no number is inside, and float64 ones are compared in float32.
+        yield (
+            block,
+            ~((z - cz).abs().float() > hz) & (along > -hx) & (along < hx) & (across > -hy) & (across < hy),
+        )
 
 
 def first_box_torch(points: Tensor, frames: Tensor) -> Tensor:
@@ -165,7 +170,7 @@ def mark_inside(
         dx, dy = x[k] - cx, y[k] - cy
         along, across = dx * cos + dy * -sin, dx * sin + dy * cos
         hits[k] = (
-            (abs(z[k] - cz) <= hz) & (along > -hx) & (along < hx) & (across > -hy) & (across < hy)
+            (not np.float32(abs(z[k] - cz)) > hz) & (along > -hx) & (along < hx) & (across > -hy) & (across < hy)
         )  # fmt: skip
 
 

@@ -1,16 +1,19 @@
 """Bird's-eye-view overlap and NMS of upright 3D boxes (x, y, z, dx, dy, dz, heading in radians).
 
-mmcv's Python multiplies by the heights and sorts boxes by score. The reference is mmcv 2.1.0
-`csrc/common/cuda/iou3d_cuda_kernel.cuh`.
+The heights do not enter: mmcv's Python multiplies them in. The arithmetic is that of mmcv's CUDA kernel, in float32
+(`serve.ops.boxes.bev`), on the CPU for every device. Knows nothing about scores: boxes come sorted.
 """
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.boxes.rotated import overlap_areas, suppress_rotated
+from serve.ops.boxes.bev import bev_corners, bev_overlaps, suppress_bev, suppress_unrotated
 from serve.ops.checks import (
+    as_numpy,
     check_floating,
     check_integer,
     check_same_device,
@@ -29,7 +32,9 @@ def iou3d_boxes_overlap_bev_forward(boxes_a: Tensor, boxes_b: Tensor, ans_iou: T
     check_floating(boxes_a=boxes_a, boxes_b=boxes_b)
     check_same_device(boxes_a=boxes_a, boxes_b=boxes_b)
     check_tensor(("boxes_a", boxes_a), "ans_iou", ans_iou, boxes_a.shape[0], boxes_b.shape[0])
-    ans_iou.copy_(overlap_areas(_to_bev(boxes_a), _to_bev(boxes_b)).to(ans_iou.dtype))
+    areas = torch.empty(ans_iou.shape, dtype=torch.float32)
+    bev_overlaps(*_in_bev(_on_cpu(boxes_a)), *_in_bev(_on_cpu(boxes_b)), areas.numpy())
+    ans_iou.copy_(areas)
 
 
 def iou3d_nms3d_forward(boxes: Tensor, keep: Tensor, num_out: Tensor, nms_overlap_thresh: float) -> None:
@@ -51,8 +56,18 @@ def iou3d_nms3d_normal_forward(
     _suppress(boxes, keep, num_out, nms_overlap_thresh, turned=False)
 
 
-def _to_bev(boxes: Tensor) -> Tensor:
-    return boxes[:, [0, 1, 3, 4, 6]].double()
+def _on_cpu(boxes: Tensor) -> npt.NDArray[np.float32]:
+    """Copy boxes of any device and precision to (N, 7) float32."""
+    if boxes.device.type == "meta":
+        raise ValueError(f"boxes must be on a device that holds numbers, got {boxes.device}")
+    return as_numpy(boxes[:, :7].detach().to("cpu", torch.float32))
+
+
+def _in_bev(boxes: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Compute the corners (N, 4, 2) and frames (N, 7) of the boxes."""
+    corners, frames = np.empty((len(boxes), 4, 2), np.float32), np.empty((len(boxes), 7), np.float32)
+    bev_corners(boxes, corners, frames)
+    return corners, frames
 
 
 def _suppress(boxes: Tensor, keep: Tensor, num_out: Tensor, threshold: float, *, turned: bool) -> None:
@@ -64,10 +79,12 @@ def _suppress(boxes: Tensor, keep: Tensor, num_out: Tensor, threshold: float, *,
         raise ValueError(f"num_out must hold one number, got shape {tuple(num_out.shape)}")
     for name, tensor in (("boxes", boxes), ("keep", keep), ("num_out", num_out)):
         if tensor.device.type == "meta":
-            raise ValueError(f"{name} must have values, got a tensor on {tensor.device}")
-    flat = _to_bev(boxes)
-    if not turned:
-        flat[:, 4] = 0
-    rows = suppress_rotated(flat, torch.zeros_like(flat[:, 0]), float(threshold), False)
+            raise ValueError(f"{name} must be on a device that holds numbers, got {tensor.device}")
+    sorted_boxes, limit = _on_cpu(boxes), np.float32(threshold)
+    if turned:
+        found = suppress_bev(sorted_boxes, *_in_bev(sorted_boxes), limit)
+    else:
+        found = suppress_unrotated(sorted_boxes, limit)
+    rows = torch.from_numpy(found)
     keep[: rows.numel()] = rows.to(keep.device)
     num_out.fill_(rows.numel())

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.boxes.rotated import scan
 from serve.ops.checks import as_numpy, check_floating, check_tensor, check_width, uses_numba
 from serve.ops.cpu.jit import jit
 
@@ -39,8 +38,14 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     if uses_numba(boxes):
         keep = torch.from_numpy(_nms_cpu(as_numpy(ordered), np.float32(iou_threshold), np.float32(offset)))
     else:
-        keep = scan(_iou(ordered, float(offset)) > iou_threshold)
+        keep = scan(_above(ordered, float(offset), iou_threshold))
     return order[keep]
+
+
+def scan(hits: Tensor) -> Tensor:
+    """Select rows greedily (int64), given (N, N) bool "row i, if kept, drops row j > i"."""
+    keep = _scan_cpu(hits.to("cpu", torch.uint8).numpy())
+    return torch.from_numpy(keep).to(hits.device)
 
 
 def _check_cpu(name: str, tensor: Tensor) -> None:
@@ -48,14 +53,27 @@ def _check_cpu(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be on cpu, got {tensor.device}")
 
 
+def _above(boxes: Tensor, offset: float, threshold: float) -> Tensor:
+    """(N, N) bool: IoU above `threshold`, by division as mmcv does on the CPU, by multiplication as it does on CUDA."""
+    overlap, union = _overlap_and_union(boxes, offset)
+    if boxes.device.type == "cpu":
+        return overlap / union > threshold
+    return overlap > threshold * union
+
+
 def _iou(boxes: Tensor, offset: float) -> Tensor:
+    overlap, union = _overlap_and_union(boxes, offset)
+    return overlap / union
+
+
+def _overlap_and_union(boxes: Tensor, offset: float) -> tuple[Tensor, Tensor]:
     top_left = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
     bottom_right = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
     side = (bottom_right - top_left + offset).clamp(min=0)
     overlap = side[..., 0] * side[..., 1]
     extent = boxes[:, 2:] - boxes[:, :2] + offset
     area = extent[:, 0] * extent[:, 1]
-    return overlap / (area[:, None] + area[None, :] - overlap)
+    return overlap, area[:, None] + area[None, :] - overlap
 
 
 @jit
@@ -80,6 +98,23 @@ def _nms_cpu(boxes: F32, threshold: np.float32, offset: np.float32) -> I64:  # p
             overlap = w * h
             other = (boxes[j, 2] - boxes[j, 0] + offset) * (boxes[j, 3] - boxes[j, 1] + offset)
             if overlap / (area + other - overlap) > threshold:
+                dropped[j] = True
+    return keep[:kept]
+
+
+@jit
+def _scan_cpu(hits: npt.NDArray[np.uint8]) -> I64:  # pragma: no cover - compiled
+    n = hits.shape[0]
+    dropped = np.zeros(n, dtype=np.bool_)
+    keep = np.empty(n, dtype=np.int64)
+    kept = 0
+    for i in range(n):
+        if dropped[i]:
+            continue
+        keep[kept] = i
+        kept += 1
+        for j in range(i + 1, n):
+            if hits[i, j]:
                 dropped[j] = True
     return keep[:kept]
 
@@ -122,19 +157,26 @@ def softnms(
     chosen = _softnms_cpu(
         left,
         dets.detach().numpy(),
-        float(iou_threshold),
-        float(sigma),
-        float(min_score),
+        np.float32(iou_threshold),
+        np.float32(sigma),
+        np.float32(min_score),
         method,
-        float(offset),
+        np.float32(offset),
     )
     return torch.from_numpy(chosen)
 
 
 @jit
 def _softnms_cpu(
-    left: F32, dets: F32, threshold: float, sigma: float, min_score: float, method: int, offset: float
+    left: F32,
+    dets: F32,
+    threshold: np.float32,
+    sigma: np.float32,
+    min_score: np.float32,
+    method: int,
+    offset: np.float32,
 ) -> I64:  # pragma: no cover - compiled
+    zero, one = np.float32(0), np.float32(1)
     n = left.shape[0]
     rows = np.arange(n)
     i = 0
@@ -150,16 +192,16 @@ def _softnms_cpu(
         area = (left[i, 2] - left[i, 0] + offset) * (left[i, 3] - left[i, 1] + offset)
         j = i + 1
         while j < n:
-            w = max(0.0, min(left[i, 2], left[j, 2]) - max(left[i, 0], left[j, 0]) + offset)
-            h = max(0.0, min(left[i, 3], left[j, 3]) - max(left[i, 1], left[j, 1]) + offset)
+            w = max(zero, min(left[i, 2], left[j, 2]) - max(left[i, 0], left[j, 0]) + offset)
+            h = max(zero, min(left[i, 3], left[j, 3]) - max(left[i, 1], left[j, 1]) + offset)
             overlap = w * h
             other = (left[j, 2] - left[j, 0] + offset) * (left[j, 3] - left[j, 1] + offset)
             iou = overlap / (area + other - overlap)
-            weight = 1.0
+            weight = one
             if method == 2:
                 weight = np.exp(-(iou * iou) / sigma)
             elif iou >= threshold:
-                weight = 0.0 if method == 0 else 1.0 - iou
+                weight = zero if method == 0 else one - iou
             left[j, 4] *= weight
             if left[j, 4] < min_score:
                 # Dropped: the last box moves here and is processed next.

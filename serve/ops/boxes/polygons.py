@@ -1,29 +1,30 @@
 """Points in quadrilaterals, smallest rectangles, and overlaps of point sets' convex hulls with quadrilaterals.
 
-The reference is mmcv 2.1.0 `csrc/common/cuda/points_in_polygons_cuda_kernel.cuh`, `min_area_polygons_cuda.cuh`,
-`convex_iou_cuda_kernel.cuh` and `diff_iou_rotated_cuda_kernel.cuh`. All use torch in float64 on any device, except
-points in polygons: float32 like the reference, because borders decide there. Only oriented detectors and training
-losses call them.
+The arithmetic is that of mmcv's CUDA kernels: mmcv 2.1.0 `csrc/common/cuda/points_in_polygons_cuda_kernel.cuh` here,
+the others in `serve.ops.boxes.point_sets` and `serve.ops.boxes.vertex_order`, which compute on the CPU for all devices.
+Knows nothing about detection heads; these are reached from oriented detectors and training losses only.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from serve.ops.boxes.quadrilaterals import (
-    PAIRS_PER_BLOCK,
-    corners,
-    cross,
-    overlaps,
-    overlaps_aligned,
-    signed_area,
+from serve.ops.boxes.point_sets import hull_gious, hull_ious, smallest_rectangles
+from serve.ops.boxes.vertex_order import INTERSECTIONS_FROM, MOST_CORNERS, order_vertices
+from serve.ops.checks import (
+    as_numpy,
+    check_floating,
+    check_indices,
+    check_same_device,
+    check_shape,
+    uses_numba,
 )
-from serve.ops.checks import as_numpy, check_floating, check_same_device, check_shape, uses_numba
 from serve.ops.cpu.jit import jit
 
 __all__ = [
@@ -36,10 +37,8 @@ __all__ = [
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
-# The first 8 of the 24 candidate corners of the overlap of two rectangles are corners of the rectangles.
-INTERSECTIONS_FROM = 8
-# Most corners of the overlap of two rectangles.
-MOST_CORNERS = 8
+# Pairs of a point and a polygon that the torch version holds at once.
+PAIRS_PER_BLOCK = 1 << 18
 
 
 def points_in_polygons_forward(points: Tensor, polygons: Tensor, output: Tensor) -> None:
@@ -73,7 +72,7 @@ def points_in_polygons_forward(points: Tensor, polygons: Tensor, output: Tensor)
 def in_polygons_torch(points: Tensor, corner: Tensor) -> Tensor:
     """Test points (N, 2) in corners (M, 4, 2), float32, on any device; (N, M) bool."""
     out = torch.empty((points.shape[0], corner.shape[0]), dtype=torch.bool, device=points.device)
-    rows = max(1, 4 * PAIRS_PER_BLOCK // max(1, corner.shape[0]))
+    rows = max(1, PAIRS_PER_BLOCK // max(1, corner.shape[0]))
     for begin in range(0, points.shape[0], rows):
         px, py = points[begin : begin + rows].t()[..., None]
         odd = torch.zeros((px.shape[0], corner.shape[0]), dtype=torch.bool, device=points.device)
@@ -114,8 +113,8 @@ def _in_polygons_cpu(points: F32, corner: F32, inside: U8) -> None:  # pragma: n
 def min_area_polygons(pointsets: Tensor, polygons: Tensor) -> None:
     """Write the corners of the smallest rotated rectangle around each set of nine points.
 
-    One side of it lies on the line through two of the points (Freeman and Shapira, CACM 18(7), 1975), so all
-    36 pairs are tried.
+    One side of it lies on a side of their hull (Freeman and Shapira, CACM 18(7), 1975), so those are tried, in float32;
+    of equally small ones the first is taken.
 
     Args:
         pointsets: (N, 18) float, x and y in turn.
@@ -129,24 +128,9 @@ def min_area_polygons(pointsets: Tensor, polygons: Tensor) -> None:
     check_shape("polygons", polygons, pointsets.shape[0], 8)
     check_floating(pointsets=pointsets, polygons=polygons)
     check_same_device(pointsets=pointsets, polygons=polygons)
-    points = pointsets.detach().double().reshape(-1, 9, 2)
-    i, j = torch.triu_indices(9, 9, 1, device=points.device)
-    side = points[:, j] - points[:, i]
-    angle = torch.remainder(torch.atan2(side[..., 1], side[..., 0]), math.pi / 2)
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    x, y = points[:, None].unbind(dim=-1)
-    along = torch.aminmax(x * cos[..., None] + y * sin[..., None], dim=-1)
-    across = torch.aminmax(y * cos[..., None] - x * sin[..., None], dim=-1)
-    best = ((along.max - along.min) * (across.max - across.min)).argmin(dim=1, keepdim=True)
-    cos, sin, x0, x1, y0, y1 = (
-        part.gather(1, best)[:, 0] for part in (cos, sin, along.min, along.max, across.min, across.max)
-    )
-    turned = [
-        coordinate
-        for a, b in ((x1, y0), (x0, y0), (x0, y1), (x1, y1))
-        for coordinate in (a * cos - b * sin, a * sin + b * cos)
-    ]
-    polygons.copy_(torch.stack(turned, dim=1))
+    rectangles = torch.empty(polygons.shape, dtype=torch.float32)
+    smallest_rectangles(_pairs(pointsets, torch.float32), rectangles.numpy())
+    polygons.copy_(rectangles)
 
 
 def convex_iou(pointsets: Tensor, polygons: Tensor, ious: Tensor) -> None:
@@ -155,7 +139,7 @@ def convex_iou(pointsets: Tensor, polygons: Tensor, ious: Tensor) -> None:
     Args:
         pointsets: (N, 18) float.
         polygons: (K, 8) float.
-        ious: (N, K) float, written in place; 0 where neither has an area.
+        ious: (N, K) float, written in place; NaN where neither has an area.
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
@@ -165,11 +149,9 @@ def convex_iou(pointsets: Tensor, polygons: Tensor, ious: Tensor) -> None:
     check_shape("ious", ious, pointsets.shape[0], polygons.shape[0])
     check_floating(pointsets=pointsets, polygons=polygons, ious=ious)
     check_same_device(pointsets=pointsets, polygons=polygons, ious=ious)
-    hulls, quadrilaterals = _hulls(pointsets.detach().double().reshape(-1, 9, 2)), corners(polygons)
-    area1, area2 = signed_area(hulls), signed_area(quadrilaterals).abs()
-    overlap = overlaps(hulls, quadrilaterals)
-    union = area1[:, None] + area2[None] - overlap
-    ious.copy_(torch.where(union > 0, overlap / union, torch.zeros_like(union)))
+    found = torch.empty(ious.shape, dtype=torch.float32)
+    hull_ious(_pairs(pointsets), _pairs(polygons), found.numpy())
+    ious.copy_(found)
 
 
 def convex_giou(pointsets: Tensor, polygons: Tensor, output: Tensor) -> None:
@@ -189,25 +171,16 @@ def convex_giou(pointsets: Tensor, polygons: Tensor, output: Tensor) -> None:
     check_shape("output", output, pointsets.shape[0], 19)
     check_floating(pointsets=pointsets, polygons=polygons, output=output)
     check_same_device(pointsets=pointsets, polygons=polygons, output=output)
-    if pointsets.shape[0] == 0:
-        return
-    with torch.enable_grad():
-        points = pointsets.detach().double().reshape(-1, 9, 2).requires_grad_()
-        quadrilaterals = corners(polygons)
-        hulls = _hulls(points)
-        overlap = overlaps_aligned(hulls, quadrilaterals)
-        union = signed_area(hulls) + signed_area(quadrilaterals).abs() - overlap
-        around = signed_area(_hulls(torch.cat((points, quadrilaterals), dim=1)))
-        giou = overlap / union - (around - union) / around
-        (gradient,) = torch.autograd.grad(giou.sum(), points)
-    output.copy_(torch.cat((gradient.flatten(1), giou.detach()[:, None]), dim=1))
+    found = torch.zeros(output.shape, dtype=torch.float32)
+    hull_gious(_pairs(pointsets), _pairs(polygons), found.numpy())
+    output.copy_(found)
 
 
 def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_valid: Tensor) -> Tensor:
-    """Sort the corners of each overlap of two rectangles by angle around their mean.
+    """Put the corners of each overlap of two rectangles in order around their mean, in float32.
 
-    If more than 8 are valid, some coincide, and those nearest to their predecessor are dropped. (The reference
-    then writes beyond its output, and loses corners if two coincide.)
+    Corners that coincide are lost as in the reference: the first candidate stands in their place. Where more than 8 are
+    valid the reference writes beyond its output; here those nearest to the one before are left out.
 
     Args:
         vertices: (B, N, V, 2) float, relative to their mean; V is 24: corners of both, then intersections.
@@ -220,6 +193,7 @@ def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_v
 
     Raises:
         TypeError, ValueError: a tensor of wrong dtype, shape or device.
+        IndexError: `num_valid` is negative or more than there are candidates.
     """
     check_shape("vertices", vertices, None, None, None, 2)
     check_shape("mask", mask, *vertices.shape[:3])
@@ -228,49 +202,42 @@ def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_v
     check_same_device(vertices=vertices, mask=mask, num_valid=num_valid)
     if vertices.shape[2] <= INTERSECTIONS_FROM:
         raise ValueError(f"vertices must hold more than 8 candidates, got shape {tuple(vertices.shape)}")
-    points, valid = vertices.detach().double(), mask.bool()
-    number = valid.sum(dim=2, keepdim=True)
-    # 1. Sort by angle, invalid corners last.
+    if vertices.device.type == "meta":
+        raise ValueError(f"vertices must be on a device that holds numbers, got {vertices.device}")
+    check_indices("num_valid", num_valid, vertices.shape[2] + 1)
+    points = vertices.detach().to("cpu", torch.float32).flatten(0, 1).contiguous()
+    valid = mask.detach().to("cpu", torch.bool).flatten(0, 1).contiguous()
+    number = num_valid.detach().to("cpu", torch.int32).flatten().contiguous()
+    ring = torch.empty((len(points), MOST_CORNERS + 1), dtype=torch.int32)
+    order_vertices(points.numpy(), valid.view(torch.uint8).numpy(), number.numpy(), ring.numpy())
+    crowded = (number > MOST_CORNERS).nonzero().squeeze(1)
+    if crowded.numel() > 0:
+        ring[crowded] = _furthest_apart(points[crowded], valid[crowded])
+    return ring.view(*vertices.shape[:2], -1).to(vertices.device)
+
+
+def _furthest_apart(points: Tensor, valid: Tensor) -> Tensor:
+    """(R, 9) int32 rings of the 8 valid points (of R, V, 2) that are furthest from the one before."""
+    # 1. By angle, those not valid last.
+    number = valid.sum(dim=1, keepdim=True)
     angle = torch.remainder(torch.atan2(points[..., 1], points[..., 0]), 2 * math.pi)
-    order = torch.where(valid, angle, torch.inf).sort(dim=2, stable=True)[1]
-    # 2. Keep the 8 furthest from their predecessor.
-    ordered = points.gather(2, order[..., None].expand(-1, -1, -1, 2))
-    rank = torch.arange(order.shape[2], device=order.device).expand_as(order)
-    last = ordered.gather(2, (number - 1).clamp(min=0)[..., None].expand(-1, -1, -1, 2))
-    before = torch.cat((last, ordered[:, :, :-1]), dim=2)
-    gap = torch.where(rank < number, (ordered - before).square().sum(dim=3), -1.0)
-    kept = gap.sort(dim=2, descending=True, stable=True)[1][..., :MOST_CORNERS].sort(dim=2)[0]
-    order, number = order.gather(2, kept), number.clamp(max=MOST_CORNERS)
-    # 3. Close the ring and pad.
-    pad = (~valid[..., INTERSECTIONS_FROM:]).int().argmax(dim=2, keepdim=True) + INTERSECTIONS_FROM
-    place = torch.arange(MOST_CORNERS + 1, device=order.device)
-    ring = torch.cat((order, pad), dim=2)
-    ring = torch.where(place < number, ring, torch.where(place == number, order[..., :1], pad))
-    return torch.where(number >= 3, ring, pad).int()
+    order = torch.where(valid, angle, torch.inf).sort(dim=1, stable=True)[1]
+    # 2. The 8, in that order.
+    ordered = points.gather(1, order[..., None].expand(-1, -1, 2))
+    rank = torch.arange(order.shape[1]).expand_as(order)
+    last = ordered.gather(1, (number - 1).clamp(min=0)[..., None].expand(-1, -1, 2))
+    before = torch.cat((last, ordered[:, :-1]), dim=1)
+    gap = torch.where(rank < number, (ordered - before).square().sum(dim=2), -1.0)
+    kept = gap.sort(dim=1, descending=True, stable=True)[1][:, :MOST_CORNERS].sort(dim=1)[0]
+    order = order.gather(1, kept)
+    # 3. Close the ring.
+    return torch.cat((order, order[:, :1]), dim=1).int()
 
 
-def _hulls(points: Tensor) -> Tensor:
-    """Compute the corners (N, P, 2) of the convex hulls of (N, P, 2), from x to y, padded with the first.
-
-    Gift wrapping (Jarvis, IPL 2(1), 1973) of all sets in step. Differentiable in the points.
-    """
-    rows, size = points.shape[:2]
-    fixed = points.detach()
-    each = torch.arange(rows, device=points.device)
-    # The leftmost of the lowest points is a corner.
-    low = fixed[..., 1] == fixed[..., 1].amin(dim=1, keepdim=True)
-    first = torch.where(low, fixed[..., 0], torch.inf).argmin(dim=1)
-    at, wrapped, closed = first, [first], torch.zeros(rows, dtype=torch.bool, device=points.device)
-    for _ in range(size - 1):
-        offset = fixed - fixed[each, at][:, None]
-        best = first
-        for k in range(size):
-            candidate, rival = offset[:, k], offset[each, best]
-            turn = cross(rival, candidate)
-            farther = candidate.square().sum(dim=1) > rival.square().sum(dim=1)
-            best = torch.where((turn < 0) | ((turn == 0) & farther), k, best)
-        closed |= (fixed[each, best] == fixed[each, first]).all(dim=1)
-        at = torch.where(closed, first, best)
-        wrapped.append(at)
-    rows_of = torch.stack(wrapped, dim=1)
-    return points.gather(1, rows_of[..., None].expand(-1, -1, 2))
+def _pairs(coordinates: Tensor, dtype: torch.dtype = torch.float64) -> npt.NDArray[Any]:
+    """(N, P, 2) points of (N, 2 P) coordinates, on the CPU."""
+    if coordinates.device.type == "meta":
+        raise ValueError(f"polygons must be on a device that holds numbers, got {coordinates.device}")
+    return as_numpy(
+        coordinates.detach().to("cpu", dtype).reshape(len(coordinates), coordinates.shape[1] // 2, 2)
+    )

@@ -1,8 +1,8 @@
-"""Overlap areas, IoU and NMS of rotated rectangles.
+"""IoU and NMS of rotated boxes, and what they share with those of quadrilaterals.
 
-A rectangle is (x, y, width, height, angle in radians); the direction of the angle does not matter if it is the same for
-all. One rectangle is clipped by the four sides of the other (Sutherland and Hodgman, CACM 17(1), 1974) in float64, in
-the axes of the first, where the clip lines are x = ±w/2 and y = ±h/2.
+A box is (x, y, width, height, angle in radians); with the angle counter-clockwise or clockwise for all of them alike,
+areas are the same. The arithmetic is that of mmcv's kernels (`serve.ops.boxes.corner_hull`), on the CPU for every
+device: a GPU would wait for the greedy choice anyway. Knows nothing about boxes in 3D.
 """
 
 from __future__ import annotations
@@ -12,24 +12,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from serve.ops.boxes.corner_hull import half_turns, pair_ious, suppress
 from serve.ops.checks import (
+    as_compute_dtype,
     as_numpy,
     check_floating,
     check_indices,
     check_same_device,
     check_shape,
     check_width,
-    uses_numba,
 )
-from serve.ops.cpu.jit import jit
 
 __all__ = ["box_iou_rotated", "nms_rotated"]
-
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
-# A rectangle clipped by four half-planes has at most eight corners.
-MAX_CORNERS = 8
-PAIRS_PER_BLOCK = 1 << 20
 
 
 def box_iou_rotated(
@@ -57,16 +51,7 @@ def box_iou_rotated(
         raise ValueError(f"ious must hold {n if aligned else n * m} numbers, got {tuple(ious.shape)}")
     if n == 0 or m == 0:
         return
-    first, second = bboxes1[:, :5].double(), bboxes2[:, :5].double()
-    if aligned:
-        overlap = overlap_areas_aligned(first, second)
-        area1, area2 = _areas(first), _areas(second)
-    else:
-        overlap = overlap_areas(first, second)
-        area1, area2 = _areas(first)[:, None], _areas(second)[None, :]
-    base = area1 if mode_flag == 1 else area1 + area2 - overlap
-    result = torch.where(base > 0, overlap / base, torch.zeros_like(overlap))
-    ious.copy_(result.reshape(ious.shape).to(ious.dtype))
+    ious.copy_(ious_of(bboxes1[:, :5], bboxes2[:, :5], mode_flag, aligned).reshape(ious.shape))
 
 
 def nms_rotated(
@@ -78,7 +63,10 @@ def nms_rotated(
     iou_threshold: float,
     multi_label: bool = False,
 ) -> Tensor:
-    """Suppress rotated boxes greedily; one is dropped if its IoU with a kept one is >= `iou_threshold`.
+    """Greedy NMS of rotated boxes; a box is dropped when its IoU with a kept one reaches `iou_threshold`.
+
+    On the CPU an IoU at the threshold drops it too, on other devices only one above: mmcv's kernels for the CPU and for
+    CUDA differ so. Neither of them compares labels.
 
     Args:
         dets: (N, 5), or (N, 6) with the label last when `multi_label`.
@@ -87,15 +75,13 @@ def nms_rotated(
         dets_sorted: `dets` in that order.
         labels: unused; mmcv also appends them to `dets`.
         iou_threshold: IoU in [0, 1].
-        multi_label: boxes of different labels do not suppress each other.
+        multi_label: `dets` have a label, which is not looked at.
 
     Returns:
         int64 rows kept, by descending score.
     """
     check_sorted(dets, scores, order, dets_sorted, 6 if multi_label else 5)
-    boxes = dets_sorted[:, :5].double()
-    groups = dets_sorted[:, 5].double() if multi_label else torch.zeros_like(boxes[:, 0])
-    return order[suppress_rotated(boxes, groups, float(iou_threshold), True)]
+    return order[surviving(dets_sorted[:, :5], iou_threshold)]
 
 
 def check_sorted(dets: Tensor, scores: Tensor, order: Tensor, dets_sorted: Tensor, width: int) -> None:
@@ -109,193 +95,39 @@ def check_sorted(dets: Tensor, scores: Tensor, order: Tensor, dets_sorted: Tenso
     check_indices("order", order, dets.shape[0])
 
 
-def suppress_rotated(boxes: Tensor, groups: Tensor, threshold: float, inclusive: bool) -> Tensor:
-    """Suppress `boxes` (N, 5) float64, sorted by descending score, within (N,) `groups`; return kept rows.
-
-    `inclusive` drops at IoU == threshold too.
-    """
-    if uses_numba(boxes):
-        keep = _suppress_cpu(as_numpy(boxes), as_numpy(groups), threshold, inclusive)
-        return torch.from_numpy(keep)
-    # One IoU matrix on the device, one transfer of a byte per pair, one scan.
-    overlap = overlap_areas(boxes, boxes)
-    area = _areas(boxes)
-    base = area[:, None] + area[None, :] - overlap
-    iou = torch.where(base > 0, overlap / base, torch.zeros_like(overlap))
-    hits = (iou >= threshold) if inclusive else (iou > threshold)
-    hits &= groups[:, None] == groups[None, :]
-    return scan(hits)
-
-
-def scan(hits: Tensor) -> Tensor:
-    """Select rows greedily (int64), given (N, N) bool "row i, if kept, drops row j > i"."""
-    keep = _scan_cpu(hits.to("cpu", torch.uint8).numpy())
-    return torch.from_numpy(keep).to(hits.device)
-
-
-def overlap_areas(first: Tensor, second: Tensor) -> Tensor:
-    """Compute (N, M) float64 overlap areas of (N, 5) and (M, 5) float64 rectangles."""
-    n, m = first.shape[0], second.shape[0]
-    if uses_numba(first):
-        return torch.from_numpy(_overlaps_cpu(as_numpy(first), as_numpy(second)))
-    rows = max(1, PAIRS_PER_BLOCK // max(1, m))
-    blocks = [
-        overlap_areas_aligned(
-            block[:, None].expand(-1, m, 5).reshape(-1, 5),
-            second[None].expand(block.shape[0], m, 5).reshape(-1, 5),
-        ).view(-1, m)
-        for block in torch.split(first, rows)
-    ]
-    return torch.cat(blocks) if blocks else first.new_zeros((n, m))
-
-
-def overlap_areas_aligned(first: Tensor, second: Tensor) -> Tensor:
-    """Compute (N,) float64 overlap areas of rectangles paired row by row; torch, any device."""
-    # 1. Corners of the second in the axes of the first.
-    cos1, sin1 = torch.cos(first[:, 4]), torch.sin(first[:, 4])
-    dx, dy = second[:, 0] - first[:, 0], second[:, 1] - first[:, 1]
-    centre = torch.stack((dx * cos1 + dy * sin1, dy * cos1 - dx * sin1), dim=-1)
-    turn = second[:, 4] - first[:, 4]
-    cos, sin = torch.cos(turn), torch.sin(turn)
-    signs = first.new_tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]]) / 2
-    local = signs[None] * second[:, None, 2:4]
-    corners = torch.stack(
-        (
-            local[..., 0] * cos[:, None] - local[..., 1] * sin[:, None],
-            local[..., 0] * sin[:, None] + local[..., 1] * cos[:, None],
-        ),
-        dim=-1,
-    )
-    corners = corners + centre[:, None]
-    # 2. Clip by the four half-planes. A polygon is (N, P, 2), padded with repeated corners.
-    for axis in (0, 1):
-        for sign in (1.0, -1.0):
-            corners = _clip(corners, axis, sign, first[:, 2 + axis] / 2)
-    # 3. Shoelace formula.
-    after = corners.roll(-1, dims=1)
-    cross = corners[..., 0] * after[..., 1] - after[..., 0] * corners[..., 1]
-    return cross.sum(dim=1).abs() / 2
-
-
-def _clip(corners: Tensor, axis: int, sign: float, limit: Tensor) -> Tensor:
-    """Keep the part with ``sign * coordinate <= limit``; each edge yields its start and its crossing.
-
-    An edge outside yields points that are repeated or lie on the clip line, which add no area.
-    """
-    after = corners.roll(-1, dims=1)
-    here = limit[:, None] - sign * corners[..., axis]
-    there = limit[:, None] - sign * after[..., axis]
-    step = here - there
-    t = torch.where(step.abs() > 0, here / step, torch.zeros_like(step)).clamp(0, 1)
-    crossing = corners + t[..., None] * (after - corners)
-    inside_here, inside_there = here >= 0, there >= 0
-    start = torch.where(inside_here[..., None], corners, crossing)
-    end = torch.where((inside_here & inside_there)[..., None], after, crossing)
-    # Edges wholly outside collapse onto the clip line at the foot of their start.
-    outside = ~inside_here & ~inside_there
-    foot = corners.clone()
-    foot[..., axis] = (sign * limit)[:, None]
-    start = torch.where(outside[..., None], foot, start)
-    foot_end = after.clone()
-    foot_end[..., axis] = (sign * limit)[:, None]
-    end = torch.where(outside[..., None], foot_end, end)
-    return torch.stack((start, end), dim=2).flatten(1, 2)
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    return boxes[:, 2] * boxes[:, 3]
-
-
-@jit
-def _overlap(a: F64, b: F64, ax: F64, ay: F64, bx: F64, by: F64) -> float:  # pragma: no cover - compiled
-    # Far apart: the circumscribed circles are disjoint.
-    dx, dy = b[0] - a[0], b[1] - a[1]
-    reach = 0.5 * (np.sqrt(a[2] * a[2] + a[3] * a[3]) + np.sqrt(b[2] * b[2] + b[3] * b[3]))
-    if dx * dx + dy * dy > reach * reach:
-        return 0.0
-    cos1, sin1 = np.cos(a[4]), np.sin(a[4])
-    cx, cy = dx * cos1 + dy * sin1, dy * cos1 - dx * sin1
-    cos, sin = np.cos(b[4] - a[4]), np.sin(b[4] - a[4])
-    hw, hh = b[2] / 2, b[3] / 2
-    ax[0], ay[0] = cx + hw * cos - hh * sin, cy + hw * sin + hh * cos
-    ax[1], ay[1] = cx - hw * cos - hh * sin, cy - hw * sin + hh * cos
-    ax[2], ay[2] = cx - hw * cos + hh * sin, cy - hw * sin - hh * cos
-    ax[3], ay[3] = cx + hw * cos + hh * sin, cy + hw * sin - hh * cos
-    n = 4
-    for side in range(4):
-        limit = a[2] / 2 if side < 2 else a[3] / 2
-        sign = 1.0 if side % 2 == 0 else -1.0
-        made = 0
-        for i in range(n):
-            j = i + 1 if i + 1 < n else 0
-            here = limit - sign * (ax[i] if side < 2 else ay[i])
-            there = limit - sign * (ax[j] if side < 2 else ay[j])
-            if here >= 0:
-                bx[made], by[made] = ax[i], ay[i]
-                made += 1
-            if (here >= 0) != (there >= 0):
-                t = here / (here - there)
-                bx[made] = ax[i] + t * (ax[j] - ax[i])
-                by[made] = ay[i] + t * (ay[j] - ay[i])
-                made += 1
-        n = made
-        for i in range(n):
-            ax[i], ay[i] = bx[i], by[i]
-    area = 0.0
-    for i in range(n):
-        j = i + 1 if i + 1 < n else 0
-        area += ax[i] * ay[j] - ax[j] * ay[i]
-    return abs(area) / 2
-
-
-@jit
-def _overlaps_cpu(first: F64, second: F64) -> F64:  # pragma: no cover - compiled
-    out = np.zeros((first.shape[0], second.shape[0]))
-    ax, ay, bx, by = np.empty(16), np.empty(16), np.empty(16), np.empty(16)
-    for i in range(first.shape[0]):
-        for j in range(second.shape[0]):
-            out[i, j] = _overlap(first[i], second[j], ax, ay, bx, by)
+def ious_of(first: Tensor, second: Tensor, mode: int, aligned: bool) -> Tensor:
+    """Compute IoU or IoF, (N, M) or aligned (N, 1), of boxes (N, 5) or quadrilaterals (N, 8), on the CPU."""
+    a, b = _on_cpu(first), _on_cpu(second)
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    out = torch.empty((len(a), 1 if aligned else len(b)), dtype=dtype)
+    pair_ious(
+        as_numpy(a), _halves(a), as_numpy(b), _halves(b),
+        mode, aligned, first.shape[1] == 5, first.device.type != "cpu", out.numpy(),
+    )  # fmt: skip
     return out
 
 
-@jit
-def _suppress_cpu(
-    boxes: F64, groups: F64, threshold: float, inclusive: bool
-) -> I64:  # pragma: no cover - compiled
-    n = boxes.shape[0]
-    dropped = np.zeros(n, dtype=np.bool_)
-    keep = np.empty(n, dtype=np.int64)
-    kept = 0
-    ax, ay, bx, by = np.empty(16), np.empty(16), np.empty(16), np.empty(16)
-    for i in range(n):
-        if dropped[i]:
-            continue
-        keep[kept] = i
-        kept += 1
-        area = boxes[i, 2] * boxes[i, 3]
-        for j in range(i + 1, n):
-            if dropped[j] or groups[i] != groups[j]:
-                continue
-            overlap = _overlap(boxes[i], boxes[j], ax, ay, bx, by)
-            base = area + boxes[j, 2] * boxes[j, 3] - overlap
-            iou = overlap / base if base > 0 else 0.0
-            if iou > threshold or (inclusive and iou == threshold):
-                dropped[j] = True
-    return keep[:kept]
+def surviving(boxes: Tensor, threshold: float) -> Tensor:
+    """Return the rows of boxes (N, 5) or quadrilaterals (N, 8), best first, that greedy NMS keeps."""
+    sorted_boxes, on_cpu = _on_cpu(boxes), boxes.device.type == "cpu"
+    keep = suppress(
+        as_numpy(sorted_boxes), _halves(sorted_boxes),
+        float(np.float32(threshold)), on_cpu, boxes.shape[1] == 5, not on_cpu,
+    )  # fmt: skip
+    return torch.from_numpy(keep).to(boxes.device)
 
 
-@jit
-def _scan_cpu(hits: npt.NDArray[np.uint8]) -> I64:  # pragma: no cover - compiled
-    n = hits.shape[0]
-    dropped = np.zeros(n, dtype=np.bool_)
-    keep = np.empty(n, dtype=np.int64)
-    kept = 0
-    for i in range(n):
-        if dropped[i]:
-            continue
-        keep[kept] = i
-        kept += 1
-        for j in range(i + 1, n):
-            if hits[i, j]:
-                dropped[j] = True
-    return keep[:kept]
+def _on_cpu(boxes: Tensor) -> Tensor:
+    """Copy to the CPU as float32, or float64 if they are."""
+    if boxes.device.type == "meta":
+        raise ValueError(f"boxes must be on a device that holds numbers, got {boxes.device}")
+    return as_compute_dtype(boxes).cpu()
+
+
+def _halves(boxes: Tensor) -> npt.NDArray[np.floating]:
+    """Compute half the cosine and sine of each angle; zeros for quadrilaterals."""
+    half = torch.zeros((len(boxes), 2), dtype=boxes.dtype).numpy()
+    if boxes.shape[1] == 5:
+        half_turns(as_numpy(boxes), half)
+    return half

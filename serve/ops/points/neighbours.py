@@ -1,9 +1,10 @@
 """Neighbour searches in 3D: ball query, k nearest, three nearest.
 
-Each centre is compared with each point by brute force, as in the reference (mmcv 2.1.0 `csrc/common/cuda/`
-`ball_query_cuda_kernel.cuh`, `stack_ball_query_cuda_kernel.cuh`, `knn_cuda_kernel.cuh`, `three_nn_cuda_kernel.cuh`), in
-float32, or in float64 if the coordinates are. Equally near points are ordered by row; in the reference the heap decides
-the order of k-NN. A point with a NaN coordinate is never a neighbour.
+Every centre is compared with every point, as in the reference (mmcv 2.1.0 `csrc/common/cuda/`
+`ball_query_cuda_kernel.cuh`, `stack_ball_query_cuda_kernel.cuh`, `knn_cuda_kernel.cuh`,
+`three_nn_cuda_kernel.cuh`), in the precision of the coordinates. Of equally near points the one of the
+lower row comes first; in k-NN on the CPU, as the reference's heap leaves them. A point with a NaN
+coordinate has no neighbours.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from serve.ops.cpu.jit import jit
 __all__ = ["ball_query_forward", "knn_forward", "stack_ball_query_forward", "three_nn_forward"]
 
 Floats = npt.NDArray[np.floating]
+F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 # Distances per block of the torch versions.
 PAIRS_PER_BLOCK = 1 << 23
@@ -36,6 +38,8 @@ PAIRS_PER_BLOCK = 1 << 23
 BLOCK = 128
 # Upper bound of squared distances of k-NN, square metres, as in the reference.
 KNN_REACH = 1e10
+# And none of the three nearest.
+NN_REACH = 1e40
 
 
 def ball_query_forward(
@@ -159,7 +163,7 @@ def knn_forward(
     check_shape("dist2_tensor", dist2_tensor, b, m, nsample)
     _check_points(idx_tensor, new_xyz_tensor=new_xyz_tensor, xyz_tensor=xyz_tensor, dist2_tensor=dist2_tensor)
     for cloud in range(b):
-        dist2, rows = nearest(new_xyz_tensor[cloud], xyz_tensor[cloud], nsample, KNN_REACH)
+        dist2, rows = nearest(new_xyz_tensor[cloud], xyz_tensor[cloud], nsample, KNN_REACH, heap=True)
         idx_tensor[cloud] = rows
         dist2_tensor[cloud] = dist2
 
@@ -182,7 +186,7 @@ def three_nn_forward(
 ) -> None:
     """Find the three known points nearest to each unknown one, nearest first.
 
-    With fewer than three, the rest is row 0 and an infinite distance.
+    Where fewer than three are known, row 0 and the squared distance 1e40 (infinite in float32) fill up.
 
     Args:
         unknown_tensor: (b, n, 3) float, metres.
@@ -203,8 +207,11 @@ def three_nn_forward(
     _check_points(
         idx_tensor, unknown_tensor=unknown_tensor, known_tensor=known_tensor, dist2_tensor=dist2_tensor
     )
+    wide = torch.float64 in (unknown_tensor.dtype, known_tensor.dtype)
     for cloud in range(b):
-        dist2, rows = nearest(unknown_tensor[cloud], known_tensor[cloud], 3, float("inf"))
+        dist2, rows = nearest(
+            unknown_tensor[cloud], known_tensor[cloud], 3, NN_REACH if wide else float("inf")
+        )
         idx_tensor[cloud] = rows
         dist2_tensor[cloud] = dist2
 
@@ -221,30 +228,45 @@ def counts(name: str, tensor: Tensor, total: int) -> list[int]:
     return sizes
 
 
-def nearest(centres: Tensor, points: Tensor, k: int, reach: float) -> tuple[Tensor, Tensor]:
-    """Find squared distances and rows, both (M, k), of the `k` points (N, 3) nearest to the centres (M, 3).
+def nearest(
+    centres: Tensor, points: Tensor, k: int, reach: float, *, heap: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Squared distances and rows, both (M, k), of the `k` points (N, 3) nearest to the centres (M, 3).
 
-    Only squared distances below `reach` count; missing neighbours are row 0 at distance `reach`.
+    Only squared distances below `reach` count; `reach` and row 0 pad the rest. Equally near points are in the order of
+    their rows; with `heap`, on the CPU, in the order of the reference's heap, whose distances are float32.
     """
-    dtype = torch.promote_types(as_compute_dtype(centres).dtype, as_compute_dtype(points).dtype)
-    centres, points = centres.detach().to(dtype), points.detach().to(dtype)
-    if not uses_numba(centres):
-        return nearest_torch(centres, points, k, reach)
-    dist2 = torch.full((centres.shape[0], k), reach, dtype=dtype)
+    centres, points = _in_one_dtype(centres, points)
+    if not uses_numba(centres) or centres.dtype == torch.float16:
+        return nearest_torch(centres, points, k, reach, torch.float32 if heap else None)
+    dist2 = torch.full((centres.shape[0], k), reach, dtype=torch.float32 if heap else centres.dtype)
     rows = torch.zeros((centres.shape[0], k), dtype=torch.int32)
     if k > 0:
-        _nearest_cpu(as_numpy(points.t()), as_numpy(centres.t()), dist2.numpy(), rows.numpy())
+        search = _heap_cpu if heap else _nearest_cpu
+        search(as_numpy(points.t()), as_numpy(centres.t()), dist2.numpy(), rows.numpy())
     return dist2, rows
 
 
-def nearest_torch(centres: Tensor, points: Tensor, k: int, reach: float) -> tuple[Tensor, Tensor]:
-    """Run `nearest` on any device; a stable sort keeps equally near points in order."""
-    dist2 = centres.new_full((centres.shape[0], k), reach)
+def _in_one_dtype(centres: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float16 if they are, as the reference computes then; else in float32 or float64."""
+    if centres.dtype == points.dtype == torch.float16:
+        return centres.detach(), points.detach()
+    dtype = torch.promote_types(as_compute_dtype(centres).dtype, as_compute_dtype(points).dtype)
+    return centres.detach().to(dtype), points.detach().to(dtype)
+
+
+def nearest_torch(
+    centres: Tensor, points: Tensor, k: int, reach: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """`nearest` on any device: a stable sort of the distances, in `dtype`, keeps equally near points in order."""
+    dtype = dtype or torch.promote_types(centres.dtype, torch.float32)
+    dist2 = torch.full((centres.shape[0], k), reach, dtype=dtype, device=centres.device)
     rows = torch.zeros((centres.shape[0], k), dtype=torch.int32, device=centres.device)
     found = min(k, points.shape[0])
     if found == 0:
         return dist2, rows
     for block, distances in _distance_blocks(centres, points):
+        distances = distances.to(dtype)
         distances = torch.where(distances < reach, distances, torch.full_like(distances, reach))
         if distances.dtype == torch.float32:
             # The bits of a float that is not negative order as it does; with the row below them every key
@@ -287,11 +309,10 @@ def _ball_query(
     """Query one point cloud. `itself`: a point at the centre counts for any radii."""
     if idx.numel() == 0 or points.shape[0] == 0:
         return
-    dtype = torch.promote_types(as_compute_dtype(centres).dtype, as_compute_dtype(points).dtype)
-    centres, points = centres.detach().to(dtype), points.detach().to(dtype)
-    # The reference squares the radii in float32 for any dtype of coordinates.
+    centres, points = _in_one_dtype(centres, points)
+    # The reference squares the radii in float32, whatever the coordinates are.
     low, high = np.float32(min_radius) ** 2, np.float32(max_radius) ** 2
-    if uses_numba(centres):
+    if uses_numba(centres) and centres.dtype != torch.float16:
         rows = idx.to(torch.int32, copy=True).contiguous()
         _ball_query_cpu(as_numpy(points.t()), as_numpy(centres.t()), low, high, itself, rows.numpy())
         idx.copy_(rows)
@@ -305,6 +326,8 @@ def ball_query_torch(
     """Query one point cloud on any device; `low` and `high` are squared."""
     place = torch.arange(idx.shape[1], device=idx.device)
     for block, distances in _distance_blocks(centres, points):
+        # A radius is not rounded to the half precision of distances.
+        distances = distances.to(torch.promote_types(distances.dtype, torch.float32))
         hits = (distances >= low) & (distances < high)
         if itself:
             hits |= distances == 0
@@ -391,3 +414,46 @@ def _nearest_cpu(
                     dist2[i, at] = d
                     rows[i, at] = begin + k
                     worst = dist2[i, last]
+
+
+@jit
+def _sift(dist2: F32, rows: I32, count: int) -> None:  # pragma: no cover - compiled
+    """Let the root of a heap of `count`, the farthest on top, sink to its place."""
+    root, child = 0, 1
+    while child < count:
+        if child + 1 < count and dist2[child + 1] > dist2[child]:
+            child += 1
+        if dist2[root] > dist2[child]:
+            return
+        dist2[root], dist2[child] = dist2[child], dist2[root]
+        rows[root], rows[child] = rows[child], rows[root]
+        root, child = child, 2 * child + 1
+
+
+@jit
+def _heap_cpu(points: Floats, centres: Floats, dist2: F32, rows: I32) -> None:  # pragma: no cover - compiled
+    """As `_nearest_cpu` through a heap, which decides what becomes of equally near points."""
+    n, size = points.shape[1], dist2.shape[1]
+    x, y, z = points[0], points[1], points[2]
+    near = np.empty(BLOCK, dtype=points.dtype)
+    for i in range(centres.shape[1]):
+        heap, row = dist2[i], rows[i]
+        for begin in range(0, n, BLOCK):
+            end = min(n, begin + BLOCK)
+            _distances(
+                x[begin:end], y[begin:end], z[begin:end], centres[0, i], centres[1, i], centres[2, i], near
+            )
+            worst = heap[0]
+            better = 0
+            for k in range(end - begin):
+                better += near[k] < worst
+            if better == 0:
+                continue
+            for k in range(end - begin):
+                if near[k] < heap[0]:
+                    heap[0], row[0] = near[k], begin + k
+                    _sift(heap, row, size)
+        for last in range(size - 1, 0, -1):
+            heap[0], heap[last] = heap[last], heap[0]
+            row[0], row[last] = row[last], row[0]
+            _sift(heap, row, last)

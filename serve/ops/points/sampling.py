@@ -1,11 +1,16 @@
 """Furthest-point sampling: the next sample is the point furthest from all samples so far.
 
-The first sample is point 0. The first of equally far points is chosen; in the reference (mmcv 2.1.0
-`csrc/common/cuda/furthest_point_sample_cuda_kernel.cuh`) the thread layout decides. Distances are squared and in
-float32. A point with a NaN coordinate keeps its distance in `temp_tensor`, as in the reference.
+The first sample is point 0. Ties are broken as by the threads of the reference (mmcv 2.1.0
+`csrc/common/cuda/furthest_point_sample_cuda_kernel.cuh`): the largest power of two up to the number of points, at most
+1024, is the number of threads. They take the points in turns and keep the first of equal ones; the reduction keeps the
+thread whose number is lowest with its bits reversed. Distances are squared and in float32. A point with a NaN
+coordinate keeps its distance in `temp_tensor`, as in the reference.
 """
 
 from __future__ import annotations
+
+import math
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +24,7 @@ __all__ = ["furthest_point_sampling_forward", "furthest_point_sampling_with_dist
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
 
 
 def furthest_point_sampling_forward(
@@ -47,7 +53,11 @@ def furthest_point_sampling_forward(
     if uses_numba(points):
         out = torch.empty((b, m), dtype=torch.int32)
         _sample_cpu(
-            as_numpy(points.transpose(1, 2)), temp.numpy(), temp.view(torch.int32).numpy(), out.numpy()
+            as_numpy(points.transpose(1, 2)),
+            temp.numpy(),
+            temp.view(torch.int32).numpy(),
+            out.numpy(),
+            _thread_ranks(n),
         )
     else:
         out = _sample_torch(points, temp, m)
@@ -61,7 +71,7 @@ def furthest_point_sampling_with_dist_forward(
     """Run `furthest_point_sampling_forward` on given distances instead of coordinates.
 
     Args:
-        points_tensor: (b, n, n) float, non-negative distances; row i has those from point i.
+        points_tensor: (b, n, n) float distances of any kind; row i holds those from point i.
         temp_tensor: (b, n) float, as above.
         idx_tensor: (b, m) int, written in place.
         b: point clouds.
@@ -79,7 +89,9 @@ def furthest_point_sampling_with_dist_forward(
     temp = temp_tensor.detach().to(torch.float32, copy=True).contiguous()
     if uses_numba(distances):
         out = torch.empty((b, m), dtype=torch.int32)
-        _sample_with_dist_cpu(as_numpy(distances), temp.numpy(), temp.view(torch.int32).numpy(), out.numpy())
+        _sample_with_dist_cpu(
+            as_numpy(distances), temp.numpy(), temp.view(torch.int32).numpy(), out.numpy(), _thread_ranks(n)
+        )
     else:
         out = _sample_with_dist_torch(distances, temp, m)
     temp_tensor.copy_(temp)
@@ -117,24 +129,67 @@ def _sample_with_dist_torch(distances: Tensor, temp: Tensor, m: int) -> Tensor:
 def _fold(distance: Tensor, temp: Tensor) -> Tensor:
     """Lower `temp` to `distance` where smaller (NaN is not); return the position of its maximum."""
     torch.where(distance < temp, distance, temp, out=temp)
-    return temp.argmax(dim=1)
+    ranks = torch.from_numpy(_thread_ranks(temp.shape[1])).to(temp.device)
+    point = torch.arange(temp.shape[1], device=temp.device)
+    turns = temp.shape[1] // len(ranks) + 1
+    rank = ranks[point % len(ranks)] * turns + point // len(ranks)
+    largest = temp.amax(dim=1, keepdim=True)
+    first = torch.where(temp == largest, rank, torch.full_like(rank, len(ranks) * turns)).argmin(dim=1)
+    # Below -1 no thread finds any.
+    return torch.where(largest[:, 0] > -1, first, torch.zeros_like(first))
+
+
+@cache
+def _thread_ranks(points: int) -> npt.NDArray[np.int64]:
+    """Return the number of each thread of the reference's block with its bits reversed."""
+    bits = min(int(math.log(points) / math.log(2)), 10)
+    ranks = np.zeros(1 << bits, dtype=np.int64)
+    for bit in range(bits):
+        ranks |= (np.arange(1 << bits) >> bit & 1) << (bits - 1 - bit)
+    return ranks
 
 
 @jit
-def _first_largest(bits: I32) -> int:  # pragma: no cover - compiled
-    # Non-negative floats compare as their bits do. A maximum of integers is vectorised, one of floats is not
-    # because of NaN.
+def _next_sample(near: F32, bits: I32, ranks: I64) -> int:  # pragma: no cover - compiled
+    """Return the row of the largest of `near`; of equal ones the first of the thread with the lowest rank."""
+    # Floats that are not negative compare as their bits do, and a maximum of integers is vectorised; one of floats,
+    # with their NaNs, is not.
     best = np.int32(-1)
     for k in range(bits.shape[0]):
         best = bits[k] if bits[k] > best else best
+    if best < 0:
+        return _largest_below_zero(near, ranks)
+    equal = 0
+    for k in range(bits.shape[0]):
+        equal += bits[k] == best
     at = 0
     while bits[at] != best:
         at += 1
-    return at
+    found = at
+    while equal > 1:
+        at += 1
+        if bits[at] == best:
+            equal -= 1
+            if ranks[at & (ranks.shape[0] - 1)] < ranks[found & (ranks.shape[0] - 1)]:
+                found = at
+    return found
 
 
 @jit
-def _sample_cpu(xyz: F32, temp: F32, bits: I32, out: I32) -> None:  # pragma: no cover - compiled
+def _largest_below_zero(near: F32, ranks: I64) -> int:  # pragma: no cover - compiled
+    """Return the same if all are negative; row 0 if none is above -1, as in the reference."""
+    found, best = 0, np.float32(-1)
+    for k in range(near.shape[0]):
+        ahead = near[k] == best and best > -1 and (
+            ranks[k & (ranks.shape[0] - 1)] < ranks[found & (ranks.shape[0] - 1)]
+        )  # fmt: skip
+        if near[k] > best or ahead:
+            found, best = k, near[k]
+    return found
+
+
+@jit
+def _sample_cpu(xyz: F32, temp: F32, bits: I32, out: I32, ranks: I64) -> None:  # pragma: no cover - compiled
     n = xyz.shape[2]
     for c in range(xyz.shape[0]):
         x, y, z = xyz[c, 0], xyz[c, 1], xyz[c, 2]
@@ -147,13 +202,13 @@ def _sample_cpu(xyz: F32, temp: F32, bits: I32, out: I32) -> None:  # pragma: no
                 dx, dy, dz = x[k] - x1, y[k] - y1, z[k] - z1
                 d = dx * dx + dy * dy + dz * dz
                 near[k] = d if d < near[k] else near[k]
-            old = _first_largest(near_bits)
+            old = _next_sample(near, near_bits, ranks)
             out[c, step] = old
 
 
 @jit
 def _sample_with_dist_cpu(
-    distances: F32, temp: F32, bits: I32, out: I32
+    distances: F32, temp: F32, bits: I32, out: I32, ranks: I64
 ) -> None:  # pragma: no cover - compiled
     n = distances.shape[1]
     for c in range(distances.shape[0]):
@@ -164,5 +219,5 @@ def _sample_with_dist_cpu(
             row = distances[c, old]
             for k in range(n):
                 near[k] = row[k] if row[k] < near[k] else near[k]
-            old = _first_largest(near_bits)
+            old = _next_sample(near, near_bits, ranks)
             out[c, step] = old

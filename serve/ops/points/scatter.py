@@ -46,7 +46,11 @@ def dynamic_point_to_voxel_forward(feats: Tensor, coors: Tensor, reduce_type: st
     coors_map[valid] = inverse.to(torch.int32)
     reduced = feats.new_zeros((out_coors.shape[0], feats.shape[1]))
     index = inverse[:, None].expand(-1, feats.shape[1])
-    reduced.scatter_reduce_(0, index, feats[valid], _REDUCE[reduce_type], include_self=False)
+    values = feats[valid]
+    if reduce_type == "max":
+        # A value that is no number is not the largest; where there is no other, minus infinity stands.
+        values = torch.where(values.isnan(), torch.full_like(values, -torch.inf), values)
+    reduced.scatter_reduce_(0, index, values, _REDUCE[reduce_type], include_self=False)
     return [reduced, out_coors, coors_map, counts.to(torch.int32)]
 
 

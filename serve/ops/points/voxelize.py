@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import (
+    as_compute_dtype,
     as_numpy,
     check_grid,
     check_integer,
@@ -104,14 +105,17 @@ def _grid(voxel_size: Tensor, coors_range: Tensor) -> tuple[F32, F32, I64]:
     bounds = coors_range.detach().cpu().numpy().astype(np.float32)
     if np.any(size <= 0) or np.any(bounds[3:] <= bounds[:3]):
         raise ValueError(f"voxel_size {size.tolist()} and coors_range {bounds.tolist()} leave no voxel")
-    grid = np.round((bounds[3:] - bounds[:3]) / size).astype(np.int64)
+    # Halves are rounded up, as C's round does; numpy's would round them to even.
+    grid = np.floor(((bounds[3:] - bounds[:3]) / size).astype(np.float64) + 0.5).astype(np.int64)
     return size, bounds[:3].copy(), grid
 
 
 def _cells(points: Tensor, size: F32, low: F32, grid: I64) -> tuple[Tensor, Tensor]:
-    """Compute (N, 3) int32 cells in x y z, and (N,) bool inside. NaN and inf are outside."""
-    xyz = points[:, :3].float()
-    scaled = torch.floor((xyz - xyz.new_tensor(low.tolist())) / xyz.new_tensor(size.tolist()))
+    """(N, 3) int32 cells in x y z, and (N,) bool inside. NaN and inf are outside."""
+    xyz = as_compute_dtype(points[:, :3])
+    scaled = (xyz - xyz.new_tensor(low.tolist())) / xyz.new_tensor(size.tolist())
+    # Of float64 mmcv takes the floor in float64 on the CPU, in float32 on CUDA.
+    scaled = torch.floor(scaled if points.device.type == "cpu" else scaled.float())
     limit = torch.tensor(grid.tolist(), device=points.device)
     inside = ((scaled >= 0) & (scaled < limit)).all(dim=1)
     cell = torch.where(inside[:, None], scaled, torch.zeros_like(scaled)).to(torch.int32)

@@ -110,12 +110,16 @@ def _pool_torch(
     argmax_x: Tensor,
     pool_mode: int,
 ) -> None:
-    """Pool on any device; regions with the same sampling grid are batched, in blocks of bounded memory."""
+    """Any device: regions with the same sampling grid are done together, in blocks of bounded memory."""
+    # mmcv starts its maxima here on the CPU, at the least float32 on CUDA.
+    lowest = -10000.0 if input.device.type == "cpu" else torch.finfo(torch.float32).min
     channels, bins_y, bins_x = output.shape[1], output.shape[2], output.shape[3]
     for grid_x, grid_y in torch.unique(samples, dim=0).tolist():
         rows = (samples == samples.new_tensor([grid_x, grid_y])).all(dim=1).nonzero().squeeze(1)
         if grid_x * grid_y == 0:
-            output[rows] = 0
+            output[rows] = 0 if pool_mode == AVERAGE_POOL else lowest
+            if pool_mode == MAX_POOL:
+                argmax_y[rows], argmax_x[rows] = -1, -1
             continue
         per_region = channels * bins_y * grid_y * bins_x * grid_x
         for block in torch.split(rows, max(1, SAMPLES_PER_BLOCK // per_region)):
@@ -126,19 +130,29 @@ def _pool_torch(
             if pool_mode == AVERAGE_POOL:
                 output[block] = values.mean(dim=(4, 5)).to(output.dtype)
                 continue
-            best, at = values.flatten(4).max(dim=4)
+            # What is no number, or not above the least, is never the largest.
+            values = values.flatten(4)
+            best, at = torch.where(values > lowest, values, torch.full_like(values, lowest)).max(dim=4)
             output[block] = best.to(output.dtype)
+            none = best == lowest
             rows_y = y.view(-1, 1, bins_y, 1, grid_y).expand(-1, channels, -1, bins_x, -1)
             columns_x = x.view(-1, 1, 1, bins_x, grid_x).expand(-1, channels, bins_y, -1, -1)
-            argmax_y[block] = rows_y.gather(4, (at // grid_x)[..., None])[..., 0].to(argmax_y.dtype)
-            argmax_x[block] = columns_x.gather(4, (at % grid_x)[..., None])[..., 0].to(argmax_x.dtype)
+            for argmax, place in (
+                (argmax_y, rows_y.gather(4, (at // grid_x)[..., None])[..., 0]),
+                (argmax_x, columns_x.gather(4, (at % grid_x)[..., None])[..., 0]),
+            ):
+                argmax[block] = torch.where(none, -1, place).to(argmax.dtype)
 
 
 def _sample_positions(start: Tensor, bin_size: Tensor, bins: int, grid: int) -> Tensor:
-    """Compute (R, bins * grid) sample coordinates along one axis, map pixels."""
+    """(R, bins * grid) sample coordinates along one axis, map pixels.
+
+    Summed in the reference's order: a sample at the edge of what counts would else fall on its other side.
+    """
     step = torch.arange(bins, device=start.device, dtype=start.dtype)
-    inner = (torch.arange(grid, device=start.device, dtype=start.dtype) + 0.5) / grid
-    return start[:, None] + ((step[:, None] + inner[None]).flatten()[None] * bin_size[:, None])
+    inner = torch.arange(grid, device=start.device, dtype=start.dtype) + 0.5
+    first = start[:, None] + step * bin_size[:, None]
+    return (first[:, :, None] + (inner * bin_size[:, None] / grid)[:, None]).flatten(1)
 
 
 def _bilinear(input: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -194,10 +208,8 @@ def _average_kernel(
             for bx in range(pooled.shape[2]):
                 out = pooled[r, by, bx]
                 for iy in range(grid_y):
-                    y = (
-                        regions[r, 2]
-                        + (np.float32(by) + (np.float32(iy) + np.float32(0.5)) / grid_y) * regions[r, 4]
-                    )
+                    y = regions[r, 2] + np.float32(by) * regions[r, 4]
+                    y += (np.float32(iy) + np.float32(0.5)) * regions[r, 4] / np.float32(grid_y)
                     if y < -1.0 or y > height:
                         continue
                     y = min(max(y, np.float32(0)), np.float32(height - 1))
@@ -205,10 +217,8 @@ def _average_kernel(
                     y1 = min(y0 + 1, height - 1)
                     ly = np.float32(y - y0)
                     for ix in range(grid_x):
-                        x = (
-                            regions[r, 1]
-                            + (np.float32(bx) + (np.float32(ix) + np.float32(0.5)) / grid_x) * regions[r, 3]
-                        )
+                        x = regions[r, 1] + np.float32(bx) * regions[r, 3]
+                        x += (np.float32(ix) + np.float32(0.5)) * regions[r, 3] / np.float32(grid_x)
                         if x < -1.0 or x > width:
                             continue
                         x = min(max(x, np.float32(0)), np.float32(width - 1))

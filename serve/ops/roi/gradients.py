@@ -73,6 +73,8 @@ def roi_align_backward(
         return
     height, width = grad_input.shape[2:]
     pixel, weights = clamped_corners(argmax_y.to(dtype), argmax_x.to(dtype), height, width)
+    # -1 stands for no sample; one that lay there has no gradient in the reference either.
+    pixel = torch.where(argmax_y[..., None] == -1, -1, pixel)
     plane = image[:, None] * grad_input.shape[1] + torch.arange(grad_input.shape[1], device=image.device)
     add_at_corners(grad_input, plane[:, :, None, None], pixel, weights, grad_output)
 
@@ -169,20 +171,47 @@ def deform_roi_pool_backward(
     maps = input.detach().to(dtype).permute(0, 2, 3, 1).contiguous()
     box, grad = rois[:, 1:5].to(dtype), _bins_last(grad_output, dtype)
     total, total_offset = torch.zeros_like(maps), torch.zeros_like(offset, dtype=dtype)
+    shift = offset.detach().to(dtype)
+    extent = (box[:, 2:] * spatial_scale - 0.5) - (box[:, :2] * spatial_scale - 0.5)
+    grids, places = roi_sampling.shifted_places(box, shift, bins, spatial_scale, sampling_ratio, gamma)
     with torch.enable_grad():
         maps.requires_grad_()
-        shift = offset.detach().to(dtype).requires_grad_()
-        leaves = [maps, shift] if offset.numel() > 0 else [maps]
-        grids, places = roi_sampling.shifted_places(box, shift, bins, spatial_scale, sampling_ratio, gamma)
         for block, y, x in roi_sampling.sample_blocks(grids, places, bins[0] * bins[1]):
-            if y.shape[2] > 0:
-                pooled = average_samples_torch(maps, image[block], y, x)
-                found = torch.autograd.grad(pooled, leaves, grad[block], retain_graph=True)
-                total += found[0]
-                if len(found) > 1:
-                    total_offset += found[1]
+            if y.shape[2] == 0:
+                continue
+            pooled = average_samples_torch(maps, image[block], y, x)
+            total += torch.autograd.grad(pooled, maps, grad[block])[0]
+            if offset.numel() > 0:
+                slopes = gamma * extent[block, :, None] * _shift_slopes(maps, image[block], y, x, grad[block])
+                total_offset[block] += slopes.view(len(block), 2, *bins)
     grad_input += total.permute(0, 3, 1, 2)
     grad_offset += total_offset
+
+
+def _shift_slopes(maps: Tensor, image: Tensor, y: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+    """Compute derivatives (R, 2, P) by a shift in x and y of all samples of a point, given those by their means.
+
+    As in the reference the unclamped position weighs the corners, also if the sample was clamped to the border.
+
+    Args:
+        maps: (B, H, W, C).
+        image: (R,) the map of each region.
+        y: (R, P, S) rows.
+        x: (R, P, S) columns.
+        grad: (R, P, C).
+    """
+    height, width, channels = maps.shape[1:]
+    index, _ = clamped_corners(y, x, height, width)
+    there = index >= 0
+    rows = image[:, None, None, None] * (height * width) + index.clamp(min=0)
+    corner = maps.detach().reshape(-1, channels)[rows]
+    value = torch.einsum("rpskc,rpc->rpsk", corner, grad) * there
+    low_y, low_x = y.clamp(0, height - 1).floor(), x.clamp(0, width - 1).floor()
+    high_y, high_x = (low_y + 1).clamp(max=height - 1), (low_x + 1).clamp(max=width - 1)
+    v00, v01, v10, v11 = value.unbind(-1)
+    by_x = v11 * (y - low_y) + v01 * (high_y - y) + v10 * (low_y - y) + v00 * (y - high_y)
+    by_y = v11 * (x - low_x) + v10 * (high_x - x) + v01 * (low_x - x) + v00 * (x - high_x)
+    return torch.stack((by_x.sum(2), by_y.sum(2)), dim=1) / y.shape[2]
 
 
 def roi_pool_backward(

@@ -48,6 +48,8 @@ def roi_pool_forward(
 ) -> None:
     """Write the maximum of the map pixels that each bin touches; a bin outside the map is 0.
 
+    A region without area leaves its part of `output` and `argmax` as they were.
+
     Args:
         input: (B, C, H, W) floating point.
         rois: (R, 5): batch index, x1, y1, x2, y2 in image pixels, both ends included.
@@ -67,6 +69,13 @@ def roi_pool_forward(
     check_integer(argmax=argmax)
     check_same_device(input=input, argmax=argmax)
     if output.numel() == 0:
+        return
+    flat = ((rois[:, 3:5] + 1) * spatial_scale - rois[:, 1:3] * spatial_scale <= 0).any(dim=1)
+    if bool(flat.any()):
+        kept = (~flat).nonzero().squeeze(1)
+        found, winners = output[kept], argmax[kept]
+        roi_pool_forward(input, rois[kept], found, winners, pooled_height, pooled_width, spatial_scale)
+        output[kept], argmax[kept] = found, winners
         return
     maps = input.detach().permute(0, 2, 3, 1).to(compute_dtype(input)).contiguous()
     rows, columns = _bin_bounds(rois.to(maps.dtype), expected[2:], spatial_scale, maps.shape[1:3])

@@ -132,7 +132,7 @@ def roiaware_pool3d_backward(
         cell, place = torch.nonzero(places <= held[:, :1], as_tuple=True)
         rows = held[cell, place + 1].long()
         check_indices("pts_idx_of_voxels", rows, total.shape[0])
-        _add_rows(total, rows, grad[cell] / held[cell, :1].to(grad.dtype))
+        _add_rows(total, rows, grad[cell] * (1 / held[cell, :1].to(grad.dtype)))
     grad_in.copy_(total)
 
 

@@ -222,7 +222,7 @@ def rotated_places(
     extent = box[:, 2:4] * scale
     if not aligned:
         extent = extent.clamp(min=1.0)
-    elif bool((extent < 0).any()):
+    elif box.device.type == "cpu" and bool((extent < 0).any()):
         raise ValueError("rois must have widths and heights of at least 0 when aligned")
     angle = -box[:, 4] if clockwise else box[:, 4]
     return _grids(extent, *bins, ratio), _turned(centre, extent, angle, *bins)
@@ -234,14 +234,26 @@ def shifted_places(
     """Return grids and sample positions for upright rectangles (R, 4) with bins shifted by `offset`."""
     box = box * scale - 0.5
     extent = box[:, 2:] - box[:, :2]
-    plain = _turned((box[:, :2] + box[:, 2:]) / 2, extent, None, *bins)
-    if offset.numel() == 0:
-        return _grids(extent, *bins, ratio), plain
-    shift = offset.flatten(2) * gamma * extent[:, :, None]
+    size = extent / extent.new_tensor([bins[1], bins[0]])
+    row = torch.arange(bins[0], device=box.device, dtype=box.dtype).repeat_interleave(bins[1])
+    column = torch.arange(bins[1], device=box.device, dtype=box.dtype).repeat(bins[0])
+    # Where each bin's region would begin, y and x (R, bins), and where the bin does.
+    begin = [box[:, axis, None].expand(-1, len(row)) for axis in (1, 0)]
+    if offset.numel() > 0:
+        shift = offset.flatten(2)
+        begin = [
+            one + gamma * extent[:, axis, None] * shift[:, axis]
+            for one, axis in zip(begin, (1, 0), strict=True)
+        ]
+    first = [
+        one + at * size[:, axis, None] for one, at, axis in zip(begin, (row, column), (1, 0), strict=True)
+    ]
 
     def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
-        y, x = plain(rows, down, across)
-        return y + shift[rows, 1, :, None], x + shift[rows, 0, :, None]
+        y = first[0][rows, :, None] + (_middles(down, size) * size[rows, 1, None] / max(down, 1))[:, None]
+        x = first[1][rows, :, None] + (_middles(across, size) * size[rows, 0, None] / max(across, 1))[:, None]
+        shape = (len(rows), len(row), down, across)
+        return y[:, :, :, None].expand(shape).flatten(2), x[:, :, None, :].expand(shape).flatten(2)
 
     return _grids(extent, *bins, ratio), places
 
@@ -256,19 +268,22 @@ def bent_places(
     extent = torch.maximum((upper[:, 0] - upper[:, 3]).abs(), (lower[:, 0] - lower[:, 3]).abs())
     if not aligned:
         extent = extent.clamp(min=1.0)
-    u = torch.arange(width, device=points.device, dtype=points.dtype) / width
-    v = torch.arange(height, device=points.device, dtype=points.dtype) / height
-    # Bernstein polynomials of degree three.
+    u = (torch.arange(width, device=points.device, dtype=points.dtype) / width).double()
+    v = (torch.arange(height, device=points.device, dtype=points.dtype) / height)[:, None, None]
+    # Bernstein polynomials of degree three; as in the reference the curves are summed in float64 and rounded.
     basis = torch.stack(((1 - u) ** 3, 3 * u * (1 - u) ** 2, 3 * u**2 * (1 - u), u**3))
-    top = torch.einsum("rkc,kw->rwc", upper, basis)[:, None]
-    bottom = torch.einsum("rkc,kw->rwc", lower, basis)[:, None]
-    centre = bottom * v[:, None, None] + top * (1 - v)[:, None, None] - (0.5 if aligned else 0.0)
-    centre = centre.flatten(1, 2)
+    top = torch.einsum("rkc,kw->rwc", upper.double(), basis).to(points.dtype)[:, None]
+    bottom = torch.einsum("rkc,kw->rwc", lower.double(), basis).to(points.dtype)[:, None]
+    centre = (bottom * v).double() + top.double() * (1 - v.double()) - (0.5 if aligned else 0.0)
+    centre = centre.to(points.dtype).flatten(1, 2)
     size = extent / extent.new_tensor([width, height])
 
     def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
-        y = centre[rows, :, 1, None] + (_inner(down, size) - 0.5) * size[rows, 1, None, None]
-        x = centre[rows, :, 0, None] + (_inner(across, size) - 0.5) * size[rows, 0, None, None]
+        half, step = size[rows] * 0.5, size[rows]
+        y = (centre[rows, :, 1] - half[:, 1, None])[..., None]
+        y = y + (_middles(down, size) * step[:, 1, None] / max(down, 1))[:, None]
+        x = (centre[rows, :, 0] - half[:, 0, None])[..., None]
+        x = x + (_middles(across, size) * step[:, 0, None] / max(across, 1))[:, None]
         shape = (len(rows), centre.shape[1], down, across)
         return (
             y[:, :, :, None].expand(shape).flatten(2),
@@ -317,18 +332,20 @@ def check_pooling(
     return image
 
 
-def _inner(count: int, like: Tensor) -> Tensor:
-    """Return the (count,) centres of `count` equal parts of [0, 1]."""
-    return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count
+def _middles(count: int, like: Tensor) -> Tensor:
+    """(count,) middles of the first `count` intervals of length 1."""
+    return torch.arange(count, device=like.device, dtype=like.dtype) + 0.5
 
 
-def _turned(centre: Tensor, extent: Tensor, angle: Tensor | None, bins_y: int, bins_x: int) -> Places:
-    """Compute positions on a regular grid over rectangles: (R, 2) `centre`, `extent` x y, (R,) `angle` or None."""
+def _turned(centre: Tensor, extent: Tensor, angle: Tensor, bins_y: int, bins_x: int) -> Places:
+    """Places on a regular grid over rectangles: (R, 2) `centre` and `extent` x y, (R,) `angle`."""
     size = extent / extent.new_tensor([bins_x, bins_y])
 
     def along(rows: Tensor, axis: int, bins: int, grid: int) -> Tensor:
-        steps = torch.arange(bins, device=extent.device, dtype=extent.dtype)[:, None] + _inner(grid, extent)
-        return steps * size[rows, axis, None, None] - extent[rows, axis, None, None] / 2
+        # Summed in the reference's order: a sample at the edge of the map would else fall on its other side.
+        step, start = size[rows, axis, None], -extent[rows, axis, None] / 2
+        first = start + torch.arange(bins, device=extent.device, dtype=extent.dtype) * step
+        return first[:, :, None] + (_middles(grid, extent) * step / max(grid, 1))[:, None]
 
     def places(rows: Tensor, down: int, across: int) -> tuple[Tensor, Tensor]:
         shape = (len(rows), bins_y, bins_x, down, across)
@@ -339,8 +356,6 @@ def _turned(centre: Tensor, extent: Tensor, angle: Tensor | None, bins_y: int, b
         )
         u = along(rows, 0, bins_x, across)[:, None, :, None, :].expand(shape).reshape(v.shape)
         x, y = centre[rows, 0, None, None], centre[rows, 1, None, None]
-        if angle is None:
-            return v + y, u + x
         cos, sin = torch.cos(angle[rows])[:, None, None], torch.sin(angle[rows])[:, None, None]
         return v * cos - u * sin + y, v * sin + u * cos + x
 

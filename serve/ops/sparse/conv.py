@@ -171,7 +171,9 @@ def indice_maxpool_forward(
     output = features.new_zeros((num_act_out, features.shape[1]))
     for _, source, target in _offsets(indice_pairs, indice_pair_num.tolist(), False, None):
         rows = target.long()
-        output[rows] = torch.maximum(output[rows], features.index_select(0, source))
+        best, value = output[rows], features.index_select(0, source)
+        # NaN is above nothing.
+        output[rows] = torch.where(value > best, value, best)
     return output
 
 
