@@ -25,7 +25,8 @@ from pathlib import Path
 __all__ = ["choose_folder", "fallback", "folder"]
 
 SOURCES = Path(__file__).resolve().parents[1]
-IMPORT = re.compile(r"^ *from serve\.ops\.?([\w.]*) import \(?([\w,\s]*)", re.MULTILINE)
+# The names are in parentheses, over several lines, or end with the line.
+IMPORT = re.compile(r"^ *from serve\.ops\.?([\w.]*) import (?:\(([\w,\s]*)|([\w, ]*))", re.MULTILINE)
 # Set by `serve.ops.install`, before the first kernel is imported.
 fallback: Path | None = None
 
@@ -78,9 +79,12 @@ def _digest(module: str) -> str:
         seen.add(name)
         text = source.read_text(encoding="utf-8")
         digest.update(f"{name}\0{text}\0".encode())
-        for inner, names in IMPORT.findall(text):
+        for inner, enclosed, listed in IMPORT.findall(text):
             package = f"{inner}." if inner else ""
-            ahead += [inner, *(package + word.strip() for word in names.split(","))]
+            ahead += [
+                inner,
+                *(package + word.strip().partition(" ")[0] for word in (enclosed or listed).split(",")),
+            ]
     return digest.hexdigest()[:16]
 
 
