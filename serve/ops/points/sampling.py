@@ -150,28 +150,31 @@ def _thread_ranks(points: int) -> npt.NDArray[np.int64]:
 
 
 @jit
-def _next_sample(near: F32, bits: I32, ranks: I64) -> int:  # pragma: no cover - compiled
-    """Return the row of the largest of `near`; of equal ones the first of the thread with the lowest rank."""
-    # Floats that are not negative compare as their bits do, and a maximum of integers is vectorised; one of floats,
-    # with their NaNs, is not.
+def _largest(bits: I32) -> np.int32:  # pragma: no cover - compiled
+    # Non-negative floats compare as their bits do. A maximum of integers is vectorised, one of floats is not
+    # because of NaN.
     best = np.int32(-1)
     for k in range(bits.shape[0]):
         best = bits[k] if bits[k] > best else best
+    return best
+
+
+@jit
+def _next_sample(near: F32, bits: I32, ranks: I64) -> int:  # pragma: no cover - compiled
+    """Return the row of the largest of `near`; of equal ones the first of the thread with the lowest rank."""
+    best = _largest(bits)
     if best < 0:
         return _largest_below_zero(near, ranks)
-    equal = 0
-    for k in range(bits.shape[0]):
-        equal += bits[k] == best
     at = 0
     while bits[at] != best:
         at += 1
+    # Looking for another one as large costs less than counting them.
+    if _largest(bits[at + 1 :]) != best:
+        return at
     found = at
-    while equal > 1:
-        at += 1
-        if bits[at] == best:
-            equal -= 1
-            if ranks[at & (ranks.shape[0] - 1)] < ranks[found & (ranks.shape[0] - 1)]:
-                found = at
+    for k in range(at + 1, bits.shape[0]):
+        if bits[k] == best and ranks[k & (ranks.shape[0] - 1)] < ranks[found & (ranks.shape[0] - 1)]:
+            found = k
     return found
 
 
