@@ -21,7 +21,8 @@ from serve.ops.checks import (
     uses_numba,
 )
 from serve.ops.cpu.jit import jit
-from serve.ops.points.neighbours import KNN_REACH, nearest
+from serve.ops.points.nearest import nearest
+from serve.ops.points.neighbours import KNN_REACH
 
 __all__ = [
     "assign_score_withk_backward",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.ops.points import grouping, neighbours, sampling
+from serve.ops.points import grouping, nearest, neighbours, sampling
 
 some_seeds = st.integers(0, 2**16)
 
@@ -151,12 +151,12 @@ def test_knn_orders_points_by_distance(seed, n, m, k, dtype):
     d2 = squared(centres[0], points[0])
     for i in range(m):
         # The distances are float32 whatever the points are; a heap decides which of equally near points come.
-        nearest = np.sort(d2[i].astype(np.float32))[:k].astype(float).tolist()
-        assert dist2[0, i].tolist() == nearest + [1e10] * (k - len(nearest))
+        shortest = np.sort(d2[i].astype(np.float32))[:k].astype(float).tolist()
+        assert dist2[0, i].tolist() == shortest + [1e10] * (k - len(shortest))
         rows = idx[0, i].tolist()
-        assert len(set(rows[: len(nearest)])) == len(nearest) and not any(rows[len(nearest) :])
-        assert [float(np.float32(d2[i, j])) for j in rows[: len(nearest)]] == nearest
-    other_dist2, other = neighbours.nearest_torch(centres[0], points[0], k, 1e10, torch.float32)
+        assert len(set(rows[: len(shortest)])) == len(shortest) and not any(rows[len(shortest) :])
+        assert [float(np.float32(d2[i, j])) for j in rows[: len(shortest)]] == shortest
+    other_dist2, other = nearest.nearest_torch(centres[0], points[0], k, 1e10, torch.float32)
     assert torch.equal(other_dist2.to(dtype), dist2[0])
     # The torch version takes the lower rows.
     for i in range(m):
@@ -175,7 +175,7 @@ def test_three_nn_pads_with_row_0_at_infinity():
 
 def test_nan_point_is_never_a_neighbour():
     points = torch.tensor([[float("nan"), 0, 0], [1, 0, 0], [float("inf"), 0, 0]])
-    for search in (neighbours.nearest, neighbours.nearest_torch):
+    for search in (nearest.nearest, nearest.nearest_torch):
         dist2, rows = search(torch.zeros(1, 3), points, 3, 1e10)
         assert rows.tolist() == [[1, 0, 0]] and dist2.tolist() == [[1, 1e10, 1e10]]
 

@@ -66,6 +66,9 @@ def _overlaps(first: Tensor, second: Tensor, mode: int, offset: int) -> Tensor:
     shared = width.clamp_(min=0).mul_(height.clamp_(min=0))
     area = (first[2] - first[0] + offset) * (first[3] - first[1] + offset)
     if mode == IOF:
-        return shared / area
-    other = (second[2] - second[0] + offset) * (second[3] - second[1] + offset)
-    return shared / (area + other - shared)
+        base = area
+    else:
+        other = (second[2] - second[0] + offset) * (second[3] - second[1] + offset)
+        base = area + other - shared
+    # mmcv's CUDA kernel divides by no less than the offset, its CPU kernel by what comes.
+    return shared / (base if base.device.type == "cpu" else base.clamp(min=offset))
