@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from typing import Literal
 
@@ -14,11 +13,11 @@ from PIL import Image, ImageOps
 
 from serve.errors import FrameTooLarge, UndecodableFrame
 from serve.protocol.batch import Bytes
+from serve.protocol.image_size import IMAGE_FORMATS, UNREADABLE, check_png, format_of, image_size
 
-__all__ = ["COLOR_TYPES", "IMAGE_FORMATS", "Decoder", "decode_image"]
+__all__ = ["COLOR_TYPES", "Decoder", "decode_image"]
 
 Decoder = Literal["cv2", "pillow"]
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 # cv2 flags for the `color_type` of mmcv's image loaders (mmcv.image.io.imread_flags).
 COLOR_TYPES = {
     "color": cv2.IMREAD_COLOR,
@@ -27,12 +26,15 @@ COLOR_TYPES = {
     "color_ignore_orientation": cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR,
     "grayscale_ignore_orientation": cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_GRAYSCALE,
 }
-# Raised by Pillow for bytes that are not an image, or an incomplete one.
-_UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError)
+# Formats that OpenCV decodes in part if they are cut, with grey in place of the missing pixels.
+_CHECKED_BY_PILLOW = ("JPEG", "WEBP", "BMP")
 
 
 def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int) -> npt.NDArray[np.uint8]:
-    """Decode a JPEG, PNG, WebP or BMP image.
+    """Decode an image of a format that OpenCV reads: JPEG, PNG, WebP, BMP, TIFF, JPEG 2000, GIF and others.
+
+    Of several pages or animation frames the first is decoded, as mmcv does.
+
 
     Args:
         body: the bytes of the file.
@@ -48,15 +50,20 @@ def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int
         UndecodableFrame: not a complete image of 8 bits per channel.
     """
     if len(body) == 0:
-        raise UndecodableFrame("the body is empty; send the bytes of a JPEG, PNG, WebP or BMP image")
+        raise UndecodableFrame("the body is empty; send the bytes of an image file")
     _check_image(body, max_pixels)
     if decoder == "pillow":
         return _decode_with_pillow(body)
-    pixels = cv2.imdecode(np.frombuffer(body, dtype=np.uint8), COLOR_TYPES[color_type])
+    try:
+        pixels = cv2.imdecode(np.frombuffer(body, dtype=np.uint8), COLOR_TYPES[color_type])
+    except cv2.error as error:
+        raise UndecodableFrame(f"cannot decode the image ({error.err or error})") from None
     if pixels is None:
-        raise UndecodableFrame("cannot decode the image")
-    if pixels.dtype != np.uint8:
-        raise UndecodableFrame(f"the image has {pixels.dtype} samples; 8 bits per channel are expected")
+        raise UndecodableFrame("cannot decode the image; is it complete, with integer samples?")
+    if pixels.dtype != np.uint8:  # only with `unchanged`: the others convert
+        raise UndecodableFrame(
+            f"the image has {pixels.dtype} samples, and this model reads them unchanged; send 8 bits per channel"
+        )
     decoded: npt.NDArray[np.uint8] = pixels
     return decoded
 
@@ -72,29 +79,33 @@ def _decode_with_pillow(body: Bytes) -> npt.NDArray[np.uint8]:
                 image = Image.new("RGB", rgba.size, (124, 117, 104))
                 image.paste(rgba, mask=rgba.split()[3])
             return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UndecodableFrame(f"cannot decode the image ({error})") from None
 
 
 def _check_image(body: Bytes, max_pixels: int) -> None:
-    """Check size and completeness before decoding; OpenCV silently fills missing pixels with grey."""
+    """Check size and completeness before decoding."""
+    width, height = image_size(body)
+    if width * height > max_pixels:
+        raise FrameTooLarge(
+            f"the image has {width} x {height} pixels, the limit is {max_pixels} (MMDET3D_SERVE_MAX_PIXELS)"
+        )
+    match format_of(body):
+        case "PNG":
+            check_png(body)
+        case None:
+            _check_with_pillow(body)
+
+
+def _check_with_pillow(body: Bytes) -> None:
     try:
         with warnings.catch_warnings():
-            # Pillow's own size limits; `max_pixels` below gives a better message.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(body), formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise FrameTooLarge(f"the image has {width} x {height} pixels, the limit is {max_pixels}")
-                if image.format == "PNG":
-                    image.verify()  # checks the checksums of all chunks without inflating
-                else:
-                    # Decoding at an eighth of the size in grey (JPEG only) still reads every coded byte.
-                    image.draft("L", (max(1, width // 8), max(1, height // 8)))
-                    image.load()
-    except Image.DecompressionBombError as error:
-        raise FrameTooLarge(f"the image is too large: {error}") from None
-    except _UNREADABLE as error:
-        raise UndecodableFrame(
-            f"not a complete {', '.join(IMAGE_FORMATS)} image ({error}); send the file unchanged"
-        ) from None
+                if image.format not in _CHECKED_BY_PILLOW:
+                    return
+                # Decoding at an eighth of the size in grey (JPEG only) still reads every coded byte.
+                image.draft("L", (max(1, image.width // 8), max(1, image.height // 8)))
+                image.load()
+    except UNREADABLE as error:
+        raise UndecodableFrame(f"not a complete image ({error}); send the file unchanged") from None

@@ -1,11 +1,14 @@
-"""Image decoding with Pillow, as mmcv's loader does it."""
+"""Image decoding as mmcv's loader does it, within the limits."""
 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from contextlib import suppress
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serve.errors import FrameTooLarge, UndecodableFrame
-from serve.protocol.images import decode_image
+from serve.protocol.image_size import image_size
+from serve.protocol.images import COLOR_TYPES, decode_image
 
 ORIENTATION = 0x0112
 
@@ -71,3 +75,133 @@ def test_corrupted_images_decode_or_raise_a_client_error(data: st.DataObject, na
     del body[data.draw(st.integers(1, len(body))) :]
     with suppress(UndecodableFrame, FrameTooLarge):
         decode_image(bytes(body), "color", "pillow", 10_000)
+
+
+def with_pillow(mode: str, suffix: str, **options: object) -> bytes:
+    """Encode a smooth picture of 96 x 64 pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 4), np.uint8)
+    image = Image.fromarray(cv2.GaussianBlur(noise, (5, 5), 0), "RGBA").convert(mode)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image.save(buffer, suffix, **options)
+    return buffer.getvalue()
+
+
+def with_opencv(suffix: str, dtype: type) -> bytes:
+    rng = np.random.default_rng(1)
+    pixels = rng.random((64, 96, 3), np.float32)
+    if dtype is not np.float32:
+        pixels = (pixels * np.iinfo(dtype).max).astype(dtype)
+    return cv2.imencode(suffix, pixels)[1].tobytes()
+
+
+def png_chunk(kind: bytes, data: bytes, *, checksum: int | None = None) -> bytes:
+    checksum = zlib.crc32(kind + data) if checksum is None else checksum
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+def png_with(chunk: bytes) -> bytes:
+    plain = with_pillow("RGB", "png")
+    return plain[:33] + chunk + plain[33:]  # after the header chunk
+
+
+def rotated(suffix: str) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    return with_pillow("RGB", suffix, exif=exif)
+
+
+NATIVE = {
+    **{
+        f"tiff {c}": with_pillow("RGB", "tiff", compression=c)
+        for c in ("raw", "tiff_lzw", "jpeg", "packbits")
+    },
+    **{f"tiff {mode}": with_pillow(mode, "tiff") for mode in ("1", "L", "P", "RGBA", "CMYK")},
+    "tiff of 16 bits": with_opencv(".tiff", np.uint16),
+    "tiff pages": with_pillow("RGB", "tiff", save_all=True, append_images=[Image.new("RGB", (9, 9))]),
+    "tiff on its side": rotated("tiff"),
+    "jpeg 2000": with_pillow("RGB", "jpeg2000"),
+    "jpeg 2000 stream": with_pillow("RGB", "jpeg2000", no_jp2=True),
+    "jpeg 2000 grey": with_pillow("L", "jpeg2000"),
+    "jpeg 2000 alpha": with_pillow("RGBA", "jpeg2000"),
+    "gif": with_pillow("P", "gif"),
+    "gif animated": with_pillow("P", "gif", save_all=True, append_images=[Image.new("P", (96, 64), 7)]),
+    "gif transparent": with_pillow("P", "gif", transparency=3),
+    "png of 16 bits": with_opencv(".png", np.uint16),
+    "png bits": with_pillow("1", "png"),
+    "png palette": with_pillow("P", "png"),
+    "png alpha": with_pillow("RGBA", "png"),
+    "png on its side": rotated("png"),
+    "png with long text": png_with(png_chunk(b"tEXt", b"Comment\0" + b"x" * 2_000_000)),
+    "png with long packed text": png_with(
+        png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 2_000_000))
+    ),
+    "png with a damaged text": png_with(png_chunk(b"tEXt", b"Comment\0x", checksum=1)),
+    "png with an unknown chunk": png_with(png_chunk(b"abCd", b"anything")),
+    "png followed by bytes": with_pillow("RGB", "png") + b"trailer",
+    "jpeg cmyk": with_pillow("CMYK", "jpeg"),
+    "jpeg progressive": with_pillow("RGB", "jpeg", progressive=True),
+    "jpeg grey": with_pillow("L", "jpeg"),
+    "jpeg on its side": rotated("jpeg"),
+    "webp alpha": with_pillow("RGBA", "webp"),
+    "webp on its side": rotated("webp"),
+    "bmp palette": with_pillow("P", "bmp"),
+    "bmp bits": with_pillow("1", "bmp"),
+    "bmp alpha": with_pillow("RGBA", "bmp"),
+    "ppm": with_pillow("RGB", "ppm"),
+    "pgm": with_pillow("L", "ppm"),
+    "sun raster": with_opencv(".ras", np.uint8),
+    "radiance": with_opencv(".hdr", np.float32),
+    "pfm": with_opencv(".pfm", np.float32),
+}
+
+
+@pytest.mark.parametrize("color_type", COLOR_TYPES)
+@pytest.mark.parametrize("name", NATIVE)
+def test_images_of_every_kind_have_mmcvs_pixels(name: str, color_type: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mmcv import imfrombytes
+
+        expected = imfrombytes(NATIVE[name], flag=color_type)
+    if expected.dtype != np.uint8:
+        with pytest.raises(UndecodableFrame, match=str(expected.dtype)):
+            decode_image(NATIVE[name], color_type, "cv2", 96 * 64)
+        return
+    assert np.array_equal(decode_image(NATIVE[name], color_type, "cv2", 96 * 64), expected)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_limit_on_pixels_holds_for_every_kind_and_names_its_setting(name: str) -> None:
+    assert sorted(image_size(NATIVE[name])) == [64, 96]
+    with pytest.raises(FrameTooLarge, match="MMDET3D_SERVE_MAX_PIXELS"):
+        decode_image(NATIVE[name], "color", "cv2", 96 * 64 - 1)
+
+
+def test_code_stream_larger_than_its_header_counts() -> None:
+    body = bytearray(NATIVE["jpeg 2000"])
+    at = body.index(b"\xff\x4f\xff\x51") + 8
+    body[at : at + 8] = struct.pack(">II", 60_000, 60_000)
+    with pytest.raises(FrameTooLarge):
+        decode_image(bytes(body), "color", "cv2", 96 * 64)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_cut_image_is_refused(name: str) -> None:
+    body = NATIVE[name]
+    if name in ("gif animated", "png followed by bytes", "tiff pages"):
+        pytest.skip("what is cut is not part of the first picture")
+    with pytest.raises(UndecodableFrame):
+        decode_image(body[: len(body) * 2 // 3], "color", "cv2", 96 * 64)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(NATIVE)))
+def test_damaged_images_decode_or_raise_a_client_error(data: st.DataObject, name: str) -> None:
+    body = bytearray(NATIVE[name])
+    for _ in range(data.draw(st.integers(1, 6))):
+        body[data.draw(st.integers(0, min(len(body), 600) - 1))] = data.draw(st.integers(0, 255))
+    del body[data.draw(st.integers(len(body) // 2, len(body))) :]
+    with suppress(UndecodableFrame, FrameTooLarge):
+        decode_image(bytes(body), "color", "cv2", 10_000)
