@@ -72,20 +72,24 @@ class Client:
         score_thr: float | None = None,
         max_detections: int | None = None,
         num_points: int | None = None,
+        columns: str | None = None,
+        sweeps: str | None = None,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
         """Send one frame and return its detections.
 
         Args:
-            frame_bytes: a point cloud (``.bin`` or ``.npy``) or an encoded image, as read from its file; for a model
-                with several parts, the bytes of each part by name (``points``, ``image``, ``image.CAM_FRONT``,
-                ``calibration``), sent as form fields.
+            frame_bytes: a point cloud (``.bin``, ``.npy``, PCD, …) or an encoded image, as read from its file; for
+                several parts, the bytes of each part by name (``points``, ``image``, ``image.CAM_FRONT``,
+                ``calibration``; of several sweeps ``points``, ``sweep.0``, …, ``sweeps``), sent as form fields.
             model: name of the served model.
             version: its version; the server's default if None.
             content_type: media type of ``frame_bytes``; ignored for several parts.
             score_thr: minimum score of a detection; the server's default if None.
             max_detections: maximum number of detections, best first; the server's default if None.
             num_points: number of points, which the server checks; required for an empty ``.bin``.
+            columns: columns of the point cloud, as in ``x,y,z,intensity=0``.
+            sweeps: ``accumulated`` if the point cloud has the points and times of several sweeps.
             timeout_s: timeout of this answer, seconds, instead of the client's.
 
         Returns:
@@ -100,7 +104,13 @@ class Client:
         path = f"/predictions/{quote(model, safe='')}"
         if version is not None:
             path += f"/{quote(version, safe='')}"
-        options = {"score_thr": score_thr, "max_detections": max_detections, "num_points": num_points}
+        options = {
+            "score_thr": score_thr,
+            "max_detections": max_detections,
+            "num_points": num_points,
+            "columns": columns,
+            "sweeps": sweeps,
+        }
         # TorchServe drops the query string of /predictions, so options travel as headers.
         option_headers = {
             f"X-{name.replace('_', '-').title()}": str(value)

@@ -17,6 +17,7 @@ import orjson
 
 from serve.errors import ArchiveError
 from serve.protocol.frames import FrameSpec
+from serve.protocol.sweeps import is_sweep_part
 
 __all__ = ["golden_calibration", "golden_frame", "golden_image", "golden_room", "read_frame"]
 
@@ -56,17 +57,20 @@ def read_frame(path: Path, spec: FrameSpec) -> dict[str, tuple[str, bytes]]:
 
     Args:
         path: a file; for a frame of several parts a folder with one file per part, named after the part
-            (``points.bin``, ``image.png``, ``image.CAM_FRONT.jpg``, ``calibration.json``).
+            (``points.bin``, ``image.png``, ``image.CAM_FRONT.jpg``, ``calibration.json``; optionally
+            ``sweep.0.bin``, …, ``sweeps.json``).
         spec: the parts that the model expects.
 
     Raises:
         ArchiveError: a part has no file, or more than one.
         OSError: a file cannot be read.
     """
-    if len(spec.parts) == 1:
+    has_sweeps = spec.sweeps is not None and path.is_dir()
+    if len(spec.parts) == 1 and not has_sweeps:
         return {spec.parts[0]: (f"frame{path.suffix}", path.read_bytes())}
     found: dict[str, tuple[str, bytes]] = {}
-    for part in spec.parts:
+    own = sorted(file.stem for file in path.iterdir() if is_sweep_part(file.stem)) if has_sweeps else ()
+    for part in (*spec.parts, *own):
         files = [file for file in sorted(path.iterdir()) if file.stem == part] if path.is_dir() else []
         if len(files) != 1:
             raise ArchiveError(

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import struct
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
-from serve.errors import UndecodableFrame
-from serve.protocol.batch import Body, Bytes
+from serve.protocol.batch import Body
+from serve.protocol.image_size import image_size
 
 __all__ = ["FrameCost", "estimate_cost"]
-
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 
 @dataclass(frozen=True)
@@ -39,10 +33,11 @@ def estimate_cost(body: Body, spec: Mapping[str, Any]) -> FrameCost:
 
     Raises:
         UndecodableFrame: the header of an image cannot be read.
+        FrameTooLarge: the header is that of an image far beyond any limit.
     """
     parts = body if isinstance(body, Mapping) else {_only_part(spec): body}
-    points = sum(len(part) for name, part in parts.items() if name == "points")
-    sizes = tuple(_image_size(part) for name, part in sorted(parts.items()) if name.startswith("image"))
+    points = sum(len(part) for name, part in parts.items() if name == "points" or name.startswith("sweep."))
+    sizes = tuple(image_size(part) for name, part in sorted(parts.items()) if name.startswith("image"))
     stride = 4 * int(spec.get("load_dim") or 4)
     cost = points // stride if points else sum(width * height for width, height in sizes)
     return FrameCost(max(1, cost), sum(len(part) for part in parts.values()), sizes or None)
@@ -53,15 +48,3 @@ def _only_part(spec: Mapping[str, Any]) -> str:
     if parts:
         return str(parts[0])
     return "points" if spec["modality"] == "lidar" else "image"
-
-
-def _image_size(image: Bytes) -> tuple[int, int]:
-    try:
-        with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
-            return opened.size
-    except Image.DecompressionBombError as error:
-        raise UndecodableFrame(f"the image is too large: {error}") from None
-    except (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError):
-        raise UndecodableFrame(
-            f"the bytes are not a {', '.join(_FORMATS)} image; send the file unchanged"
-        ) from None

@@ -18,6 +18,7 @@ from serve.gateway.admission import Permit
 from serve.gateway.backend import EncodedFrame
 from serve.protocol.batch import Body
 from serve.protocol.frames import is_part, read_json_frame
+from serve.protocol.sweeps import list_sweeps
 from serve.storage.references import References
 
 __all__ = ["read_frames"]
@@ -70,10 +71,11 @@ async def _read_frame(document: Any, references: References, permit: Permit) -> 
     if not isinstance(document, Mapping):
         return EncodedFrame(*read_json_frame(document))
     if "uri" in document:
-        if "b64" in document or any(map(is_part, document)):
+        if "b64" in document or any(is_part(*each) for each in document.items()):
             raise BadRequest('"uri" replaces the frame; remove "b64" and parts')
         options = {name: value for name, value in document.items() if name != "uri"}
         return EncodedFrame(await _fetch(document["uri"], references, permit), options)
+    document = list_sweeps(document)
     uris = {
         name: value["uri"]
         for name, value in document.items()
@@ -84,7 +86,7 @@ async def _read_frame(document: Any, references: References, permit: Permit) -> 
     fetched = await asyncio.gather(*(_fetch(uri, references, permit) for uri in uris.values()))
     inline = {name: value for name, value in document.items() if name not in uris}
     parts: Body = {}
-    if any(map(is_part, inline)):
+    if any(is_part(*each) for each in inline.items()):
         parts, inline = read_json_frame(inline)
     assert isinstance(parts, Mapping)
     return EncodedFrame({**parts, **dict(zip(uris, fetched, strict=True))}, inline)

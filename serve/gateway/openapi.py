@@ -6,6 +6,7 @@ from typing import Any
 
 from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import FRAMES_CONTENT_TYPE
+from serve.protocol.sweeps import ACCUMULATED, MAX_SWEEPS
 
 __all__ = ["DESCRIPTION", "errors", "predictions"]
 
@@ -16,11 +17,23 @@ and the Open Inference Protocol (`/v2`)."""
 
 _SCORE_THR = {"type": "number", "minimum": 0, "maximum": 1}
 _MAX_DETECTIONS = {"type": "integer", "minimum": 0, "maximum": 2**31}
+_LOAD_DIM = {"type": "integer", "minimum": 1, "description": "Declared numbers per point"}
+_NUM_POINTS = {"type": "integer", "minimum": 0, "description": "Declared number of points"}
+_COLUMNS = {"type": "string", "examples": ["x,y,z,ring", "x,y,z,intensity=0"]}
+_SWEEPS = {"type": "string", "enum": [ACCUMULATED]}
 _QUERY_PARAMETERS = [
     {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
     for name, description, schema in (
         ("score_thr", "Minimum score of a detection", _SCORE_THR),
         ("max_detections", "Maximum number of detections, best first", _MAX_DETECTIONS),
+        ("load_dim", "Declared float32 numbers per point of a .bin", _LOAD_DIM),
+        ("num_points", "Declared number of points; 0 for an empty body", _NUM_POINTS),
+        ("columns", "Columns of the point cloud in order, and values of those that it lacks", _COLUMNS),
+        (
+            "sweeps",
+            "The point cloud has the points and times of several sweeps, and is used as it is",
+            _SWEEPS,
+        ),
         (
             "timeout_ms",
             "Deadline of the request, milliseconds; frames still queued then are answered 504 and not computed",
@@ -29,6 +42,34 @@ _QUERY_PARAMETERS = [
     )
 ]
 
+_CLOUD = {
+    "type": "object",
+    "properties": {"b64": {"type": "string", "contentEncoding": "base64"}, "uri": {"type": "string"}},
+}
+_SWEEP_LIST = {
+    "type": "array",
+    "maxItems": MAX_SWEEPS,
+    "items": {
+        "type": "object",
+        "required": ["points"],
+        "properties": {
+            "points": _CLOUD,
+            "time_lag_s": {"type": "number", "minimum": 0},
+            "timestamp_s": {"type": "number"},
+            "transform": {"type": "array", "description": "4 x 4, sweep to key frame, metres"},
+            "lidar2sensor": {"type": "array", "description": "4 x 4, as in mmdet3d's infos"},
+        },
+    },
+}
+_WARNINGS = {
+    "type": "array",
+    "description": "Likely mistakes of the client; absent if there are none",
+    "items": {
+        "type": "object",
+        "required": ["code", "message"],
+        "properties": {"code": {"type": "string"}, "message": {"type": "string"}},
+    },
+}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -80,21 +121,38 @@ def errors(*statuses: int, protocol: bool = False) -> dict[int | str, dict[str, 
 def predictions(options: GatewayOptions) -> dict[str, Any]:
     """Document the routes that take frames: arguments of FastAPI's route decorators."""
     binary = {"schema": {"type": "string", "format": "binary"}}
-    frame_options = {"score_thr": _SCORE_THR, "max_detections": _MAX_DETECTIONS}
+    frame_options = {
+        "score_thr": _SCORE_THR,
+        "max_detections": _MAX_DETECTIONS,
+        "load_dim": _LOAD_DIM,
+        "num_points": _NUM_POINTS,
+        "columns": _COLUMNS,
+    }
+    cloud_options = {**frame_options, "sweeps": _SWEEPS}
     inline = {
         "type": "object",
         "required": ["b64"],
-        "properties": {"b64": {"type": "string", "contentEncoding": "base64"}, **frame_options},
+        "properties": {"b64": {"type": "string", "contentEncoding": "base64"}, **cloud_options},
     }
     named = {
         "type": "object",
         "required": ["uri"],
         "properties": {
             "uri": {"type": "string", "description": "Must start with a prefix that the operator allows"},
+            **cloud_options,
+        },
+    }
+    with_sweeps = {
+        "type": "object",
+        "required": ["points", "sweeps"],
+        "properties": {
+            "points": _CLOUD,
+            "sweeps": _SWEEP_LIST,
+            "timestamp_s": {"type": "number"},
             **frame_options,
         },
     }
-    one = {"oneOf": [inline, named, {"type": "string", "contentEncoding": "base64"}]}
+    one = {"oneOf": [inline, named, with_sweeps, {"type": "string", "contentEncoding": "base64"}]}
     frame = {
         "oneOf": [
             *one["oneOf"],
@@ -106,7 +164,11 @@ def predictions(options: GatewayOptions) -> dict[str, Any]:
         ]
     }
     form = {"type": "object", "properties": {"data": {"type": "array", "items": binary["schema"]}}}
-    answer = {"type": "object", "description": "Detections with OpenMMLab's field names; see docs/answers.md"}
+    answer = {
+        "type": "object",
+        "description": "Detections with OpenMMLab's field names; see docs/answers.md",
+        "properties": {"warnings": _WARNINGS},
+    }
     return {
         "responses": {
             200: {

@@ -30,6 +30,7 @@ from serve.gateway.json_frames import read_frames
 from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, Body, unpack_frames
 from serve.protocol.frames import FrameOptions, parse_options
+from serve.protocol.sweeps import is_sweep_part
 from serve.storage.references import References
 
 __all__ = [
@@ -203,14 +204,17 @@ async def _parse_form_frames(
     request: Request, permit: Permit, options: GatewayOptions, parts: Sequence[str]
 ) -> ParsedRequest:
     fields_, files = await _parse_form(request, permit, options)
-    if len(parts) > 1:
+    has_sweeps = any(is_sweep_part(name, body) for name, body in (*fields_, *files))
+    if len(parts) > 1 or has_sweeps:
         names = [name for name, _ in files]
         if len(set(names)) != len(names):
             raise BadRequest(
                 f"a part occurs twice; this model takes one frame of the parts {', '.join(parts)}, each once"
             )
-        texts = {name: value.encode() for name, value in fields_ if name in parts}
-        own = {name: value for name, value in fields_ if name not in parts}
+        texts = {
+            name: value.encode() for name, value in fields_ if name in parts or is_sweep_part(name, value)
+        }
+        own = {name: value for name, value in fields_ if name not in texts}
         return ParsedRequest([EncodedFrame({**texts, **dict(files)}, own)], many=False)
     own = dict(fields_)
     if "b64" in own:

@@ -8,8 +8,8 @@ Formats:
 
 * ``.bin``: float32, little-endian, `load_dim` numbers per point, no header (KITTI, nuScenes).
 * ``.npy``, ``.npz``, PCD, PLY, LAS, LAZ: columns by name or in the model's order (`serve.protocol.points`).
-* JPEG, PNG, WebP and BMP images.
-* JSON calibrations, see `serve.protocol.calibration`.
+* Images of every format that OpenCV reads (`serve.protocol.images`).
+* JSON calibrations, see `serve.protocol.calibration`; sweeps, see `serve.protocol.sweeps`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +27,18 @@ import orjson
 from serve.errors import BadRequest, FrameTooLarge, UndecodableFrame, UnknownOption
 from serve.protocol.batch import Body, Bytes
 from serve.protocol.calibration import parse_calibration
+from serve.protocol.frame_warnings import FrameWarning, PointExpectations, check_points
 from serve.protocol.images import Decoder, decode_image
 from serve.protocol.points import PointLayout, decode_points, parse_columns
+from serve.protocol.sweeps import (
+    Sweep,
+    SweepSpec,
+    check_sweeps_option,
+    decode_sweeps,
+    is_sweep_part,
+    list_sweeps,
+    parse_sweeps,
+)
 from serve.settings import Limits
 
 __all__ = [
@@ -69,6 +79,8 @@ class FrameSpec:
         cameras: names of the cameras in the model's order (multi-view only).
         calibration: names of the matrices that the model needs for each camera.
         used_columns: indices of the columns of a point that the model uses; None for all.
+        sweeps: earlier point clouds that a frame may have; None if the model takes one cloud.
+        expected: what the model expects of a point cloud, for warnings.
     """
 
     modality: Modality
@@ -78,6 +90,8 @@ class FrameSpec:
     cameras: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
     used_columns: tuple[int, ...] | None = None
+    sweeps: SweepSpec | None = None
+    expected: PointExpectations = field(default_factory=PointExpectations)
 
     @property
     def layout(self) -> PointLayout:
@@ -87,7 +101,7 @@ class FrameSpec:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the parts of a frame, all of them required."""
+        """Names of the required parts of a frame; `accepts` knows the optional ones too."""
         points = ("points",) if self.has_points else ()
         images = tuple(f"image.{camera}" for camera in self.cameras)
         if self.modality in ("image", "mono3d", "fusion"):
@@ -98,6 +112,15 @@ class FrameSpec:
     def has_points(self) -> bool:
         """Whether a point cloud is among the parts."""
         return self.modality in ("lidar", "depth", "fusion")
+
+    def accepts(self, part: str) -> bool:
+        """Return whether a frame may have a part of that name."""
+        return part in self.parts or (self.sweeps is not None and is_sweep_part(part))
+
+    @property
+    def warnings(self) -> tuple[FrameWarning, ...]:
+        """Warnings that concern every frame of required parts only."""
+        return () if self.sweeps is None else (FrameWarning("one_sweep", self.sweeps.warning),)
 
 
 @dataclass(frozen=True)
@@ -111,6 +134,7 @@ class FrameOptions:
         num_points: number of points as declared by the caller; checked against the bytes.
         columns: columns of a point as declared by the caller, such as ``x,y,z,intensity=0``
             (`serve.protocol.points.parse_columns`).
+        sweeps: ``accumulated`` if the points are several sweeps with their times already.
     """
 
     score_thr: float = 0.0
@@ -118,6 +142,7 @@ class FrameOptions:
     load_dim: int | None = None
     num_points: int | None = None
     columns: str | None = None
+    sweeps: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,12 +151,15 @@ class Frame:
 
     Attributes:
         data: (N, load_dim) float32 or (H, W[, 3]) uint8 BGR for a frame of one part; for several parts, a
-            dictionary of such arrays by part name, with the calibration as `parse_calibration` returns it.
+            dictionary of such arrays by part name, with the calibration as `parse_calibration` returns it and the
+            sweeps as `decode_sweeps` does.
         options: options of the frame.
+        warnings: likely mistakes of the client.
     """
 
     data: npt.NDArray[Any] | dict[str, Any]
     options: FrameOptions
+    warnings: tuple[FrameWarning, ...] = ()
 
     @property
     def points(self) -> npt.NDArray[np.float32] | None:
@@ -139,6 +167,13 @@ class Frame:
         if isinstance(self.data, dict):
             return self.data.get("points")
         return self.data if self.data.ndim == 2 and self.data.dtype == np.float32 else None
+
+    @property
+    def has_no_points(self) -> bool:
+        """Whether the frame has a point cloud, but neither it nor a sweep has points."""
+        sweeps: tuple[Sweep, ...] = self.data.get("sweeps", ()) if isinstance(self.data, dict) else ()
+        points = self.points
+        return points is not None and not len(points) and not any(len(sweep.points) for sweep in sweeps)
 
 
 def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -> FrameOptions:
@@ -153,7 +188,7 @@ def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -
     """
     if not values:  # the common case
         return base or FrameOptions()
-    known = {field.name for field in fields(FrameOptions)}
+    known = {each.name for each in fields(FrameOptions)}
     changes: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
@@ -163,6 +198,8 @@ def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -
                 changes[name] = _parse_score(name, value)
             case "columns":
                 changes[name] = _check_columns(name, value)
+            case "sweeps":
+                changes[name] = check_sweeps_option(value)
             case _:
                 changes[name] = _parse_count(name, value)
     return replace(base or FrameOptions(), **changes)
@@ -195,9 +232,16 @@ def _parse_count(name: str, value: Any) -> int:
     return number
 
 
-def is_part(name: str) -> bool:
-    """Return whether a form field or JSON member of that name is a part of a frame rather than an option."""
-    return name in ("points", "image", "calibration", "text") or name.startswith("image.")
+def is_part(name: str, value: Any = None) -> bool:
+    """Return whether a form field or JSON member is a part of a frame rather than an option.
+
+    Args:
+        name: its name.
+        value: its value, if known: ``sweeps`` is a part or an option, depending on it.
+    """
+    if name in ("points", "image", "calibration", "text") or name.startswith("image."):
+        return True
+    return is_sweep_part(name, value)
 
 
 def decode_frame(body: Body, spec: FrameSpec, options: FrameOptions, limits: Limits) -> Frame:
@@ -224,15 +268,47 @@ def decode_frame(body: Body, spec: FrameSpec, options: FrameOptions, limits: Lim
         raise BadRequest(f"this model takes {_format_parts(spec)}; send each as a form field of that name")
     else:
         body = {spec.parts[0]: body}
+    if options.sweeps and (spec.sweeps is None or any(map(is_sweep_part, body))):
+        raise BadRequest(
+            "sweeps=accumulated is for points of several sweeps in one cloud; "
+            + ("this model takes no sweeps" if spec.sweeps is None else "send these, or sweep.0, sweep.1, …")
+        )
     decoded = {name: _decode_part(name, body[name], spec, options, limits) for name in spec.parts}
+    warnings = check_points(decoded["points"], spec.expected) if spec.has_points else ()
+    if spec.sweeps is not None:
+        if any(map(is_sweep_part, body)):
+            decoded["sweeps"] = decode_sweeps(
+                body,
+                spec.sweeps,
+                limits,
+                num_key_points=len(decoded["points"]),
+                columns=options.columns,
+                load_dim=None if options.load_dim is None else spec.sweeps.load_dim,
+            )
+            warnings += _warn_of_sweeps(body, spec)
+        elif not options.sweeps:
+            warnings += spec.warnings
     if len(decoded) == 1:
-        return Frame(decoded[spec.parts[0]], options)
-    return Frame(decoded, options)
+        return Frame(decoded[spec.parts[0]], options, warnings)
+    return Frame(decoded, options, warnings)
+
+
+def _warn_of_sweeps(body: Mapping[str, Bytes], spec: FrameSpec) -> tuple[FrameWarning, ...]:
+    assert spec.sweeps is not None
+    given = len(parse_sweeps(body["sweeps"]))
+    if not given:
+        return spec.warnings
+    if given <= spec.sweeps.number:
+        return ()
+    used = spec.sweeps.number
+    return (
+        FrameWarning("sweeps_ignored", f"the model uses {used} sweeps; the latest of the {given} are used"),
+    )
 
 
 def _check_parts(body: Mapping[str, Bytes], spec: FrameSpec) -> None:
     missing = [name for name in spec.parts if name not in body]
-    unexpected = [name[:80] for name in body if name not in spec.parts]
+    unexpected = [name[:80] for name in body if not spec.accepts(name)]
     if missing or unexpected:
         faults = [f"missing: {', '.join(missing)}"] if missing else []
         faults += [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
@@ -240,14 +316,18 @@ def _check_parts(body: Mapping[str, Bytes], spec: FrameSpec) -> None:
 
 
 def _format_parts(spec: FrameSpec) -> str:
-    return f"{'the parts ' if len(spec.parts) > 1 else 'one part, '}{', '.join(spec.parts)}"
+    optional = ", and optionally sweep.0, sweep.1, … with sweeps" if spec.sweeps else ""
+    return f"{'the parts ' if len(spec.parts) > 1 else 'one part, '}{', '.join(spec.parts)}{optional}"
 
 
 def _decode_part(name: str, body: Bytes, spec: FrameSpec, options: FrameOptions, limits: Limits) -> Any:
     if name == "points":
+        layout = spec.layout
+        if options.sweeps and spec.sweeps:
+            layout = spec.sweeps.accumulated(layout)
         return decode_points(
             body,
-            spec.layout,
+            layout,
             limits,
             columns=options.columns,
             load_dim=options.load_dim,
@@ -283,7 +363,8 @@ def read_json_frame(document: Any) -> tuple[Body, dict[str, Any]]:
     """Read a frame and its options from parsed JSON.
 
     ``{"b64": "…", <options>}`` or a bare base64 string for a frame of one part;
-    ``{"points": {"b64": "…"}, "image": {"b64": "…"}, "calibration": {…}, <options>}`` for several parts.
+    ``{"points": {"b64": "…"}, "image": {"b64": "…"}, "calibration": {…}, <options>}`` for several parts;
+    ``{"points": {"b64": "…"}, "sweeps": [{"points": {"b64": "…"}, "time_lag_s": …, "transform": […]}, …]}`` for sweeps.
 
     Returns:
         The bytes (or those of each part by name) and the options.
@@ -293,9 +374,14 @@ def read_json_frame(document: Any) -> tuple[Body, dict[str, Any]]:
     """
     if isinstance(document, str):
         document = {"b64": document}
-    if isinstance(document, dict) and "b64" not in document and any(map(is_part, document)):
-        parts = {name: _json_part(name, value) for name, value in document.items() if is_part(name)}
-        return parts, {name: value for name, value in document.items() if not is_part(name)}
+    if (
+        isinstance(document, dict)
+        and "b64" not in document
+        and any(is_part(*each) for each in document.items())
+    ):
+        document = list_sweeps(document)
+        parts = {name: _json_part(name, value) for name, value in document.items() if is_part(name, value)}
+        return parts, {name: value for name, value in document.items() if name not in parts}
     if not isinstance(document, dict) or not isinstance(document.get("b64"), str):
         raise BadRequest(
             'JSON must be {"b64": "<base64 of the frame>", …options}, or {"image": {"b64": "…"}, …} by part'
@@ -310,9 +396,13 @@ def _json_part(name: str, value: Any) -> bytes:
         return _base64(name, value["b64"])
     if name == "calibration" and isinstance(value, dict):
         return encode_json(value)
+    if name == "sweeps" and isinstance(value, list | dict):
+        return encode_json(value)
     if name == "text" and isinstance(value, str):
         return value.encode()
-    expected = "a JSON object of matrices" if name == "calibration" else '{"b64": "<base64>"}'
+    expected = {"calibration": "a JSON object of matrices", "sweeps": "a list"}.get(
+        name, '{"b64": "<base64>"}'
+    )
     raise BadRequest(f"{name[:80]} must be {expected}")
 
 

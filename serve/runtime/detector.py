@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -53,11 +54,14 @@ class Detector:
 
     def describe(self) -> dict[str, Any]:
         """Describe model, input and device for the gateway."""
-        metadata = self.metadata
+        metadata, spec = self.metadata, self._samples.spec
         return {
             **self._model,
-            "modality": self._samples.spec.modality,
-            "parts": list(self._samples.spec.parts),
+            "modality": spec.modality,
+            "parts": list(spec.parts),
+            "columns": list(spec.layout.columns) if spec.has_points else None,
+            "sweeps": None if spec.sweeps is None else asdict(spec.sweeps),
+            "warnings": [warning.document() for warning in spec.warnings],
             "package": metadata.package,
             "classes": list(metadata.classes),
             "box_type_3d": metadata.box_type_3d,
@@ -70,12 +74,16 @@ class Detector:
         """Decode one frame for this model; raises like `serve.protocol.frames.decode_frame`."""
         return decode_frame(body, self._samples.spec, options, limits)
 
+    def expect_intensities_of(self, frame: Frame) -> None:
+        """Expect intensities like those of an archive's golden frame, for warnings about other frames."""
+        self._samples.expect_intensities_of(frame)
+
     def run(self, frames: Sequence[Frame]) -> list[Outcome]:
         """Run all frames in as few batches as their shapes allow; errors of frames are returned as outcomes."""
         outcomes: dict[int, Outcome] = {}
         groups: dict[Any, dict[int, dict[str, Any]]] = {}
         for i, frame in enumerate(frames):
-            if frame.points is not None and not len(frame.points):
+            if frame.has_no_points:
                 outcomes[i] = self._empty()
                 continue
             try:
@@ -89,7 +97,7 @@ class Detector:
                 groups.setdefault(_batch_key(sample), {})[i] = sample
         for members in groups.values():
             outcomes.update(zip(members, self._run_group(list(members.values())), strict=True))
-        return [_filter(outcomes[i], frame.options) for i, frame in enumerate(frames)]
+        return [_finish(outcomes[i], frame) for i, frame in enumerate(frames)]
 
     def forward(self, samples: Sequence[dict[str, Any]]) -> list[Any]:
         """Run prepared inputs as one batch; return the network's own data samples."""
@@ -265,5 +273,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _filter(outcome: Outcome, options: FrameOptions) -> Outcome:
-    return outcome if isinstance(outcome, ServeError) else filter_detections(outcome, options)
+def _finish(outcome: Outcome, frame: Frame) -> Outcome:
+    """Filter an answer by the options of its frame, and add the warnings about the frame."""
+    if isinstance(outcome, ServeError):
+        return outcome
+    answer = filter_detections(outcome, frame.options)
+    if frame.warnings:
+        answer = {**answer, "warnings": [warning.document() for warning in frame.warnings]}
+    return answer

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["image_loader", "mono_loader", "multiview_loader", "point_loader"]
+__all__ = ["image_loader", "mono_loader", "multiview_loader", "point_loader", "sweep_loader"]
 
 
 def point_loader(step: Mapping[str, Any]) -> Any:
@@ -27,6 +27,27 @@ def point_loader(step: Mapping[str, Any]) -> Any:
         key: value for key, value in step.items() if key not in ("type", "backend_args", "file_client_args")
     }
     return LoadPointsFromFrame(**arguments)
+
+
+def sweep_loader(step: Mapping[str, Any]) -> Any:
+    """Create mmdet3d's own loader of sweeps without the file reads; a cloud of several sweeps passes through it."""
+    from mmdet3d.datasets.transforms import LoadPointsFromMultiSweeps
+
+    class LoadSweepsFromFrame(LoadPointsFromMultiSweeps):  # type: ignore[misc]
+        def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+            if not results.get("sweeps_accumulated"):
+                loaded: dict[str, Any] = super().transform(results)
+                return loaded
+            results["points"] = results["points"][:, self.use_dim]
+            return results
+
+        def _load_points(self, frame: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            return frame
+
+    arguments = {
+        key: value for key, value in step.items() if key not in ("type", "backend_args", "file_client_args")
+    }
+    return LoadSweepsFromFrame(**arguments)
 
 
 def image_loader(step: Mapping[str, Any]) -> Any:

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from serve.errors import ArchiveError
+from serve.protocol.frame_warnings import PointExpectations, intensity_scale
 from serve.protocol.frames import Frame, FrameSpec, Modality
 from serve.protocol.images import COLOR_TYPES, Decoder
-from serve.runtime.loaders import image_loader, mono_loader, multiview_loader, point_loader
+from serve.protocol.sweeps import ACCUMULATED, Sweep, SweepSpec
+from serve.runtime.loaders import image_loader, mono_loader, multiview_loader, point_loader, sweep_loader
 from serve.runtime.model import scope_of, suppress_warnings
 
 __all__ = ["InputPipeline", "box_type_of", "dataset_of", "frame_spec", "pipeline_of"]
 
 LOADERS = {
     "LoadPointsFromFile": point_loader,
+    "LoadPointsFromMultiSweeps": sweep_loader,
     "LoadImageFromFile": image_loader,
     "LoadImageFromFileMono3D": mono_loader,
     "LoadMultiViewImageFromFiles": multiview_loader,
@@ -35,6 +40,10 @@ NOT_PER_FRAME = {
     "LoadProposals": "it needs the proposals of another model",
     "PackReIDInputs": "it returns a feature vector of an image crop, not detections",
 }
+_SAMPLE = Path(__file__).parents[1] / "assets" / "sample.bin"
+_SWEEPS = "LoadPointsFromMultiSweeps"
+# Word in the type of a data set → its largest intensity.
+INTENSITY_MAX = {"kitti": 1.0, "waymo": 1.0, "nuscenes": 255.0, "lyft": 255.0}
 BOX_TYPES = {"lidar": "LiDAR", "camera": "Camera", "depth": "Depth"}
 
 
@@ -76,7 +85,7 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
     for kind, reason in NOT_PER_FRAME.items():
         if kind in steps:
             raise ArchiveError(f"the model cannot be served frame by frame: {reason}")
-    known = [kind for kind in LOADERS if kind in steps]
+    known = [kind for kind in LOADERS if kind in steps and kind != _SWEEPS]
     color_type, decoder = _image_decoding(steps)
     box_type = box_type_of(config)
     match known:
@@ -87,6 +96,8 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
                 "depth" if depth else "lidar",
                 load_dim=int(step.get("load_dim", 6)),
                 used_columns=_used_columns(steps),
+                sweeps=_sweeps(steps),
+                expected=_expected_points(config, steps),
             )
         case ["LoadImageFromFile"] if scope_of(config) == "mmdet3d" and "Pack3DDetInputs" in steps:
             matrices = _matrices(config, box_type)
@@ -103,6 +114,8 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
                 "fusion",
                 load_dim=int(steps["LoadPointsFromFile"].get("load_dim", 6)),
                 used_columns=_used_columns(steps),
+                sweeps=_sweeps(steps),
+                expected=_expected_points(config, steps),
                 color_type=color_type,
                 decoder=decoder,
                 calibration=("depth2img",) if box_type == "Depth" else ("lidar2img",),
@@ -126,10 +139,41 @@ def _used_columns(steps: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
     """Return the indices of the point columns that the model reads."""
     use_dim = steps["LoadPointsFromFile"].get("use_dim", (0, 1, 2))
     used = tuple(range(use_dim)) if isinstance(use_dim, int) else tuple(int(k) for k in use_dim)
-    if (sweeps := steps.get("LoadPointsFromMultiSweeps")) is not None:
-        time_dim = int(sweeps.get("time_dim", 4))
-        used = tuple(k for k in used if k != time_dim)  # upstream overwrites it with the time of the sweep
+    if (sweeps := _sweeps(steps)) is not None:
+        used = tuple(k for k in used if k != sweeps.time_column)  # the time of the sweep replaces it
     return used
+
+
+def _sweeps(steps: Mapping[str, Mapping[str, Any]]) -> SweepSpec | None:
+    step = steps.get(_SWEEPS)
+    if step is None:
+        return None
+    return SweepSpec(
+        number=int(step.get("sweeps_num", 10)),
+        load_dim=int(step.get("load_dim", 5)),
+        time_column=int(step.get("time_dim", 4)),
+        repeats=bool(step.get("pad_empty_sweeps", False)),
+    )
+
+
+def _expected_points(config: Mapping[str, Any], steps: Mapping[str, Mapping[str, Any]]) -> PointExpectations:
+    """Return what the model expects of a point cloud, from its voxels and its data set."""
+    loader, preprocessor = steps["LoadPointsFromFile"], config["model"].get("data_preprocessor") or {}
+    bounds = (preprocessor.get("voxel_layer") or {}).get("point_cloud_range")
+    if preprocessor.get("voxel_type", "hard") not in ("hard", "dynamic"):  # others divide polar coordinates
+        bounds = None
+    has_colour = "DEPTH" in str(loader.get("coord_type", "LIDAR")).upper()
+    uses = 3 in _used_columns(steps) and not has_colour
+    if (step := steps.get(_SWEEPS)) is not None:
+        use_dim = step.get("use_dim", (0, 1, 2, 4))
+        uses = uses and 3 in (range(use_dim) if isinstance(use_dim, int) else use_dim)
+    dataset = str(dataset_of(config).get("type", "")).lower()
+    scale = next((top for word, top in INTENSITY_MAX.items() if word in dataset), None)
+    return PointExpectations(
+        point_cloud_range=tuple(float(bound) for bound in bounds) if bounds and len(bounds) == 6 else None,
+        intensity_max=None if loader.get("norm_intensity") else scale,
+        uses_intensity=uses,
+    )
 
 
 def _kind(step: Mapping[str, Any]) -> str:
@@ -192,6 +236,15 @@ class InputPipeline:
                 self._constants = _constants(config)
                 self._compose = Compose(_replace_loaders(copy.deepcopy(pipeline_of(config))))
 
+    def expect_intensities_of(self, frame: Frame) -> None:
+        """Expect intensities of the scale of `frame`, a user's own, if the data set does not tell it."""
+        expected = self.spec.expected
+        if frame.points is None or expected.intensity_max is not None or not expected.uses_intensity:
+            return
+        if not _is_sample_scene(frame.points):
+            expected = replace(expected, intensity_max=intensity_scale(frame.points))
+            self.spec = replace(self.spec, expected=expected)
+
     def build(self, frame: Frame) -> dict[str, Any]:
         """Run the pipeline on one frame.
 
@@ -201,12 +254,19 @@ class InputPipeline:
         data = frame.data if isinstance(frame.data, dict) else {self.spec.parts[0]: frame.data}
         inputs: dict[str, Any] = {key: copy.copy(value) for key, value in self._constants.items()}
         inputs.update(_loader_inputs(data, self.spec))
+        inputs["sweeps_accumulated"] = frame.options.sweeps == ACCUMULATED
         sample: Any = self._compose(inputs)
         if not isinstance(sample, dict):
             raise ArchiveError(
                 "the test pipeline augments its frame; only pipelines without flips and scales are supported"
             )
         return sample
+
+
+def _is_sample_scene(points: npt.NDArray[np.float32]) -> bool:
+    """Return whether a cloud is the synthetic golden frame, whose intensities tell nothing about a model."""
+    sample = np.frombuffer(_SAMPLE.read_bytes(), dtype="<f4").reshape(-1, 4)
+    return bool(np.array_equal(points[:, :3], sample[:, :3]))
 
 
 def _replace_loaders(pipeline: Sequence[dict[str, Any]]) -> list[Any]:
@@ -219,6 +279,8 @@ def _loader_inputs(data: Mapping[str, Any], spec: FrameSpec) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if "points" in data:
         inputs["lidar_points"] = {"lidar_path": data["points"]}
+    if "sweeps" in data:
+        inputs.update(_sweep_inputs(data["sweeps"]))
     if "image" in data:
         inputs["img"] = data["image"]
     matrices: Mapping[str, Any] = data.get("calibration") or {}
@@ -229,6 +291,20 @@ def _loader_inputs(data: Mapping[str, Any], spec: FrameSpec) -> dict[str, Any]:
     else:
         inputs.update({name: np.array(matrix) for name, matrix in matrices.items()})
     return inputs
+
+
+def _sweep_inputs(sweeps: Sequence[Sweep]) -> dict[str, Any]:
+    """Build mmdet3d's entries of sweeps; relative to the key frame, so that its difference of times is exact."""
+    return {
+        "timestamp": 0.0,
+        "lidar_sweeps": [
+            {
+                "timestamp": -sweep.time_lag_s,
+                "lidar_points": {"lidar_path": sweep.points, "lidar2sensor": sweep.lidar2sensor},
+            }
+            for sweep in sweeps
+        ],
+    }
 
 
 def _rows(matrices: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def read_row(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
     text_fields = {
         name: _decode_text(name, value)
         for name, value in row.items()
-        if name not in (*FRAME_FIELDS, *IGNORED_FIELDS, "b64") and not is_part(name)
+        if name not in (*FRAME_FIELDS, *IGNORED_FIELDS, "b64") and not is_part(name, value)
     }
     options = parse_options({**from_headers, **text_fields})
     content_type = plain.get("content-type", "").partition(";")[0].strip().lower()
@@ -97,7 +97,7 @@ def read_batch(body: Bytes, base: FrameOptions | None = None) -> tuple[Entry, ..
 
 
 def _find_frame(row: Mapping[str, Any], headers: Mapping[str, Any], content_type: str) -> tuple[Body, str]:
-    parts = {name: value for name, value in row.items() if is_part(name)}
+    parts = {name: value for name, value in row.items() if is_part(name, value)}
     if parts and (len(parts) > 1 or not parts.keys() <= set(FRAME_FIELDS)):
         other = [name for name in FRAME_FIELDS if name in row and name not in parts]
         if other:
@@ -129,7 +129,7 @@ def _read_part(name: str, value: Any) -> Bytes:
     """Return the bytes of a part; TorchServe has already parsed one whose content type is JSON or text."""
     if isinstance(value, bytes | bytearray | memoryview):
         return value
-    if isinstance(value, str) and name in ("calibration", "text"):
+    if isinstance(value, str) and name in ("calibration", "sweeps", "text"):
         return value.encode()
     parts, _ = decode_json_request(encode_json({name: {"b64": value} if isinstance(value, str) else value}))
     return parts[name] if isinstance(parts, Mapping) else parts

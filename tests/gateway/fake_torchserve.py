@@ -36,6 +36,14 @@ IMAGES = {
 }
 FUSION = {**CLOUDS, "modality": "fusion", "parts": ["points", "image", "calibration"]}
 
+SWEEPS = {
+    **CLOUDS,
+    "load_dim": 5,
+    "columns": ["x", "y", "z", "intensity", "ring"],
+    "sweeps": {"number": 10, "load_dim": 5, "time_column": 4, "repeats": False},
+    "warnings": [{"code": "one_sweep", "message": "no sweeps"}],
+}
+
 
 class CutOff(Exception):
     """Ends an answer in its middle: uvicorn then closes the connection."""

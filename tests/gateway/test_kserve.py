@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from serve.errors import ClientError
 from serve.gateway.routes.kserve_codec import decode_infer
-from tests.gateway.fake_torchserve import CLOUDS, FUSION, IMAGES, FakeModel, answer_for
+from tests.gateway.fake_torchserve import CLOUDS, FUSION, IMAGES, SWEEPS, FakeModel, answer_for
 
 INFER = "/v2/models/second/infer"
 
@@ -24,6 +24,7 @@ INFER = "/v2/models/second/infer"
 @pytest.fixture
 def client(start_gateway, torchserve):
     torchserve.models["faster-rcnn"] = {"1.0": FakeModel(IMAGES)}
+    torchserve.models["centerpoint"] = {"1.0": FakeModel(SWEEPS)}
     gateway = start_gateway()
     with triton.InferenceServerClient(gateway.url.removeprefix("http://")) as made:
         made.gateway = gateway
@@ -269,3 +270,24 @@ def test_corrupted_bytes_tensor_decodes_or_raises_a_client_error(elements, damag
         decode_infer(head + bytes(packed), str(len(head)), CLOUDS)
     except ClientError as error:
         assert str(error)
+
+
+def test_sweeps_are_optional_inputs(client):
+    found = client.get_model_metadata("centerpoint")["inputs"]
+    assert [entry["name"] for entry in found if not entry.get("optional")] == ["points"]
+    assert [entry["name"] for entry in found if entry.get("optional")] == ["sweep.0", "sweeps"]
+    points = np.arange(40, dtype=np.float32).reshape(8, 5)
+    sweep = triton.InferInput("sweep.0", [8, 5], "FP32")
+    sweep.set_data_from_numpy(points + 1)
+    poses = json.dumps([{"time_lag_s": 0.05, "transform": np.eye(4).tolist()}])
+    described = triton.InferInput("sweeps", [1], "BYTES")
+    described.set_data_from_numpy(np.array([poses], dtype=object))
+    inputs = [points_input(points, binary=True), sweep, described]
+    answer = json.loads(client.infer("centerpoint", inputs).as_numpy("detections")[0])
+    parts = {"points": points.tobytes(), "sweep.0": (points + 1).tobytes(), "sweeps": poses.encode()}
+    assert answer == json.loads(answer_for(parts, {"load_dim": 5}))
+    alone = client.infer("centerpoint", inputs[:1], parameters={"sweeps": "accumulated"})
+    options = json.loads(alone.as_numpy("detections")[0])["options"]
+    assert options == {"load_dim": 5, "sweeps": "accumulated"}
+    with pytest.raises(InferenceServerException, match="sweep"):
+        client.infer("second", [points_input(points[:, :4].copy(), binary=True), sweep, described])

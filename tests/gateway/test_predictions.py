@@ -17,7 +17,7 @@ from PIL import Image
 
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from tests.gateway.conftest import NO_TLS
-from tests.gateway.fake_torchserve import FUSION, IMAGES, FakeModel, answer_for
+from tests.gateway.fake_torchserve import FUSION, IMAGES, SWEEPS, FakeModel, answer_for
 from tests.gateway.running import eventually
 
 NDJSON = {"accept": "application/x-ndjson"}
@@ -303,3 +303,65 @@ def test_sixty_four_concurrent_clients_each_get_their_own_boxes(gateway, cloud, 
         thread.join()
     assert not wrong
     assert max(map(len, torchserve.calls)) > 1
+
+
+def sweep_parts(cloud) -> dict[str, bytes]:
+    poses = [{"time_lag_s": 0.05 * k, "transform": np.eye(4).tolist()} for k in (1, 2)]
+    return {
+        "points": cloud(1),
+        "sweep.0": cloud(2),
+        "sweep.1": cloud(3),
+        "sweeps": json.dumps(poses, separators=(",", ":")).encode(),
+    }
+
+
+def test_frame_of_sweeps_comes_as_a_form_json_or_a_framed_batch(start_gateway, cloud, torchserve):
+    torchserve.models["centerpoint"] = {"1.0": FakeModel(SWEEPS)}
+    gateway = start_gateway()
+    parts = sweep_parts(cloud)
+    path = "/predictions/centerpoint"
+    files = {name: (name, body) for name, body in parts.items()}
+    as_files = gateway.post(path, files=files)
+    assert as_files.content == answer_for(parts, {})
+    texts = {name: body for name, body in files.items() if name != "sweeps"}
+    as_text = gateway.post(path, files=texts, data={"sweeps": parts["sweeps"].decode(), "score_thr": "0.2"})
+    assert as_text.content == answer_for(parts, {"score_thr": "0.2"})
+    (framed,) = gateway.post(path, content=pack_frames([(parts, {})]), headers=FRAMED).json()["outcomes"]
+    assert framed["answer"]["frame"] == as_files.json()["frame"]
+
+    def inline(name):
+        return {"b64": base64.b64encode(parts[name]).decode()}
+
+    poses = json.loads(parts["sweeps"])
+    document = {
+        "points": inline("points"),
+        "sweeps": [{"points": inline(f"sweep.{k}"), **pose} for k, pose in enumerate(poses)],
+    }
+    wrapped = {**parts, "sweeps": json.dumps({"sweeps": poses}, separators=(",", ":")).encode()}
+    assert gateway.post(path, json=document).content == answer_for(wrapped, {})
+    several = gateway.post(path, json={"frames": [document, document], "score_thr": 0.5})
+    assert [answer["frame"] for answer in several.json()] == [
+        json.loads(answer_for(wrapped, {}))["frame"]
+    ] * 2
+
+
+def test_accumulated_sweeps_are_declared_in_query_header_form_or_json(start_gateway, cloud, torchserve):
+    torchserve.models["centerpoint"] = {"1.0": FakeModel(SWEEPS)}
+    gateway = start_gateway()
+    path, expected = "/predictions/centerpoint", answer_for(cloud(1), {"sweeps": "accumulated"})
+    assert gateway.post(f"{path}?sweeps=accumulated", content=cloud(1)).content == expected
+    assert gateway.post(path, content=cloud(1), headers={"X-Sweeps": "accumulated"}).content == expected
+    form = gateway.post(path, files={"data": cloud(1)}, data={"sweeps": "accumulated"})
+    assert form.content == expected
+    document = {"b64": base64.b64encode(cloud(1)).decode(), "sweeps": "accumulated"}
+    assert gateway.post(path, json=document).content == expected
+    assert gateway.post(f"{path}?sweeps=all", content=cloud(1)).status_code == 400
+
+
+def test_models_show_columns_sweeps_and_warnings(start_gateway, torchserve):
+    torchserve.models["centerpoint"] = {"1.0": FakeModel(SWEEPS)}
+    gateway = start_gateway()
+    gateway.post("/predictions/centerpoint", content=b"1234")
+    (shown,) = [m for m in gateway.client.get("/models").json() if m["name"] == "centerpoint"]
+    assert shown["sweeps"]["number"] == 10 and shown["columns"][3] == "intensity"
+    assert [warning["code"] for warning in shown["warnings"]] == ["one_sweep"]

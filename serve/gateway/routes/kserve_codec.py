@@ -5,7 +5,9 @@ Source: kserve/open-inference-protocol, ``specification/protocol/inference_rest.
 
 The inputs of a model are its parts: ``points`` FP32 [N, load_dim], ``image`` BYTES [1] (an encoded image) or UINT8
 [H, W, 3] RGB, ``calibration`` BYTES [1] (JSON). A model with one part also accepts ``frame`` BYTES [n]: n encoded
-frames in one request. Outputs are concatenated over all frames; `num_detections` holds the number of each frame.
+frames in one request. Optional inputs of a model of several sweeps are ``sweep.0``, ``sweep.1``, … FP32 [N, load_dim],
+of which the metadata lists the first, and ``sweeps`` BYTES [1] (JSON). Outputs are concatenated over all frames;
+`num_detections` holds the number of each frame.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from PIL import Image
 from serve.errors import BackendBroken, BadRequest, UndecodableFrame
 from serve.gateway.backend import EncodedFrame
 from serve.protocol.batch import Body, Bytes
+from serve.protocol.sweeps import is_sweep_part
 
 __all__ = ["InferRequest", "decode_infer", "encode_infer", "model_metadata"]
 
@@ -71,11 +74,20 @@ def model_metadata(name: str, versions: Sequence[str], spec: Mapping[str, Any]) 
     inputs = [
         {"name": part, **tensors.get(part, {"datatype": "BYTES", "shape": [1]})} for part in _parts(spec)
     ]
+    sweeps = spec.get("sweeps")
+    optional = (
+        [
+            {"name": "sweep.0", "datatype": "FP32", "shape": [-1, int(sweeps["load_dim"])], "optional": True},
+            {"name": "sweeps", "datatype": "BYTES", "shape": [1], "optional": True},
+        ]
+        if sweeps
+        else []
+    )
     return {
         "name": name,
         "versions": list(versions),
         "platform": "mmdet3d-serve",
-        "inputs": inputs,
+        "inputs": [*inputs, *optional],
         "outputs": [{"name": tensor, **kind} for tensor, kind in _output_kinds(spec).items()],
     }
 
@@ -197,18 +209,26 @@ def _parts(spec: Mapping[str, Any]) -> tuple[str, ...]:
     return parts or (("points",) if spec["modality"] == "lidar" else ("image",))
 
 
+def _is_input(name: str, parts: Sequence[str], spec: Mapping[str, Any]) -> bool:
+    return name in parts or (bool(spec.get("sweeps")) and is_sweep_part(name))
+
+
 def _build_frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[EncodedFrame]:
     parts = _parts(spec)
     several = tensors.get("frame")
     if len(parts) == 1 and set(tensors) == {"frame"} and isinstance(several, list):
         return [EncodedFrame(body) for body in several]
-    unknown = set(tensors) - set(parts)
+    unknown = {name for name in tensors if not _is_input(name, parts, spec)}
     if unknown or not tensors:
         raise BadRequest(
             f"this model takes {', '.join(parts)}{', or frame' if len(parts) == 1 else ''}; the request has "
             f"{', '.join(sorted(tensors)) or 'no input'}"
         )
     bodies = {name: _build_part(name, tensor, spec) for name, tensor in tensors.items()}
+    if len(bodies) > 1 and any(map(is_sweep_part, bodies)):
+        # The shapes of tensors declare their columns.
+        is_declared = isinstance(tensors.get("points"), np.ndarray)
+        return [EncodedFrame(bodies, {"load_dim": int(spec.get("load_dim") or 4)} if is_declared else {})]
     if len(parts) == 1:
         (only,) = bodies.values()
         # The shape of a tensor declares its columns; an empty point cloud must declare num_points=0.
@@ -226,11 +246,12 @@ def _build_part(name: str, tensor: npt.NDArray[Any] | list[Bytes], spec: Mapping
         if len(tensor) != 1:
             raise BadRequest(f"input {name} must have one element; use input 'frame' for several frames")
         return tensor[0]
-    if name == "points":
-        load_dim = int(spec.get("load_dim") or 4)
+    if name == "points" or name.startswith("sweep."):
+        described = spec if name == "points" else spec.get("sweeps") or spec
+        load_dim = int(described.get("load_dim") or 4)
         if tensor.dtype != np.float32 or tensor.ndim != 2 or tensor.shape[1] != load_dim:
             raise UndecodableFrame(
-                f"points must be FP32 [N, {load_dim}], not {tensor.dtype} {list(tensor.shape)}"
+                f"{name[:80]} must be FP32 [N, {load_dim}], not {tensor.dtype} {list(tensor.shape)}"
             )
         return np.ascontiguousarray(tensor).tobytes()
     if name.startswith("image") and tensor.dtype == np.uint8 and tensor.ndim == 3 and tensor.shape[2] == 3:

@@ -1,0 +1,120 @@
+"""CenterPoint of nuScenes with ten sweeps answers what mmdet3d's own pipeline on files gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+
+from handlers.mmdet3d_handler import MMDet3DHandler
+from serve import archive, zoo
+from serve.compare.detections import Tolerances, compare_answers
+from serve.convert import Conversion, configured_classes, convert, resolve_config
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
+from serve.verify.reference import load_reference
+from serve.verify.report import comparison_table
+from tests.worker.context import Context
+from tools.zoo.random_weights import write_random_checkpoint
+
+MODEL = "centerpoint_pillar02_second_secfpn_8xb4-cyclic-20e_nus-3d"
+# Folded batch norms and another order of sums are all that is between the two.
+CLOSE = Tolerances(box_m=5e-3, yaw_rad=5e-3, score=1e-3)
+KEY_TIME_S = 1_538_984_233.547368
+
+
+@pytest.fixture(scope="module")
+def centerpoint(tmp_path_factory):
+    """Config, checkpoint and conversion of the zoo's model with random weights."""
+    folder = tmp_path_factory.mktemp("centerpoint")
+    config = zoo.resolve(MODEL).config_path
+    resolved = resolve_config(config).config
+    checkpoint = folder / "random.pth"
+    write_random_checkpoint(resolved, tuple(configured_classes(resolved)), checkpoint)
+    return config, checkpoint, convert(Conversion(config, checkpoint, folder, "centerpoint")), folder
+
+
+def scene(street: np.ndarray, k: int) -> np.ndarray:
+    """(N, 5) float32: the street as a vehicle sees it that has driven k half metres less."""
+    points = np.zeros((len(street), 5), np.float32)
+    points[:, :4] = street
+    points[:, 3] *= 255
+    points[:, 4] = np.arange(len(street)) % 32
+    points[:, 0] += 0.5 * k
+    points[:, :3] += np.random.default_rng(k).normal(0, 0.02, (len(street), 3)).astype(np.float32)
+    return points
+
+
+def lidar2sensor(k: int) -> list[list[float]]:
+    cosine, sine = np.cos(0.01 * k), np.sin(0.01 * k)
+    return [[cosine, sine, 0, 0.5 * k], [-sine, cosine, 0, 0.02 * k], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def native(config: Path, checkpoint: Path, folder: Path, street: np.ndarray, count: int) -> dict[str, Any]:
+    """Run mmdet3d's pipeline on files with the entries of nuScenes' infos, and its network."""
+    import torch
+    from mmdet3d.structures import get_box_type
+    from mmengine.dataset import Compose, pseudo_collate
+    from mmengine.registry import DefaultScope
+
+    reference = load_reference(config, checkpoint, "cpu")
+    for k in range(count + 1):
+        scene(street, k).tofile(folder / f"{k}.bin")
+    kind, mode = get_box_type("LiDAR")
+    infos = {
+        "lidar_points": {"lidar_path": str(folder / "0.bin")},
+        "timestamp": KEY_TIME_S,
+        "lidar_sweeps": [
+            {
+                "timestamp": KEY_TIME_S - 0.05 * k,
+                "lidar_points": {"lidar_path": str(folder / f"{k}.bin"), "lidar2sensor": lidar2sensor(k)},
+            }
+            for k in range(1, count + 1)
+        ],
+        "box_type_3d": kind,
+        "box_mode_3d": mode,
+    }
+    with torch.no_grad(), DefaultScope.overwrite_default_scope("mmdet3d"):
+        sample = Compose(reference.module.cfg.test_dataloader.dataset.pipeline)(infos)
+        (result,) = reference.module.test_step(pseudo_collate([sample]))
+    return reference._read(result)
+
+
+def parts(street: np.ndarray, count: int) -> dict[str, bytes]:
+    poses = [
+        {"timestamp_s": KEY_TIME_S - 0.05 * k, "lidar2sensor": lidar2sensor(k)} for k in range(1, count + 1)
+    ]
+    return {
+        "points": scene(street, 0).tobytes(),
+        **{f"sweep.{k - 1}": scene(street, k).tobytes() for k in range(1, count + 1)},
+        "sweeps": json.dumps({"timestamp_s": KEY_TIME_S, "sweeps": poses}).encode(),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_centerpoint_with_ten_sweeps_equals_upstreams_pipeline(centerpoint, street, tmp_path):
+    config, checkpoint, result, folder = centerpoint
+    assert any("sweeps" in note for note in result.notes)
+    opened = archive.extract(result.path, folder / "opened")
+    handler = MMDet3DHandler()
+    handler.initialize(Context(opened.root))
+    body = parts(street, 10)
+    alone = body["points"]
+    batch = pack_frames([(body, {}), (alone, {"load_dim": 5}), (body, {})])
+    context = Context(opened.root, [{"content-type": FRAMES_CONTENT_TYPE}])
+    outcomes = orjson.loads(handler.handle([{"body": batch}], context)[0])["outcomes"]
+    assert [outcome["status"] for outcome in outcomes] == [200, 200, 200], outcomes
+    first, single, last = (outcome["answer"] for outcome in outcomes)
+    expected = native(config, checkpoint, tmp_path, street, 10)
+    found = compare_answers(expected, first, CLOSE)
+    assert found.expected_count > 0 and found.ok, comparison_table(found)
+    assert compare_answers(first, last, Tolerances(box_m=1e-4, score=1e-5)).ok
+    assert not compare_answers(first, single, CLOSE).ok  # the sweeps matter
+    assert "warnings" not in first
+    assert "one_sweep" in [warning["code"] for warning in single["warnings"]]
+    described = handler.describe()
+    assert described["sweeps"]["number"] == 10 and described["warnings"][0]["code"] == "one_sweep"
