@@ -1,18 +1,18 @@
 """Drawing primitives for images: smooth lines, text, panels, non-overlapping labels, class colours.
 
-Images are BGR uint8 arrays. Text uses the font that ships with Pillow, so that images look the same on every machine.
+Images are BGR uint8 arrays. Text uses fonts that ship with packages, so that images look the same on every machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+
+from serve.visualize.fonts import Line, draw_lines, line_width
 
 __all__ = [
     "Area",
@@ -105,23 +105,17 @@ def draw_texts(image: BgrImage, texts: Sequence[Text]) -> None:
         if text.chip:
             width, height = (side + 8 for side in text_size(text.words, text.size))
             draw_panel(image, (*text.at, text.at[0] + width, text.at[1] + height), 0.78)
-    page = Image.fromarray(np.ascontiguousarray(image[..., ::-1]))
-    pen = ImageDraw.Draw(page)
+    lines = []
     for text in texts:
         inset = 4 if text.chip else 0
         at = (round(text.at[0] + inset), round(text.at[1] + inset))
-        pen.text(at, text.words, fill=text.colour[::-1], font=_font(text.size), anchor="la")
-    image[:] = np.asarray(page)[..., ::-1]
-
-
-@lru_cache(maxsize=16)
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
+        lines.append(Line(at, text.words, text.size, text.colour))
+    draw_lines(image, lines)
 
 
 def text_size(words: str, size: int) -> tuple[float, float]:
     """Width and height of a line of text in pixels; all lines of one font size are equally high."""
-    return float(_font(size).getlength(words)), float(size)
+    return line_width(words, size), float(size)
 
 
 def draw_panel(image: BgrImage, area: Area, cover: float = 0.86) -> None:
