@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serve import archive
-from serve.cli.entry import command_parser
+from serve.cli.entry import command_parser, stage_reporter
 from serve.cli.flags import add_flags, add_help_all, values_of
 from serve.cli.serve import KNOWN_TO_SERVE, STATE_DIR, demonstration, serve_until_stopped, stoppable
 from serve.client import Client
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None) -> int:
         frame = args.folder / "sample.bin"
         shutil.copyfile(SAMPLE, frame)
         return serve_until_stopped(
-            Service(options, gateway), lambda running, seconds: _show(running, seconds, frame)
+            Service(options, gateway, report=stage_reporter()),
+            lambda running, seconds: _show(running, seconds, frame),
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from serve import logs
-from serve.cli.entry import command_parser
+from serve.cli.entry import command_parser, stage_reporter
 from serve.cli.flags import add_flags, add_help_all, values_of
 from serve.errors import SettingsError
 from serve.gateway.options import GatewayOptions
@@ -101,14 +101,15 @@ def demonstration(folder: Path) -> Path:
     assets = Path(__file__).parents[1] / "assets"
     convert(
         Conversion(
-            assets / "second_demo.py", assets / "second_demo.pth", folder, "second", force=True, report=_step
+            assets / "second_demo.py",
+            assets / "second_demo.pth",
+            folder,
+            "second",
+            force=True,
+            report=stage_reporter(),
         )
     )
     return folder
-
-
-def _step(step: str) -> None:
-    print(f"  {step}", file=sys.stderr, flush=True)
 
 
 def serve_until_stopped(service: Service, report_ready: Callable[[Service, float], None]) -> int:
@@ -171,7 +172,7 @@ def _service(
     gateway = None
     if not args.no_gateway:
         gateway = gateway_options(options, values_of(args, GatewayOptions), defaults=gateway_defaults)
-    return Service(options, gateway, lenient=lenient)
+    return Service(options, gateway, lenient=lenient, report=stage_reporter())
 
 
 def _parser() -> argparse.ArgumentParser:

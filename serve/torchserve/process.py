@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +52,7 @@ __all__ = ["DRAIN_S", "TorchServe", "Worker"]
 DRAIN_S = 5.0
 _GUARD = Path(__file__).with_name("guard.py")
 _POLL_S = 0.05
+_REPORT_S = 10.0  # while a model is still loading
 # TorchServe creates sockets such as .ts.sock.9000 in java.io.tmpdir; Unix limits socket paths to 107 bytes.
 _LONGEST_TMPDIR = 107 - len("/.ts.sock.65535")
 
@@ -87,8 +88,9 @@ class TorchServe:
     http://127.0.0.1:8080
     """
 
-    def __init__(self, options: TorchServeOptions) -> None:
+    def __init__(self, options: TorchServeOptions, report: Callable[[str], None] | None = None) -> None:
         self.options = options
+        self._report = report or (lambda stage: None)
         self.inference_url = url(options.inference_host, options.inference_port)
         self.management_url = url(options.management_host, options.management_port)
         self.metrics_url = url(options.metrics_host, options.metrics_port)
@@ -345,6 +347,7 @@ class TorchServe:
 
     def _await_ready(self, manifests: list[Manifest]) -> None:
         deadline = self._deadline()
+        self._report("starting Java")
         while not self._answers_ping():
             self._pause((), deadline, "TorchServe did not answer /ping")
         expected = [
@@ -356,7 +359,12 @@ class TorchServe:
     def _await_workers(self, expected: list[tuple[str, str, int]], deadline: float) -> None:
         names = {name for name, _, _ in expected}
         for name, version, count in expected:
+            self._report(f"loading {name} {version} in {count} worker{'s' * (count > 1)}")
+            reported_at = time.monotonic()
             while True:
+                if time.monotonic() - reported_at > _REPORT_S:
+                    reported_at = time.monotonic()
+                    self._report(f"still loading {name} {version}")
                 try:
                     workers = self.workers(name, version)
                 except ModelNotFound:

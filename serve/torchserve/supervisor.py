@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -108,12 +108,19 @@ class Service:
         options: of TorchServe; `models` are what should be served.
         gateway: of the gateway, from `gateway_options`; None runs TorchServe alone.
         lenient: if an archive is rejected, serve the others instead of ending.
+        report: called with each stage of the start.
     """
 
     def __init__(
-        self, options: TorchServeOptions, gateway: GatewayOptions | None, *, lenient: bool = False
+        self,
+        options: TorchServeOptions,
+        gateway: GatewayOptions | None,
+        *,
+        lenient: bool = False,
+        report: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self._options = options
+        self._report = report
         self._gateway_options = gateway
         self._lenient = lenient
         self._listener: socket.socket | None = None
@@ -144,6 +151,7 @@ class Service:
                 self._listener = bind(self._gateway_options.host, self._gateway_options.port)
             self._start_torchserve()
             if self._gateway_options is not None and self._listener is not None:
+                self._report("starting the gateway")
                 self._start_gateway(self._gateway_options, self._listener)
         except BaseException:
             self.stop()
@@ -182,6 +190,7 @@ class Service:
 
     def _start_torchserve(self) -> None:
         models = list(self._options.models)
+        self._report(f"checking the hashes of {len(models)} archive{'s' * (len(models) != 1)}")
         good, self.rejected = examine(self._options.model_store, models)
         for rejected in self.rejected:
             if not self._lenient:
@@ -189,7 +198,7 @@ class Service:
         while good:
             for rejected in self.rejected:
                 logger.error("%s is rejected: %s", rejected.archive, rejected.reason)
-            self.torchserve = TorchServe(replace(self._options, models=tuple(good)))
+            self.torchserve = TorchServe(replace(self._options, models=tuple(good)), self._report)
             try:
                 self.torchserve.start()
                 return

@@ -202,7 +202,9 @@ def test_killed_worker_is_replaced(server: TorchServe) -> None:
 def test_two_servers_run_side_by_side_and_one_stops_cleanly(
     server: TorchServe, store: Path, tmp_path: Path
 ) -> None:
-    with TorchServe(options_for(store, tmp_path, "twin=echo.mar")) as twin:
+    stages: list[str] = []
+    with TorchServe(options_for(store, tmp_path, "twin=echo.mar"), stages.append) as twin:
+        assert [stage.split()[0] for stage in stages] == ["starting", "loading"] and "twin" in stages[1]
         assert post(twin, model="twin").status_code == 200
         assert post(server, model="twin").status_code == 404
         processes = family(twin)
