@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
-from serve.convert.legacy_pipeline import Step, as_plain, modernize_pipeline, packed_keys
+from serve.convert.legacy_pipeline import Step, as_plain, modernize_pipeline, packed_keys, packed_meta_keys
 from serve.errors import ArchiveError
 
 __all__ = ["Modernized", "is_legacy", "modernize", "package_of"]
@@ -138,7 +138,7 @@ def modernize(config: Mapping[str, Any], package: str) -> Modernized:
         _qualify(model)
     packed = {
         "type": "Pack3DDetInputs" if package == "mmdet3d" else "PackDetInputs",
-        **({"keys": packed_keys(flat)} if package == "mmdet3d" else {"meta_keys": _META_KEYS}),
+        **({"keys": packed_keys(flat)} if package == "mmdet3d" else {"meta_keys": packed_meta_keys(flat)}),
     }
     pipeline = [*flat, packed]
     members = {
@@ -159,9 +159,6 @@ def modernize(config: Mapping[str, Any], package: str) -> Modernized:
         "model and test pipeline were converted to today's form",
     )
     return Modernized(today, tuple(notes))
-
-
-_META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 
 
 def _is_loop(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from serve.errors import ArchiveError
 
-__all__ = ["Step", "as_plain", "modernize_pipeline", "packed_keys"]
+__all__ = ["Step", "as_plain", "modernize_pipeline", "packed_keys", "packed_meta_keys"]
 
 Step = dict[str, Any]
 
@@ -133,3 +133,10 @@ def packed_keys(flat: Sequence[Step]) -> list[str]:
         if any(kind.startswith("LoadImage") or kind.startswith("LoadMultiView") for kind in kinds)
         else []
     )
+
+
+def packed_meta_keys(flat: Sequence[Step]) -> tuple[str, ...]:
+    """Name what ``PackDetInputs`` has to record of a frame; corner detectors map their boxes back by the border."""
+    kinds = {str(step["type"]).rpartition(".")[2] for step in flat}
+    usual = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
+    return (*usual, "border") if "RandomCenterCropPad" in kinds else usual

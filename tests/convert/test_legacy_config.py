@@ -123,6 +123,12 @@ def test_a_fixed_padding_after_normalisation_pads_with_the_mean():
     assert pipeline[0]["to_float32"]
 
 
+def test_a_centred_crop_records_its_border():
+    steps = ({"type": "RandomCenterCropPad", "test_mode": True}, {"type": "Collect", "keys": ["img"]})
+    packed = modernize(old_2d(pipeline=image_pipeline(*steps)), "mmdet").config["test_pipeline"][-1]
+    assert "border" in packed["meta_keys"]
+
+
 def test_test_time_augmentation_is_left_out_and_noted():
     pipeline = image_pipeline(scale=[(1333, 800), (1333, 640)], flip=True)
     result = modernize(old_2d(pipeline=pipeline), "mmdet")
