@@ -117,7 +117,7 @@ archive: $(STAMP) ## Make STORE/NAME.mar of MODEL=name [CONFIG=file CHECKPOINT=f
 
 serve: $(STAMP) ## Serve MODEL=name on ports 8080-8082, archiving it first if STORE has none [ARGS=--help]; Ctrl-C stops it
 	@$(if $(NAME),,echo "error: say which model: make serve MODEL=second" >&2; exit 2)
-	@test -f $(STORE)/$(NAME).mar || $(MAKE) --no-print-directory archive ARGS=
+	@test -f $(STORE)/$(NAME).mar || $(MAKE) --no-print-directory archive ARGS= || test -f $(STORE)/$(NAME).mar
 	@exec $(PY) -m serve serve --store $(STORE) --models $(NAME) $(ARGS)
 
 stop: $(STAMP) ## Stop what `make serve` or `make demo` left running elsewhere

@@ -13,17 +13,25 @@ from pathlib import Path
 
 from serve import convert, storage, zoo
 from serve.archive.store import archive_uri, publish
-from serve.cli.entry import command_parser, open_cache, stage_reporter
+from serve.cli.entry import CLASSES_HELP, command_parser, open_cache, stage_reporter
+from serve.convert.classes import read_class_names
 from serve.errors import ArchiveError
 from serve.zoo.config_source import local_config
 
-__all__ = ["main", "to_torchserve"]
+__all__ = ["NOTHING_PROVED", "main", "to_torchserve"]
+
+NOTHING_PROVED = 3  # exit code
+_EXIT_CODES = (
+    "Exit status: 0 written and proved; 2 error, nothing written; 3 written, but nothing was found in the golden "
+    "frame, so that nothing is proved (--golden-frame)."
+)
 
 
 def to_torchserve(argv: Sequence[str] | None, package: str) -> int:
     """Run ``mmdet3d2torchserve.py CONFIG CHECKPOINT --output-folder STORE --model-name NAME`` or its mmdet twin."""
     parser = argparse.ArgumentParser(
-        description=f"Convert a {package} config and checkpoint to a TorchServe archive (.mar) that proves itself."
+        description=f"Convert a {package} config and checkpoint to a TorchServe archive (.mar) that proves itself. "
+        + _EXIT_CODES
     )
     parser.add_argument("config", help="path or URI of a config, or the name of a model in the zoo")
     parser.add_argument(
@@ -49,7 +57,8 @@ def main(argv: Sequence[str] | None) -> int:
     parser = command_parser(
         "archive",
         "Create a TorchServe archive of a model by its name (second, pointpillars, faster-rcnn, …, a full or former "
-        "zoo name, or a config path). The zoo's weights are used unless --checkpoint is given.",
+        "zoo name, or a config path). The zoo's weights are used unless --checkpoint is given. "
+        + _EXIT_CODES,
         [
             "archive second",
             "archive my_config.py --checkpoint my.pth --model-name mine",
@@ -85,7 +94,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--extra-files", default="", metavar="A,B", help="files to pack under extra/, separated by commas"
     )
     parser.add_argument("--device", default="cpu", help="device of the golden frame: cpu or cuda:N")
-    parser.add_argument("--golden-frame", help="prove the archive on this frame instead of a synthetic one")
+    parser.add_argument(
+        "--golden-frame",
+        metavar="FILE",
+        help="prove the archive on this frame instead of a synthetic one; for a frame of several parts a folder with "
+        "one file per part",
+    )
+    parser.add_argument("--classes", metavar="A,B|FILE", help=CLASSES_HELP)
     parser.add_argument(
         "--allow-partial", action="store_true", help="continue when weights are missing or unexpected"
     )
@@ -147,20 +162,47 @@ def _convert_into(config: Path, checkpoint: Path, name: str, folder: Path, args:
             channels_last=not args.no_channels_last,
             fold_batch_norm=not args.no_fold,
             autocast=args.autocast,
+            classes=read_class_names(args.classes) if args.classes else (),
             report=report,
         )
     )
-    _print_notes(result.notes)
     report("done")
-    metadata = result.metadata
-    folded = len(metadata.inference.fold_batch_norm)
+    _print_result(result)
+    return 0 if result.golden_detections else NOTHING_PROVED
+
+
+def _print_result(result: convert.ConversionResult) -> None:
+    """Print the last lines: what was written, what it costs, what was proved, and what serving needs."""
+    metadata, cost = result.metadata, result.cost
     print(f"archive   {result.path} ({result.path.stat().st_size / 1e6:.1f} MB)")
     print(f"sha256    {result.sha256}")
     print(
-        f"model     {metadata.name} {metadata.version}, {len(metadata.classes)} classes, {folded} norms folded"
+        f"model     {metadata.name} {metadata.version}, {len(metadata.classes)} classes, "
+        f"{result.parameters:,} parameters, {len(metadata.inference.fold_batch_norm)} norms folded"
     )
-    print(f"proved    {result.golden_detections} detections in its golden frame, the same from the archive")
-    return 0
+    on_device = (
+        f", {cost.device_memory_bytes / 1e6:,.0f} MB on {cost.device}" if cost.device_memory_bytes else ""
+    )
+    print(
+        f"cost      {cost.seconds:.3g} s for the golden frame on {cost.device}, at most "
+        f"{cost.memory_bytes / 1e6:,.0f} MB in the worker's process{on_device}"
+    )
+    for note in result.notes:
+        print(f"note      {note}")
+    if result.golden_detections:
+        print(
+            f"proved    {result.golden_detections} detections in its golden frame, the same in a fresh process with "
+            "only the archive"
+        )
+    else:
+        print(
+            "warning   nothing is proved: nothing was found in the golden frame, so that nothing was compared; take "
+            "one with objects in it by --golden-frame FILE"
+        )
+    if result.needs_trust:
+        print(
+            "serving   needs MMDET3D_SERVE_TRUST_ARCHIVE_CODE=1, because the archive runs its author's code"
+        )
 
 
 def _print_notes(notes: Sequence[str]) -> None:

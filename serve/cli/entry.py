@@ -1,6 +1,6 @@
 """Parsers, progress lines, download cache and exit codes shared by all commands.
 
-Exit codes: 0 success, 1 negative result (a mismatch), 2 user error, 130 Ctrl-C, 141 broken pipe.
+Exit codes: 0 success, 1 negative result (a mismatch), 2 user error, 3 nothing was proved, 130 Ctrl-C, 141 broken pipe.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from serve.errors import ServeError
 from serve.settings import Settings
 from serve.storage import Cache
 
-__all__ = ["command_parser", "open_cache", "run", "stage_reporter"]
+__all__ = ["CLASSES_HELP", "command_parser", "open_cache", "run", "stage_reporter"]
 
 PROGRAM = "mmdet3d-serve"
+CLASSES_HELP = "class names by label, or a file with one per line (default: those of checkpoint or config)"
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -1,23 +1,22 @@
-"""Read a config: resolve its bases, keep what serving needs, find its classes and its custom code.
+"""Read a config: resolve its bases, keep what serving needs, import the modules that it names.
 
 Reading a config runs its Python, as OpenMMLab does.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from serve.archive.format import Source
+from serve.convert.custom_code import add_named_modules
 from serve.convert.legacy_config import is_legacy, modernize, package_of
 from serve.convert.local_bases import local_bases
 from serve.errors import ArchiveError
+from serve.runtime.custom_code import import_modules
 from serve.runtime.pipeline import dataset_of
 
-__all__ = ["ResolvedConfig", "collect_custom_code", "resolve_config"]
+__all__ = ["ResolvedConfig", "resolve_config"]
 
 # Training, evaluation and logging keys stay outside the archive.
 KEPT_KEYS = (
@@ -86,11 +85,9 @@ def resolve_config(path: Path) -> ResolvedConfig:
     kept["default_scope"] = scope
     config: dict[str, Any] = strip_pretrained(kept)
     notes += keep_one_view(config)
-    if config.get("custom_imports"):
-        with suppress_warnings():
-            from mmengine.utils import import_modules_from_strings
-
-            import_modules_from_strings(**dict(config["custom_imports"]))
+    with suppress_warnings():
+        add_named_modules(config)
+        import_modules(config, owner=f"config {path}", trust=True)
     return ResolvedConfig(config, "mmdet3d" if scope == "mmdet3d" else "mmdet", notes)
 
 
@@ -130,31 +127,3 @@ def keep_one_view(config: dict[str, Any]) -> tuple[str, ...]:
         return ()
     dataset["pipeline"] = steps
     return ("test-time augmentation (TestTimeAug) is left out: one scale, no flip",)
-
-
-def collect_custom_code(config: Mapping[str, Any]) -> dict[str, Source]:
-    """Collect the sources of modules in ``custom_imports`` that are not installed, by path below ``code/``.
-
-    Raises:
-        ArchiveError: a module cannot be imported.
-    """
-    imports = (config.get("custom_imports") or {}).get("imports") or []
-    code: dict[str, Source] = {}
-    installed = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")]
-    for module in [imports] if isinstance(imports, str) else imports:
-        top = module.partition(".")[0]
-        spec = importlib.util.find_spec(top)
-        if spec is None:
-            raise ArchiveError(
-                f"custom_imports names {module}, which cannot be imported; put it on PYTHONPATH"
-            )
-        for location in spec.submodule_search_locations or ([spec.origin] if spec.origin else []):
-            path = Path(location).resolve()
-            if any(path.is_relative_to(root) for root in installed):
-                continue  # the serving machine installs the package
-            if path.is_file():
-                code[path.name] = path
-            else:
-                files = sorted(path.rglob("*.py"))
-                code.update({f"{top}/{file.relative_to(path).as_posix()}": file for file in files})
-    return code

@@ -20,7 +20,9 @@ from serve.archive import InferenceOptions, Metadata
 from serve.archive.format import WEIGHTS, Source
 from serve.convert import golden
 from serve.convert.classes import check_against_head, find_class_names
-from serve.convert.config import collect_custom_code, resolve_config
+from serve.convert.config import resolve_config
+from serve.convert.custom_code import collect_custom_code, names_unregistered
+from serve.convert.proof import FrameCost, start_proof
 from serve.errors import ArchiveError, SelfTestError
 from serve.protocol.batch import Body
 from serve.protocol.frames import FrameSpec
@@ -87,7 +89,11 @@ class ConversionResult:
         path: the archive.
         sha256: of the whole file, hex.
         metadata: as written.
-        golden_detections: number of detections (segments, labelled points) in the golden frame.
+        golden_detections: number of detections (segments, labelled points) in the golden frame; with 0, the proof
+            compared nothing.
+        cost: what the golden frame cost.
+        parameters: number of parameters of the network.
+        needs_trust: whether serving needs ``MMDET3D_SERVE_TRUST_ARCHIVE_CODE=1``.
         notes: remarks for the user (legacy weights adapted, batch norms not folded, …).
     """
 
@@ -96,6 +102,9 @@ class ConversionResult:
     metadata: Metadata
     golden_detections: int
     notes: tuple[str, ...]
+    cost: FrameCost
+    parameters: int
+    needs_trust: bool
 
 
 def convert(conversion: Conversion) -> ConversionResult:
@@ -111,10 +120,8 @@ def convert(conversion: Conversion) -> ConversionResult:
 
     from serve.convert.checkpoint import load_checkpoint
     from serve.convert.legacy_weights import adapt_and_load
-    from serve.runtime import load_detector
     from serve.runtime.model import build_network, is_segmentor
     from serve.runtime.pipeline import box_type_of, frame_spec
-    from serve.runtime.selftest import self_test
 
     target = conversion.output_folder / f"{conversion.model_name}.mar"
     if target.exists() and not conversion.force:
@@ -125,73 +132,86 @@ def convert(conversion: Conversion) -> ConversionResult:
     config, package, config_notes = resolve_config(conversion.config)
     spec = frame_spec(config)
     code = collect_custom_code(config)
-    # 2. Checkpoint and network.
+    needs_trust = bool(code.files) or names_unregistered(config)
+    # 2. Checkpoint.
     report("reading the checkpoint")
     checkpoint = load_checkpoint(conversion.checkpoint, trust=conversion.trust_checkpoint)
     named = find_class_names(config, checkpoint.classes or (), conversion.classes)
     check_against_head(named, config["model"])
-    classes = named.names
-    report("building the network")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # weights missing from the checkpoint are the same in every conversion
-        network = build_network(config, classes)
-    keys = adapt_and_load(network, checkpoint, allow_partial=conversion.allow_partial)
-    notes = config_notes
-    notes += keys.notes if keys.ok else (*keys.notes, f"loaded in part (--allow-partial):\n{keys.summary()}")
-    state = {key: tensor.detach().clone() for key, tensor in network.state_dict().items()}
-    network.to(device)
-    # 3. Golden frame.
+    extra = _check_extra_files(conversion.extra_files)
     entries, frame = _load_golden_frame(conversion, spec)
-    flat = package == "mmdet" or spec.modality == "image" or is_segmentor(network)
-    metadata = Metadata(
-        name=conversion.model_name,
-        version=conversion.model_version,
-        modality=spec.modality,
-        package=package,
-        classes=classes,
-        box_type_3d=None if flat else box_type_of(config),
-        load_dim=spec.load_dim if spec.has_points else None,
-        color_type=None if spec.modality in ("lidar", "depth") else spec.color_type,
-        golden_frame=entries,
-        source=_record_source(conversion),
-        inference=InferenceOptions((), conversion.channels_last, conversion.autocast),
-        parts=spec.parts,
-    )
-    notes += tuple(warning.message for warning in spec.warnings)
-    report("running the golden frame")
-    metadata, expected, remarks = _record_golden(
-        network, config, metadata, frame, device, conversion.fold_batch_norm
-    )
-    notes += remarks
-    # 4. Archive.
-    report("writing the archive")
-    conversion.output_folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as scratch:
-        weights = Path(scratch) / WEIGHTS
-        save_file({key: tensor.contiguous() for key, tensor in sorted(state.items())}, weights)
-        # In the store, so that the final rename is atomic; TorchServe does not load files of this name.
-        unproved = conversion.output_folder / f".{target.name}.{os.getpid()}.unproved"
-        sha256 = archive.write(
-            unproved,
-            metadata,
-            config=config,
-            weights=weights,
-            golden_frame=frame,
-            golden_expected=expected,
-            code=code,
-            extra=_check_extra_files(conversion.extra_files),
-            force=True,
+    with start_proof(package) as proof:  # its imports go on meanwhile
+        # 3. Network.
+        report("building the network")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # weights missing from the checkpoint are the same in every conversion
+            network = build_network(config, named.names)
+        keys = adapt_and_load(network, checkpoint, allow_partial=conversion.allow_partial)
+        notes = (*config_notes, *code.notes, *keys.notes)
+        if not keys.ok:
+            notes += (f"loaded in part (--allow-partial):\n{keys.summary()}",)
+        state = {key: tensor.detach().clone() for key, tensor in network.state_dict().items()}
+        parameters = sum(weight.numel() for weight in network.parameters())
+        network.to(device)
+        # 4. Golden frame.
+        flat = package == "mmdet" or spec.modality == "image" or is_segmentor(network)
+        metadata = Metadata(
+            name=conversion.model_name,
+            version=conversion.model_version,
+            modality=spec.modality,
+            package=package,
+            classes=named.names,
+            box_type_3d=None if flat else box_type_of(config),
+            load_dim=spec.load_dim if spec.has_points else None,
+            color_type=None if spec.modality in ("lidar", "depth") else spec.color_type,
+            golden_frame=entries,
+            source=_record_source(conversion),
+            inference=InferenceOptions((), conversion.channels_last, conversion.autocast),
+            parts=spec.parts,
         )
-        # 5. Proof, on the bytes that were written.
-        report("proving the archive: opening it and running its golden frame")
-        try:
-            opened = archive.extract(unproved, Path(scratch) / "opened")
-            detector = load_detector(opened, device, trust_code=True)
-            self_test(detector, opened)
-            os.replace(unproved, target)
-        finally:
-            unproved.unlink(missing_ok=True)
-    return ConversionResult(target, sha256, opened.metadata, _count(expected), notes)
+        notes += tuple(warning.message for warning in spec.warnings)
+        report("running the golden frame")
+        metadata, expected, remarks = _record_golden(
+            network, config, metadata, frame, device, conversion.fold_batch_norm
+        )
+        notes += remarks
+        # 5. Archive.
+        report("writing the archive")
+        conversion.output_folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as scratch:
+            weights = Path(scratch) / WEIGHTS
+            save_file({key: tensor.contiguous() for key, tensor in sorted(state.items())}, weights)
+            # In the store, so that the final rename is atomic; TorchServe does not load files of this name.
+            unproved = conversion.output_folder / f".{target.name}.{os.getpid()}.unproved"
+            try:
+                sha256 = archive.write(
+                    unproved,
+                    metadata,
+                    config=config,
+                    weights=weights,
+                    golden_frame=frame,
+                    golden_expected=expected,
+                    code=code.files,
+                    extra=extra,
+                    force=True,
+                )
+                # 6. Proof, on the bytes that were written.
+                report("proving the archive: a fresh process opens it and runs its golden frame")
+                opened = archive.extract(unproved, Path(scratch) / "opened")
+                cost = proof.prove(opened.root, device, trust_code=needs_trust)
+                os.replace(unproved, target)
+            finally:
+                unproved.unlink(missing_ok=True)
+    return ConversionResult(
+        target,
+        sha256,
+        opened.metadata,
+        _count(expected),
+        notes,
+        cost=cost,
+        parameters=parameters,
+        needs_trust=needs_trust,
+    )
 
 
 def _count(answer: Mapping[str, Any]) -> int:

@@ -8,7 +8,6 @@ numbers run frame by frame, with the same seed for each.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from serve.protocol.batch import Body
 from serve.protocol.calibration import MATRICES
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
 from serve.runtime import fusion
+from serve.runtime.custom_code import import_archived_code
 from serve.runtime.model import build_network, is_segmentor, load_state_dict_strict, suppress_warnings
 from serve.runtime.pipeline import InputPipeline
 from serve.runtime.predictions import empty_detections, empty_labels, filter_detections, postprocess
@@ -154,9 +154,11 @@ class Detector:
         if _is_out_of_memory(error):
             return OutOfMemory("a single frame exceeds the device's memory; send a smaller frame")
         logger.error("inference failed on one frame", exc_info=error)
-        return InferenceFailed(
+        failed = InferenceFailed(
             f"the model failed on this frame ({type(error).__name__}); see the worker's log"
         )
+        failed.__cause__ = error  # for the self-test; answers carry the message alone
+        return failed
 
     def _is_empty(self, sample: dict[str, Any]) -> bool:
         """Return whether no point is in the model's range; voxel networks fail without voxels."""
@@ -197,7 +199,7 @@ def load_detector(archive: Archive, device: torch.device, *, trust_code: bool = 
     from safetensors.torch import load_file
 
     config = archive.config()
-    _import_packed_code(archive, config, trust_code)
+    import_archived_code(archive, config, trust_code=trust_code)
     network = build_network(config, archive.metadata.classes)
     load_state_dict_strict(network, load_file(archive.weights))
     network.to(device)
@@ -221,22 +223,6 @@ def apply_options(network: nn.Module, options: InferenceOptions) -> None:
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _import_packed_code(archive: Archive, config: Mapping[str, Any], trust_code: bool) -> None:
-    imports = (config.get("custom_imports") or {}).get("imports") or []
-    if archive.code is not None:
-        if not trust_code:
-            raise ArchiveError(
-                "the archive packs code (custom_imports), which is not trusted; set MMDET3D_SERVE_TRUST_ARCHIVE_CODE=1 "
-                "if you trust its author"
-            )
-        sys.path.insert(0, str(archive.code))
-    if imports:
-        from mmengine.utils import import_modules_from_strings
-
-        with suppress_warnings():
-            import_modules_from_strings(**dict(config["custom_imports"]))
 
 
 def _batch_key(sample: dict[str, Any]) -> Any:

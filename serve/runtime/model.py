@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from serve import ops
 from serve.errors import ArchiveError, CheckpointError
+from serve.runtime.custom_code import explain_missing
 from serve.runtime.patches import patch, use_torch_sync_bn
 from serve.runtime.registry_guard import restrict_registry
 
@@ -108,6 +109,8 @@ def _build(config: Any, scope: str) -> Any:
     try:
         return MODELS.build(use_torch_sync_bn(model))
     except Exception as error:  # whatever a constructor makes of somebody's config
+        if missing := explain_missing(error, f"the network {model.get('type')}"):
+            raise ArchiveError(missing) from error
         raise ArchiveError(
             f"the network {model.get('type')} cannot be built from its config: {type(error).__name__}: {error}"
         ) from error

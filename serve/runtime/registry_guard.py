@@ -3,17 +3,29 @@
 mmengine's registries treat an unregistered name as the path of an object, import its module and call it with the
 config's arguments (`Registry.get`, for dumps of lazy configs): ``type='subprocess.Popen'`` would run a program.
 `restrict_registry` limits such paths to registered classes. `serve.ops.patches` handles upstream's uses of `eval`.
+A lazy config names its author's own classes by path, too: `allow_modules` admits those of modules that were imported
+on purpose, and the unregistered ones among them only if their author is trusted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["restrict_registry"]
+__all__ = [
+    "OPENMMLAB",
+    "allow_modules",
+    "is_torch_layer_path",
+    "registries",
+    "registry_scopes",
+    "restrict_registry",
+]
 
 # Packages whose modules may be imported for a path.
-_OPENMMLAB = frozenset({"mmcv", "mmdet", "mmdet3d", "mmengine", "mmpretrain", "mmseg"})
+OPENMMLAB = frozenset({"mmcv", "mmdet", "mmdet3d", "mmengine", "mmpretrain", "mmseg"})
+# Top-level names of imported custom modules; of those, the trusted ones.
+_imported: set[str] = set()
+_trusted: set[str] = set()
 
 
 def restrict_registry() -> None:
@@ -23,17 +35,36 @@ def restrict_registry() -> None:
     registry.get_object_from_string = _find_registered
 
 
+def allow_modules(names: Iterable[str], *, trusted: bool) -> None:
+    """Let configs name registered classes of these top-level modules; if `trusted`, any class defined in them."""
+    _imported.update(names)
+    if trusted:
+        _trusted.update(names)
+
+
+def is_torch_layer_path(path: str) -> bool:
+    """Whether a path names a layer of torch, which needs no module of anybody's."""
+    return path.startswith("torch.nn.")
+
+
+def registry_scopes() -> frozenset[str]:
+    """Scopes of all registries: ``mmdet.FCOS`` names a class in the scope mmdet."""
+    return frozenset(str(one.scope) for one in registries())
+
+
 def _find_registered(path: str) -> Any:
     """Find the class or function at `path` if any registry has it, else None."""
     from mmengine.utils import get_object_from_string
 
     package, _, rest = path.partition(".")
-    if path.startswith("torch.nn."):
+    if is_torch_layer_path(path):
         return _find_layer(get_object_from_string(path))
-    if package not in _OPENMMLAB or not rest:
+    if package not in OPENMMLAB | _imported or not rest:
         return None
     found = get_object_from_string(path)
-    if any(found is known for one in _registries() for known in one.module_dict.values()):
+    if package in _trusted and str(getattr(found, "__module__", "")).partition(".")[0] in _trusted:
+        return found  # not what such a module imported: mymodule.subprocess.Popen stays refused
+    if any(found is known for one in registries() for known in one.module_dict.values()):
         return found
     return None
 
@@ -48,7 +79,8 @@ def _find_layer(found: Any) -> Any:
     return found if is_layer else None
 
 
-def _registries() -> Iterator[Any]:
+def registries() -> Iterator[Any]:
+    """All registries of this process."""
     from mmengine import registry
 
     ahead = [one for one in vars(registry).values() if isinstance(one, registry.Registry)]

@@ -15,6 +15,7 @@ from serve.compare.labels import LabelComparison
 from serve.errors import SelfTestError, ServeError
 from serve.protocol.batch import Body
 from serve.protocol.frames import FrameOptions, Limits
+from serve.runtime.custom_code import explain_missing
 from serve.runtime.detector import Detector
 
 __all__ = ["TOLERANCES", "matches", "run_golden_frame", "self_test"]
@@ -43,7 +44,10 @@ def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
     detector.expect_intensities_of(decoded)
     outcome = detector.run([decoded])[0]
     if isinstance(outcome, ServeError):
-        raise SelfTestError(f"the golden frame cannot be run: {outcome}")
+        cause = outcome.__cause__
+        missing = explain_missing(cause) if cause is not None else None
+        shown = missing or (f"{type(cause).__name__}: {cause}" if cause is not None else str(outcome))
+        raise SelfTestError(f"the golden frame cannot be run: {shown}") from cause
     return {name: value for name, value in outcome.items() if name != "warnings"}
 
 

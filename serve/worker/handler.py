@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
@@ -140,6 +140,10 @@ class DetectionHandler:
         began = time.perf_counter()
         with watchdog(compute_s):
             return self.detector.run(frames), time.perf_counter() - began
+
+    def run_in_engine(self, call: Callable[[], Any]) -> Any:
+        """Call in the thread that loads and computes; returns what the call returns."""
+        return self._engine.submit(call).result()
 
     def describe(self) -> dict[str, Any]:
         """Describe archive and runtime, for ``?customized=true`` of TorchServe's management API."""

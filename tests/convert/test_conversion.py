@@ -69,10 +69,10 @@ def test_failed_proof_keeps_the_existing_archive(demo, monkeypatch):
     made = convert(demo)
     before = made.path.read_bytes()
 
-    def disagree(*_):
+    def disagree(*_, **__):
         raise SelfTestError("does not come out as recorded")
 
-    monkeypatch.setattr("serve.runtime.selftest.self_test", disagree)
+    monkeypatch.setattr("serve.convert.proof.ProofProcess.prove", disagree)
     with pytest.raises(SelfTestError):
         convert(replace(demo, force=True, model_version="2.0"))
     assert made.path.read_bytes() == before

@@ -1,0 +1,30 @@
+"""Environment variables for child processes that run this package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import serve
+
+__all__ = ["child_environment"]
+
+# Variables, besides those that start with TS_, that change TorchServe's configuration.
+_FOREIGN_VARIABLES = ("LOG_LOCATION", "METRICS_LOCATION", "TEMP")
+
+
+def child_environment(*, inherit_path: bool = True) -> dict[str, str]:
+    """Environment of a child: `serve` and `handlers` importable, without TorchServe's variables.
+
+    Args:
+        inherit_path: append the ``PYTHONPATH`` of this process.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("TS_") and name not in _FOREIGN_VARIABLES
+    }
+    root = str(Path(serve.__file__).resolve().parent.parent)
+    inherited = environment.get("PYTHONPATH") if inherit_path else None
+    environment["PYTHONPATH"] = os.pathsep.join([root, inherited] if inherited else [root])
+    return environment
