@@ -4,6 +4,6 @@ This package holds everything with logic in it. `handlers/` adapts it to TorchSe
 `tools/` gives it command lines. Importing `serve` imports nothing heavy.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = ["__version__"]

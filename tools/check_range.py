@@ -40,8 +40,11 @@ print(f"torch {torch.__version__}, golden frame reproduced in {seconds:.1f} s")
 def find_pythons() -> Iterator[tuple[str, Path]]:
     """Version and interpreter of each Python of PYTHONS on PATH, or among those of pyenv."""
     for version in PYTHONS:
-        candidates = [shutil.which(f"python{version}"), *sorted(_pyenv().glob(f"{version}.*/bin/python3"))]
-        for candidate in filter(None, candidates):
+        candidates: list[str | Path | None] = [
+            shutil.which(f"python{version}"),
+            *sorted(_pyenv().glob(f"{version}.*/bin/python3")),
+        ]
+        for candidate in [one for one in candidates if one is not None]:
             probe = "import ensurepip, sys; print('%d.%d' % sys.version_info[:2])"
             ran = subprocess.run([str(candidate), "-c", probe], capture_output=True, text=True, check=False)
             if ran.stdout.strip() == version:

@@ -32,7 +32,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -100,7 +100,7 @@ class Steps:
     def say(self, text: str) -> None:
         print(f"setup: {text}", flush=True)
 
-    def run(self, title: str, action):
+    def run(self, title: str, action: Callable[[], object]) -> object:
         """Run `action()` as the next step; its return value, if a string, is printed beside the time."""
         self.number += 1
         head = f"[{self.number}/{self.total}] {title}"

@@ -95,8 +95,8 @@ class Metadata:
         inference: options of the runtime.
         parts: names of the parts of a frame.
         files: sha256 (hex) of every entry except the manifest and ``model.json``.
-        serve_version: version of this package that wrote the archive.
-        format: version of the archive layout.
+        serve_version: version of this package that wrote the archive; for people, nothing depends on it.
+        format: version of the layout and of its meaning; it changes if an older reader would go wrong.
     """
 
     name: str
@@ -355,17 +355,6 @@ def _check_version(archive_format: Any, serve_version: Any) -> None:
             f"the archive has format {archive_format} (mmdet3d-serve {serve_version}), mmdet3d-serve {__version__} "
             f"reads format {FORMAT}; convert the model with the version that serves it"
         )
-    # Before 1.0 a minor version may change the meaning of an archive; afterwards only a major version.
-    if _compatibility_key(__version__) != _compatibility_key(str(serve_version)):
-        raise ArchiveVersionError(
-            f"the archive was written by mmdet3d-serve {serve_version}, this is {__version__}; convert the model "
-            "with the version that serves it"
-        )
-
-
-def _compatibility_key(version: str) -> tuple[str, ...]:
-    parts = version.split(".")
-    return tuple(parts[:2]) if parts[0] == "0" else tuple(parts[:1])
 
 
 def _check_identity(name: str, version: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -251,7 +252,7 @@ def _sunlit(surface: _Surface, rays: Array, solids: list[Solid]) -> Array:
         if not near.size:
             continue
         enter, leave, _ = _hit(solid, spot[near], np.broadcast_to(_SUN, (len(near), 3)))
-        passes = 0.0
+        passes: Any = 0.0  # of the light, by ray or of all
         if solid.material.depth > 0:
             thick = np.where(np.isfinite(enter), leave - enter, 0.0)
             passes = np.exp(-2.5 * thick * (0.3 + _noise(spot[near], 0.3)))
