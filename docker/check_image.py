@@ -32,6 +32,13 @@ USER = "4711:0"  # not in the image's /etc/passwd; group 0 is what OpenShift giv
 BASE_PACKAGES = "python3,python3-venv,ca-certificates,curl"
 START_S = 400.0
 STOP_S = 60.0
+# A part of the command line of every process of the service, and its name.
+ROLES = {
+    "model_service_worker.py": "worker",
+    "org.pytorch.serve.ModelServer": "TorchServe (Java)",
+    "serve.cli.gateway": "gateway",
+    "serve serve --container": "supervisor",
+}
 
 
 def print_heading(text: str) -> None:
@@ -116,19 +123,18 @@ def inside(buildah: Buildah, container: str, *command: str) -> list[str]:
     return [*buildah.base, "run", "--isolation", "chroot", "--user", USER, container, "--", *command]
 
 
+def name_role(command: Sequence[str]) -> str | None:
+    """Return the part that a process plays in the service by its command line, None if it plays none."""
+    words = " ".join(command)
+    return next((role for part, role in ROLES.items() if part in words and "guard.py" not in words), None)
+
+
 def show_memory(service: psutil.Process) -> None:
     """Print the memory of each process of the service, MB of 10^6 bytes: resident and unshared."""
-    roles = {
-        "model_service_worker.py": "worker",
-        "org.pytorch.serve.ModelServer": "TorchServe (Java)",
-        "serve gateway": "gateway",
-        "serve up": "supervisor",
-    }
     for each in service.children(recursive=True):
         if each.name() not in ("python", "python3", "java"):
             continue
-        words = " ".join(each.cmdline())
-        role = next((role for word, role in roles.items() if word in words and "guard.py" not in words), None)
+        role = name_role(each.cmdline())
         if role:
             held = each.memory_full_info()
             print(f"memory  {role:<18}{held.rss / 1e6:5.0f} MB resident, {held.uss / 1e6:5.0f} MB unshared")

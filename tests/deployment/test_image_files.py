@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -89,6 +90,19 @@ def test_image_runs_the_command_below_an_init(stage: str) -> None:
     # Further words are options: there is no CMD that they would replace.
     assert not words(stage, "CMD")
     assert command[4:] == (["--container"] if stage == "serve" else [])
+
+
+def test_image_check_recognizes_supervisor_and_gateway() -> None:
+    spec = importlib.util.spec_from_file_location("check_image", DOCKER / "check_image.py")
+    assert spec is not None and spec.loader is not None
+    check_image = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check_image)
+    (entrypoint,) = words("serve", "ENTRYPOINT")
+    assert check_image.name_role(json.loads(entrypoint)) == "supervisor"
+    source = inspect.getsource(serve.torchserve.supervisor.Service._start_gateway)
+    started = re.search(r"\[sys\.executable, (.+)\]", source)
+    assert started is not None
+    assert check_image.name_role(["python", *json.loads(f"[{started[1]}]")]) == "gateway"
 
 
 @pytest.mark.parametrize("stage", ["serve", "gateway"])
