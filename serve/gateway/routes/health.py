@@ -18,9 +18,9 @@ __all__ = ["router"]
 
 
 def router(
-    registry: ModelRegistry, metrics: Metrics, lifecycle: Lifecycle, refused: Mapping[str, str]
+    registry: ModelRegistry, metrics: Metrics, lifecycle: Lifecycle, rejected: Mapping[str, str]
 ) -> APIRouter:
-    """Create the operational routes; `refused` maps archives that were not loaded to the reason."""
+    """Create the operational routes; `rejected` maps archives that were not loaded to the reason."""
     routes = APIRouter(tags=["operation"])
 
     @routes.get("/health/live", responses=errors(405))
@@ -38,9 +38,9 @@ def router(
 
     @routes.get("/models")
     async def models() -> list[dict[str, Any]]:
-        """List models that are ready, loading or refused, with the reason for the latter."""
+        """List models that are ready, loading or rejected, with the reason for the latter."""
         await registry.refresh()
-        unloaded = [{"archive": file, "status": "refused", "reason": why} for file, why in refused.items()]
+        unloaded = [{"archive": file, "status": "refused", "reason": why} for file, why in rejected.items()]
         return [*(_describe(model) for model in registry.all()), *unloaded]
 
     @routes.get("/models/{model}", responses=errors(404))
