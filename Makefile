@@ -27,6 +27,9 @@ CODE := serve handlers tools tests
 JOBS ?= 2
 PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max-worker-restart 2
 
+# Run a command for a task that will go, after a warning that names the command to use.
+deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
+
 .PHONY: help setup lint format docs test test-quick test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom check-range lock clean distclean
 
 help: ## List the tasks
@@ -41,12 +44,13 @@ $(STAMP): $(SETUP_INPUTS)
 setup: $(STAMP) ## Make .venv with everything in it (wheels only; keeps a torch that fits)
 	@echo "setup: $(VENV) is up to date"
 
-lint: $(STAMP) docs ## Check style, types, layers of imports, Dockerfile and links of the documentation
+lint: $(STAMP) docs ## Check style, types, layers of imports, Dockerfile, links and names in the documentation
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
 	PYTHONPATH=. $(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/hadolint docker/Dockerfile
+	$(PY) -m pytest -q -p no:cacheprovider tests/docs
 
 docs: $(STAMP) ## Build the documentation as a site, build/site; a broken link or anchor fails
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
@@ -64,33 +68,13 @@ test-quick: $(STAMP) ## Run the tests that need no server and no large model (mi
 test-soak: $(STAMP) ## Run chaos at length, benchmarks, the bounds-checked fuzz, the zoo sweep; TESTS picks some
 	$(PY) -m pytest -m soak $(TESTS)
 
-demo: $(STAMP) ## Serve the demonstration SECOND and print a curl line that works; Ctrl-C stops it
+demo: $(STAMP) ## Serve the demo SECOND and print a curl line that works; Ctrl-C stops it
 	@exec $(PY) -m serve demo $(ARGS)
 
-demo-evaluate: $(STAMP) #: Measure the demonstration SECOND on held-out synthetic scenes
-	@exec $(PY) -m tools.demo evaluate $(ARGS)
-
-demo-train: $(STAMP) #: Train the demonstration SECOND anew on synthetic scenes (CPU)
-	@exec $(PY) -m tools.demo train $(ARGS)
-
-zoo-coverage: $(STAMP) #: Try a model of every zoo family, write docs/coverage.md; goes on where it was [ARGS="--jobs 2 --only atss"]
-	@exec $(PY) -m tools.zoo sweep $(ARGS)
-
-bench: $(STAMP) ## Measure: NAME=detector, ops, serving or storage [ARGS="--help"]
+bench: $(STAMP) ## Measure: NAME=detector, ops, serving, storage; NAME=native-env for --native-python [ARGS="--help"]
 	@exec $(PY) -m tools.bench $(or $(NAME),--help) $(ARGS)
 
-# The former names of `make bench NAME=…`.
-bench-detector: $(STAMP) #: Time upstream's inference beside ours [ARGS="second --frame F --device cuda:0"]
-bench-ops: $(STAMP) #: Time every kernel by itself [ARGS="--filter nms --device cuda:0 --native-python P"]
-bench-serving: $(STAMP) #: Measure the gateway beside TorchServe alone, LitServe, mosec, BentoML [ARGS="--quick --write-docs"]
-bench-storage: $(STAMP) #: Time reads of s3:// and FFRecord beside boto3 and pread, and packing [ARGS="--rounds 5"]
-bench-detector bench-ops bench-serving bench-storage:
-	@exec $(PY) -m tools.bench $(@:bench-%=%) $(ARGS)
-
-bench-native: $(STAMP) #: Compile upstream's mmcv into .venv-native, for bench-detector's --native-python (needs a C++ compiler)
-	@exec $(PY) -m tools.bench native-env $(ARGS)
-
-bench-env: $(BENCH_STAMP) #: Make .venv-bench with LitServe, mosec and BentoML, for bench-serving
+bench-env: $(BENCH_STAMP) #: Make .venv-bench with LitServe, mosec and BentoML, for NAME=serving
 	@echo "bench-env: .venv-bench is up to date"
 
 # Behind its own packages it sees the project's, so that those servers can serve our models.
@@ -102,21 +86,13 @@ $(BENCH_STAMP): $(STAMP) requirements/bench.lock
 		> "$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 	@touch $@
 
-fetch-models: $(STAMP) #: Bring the archives of a bucket into STORE: FROM=s3://bucket/models [ARGS="--models NAME"]
-	@$(if $(FROM),,echo "error: say from where: make fetch-models FROM=s3://bucket/models" >&2; exit 2)
-	@exec $(PY) -m serve fetch --from $(FROM) --to $(STORE) $(ARGS)
-
-pack: $(STAMP) #: Pack a folder of frames into one FFRecord file: FOLDER=data/kitti OUT=kitti.ffr
-	@$(if $(and $(FOLDER),$(OUT)),,echo "error: say what and where to: make pack FOLDER=data/kitti OUT=kitti.ffr" >&2; exit 2)
-	@exec $(PY) -m serve pack $(FOLDER) $(OUT) $(ARGS)
-
 archive: $(STAMP) ## Make STORE/NAME.mar of MODEL=name [CONFIG=file CHECKPOINT=file NAME=name STORE=folder]
-	@$(if $(or $(MODEL),$(CONFIG)),,echo "error: say which model: make archive MODEL=second" >&2; exit 2)
+	@$(if $(or $(MODEL),$(CONFIG)),,echo "error: MODEL is not set; try: make archive MODEL=second" >&2; exit 2)
 	@exec $(PY) -m serve archive $(or $(CONFIG),$(MODEL)) --output-folder $(STORE) \
 		$(if $(NAME),--model-name $(NAME)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(ARGS)
 
-serve: $(STAMP) ## Serve MODEL=name on ports 8080-8082, archiving it first if STORE has none [ARGS=--help]; Ctrl-C stops it
-	@$(if $(NAME),,echo "error: say which model: make serve MODEL=second" >&2; exit 2)
+serve: $(STAMP) ## Serve MODEL=name on port 8000 (TorchServe on 8080-8082); archives it first if STORE has none [ARGS=--help]
+	@$(if $(NAME),,echo "error: MODEL is not set; try: make serve MODEL=second" >&2; exit 2)
 	@test -f $(STORE)/$(NAME).mar || $(MAKE) --no-print-directory archive ARGS= || test -f $(STORE)/$(NAME).mar
 	@exec $(PY) -m serve serve --store $(STORE) --models $(NAME) $(ARGS)
 
@@ -137,9 +113,6 @@ compose-up: #: Start the service with Prometheus and Grafana [MODEL_STORE=folder
 
 k8s-render: $(STAMP) #: Print the Kubernetes objects of OVERLAY=cpu, gpu or kserve
 	@$(VENV)/bin/kubectl kustomize k8s/overlays/$(OVERLAY)
-
-k8s-check: $(STAMP) #: Check the Kubernetes objects: schemas, Pod Security, and against the code (a part of make test)
-	$(PY) -m pytest tests/deployment/test_manifests.py
 
 sbom: $(STAMP) #: Write the list of all parts, CycloneDX: build/sbom.cdx.json
 	@test -x build/sbom/bin/cyclonedx-py || { $(PY) -m venv build/sbom && build/sbom/bin/python -m pip install --quiet \
@@ -170,3 +143,34 @@ clean: ## Remove caches and build outputs; keeps the environment, archives and d
 
 distclean: clean #: Also remove the environment
 	rm -rf $(VENV) .venv-bench
+
+# Until 0.3: tasks that wrap one command. Each prints the command to use instead.
+demo-evaluate: $(STAMP) #- python -m tools.demo evaluate
+	@$(call deprecated,$(PY) -m tools.demo evaluate $(ARGS))
+
+demo-train: $(STAMP) #- python -m tools.demo train
+	@$(call deprecated,$(PY) -m tools.demo train $(ARGS))
+
+zoo-coverage: $(STAMP) #- python -m tools.zoo sweep
+	@$(call deprecated,$(PY) -m tools.zoo sweep $(ARGS))
+
+bench-detector: $(STAMP) #- make bench NAME=detector
+bench-ops: $(STAMP) #- make bench NAME=ops
+bench-serving: $(STAMP) #- make bench NAME=serving
+bench-storage: $(STAMP) #- make bench NAME=storage
+bench-detector bench-ops bench-serving bench-storage:
+	@$(call deprecated,$(PY) -m tools.bench $(@:bench-%=%) $(ARGS))
+
+bench-native: $(STAMP) #- make bench NAME=native-env
+	@$(call deprecated,$(PY) -m tools.bench native-env $(ARGS))
+
+fetch-models: $(STAMP) #- mmdet3d-serve fetch
+	@$(if $(FROM),,echo "error: FROM is not set; try: make fetch-models FROM=s3://bucket/models" >&2; exit 2)
+	@$(call deprecated,$(PY) -m serve fetch --from $(FROM) --to $(STORE) $(ARGS))
+
+pack: $(STAMP) #- mmdet3d-serve pack
+	@$(if $(and $(FOLDER),$(OUT)),,echo "error: FOLDER or OUT is not set; try: make pack FOLDER=data/kitti OUT=kitti.ffr" >&2; exit 2)
+	@$(call deprecated,$(PY) -m serve pack $(FOLDER) $(OUT) $(ARGS))
+
+k8s-check: $(STAMP) #- make test TESTS=tests/deployment/test_manifests.py
+	@$(call deprecated,$(PY) -m pytest tests/deployment/test_manifests.py)

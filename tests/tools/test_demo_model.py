@@ -1,4 +1,4 @@
-"""The demonstration SECOND: its configuration, its training, its checkpoint and how good that is."""
+"""The demo SECOND: its configuration, its training, its checkpoint and how good that is."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def test_held_out_average_precision_is_above_a_floor() -> None:
     assert "Car" in result.table()
 
 
-def test_missing_checkpoint_error_names_make_demo_train(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="make demo-train"):
+def test_missing_checkpoint_error_names_the_training_command(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tools\.demo train"):
         load_model(checkpoint=tmp_path / "none.pth")
 
 

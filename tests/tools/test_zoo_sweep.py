@@ -122,7 +122,7 @@ def verdicts(text: str) -> dict[str, str]:
     return {row[1].strip(): row[4].strip().partition(",")[0] for row in rows}
 
 
-# One per modality and kind of head; the whole zoo takes hours (`make zoo-coverage`).
+# One per modality and kind of head; the whole zoo takes hours (`python -m tools.zoo sweep`).
 SWEPT = ("centerpoint", "fcos3d", "mvxnet", "votenet", "pointnet2", "yolox", "detr", "solo", "panoptic_fpn")
 
 

@@ -88,7 +88,9 @@ def load_model(config: Path = CONFIG, checkpoint: Path = CHECKPOINT, device: str
         CheckpointError: the checkpoint is missing.
     """
     if not checkpoint.is_file():
-        raise CheckpointError(f"there is no checkpoint {checkpoint}; write one with `make demo-train`")
+        raise CheckpointError(
+            f"there is no checkpoint {checkpoint}; write one with `python -m tools.demo train`"
+        )
     import serve.ops
 
     serve.ops.install()

@@ -14,7 +14,7 @@ _NO_MODELS = ("not a model", "not a per-frame model")
 _HEAD = """\
 # What of the model zoos is served
 
-Written by `make zoo-coverage` (`python -m tools.zoo sweep`); do not edit. For every folder of configs in the
+Written by `python -m tools.zoo sweep`; do not edit. For every folder of configs in the
 installed packages the first config is built with random weights that behave, converted (which proves the
 archive on its golden frame), loaded, run on two frames singly and as a batch, and compared with upstream's own
 inference call. Where the first config is not a model that answers single frames, or wants a package, the next
