@@ -204,7 +204,7 @@ def store(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_mar(pytestconfig, tmp_path_factory, store) -> Path:
-    """The archive of the demonstration SECOND; made anew only if the code or the environment changed."""
+    """The archive of the demo SECOND; made anew only if the code or the environment changed."""
     from serve.convert import Conversion, convert
 
     kept = kept_folder(pytestconfig, "demo-archive", ROOT / "serve", ROOT / "handlers")

@@ -1,1 +1,1 @@
-"""The workshop: benchmarks, zoo sweep, demonstration training. Not part of any image."""
+"""Development tools: benchmarks, zoo sweep, demo training. Not part of any image."""

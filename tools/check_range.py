@@ -3,7 +3,7 @@
     python -m tools.check_range                       every Python found, with the ends of torch's range
     python -m tools.check_range --python P --torch V  one combination
 
-Each combination gets an environment of its own from tools/setup_env.py, is asked to convert the demonstration SECOND,
+Each combination gets an environment of its own from tools/setup_env.py, is asked to convert the demo SECOND,
 and then to reproduce the recorded answer of an archive that *this* environment's torch has made. What an index does not
 have for a Python is reported as "not obtainable" and is no failure. Environments are removed when they are done with;
 one with a CUDA build of torch takes some 6 GB while it lasts.

@@ -1,4 +1,4 @@
-"""Print the size of the house: rooms, arrows between them, lines, bytes of the README.
+"""Print the size of the code: rooms, arrows between them, lines, bytes of the README.
 
     python -m tools.layout                 this checkout
     python -m tools.layout --root DIR      another one, for instance of an earlier commit

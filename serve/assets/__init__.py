@@ -1,1 +1,1 @@
-"""The demonstration SECOND (config, weights) and the sample frame, as data."""
+"""The demo SECOND (config, weights) and the sample frame, as data."""

@@ -1,7 +1,7 @@
 """`serve.verify.reference`, `serve.verify.endpoint` and `tools/deployment/test_torchserver.py`, on a real socket.
 
 The served side is a ten-line HTTP server that answers what a test tells it to; the native side is
-mmdet3d's SECOND (the demonstration's config) and mmdet's Faster R-CNN with random weights.
+mmdet3d's SECOND (the demo's config) and mmdet's Faster R-CNN with random weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`serve.visualize.detections` and `tools/draw.py`: pictures show what is there, and nothing crashes on odd input."""
+"""`serve.visualize.detections` and `mmdet3d-serve draw`: pictures are complete, and odd input crashes nothing."""
 
 from __future__ import annotations
 
