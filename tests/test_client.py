@@ -86,6 +86,17 @@ def test_client_sends_bytes_options_and_token_and_returns_the_answer(server: Fak
     assert server.seen["body"] == b"\x00\x01points"
 
 
+def test_client_sends_sweeps_as_parts_or_declares_them_accumulated(server: FakeServer) -> None:
+    with Client(server.address) as client:
+        client.predict({"points": b"key", "sweep.0": b"old", "sweeps": b"[]"}, "centerpoint")
+        form = server.seen["body"]
+        assert all(f'name="{part}"'.encode() in form for part in ("points", "sweep.0", "sweeps"))
+        client.predict(b"cloud", "centerpoint", sweeps="accumulated", columns="x,y,z,intensity,time")
+    assert server.seen["headers"]["X-Sweeps"] == "accumulated"
+    assert server.seen["headers"]["X-Columns"] == "x,y,z,intensity,time"
+    assert server.seen["body"] == b"cloud"
+
+
 def test_client_sends_no_options_by_default(server: FakeServer) -> None:
     with Client(f"http://{server.address}") as client:
         client.predict(b"", "second")

@@ -29,10 +29,11 @@ _TIFF = {b"II*\x00": "<", b"MM\x00*": ">", b"II+\x00": "<", b"MM\x00+": ">"}
 _SIZ = b"\xff\x4f\xff\x51"
 _HDR_SIZE = re.compile(rb"\n-Y +(\d{1,10}) +\+X +(\d{1,10})\n")
 _PFM_SIZE = re.compile(rb"P[Ff]\s+(\d{1,10})\s+(\d{1,10})\s")
-_WIDTH_TAG, _HEIGHT_TAG = 256, 257
+_WIDTH_TAG, _HEIGHT_TAG, _TILE_WIDTH_TAG, _TILE_HEIGHT_TAG = 256, 257, 322, 323
 # A tag's type → format of its value: BYTE, SHORT, LONG, LONG8.
 _TAG_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _MAX_TAGS = 4096
+_USUAL_TILE = 1024
 
 
 def format_of(body: Bytes) -> str | None:
@@ -88,7 +89,10 @@ def image_size(body: Bytes) -> tuple[int, int]:
 
 
 def _tiff_size(body: memoryview) -> tuple[int, int]:
-    """Read the first directory of a TIFF or BigTIFF; of repeated tags the largest value counts."""
+    """Read the first directory of a TIFF or BigTIFF; of repeated tags the largest value counts.
+
+    A tile is decoded whole, so that its size counts too, less `_USUAL_TILE`: an image smaller than its tile is usual.
+    """
     order = _TIFF[bytes(body[:4])]
     is_big = bytes(body[2:4]).strip(b"\0") == b"+"
     offset, count_format, entry_bytes, value_at = (
@@ -99,7 +103,7 @@ def _tiff_size(body: memoryview) -> tuple[int, int]:
     (count,) = struct.unpack_from(order + count_format, body, offset)
     if count > _MAX_TAGS:
         raise ValueError(f"a TIFF directory of {count} tags")
-    size = {_WIDTH_TAG: 0, _HEIGHT_TAG: 0}
+    size = dict.fromkeys((_WIDTH_TAG, _HEIGHT_TAG, _TILE_WIDTH_TAG, _TILE_HEIGHT_TAG), 0)
     first = offset + struct.calcsize(count_format)
     for k in range(count):
         at = first + k * entry_bytes
@@ -107,9 +111,10 @@ def _tiff_size(body: memoryview) -> tuple[int, int]:
         if tag in size and kind in _TAG_TYPES:
             (value,) = struct.unpack_from(order + _TAG_TYPES[kind], body, at + value_at)
             size[tag] = max(size[tag], value)
-    if not all(size.values()):
+    width, height, tile_width, tile_height = size.values()
+    if not width or not height:
         raise ValueError("the TIFF's first directory has no width and height")
-    return size[_WIDTH_TAG], size[_HEIGHT_TAG]
+    return max(width, tile_width - _USUAL_TILE), max(height, tile_height - _USUAL_TILE)
 
 
 def _codestream_size(body: bytes, width: int, height: int) -> tuple[int, int]:

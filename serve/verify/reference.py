@@ -38,7 +38,20 @@ __all__ = ["FRAME_SUFFIXES", "ReferenceModel", "filter_by_score", "load_referenc
 #: File name suffixes of each part of a frame.
 FRAME_SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "points": (".bin", ".npy"),
-    "image": (".jpg", ".jpeg", ".png", ".bmp", ".webp"),
+    "image": (
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".bmp",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".jp2",
+        ".gif",
+        ".avif",
+        ".ppm",
+        ".pgm",
+    ),
     "calibration": (".json",),
 }
 _NO_POINTS = "{} holds no points; mmdet3d cannot run on an empty point cloud, so there is nothing to compare"

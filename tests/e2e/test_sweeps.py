@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+import tritonclient.http as triton
 
 from handlers.mmdet3d_handler import MMDet3DHandler
 from serve import archive, zoo
+from serve.client import Client
 from serve.compare.detections import Tolerances, compare_answers
 from serve.convert import Conversion, configured_classes, convert, resolve_config
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
+from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from serve.verify.reference import load_reference
 from serve.verify.report import comparison_table
+from tests.conftest import pick_free_ports
+from tests.gateway.conftest import running_gateway
+from tests.gateway.running import Background, eventually
 from tests.worker.context import Context
 from tools.zoo.random_weights import write_random_checkpoint
 
@@ -135,3 +141,54 @@ def test_centerpoint_with_ten_sweeps_equals_upstreams_pipeline(centerpoint, stre
     ]
     described = handler.describe()
     assert described["sweeps"]["number"] == NUMBER and described["warnings"][0]["code"] == "one_sweep"
+
+
+@pytest.mark.slow
+@pytest.mark.torchserve
+@pytest.mark.timeout(900)
+def test_sweeps_over_http_v2_and_the_client_are_answered_alike(centerpoint, street):
+    *_, folder = centerpoint
+    body = parts(street, NUMBER)
+    accumulated = scene(street, 0)
+    accumulated[:, 4] = np.linspace(0, 0.45, len(accumulated))
+    ports = dict(zip(("inference_port", "management_port", "metrics_port"), pick_free_ports(3), strict=True))
+    options = TorchServeOptions(
+        model_store=folder, models=[ServedModel("centerpoint.mar")], system_metrics=False, gpus=0, **ports
+    )
+    background = Background()
+    try:
+        with TorchServe(options) as server, Client(f"127.0.0.1:{ports['inference_port']}") as direct:
+            urls = {"inference_url": server.inference_url, "management_url": server.management_url}
+            with running_gateway(background, **urls, worker_sockets=server.worker_sockets) as gateway:
+                eventually(lambda: gateway.client.get("/health/ready").status_code == 200)
+                with Client(gateway.url) as through:
+                    served = direct.predict(body, "centerpoint")
+                    assert served["names"]
+                    assert through.predict(body, "centerpoint") == served
+                    kept = direct.predict(accumulated.tobytes(), "centerpoint", sweeps="accumulated")
+                    assert "one_sweep" not in [warning["code"] for warning in kept["warnings"]]
+                    assert through.predict(accumulated.tobytes(), "centerpoint", sweeps="accumulated") == kept
+                    alone = through.predict(accumulated.tobytes(), "centerpoint")
+                    assert kept["scores_3d"] != alone["scores_3d"] != served["scores_3d"]
+                assert infer(gateway.url.removeprefix("http://"), body) == served
+                (shown,) = gateway.client.get("/models").json()
+                assert shown["sweeps"]["number"] == NUMBER and shown["warnings"][0]["code"] == "one_sweep"
+    finally:
+        background.stop()
+
+
+def infer(address: str, body: dict[str, bytes]) -> dict[str, Any]:
+    """Send a frame over the Open Inference Protocol; return its answer."""
+    inputs = []
+    for name, data in body.items():
+        if name == "sweeps":
+            made = triton.InferInput(name, [1], "BYTES")
+            made.set_data_from_numpy(np.array([data], dtype=object))
+        else:
+            points = np.frombuffer(data, np.float32).reshape(-1, 5)
+            made = triton.InferInput(name, list(points.shape), "FP32")
+            made.set_data_from_numpy(points)
+        inputs.append(made)
+    with triton.InferenceServerClient(address, network_timeout=120) as client:
+        answer: dict[str, Any] = json.loads(client.infer("centerpoint", inputs).as_numpy("detections")[0])
+    return answer

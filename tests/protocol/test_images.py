@@ -179,12 +179,26 @@ def test_limit_on_pixels_holds_for_every_kind_and_names_its_setting(name: str) -
         decode_image(NATIVE[name], "color", "cv2", 96 * 64 - 1)
 
 
-def test_code_stream_larger_than_its_header_counts() -> None:
+@pytest.mark.parametrize("size", [(60_000, 64), (96, 60_000)])
+def test_code_stream_larger_than_its_header_counts(size: tuple[int, int]) -> None:
     body = bytearray(NATIVE["jpeg 2000"])
     at = body.index(b"\xff\x4f\xff\x51") + 8
-    body[at : at + 8] = struct.pack(">II", 60_000, 60_000)
+    body[at : at + 8] = struct.pack(">II", *size)
     with pytest.raises(FrameTooLarge):
         decode_image(bytes(body), "color", "cv2", 96 * 64)
+
+
+def tiff_of_tiles(tile: int) -> bytes:
+    """Build the header of a TIFF of 64 x 64 pixels in tiles of `tile` x `tile`."""
+    tags = {256: 64, 257: 64, 258: 8, 259: 1, 262: 1, 277: 1, 322: tile, 323: tile, 324: 200, 325: 4096}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + bytes(5000)
+
+
+def test_tile_larger_than_its_image_counts() -> None:
+    assert image_size(tiff_of_tiles(64)) == image_size(tiff_of_tiles(512)) == (64, 64)
+    with pytest.raises(FrameTooLarge):
+        decode_image(tiff_of_tiles(30_000), "color", "cv2", 1_000_000)
 
 
 @pytest.mark.parametrize("name", NATIVE)

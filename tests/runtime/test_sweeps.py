@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from serve.convert.golden import read_frame
 from serve.errors import BadRequest, FrameTooLarge
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame, decode_json_request
 from serve.protocol.sweeps import ACCUMULATED, SweepSpec
@@ -265,3 +266,14 @@ def test_spec_names_columns_sweeps_and_expectations_of_nuscenes():
     assert spec.expected.intensity_max == 255 and spec.expected.uses_intensity
     assert spec.expected.point_cloud_range == (-50, -50, -5, 50, 50, 3)
     assert not frame_spec(config()).expected.uses_intensity  # its sweeps drop the intensity
+
+
+def test_golden_frame_may_be_a_folder_with_sweeps(tmp_path):
+    body = parts([0.05, 0.1], 1.0)
+    for name, data in body.items():
+        (tmp_path / f"{name}{'.json' if name == 'sweeps' else '.bin'}").write_bytes(data)
+    found = read_frame(tmp_path, frame_spec(config()))
+    assert {name: data for name, (_, data) in found.items()} == body
+    assert found["sweep.1"][0] == "sweep.1.bin"
+    alone = read_frame(tmp_path / "points.bin", frame_spec(config()))
+    assert alone == {"points": ("frame.bin", body["points"])}
