@@ -169,7 +169,7 @@ def convert(conversion: Conversion) -> ConversionResult:
             inference=InferenceOptions((), conversion.channels_last, conversion.autocast),
             parts=spec.parts,
         )
-        notes += tuple(warning.message for warning in spec.warnings)
+        notes += golden.list_warnings(None if conversion.golden_frame is None else frame, spec)
         report("running the golden frame")
         metadata, expected, remarks = _record_golden(
             network, config, metadata, frame, device, conversion.fold_batch_norm

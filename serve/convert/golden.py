@@ -16,10 +16,11 @@ import numpy.typing as npt
 import orjson
 
 from serve.errors import ArchiveError
-from serve.protocol.frames import FrameSpec
+from serve.protocol.batch import Body
+from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
 from serve.protocol.sweeps import is_sweep_part
 
-__all__ = ["golden_calibration", "golden_frame", "golden_image", "golden_room", "read_frame"]
+__all__ = ["golden_calibration", "golden_frame", "golden_image", "golden_room", "list_warnings", "read_frame"]
 
 # Focal length of the drawn images; their principal point is the centre of 640 x 480.
 FOCAL_PX = 520.0
@@ -79,6 +80,21 @@ def read_frame(path: Path, spec: FrameSpec) -> dict[str, tuple[str, bytes]]:
             )
         found[part] = (files[0].name, files[0].read_bytes())
     return found
+
+
+def list_warnings(frame: Body | None, spec: FrameSpec) -> tuple[str, ...]:
+    """Return the warnings that concern every frame of a model, and those about a user's golden frame.
+
+    Raises:
+        ClientError: the frame is not one of this model.
+    """
+    found = spec.warnings
+    if frame is not None:
+        options = FrameOptions(
+            num_points=0 if not frame else None, load_dim=spec.load_dim if spec.has_points else None
+        )
+        found += decode_frame(frame, spec, options, Limits()).warnings
+    return tuple(dict.fromkeys(warning.message for warning in found))
 
 
 def golden_calibration(spec: FrameSpec) -> dict[str, Any]:

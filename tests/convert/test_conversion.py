@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -115,6 +116,14 @@ def test_user_golden_frame_is_recorded(demo, tmp_path, street):
     made = convert(replace(demo, golden_frame=frame))
     opened = archive.extract(made.path, tmp_path / "opened")
     assert opened.golden_frame() == frame.read_bytes()
+    assert not any("intensities" in note for note in made.notes)
+
+
+def test_unusual_golden_frame_is_named_in_the_notes(demo, tmp_path, street):
+    frame = tmp_path / "bright.bin"
+    frame.write_bytes((street * np.array([1, 1, 1, 255], np.float32)).tobytes())
+    made = convert(replace(demo, golden_frame=frame))
+    assert any("0 to 1" in note for note in made.notes)
 
 
 def test_conversion_reports_each_step(demo):
