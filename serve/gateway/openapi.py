@@ -17,8 +17,8 @@ and the Open Inference Protocol (`/v2`)."""
 
 _SCORE_THR = {"type": "number", "minimum": 0, "maximum": 1}
 _MAX_DETECTIONS = {"type": "integer", "minimum": 0, "maximum": 2**31}
-_LOAD_DIM = {"type": "integer", "minimum": 1, "description": "Declared numbers per point"}
-_NUM_POINTS = {"type": "integer", "minimum": 0, "description": "Declared number of points"}
+_LOAD_DIM = {"type": "integer", "minimum": 1, "maximum": 2**31, "description": "Declared numbers per point"}
+_NUM_POINTS = {"type": "integer", "minimum": 0, "maximum": 2**31, "description": "Declared number of points"}
 _COLUMNS = {"type": "string", "examples": ["x,y,z,ring", "x,y,z,intensity=0"]}
 _SWEEPS = {"type": "string", "enum": [ACCUMULATED]}
 _QUERY_PARAMETERS = [

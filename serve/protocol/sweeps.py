@@ -66,12 +66,12 @@ class SweepSpec:
 
     @property
     def warning(self) -> str:
-        """What happens to a key frame without sweeps."""
+        """Say what happens to a key frame without sweeps."""
         filled = f", and is repeated {self.number} times as in training" if self.repeats else ""
         return (
-            f"the model was trained on {self.number} earlier sweeps with their times and this frame has none: it is "
-            f"used alone with time 0{filled}; send sweep.0, sweep.1, … and sweeps, or sweeps={ACCUMULATED} for a "
-            "cloud of several sweeps"
+            f"the model was trained on {self.number} earlier sweeps with their times; a frame without any is used "
+            f"alone with time 0{filled}; send sweep.0, sweep.1, … and sweeps, or sweeps={ACCUMULATED} for a cloud of "
+            "several sweeps"
         )
 
     @property

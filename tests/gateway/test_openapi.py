@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 
 import hypothesis
 import pytest
@@ -24,6 +25,7 @@ from serve.gateway.admission import Admission
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import receive_frames
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
+from serve.protocol.frames import FrameOptions
 from serve.storage.references import References
 from tests.gateway.conftest import FakeBackend, RunningGateway, running_gateway
 from tests.gateway.running import Background, eventually
@@ -52,6 +54,12 @@ def test_responses_conform_to_the_openapi_document(document):
     assert len(operations) > 10
     for operation in operations:
         conforms(operation)
+
+
+def test_every_option_of_a_frame_is_a_query_parameter_of_predictions(running):
+    documented = running.client.get("/openapi.json").json()["paths"]["/predictions/{model}"]["post"]
+    queries = {each["name"] for each in documented["parameters"] if each["in"] == "query"}
+    assert queries == {field.name for field in fields(FrameOptions)} | {"timeout_ms"}
 
 
 def conforms(operation) -> None:
