@@ -77,7 +77,7 @@ class Sweep:
     """
 
     def __init__(
-        self, results: Path, *, extra: bool, timeout_s: float = 900.0, memory_mb: int = 6144, jobs: int = 1
+        self, results: Path, *, extra: bool, timeout_s: float = 900.0, memory_mb: int = 8192, jobs: int = 1
     ) -> None:
         """Start nothing yet."""
         self._path = results

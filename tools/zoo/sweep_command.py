@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--timeout-s", type=float, default=900, help="per model, seconds (default: %(default)s)"
     )
-    parser.add_argument("--memory-mb", type=int, default=6144, help="per model, MiB (default: %(default)s)")
+    parser.add_argument("--memory-mb", type=int, default=8192, help="per model, MiB (default: %(default)s)")
     parser.add_argument(
         "--results", type=Path, help="JSON lines, appended to (default: zoo-coverage/ in the cache folder)"
     )
