@@ -43,6 +43,8 @@ MAX_LAG_S = 3600.0
 MAX_SHIFT_M = 10_000.0
 # Largest deviation of R R^T from the identity: matrices are often printed with few digits.
 ROTATION_TOLERANCE = 1e-2
+# mmdet3d writes the time into this column of a sweep.
+_SWEEP_TIME_COLUMN = 4
 _TIMES = ("time_lag_s", "timestamp_s")
 _POSES = ("transform", "lidar2sensor")
 Matrix = npt.NDArray[np.float64]
@@ -55,7 +57,7 @@ class SweepSpec:
     Attributes:
         number: number of sweeps that the model uses in addition to the key frame.
         load_dim: float32 numbers per point of a sweep's ``.bin``.
-        time_column: index of the column that holds the time before the key frame, seconds.
+        time_column: index of the key frame's column for the time before it, seconds.
         repeats: whether the key frame is repeated in place of missing sweeps.
     """
 
@@ -78,7 +80,7 @@ class SweepSpec:
     def layout(self) -> PointLayout:
         """Columns of a sweep's points; the time is computed, so that a file may lack it."""
         names = PointLayout.default(self.load_dim, is_depth=False).columns
-        used = frozenset(range(self.load_dim)) - {self.time_column}
+        used = frozenset(range(self.load_dim)) - {_SWEEP_TIME_COLUMN}
         return PointLayout(names, used)
 
     def accumulated(self, layout: PointLayout) -> PointLayout:
@@ -130,6 +132,8 @@ def check_sweeps_option(value: Any) -> str:
     Raises:
         UnknownOption: another value than ``accumulated``.
     """
+    if isinstance(value, list):
+        raise UnknownOption('a list of sweeps goes with points: {"points": {"b64": …}, "sweeps": […]}')
     if value != ACCUMULATED:
         raise UnknownOption(f"sweeps must be {ACCUMULATED}, got {str(value)[:80]!r}")
     return ACCUMULATED

@@ -135,23 +135,38 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
     )
 
 
+def _loaded_columns(steps: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
+    """Return the indices of the point columns that the loader takes, in its order."""
+    use_dim = steps["LoadPointsFromFile"].get("use_dim", (0, 1, 2))
+    return tuple(range(use_dim)) if isinstance(use_dim, int) else tuple(int(k) for k in use_dim)
+
+
 def _used_columns(steps: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
     """Return the indices of the point columns that the model reads."""
-    use_dim = steps["LoadPointsFromFile"].get("use_dim", (0, 1, 2))
-    used = tuple(range(use_dim)) if isinstance(use_dim, int) else tuple(int(k) for k in use_dim)
-    if (sweeps := _sweeps(steps)) is not None:
-        used = tuple(k for k in used if k != sweeps.time_column)  # the time of the sweep replaces it
-    return used
+    sweeps = _sweeps(steps)
+    # The time of the sweep replaces the column.
+    return tuple(k for k in _loaded_columns(steps) if sweeps is None or k != sweeps.time_column)
 
 
 def _sweeps(steps: Mapping[str, Mapping[str, Any]]) -> SweepSpec | None:
+    """Return the sweeps that the pipeline loads.
+
+    Raises:
+        ArchiveError: its key frame has no column for the time.
+    """
     step = steps.get(_SWEEPS)
     if step is None:
         return None
+    loaded, time_column = _loaded_columns(steps), int(step.get("time_dim", 4))
+    if len(loaded) <= time_column:
+        raise ArchiveError(
+            f"{_SWEEPS} writes the time to column {time_column} of the points, but LoadPointsFromFile takes "
+            f"{len(loaded)} columns; set its use_dim"
+        )
     return SweepSpec(
         number=int(step.get("sweeps_num", 10)),
         load_dim=int(step.get("load_dim", 5)),
-        time_column=int(step.get("time_dim", 4)),
+        time_column=loaded[time_column],
         repeats=bool(step.get("pad_empty_sweeps", False)),
     )
 

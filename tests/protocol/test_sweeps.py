@@ -130,6 +130,8 @@ def test_option_sweeps_takes_one_word():
     assert parse_options({"sweeps": "accumulated"}).sweeps == "accumulated"
     with pytest.raises(UnknownOption):
         parse_options({"sweeps": "all"})
+    with pytest.raises(UnknownOption, match="points"):
+        parse_options({"sweeps": [entry()]})
 
 
 def test_more_listed_clouds_than_the_limit_are_refused():

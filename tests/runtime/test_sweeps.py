@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from serve.convert.golden import read_frame
-from serve.errors import BadRequest, FrameTooLarge
+from serve.errors import ArchiveError, BadRequest, FrameTooLarge
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame, decode_json_request
 from serve.protocol.sweeps import ACCUMULATED, SweepSpec
 from serve.runtime.pipeline import InputPipeline, frame_spec
@@ -150,6 +150,24 @@ def test_accumulated_cloud_keeps_its_times_and_is_not_repeated():
         points.tobytes(), frame_spec(built), FrameOptions(load_dim=5, sweeps=ACCUMULATED), LIMITS
     )
     assert frame.warnings == ()
+
+
+def test_accumulated_time_is_the_column_that_the_loader_takes_as_fifth():
+    built = config(use_dim=[0, 1, 2, 4])
+    loader = built["test_dataloader"]["dataset"]["pipeline"][0]
+    loader.update(load_dim=6, use_dim=[0, 1, 2, 3, 5])
+    spec = frame_spec(built)
+    assert spec.sweeps is not None and spec.sweeps.time_column == 5 and spec.used_columns == (0, 1, 2, 3)
+    points = np.hstack([cloud(0), np.full((700, 1), 0.25, np.float32)])
+    frame = decode_frame(points.tobytes(), spec, FrameOptions(load_dim=6, sweeps=ACCUMULATED), LIMITS)
+    assert set(InputPipeline(built).build(frame)["inputs"]["points"][:, 3].tolist()) == {0.25}
+
+
+def test_key_frame_without_a_column_for_the_time_is_refused_at_conversion():
+    built = config()
+    built["test_dataloader"]["dataset"]["pipeline"][0]["use_dim"] = 4
+    with pytest.raises(ArchiveError, match="use_dim"):
+        frame_spec(built)
 
 
 def test_accumulated_cloud_with_named_columns_needs_the_time():
