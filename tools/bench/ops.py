@@ -137,7 +137,7 @@ def compile_all(progress: Callable[[str], None] = lambda kernel: None, processes
     """Call every kernel once on small inputs, so that its machine code is there for all processes.
 
     Args:
-        progress: told each kernel that is done.
+        progress: called with each kernel that is done.
         processes: so many compile side by side.
 
     Returns:
