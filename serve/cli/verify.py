@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tqdm import tqdm
 
-from serve.cli.entry import command_parser, open_cache, stage_reporter
+from serve.cli.entry import CLASSES_HELP, command_parser, open_cache, stage_reporter
 from serve.client import Client
-from serve.compare.detections import Tolerances
+from serve.compare.tolerances import Tolerances, tolerances_for
+from serve.convert.classes import read_class_names
 from serve.storage import is_remote, local_path
 from serve.verify.endpoint import read_token, verify
 from serve.verify.frame_source import frames_at
@@ -35,7 +37,6 @@ def main(argv: Sequence[str] | None) -> int:
         }.items()
         if value is not None
     }
-    tolerances = Tolerances(**limits)
     token = read_token(args.token_file) if args.token_file else None
     with Client(args.inference_addr, token=token, timeout_s=args.timeout_s) as client:
         report = stage_reporter()
@@ -44,7 +45,15 @@ def main(argv: Sequence[str] | None) -> int:
         checkpoint = local_path(args.checkpoint, open_cache()) if remote else args.checkpoint
         with local_config(args.config) as config:
             report("loading the native model")
-            reference = load_reference(config, checkpoint, args.device)
+            reference = load_reference(
+                config,
+                checkpoint,
+                args.device,
+                classes=read_class_names(args.classes) if args.classes else (),
+                allow_partial=args.allow_partial,
+                trust_checkpoint=args.trust_checkpoint,
+            )
+        tolerances = replace(tolerances_for(next(reference.module.parameters()).device), **limits)
         for note in reference.notes:
             print(f"note: native weights: {note}", file=sys.stderr)
         results = []
@@ -73,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         ],
     )
     parser.add_argument(
-        "img", metavar="IMAGE_FILE", help="point cloud (.bin, .npy), image, a folder of them, or the URI of either "
-        "(s3://bucket/frames, ffrecord:///packed.ffr#velodyne)"
+        "img", metavar="IMAGE_FILE", help="point cloud (.bin, .npy, .npz, PCD, PLY, LAS), image, a folder of them, or the URI "
+        "of either (s3://bucket/frames, ffrecord:///packed.ffr#velodyne)"
     )  # fmt: skip
     parser.add_argument("config", metavar="CONFIG_FILE", help="path or URI of a config, or a zoo name")
     parser.add_argument("checkpoint", metavar="CHECKPOINT_FILE", help="path or URI of a checkpoint")
@@ -108,6 +117,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--mask-iou", type=float, help=f"least IoU of two masks, 0 to 1 (default: {defaults.mask_iou:g})"
+    )
+    parser.add_argument("--classes", metavar="A,B|FILE", help=CLASSES_HELP)
+    parser.add_argument(
+        "--allow-partial", action="store_true", help="continue when weights are missing or unexpected"
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="unpickle any type in the checkpoint, which can run code",
     )
     parser.add_argument("--rows", type=int, default=20, help="rows per table (default: %(default)s)")
     parser.add_argument("--draw", metavar="DIR", help="draw native and served detections into this folder")

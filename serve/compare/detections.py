@@ -6,7 +6,8 @@ order is irrelevant. Predictions of labels are left to `serve.compare.labels`.
 
 `serve.compare.assignment` pairs the detections. An unmatched one whose score is within the score tolerance of the
 threshold may be missing on the other side because of rounding: it is reported as borderline, not as a failure. Masks
-are not used for pairing and are compared afterwards.
+are not used for pairing and are compared afterwards. Where scores are tied, rounding decides which of two detections
+is kept: `serve.compare.ties` sets those apart.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from serve.compare.assignment import YAW, Rows, angle_between, match_rows
 from serve.compare.labels import LabelComparison, compare_labels, has_labels
-from serve.errors import SettingsError
+from serve.compare.tolerances import MAX_TIE_SHARE, Tolerances
 
 __all__ = [
     "Comparison",
@@ -37,38 +38,6 @@ _Ints = NDArray[np.int64]
 
 _REACH_3D = 2.0  # m between values of boxes that may still be the same object
 _REACH_2D = 50.0  # px
-
-
-@dataclass(frozen=True)
-class Tolerances:
-    """Limits of equality, all inclusive.
-
-    Attributes:
-        box_m: metres (and m/s for velocities) between values of 3D boxes.
-        box_px: pixels between corners of 2D boxes.
-        yaw_rad: radians between headings, modulo a full turn.
-        score: between scores.
-        mask_iou: least intersection over union of two masks.
-        label_share: least share of points or pixels with the same label, for predictions of labels.
-    """
-
-    box_m: float = 1e-4
-    box_px: float = 1e-2
-    yaw_rad: float = 1e-4
-    score: float = 1e-5
-    mask_iou: float = 0.99
-    label_share: float = 0.999
-
-    def __post_init__(self) -> None:
-        """Reject limits that could never be met or would hide every deviation."""
-        for name in ("box_m", "box_px", "yaw_rad", "score"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise SettingsError(
-                    f"tolerance {name} must be a finite number >= 0, not {getattr(self, name)}"
-                )
-        for name in ("mask_iou", "label_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"tolerance {name} must lie between 0 and 1, not {getattr(self, name)}")
 
 
 class Pair(NamedTuple):
@@ -106,38 +75,66 @@ class Comparison:
     problems: tuple[str, ...]
     sides: tuple[str, str]
     described: tuple[tuple[str, ...], tuple[str, ...]]
+    tied_expected: frozenset[int] = frozenset()
+    tied_actual: frozenset[int] = frozenset()
 
     @property
     def ok(self) -> bool:
-        """Whether no detection is outside the tolerances, unmatched or malformed."""
-        return not (self.problems or self.unmatched_expected or self.unmatched_actual) and all(
-            pair.ok for pair in self.pairs
+        """Whether no detection is outside the tolerances, unmatched or malformed, but for a small share of ties."""
+        return not self.problems and not self.failing and self.ties <= self.most_ties
+
+    @property
+    def failing(self) -> int:
+        """Number of detections (pairs count once) that differ and are no ties."""
+        return (
+            sum(not pair.ok and not self.is_tied(pair) for pair in self.pairs)
+            + len(set(self.unmatched_expected) - self.tied_expected)
+            + len(set(self.unmatched_actual) - self.tied_actual)
         )
+
+    @property
+    def ties(self) -> int:
+        """Number of detections that were exchanged for others of the same score."""
+        return max(len(self.tied_expected), len(self.tied_actual))
+
+    @property
+    def most_ties(self) -> float:
+        """Number of ties above which the two sides count as different."""
+        return MAX_TIE_SHARE * max(self.expected_count, self.actual_count)
+
+    def is_tied(self, pair: Pair) -> bool:
+        """Whether both detections of a pair are ties."""
+        return pair.expected in self.tied_expected and pair.actual in self.tied_actual
+
+    @property
+    def _compared(self) -> list[Pair]:
+        """Pairs whose deviations count."""
+        return [pair for pair in self.pairs if not self.is_tied(pair)]
 
     @property
     def largest_box(self) -> float:
         """Largest deviation of a box value over all pairs, in metres or pixels."""
-        return max((pair.box for pair in self.pairs), default=0.0)
+        return max((pair.box for pair in self._compared), default=0.0)
 
     @property
     def largest_yaw(self) -> float:
         """Largest deviation of a heading over all pairs, in radians."""
-        return max((pair.yaw for pair in self.pairs), default=0.0)
+        return max((pair.yaw for pair in self._compared), default=0.0)
 
     @property
     def largest_score(self) -> float:
         """Largest deviation of a score over all pairs."""
-        return max((pair.score for pair in self.pairs), default=0.0)
+        return max((pair.score for pair in self._compared), default=0.0)
 
     @property
     def smallest_mask_iou(self) -> float | None:
         """Smallest mask IoU over all pairs; None without masks."""
-        return min((pair.mask_iou for pair in self.pairs if pair.mask_iou is not None), default=None)
+        return min((pair.mask_iou for pair in self._compared if pair.mask_iou is not None), default=None)
 
     @property
     def wrong_labels(self) -> int:
         """Number of pairs with different labels."""
-        return sum(pair.expected_label != pair.actual_label for pair in self.pairs)
+        return sum(pair.expected_label != pair.actual_label for pair in self._compared)
 
     def verdict(self) -> str:
         """Format one line: match or mismatch, counts, and the largest deviations with their tolerances."""
@@ -154,7 +151,11 @@ class Comparison:
         counts = [f"{len(self.pairs)} pairs of {both}"]
         if self.wrong_labels:
             counts.append(f"{self.wrong_labels} with different labels")
-        if unmatched := len(self.unmatched_expected) + len(self.unmatched_actual):
+        if self.ties:
+            counts.append(f"{self.ties} tied (at most {self.most_ties:g})")
+        tied = len(self.tied_expected & set(self.unmatched_expected))
+        tied += len(self.tied_actual & set(self.unmatched_actual))
+        if unmatched := len(self.unmatched_expected) + len(self.unmatched_actual) - tied:
             counts.append(f"{unmatched} unmatched")
         if borderline := len(self.borderline_expected) + len(self.borderline_actual):
             counts.append(f"{borderline} borderline (not counted)")

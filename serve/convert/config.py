@@ -16,7 +16,7 @@ from serve.errors import ArchiveError
 from serve.runtime.custom_code import import_modules
 from serve.runtime.pipeline import dataset_of
 
-__all__ = ["ResolvedConfig", "resolve_config"]
+__all__ = ["FullConfig", "ResolvedConfig", "read_config", "reduce_config", "resolve_config"]
 
 # Training, evaluation and logging keys stay outside the archive.
 KEPT_KEYS = (
@@ -46,6 +46,18 @@ class ResolvedConfig(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+class FullConfig(NamedTuple):
+    """A config with its bases and everything in it.
+
+    Attributes:
+        full: plain data; converted to today's form if the config is an old one.
+        notes: what was converted.
+    """
+
+    full: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
 def resolve_config(path: Path) -> ResolvedConfig:
     """Read a config and keep what serving needs, as plain data, with the package it is written for.
 
@@ -56,8 +68,17 @@ def resolve_config(path: Path) -> ResolvedConfig:
     Raises:
         ArchiveError: missing, unreadable, or not for mmdet or mmdet3d.
     """
+    return reduce_config(read_config(path), path)
+
+
+def read_config(path: Path) -> FullConfig:
+    """Read a config with its bases by mmengine; an old one is converted.
+
+    Raises:
+        ArchiveError: missing, unreadable, or without a model.
+    """
     from serve import ops
-    from serve.runtime.model import scope_of, strip_pretrained, suppress_warnings
+    from serve.runtime.model import suppress_warnings
 
     ops.install()
     if not path.is_file():
@@ -77,6 +98,23 @@ def resolve_config(path: Path) -> ResolvedConfig:
         notes: tuple[str, ...] = ()
         if is_legacy(full):
             full, notes = modernize(full, package_of(full))
+    return FullConfig(full, notes)
+
+
+def reduce_config(whole: FullConfig, path: Path) -> ResolvedConfig:
+    """Keep what serving needs of a config, and import its custom modules.
+
+    Args:
+        whole: from `read_config`; not changed.
+        path: where it comes from.
+
+    Raises:
+        ArchiveError: not for mmdet or mmdet3d, or a module is missing.
+    """
+    from serve.runtime.model import scope_of, strip_pretrained, suppress_warnings
+
+    full, notes = whole
+    full = {**full, "model": dict(full["model"])}
     scope = scope_of(full)
     if scope not in ("mmdet", "mmdet3d"):
         raise ArchiveError(f"config {path} is for {scope}; supported: mmdet, mmdet3d")

@@ -31,8 +31,6 @@ from serve.storage.hashes import sha256_of
 __all__ = ["Conversion", "ConversionResult", "convert"]
 
 RECORDED_PACKAGES = ("torch", "numpy", "mmengine", "mmcv-lite", "mmcv", "mmdet", "mmdet3d")
-# Folding reorders float32 arithmetic; a larger deviation means that it changed the function.
-FOLDING_BOX_M, FOLDING_BOX_PX, FOLDING_SCORE = 1e-3, 0.1, 1e-4
 
 
 def _discard(step: str) -> None:
@@ -236,7 +234,7 @@ def _record_golden(
     """
     import torch
 
-    from serve.compare.detections import Tolerances
+    from serve.compare.tolerances import tolerances_for
     from serve.runtime.detector import Detector, apply_options
     from serve.runtime.fusion import find_fusable
     from serve.runtime.selftest import matches, run_golden_frame
@@ -269,8 +267,7 @@ def _record_golden(
     except SelfTestError as error:
         notes = (*notes, f"batch norms are not folded: the folded model cannot run ({error})")
         return metadata, unfolded, notes
-    tolerances = Tolerances(box_m=FOLDING_BOX_M, box_px=FOLDING_BOX_PX, yaw_rad=1e-3, score=FOLDING_SCORE)
-    same, found = matches(unfolded, folded, tolerances)
+    same, found = matches(unfolded, folded, tolerances_for(device))
     if not same:
         notes = (
             *notes,

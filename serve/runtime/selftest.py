@@ -10,25 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve.archive import Archive
-from serve.compare.detections import Comparison, Tolerances, compare_answers
+from serve.compare.detections import Comparison, compare_answers
 from serve.compare.labels import LabelComparison
+from serve.compare.ties import find_ties
+from serve.compare.tolerances import Tolerances, tolerances_for
 from serve.errors import SelfTestError, ServeError
 from serve.protocol.batch import Body
 from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime.custom_code import explain_missing
 from serve.runtime.detector import Detector
 
-__all__ = ["TOLERANCES", "matches", "run_golden_frame", "self_test"]
-
-# Wider than the differences between runs on one machine, because other processors sum in another order. Answers in
-# reduced precision are compared with one in float32.
-TOLERANCES: dict[str, Tolerances] = {
-    "off": Tolerances(box_m=1e-2, box_px=1.0, yaw_rad=1e-2, score=1e-3, mask_iou=0.9, label_share=0.99),
-    "fp16": Tolerances(box_m=0.1, box_px=4.0, yaw_rad=5e-2, score=2e-2, mask_iou=0.8, label_share=0.95),
-    "bf16": Tolerances(box_m=0.3, box_px=8.0, yaw_rad=0.1, score=5e-2, mask_iou=0.7, label_share=0.9),
-}
-# Rounding decides which of two nearly tied candidates NMS keeps.
-MAX_MISMATCH_SHARE = 0.05
+__all__ = ["matches", "run_golden_frame", "self_test"]
 
 
 def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
@@ -54,15 +46,11 @@ def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
 def matches(
     expected: Mapping[str, Any], actual: Mapping[str, Any], tolerances: Tolerances
 ) -> tuple[bool, Comparison | LabelComparison]:
-    """Compare answers: all but `MAX_MISMATCH_SHARE` of the detections must match, or of the labels be equal."""
+    """Compare an answer with a recorded one; a small share of the detections may be tied (`serve.compare.ties`)."""
     found = compare_answers(expected, actual, tolerances, sides=("recorded", "now"))
-    if isinstance(found, LabelComparison):
-        return found.ok, found
-    wrong = sum(not pair.ok for pair in found.pairs) + max(
-        len(found.unmatched_expected), len(found.unmatched_actual)
-    )
-    allowed = MAX_MISMATCH_SHARE * max(found.expected_count, found.actual_count)
-    return not found.problems and wrong <= allowed, found
+    if not isinstance(found, LabelComparison):
+        found = find_ties(found, expected, actual)
+    return found.ok, found
 
 
 def self_test(detector: Detector, archive: Archive) -> float:
@@ -75,7 +63,9 @@ def self_test(detector: Detector, archive: Archive) -> float:
     actual = run_golden_frame(detector, archive.golden_frame())
     seconds = time.perf_counter() - started
     expected = archive.golden_expected()
-    ok, found = matches(expected, actual, TOLERANCES[archive.metadata.inference.autocast])
+    ok, found = matches(
+        expected, actual, tolerances_for(detector.device, archive.metadata.inference.autocast)
+    )
     if not ok:
         raise SelfTestError(
             f"the self-test of {archive.metadata.name} failed: the golden frame's answer differs from the recorded one "

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,18 +27,22 @@ from serve.errors import (
     ArchiveError,
     CheckpointError,
     InferenceFailed,
-    ModelLookupError,
+    ServeError,
     SetupError,
     UndecodableFrame,
 )
-from serve.protocol.frames import Modality
+from serve.protocol.frames import Limits, Modality
+from serve.protocol.points import PointLayout, decode_points, sniff
 from serve.verify import upstream
+
+if TYPE_CHECKING:
+    from serve.convert.checkpoint import Checkpoint
 
 __all__ = ["FRAME_SUFFIXES", "ReferenceModel", "filter_by_score", "load_reference"]
 
 #: File name suffixes of each part of a frame.
 FRAME_SUFFIXES: Mapping[str, tuple[str, ...]] = {
-    "points": (".bin", ".npy"),
+    "points": (".bin", ".npy", ".npz", ".pcd", ".ply", ".las", ".laz"),
     "image": (
         ".jpg",
         ".jpeg",
@@ -74,6 +79,7 @@ class ReferenceModel:
         module: the ``torch.nn.Module``.
         notes: remarks on changes to weights or network, without which upstream cannot run them.
         parts: names of the parts of a frame.
+        layout: columns of its points; None without a point cloud.
     """
 
     modality: Modality
@@ -83,13 +89,16 @@ class ReferenceModel:
     module: Any = field(repr=False)
     notes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ("points",)
+    layout: PointLayout | None = None
 
-    def detect(self, frame: str | Path | Mapping[str, str | Path]) -> dict[str, Any]:
+    def detect(self, frame: str | Path | Mapping[str, str | Path], variant: int = 0) -> dict[str, Any]:
         """Run one frame; returns all predictions of the network, without a threshold.
 
         Args:
             frame: the file of a frame of one part, or the files by part. Point clouds are a ``.bin`` of float32 rows
-                of ``load_dim`` or a ``.npy`` of such rows, images encoded, calibrations JSON.
+                of ``load_dim`` or a file of any format that a server reads, images encoded, calibrations JSON.
+            variant: 0 for the model; another number for one of its variants, whose weights are changed by as little
+                as rounding changes what they compute (`serve.compare.ties.confirm_ties`).
 
         Returns:
             3D: ``bboxes_3d`` (N, 7 or 9) in metres, metres, radians in the frame of ``box_type_3d``, origin
@@ -103,12 +112,19 @@ class ReferenceModel:
             InferenceFailed: the network raised an error.
         """
         files = self._check_files(frame)
+        with _changed_weights(self.module, variant):
+            return self._detect_in_files(files)
+
+    def _detect_in_files(self, files: dict[str, Path]) -> dict[str, Any]:
         if self.modality == "image":
             return self._detect_in_image(files["image"])
         if self.modality not in ("lidar", "depth"):
-            with _running("mmdet3d", files[self.parts[0]], self.module):
+            with contextlib.ExitStack() as stack:
+                if "points" in files:
+                    files["points"] = stack.enter_context(_as_bin(files["points"], self.layout))
+                stack.enter_context(_running("mmdet3d", files[self.parts[0]], self.module))
                 return self._read(upstream.detect_with_calibration(self.module, files, self.parts))
-        with _as_bin(files["points"], self.load_dim or 4) as cloud:
+        with _as_bin(files["points"], self.layout) as cloud:
             if self.box_type_3d is None:
                 with _running("mmdet3d", cloud, self.module):
                     return self._read(upstream.segment_points(self.module, cloud))
@@ -202,13 +218,26 @@ def filter_by_score(detections: Mapping[str, Any], score_thr: float) -> dict[str
     }
 
 
-def load_reference(config: str | Path, checkpoint: str | Path, device: str | None = None) -> ReferenceModel:
+def load_reference(
+    config: str | Path,
+    checkpoint: str | Path,
+    device: str | None = None,
+    *,
+    classes: Sequence[str] = (),
+    allow_partial: bool = False,
+    trust_checkpoint: bool = False,
+) -> ReferenceModel:
     """Build a model with mmdet's / mmdet3d's own functions.
+
+    Config and class names are read as a conversion reads them (`serve.convert`): old configs, class names by option.
 
     Args:
         config: path of a config file, or a name in the model zoo (pre-1.0 names too).
         checkpoint: path of a checkpoint. Read with ``weights_only=True`` and an allow-list of types.
         device: ``cpu`` or ``cuda:N``; if None, ``cuda:0`` if available, as in TorchServe.
+        classes: class names by label, in place of those of checkpoint and config.
+        allow_partial: continue when weights are missing or unexpected; missing ones are those of a conversion.
+        trust_checkpoint: unpickle any type in the checkpoint.
 
     Raises:
         ModelLookupError: no such config.
@@ -219,6 +248,8 @@ def load_reference(config: str | Path, checkpoint: str | Path, device: str | Non
         raise CheckpointError(f"checkpoint {checkpoint} does not exist; check the path")
     device = _choose_device(device)
 
+    import torch
+
     import serve.ops
 
     serve.ops.install()
@@ -228,38 +259,50 @@ def load_reference(config: str | Path, checkpoint: str | Path, device: str | Non
     with _suppress_warnings():
         from mmengine.config import Config
 
+        from serve.convert.checkpoint import load_checkpoint
+        from serve.convert.classes import check_against_head, find_class_names
+        from serve.convert.config import read_config, reduce_config
         from serve.storage import backends  # noqa: F401  (registers s3:// and packed files with mmengine)
 
         path = _resolve_path(config)
-        try:
-            parsed = Config.fromfile(str(path))
-        except Exception as error:
-            raise ModelLookupError(f"{path} is not a readable config: {error}") from error
-    scope = parsed.get("default_scope") or "mmdet"
-    if scope not in ("mmdet", "mmdet3d"):
-        raise SetupError(f"config {path} is for {scope}; supported: mmdet, mmdet3d")
+        whole = read_config(path)
+        reduced = reduce_config(whole, path)
+        scope = reduced.package
+        parsed = Config({**whole.full, "default_scope": scope})
+    read = load_checkpoint(Path(checkpoint), trust=trust_checkpoint)
+    named = find_class_names(reduced.config, read.classes or (), classes)
+    check_against_head(named, reduced.config["model"])
     output = io.StringIO()
-    with _suppress_warnings(), contextlib.redirect_stdout(output), _readable_checkpoint():
+    with (
+        _suppress_warnings(),
+        contextlib.redirect_stdout(output),
+        _readable_checkpoint(trust=trust_checkpoint),
+        torch.random.fork_rng(),
+    ):
+        torch.manual_seed(0)  # of weights that the checkpoint lacks, as in a conversion
         try:
             module = upstream.build(parsed, Path(checkpoint), device)
         except Exception as error:
             kind = CheckpointError if "load" in str(error).lower() else SetupError
             raise kind(f"{scope} cannot build {path} with {checkpoint}: {error}") from error
-    notes = _adapt_weights(module, Path(checkpoint), fits="do not match exactly" not in output.getvalue())
+    fits = "do not match exactly" not in output.getvalue()
+    notes = (*reduced.notes, *_adapt_weights(module, read, fits=fits, allow_partial=allow_partial))
     notes = (*notes, *upstream.patch(module))
+    module.dataset_meta = {**(getattr(module, "dataset_meta", None) or {}), "classes": named.names}
     try:
-        spec = frame_spec(parsed.to_dict())
+        spec = frame_spec(reduced.config)
     except ArchiveError as error:
         raise SetupError(f"{path} cannot be compared: {error}") from None
     flat = scope == "mmdet" or spec.modality == "image" or is_segmentor(module)
     return ReferenceModel(
         modality=spec.modality,
-        classes=tuple(str(name) for name in module.dataset_meta["classes"]),
-        box_type_3d=None if flat else box_type_of(parsed.to_dict()),
+        classes=named.names,
+        box_type_3d=None if flat else box_type_of(reduced.config),
         load_dim=spec.load_dim if spec.has_points else None,
         module=module,
         notes=notes,
         parts=spec.parts,
+        layout=spec.layout if spec.has_points else None,
     )
 
 
@@ -272,20 +315,21 @@ def _resolve_path(config: str | Path) -> Path:
     return zoo.resolve(config).config_path
 
 
-def _adapt_weights(module: Any, checkpoint: Path, *, fits: bool) -> tuple[str, ...]:
+def _adapt_weights(module: Any, read: Checkpoint, *, fits: bool, allow_partial: bool) -> tuple[str, ...]:
     """Adapt old kernel layouts and box frames, which mmengine's loader cannot; returns remarks on the changes.
 
     Without such changes the weights stay as mmengine loaded them, so that the reference is independent of
     `serve.convert`.
     """
-    from serve.convert.checkpoint import load_checkpoint
     from serve.convert.legacy_weights import adapt_and_load
 
     loaded = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    read = load_checkpoint(checkpoint)
     report = adapt_and_load(module, read, allow_partial=True)
-    if not report.ok:
-        raise CheckpointError(f"{checkpoint} does not fit the config: {' '.join(report.summary(5).split())}")
+    if not report.ok and not allow_partial:
+        raise CheckpointError(
+            f"the checkpoint does not fit the config (--allow-partial compares what fits): "
+            f"{' '.join(report.summary(5).split())}"
+        )
     notes = report.notes[len(read.notes) :]
     if fits and not notes:
         for name, tensor in module.state_dict().items():  # load_state_dict could rename keys
@@ -308,12 +352,21 @@ def _choose_device(device: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _readable_checkpoint() -> Iterator[None]:
-    """Let mmengine's own loader read OpenMMLab checkpoints with ``weights_only=True``."""
+def _readable_checkpoint(*, trust: bool) -> Iterator[None]:
+    """Let mmengine's own loader read OpenMMLab checkpoints with ``weights_only=True``, or any with `trust`."""
     from serve.convert.safe_globals import safe_globals_for_openmmlab
 
-    with safe_globals_for_openmmlab():
+    if not trust:
+        with safe_globals_for_openmmlab():
+            yield
+        return
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch reads it at every call
+    former = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
         yield
+    finally:
+        os.environ.pop(name) if former is None else os.environ.__setitem__(name, former)
 
 
 @contextlib.contextmanager
@@ -360,24 +413,50 @@ def _no_cuda() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_bin(path: Path, load_dim: int) -> Iterator[Path]:
-    """Yield the path of the point cloud as ``.bin``: mmdet3d reads the header of a ``.npy`` as points."""
-    if path.suffix.lower() == ".bin":
-        size = path.stat().st_size
-        if size % (4 * load_dim):
+def _changed_weights(module: Any, variant: int) -> Iterator[None]:
+    """Multiply every parameter by 1 + noise of some roundings of float32, reproducible by `variant`; 0 changes none."""
+    import torch
+
+    if not variant:
+        yield
+        return
+    generator = torch.Generator().manual_seed(variant)
+    spread = (
+        2.0**-20 if variant % 2 else 2.0**-17
+    )  # float32 rounds to 2**-24; a layer adds up hundreds of products
+    weights = [weight for weight in module.parameters() if weight.is_floating_point()]
+    former = [weight.detach().clone() for weight in weights]
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                noise = torch.randn(weight.shape, generator=generator).to(weight)
+                weight.mul_(1 + spread * noise)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, former, strict=True):
+                weight.copy_(value)
+
+
+@contextlib.contextmanager
+def _as_bin(path: Path, layout: PointLayout | None) -> Iterator[Path]:
+    """Yield the path of the point cloud as ``.bin``, the only format that mmdet3d reads."""
+    layout = layout or PointLayout.default(4, is_depth=False)
+    load_dim = len(layout.columns)
+    body = path.read_bytes()
+    if path.suffix.lower() == ".bin" and sniff(body) is None:
+        if len(body) % (4 * load_dim):
             raise UndecodableFrame(
-                f"{path} holds {size} bytes, not a multiple of {4 * load_dim} (points of {load_dim} float32)"
+                f"{path} holds {len(body)} bytes, not a multiple of {4 * load_dim} (points of {load_dim} float32)"
             )
-        if not size:
+        if not body:
             raise UndecodableFrame(_NO_POINTS.format(path))
         yield path
         return
     try:
-        cloud = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UndecodableFrame(f"{path} is not a readable .npy file: {error}") from error
-    if cloud.ndim != 2 or cloud.shape[1] != load_dim:
-        raise UndecodableFrame(f"{path} holds an array of shape {cloud.shape}, not (points, {load_dim})")
+        cloud = decode_points(body, layout, Limits())
+    except ServeError as error:
+        raise UndecodableFrame(f"{path}: {error}") from error
     if not len(cloud):
         raise UndecodableFrame(_NO_POINTS.format(path))
     with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as folder:

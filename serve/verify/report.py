@@ -36,7 +36,7 @@ def _format_pairs(found: Comparison, max_rows: int) -> list[str]:
     for pair in ranked[:max_rows]:
         same = pair.expected_label == pair.actual_label
         row = [
-            "ok" if pair.ok else "FAIL",
+            "ok" if pair.ok else "tied" if found.is_tied(pair) else "FAIL",
             found.described[0][pair.expected],
             found.described[1][pair.actual],
             f"{pair.box:.1e}",
@@ -66,8 +66,11 @@ def _format_pairs(found: Comparison, max_rows: int) -> list[str]:
 def _list_unmatched(found: Comparison) -> list[tuple[str, int, int, str]]:
     """(verdict, side, index, remark) of every detection without a partner."""
     borderline = f"borderline: score within {found.tolerances.score:g} of the threshold {found.score_thr:g}"
-    rows = [("FAIL", 0, i, f"only {found.sides[0]}") for i in found.unmatched_expected]
-    rows += [("FAIL", 1, i, f"only {found.sides[1]}") for i in found.unmatched_actual]
+    rows = []
+    for side, (unmatched, tied) in enumerate(
+        ((found.unmatched_expected, found.tied_expected), (found.unmatched_actual, found.tied_actual))
+    ):
+        rows += [("tied" if i in tied else "FAIL", side, i, f"only {found.sides[side]}") for i in unmatched]
     rows += [("ok", 0, i, borderline) for i in found.borderline_expected]
     rows += [("ok", 1, i, borderline) for i in found.borderline_actual]
     return rows

@@ -101,7 +101,7 @@ def test_single_value_beyond_its_tolerance_is_a_mismatch(
     elif column == 7:
         changed["scores_3d"][row] += sign * tol.score * data.draw(st.floats(1.01, 1e4))
     elif column == 6:
-        changed["bboxes_3d"][row][6] += sign * data.draw(st.floats(1.01e-4, math.pi))
+        changed["bboxes_3d"][row][6] += sign * data.draw(st.floats(1.01 * tol.yaw_rad, math.pi))
     else:
         changed["bboxes_3d"][row][column] += sign * tol.box_m * data.draw(FACTORS_ABOVE)
     found = compare(detections, changed)
@@ -130,7 +130,7 @@ def test_values_within_their_tolerances_match(seed: int, count: int, random: Any
 
 
 @pytest.mark.parametrize("column", range(4))
-@pytest.mark.parametrize(("pixels", "equal"), [(0.009, True), (0.011, False), (-3.0, False)])
+@pytest.mark.parametrize(("pixels", "equal"), [(0.049, True), (0.051, False), (-3.0, False)])
 def test_corners_are_compared_in_pixels(column: int, pixels: float, equal: bool) -> None:
     detections = image_boxes(3, 12)
     changed = copy(detections)
@@ -158,14 +158,14 @@ def test_no_detections_against_some_is_a_mismatch() -> None:
 @pytest.mark.parametrize("missing_side", ["native", "served"])
 def test_unmatched_detection_at_the_threshold_is_borderline(missing_side: str) -> None:
     detections = clouds_of_boxes(2, 6)
-    detections["scores_3d"][4] = 0.3 + 0.9e-5
+    detections["scores_3d"][4] = 0.3 + 0.9 * Tolerances().score
     fewer = reordered(detections, [0, 1, 2, 3, 5])
     sides = (fewer, detections) if missing_side == "native" else (detections, fewer)
     found = compare(*sides, score_thr=0.3)
     assert found.ok
     assert found.borderline_expected + found.borderline_actual == (4,)
     assert "borderline" in comparison_table(found) and "(not counted)" in found.verdict()
-    detections["scores_3d"][4] = 0.3 + 1.1e-5
+    detections["scores_3d"][4] = 0.3 + 1.1 * Tolerances().score
     assert not compare(*sides, score_thr=0.3).ok
 
 

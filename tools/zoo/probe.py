@@ -146,11 +146,12 @@ def _try(path: Path, folder: Path, properties: dict[str, Any]) -> ProbeResult:
     from mmengine.config import Config
 
     from serve import archive, convert
+    from serve.compare.tolerances import TOLERANCES
     from serve.convert import golden
     from serve.protocol.frames import FrameOptions, Limits
     from serve.runtime import load_detector
     from serve.runtime.pipeline import frame_spec
-    from serve.runtime.selftest import TOLERANCES, matches
+    from serve.runtime.selftest import matches
     from serve.verify.reference import load_reference
     from tools.zoo.random_weights import write_random_checkpoint
 
@@ -189,7 +190,7 @@ def _try(path: Path, folder: Path, properties: dict[str, Any]) -> ProbeResult:
     second = _modify(first)
     single = [_get_result(detector.run([one])[0]) for one in (first, second)]
     batched = [_get_result(outcome) for outcome in detector.run([first, second])]
-    tolerances = TOLERANCES["off"]
+    tolerances = TOLERANCES["float32"]
     for one, two in zip(single, batched, strict=True):
         same, found = matches(one, two, tolerances)
         if not same:

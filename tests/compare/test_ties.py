@@ -1,0 +1,74 @@
+"""Ties are told apart from mismatches, are bounded, and hide no real deviation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from serve.compare.detections import compare
+from serve.compare.ties import confirm_ties, find_ties
+from serve.compare.tolerances import MAX_TIE_SHARE, TOLERANCES, tolerances_for
+
+COUNT = 40
+
+
+def boxes(count: int = COUNT) -> dict[str, Any]:
+    """Detections 100 px apart, with different scores."""
+    return {
+        "bboxes": [[100.0 * k, 0.0, 100.0 * k + 50, 60.0] for k in range(count)],
+        "scores": [0.9 - 0.01 * k for k in range(count)],
+        "labels": [k % 3 for k in range(count)],
+    }
+
+
+def exchanged(detections: dict[str, Any], *rows: int, score: float = 0.0) -> dict[str, Any]:
+    """The same with other boxes in some rows, whose scores differ by `score`."""
+    changed = copy.deepcopy(detections)
+    for row in rows:
+        changed["bboxes"][row] = [value + 7.0 for value in changed["bboxes"][row]]
+        changed["scores"][row] += score
+    return changed
+
+
+def test_a_box_exchanged_at_the_same_score_is_a_tie():
+    one, two = boxes(), exchanged(boxes(), 3, score=1e-5)
+    found = find_ties(compare(one, two), one, two)
+    assert found.ok and found.ties == 1 and found.largest_box == 0
+    assert "1 tied" in found.verdict()
+
+
+def test_a_box_exchanged_at_another_score_is_a_mismatch():
+    one, two = boxes(), exchanged(boxes(), 3, score=-0.003)
+    assert not find_ties(compare(one, two), one, two).ok
+
+
+def test_more_ties_than_the_share_are_a_mismatch():
+    one, two = boxes(), exchanged(boxes(), *range(int(MAX_TIE_SHARE * COUNT) + 1))
+    found = find_ties(compare(one, two), one, two)
+    assert not found.ok and "MISMATCH" in found.verdict()
+
+
+def test_a_detection_at_the_models_own_threshold_may_be_missing():
+    one = boxes()
+    two = {key: values[:-1] for key, values in one.items()}
+    assert find_ties(compare(one, two), one, two).ok
+    two = {key: values[1:] for key, values in one.items()}
+    assert not find_ties(compare(one, two), one, two).ok
+
+
+def test_a_tie_is_confirmed_by_a_variant_of_the_reference_that_has_it():
+    one, two = boxes(), exchanged(boxes(), 3)
+    found = compare(one, two)
+    assert confirm_ties(found, one, two, [one, two]).ok
+    assert not confirm_ties(found, one, two, [one, one]).ok
+
+
+def test_a_box_that_no_variant_has_stays_a_mismatch():
+    one, two = boxes(), exchanged(boxes(), 3)
+    assert not confirm_ties(compare(one, two), one, two, [exchanged(boxes(), 4), exchanged(boxes(), 5)]).ok
+
+
+def test_limits_follow_the_precision_of_the_device():
+    assert tolerances_for("cpu", "fp16") is TOLERANCES["float32"]
+    assert tolerances_for("cuda:0") is TOLERANCES["tf32"]
+    assert tolerances_for("cuda:1", "bf16") is TOLERANCES["bf16"]
