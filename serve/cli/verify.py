@@ -82,9 +82,11 @@ def _parser() -> argparse.ArgumentParser:
         ],
     )
     parser.add_argument(
-        "img", metavar="IMAGE_FILE", help="point cloud (.bin, .npy, .npz, PCD, PLY, LAS), image, a folder of them, or the URI "
-        "of either (s3://bucket/frames, ffrecord:///packed.ffr#velodyne)"
-    )  # fmt: skip
+        "img",
+        metavar="IMAGE_FILE",
+        help="point cloud (.bin, .npy, .npz, PCD, PLY, LAS), image, a folder of them, or the URI of either "
+        "(s3://bucket/frames, ffrecord:///packed.ffr#velodyne)",
+    )
     parser.add_argument("config", metavar="CONFIG_FILE", help="path or URI of a config, or a zoo name")
     parser.add_argument("checkpoint", metavar="CHECKPOINT_FILE", help="path or URI of a checkpoint")
     parser.add_argument("model_name", metavar="MODEL_NAME", help="name of the served model")

@@ -36,6 +36,7 @@ __all__ = [
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
 
+Z, SIZES = 2, slice(3, 6)  # columns of the bottom, and of length, width and height, in a 3D box
 _REACH_3D = 2.0  # m between values of boxes that may still be the same object
 _REACH_2D = 50.0  # px
 
@@ -43,8 +44,8 @@ _REACH_2D = 50.0  # px
 class Pair(NamedTuple):
     """Two detections of the same object, by their positions in the two dictionaries.
 
-    ``box`` is the largest deviation of a box value in metres or pixels, ``yaw`` is in radians (0 for 2D),
-    ``mask_iou`` is None if a side has no masks.
+    ``box`` is the largest deviation of a box value in metres or pixels (of a size less its share), ``yaw`` is in
+    radians (0 for 2D), ``mask_iou`` is None if a side has no masks.
     """
 
     expected: int
@@ -338,6 +339,11 @@ def _measure_pairs(
         limit = tolerances.box_m
         yaw = angle_between(deviation[:, YAW])
         deviation[:, YAW] = 0
+        if limit:
+            # Scaled to one limit for all columns.
+            scale = 1 + tolerances.size_share * np.abs(one.rows.boxes[i][:, SIZES]) / limit
+            deviation[:, SIZES] /= scale
+            deviation[:, Z] /= scale[:, -1]  # the bottom is the centre less half of the height
     box = deviation.max(1, initial=0.0)
     score = np.abs(one.rows.scores[i] - two.rows.scores[j])
     labels = one.rows.labels[i], two.rows.labels[j]

@@ -30,6 +30,8 @@ class Tolerances:
         score: between scores.
         mask_iou: least intersection over union of two masks.
         label_share: least share of points or pixels with the same label, for predictions of labels.
+        size_share: what a length, width or height of a 3D box may deviate on top of `box_m`, as a share of itself:
+            networks give its logarithm. The bottom may deviate as the height.
     """
 
     box_m: float = 1e-3
@@ -38,10 +40,11 @@ class Tolerances:
     score: float = 2e-4
     mask_iou: float = 0.99
     label_share: float = 0.999
+    size_share: float = 2e-4
 
     def __post_init__(self) -> None:
         """Reject limits that could never be met or would hide every deviation."""
-        for name in ("box_m", "box_px", "yaw_rad", "score"):
+        for name in ("box_m", "box_px", "yaw_rad", "score", "size_share"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise SettingsError(
                     f"tolerance {name} must be a finite number >= 0, not {getattr(self, name)}"

@@ -103,7 +103,9 @@ def test_single_value_beyond_its_tolerance_is_a_mismatch(
     elif column == 6:
         changed["bboxes_3d"][row][6] += sign * data.draw(st.floats(1.01 * tol.yaw_rad, math.pi))
     else:
-        changed["bboxes_3d"][row][column] += sign * tol.box_m * data.draw(FACTORS_ABOVE)
+        size = detections["bboxes_3d"][row][5 if column == 2 else column] if column >= 2 else 0.0
+        limit = tol.box_m + tol.size_share * abs(size)
+        changed["bboxes_3d"][row][column] += sign * limit * data.draw(FACTORS_ABOVE)
     found = compare(detections, changed)
     assert not found.ok
     assert sum(not pair.ok for pair in found.pairs) + len(found.unmatched_expected) >= 1

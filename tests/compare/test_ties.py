@@ -72,3 +72,16 @@ def test_limits_follow_the_precision_of_the_device():
     assert tolerances_for("cpu", "fp16") is TOLERANCES["float32"]
     assert tolerances_for("cuda:0") is TOLERANCES["tf32"]
     assert tolerances_for("cuda:1", "bf16") is TOLERANCES["bf16"]
+
+
+def test_the_size_of_a_large_3d_box_may_deviate_by_a_share_of_itself():
+    one = {
+        "bboxes_3d": [[0.0, 0, 0, 50, 2, 2, 0]],
+        "scores_3d": [0.9],
+        "labels_3d": [0],
+        "box_type_3d": "LiDAR",
+    }
+    for column, off, same in ((3, 0.008, True), (3, 0.02, False), (4, 0.008, False), (0, 0.008, False)):
+        two = copy.deepcopy(one)
+        two["bboxes_3d"][0][column] += off
+        assert compare(one, two).ok is same
