@@ -1,4 +1,4 @@
-"""The one standard of equality; docs/decisions/0013-equality.md has its reasons and figures.
+"""The one standard of equality; docs/decisions/0014-equality.md has its reasons and figures.
 
 Two computations of the same model are equal if every value agrees within these limits. Conversion (folding), self-test
 and ``mmdet3d-serve verify`` use them alike.

@@ -344,6 +344,94 @@ def test_spconv_2_kernels_are_permuted_to_mmcv_layout(
     assert native.detect(cloud) == detected
 
 
+def test_reference_takes_checkpoints_that_a_conversion_takes(
+    second_checkpoint: Path, cloud: Path, detected: dict[str, Any], tmp_path: Path
+) -> None:
+    """Objects of other types, no meta, and missing weights: with the option that a conversion wants, too."""
+    import torch
+
+    saved = torch.load(second_checkpoint, weights_only=True)
+    path = tmp_path / "objects.pth"
+    torch.save({**saved, "hook_msgs": {"rng": np.random.RandomState(0)}}, path)
+    with pytest.raises(errors.CheckpointError, match="--trust-checkpoint"):
+        load_reference(SECOND, path, "cpu")
+    assert load_reference(SECOND, path, "cpu", trust_checkpoint=True).detect(cloud) == detected
+    torch.save(saved["state_dict"], tmp_path / "bare.pth")
+    bare = load_reference(SECOND, tmp_path / "bare.pth", "cpu", classes=("a", "b", "c"))
+    assert bare.classes == ("a", "b", "c") and set(bare.detect(cloud)["names"]) <= {"a", "b", "c"}
+    with pytest.raises(errors.ArchiveError, match="--classes"):
+        load_reference(SECOND, tmp_path / "bare.pth", "cpu", classes=("a", "b"))
+
+
+def test_reference_with_missing_weights_is_the_conversions(tmp_path: Path, second_checkpoint: Path) -> None:
+    import torch
+
+    from serve.convert.checkpoint import load_checkpoint
+    from serve.convert.config import resolve_config
+    from serve.convert.legacy_weights import adapt_and_load
+    from serve.runtime.model import build_network
+
+    saved = torch.load(second_checkpoint, weights_only=True)
+    del saved["state_dict"]["bbox_head.conv_cls.weight"]
+    torch.save(saved, tmp_path / "partial.pth")
+    with pytest.raises(errors.CheckpointError, match="--allow-partial"):
+        load_reference(SECOND, tmp_path / "partial.pth", "cpu")
+    native = load_reference(SECOND, tmp_path / "partial.pth", "cpu", allow_partial=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build_network(resolve_config(Path(SECOND)).config, native.classes)
+    adapt_and_load(network, load_checkpoint(tmp_path / "partial.pth"), allow_partial=True)
+    converted = network.state_dict()
+    for name, weight in native.module.state_dict().items():
+        assert torch.equal(weight, converted[name]), name
+
+
+def test_point_clouds_of_other_formats_are_read_as_a_server_reads_them(
+    second: ReferenceModel, cloud: Path, detected: dict[str, Any], tmp_path: Path
+) -> None:
+    points = np.fromfile(cloud, np.float32).reshape(-1, 4)
+    head = "VERSION 0.7\nFIELDS x y z intensity\nSIZE 4 4 4 4\nTYPE F F F F\nCOUNT 1 1 1 1\n"
+    head += f"WIDTH {len(points)}\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {len(points)}\nDATA binary\n"
+    (tmp_path / "frame.pcd").write_bytes(head.encode() + points.tobytes())
+    np.savez(tmp_path / "frame.npz", points)
+    for name in ("frame.pcd", "frame.npz"):
+        assert second.detect(tmp_path / name) == detected
+    assert len(find_frames(tmp_path, "lidar")) == 2
+
+
+def test_a_variant_differs_by_rounding_and_leaves_the_model_unchanged(
+    second: ReferenceModel, cloud: Path, detected: dict[str, Any]
+) -> None:
+    from serve.compare.detections import compare
+
+    changed = second.detect(cloud, variant=1)
+    assert changed != detected and compare(detected, changed).ok
+    assert changed == second.detect(cloud, variant=1)
+    assert second.detect(cloud) == detected
+
+
+@pytest.mark.parametrize("part", ["middle_encoder", "backbone", "bbox_head"])
+def test_a_weight_altered_by_one_per_cent_is_a_mismatch(
+    second: ReferenceModel, cloud: Path, detected: dict[str, Any], part: str
+) -> None:
+    import torch
+
+    from serve.compare.detections import compare
+    from serve.compare.ties import confirm_ties
+
+    weight = next(w for name, w in second.module.named_parameters() if name.startswith(part) and w.dim() > 1)
+    former = weight.detach().clone()
+    variants = [second.detect(cloud, variant) for variant in (1, 2)]
+    try:
+        with torch.no_grad():
+            weight.mul_(1.01)
+        altered = second.detect(cloud)
+    finally:
+        with torch.no_grad():
+            weight.copy_(former)
+    assert not confirm_ties(compare(detected, altered), detected, altered, variants).ok
+
+
 @pytest.fixture(scope="module")
 def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> ReferenceModel:
     path = _random_weights(FASTER_RCNN, tmp_path_factory.mktemp("faster") / "faster.pth")
