@@ -47,11 +47,11 @@ def test_only_settings_reads_the_environment(path):
         and node.attr in ("environ", "getenv")
         and getattr(node.value, "id", "") == "os"
     ]
-    # `java` hands the environment on to other processes, it does not read it.
+    # `environment` hands variables on to other processes and libraries, it does not read settings.
     assert not reads or module_of(path) in (
         "serve.settings.options",
         "serve.settings.process",
-        "serve.torchserve.java",
+        "serve.settings.environment",
     )
 
 

@@ -1,13 +1,15 @@
-"""Environment variables for child processes that run this package."""
+"""Environment variables for child processes that run this package, and for libraries that read some."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import serve
 
-__all__ = ["child_environment"]
+__all__ = ["child_environment", "variable_set"]
 
 # Variables, besides those that start with TS_, that change TorchServe's configuration.
 _FOREIGN_VARIABLES = ("LOG_LOCATION", "METRICS_LOCATION", "TEMP")
@@ -28,3 +30,17 @@ def child_environment(*, inherit_path: bool = True) -> dict[str, str]:
     inherited = environment.get("PYTHONPATH") if inherit_path else None
     environment["PYTHONPATH"] = os.pathsep.join([root, inherited] if inherited else [root])
     return environment
+
+
+@contextmanager
+def variable_set(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable of this process within the block."""
+    former = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = former

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from serve.errors import (
 )
 from serve.protocol.frames import Limits, Modality
 from serve.protocol.points import PointLayout, decode_points, sniff
+from serve.settings.environment import variable_set
 from serve.verify import upstream
 
 if TYPE_CHECKING:
@@ -360,13 +360,8 @@ def _readable_checkpoint(*, trust: bool) -> Iterator[None]:
         with safe_globals_for_openmmlab():
             yield
         return
-    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch reads it at every call
-    former = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
+    with variable_set("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1"):  # torch reads it at every call
         yield
-    finally:
-        os.environ.pop(name) if former is None else os.environ.__setitem__(name, former)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 from serve import ops
+from serve.settings.environment import variable_set
 
 __all__ = ["main"]
 
@@ -45,18 +46,18 @@ def main() -> int:
     with open(os.devnull, encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 0)  # no code of an archive waits for input
     try:
-        answer = _prove(handler, Path(request["root"]), request["gpu_id"], trust_code=request["trust_code"])
+        with variable_set("MMDET3D_SERVE_TRUST_ARCHIVE_CODE", str(int(request["trust_code"]))):
+            answer = _prove(handler, Path(request["root"]), request["gpu_id"])
     except Exception as error:  # whatever code of an archive raises
         answer = {"error": type(error).__name__, "message": str(error)}
     print(json.dumps(answer), file=answers, flush=True)
     return 0
 
 
-def _prove(module: Any, root: Path, gpu_id: int | None, *, trust_code: bool) -> dict[str, Any]:
+def _prove(module: Any, root: Path, gpu_id: int | None) -> dict[str, Any]:
     from serve.runtime.selftest import run_golden_frame
     from serve.worker.handler import DetectionHandler
 
-    os.environ["MMDET3D_SERVE_TRUST_ARCHIVE_CODE"] = str(int(trust_code))
     opened = OpenedFiles(root)
     if (root / "code").is_dir():
         sys.addaudithook(opened.note)
