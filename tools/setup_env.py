@@ -98,6 +98,7 @@ class Steps:
         self.began = time.monotonic()
 
     def say(self, text: str) -> None:
+        """Print one line."""
         print(f"setup: {text}", flush=True)
 
     def run(self, title: str, action: Callable[[], object]) -> object:
@@ -169,7 +170,7 @@ def fingerprint(args: argparse.Namespace, locks: list[Path]) -> str:
 
 
 def venv_python(venv: Path) -> Path:
-    """The interpreter of a virtual environment."""
+    """Path of the interpreter of a virtual environment."""
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
@@ -236,7 +237,7 @@ def pip(venv: Path, *arguments: str) -> None:
 
 
 def uv_environment(pip_settings: str) -> dict[str, str]:
-    """The environment for uv, with what `pip config list` printed turned into uv's variables.
+    """Environment for uv, with what `pip config list` printed turned into uv's variables.
 
     Args:
         pip_settings: lines such as ``global.index-url='https://mirror/simple'``.
@@ -307,7 +308,7 @@ def _install_by_uv(venv: Path, arguments: list[str]) -> str:
 
 
 @contextmanager
-def running(command: list[str] | None) -> Iterator[subprocess.Popen[str] | None]:
+def run_alongside(command: list[str] | None) -> Iterator[subprocess.Popen[str] | None]:
     """Run `command` beside the block; what it has not finished by the end of the block is ended, with its children."""
     if command is None:
         yield None
@@ -405,7 +406,7 @@ def self_check(venv: Path) -> str:
 
 
 def _compiling() -> dict[str, str]:
-    """The environment, but Python keeps the bytecode of what it imports.
+    """Environment in which Python keeps the bytecode of what it imports.
 
     Images and CI often have PYTHONDONTWRITEBYTECODE set: every worker then compiles some 4,000 files anew, for 7 s.
     """
@@ -427,16 +428,16 @@ def finish_kernels(compiling: subprocess.Popen[str]) -> str:
     return output.strip()
 
 
-def interrupted(*_: object) -> NoReturn:
+def interrupt(*_: object) -> NoReturn:
     """End a run that is asked to stop as Ctrl-C does, so that nothing goes on behind it."""
     raise KeyboardInterrupt
 
 
 def install_dependencies(steps: Steps, args: argparse.Namespace, venv: Path, locks: list[Path]) -> None:
-    """The environment without this project: the locks, and torch meanwhile."""
+    """Install all but this project: the locks, and torch meanwhile."""
     steps.run(f"virtual environment {venv}", lambda: make_venv(venv, not args.fresh_torch))
     torch = args.torch_version, args.torch_index_url, args.torch_lock
-    with running(unpack_torch(venv, *torch)) as unpacking:
+    with run_alongside(unpack_torch(venv, *torch)) as unpacking:
         steps.run("locked requirements", lambda: install_lock(venv, locks))
         steps.run("torch", lambda: install_torch(venv, *torch, unpacking))
 
@@ -510,7 +511,7 @@ def main(argv: list[str] | None = None) -> int:
             shutil.rmtree(venv / UV_FOLDER, ignore_errors=True)
             return 0
         steps.run("this project", lambda: install_project(venv))
-        with running(None if args.no_kernels else kernels_command(venv)) as compiling:
+        with run_alongside(None if args.no_kernels else kernels_command(venv)) as compiling:
             steps.run("import of everything", lambda: self_check(venv))
             if compiling is not None:
                 steps.run("machine code of the kernels", lambda: finish_kernels(compiling))
@@ -526,5 +527,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGTERM, interrupt)
     sys.exit(main())

@@ -77,13 +77,13 @@ def _none(value: object) -> object:
 
 def _path(value: object) -> object:
     if isinstance(value, str) and not value.strip():
-        raise ValueError("is empty; set a path, or unset it")
+        raise ValueError("must be a path, or unset")
     return value
 
 
 def _text(value: object) -> object:
     if isinstance(value, str) and not value.strip():
-        raise ValueError("is empty; set a value, or unset it")
+        raise ValueError("must be a value, or unset")
     return value
 
 
@@ -272,12 +272,12 @@ class Options:
 
 
 def _concerns(scope: str, name: str) -> bool:
-    """Whether an unknown variable is an error of this class: each class answers for its own scope."""
+    """Tell whether an unknown variable is an error of this class: each class answers for its own scope."""
     return name.startswith(scope) if scope else not name.startswith("gateway_")
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """The members of a type: of a union each, else the type itself; without Annotated."""
+    """Members of a type: of a union each, else the type itself; without Annotated."""
     if get_origin(annotation) is Annotated:
         return _parts(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -286,7 +286,7 @@ def _parts(annotation: Any) -> list[Any]:
 
 
 def _kind(field: FieldInfo) -> Any:
-    """The type of a field's values; Literal only if they are nothing else."""
+    """Type of a field's values; Literal only if they are nothing else."""
     kinds = [get_origin(each) or each for each in _parts(field.annotation)]
     return next((each for each in kinds if each not in (Literal, type(None))), Literal)
 
@@ -320,7 +320,10 @@ def _accepts(field: FieldInfo) -> str:
         unit = extra.get("unit", "") if isinstance(extra, dict) and kind in (int, float) else ""
         bounds = " and ".join(_bounds(field))
         choices.insert(
-            0, phrases[kind] + (f" of {bounds}" if bounds else "") + (f" ({unit})" if unit else "")
+            0,
+            phrases[kind]
+            + (f" of {bounds}" if bounds else "")
+            + (f" ({unit})" if unit not in ("", "N") else ""),
         )
     return " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
 
@@ -342,6 +345,6 @@ def _message(cls: type[Options], error: ValidationError, spelled: Mapping[str, s
             sentences.append(f"{name} is missing")
         else:
             reason = each.get("ctx", {}).get("error") if each["type"] == "value_error" else None
-            shown = f"{spelled.get(name, name)}={each['input']!r}"
-            sentences.append(f"{shown} {reason or f'must be {_accepts(fields[name])}'}")
+            wanted = reason or f"must be {_accepts(fields[name])}"
+            sentences.append(f"{spelled.get(name, name)} {wanted}, got {each['input']!r}")
     return "; ".join(dict.fromkeys(sentences))

@@ -328,7 +328,10 @@ def test_packages_of_an_interrupted_run_are_installed_again(
 
 def test_what_runs_beside_a_step_ends_with_its_children_when_the_step_fails(setup_env: ModuleType) -> None:
     program = "import subprocess, sys; subprocess.run(['sleep', '600'])"
-    with pytest.raises(setup_env.SetupFailed), setup_env.running([sys.executable, "-c", program]) as process:
+    with (
+        pytest.raises(setup_env.SetupFailed),
+        setup_env.run_alongside([sys.executable, "-c", program]) as process,
+    ):
         parent = psutil.Process(process.pid)
         while not (children := parent.children()):
             assert parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE
