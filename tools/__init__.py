@@ -1,1 +1,1 @@
-"""Development tools: benchmarks, zoo sweep, demo training. Not part of any image."""
+"""Development tools: benchmarks, zoo sweep, demo training; in no image."""

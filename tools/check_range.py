@@ -94,7 +94,10 @@ def check(python: Path, torch: str, archive: Path, folder: Path) -> tuple[bool, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns 1 if a combination that could be set up does not work."""
-    parser = argparse.ArgumentParser(description="Show the supported range of torch and Python at both ends.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.check_range",
+        description="Show the supported range of torch and Python at both ends.",
+    )
     parser.add_argument(
         "--python", type=Path, metavar="FILE", help="only this interpreter (default: all found)"
     )

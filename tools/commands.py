@@ -22,6 +22,8 @@ def dispatch(program: str, commands: Mapping[str, tuple[str, str]]) -> int:
     if name not in commands:
         listed = "\n".join(f"  {known:<18} {summary}" for known, (_, summary) in commands.items())
         asked = name in ("-h", "--help")
+        if not asked:
+            print(f"error: unknown name '{name}'", file=sys.stderr)
         print(f"usage: {program} NAME [OPTION …]\n\n{listed}", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     module, _ = commands[name]
@@ -41,6 +43,9 @@ def replace_renamed(argv: Sequence[str] | None, renamed: Mapping[str, str]) -> l
     for argument in sys.argv[1:] if argv is None else argv:
         name, equals, value = argument.partition("=")
         if name in renamed:
-            print(f"warning: {name} is now {renamed[name]}; the former name will be removed", file=sys.stderr)
+            print(
+                f"warning: {name} is now {renamed[name]}; the old name will be removed in 0.3",
+                file=sys.stderr,
+            )
         arguments.append(f"{renamed.get(name, name)}{equals}{value}")
     return arguments

@@ -1,4 +1,4 @@
-"""Print the size of the code: rooms, arrows between them, lines, bytes of the README.
+"""Print packages, imports between them, lines and the README's size.
 
     python -m tools.layout                 this checkout
     python -m tools.layout --root DIR      another one, for instance of an earlier commit
@@ -23,7 +23,7 @@ WHOLE = ("handlers", "tools")
 
 
 def rooms(root: Path) -> dict[str, list[Path]]:
-    """Sources by room."""
+    """Return the sources by room."""
     found: dict[str, list[Path]] = {}
     for top in (*SPLIT, *WHOLE):
         for path in sorted((root / top).rglob("*.py")):
@@ -35,7 +35,7 @@ def rooms(root: Path) -> dict[str, list[Path]]:
 
 
 def arrows(root: Path, found: dict[str, list[Path]]) -> set[tuple[str, str]]:
-    """Pairs (room that imports, room that is imported)."""
+    """Return pairs (room that imports, room that is imported)."""
 
     def room_of(module: str) -> str | None:
         parts = module.split(".")
@@ -61,7 +61,7 @@ def _imports(path: Path) -> Iterator[str]:
 
 
 def floors(found: dict[str, list[Path]], pairs: set[tuple[str, str]]) -> int:
-    """Length of the longest chain of imports, in rooms; a circle counts once."""
+    """Return the length of the longest chain of imports, in rooms; a circle counts once."""
 
     @cache
     def height(room: str, above: frozenset[str]) -> int:
@@ -74,7 +74,9 @@ def floors(found: dict[str, list[Path]], pairs: set[tuple[str, str]]) -> int:
 def main() -> int:
     """Print one line per figure."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.layout",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to measure (default: this one)")
     root = parser.parse_args().root.resolve()
@@ -87,9 +89,9 @@ def main() -> int:
     print(
         f"entries of serve/   {sum(1 for path in (root / 'serve').iterdir() if path.name != '__pycache__')}"
     )
-    print(f"rooms               {len(found)}")
-    print(f"arrows              {len(pairs)}")
-    print(f"floors              {floors(found, pairs)}")
+    print(f"rooms               {len(found):<6} packages and top-level modules")
+    print(f"arrows              {len(pairs):<6} pairs of rooms of which one imports the other")
+    print(f"floors              {floors(found, pairs):<6} rooms in the longest chain of imports")
     for top in ("serve", "handlers", "tools", "tests"):
         print(f"lines of {top + '/':<11}{lines(top)}")
     print(f"README.md, bytes    {(root / 'README.md').stat().st_size}")

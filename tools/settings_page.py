@@ -94,7 +94,9 @@ def _flag(each: OptionInfo) -> str:
 def main() -> int:
     """Write the page, or check it."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.settings_page",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with 1 if the page is not current"
