@@ -48,18 +48,18 @@ RENAMED = {
 @functools.cache
 def warn_renamed(old: str, new: str) -> None:
     """Log once per process that an option has another name now."""
-    logger.warning("warning: %s is now %s; the old name goes in 0.3", old, new)
+    logger.warning("warning: %s is now %s; the old name will be removed in 0.3", old, new)
 
 
 def did_you_mean(name: str, known: Mapping[str, str]) -> str:
-    """A hint to follow "unknown setting NAME", from the scoped names that are known."""
+    """Hint to follow "unknown setting NAME", from the scoped names that are known."""
     now = {old: new.name for old, new in RENAMED.items() if new.name in known} | {
         each: each for each in known
     }
     if close := difflib.get_close_matches(name, now, n=1):
         return f"; did you mean {PREFIX}{now[close[0]].upper()}?"
     return (
-        f"; known: {', '.join(sorted(known))}"
+        f"; known: {', '.join(f'{PREFIX}{each.upper()}' for each in sorted(known))}"
         if len(known) < 20
         else "; docs/settings.md lists what there is"
     )

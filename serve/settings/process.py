@@ -38,8 +38,8 @@ class Settings(Options):
     max_frame_bytes: int = option(
         MAX_FRAME_BYTES, "BYTES", "largest frame, in gateway and workers", common=True, ge=1
     )
-    max_points: int = option(2_000_000, "POINTS", "largest point cloud", ge=1)
-    max_pixels: int = option(50_000_000, "PIXELS", "largest image", ge=1)
+    max_points: int = option(Limits.max_points, "POINTS", "largest point cloud", ge=1)
+    max_pixels: int = option(Limits.max_pixels, "PIXELS", "largest image", ge=1)
     threads: int = option(
         0,
         "N",

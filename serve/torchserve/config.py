@@ -57,13 +57,13 @@ def _as_tuple(value: object) -> object:
 
 def _check_archive(name: str) -> str:
     if not _ARCHIVE.fullmatch(name):
-        raise ValueError("is not the file name of an archive, such as second.mar")
+        raise ValueError("must be the file name of an archive, such as second.mar")
     return name
 
 
 def _check_name(name: str | None) -> str | None:
     if name is not None and not _NAME.fullmatch(name):
-        raise ValueError("is not a model name (letters, digits, '.', '_', '-')")
+        raise ValueError("must be a model name (letters, digits, '.', '_', '-')")
     return name
 
 
@@ -71,7 +71,7 @@ def _check_address(host: str) -> str:
     try:
         ipaddress.ip_address(host)
     except ValueError:
-        raise ValueError("is not an IP address to listen on, such as 127.0.0.1") from None
+        raise ValueError("must be an IP address to listen on, such as 127.0.0.1") from None
     return host
 
 

@@ -21,7 +21,7 @@ from serve.storage.references import ReferenceLimits
 from serve.torchserve import TorchServeOptions
 from tools import settings_page
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_values_are_read_and_typed():
 def test_blank_variable_turns_a_switch_off_and_is_an_error_for_anything_else():
     assert not Settings.from_environment({"MMDET3D_SERVE_KEEP_HEAP": ""}).keep_heap
     for name in ("MAX_POINTS", "OPS", "CACHE_DIR"):
-        with pytest.raises(SettingsError, match=f"MMDET3D_SERVE_{name}=''"):
+        with pytest.raises(SettingsError, match=f"MMDET3D_SERVE_{name} must be .* got ''"):
             Settings.from_environment({f"MMDET3D_SERVE_{name}": ""})
 
 
@@ -64,7 +64,7 @@ def test_blank_variable_turns_a_switch_off_and_is_an_error_for_anything_else():
     [
         ("MMDET3D_SERVE_MAX_POINT", "3", "did you mean MMDET3D_SERVE_MAX_POINTS"),
         ("MMDET3D_SERVE_KEEP_MEMORRY", "3", "did you mean MMDET3D_SERVE_KEEP_HEAP"),
-        ("MMDET3D_SERVE_ZZZ", "3", "known: "),
+        ("MMDET3D_SERVE_ZZZ", "3", "known: MMDET3D_SERVE_CACHE_DIR, "),
         ("MMDET3D_SERVE_MAX_POINTS", "0", "at least 1"),
         ("MMDET3D_SERVE_MAX_POINTS", "many", "whole number"),
         ("MMDET3D_SERVE_MAX_POINTS", "1.5", "whole number"),
@@ -81,7 +81,7 @@ def test_wrong_variable_is_named_with_its_value_and_what_it_may_be(variable, val
 def test_every_mistake_is_reported_at_once():
     with pytest.raises(SettingsError) as raised:
         Settings.from_environment({"MMDET3D_SERVE_MAX_POINTS": "0", "MMDET3D_SERVE_THREADS": "x"})
-    assert "MAX_POINTS='0'" in str(raised.value) and "THREADS='x'" in str(raised.value)
+    assert "MAX_POINTS must" in str(raised.value) and "THREADS must" in str(raised.value)
 
 
 def test_wrong_setting_stops_every_command_with_a_sentence():
@@ -93,7 +93,9 @@ def test_wrong_setting_stops_every_command_with_a_sentence():
         text=True,
         check=False,
     )
-    assert done.returncode == 2 and done.stderr.startswith("error: MMDET3D_SERVE_OPS='fast'")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: MMDET3D_SERVE_OPS must be auto or portable, got 'fast'"
+    )
 
 
 LINKS = {
@@ -146,7 +148,7 @@ def test_former_variable_works_with_one_warning_and_the_new_one_goes_first(caplo
 
 
 def test_wrong_value_of_a_former_variable_is_reported_under_the_name_that_was_used() -> None:
-    with pytest.raises(SettingsError, match="MMDET3D_SERVE_GATEWAY_DRAIN_S='long'"):
+    with pytest.raises(SettingsError, match="MMDET3D_SERVE_GATEWAY_DRAIN_S must be"):
         GatewayOptions.build({}, {"MMDET3D_SERVE_GATEWAY_DRAIN_S": "long"})
 
 
