@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.cli.entry import command_parser
+from serve.cli.entry import bounded, command_parser
 from serve.errors import BadRequest
 from serve.visualize.detections import draw_frame, encode_png
 
@@ -28,23 +28,27 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument("detections", metavar="DETECTIONS", type=Path, help="JSON file with the response")
     parser.add_argument("-o", "--output", type=Path, required=True, help="PNG file to write")
     parser.add_argument(
-        "--score-thr", type=float, default=0.0, help="lowest score to draw, 0 to 1 (default: %(default)g)"
+        "--score-thr",
+        type=bounded(float, 0, 1),
+        default=0.0,
+        metavar="SCORE",
+        help="lowest score to draw, 0 to 1 (default: %(default)g)",
     )
     parser.add_argument(
-        "--load-dim", type=int, default=4, help="floats per point of a .bin (default: %(default)s)"
+        "--load-dim",
+        type=bounded(int, 3, 1024),
+        default=4,
+        metavar="N",
+        help="floats per point of a .bin (default: %(default)s)",
     )
-    parser.add_argument(
-        "--width",
-        type=int,
-        default=1200,
-        help="of the drawing of a point cloud, pixels (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--height",
-        type=int,
-        default=900,
-        help="of the drawing of a point cloud, pixels (default: %(default)s)",
-    )
+    for side, default in (("width", 1200), ("height", 900)):
+        parser.add_argument(
+            f"--{side}",
+            type=bounded(int, 64, 16384, "pixels"),
+            default=default,
+            metavar="PIXELS",
+            help="of the drawing of a point cloud (default: %(default)s)",
+        )
     parser.add_argument("--title", help="caption (default: the file name)")
     args = parser.parse_args(argv)
     try:

@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 negative result (a mismatch), 2 user error, 3 nothing w
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import textwrap
 import time
@@ -17,7 +18,7 @@ from serve.errors import ServeError
 from serve.settings import Settings
 from serve.storage import Cache
 
-__all__ = ["CLASSES_HELP", "command_parser", "open_cache", "run", "stage_reporter"]
+__all__ = ["CLASSES_HELP", "bounded", "command_parser", "open_cache", "run", "stage_reporter"]
 
 PROGRAM = "mmdet3d-serve"
 CLASSES_HELP = "class names by label, or a file with one per line (default: those of checkpoint or config)"
@@ -42,6 +43,33 @@ def command_parser(name: str, description: str, examples: Sequence[str] = ()) ->
         epilog=f"examples:\n{shown}" if shown else None,
         formatter_class=_HelpFormatter,
     )
+
+
+def bounded(
+    kind: type[int] | type[float], low: float, high: float = math.inf, unit: str = ""
+) -> Callable[[str], float]:
+    """Create a ``type`` of `argparse` that accepts finite numbers from `low` to `high`, both included.
+
+    Args:
+        kind: `int` or `float`.
+        low: least value.
+        high: largest value.
+        unit: shown in the message about another value, such as ``pixels``.
+    """
+    wanted = "a whole number" if kind is int else "a number"
+    wanted += f" of at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    wanted += f" ({unit})" if unit else ""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+        return value
+
+    return parse
 
 
 def stage_reporter() -> Callable[[str], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from serve import ops
-from serve.errors import ArchiveError, CheckpointError
+from serve.errors import ArchiveError, CheckpointError, SettingsError
 from serve.runtime.custom_code import explain_missing
 from serve.runtime.patches import patch, use_torch_sync_bn
 from serve.runtime.registry_guard import restrict_registry
@@ -23,6 +24,7 @@ __all__ = [
     "device_for",
     "is_segmentor",
     "load_state_dict_strict",
+    "parse_device",
     "scope_of",
     "strip_pretrained",
     "suppress_warnings",
@@ -34,6 +36,23 @@ def device_for(gpu_id: int | str | None) -> torch.device:
     if gpu_id is None or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(gpu_id))
+
+
+def parse_device(name: str) -> torch.device:
+    """Return the device that a command's ``--device`` names: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        SettingsError: it names another kind of device, or a GPU that this process cannot use.
+    """
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if found is None:
+        raise SettingsError(f"device must be cpu or cuda:N, got {name!r}")
+    if name != "cpu":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(found[1] or 0) >= count:
+            usable = "only " + ", ".join(f"cuda:{i}" for i in range(count)) if count else "no GPU"
+            raise SettingsError(f"device {name} is not available: torch {torch.__version__} sees {usable}")
+    return torch.device(name)
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from serve import archive, convert, storage, zoo
-from serve.cli.entry import open_cache
+from serve.cli.entry import bounded, open_cache
 from serve.convert import golden
+from serve.runtime.model import parse_device
 from serve.settings import Settings
 
 __all__ = ["main"]
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None) -> int:
         "--frame", help="path or URI of a frame (default: the golden frame of the model's kind)"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, help="counted rounds (default: 7; with --scaling: 3)")
+    parser.add_argument(
+        "--rounds", type=bounded(int, 1), help="counted rounds (default: 7; with --scaling: 3)"
+    )
     parser.add_argument(
         "--native-python",
         type=Path,
@@ -55,10 +58,9 @@ def main(argv: Sequence[str] | None) -> int:
     models = args.models or (["second"] if args.scaling else ["second", "pointpillars"])
     if args.checkpoint and len(models) != 1:
         parser.error("--checkpoint requires exactly one model")
-    if args.rounds is not None and args.rounds < 1:
-        parser.error("--rounds must be at least 1")
     if args.scaling and (args.native_python or args.frame):
         parser.error("--scaling accepts neither --native-python nor --frame: it generates its frames")
+    parse_device(args.device)
     if args.device == "cpu" and Settings.from_environment().keep_heap:
         from serve.runtime.malloc import disable_malloc_trim
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from serve.cli.entry import bounded
+
 __all__ = ["main"]
 
 
@@ -21,7 +23,9 @@ def main(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--filter", default="", help="only kernels whose names contain this text")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own)")
+    parser.add_argument(
+        "--threads", type=bounded(int, 0), default=0, help="torch threads (default: torch's own)"
+    )
     parser.add_argument("--native-python", type=Path, help="Python with a compiled mmcv, to time that too")
     parser.add_argument(
         "--compile-only",
@@ -30,15 +34,17 @@ def main(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=bounded(int, 1),
         default=1,
         help="with --compile-only: so many compile side by side (default: 1)",
     )
     args = parser.parse_args(argv)
     import torch
 
+    from serve.runtime.model import parse_device
     from tools.bench import ops
 
+    parse_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.compile_only:
