@@ -37,8 +37,9 @@ def render() -> str:
     """Generate the text of docs/settings.md."""
     parts = [
         HEAD,
-        "## Every process\n\nOf these only `--workers` is a flag, of `mmdet3d-serve serve`.\n",
-        _table(Settings, flags={"workers": "--workers"}),
+        "## Every process\n\nOf these, `--workers` is a flag of `mmdet3d-serve serve`, and `--open-management` one of "
+        "`serve` and `demo`.\n",
+        _table(Settings, flags={"workers": "--workers", "open_management": "--open-management"}),
         "## Gateway\n\nFlags of `mmdet3d-serve gateway`. `mmdet3d-serve serve` and `mmdet3d-serve demo` have them as "
         "`--gateway-…`, except those marked *: the supervisor sets them, and `max_frame_bytes` is set by its variable, "
         "because workers read it too.\n",
@@ -64,6 +65,8 @@ def _table(cls: type[Options], flags: dict[str, str]) -> str:
     columns += ["Flag", "Default", "Values", "Meaning"]
     rows = [columns, ["---"] * len(columns)]
     for each in cls.options():
+        if each.private:
+            continue
         cells = [f"`{each.variable}`"] if each.variable else []
         default = show_default(each.default, each.unit)
         flag, star, _ = flags.get(each.name, "").partition(" *")
@@ -84,6 +87,8 @@ def _renamed() -> str:
                     factor = RENAMED[former].factor
                     note = f", value × {factor}" if factor != 1 else ""
                     rows.append(f"| `--{old.replace('_', '-')}` | `{_flag(each)}`{note} |\n")
+    rows.append(f"| `{PREFIX}GATEWAY_WORKER_SOCKETS=none` | `{PREFIX}GATEWAY_DIRECT_BATCHES=false` |\n")
+    rows.append("| `--worker-sockets none` | `--no-direct-batches` |\n")
     return "".join(dict.fromkeys(rows))
 
 

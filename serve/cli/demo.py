@@ -1,4 +1,4 @@
-"""``mmdet3d-serve demo``: a served SECOND, a sample frame, its answer and a picture of it."""
+"""``mmdet3d-serve demo``: a served SECOND, a sample frame, its answer and an image of it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 from serve import archive
 from serve.cli.entry import command_parser, stage_reporter
 from serve.cli.flags import add_flags, add_help_all, values_of
-from serve.cli.serve import KNOWN_TO_SERVE, STATE_DIR, demonstration, serve_until_stopped, stoppable
+from serve.cli.serve import KNOWN_TO_SERVE, STATE_DIR, archive_demo, serve_until_stopped, stoppable
 from serve.client import Client
 from serve.errors import ArchiveError
 from serve.gateway.options import GatewayOptions
 from serve.protocol.frames import encode_json
+from serve.settings import Settings
 from serve.storage.hashes import sha256_of
 from serve.torchserve import ServedModel, TorchServeOptions
 from serve.torchserve.supervisor import Service, gateway_options
@@ -42,8 +43,9 @@ def main(argv: Sequence[str] | None) -> int:
         type=Path,
         default=Path("demo"),
         metavar="DIR",
-        help="for archive, frame, answer and picture (default: %(default)s)",
+        help="for archive, frame, answer and image (default: %(default)s)",
     )
+    add_flags(parser, Settings, title=None, only=("open_management",))
     add_flags(parser, TorchServeOptions, title="TorchServe", leave_out=("state_dir",))
     add_flags(
         parser,
@@ -55,8 +57,13 @@ def main(argv: Sequence[str] | None) -> int:
     )
     args = parser.parse_args(argv)
     options = TorchServeOptions.build(
-        values_of(args, TorchServeOptions)
-        | {"model_store": args.folder, "models": [ServedModel("second.mar")], "state_dir": STATE_DIR}
+        values_of(args, TorchServeOptions),
+        fixed={
+            "model_store": args.folder,
+            "models": [ServedModel("second.mar")],
+            "state_dir": STATE_DIR,
+            "open_management": Settings.build(values_of(args, Settings)).open_management,
+        },
     )
     gateway = gateway_options(options, values_of(args, GatewayOptions), defaults={"log_format": "text"})
     with stoppable():
@@ -83,7 +90,7 @@ def _ensure_archive(folder: Path) -> None:
     except (ArchiveError, KeyError):
         pass
     print("archiving the demonstration SECOND …", file=sys.stderr, flush=True)
-    demonstration(folder)
+    archive_demo(folder)
 
 
 def _show(service: Service, seconds: float, frame: Path) -> None:
@@ -98,9 +105,9 @@ def _show(service: Service, seconds: float, frame: Path) -> None:
     )
     print(_table(answer))
     print(f"\nfrom         {frame} ({len(body) // 16} points), answer {frame.with_suffix('.json')}")
-    print(f"picture      {frame.with_suffix('.png')}")
+    print(f"image        {frame.with_suffix('.png')}")
     print(f"try          curl -T {frame} {address}/predictions/second")
-    print(f"a picture    curl -T {frame} -H 'Accept: image/png' -o seen.png {address}/predictions/second")
+    print(f"draw         curl -T {frame} -H 'Accept: image/png' -o seen.png {address}/predictions/second")
     print(f"torchserve   {service.torchserve.inference_url}/predictions/second")
     print("Ctrl-C stops it.", flush=True)
 

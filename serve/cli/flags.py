@@ -21,7 +21,7 @@ def add_flags(
     parser: argparse.ArgumentParser,
     cls: type[Options],
     *,
-    title: str,
+    title: str | None,
     prefix: str = "",
     only: Collection[str] = (),
     leave_out: Collection[str] = (),
@@ -33,18 +33,18 @@ def add_flags(
     Args:
         parser: command line.
         cls: class of options.
-        title: of the group in the help text.
+        title: of the group in the help text; None adds to the parser's own options.
         prefix: of every flag, such as ``gateway-``.
         only: fields to offer; empty offers all.
         leave_out: fields not to offer.
         common: fields that ``--help`` shows; None takes those declared common.
         defaults: defaults of this command by field name, if they are not those of the class.
     """
-    group = parser.add_argument_group(title)
+    group = parser if title is None else parser.add_argument_group(title)
     for each in cls.options():
         if not each.flag or each.name in leave_out or (only and each.name not in only):
             continue
-        shown = each.name in common if common is not None else each.common
+        shown = not each.private and (each.common if common is None else each.name in common)
         flag = f"--{prefix}{each.name.replace('_', '-')}"
         dest = _dest(cls, each.name)
         described = _help(each, (defaults or {}).get(each.name, each.default))
@@ -61,7 +61,8 @@ def add_flags(
         else:
             how: dict[str, Any] = {"action": "append"} if each.kind is tuple else {}
             action = group.add_argument(flag, dest=dest, metavar=_metavar(each), help=help_text, **how)
-        action.full_help = described  # type: ignore[attr-defined]
+        if not each.private:
+            action.full_help = described  # type: ignore[attr-defined]
         for former in each.former:
             if former.startswith(cls.SCOPE):
                 old = f"--{prefix}{former.removeprefix(cls.SCOPE).replace('_', '-')}"

@@ -51,7 +51,7 @@ def _run_inherited(argv: Sequence[str] | None) -> int:
         raise SettingsError(
             "this is the gateway that `mmdet3d-serve serve` starts; run `mmdet3d-serve gateway` instead"
         ) from None
-    options = GatewayOptions.build(document["options"], {})
+    options = GatewayOptions(**document["options"])
     logs.set_up(options.log_format, options.log_level)
     return run(options, listener=listener, rejected=document["rejected"], on_listening=_report_ready)
 

@@ -18,11 +18,11 @@ from serve.cli.entry import command_parser, stage_reporter
 from serve.cli.flags import add_flags, add_help_all, values_of
 from serve.errors import SettingsError
 from serve.gateway.options import GatewayOptions
-from serve.settings import Settings
+from serve.settings import Settings, warn_renamed
 from serve.torchserve import ServedModel, TorchServeOptions
 from serve.torchserve.supervisor import Service, archives_of, gateway_options
 
-__all__ = ["STATE_DIR", "demonstration", "main", "serve_until_stopped", "stoppable"]
+__all__ = ["STATE_DIR", "archive_demo", "main", "serve_until_stopped", "stoppable"]
 
 STATE_DIR = Path(".state")
 STORE = Path("model-store")
@@ -36,6 +36,7 @@ KNOWN_TO_SERVE = (
     "backend_request_bytes",
     "backend_timeout_s",
     "max_frame_bytes",
+    "worker_sockets",
 )
 
 
@@ -61,11 +62,16 @@ def main(argv: Sequence[str] | None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.stop:
+        from serve.cli import stop
+
+        warn_renamed("mmdet3d-serve serve --stop", "mmdet3d-serve stop")
+        return stop.stop_all(Path(str(values_of(args, TorchServeOptions).get("state_dir", STATE_DIR))))
     settings = Settings.build(values_of(args, Settings))
     if args.container:
         return _serve_in_container(args, settings)
-    options = {"state_dir": STATE_DIR}
-    service = _service(args, settings, args.store or STORE, options, {"log_format": "text"}, lenient=False)
+    options = _torchserve_options(args, settings, args.store or STORE, {"state_dir": STATE_DIR})
+    service = _service(args, options, {"log_format": "text"}, lenient=False)
     with stoppable():
         return serve_until_stopped(service, _print_ready)
 
@@ -79,9 +85,9 @@ def _serve_in_container(args: argparse.Namespace, settings: Settings) -> int:
             f"user {os.getuid()} may not read the model store {store}; make it readable "
             "(`chmod -R a+rX`), or run as its owner"
         )
-    options: dict[str, object] = {"inference_host": EVERYWHERE, "metrics_host": EVERYWHERE}
-    if settings.open_management:  # then with tokens, always
-        options |= {"management_host": EVERYWHERE, "open_management": True, "token_authorization": True}
+    defaults: dict[str, object] = {"inference_host": EVERYWHERE, "metrics_host": EVERYWHERE}
+    if settings.open_management:
+        defaults |= {"management_host": EVERYWHERE, "token_authorization": True}
     with stoppable(), tempfile.TemporaryDirectory(prefix="mmdet3d-serve-demo-") as folder:
         if not args.models and not any(store.glob("*.mar")):
             print(
@@ -89,12 +95,18 @@ def _serve_in_container(args: argparse.Namespace, settings: Settings) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-            store = demonstration(Path(folder))
-        service = _service(args, settings, store, options, {"host": EVERYWHERE}, lenient=True)
+            store = archive_demo(Path(folder))
+        options = _torchserve_options(args, settings, store, defaults)
+        if settings.open_management and not options.token_authorization:
+            raise SettingsError(
+                "management of a container is open only with TorchServe's tokens: leave out "
+                "--no-token-authorization, or --open-management (MMDET3D_SERVE_OPEN_MANAGEMENT)"
+            )
+        service = _service(args, options, {"host": EVERYWHERE}, lenient=True)
         return serve_until_stopped(service, _print_ready)
 
 
-def demonstration(folder: Path) -> Path:
+def archive_demo(folder: Path) -> Path:
     """Put the archive of the demonstration SECOND into `folder`; returns the folder."""
     from serve.convert import Conversion, convert
 
@@ -154,21 +166,28 @@ def _print_ready(service: Service, seconds: float) -> None:
     print("Ctrl-C stops it.", flush=True)
 
 
+def _torchserve_options(
+    args: argparse.Namespace, settings: Settings, store: Path, defaults: Mapping[str, object]
+) -> TorchServeOptions:
+    models = [ServedModel.parse(text, settings.workers) for text in args.models]
+    return TorchServeOptions.build(
+        values_of(args, TorchServeOptions),
+        defaults=defaults,
+        fixed={
+            "model_store": store,
+            "models": models or archives_of(store, settings.workers),
+            "open_management": settings.open_management,
+        },
+    )
+
+
 def _service(
     args: argparse.Namespace,
-    settings: Settings,
-    store: Path,
-    torchserve_defaults: Mapping[str, object],
+    options: TorchServeOptions,
     gateway_defaults: Mapping[str, object],
     *,
     lenient: bool,
 ) -> Service:
-    models = [ServedModel.parse(text, settings.workers) for text in args.models]
-    flags = values_of(args, TorchServeOptions) | {
-        "model_store": store,
-        "models": models or archives_of(store, settings.workers),
-    }
-    options = TorchServeOptions.build(flags, defaults=torchserve_defaults)
     gateway = None
     if not args.no_gateway:
         gateway = gateway_options(options, values_of(args, GatewayOptions), defaults=gateway_defaults)
@@ -189,12 +208,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_help_all(parser)
     parser.add_argument(
-        "--container",
-        action="store_true",
-        help="defaults of a container: listen on all interfaces, log JSON, serve the rest if an archive is rejected, "
-        "serve the demonstration model if the store is empty",
-    )
-    parser.add_argument(
         "--store",
         type=Path,
         metavar="DIR",
@@ -207,8 +220,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[=FILE.mar]",
         help="what to serve, and under which name (default: every archive of the store)",
     )
+    add_flags(parser, Settings, title=None, only=("workers",))
     parser.add_argument("--no-gateway", action="store_true", help="run TorchServe alone")
-    add_flags(parser, Settings, title="workers", only=("workers",))
+    add_flags(parser, Settings, title=None, only=("open_management",))
+    parser.add_argument(
+        "--container",
+        action="store_true",
+        help="defaults of a container: listen on all interfaces, log JSON, serve the rest if an archive is rejected, "
+        "serve the demonstration model if the store is empty",
+    )
+    parser.add_argument("--stop", action="store_true", help=argparse.SUPPRESS)
     add_flags(parser, TorchServeOptions, title="TorchServe", defaults={"state_dir": STATE_DIR})
     add_flags(
         parser,

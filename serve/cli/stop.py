@@ -9,7 +9,7 @@ from serve.cli.entry import command_parser
 from serve.cli.serve import STATE_DIR
 from serve.torchserve import stop_running
 
-__all__ = ["main"]
+__all__ = ["main", "stop_all"]
 
 
 def main(argv: Sequence[str] | None) -> int:
@@ -24,7 +24,11 @@ def main(argv: Sequence[str] | None) -> int:
         metavar="DIR",
         help="folder where running servers are noted (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
-    ended = stop_running(args.state_dir)
-    print("\n".join(f"stopped {address}" for address in ended) or "no running server found")
+    return stop_all(parser.parse_args(argv).state_dir)
+
+
+def stop_all(state_dir: Path) -> int:
+    """Stop the servers noted in `state_dir` and print their addresses; returns 0."""
+    addresses = stop_running(state_dir)
+    print("\n".join(f"stopped {address}" for address in addresses) or "no running server found")
     return 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from serve.errors import SettingsError
@@ -20,6 +20,7 @@ from serve.settings import (
     Options,
     Text,
     option,
+    warn_renamed,
 )
 
 __all__ = ["GatewayOptions"]
@@ -35,7 +36,14 @@ def _check_url(url: str) -> str:
     return url
 
 
+def _warn_of_none(folder: object) -> object:
+    if folder == "none":
+        warn_renamed("worker_sockets=none", "direct_batches=false")
+    return folder
+
+
 Url = Annotated[str, AfterValidator(_check_url)]
+WorkerSockets = Annotated[Literal["auto"] | OptionalPath, BeforeValidator(_warn_of_none)]
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -54,11 +62,17 @@ class GatewayOptions(Options):
     backend_key_file: OptionalPath = option(
         None, "FILE", "TorchServe's key_file.json, if it runs in token mode"
     )
-    worker_sockets: Literal["auto"] | OptionalPath = option(
+    direct_batches: Flag = option(
+        True,
+        "",
+        "send batches to the workers' sockets if TorchServe was started together with the gateway, and through "
+        "TorchServe only if that fails; false: all through TorchServe",
+    )
+    worker_sockets: WorkerSockets = option(
         "auto",
         "DIR",
-        "folder with the sockets of TorchServe's workers: batches go to them directly, and through TorchServe if that "
-        "fails; none: all through TorchServe; auto: the folder of a TorchServe started together with the gateway",
+        "folder with the sockets of TorchServe's workers; auto: known to the process that starts both",
+        private=True,
     )
     backend_request_bytes: int = option(64 * MIB, "BYTES", "TorchServe's max_request_size", ge=1)
     backend_timeout_s: float = option(
@@ -140,48 +154,39 @@ class GatewayOptions(Options):
         None, "URL", "send OpenTelemetry traces there (needs the otel extra)", common=True
     )
 
-    def contradictions(self) -> Iterator[str]:
-        """Yield a message for every pair of values that exclude each other."""
-        found = (
-            (
-                self.batch_bytes + _HEADER_BYTES > self.backend_request_bytes,
-                f"batch_bytes={self.batch_bytes} must leave 64 KiB of backend_request_bytes="
-                f"{self.backend_request_bytes} for a header",
-            ),
-            (
-                self.max_frame_bytes > self.batch_bytes,
-                f"max_frame_bytes={self.max_frame_bytes} is over batch_bytes={self.batch_bytes}: such a frame fits "
-                "no batch",
-            ),
-            (
-                self.max_body_bytes < self.max_frame_bytes,
-                f"max_body_bytes={self.max_body_bytes} is below max_frame_bytes={self.max_frame_bytes}",
-            ),
-            (
-                self.max_pending_bytes < self.max_body_bytes,
-                f"max_pending_bytes={self.max_pending_bytes} is below max_body_bytes={self.max_body_bytes}: the "
-                "largest request could never be admitted",
-            ),
-            (
-                self.max_pending_frames < self.max_frames_per_request,
-                f"max_pending_frames={self.max_pending_frames} is below max_frames_per_request="
-                f"{self.max_frames_per_request}: the largest request could never be admitted",
-            ),
-            (
-                self.timeout_s > self.max_timeout_s,
-                f"timeout_s={self.timeout_s:g} is over max_timeout_s={self.max_timeout_s:g}",
-            ),
-            (
-                "*" in self.cors_origins and bool(self.api_keys or self.api_keys_file),
-                "cors_origins=* lets every page use a visitor's API key; list the origins",
-            ),
-        )
-        yield from (message for contradicts, message in found if contradicts)
+    def contradictions(self, spelling: Mapping[str, str]) -> Iterator[str]:
+        """Yield a message for every pair of values that exclude each other.
+
+        Args:
+            spelling: name of each field as messages show it.
+        """
+
+        def show(name: str) -> str:
+            value = getattr(self, name)
+            return f"{spelling[name]}={value:g}" if isinstance(value, float) else f"{spelling[name]}={value}"
+
+        if self.batch_bytes + _HEADER_BYTES > self.backend_request_bytes:
+            yield f"{show('batch_bytes')} must leave 64 KiB of {show('backend_request_bytes')} for a header"
+        if self.max_frame_bytes > self.batch_bytes:
+            yield f"{show('max_frame_bytes')} is over {show('batch_bytes')}: such a frame fits no batch"
+        if self.max_body_bytes < self.max_frame_bytes:
+            yield f"{show('max_body_bytes')} is below {show('max_frame_bytes')}"
+        for pending, request in (
+            ("max_pending_bytes", "max_body_bytes"),
+            ("max_pending_frames", "max_frames_per_request"),
+        ):
+            if getattr(self, pending) < getattr(self, request):
+                yield f"{show(pending)} is below {show(request)}: the largest request could never be admitted"
+        if self.timeout_s > self.max_timeout_s:
+            yield f"{show('timeout_s')} is over {show('max_timeout_s')}"
+        if "*" in self.cors_origins and (self.api_keys or self.api_keys_file):
+            yield f"{spelling['cors_origins']}=* lets every page use a visitor's API key; list the origins"
 
     @property
     def socket_folder(self) -> Path | None:
         """The folder with the workers' sockets; None sends all batches through TorchServe."""
-        return None if self.worker_sockets == "auto" else self.worker_sockets
+        folder = self.worker_sockets if self.direct_batches else None
+        return None if folder == "auto" else folder
 
     def keys(self) -> tuple[str, ...]:
         """All API keys.

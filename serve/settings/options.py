@@ -104,6 +104,7 @@ def option(
     *,
     common: bool = False,
     flag: bool = True,
+    private: bool = False,
     **field: Any,
 ) -> Any:
     """Declare an option.
@@ -114,14 +115,22 @@ def option(
         description: noun phrase or imperative, without range and default.
         common: show it under ``--help``; others only under ``--help-all``.
         flag: offer a flag; without one, it is set by variable or in Python.
+        private: passed from one process of a service to another; no help text, page or suggestion shows it.
         **field: further arguments of `pydantic.Field`, such as ``ge=1``.
     """
     return Field(
         default,
         description=description,
-        json_schema_extra={"unit": unit, "common": common, "flag": flag},
+        json_schema_extra={"unit": unit, "common": common, "flag": flag, "private": private},
         **field,
     )
+
+
+class Spelling(dict[str, str]):
+    """Names of fields as the user wrote them (flag or variable), and unchanged for the others."""
+
+    def __missing__(self, name: str) -> str:
+        return name
 
 
 @plain_dataclass(frozen=True)
@@ -133,6 +142,7 @@ class OptionInfo:
         variable: environment variable; None if there is none.
         flag: whether it has a flag.
         common: whether ``--help`` shows it.
+        private: whether help texts and documentation leave it out.
         unit: of its values; may be empty.
         description: what it does.
         accepts: description of the values it takes, to follow "must be".
@@ -145,6 +155,7 @@ class OptionInfo:
     variable: str | None
     flag: bool
     common: bool
+    private: bool
     unit: str
     description: str
     accepts: str
@@ -177,12 +188,16 @@ class Options:
             built = handler(value)
         except ValidationError as error:
             raise SettingsError(_message(cls, error, info.context or {})) from None
-        for message in built.contradictions():
+        for message in built.contradictions(Spelling(info.context or {})):
             raise SettingsError(message)
         return built
 
-    def contradictions(self) -> Iterator[str]:
-        """Yield a message for every pair of values that exclude each other."""
+    def contradictions(self, spelling: Mapping[str, str]) -> Iterator[str]:
+        """Yield a message for every pair of values that exclude each other.
+
+        Args:
+            spelling: name of each field as messages show it.
+        """
         yield from ()
 
     @classmethod
@@ -192,6 +207,7 @@ class Options:
         environ: Mapping[str, str] = os.environ,
         *,
         defaults: Mapping[str, object] | None = None,
+        fixed: Mapping[str, object] | None = None,
         flag_prefix: str = "--",
     ) -> Self:
         """Read flags first, then the environment, then `defaults`, then the class's defaults.
@@ -200,6 +216,7 @@ class Options:
             flags: texts or values by field name.
             environ: environment variables; unknown ones of this class are rejected.
             defaults: values by field name, for what neither sets.
+            fixed: values by field name that nothing else sets.
             flag_prefix: how messages spell a flag.
 
         Raises:
@@ -211,6 +228,9 @@ class Options:
             values[name], spelled[name] = text, variable
         for name, value in (flags or {}).items():
             values[name], spelled[name] = value, f"{flag_prefix}{name.replace('_', '-')}"
+        for name, value in (fixed or {}).items():
+            values[name] = value
+            spelled.pop(name, None)
         built: Self = TypeAdapter(cls).validate_python(values, context=spelled)
         return built
 
@@ -234,6 +254,7 @@ class Options:
                     variable=f"{PREFIX}{scoped.upper()}" if cls.HAS_VARIABLES else None,
                     flag=bool(extra["flag"]),
                     common=bool(extra["common"]),
+                    private=bool(extra["private"]),
                     unit=str(extra["unit"]),
                     description=field.description or "",
                     accepts=_accepts(field),
@@ -267,7 +288,8 @@ class Options:
             elif name in known:
                 found[known[name]] = (variable, text)
             elif _concerns(cls.SCOPE, name):
-                raise SettingsError(f"unknown setting {variable}{did_you_mean(name, known)}")
+                public = {cls._scoped(each.name): each.name for each in cls.options() if not each.private}
+                raise SettingsError(f"unknown setting {variable}{did_you_mean(name, public)}")
         return former | found
 
 

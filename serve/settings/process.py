@@ -50,7 +50,9 @@ class Settings(Options):
         Path("~/.cache/mmdet3d-serve"), "DIR", "folder for downloads and compiled kernels"
     )
     open_management: Flag = option(
-        False, "", "let a container's management port be reached from outside; it then asks for tokens"
+        False,
+        "",
+        "allow TorchServe's management_host beyond loopback; a container then listens there, and asks for tokens",
     )
     workers: int = option(1, "N", "Python processes per model", common=True, ge=1)
     cache_max_bytes: int = option(
@@ -65,7 +67,10 @@ class Settings(Options):
         "on a CPU, keep freed memory for the next frame; off if MALLOC_*, GLIBC_TUNABLES or another allocator is set",
     )
     worker_sockets: OptionalPath = option(
-        None, "DIR", "folder in which a worker listens for batches; set by the process that starts TorchServe"
+        None,
+        "DIR",
+        "folder in which a worker listens for batches; set by the process that starts TorchServe",
+        private=True,
     )
 
     @classmethod

@@ -10,7 +10,7 @@ import ipaddress
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -96,11 +96,22 @@ class ServedModel(Options):
 
     @classmethod
     def parse(cls, text: str, workers: int = 1) -> ServedModel:
-        """From ``NAME=FILE.mar``, ``FILE.mar`` or ``NAME`` (then the file is ``NAME.mar``)."""
-        name, equals, archive = text.partition("=")
-        if equals:
-            return cls(archive=archive, name=name, workers=workers)
-        return cls(archive=text if text.endswith(".mar") else f"{text}.mar", workers=workers)
+        """Read ``NAME=FILE.mar``, ``FILE.mar`` or ``NAME`` (then the file is ``NAME.mar``), as ``--models`` takes it.
+
+        Raises:
+            SettingsError: it is none of these.
+        """
+        name, equals, archive = text.rpartition("=")
+        archive = archive if equals or archive.endswith(".mar") else f"{archive}.mar"
+        try:
+            _check_archive(archive)
+            _check_name(name if equals else None)
+        except ValueError:
+            raise SettingsError(
+                "--models must be NAME, FILE.mar or NAME=FILE.mar of letters, digits, '.', '_' and '-', "
+                f"got {text!r}"
+            ) from None
+        return cls(archive=archive, name=name if equals else None, workers=workers)
 
 
 def _host(default: str, use: str) -> Any:
@@ -118,6 +129,7 @@ class TorchServeOptions(Options):
     Attributes:
         model_store: folder that holds the archives.
         models: what to load at the start.
+        open_management: whether `management_host` may lie beyond loopback, as in `Settings`.
     """
 
     SCOPE: ClassVar[str] = "torchserve_"
@@ -125,13 +137,13 @@ class TorchServeOptions(Options):
 
     model_store: Path
     models: Sequence[ServedModel] = ()
+    open_management: bool = False
     inference_host: Address = _host("127.0.0.1", "TorchServe's predictions")
     inference_port: int = _port(8080, "TorchServe's predictions")
     management_host: Address = _host("127.0.0.1", "management; beyond loopback only with open_management")
     management_port: int = _port(8081, "management")
     metrics_host: Address = _host("127.0.0.1", "TorchServe's metrics")
     metrics_port: int = _port(8082, "TorchServe's metrics")
-    open_management: Flag = option(False, "", "allow management_host beyond loopback")
     model_api: Flag = option(True, "", "allow loading and removing models at run time")
     token_authorization: Flag = option(False, "", "ask for TorchServe's tokens on inference and management")
     max_request_bytes: int = option(
@@ -164,15 +176,21 @@ class TorchServeOptions(Options):
         common=True,
     )
 
-    def contradictions(self) -> Iterator[str]:
-        """Yield a message for every pair of values that exclude each other."""
+    def contradictions(self, spelling: Mapping[str, str]) -> Iterator[str]:
+        """Yield a message for every pair of values that exclude each other.
+
+        Args:
+            spelling: name of each field as messages show it.
+        """
         ports = [getattr(self, name) for name in _PORTS]
         if len(set(ports)) != len(ports):
-            yield f"{', '.join(_PORTS)} must differ; they are {', '.join(map(str, ports))}"
+            shown = (f"{spelling[name]}={port}" for name, port in zip(_PORTS, ports, strict=True))
+            yield f"ports must differ, got {', '.join(shown)}"
         if not ipaddress.ip_address(self.management_host).is_loopback and not self.open_management:
             yield (
-                f"management_host={self.management_host} lets others load and remove models; "
-                "set open_management to allow that, or keep it on 127.0.0.1"
+                f"{spelling['management_host']}={self.management_host} lets others load and remove models; set "
+                "open_management to allow that (--open-management, MMDET3D_SERVE_OPEN_MANAGEMENT=1), or keep it on "
+                "127.0.0.1"
             )
 
 

@@ -98,7 +98,7 @@ def gateway_options(
         "backend_request_bytes": options.max_request_bytes,
         "backend_timeout_s": options.response_timeout_s + 10,
     }
-    return GatewayOptions.build({**(flags or {}), **known}, defaults=defaults, flag_prefix="--gateway-")
+    return GatewayOptions.build(flags, defaults=defaults, fixed=known, flag_prefix="--gateway-")
 
 
 class Service:

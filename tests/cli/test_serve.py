@@ -60,9 +60,51 @@ def test_container_listens_everywhere_but_for_management_and_logs_json(build: Bu
     assert torchserve.model_store == serving.CONTAINER_STORE and torchserve.state_dir is None
 
 
-def test_open_management_of_a_container_asks_for_tokens(build: Build) -> None:
-    torchserve, _ = build("--container", OPEN_MANAGEMENT="1")
+BY_FLAG_OR_VARIABLE = pytest.mark.parametrize(
+    ("flags", "variables"),
+    [(["--open-management"], {}), ([], {"OPEN_MANAGEMENT": "1"})],
+    ids=["flag", "variable"],
+)
+
+
+@BY_FLAG_OR_VARIABLE
+def test_open_management_of_a_container_asks_for_tokens(
+    build: Build, flags: list[str], variables: dict[str, str]
+) -> None:
+    torchserve, _ = build("--container", *flags, **variables)
     assert (torchserve.management_host, torchserve.token_authorization) == ("0.0.0.0", True)
+    with pytest.raises(SettingsError, match="token"):
+        build("--container", "--no-token-authorization", *flags, **variables)
+
+
+@BY_FLAG_OR_VARIABLE
+def test_open_management_allows_an_address_beyond_loopback(
+    build: Build, flags: list[str], variables: dict[str, str]
+) -> None:
+    torchserve, _ = build("--management-host", "0.0.0.0", *flags, **variables)
+    assert (torchserve.management_host, torchserve.token_authorization) == ("0.0.0.0", False)
+    assert build(*flags, **variables)[0].management_host == "127.0.0.1"
+
+
+def test_flag_closes_the_management_that_a_variable_opens(build: Build) -> None:
+    torchserve, _ = build("--container", "--no-open-management", OPEN_MANAGEMENT="1")
+    assert (torchserve.management_host, torchserve.token_authorization) == ("127.0.0.1", False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables"),
+    [
+        (["--gateway-no-direct-batches"], {}),
+        ([], {"GATEWAY_DIRECT_BATCHES": "0"}),
+        ([], {"GATEWAY_WORKER_SOCKETS": "none"}),
+    ],
+)
+def test_batches_to_the_sockets_of_workers_can_be_turned_off(
+    build: Build, flags: list[str], variables: dict[str, str]
+) -> None:
+    _, gateway = build(*flags, **variables)
+    assert gateway is not None and gateway.socket_folder is None
+    assert gateway.worker_sockets != "auto" or not gateway.direct_batches
 
 
 @pytest.mark.parametrize("where", [[], ["--container"]])
@@ -108,8 +150,11 @@ def test_former_flags_work(build: Build) -> None:
         (["--metrics-port", "0"], "--metrics-port must be"),
         (["--gateway-batch-points", "many"], "--gateway-batch-points must be"),
         (["--workers", "0"], "--workers must be a whole number of at least 1, got '0'$"),
-        (["--management-host", "0.0.0.0"], "open_management"),
-        (["--gateway-batch-bytes", "99999999"], "must leave 64 KiB"),
+        (["--management-host", "0.0.0.0"], "--management-host=0.0.0.0 .*--open-management"),
+        (
+            ["--gateway-batch-bytes", "99999999"],
+            "--gateway-batch-bytes=99999999 must leave 64 KiB of backend_request",
+        ),
     ],
 )
 def test_wrong_flag_ends_the_command_before_anything_starts(

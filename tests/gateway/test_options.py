@@ -78,6 +78,38 @@ def test_values_that_contradict_each_other_or_their_range_are_refused(changes, n
 
 
 @pytest.mark.parametrize(
+    ("flags", "variables", "named"),
+    [
+        (
+            {"batch_bytes": "99999999"},
+            {},
+            "^--gateway-batch-bytes=99999999 must leave 64 KiB of backend_request",
+        ),
+        ({}, {"BATCH_BYTES": "99999999"}, f"^{VARIABLE}BATCH_BYTES=99999999 must leave"),
+        ({}, {"LINGER_S": "x"}, f"^{VARIABLE}LINGER_S must be"),
+        (
+            {"timeout_s": "9"},
+            {"MAX_TIMEOUT_S": "8"},
+            f"^--gateway-timeout-s=9 is over {VARIABLE}MAX_TIMEOUT_S=8$",
+        ),
+        ({"cors_origins": "*", "api_keys_file": "k"}, {}, r"^--gateway-cors-origins=\* "),
+        ({}, {"CORS_ORIGINS": "*", "API_KEYS": "k"}, rf"^{VARIABLE}CORS_ORIGINS=\* "),
+    ],
+)
+def test_contradiction_names_each_option_as_it_was_written(flags, variables, named):
+    environ = {f"{VARIABLE}{name}": text for name, text in variables.items()}
+    with pytest.raises(SettingsError, match=named):
+        GatewayOptions.build(flags, environ, flag_prefix="--gateway-")
+
+
+def test_fixed_value_goes_before_a_flag_and_is_named_by_its_field():
+    options = GatewayOptions.build({"port": "1"}, {f"{VARIABLE}PORT": "2"}, fixed={"port": 3})
+    assert options.port == 3
+    with pytest.raises(SettingsError, match=r"^port must be"):
+        GatewayOptions.build({"port": "1"}, {}, fixed={"port": -1})
+
+
+@pytest.mark.parametrize(
     ("variables", "said"),
     [
         ({"BATCH_POINT": "1"}, f"unknown setting {VARIABLE}BATCH_POINT; did you mean {VARIABLE}BATCH_POINTS"),
@@ -108,7 +140,9 @@ def test_wrong_flag_is_named_as_it_was_written():
         (["--cors-origins", "http://a,http://b", "--cors-origins", "http://c"], "cors_origins",
          ("http://a", "http://b", "http://c")),
         (["--worker-sockets", "none"], "worker_sockets", None),
-        (["--worker-sockets", "/run/w"], "worker_sockets", Path("/run/w")),
+        (["--worker-sockets", "/run/w"], "socket_folder", Path("/run/w")),
+        (["--worker-sockets", "/run/w", "--no-direct-batches"], "socket_folder", None),
+        (["--direct-batches", "false"], "direct_batches", False),
         ([], "worker_sockets", "auto"),
     ],
 )  # fmt: skip
@@ -143,8 +177,8 @@ def test_help_shows_the_common_options_and_help_all_every_one_with_unit_and_defa
     shown = 0
     for each in GatewayOptions.options():
         flag = f"--{each.name.replace('_', '-')}"
-        if each.name == "api_keys":
-            assert "--api-keys " not in everything  # a process list shows arguments
+        if each.name == "api_keys" or each.private:
+            assert f"{flag} " not in everything  # a process list shows arguments
             continue
         assert f"{flag} {each.unit}".strip() in everything, flag
         assert (f"  {flag} " in common) == each.common, flag
@@ -169,7 +203,7 @@ def run_gateway(*arguments: str, **variables: str) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     ("arguments", "variables", "said"),
     [
-        (["--batch-bytes", "99999999"], {}, "error: batch_bytes=99999999 must leave 64 KiB"),
+        (["--batch-bytes", "99999999"], {}, "error: --batch-bytes=99999999 must leave 64 KiB"),
         (
             ["--port", "x"],
             {},

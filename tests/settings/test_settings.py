@@ -207,6 +207,29 @@ def test_options_survive_the_way_through_json() -> None:
     assert GatewayOptions.build(options.dump(), {}) == options
 
 
+def test_private_option_is_read_but_neither_suggested_nor_documented() -> None:
+    private = [each for cls in CLASSES for each in cls.options() if each.private]
+    assert [each.variable for each in private] == [
+        "MMDET3D_SERVE_WORKER_SOCKETS",
+        "MMDET3D_SERVE_GATEWAY_WORKER_SOCKETS",
+    ]
+    assert Settings.from_environment({"MMDET3D_SERVE_WORKER_SOCKETS": "/run/w"}).worker_sockets == Path(
+        "/run/w"
+    )
+    for wrong in ("WORKER_SOCKET", "ZZZ"):
+        with pytest.raises(SettingsError) as raised:
+            Settings.from_environment({f"MMDET3D_SERVE_{wrong}": "x"})
+        assert "WORKER_SOCKETS" not in str(raised.value)
+    rows = settings_page.render().partition("## Former names")[0]
+    assert "WORKER_SOCKETS" not in rows and "--worker-sockets" not in rows
+
+
+def test_former_way_to_send_batches_through_torchserve_works_with_a_warning(caplog) -> None:
+    options = GatewayOptions.build({}, {"MMDET3D_SERVE_GATEWAY_WORKER_SOCKETS": "none"})
+    assert options.socket_folder is None and options.worker_sockets is None
+    assert "worker_sockets=none is now direct_batches=false" in caplog.text
+
+
 def test_documentation_of_settings_is_current() -> None:
     assert (ROOT / "docs" / "settings.md").read_text() == settings_page.render(), (
         "run `python -m tools.settings_page`"

@@ -436,7 +436,7 @@ def test_impossible_settings_are_rejected(tmp_path: Path, setting: dict[str, obj
 
 @pytest.mark.parametrize("text", ["../x.mar", "a=b,c.mar", "a/b=c.mar", "", "=x.mar"])
 def test_archive_names_outside_the_store_are_rejected(text: str) -> None:
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match=r"^--models must be"):
         ServedModel.parse(text)
 
 

@@ -155,7 +155,7 @@ def port_is_open(port: int) -> bool:
 
 @pytest.mark.parametrize("turned_off", [False, True])
 def test_batches_go_to_the_worker_directly_unless_turned_off(up: Callable[..., Up], turned_off: bool) -> None:
-    service = up(**({"MMDET3D_SERVE_GATEWAY_WORKER_SOCKETS": "none"} if turned_off else {}))
+    service = up(**({"MMDET3D_SERVE_GATEWAY_DIRECT_BATCHES": "false"} if turned_off else {}))
     service.await_ready()
     frame = sample_frame()
     through = httpx.post(f"{service.inference_url}/predictions/second", content=frame, timeout=60)

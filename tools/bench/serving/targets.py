@@ -190,7 +190,10 @@ class TargetSet:
             if self._is_selected(name):
                 path = f"/predictions/{models[key]}"
                 self.targets.append(Target(name, inference, path, (server.pid,)))
-        for name, sockets in ((GATEWAY, str(server.worker_sockets)), (GATEWAY_HTTP, "none")):
+        for name, how in (
+            (GATEWAY, ["--worker-sockets", str(server.worker_sockets)]),
+            (GATEWAY_HTTP, ["--no-direct-batches"]),
+        ):
             if self._is_selected(name):
                 self.announce(name)
                 command = [sys.executable, "-m", "serve", "gateway", "--port", "0"]
@@ -200,7 +203,7 @@ class TargetSet:
                     "--management-url",
                     server.management_url,
                 ]
-                command += ["--worker-sockets", sockets]
+                command += how
                 gateway = self._stack.enter_context(ManagedProcess("the gateway", command))
                 port = int(gateway.wait_for("gateway      ", READY_S).rpartition(":")[2])
                 path = f"/predictions/{models[1, 1]}"
