@@ -46,7 +46,7 @@ def archive_uri(store: str, name: str) -> str:
     where = storage.parse(store)
     if where.scheme != "s3":
         raise UriError(f"{where} cannot be a model store; use a folder or s3://bucket/models")
-    return str(where.joined(f"{name}.mar"))
+    return str(where.join(f"{name}.mar"))
 
 
 def publish(path: Path, store: str, *, force: bool = False, progress: bool = True) -> str:
@@ -97,7 +97,7 @@ def fetch(
         folder.mkdir(parents=True, exist_ok=True)
     done = []
     for name in names:
-        done.append(_fetch_one(source, storage.parse(store).joined(name), folder / name, progress))
+        done.append(_fetch_one(source, storage.parse(store).join(name), folder / name, progress))
         if report is not None:
             report(done[-1])
     return done

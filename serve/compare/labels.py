@@ -182,7 +182,7 @@ def compare_labels(
         if unit == "points":
             one, two = (decode_labels(side["pts_semantic_mask"]) for side in (expected, actual))
         else:
-            one, two = _matched_segments(expected, actual)
+            one, two = _match_segments(expected, actual)
     except (ValueError, KeyError, TypeError) as error:
         return LabelComparison(0, 0, least_share, (f"malformed predictions: {error!r}",), sides, unit)
     if one.shape != two.shape:
@@ -191,7 +191,7 @@ def compare_labels(
     return LabelComparison(one.size, int((one == two).sum()), least_share, (), sides, unit)
 
 
-def _matched_segments(
+def _match_segments(
     expected: Mapping[str, Any], actual: Mapping[str, Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Two maps of segment ids, the second renumbered like the first: greedily by overlap within a class."""

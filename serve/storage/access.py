@@ -170,7 +170,7 @@ def list_files(uri: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
         from serve.storage import s3
 
         store = s3.connect(where.cluster)
-        found = [str(where.joined(one.name)) for one in store.list(where) if not one.is_folder]
+        found = [str(where.join(one.name)) for one in store.list(where) if not one.is_folder]
     elif where.scheme == "ffrecord":
         inside = f"{where.member}/" if where.member else ""
         names = open_packed_folder(where.path).list(where.member, list_dir=False)

@@ -217,7 +217,7 @@ class _Transfer:
 
         length = _length(response)
         if status == 206:
-            total = _resumed_total(response, have, notes)
+            total = _read_resumed_total(response, have, notes)
             if total is None:
                 self._discard()
                 raise _Retry("the server has a different file now")
@@ -343,7 +343,7 @@ def _validator(notes: dict[str, Any]) -> str | None:
     return date if isinstance(date, str) and etag is None else None
 
 
-def _resumed_total(response: httpx.Response, have: int, notes: dict[str, Any]) -> int | None:
+def _read_resumed_total(response: httpx.Response, have: int, notes: dict[str, Any]) -> int | None:
     """Full length according to a 206 response, or None if it does not continue the part."""
     found = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
     if not found or int(found.group(1)) != have or found.group(3) == "*":

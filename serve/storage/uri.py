@@ -70,7 +70,7 @@ class Location:
         whole = urlsplit(self.path).path if self.scheme == "http" else self.member or self.path
         return unquote(whole).rsplit("/", 1)[-1] if self.scheme == "http" else whole.rsplit("/", 1)[-1]
 
-    def joined(self, name: str) -> Location:
+    def join(self, name: str) -> Location:
         """Object or file of that name below this bucket, folder of a bucket, or local folder."""
         path = f"{self.path.rstrip('/')}/{name}" if self.path else name
         return Location(self.scheme, path, self.bucket, self.cluster)

@@ -36,7 +36,7 @@ class Stopwatch:
     def around(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap `function` so that its time is charged to `stage`."""
 
-        def measured(*args: Any, **kwargs: Any) -> Any:
+        def measure(*args: Any, **kwargs: Any) -> Any:
             self.synchronize()
             started = time.perf_counter()
             try:
@@ -45,7 +45,7 @@ class Stopwatch:
                 self.synchronize()
                 self.seconds[stage] += time.perf_counter() - started
 
-        return measured
+        return measure
 
 
 @contextmanager

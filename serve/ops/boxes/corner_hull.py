@@ -81,7 +81,9 @@ def _quadrilateral_area(p: Floats) -> Any:  # pragma: no cover - compiled
 
 
 @jit
-def _claimed(p: Floats, q: Floats, x: Floats, y: Floats, n: int) -> int:  # pragma: no cover - compiled
+def _append_projected(
+    p: Floats, q: Floats, x: Floats, y: Floats, n: int
+) -> int:  # pragma: no cover - compiled
     """Append the corners of `p` that project on the first and last side of `q`; return the new count."""
     bx, by = q[1, 0] - q[0, 0], q[1, 1] - q[0, 1]
     dx, dy = q[0, 0] - q[3, 0], q[0, 1] - q[3, 1]
@@ -117,7 +119,7 @@ def _candidates(p: Floats, q: Floats, x: Floats, y: Floats, crossings: bool) -> 
                 if t >= zero and t <= one and s >= zero and s <= one:
                     x[n], y[n] = p[i, 0] + ux * t, p[i, 1] + uy * t
                     n += 1
-    return _claimed(q, p, x, y, _claimed(p, q, x, y, n))
+    return _append_projected(q, p, x, y, _append_projected(p, q, x, y, n))
 
 
 @jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from serve.ops.boxes.rotated import check_sorted, ious_of, surviving
+from serve.ops.boxes.rotated import check_sorted, greedy_nms, ious_of
 from serve.ops.checks import check_floating, check_same_device, check_width
 
 __all__ = ["box_iou_quadri", "nms_quadri"]
@@ -72,4 +72,4 @@ def nms_quadri(
         ValueError: a tensor of wrong shape or device.
     """
     check_sorted(dets, scores, order, dets_sorted, 9 if multi_label else 8)
-    return order[surviving(dets_sorted[:, :8], iou_threshold)]
+    return order[greedy_nms(dets_sorted[:, :8], iou_threshold)]

@@ -81,7 +81,7 @@ def nms_rotated(
         int64 rows kept, by descending score.
     """
     check_sorted(dets, scores, order, dets_sorted, 6 if multi_label else 5)
-    return order[surviving(dets_sorted[:, :5], iou_threshold)]
+    return order[greedy_nms(dets_sorted[:, :5], iou_threshold)]
 
 
 def check_sorted(dets: Tensor, scores: Tensor, order: Tensor, dets_sorted: Tensor, width: int) -> None:
@@ -108,7 +108,7 @@ def ious_of(first: Tensor, second: Tensor, mode: int, aligned: bool) -> Tensor:
     return out
 
 
-def surviving(boxes: Tensor, threshold: float) -> Tensor:
+def greedy_nms(boxes: Tensor, threshold: float) -> Tensor:
     """Return the rows of boxes (N, 5) or quadrilaterals (N, 8), best first, that greedy NMS keeps."""
     sorted_boxes, on_cpu = _on_cpu(boxes), boxes.device.type == "cpu"
     keep = suppress(

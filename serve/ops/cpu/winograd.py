@@ -171,16 +171,16 @@ def _inputs_at(typing_context: Any, patch: Any, seen: Any, channel: Any) -> tupl
         v = _view(context, builder, signature, arguments, 1)
         channel = arguments[2]
 
-        def filtered(line: list[Any]) -> list[Any]:
+        def transform(line: list[Any]) -> list[Any]:
             a, b, c, e = line
             return [
                 builder.fsub(a, c), builder.fadd(b, c), builder.fsub(c, b), builder.fsub(b, e),
             ]  # fmt: skip
 
         rows = [[load_vector(builder, d.data, d.at(i, j, channel)) for j in range(4)] for i in range(4)]
-        columns = [filtered([rows[i][j] for i in range(4)]) for j in range(4)]
+        columns = [transform([rows[i][j] for i in range(4)]) for j in range(4)]
         for i in range(4):
-            for j, value in enumerate(filtered([columns[j][i] for j in range(4)])):
+            for j, value in enumerate(transform([columns[j][i] for j in range(4)])):
                 builder.store(value, vector_pointer(builder, v.data, v.at(4 * i + j, 0, channel)), align=4)
         return context.get_dummy_value()
 
@@ -199,18 +199,18 @@ def _outputs_at(
         o = _view(context, builder, signature, arguments, 3)
         relu, channel = arguments[2], arguments[4]
 
-        def filtered(line: list[Any]) -> list[Any]:
+        def transform(line: list[Any]) -> list[Any]:
             a, b, c, e = line
             return [builder.fadd(builder.fadd(a, b), c), builder.fsub(builder.fsub(b, c), e)]
 
         rows = [
             [load_vector(builder, m.data, m.at(4 * i + j, 0, channel)) for j in range(4)] for i in range(4)
         ]
-        columns = [filtered([rows[i][j] for i in range(4)]) for j in range(4)]
+        columns = [transform([rows[i][j] for i in range(4)]) for j in range(4)]
         offset = load_vector(builder, b.data, channel)
         zero = splat(builder, context.get_constant(types.float32, 0.0))
         for i in range(2):
-            for j, value in enumerate(filtered([columns[j][i] for j in range(4)])):
+            for j, value in enumerate(transform([columns[j][i] for j in range(4)])):
                 total = builder.fadd(value, offset)
                 # Ordered comparison: NaN stays NaN.
                 negative = builder.fcmp_ordered("<", total, zero)

@@ -128,11 +128,11 @@ def turn_orientations(pooled: Tensor, angle: Tensor, orientations: int) -> Tenso
     channel = torch.arange(orientations, device=pooled.device)[None] - whole[:, None].long()
     first = torch.arange(stacked.shape[0], device=pooled.device).view(len(angle), -1, orientations)[:, :, :1]
 
-    def turned(extra: int) -> Tensor:
+    def turn(extra: int) -> Tensor:
         rows = first + torch.remainder(channel + extra, orientations)[:, None]
         return stacked.index_select(0, rows.flatten()).view(len(angle), -1, stacked.shape[1])
 
-    return torch.lerp(turned(0), turned(1), share).view(pooled.shape)
+    return torch.lerp(turn(0), turn(1), share).view(pooled.shape)
 
 
 def deform_roi_pool_forward(
@@ -225,7 +225,7 @@ def rotated_places(
     elif box.device.type == "cpu" and bool((extent < 0).any()):
         raise ValueError("rois must have widths and heights of at least 0 when aligned")
     angle = -box[:, 4] if clockwise else box[:, 4]
-    return _grids(extent, *bins, ratio), _turned(centre, extent, angle, *bins)
+    return _grids(extent, *bins, ratio), _rotate_grid(centre, extent, angle, *bins)
 
 
 def shifted_places(
@@ -337,7 +337,7 @@ def _middles(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, device=like.device, dtype=like.dtype) + 0.5
 
 
-def _turned(centre: Tensor, extent: Tensor, angle: Tensor, bins_y: int, bins_x: int) -> Places:
+def _rotate_grid(centre: Tensor, extent: Tensor, angle: Tensor, bins_y: int, bins_x: int) -> Places:
     """Places on a regular grid over rectangles: (R, 2) `centre` and `extent` x y, (R,) `angle`."""
     size = extent / extent.new_tensor([bins_x, bins_y])
 

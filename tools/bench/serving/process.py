@@ -69,7 +69,7 @@ class ManagedProcess:
         self._end()
         self._log.close()
 
-    def ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Return whether the command has exited by itself."""
         assert self._guard.stdout is not None
         return self._guard.poll() is not None or bool(select.select([self._guard.stdout], [], [], 0)[0])
@@ -94,7 +94,7 @@ class ManagedProcess:
             found = [line.partition(text)[2] for line in self.log().splitlines(True) if text in line]
             if found and found[0].endswith("\n"):
                 return found[0].strip()
-            if self.ended():
+            if self.has_ended():
                 raise BackendStartError(f"{self._name} exited during start: {self.log_tail()}")
             time.sleep(0.05)
         raise BackendStartError(f"{self._name} not ready after {timeout_s:.0f} s: {self.log_tail()}")
