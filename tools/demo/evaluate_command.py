@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from serve.cli.entry import bounded
 from tools.demo.evaluation import evaluate
 from tools.demo.training import CHECKPOINT, CONFIG
 
@@ -16,11 +17,15 @@ def main(argv: Sequence[str] | None) -> int:
         description="Average precision (bird's-eye view, 40 recall positions) on synthetic scenes never "
         "trained on, by mmdet3d's own inference. Prints a table, then one line of JSON."
     )
-    parser.add_argument("--frames", type=int, default=200, help="number of scenes (default: %(default)s)")
-    parser.add_argument("--first", type=int, default=0, help="first held-out scene (default: %(default)s)")
+    parser.add_argument(
+        "--frames", type=bounded(int, 1), default=200, help="number of scenes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--first", type=bounded(int, 0), default=0, help="first held-out scene (default: %(default)s)"
+    )
     parser.add_argument(
         "--min-points",
-        type=int,
+        type=bounded(int, 0),
         default=5,
         help="ignore boxes with fewer returns inside (default: %(default)s)",
     )

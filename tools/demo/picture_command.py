@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from serve import archive
+from serve.cli.entry import bounded
 from serve.convert import Conversion, convert
-from serve.errors import SettingsError
 from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
 from serve.runtime import load_detector
 from serve.visualize.birds_eye import draw_birds_eye_view
@@ -40,14 +40,18 @@ def main(argv: Sequence[str] | None) -> int:
         "out", type=Path, nargs="?", default=Path("docs/images/scene.png"), help="PNG to write"
     )
     parser.add_argument(
-        "--seed", type=int, default=held_out_seed(1), help="scene number, 0 or more (default: %(default)s)"
+        "--seed",
+        type=bounded(int, 0),
+        default=held_out_seed(1),
+        help="scene number, 0 or more (default: %(default)s)",
     )
     parser.add_argument(
-        "--score-thr", type=float, default=0.5, help="leave out lower scores, 0 to 1 (default: %(default)g)"
+        "--score-thr",
+        type=bounded(float, 0, 1),
+        default=0.5,
+        help="leave out lower scores, 0 to 1 (default: %(default)g)",
     )
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        raise SettingsError(f"--seed must be 0 or more, not {args.seed}")
     scene = generate_scene(args.seed)
     answer = detect(scene)
     args.out.write_bytes(encode_png(picture(args.seed, scene, answer, args.score_thr)))

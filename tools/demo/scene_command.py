@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.errors import SettingsError
+from serve.cli.entry import bounded
 from tools.demo.scenes import SAMPLE_SEED, generate_scene
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument("out", type=Path, help="the .bin file to write")
     parser.add_argument(
         "--seed",
-        type=int,
+        type=bounded(int, 0),
         default=SAMPLE_SEED,
         help="scene number, 0 or more (default: %(default)s, the sample frame)",
     )
@@ -27,8 +27,6 @@ def main(argv: Sequence[str] | None) -> int:
         "--ground-truth", type=Path, help="also write boxes (m, rad), labels and names as JSON here"
     )
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        raise SettingsError(f"--seed must be 0 or more, not {args.seed}")
     scene = generate_scene(args.seed)
     args.out.write_bytes(scene.to_bytes())
     if args.ground_truth is not None:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from serve.cli.entry import bounded
 from tools.demo.training import CHECKPOINT, TrainingOptions, train
 
 
@@ -17,24 +18,38 @@ def main(argv: Sequence[str] | None) -> int:
         "Ctrl-C leaves an existing checkpoint as it was."
     )
     parser.add_argument(
-        "--frames", type=int, default=defaults.frames, help="different scenes (default: %(default)s)"
+        "--frames",
+        type=bounded(int, 1),
+        default=defaults.frames,
+        help="different scenes (default: %(default)s)",
     )
     parser.add_argument(
-        "--epochs", type=int, default=defaults.epochs, help="passes over them (default: %(default)s)"
+        "--epochs",
+        type=bounded(int, 1),
+        default=defaults.epochs,
+        help="passes over them (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=defaults.seed, help="scenes, weights, shuffling (default: %(default)s)"
+        "--seed",
+        type=bounded(int, 0),
+        default=defaults.seed,
+        help="scenes, weights, shuffling (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=defaults.batch_size, help="frames per step (default: %(default)s)"
+        "--batch-size",
+        type=bounded(int, 1),
+        default=defaults.batch_size,
+        help="frames per step (default: %(default)s)",
     )
     parser.add_argument(
         "--time-budget-min",
-        type=float,
+        type=bounded(float, 0, unit="minutes"),
         default=0.0,
         help="end within so many minutes, 0 = no limit (default); a budget ties the result to the clock",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's choice (default)")
+    parser.add_argument(
+        "--threads", type=bounded(int, 0), default=0, help="CPU threads, 0 = torch's choice (default)"
+    )
     parser.add_argument(
         "--out", type=Path, default=CHECKPOINT, help="checkpoint to write (default: %(default)s)"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from serve.cli.entry import bounded
 from serve.errors import ModelLookupError
 from serve.settings import Settings
 
@@ -40,11 +41,21 @@ def main(argv: Sequence[str] | None) -> int:
         "--again", action="append", default=[], metavar="STATUS",
         help="try families with this status again, as in fails; 'all' for every one; repeatable",
     )  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, help="models tried at a time (default: %(default)s)")
     parser.add_argument(
-        "--timeout-s", type=float, default=900, help="per model, seconds (default: %(default)s)"
+        "--jobs", type=bounded(int, 1), default=1, help="models tried at a time (default: %(default)s)"
     )
-    parser.add_argument("--memory-mb", type=int, default=8192, help="per model, MiB (default: %(default)s)")
+    parser.add_argument(
+        "--timeout-s",
+        type=bounded(float, 1, unit="seconds"),
+        default=900,
+        help="per model, seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-mb",
+        type=bounded(int, 1, unit="MiB"),
+        default=8192,
+        help="per model, MiB (default: %(default)s)",
+    )
     parser.add_argument(
         "--results", type=Path, help="JSON lines, appended to (default: zoo-coverage/ in the cache folder)"
     )

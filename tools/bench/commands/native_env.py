@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from serve.cli.entry import bounded
+
 __all__ = ["main"]
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None) -> int:
         "--folder", type=Path, default=ROOT / ".venv-native", help="target folder (default: .venv-native)"
     )
     parser.add_argument(
-        "--jobs", type=int, default=2, help="parallel compiler processes (default: %(default)s)"
+        "--jobs", type=bounded(int, 1), default=2, help="parallel compiler processes (default: %(default)s)"
     )
     parser.add_argument("--torch-index-url", metavar="URL", help="package index for torch")
     args = parser.parse_args(argv)

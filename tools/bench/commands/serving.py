@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from serve.cli.entry import bounded
 from serve.cli.serve import stoppable
 from tools.bench.serving.report import Report
 from tools.bench.serving.runs import Machine, Plan, Result, measure, priority
@@ -55,11 +56,14 @@ def main(argv: Sequence[str] | None) -> int:
         "--only", nargs="+", choices=names, default=(), metavar="NAME", help=f"targets: {', '.join(names)}"
     )
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help="rounds per target (default: 3, 2, 1 by frame size)"
+        "--rounds",
+        type=bounded(int, 1, 20),
+        metavar="N",
+        help="rounds per target (default: 3, 2, 1 by frame size)",
     )
     parser.add_argument(
         "--retries",
-        type=int,
+        type=bounded(int, 0, 20),
         default=0,
         metavar="N",
         help="repeat a measurement with more than 2 %% of CPU steal time up to N times and keep the one with the "
@@ -76,10 +80,6 @@ def main(argv: Sequence[str] | None) -> int:
         "--write-docs", action="store_true", help="update docs/benchmarks/serving.md and its figures"
     )
     args = parser.parse_args(replace_renamed(argv, {"--patience": "--retries", "slept": "sleep"}))
-    if not 0 <= args.retries <= 20:
-        parser.error("--retries must be from 0 to 20")
-    if args.rounds is not None and not 1 <= args.rounds <= 20:
-        parser.error("--rounds must be from 1 to 20")
     load_before = os.getloadavg()[0]
     with stoppable(), tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bench-") as folder:
         results = _measure(args, Path(folder))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from serve.cli.entry import bounded
+
 __all__ = ["main"]
 
 
@@ -17,15 +19,17 @@ def main(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument(
         "--object-mb",
-        type=int,
+        type=bounded(int, 1, unit="MB"),
         default=1000,
         help="size of the object, MB of 10^6 bytes (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=bounded(int, 1), default=5, help="counted rounds (default: %(default)s)"
+    )
     parser.add_argument(
         "--pack",
         nargs="+",
-        type=int,
+        type=bounded(int, 1),
         default=[1000, 3000, 10000],
         metavar="N",
         help="files to pack (default: %(default)s)",
