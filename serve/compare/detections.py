@@ -357,11 +357,23 @@ def _measure_pairs(
             )
     iou = _mask_ious(one, two, matched, problems, sides)
     if iou is not None:
-        good &= iou >= tolerances.mask_iou
+        areas = [np.array(_areas(side, rows)) for side, rows in ((one, i), (two, j))]
+        differing = (areas[0] + areas[1]) * (1 - iou) / (1 + iou)  # of A + B = (1 + IoU) × union
+        good &= (iou >= tolerances.mask_iou) | (differing <= tolerances.mask_px + 0.5)
     ious = [None] * len(matched) if iou is None else iou.tolist()
     columns = (i, j, *labels, box, yaw, score)
     rows = zip(*(column.tolist() for column in columns), ious, good.tolist(), strict=True)
     return tuple(Pair._make(row) for row in rows)
+
+
+def _areas(side: _Side, rows: _Ints) -> list[int]:
+    """Pixels of the masks in some rows; 0 for one that is no COCO RLE, which `_mask_ious` reports."""
+    from pycocotools import mask as coco
+
+    try:
+        return [int(coco.area((side.masks or [])[row])) for row in rows.tolist()]
+    except (KeyError, TypeError, ValueError):
+        return [0] * len(rows)
 
 
 def _mask_ious(

@@ -21,7 +21,7 @@ __all__ = ["confirm_ties", "find_ties"]
 def find_ties(found: Comparison, expected: Mapping[str, Any], actual: Mapping[str, Any]) -> Comparison:
     """Set ties apart by the scores alone, where only a recorded answer is at hand.
 
-    Tied are pairs of equal score whose boxes, labels or masks differ, unmatched detections for which the other side has
+    Tied are pairs of equal score whose boxes or labels differ, unmatched detections for which the other side has
     an unmatched one of the same score, and unmatched ones at the lowest score, where the model's own threshold cuts.
 
     Args:
@@ -32,7 +32,15 @@ def find_ties(found: Comparison, expected: Mapping[str, Any], actual: Mapping[st
     if found.ok or found.problems:
         return found
     limit = found.tolerances.score
-    pairs = [pair for pair in found.pairs if not pair.ok and pair.score <= limit]
+    box = found.tolerances.box_m if found.is_3d else found.tolerances.box_px
+    pairs = [
+        pair
+        for pair in found.pairs
+        if pair.score <= limit
+        and (
+            pair.box > box or pair.yaw > found.tolerances.yaw_rad or pair.expected_label != pair.actual_label
+        )
+    ]
     tied = ({pair.expected for pair in pairs}, {pair.actual for pair in pairs})
     scores = [
         np.asarray(side.get("scores_3d", side.get("scores", ())), np.float64) for side in (expected, actual)

@@ -32,6 +32,7 @@ class Tolerances:
         label_share: least share of points or pixels with the same label, for predictions of labels.
         size_share: what a length, width or height of a 3D box may deviate on top of `box_m`, as a share of itself:
             networks give its logarithm. The bottom may deviate as the height.
+        mask_px: pixels in which two masks may differ whatever their IoU: a few flip on the outline of a small object.
     """
 
     box_m: float = 1e-3
@@ -41,6 +42,7 @@ class Tolerances:
     mask_iou: float = 0.99
     label_share: float = 0.999
     size_share: float = 2e-4
+    mask_px: int = 4
 
     def __post_init__(self) -> None:
         """Reject limits that could never be met or would hide every deviation."""

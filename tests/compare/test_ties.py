@@ -85,3 +85,23 @@ def test_the_size_of_a_large_3d_box_may_deviate_by_a_share_of_itself():
         two = copy.deepcopy(one)
         two["bboxes_3d"][0][column] += off
         assert compare(one, two).ok is same
+
+
+def masked(missing: int) -> dict[str, Any]:
+    """One detection whose mask is a square of 100 pixels less `missing` of its first column."""
+    runs = [missing, 10 - missing, *[30, 10] * 9, 1600 - 370]  # zeros and ones in turn, column by column
+    return {**boxes(1), "masks": [{"size": [40, 40], "counts": encode_runs(runs)}]}
+
+
+def encode_runs(runs: list[int]) -> str:
+    from pycocotools import mask as coco
+
+    return coco.frPyObjects({"size": [40, 40], "counts": runs}, 40, 40)["counts"].decode()
+
+
+def test_a_mask_may_differ_in_few_pixels_and_is_never_a_tie():
+    for missing, same in ((4, True), (5, False)):
+        one, two = masked(0), masked(missing)
+        found = compare(one, two)
+        assert found.ok is same
+        assert find_ties(found, one, two).ties == 0
