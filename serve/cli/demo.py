@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None) -> int:
     """Parse the command line, archive, serve, ask once, show, and wait for Ctrl-C."""
     parser = command_parser(
         "demo",
-        "Serve the demonstration SECOND (synthetic streets, not KITTI) until Ctrl-C, and send it one frame.",
+        "Serve the demo SECOND (synthetic streets, not KITTI) until Ctrl-C, and send it one frame.",
         ["demo", "demo --gateway-port 9000"],
     )
     add_help_all(parser)
@@ -89,7 +89,7 @@ def _ensure_archive(folder: Path) -> None:
             return
     except (ArchiveError, KeyError):
         pass
-    print("archiving the demonstration SECOND …", file=sys.stderr, flush=True)
+    print("archiving the demo SECOND …", file=sys.stderr, flush=True)
     archive_demo(folder)
 
 

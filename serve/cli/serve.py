@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None) -> int:
 
 
 def _serve_in_container(args: argparse.Namespace, settings: Settings) -> int:
-    """Serve what can be served of a store; an empty one means the demonstration SECOND."""
+    """Serve what can be served of a store; an empty one means the demo SECOND."""
     logs.set_up("json", "info")
     store = args.store or CONTAINER_STORE
     if store.exists() and not os.access(store, os.R_OK | os.X_OK):
@@ -91,7 +91,7 @@ def _serve_in_container(args: argparse.Namespace, settings: Settings) -> int:
     with stoppable(), tempfile.TemporaryDirectory(prefix="mmdet3d-serve-demo-") as folder:
         if not args.models and not any(store.glob("*.mar")):
             print(
-                f"{store} holds no archive: serving the demonstration SECOND",
+                f"{store} holds no archive: serving the demo SECOND",
                 file=sys.stderr,
                 flush=True,
             )
@@ -107,7 +107,7 @@ def _serve_in_container(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def archive_demo(folder: Path) -> Path:
-    """Put the archive of the demonstration SECOND into `folder`; returns the folder."""
+    """Put the archive of the demo SECOND into `folder`; returns the folder."""
     from serve.convert import Conversion, convert
 
     assets = Path(__file__).parents[1] / "assets"
@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         "--container",
         action="store_true",
         help="defaults of a container: listen on all interfaces, log JSON, serve the rest if an archive is rejected, "
-        "serve the demonstration model if the store is empty",
+        "serve the demo model if the store is empty",
     )
     parser.add_argument("--stop", action="store_true", help=argparse.SUPPRESS)
     add_flags(parser, TorchServeOptions, title="TorchServe", defaults={"state_dir": STATE_DIR})

@@ -113,7 +113,7 @@ def up(demo_store: Path, tmp_path: Path) -> Iterator[Callable[..., Up]]:
 
 @pytest.fixture(scope="module")
 def demo_store(demo_mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of one archive, the demonstration's."""
+    """A store of one archive, the demo's."""
     store = tmp_path_factory.mktemp("store")
     shutil.copy(demo_mar, store)
     return store
@@ -248,10 +248,10 @@ def of_another_version(path: Path, out: Path, **changes: object) -> None:
             made.writestr(entry, body)
 
 
-def test_an_empty_store_serves_the_demonstration(up: Callable[..., Up], tmp_path: Path) -> None:
+def test_an_empty_store_serves_the_demo(up: Callable[..., Up], tmp_path: Path) -> None:
     service = up(tmp_path / "nothing-here")
     service.await_ready()
-    assert "serving the demonstration SECOND" in service.text()
+    assert "serving the demo SECOND" in service.text()
     answer = httpx.post(f"{service.url}/predictions/second", content=sample_frame(), timeout=60).json()
     assert len(answer["bboxes_3d"]) > 2
 
