@@ -39,6 +39,7 @@ __all__ = [
     "Archive",
     "InferenceOptions",
     "Metadata",
+    "check_identity",
     "extract",
     "open_directory",
     "verify",
@@ -210,7 +211,7 @@ def write(
     """
     if path.exists() and not force:
         raise ArchiveError(f"{path} exists; choose another name or version, or replace it with --force")
-    _check_identity(metadata.name, metadata.version)
+    check_identity(metadata.name, metadata.version)
     entries: dict[str, Source] = {
         CONFIG: _json(config_json.to_json(config)),
         WEIGHTS: weights,
@@ -357,7 +358,12 @@ def _check_version(archive_format: Any, serve_version: Any) -> None:
         )
 
 
-def _check_identity(name: str, version: str) -> None:
+def check_identity(name: str, version: str) -> None:
+    """Check that a model's name and version can be served.
+
+    Raises:
+        ArchiveError: they cannot; the message says what is allowed.
+    """
     if not NAME.fullmatch(name):
         raise ArchiveError(
             f"model name {name!r} is invalid; use letters, digits, '.', '_' and '-' (at most 128)"

@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve import convert, storage, zoo
+from serve import archive, convert, storage, zoo
 from serve.archive.store import archive_uri, publish
+from serve.cli import zoo as zoo_command
 from serve.cli.entry import CLASSES_HELP, command_parser, open_cache, stage_reporter
 from serve.convert.classes import read_class_names
 from serve.errors import ArchiveError
@@ -44,6 +45,7 @@ def to_torchserve(argv: Sequence[str] | None, package: str) -> int:
     )
     _add_options(parser)
     args = parser.parse_args(argv)
+    _check_names(args)
     with local_config(args.config) as config:
         entry = zoo.resolve(config, package=package)
         _print_notes(entry.notes if not Path(config).is_file() else ())
@@ -65,7 +67,10 @@ def main(argv: Sequence[str] | None) -> int:
             "archive second --output-folder s3://bucket/models",
         ],
     )
-    parser.add_argument("model", metavar="MODEL", help="name of the model, or path or URI of a config")
+    parser.add_argument("--list", nargs="*", metavar="WORD", help=argparse.SUPPRESS)  # until 0.3
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="name of the model, or path or URI of a config"
+    )
     parser.add_argument(
         "--checkpoint", help="path or URI (s3://…, https://…) of a checkpoint in place of the zoo's weights"
     )
@@ -74,6 +79,12 @@ def main(argv: Sequence[str] | None) -> int:
     )
     _add_options(parser)
     args = parser.parse_args(argv)
+    if args.list is not None:
+        print("warning: '--list' is now 'mmdet3d-serve zoo'; it will be removed in 0.3", file=sys.stderr)
+        return zoo_command.main(args.list)
+    if args.model is None:
+        parser.error("MODEL is not set; `mmdet3d-serve zoo` lists the names")
+    _check_names(args)
     with local_config(args.model) as model:
         entry = zoo.resolve(model)
         _print_notes(entry.notes)
@@ -84,6 +95,11 @@ def main(argv: Sequence[str] | None) -> int:
         )
         name = args.model_name or (model if not Path(model).is_file() else entry.name)
         return _convert(entry.config_path, checkpoint, name, args.output_folder, args)
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """Reject a name or version that cannot be served before anything is fetched."""
+    archive.check_identity(args.model_name or "model", args.model_version)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

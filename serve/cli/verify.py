@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from serve.cli.entry import CLASSES_HELP, command_parser, open_cache, stage_reporter
+from serve.cli.entry import CLASSES_HELP, bounded, command_parser, open_cache, stage_reporter
 from serve.client import Client
 from serve.compare.tolerances import Tolerances, tolerances_for
 from serve.convert.classes import read_class_names
@@ -97,28 +97,35 @@ def _parser() -> argparse.ArgumentParser:
         "--device", help="device of the native model: cpu or cuda:N (default: cuda:0 if available)"
     )
     parser.add_argument(
-        "--score-thr", type=float, default=0.3, help="lowest score of the compared detections, 0 to 1 "
+        "--score-thr", type=bounded(float, 0, 1), default=0.3, help="lowest score of the compared detections, 0 to 1 "
         "(default: %(default)s)"
     )  # fmt: skip
     parser.add_argument(
-        "--timeout-s", type=float, default=120.0, help="timeout of a request, seconds (default: %(default)g)"
+        "--timeout-s",
+        type=bounded(float, 0.001, unit="seconds"),
+        default=120.0,
+        help="timeout of a request, seconds (default: %(default)g)",
     )
     parser.add_argument("--token-file", help="file with the server's token, or TorchServe's key_file.json")
     defaults = Tolerances()
     parser.add_argument(
-        "--box-tolerance", type=float, help=f"largest deviation of a box value "
+        "--box-tolerance", type=bounded(float, 0), help=f"largest deviation of a box value "
         f"(default: {defaults.box_m:g} metres in 3D, {defaults.box_px:g} pixels in 2D)"
     )  # fmt: skip
     parser.add_argument(
         "--yaw-tolerance",
-        type=float,
+        type=bounded(float, 0, unit="radians"),
         help=f"largest deviation of a heading, radians (default: {defaults.yaw_rad:g})",
     )
     parser.add_argument(
-        "--score-tolerance", type=float, help=f"largest deviation of a score (default: {defaults.score:g})"
+        "--score-tolerance",
+        type=bounded(float, 0, 1),
+        help=f"largest deviation of a score (default: {defaults.score:g})",
     )
     parser.add_argument(
-        "--mask-iou", type=float, help=f"least IoU of two masks, 0 to 1 (default: {defaults.mask_iou:g})"
+        "--mask-iou",
+        type=bounded(float, 0, 1),
+        help=f"least IoU of two masks, 0 to 1 (default: {defaults.mask_iou:g})",
     )
     parser.add_argument("--classes", metavar="A,B|FILE", help=CLASSES_HELP)
     parser.add_argument(
@@ -129,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="unpickle any type in the checkpoint, which can run code",
     )
-    parser.add_argument("--rows", type=int, default=20, help="rows per table (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=bounded(int, 0), default=20, help="rows per table (default: %(default)s)"
+    )
     parser.add_argument("--draw", metavar="DIR", help="draw native and served detections into this folder")
     return parser

@@ -118,13 +118,14 @@ def convert(conversion: Conversion) -> ConversionResult:
 
     from serve.convert.checkpoint import load_checkpoint
     from serve.convert.legacy_weights import adapt_and_load
-    from serve.runtime.model import build_network, is_segmentor
+    from serve.runtime.model import build_network, is_segmentor, parse_device
     from serve.runtime.pipeline import box_type_of, frame_spec
 
     target = conversion.output_folder / f"{conversion.model_name}.mar"
     if target.exists() and not conversion.force:
         raise ArchiveError(f"{target} exists; choose another --model-name, or replace it with --force")
-    device = torch.device(conversion.device)
+    device = parse_device(conversion.device)
+    archive.check_identity(conversion.model_name, conversion.model_version)
     # 1. Config.
     report("reading the config")
     config, package, config_notes = resolve_config(conversion.config)

@@ -122,17 +122,17 @@ class ReferenceModel:
             with contextlib.ExitStack() as stack:
                 if "points" in files:
                     files["points"] = stack.enter_context(_as_bin(files["points"], self.layout))
-                stack.enter_context(_running("mmdet3d", files[self.parts[0]], self.module))
+                stack.enter_context(_map_errors("mmdet3d", files[self.parts[0]], self.module))
                 return self._read(upstream.detect_with_calibration(self.module, files, self.parts))
         with _as_bin(files["points"], self.layout) as cloud:
             if self.box_type_3d is None:
-                with _running("mmdet3d", cloud, self.module):
+                with _map_errors("mmdet3d", cloud, self.module):
                     return self._read(upstream.segment_points(self.module, cloud))
             if self._has_no_points_in_range(cloud):
                 return self._add_names(
                     {"bboxes_3d": [], "scores_3d": [], "labels_3d": [], "box_type_3d": self.box_type_3d}
                 )
-            with _running("mmdet3d", cloud, self.module):
+            with _map_errors("mmdet3d", cloud, self.module):
                 return self._read(upstream.detect_in_points(self.module, cloud))
 
     def _check_files(self, frame: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
@@ -184,7 +184,7 @@ class ReferenceModel:
         if cv2.imread(str(path)) is None:
             raise UndecodableFrame(f"{path} is not a readable image")
         scope = str(self.module.cfg.get("default_scope") or "mmdet")
-        with _running(scope, path, self.module):
+        with _map_errors(scope, path, self.module):
             sample = upstream.detect_in_image(self.module, path)
         if "pred_panoptic_seg" in sample:
             segments = np.asarray(sample.pred_panoptic_seg.sem_seg)
@@ -376,7 +376,7 @@ def _suppress_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _running(scope: str, path: Path, module: Any) -> Iterator[None]:
+def _map_errors(scope: str, path: Path, module: Any) -> Iterator[None]:
     """Run upstream's code with registry scope `scope` and the runtime's random seed; map its errors.
 
     The seed is `serve.runtime.random_state`'s: models that sample points would otherwise differ from run to run. On

@@ -64,6 +64,10 @@ def test_version_is_that_of_the_package(flag: str, capsys: pytest.CaptureFixture
     ("line", "named"),
     [
         ("draw frame.bin answer.json -o out.png --load-dim 0", "--load-dim"),
+        ("archive second --model-name a/b", "a/b"),
+        ("archive second --model-version one", "one"),
+        ("archive", "MODEL"),
+        ("verify frame.bin second second.pth second --score-thr 3", "--score-thr"),
         ("draw frame.bin answer.json -o out.png --load-dim four", "--load-dim"),
         ("draw frame.bin answer.json -o out.png --width -3", "--width"),
         ("draw frame.bin answer.json -o out.png --height 0", "--height"),
