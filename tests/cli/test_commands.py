@@ -68,6 +68,7 @@ def test_version_is_that_of_the_package(flag: str, capsys: pytest.CaptureFixture
         ("archive second --model-version one", "one"),
         ("archive", "MODEL"),
         ("verify frame.bin second second.pth second --score-thr 3", "--score-thr"),
+        ("verify frame.bin second second.pth second --score-tolerance -1", "--score-tolerance"),
         ("draw frame.bin answer.json -o out.png --load-dim four", "--load-dim"),
         ("draw frame.bin answer.json -o out.png --width -3", "--width"),
         ("draw frame.bin answer.json -o out.png --height 0", "--height"),

@@ -15,6 +15,8 @@ from serve.convert import Conversion, convert
 from serve.errors import ArchiveError, CheckpointError, SelfTestError
 from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG
 
+pytestmark = pytest.mark.slow  # together: each converts a model
+
 
 @pytest.fixture
 def demo(tmp_path) -> Conversion:

@@ -16,6 +16,7 @@ import pytest
 
 from serve.ops.cpu import jit_cache
 
+pytestmark = pytest.mark.slow  # together: each starts Pythons of its own
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
 # Runs NMS, then prints numba's cache statistics and the folder of the machine code.

@@ -561,7 +561,6 @@ def test_verify_command_returns_2_with_one_error_line(
         ends_with(address, "--inference-addr", address)
     ends_with("none.bin", img=tmp_path / "none.bin")
     ends_with("none.pth", checkpoint=tmp_path / "none.pth")
-    ends_with("score", "--score-tolerance", "-1")
     ends_with("host:port", "--inference-addr", "ftp://x")
     ends_with("token file", "--token-file", str(tmp_path / "none"))
 
