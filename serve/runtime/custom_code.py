@@ -54,7 +54,7 @@ def import_modules(config: Mapping[str, Any], *, owner: str, trust: bool) -> Non
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever somebody's module does at import
+        except Exception as error:  # a foreign module may raise anything at import
             if may_fail and isinstance(error, ImportError):
                 continue
             reason = explain_missing(error, owner) or (

@@ -127,7 +127,7 @@ def _build(config: Any, scope: str) -> Any:
         model.train_cfg = None
     try:
         return MODELS.build(use_torch_sync_bn(model))
-    except Exception as error:  # whatever a constructor makes of somebody's config
+    except Exception as error:  # a constructor may raise anything on a foreign config
         if missing := explain_missing(error, f"the network {model.get('type')}"):
             raise ArchiveError(missing) from error
         raise ArchiveError(

@@ -1,4 +1,4 @@
-"""The user's own modules: which files are packed, and what is said of those that cannot be."""
+"""The user's own modules: which files are packed, and which notes name those that cannot be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said to be proved was proved in a process that has only what a server has."""
+"""The conversion proves an archive in a process that has only what a server has."""
 
 from __future__ import annotations
 

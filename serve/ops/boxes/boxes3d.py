@@ -4,7 +4,7 @@ A box is (x, y, z, x_size, y_size, z_size, yaw): metres and radians, z at the ce
 counter-clockwise about the z axis. A point on the bottom or the top face is inside, one on a side face is
 outside, as in the reference (mmcv 2.1.0 `csrc/common/cuda/points_in_boxes_cuda_kernel.cuh`); so is a point
 whose x or y is NaN, but not one whose z is. All is computed in float32, or in float64 where points or boxes are.
-Knows nothing about cameras: mmdet3d turns their boxes into this frame first.
+Camera boxes do not come here: mmdet3d turns their boxes into this frame first.
 """
 
 from __future__ import annotations

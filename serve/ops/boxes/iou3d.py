@@ -1,7 +1,7 @@
 """Bird's-eye-view overlap and NMS of upright 3D boxes (x, y, z, dx, dy, dz, heading in radians).
 
 The heights do not enter: mmcv's Python multiplies them in. The arithmetic is that of mmcv's CUDA kernel, in float32
-(`serve.ops.boxes.bev`), on the CPU for every device. Knows nothing about scores: boxes come sorted.
+(`serve.ops.boxes.bev`), on the CPU for every device. Boxes come sorted by score.
 """
 
 from __future__ import annotations

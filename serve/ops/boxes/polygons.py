@@ -2,7 +2,7 @@
 
 The arithmetic is that of mmcv's CUDA kernels: mmcv 2.1.0 `csrc/common/cuda/points_in_polygons_cuda_kernel.cuh` here,
 the others in `serve.ops.boxes.point_sets` and `serve.ops.boxes.vertex_order`, which compute on the CPU for all devices.
-Knows nothing about detection heads; these are reached from oriented detectors and training losses only.
+Reached from oriented detectors and training losses only.
 """
 
 from __future__ import annotations

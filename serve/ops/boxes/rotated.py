@@ -2,7 +2,7 @@
 
 A box is (x, y, width, height, angle in radians); with the angle counter-clockwise or clockwise for all of them alike,
 areas are the same. The arithmetic is that of mmcv's kernels (`serve.ops.boxes.corner_hull`), on the CPU for every
-device: a GPU would wait for the greedy choice anyway. Knows nothing about boxes in 3D.
+device: a GPU would wait for the greedy choice anyway.
 """
 
 from __future__ import annotations
