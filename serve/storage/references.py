@@ -13,7 +13,6 @@ the store's message.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import re
 import socket
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from serve.errors import (
     UriError,
 )
 from serve.settings import MAX_FRAME_BYTES
+from serve.storage.addresses import is_public
 from serve.storage.uri import Location, parse
 
 if TYPE_CHECKING:
@@ -299,20 +299,8 @@ async def _resolve_public(host: str, port: int, limits: ReferenceLimits) -> str:
     except (OSError, UnicodeError) as error:
         raise StorageError(f"{host} cannot be resolved") from error
     addresses = [str(entry[4][0]) for entry in found]
-    if not limits.private_hosts and not all(_is_public(address) for address in addresses):
+    if not limits.private_hosts and not all(is_public(address) for address in addresses):
         raise ReferenceRefused(
             "the host is in a private network, from which this server does not read frames"
         )
     return addresses[0]
-
-
-def _is_public(text: str) -> bool:
-    address = ipaddress.ip_address(text.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address):
-        # IPv6 addresses can embed an IPv4 address: mapped, 6to4, Teredo, NAT64.
-        embedded = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
-        if embedded is None and address in ipaddress.ip_network("64:ff9b::/96"):
-            embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if embedded is not None:
-            return _is_public(str(embedded))
-    return address.is_global and not address.is_multicast
