@@ -296,9 +296,20 @@ class ModelNotLoaded(BackendStartError):
     archive: str = ""
 
 
+# Of a message in a response; some name every option or part of a model.
+MAX_MESSAGE_CHARS = 2000
+
+
 def error_body(error: ServeError, request_id: str | None = None) -> dict[str, Any]:
-    """Build the JSON body of every error response: ``{"error": {"code", "message"[, "request_id"]}}``."""
-    body: dict[str, Any] = {"code": error.code, "message": str(error)}
+    """Build the JSON body of every error response: ``{"error": {"code", "message"[, "request_id"]}}``.
+
+    The message is cut to `MAX_MESSAGE_CHARS`; what is not Unicode in it (lone surrogates) is replaced, so that the body
+    can always be encoded.
+    """
+    message = str(error)
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = f"{message[:MAX_MESSAGE_CHARS]}…"
+    body: dict[str, Any] = {"code": error.code, "message": message.encode(errors="replace").decode()}
     if request_id is not None:
         body["request_id"] = request_id
     return {"error": body}

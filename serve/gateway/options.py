@@ -79,7 +79,7 @@ class GatewayOptions(Options):
         130.0, "S", "longest wait for one batch; more than TorchServe's own limit", ge=0.001
     )
 
-    batch_frames: int = option(16, "N", "most frames in a batch", common=True, ge=1)
+    batch_frames: int = option(16, "N", "most frames in a batch", common=True, ge=1, le=4096)
     batch_points: int = option(
         2_000_000, "POINTS", "most points in a batch of point clouds, summed", common=True, ge=1
     )

@@ -185,7 +185,7 @@ async def receive_frames(
             frames, many = await read_frames(body, references, permit, options.max_frames_per_request)
             parsed = ParsedRequest(frames, many)
         else:
-            parsed = _parse_raw_frames(kind, body)
+            parsed = _parse_raw_frames(kind, body, options.max_frames_per_request)
     if len(parsed.frames) > options.max_frames_per_request:
         raise FrameTooLarge(
             f"the request has {len(parsed.frames)} frames, the limit is {options.max_frames_per_request}"
@@ -194,9 +194,10 @@ async def receive_frames(
     return ParsedRequest(check_frames(parsed.frames, given, options), parsed.many, parsed.framed)
 
 
-def _parse_raw_frames(kind: str, body: bytes) -> ParsedRequest:
+def _parse_raw_frames(kind: str, body: bytes, max_frames: int) -> ParsedRequest:
     if kind == FRAMES_CONTENT_TYPE:
-        return ParsedRequest([EncodedFrame(*entry) for entry in unpack_frames(body)], many=True, framed=True)
+        frames = [EncodedFrame(*entry) for entry in unpack_frames(body, max_frames)]
+        return ParsedRequest(frames, many=True, framed=True)
     return ParsedRequest([EncodedFrame(body)], many=False)
 
 

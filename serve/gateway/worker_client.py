@@ -18,7 +18,7 @@ from typing import cast
 
 from serve.gateway.http_pool import ConnectionLost
 from serve.protocol.batch import Bytes
-from serve.protocol.worker import BATCH_HEADER, LENGTH, MAX_MESSAGE_BYTES, socket_path
+from serve.protocol.worker import BATCH_HEADER, GREETING, LENGTH, MAX_MESSAGE_BYTES, socket_path
 
 __all__ = ["WorkerLost", "WorkerSockets"]
 
@@ -151,8 +151,8 @@ class _Connection(asyncio.Protocol):
 
     async def wait_for_hello(self) -> None:
         """Wait for the worker's hello."""
-        if await self._answer or not self.open:
-            raise ConnectionLost("the worker sent no hello")
+        if await self._answer != GREETING or not self.open:
+            raise ConnectionLost("the worker speaks another version of the protocol")
 
     async def call(self, message: Sequence[Bytes]) -> bytes:
         """Send one message and wait for its answer."""

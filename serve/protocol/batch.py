@@ -5,13 +5,13 @@ magic, length of the JSON header (uint32, little-endian), the JSON header, the c
 
 * Frames (``MM3DFRM1``): ``{"frames": [{"length": bytes, "options": {…}[, "parts": [[name, bytes], …]]}, …]}``.
   A frame of one part is its bytes; a frame of several parts (image and calibration, for example) names them.
+  `unpack_frames` bounds the header's bytes, the frames, the parts and the names before it builds anything from them.
 * Outcomes (``MM3DOUT1``): ``{"outcomes": [{"status": 200, "length": bytes}, …], "seconds": {stage: s}}``; a payload is
   the JSON body with which this frame alone would have been answered.
 """
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from serve.errors import BackendBroken, BadRequest
+from serve.errors import BackendBroken, BadRequest, FrameTooLarge
 
 __all__ = [
     "FRAMES_CONTENT_TYPE",
@@ -43,50 +43,93 @@ OUTCOMES_CONTENT_TYPE = "application/vnd.mmdet3d-serve.outcomes"
 FRAMES_MAGIC = b"MM3DFRM1"
 OUTCOMES_MAGIC = b"MM3DOUT1"
 _PREFIX_BYTES = 12
+# Bounds of a header of frames; ten times what a frame of 7 cameras and 20 sweeps needs.
+HEADER_BYTES_PER_FRAME = 4096
+MAX_PARTS = 128
+MAX_NAME_CHARS = 200
+# Bounds of a header of outcomes: one line per frame.
+_OUTCOMES_HEADER_BYTES = 1 << 20
 
 
 def frame_chunks(frames: Sequence[tuple[Body, Mapping[str, Any]]]) -> list[Bytes]:
-    """Pack frames with their options into a body of type `FRAMES_CONTENT_TYPE`, as chunks that are not joined."""
-    entries: list[dict[str, Any]] = []
-    payloads: list[Bytes] = []
-    for body, options in frames:
-        entry: dict[str, Any] = {"length": 0, "options": dict(options)}
+    """Pack frames with their options into a body of type `FRAMES_CONTENT_TYPE`, as chunks that are not joined.
+
+    Raises:
+        BadRequest: a name or an option cannot be encoded.
+    """
+    return join_entries(
+        [frame_entry(body, options) for body, options in frames], [body for body, _ in frames]
+    )
+
+
+def frame_entry(body: Body, options: Mapping[str, Any]) -> bytes:
+    """Encode the header's entry of one frame.
+
+    Raises:
+        BadRequest: a name or an option cannot be encoded.
+    """
+    entry: dict[str, Any] = {"length": body_bytes(body), "options": dict(options)}
+    if isinstance(body, Mapping):
+        entry["parts"] = [[name, len(part)] for name, part in body.items()]
+    try:
+        return orjson.dumps(entry)
+    except TypeError as error:  # lone surrogates; integers over 64 bits
+        raise BadRequest(f"the options or names of the frame cannot be encoded: {error}") from None
+
+
+def join_entries(entries: Sequence[bytes], bodies: Sequence[Body]) -> list[Bytes]:
+    """Build a body of type `FRAMES_CONTENT_TYPE` from the entries and the bodies of its frames, as chunks."""
+    header = b'{"frames":[' + b",".join(entries) + b"]}"
+    chunks: list[Bytes] = [FRAMES_MAGIC + struct.pack("<I", len(header)) + header]
+    for body in bodies:
         if isinstance(body, Mapping):
-            entry["parts"] = [[name, len(part)] for name, part in body.items()]
-            payloads.extend(body.values())
-            entry["length"] = sum(len(part) for part in body.values())
+            chunks.extend(body.values())
         else:
-            payloads.append(body)
-            entry["length"] = len(body)
-        entries.append(entry)
-    return [_pack_header(FRAMES_MAGIC, {"frames": entries}), *payloads]
+            chunks.append(body)
+    return chunks
+
+
+def body_bytes(body: Body) -> int:
+    """Return the size of a frame in bytes, all parts together."""
+    return sum(map(len, body.values())) if isinstance(body, Mapping) else len(body)
 
 
 def pack_frames(frames: Sequence[tuple[Body, Mapping[str, Any]]]) -> bytes:
-    """Pack frames with their options into one body of type `FRAMES_CONTENT_TYPE`."""
+    """Pack frames with their options into one body of type `FRAMES_CONTENT_TYPE`; raises like `frame_chunks`."""
     return b"".join(frame_chunks(frames))
 
 
-def unpack_frames(body: Bytes) -> list[tuple[memoryview | dict[str, memoryview], dict[str, Any]]]:
+def unpack_frames(
+    body: Bytes, max_frames: int = 64
+) -> list[tuple[memoryview | dict[str, memoryview], dict[str, Any]]]:
     """Unpack what `pack_frames` wrote; the frames (or their parts by name) are views, not copies.
+
+    Args:
+        body: the framed batch.
+        max_frames: maximum number of frames; bounds the header to `HEADER_BYTES_PER_FRAME` for each.
 
     Raises:
         BadRequest: the header is malformed, or its lengths do not add up to the body.
+        FrameTooLarge: more frames or parts, or a longer header.
     """
     view = memoryview(body)
     if len(view) < _PREFIX_BYTES or bytes(view[:8]) != FRAMES_MAGIC:
         raise BadRequest(f"a body of type {FRAMES_CONTENT_TYPE} must start with {FRAMES_MAGIC.decode()}")
     try:
-        header, at = _read_header(view)
+        header, at = _read_header(view, max_frames * HEADER_BYTES_PER_FRAME)
+        entries = header["frames"]
+        if len(entries) > max_frames:
+            raise FrameTooLarge(f"the request has {len(entries)} frames, the limit is {max_frames}")
         found: list[tuple[memoryview | dict[str, memoryview], dict[str, Any]]] = []
-        for entry in header["frames"]:
+        for entry in entries:
             payload, at = _take_payload(view, at, entry["length"])
             parts = entry.get("parts")
-            found.append(
-                (payload if parts is None else _split_parts(payload, parts), dict(entry.get("options", {})))
-            )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadRequest(f"malformed header of the framed batch: {error}") from None
+            options = entry.get("options", {})
+            if not isinstance(options, dict):
+                raise ValueError("the options of a frame must be an object")
+            found.append((payload if parts is None else _split_parts(payload, parts), options))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadRequest(f"malformed header of the framed batch: {str(error)[:200]}") from None
     if at != len(view):
         raise BadRequest("the frame lengths in the header do not add up to the length of the body")
     return found
@@ -122,14 +165,14 @@ def unpack_outcomes(body: Bytes) -> Outcomes:
     if len(view) < _PREFIX_BYTES or bytes(view[:8]) != OUTCOMES_MAGIC:
         raise BackendBroken(f"the worker's answer does not start with {OUTCOMES_MAGIC.decode()}")
     try:
-        header, at = _read_header(view)
+        header, at = _read_header(view, _OUTCOMES_HEADER_BYTES)
         items: list[tuple[int, Bytes]] = []
         for entry in header["outcomes"]:
             payload, at = _take_payload(view, at, entry["length"])
             items.append((int(entry["status"]), payload))
         seconds = {str(stage): float(spent) for stage, spent in header.get("seconds", {}).items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BackendBroken(f"the worker's answer has a malformed header: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, FrameTooLarge) as error:
+        raise BackendBroken(f"the worker's answer has a malformed header: {str(error)[:200]}") from None
     if at != len(view):
         raise BackendBroken("the lengths in the worker's answer do not add up to the length of its body")
     return Outcomes(items, seconds)
@@ -140,26 +183,30 @@ def _pack_header(magic: bytes, header: Any) -> bytes:
     return magic + struct.pack("<I", len(encoded)) + encoded
 
 
-def _read_header(view: memoryview) -> tuple[Any, int]:
+def _read_header(view: memoryview, max_bytes: int) -> tuple[Any, int]:
     (length,) = struct.unpack("<I", view[8:_PREFIX_BYTES])
     if _PREFIX_BYTES + length > len(view):
         raise ValueError("the header is longer than the body")
-    # The standard library's parser limits the nesting.
-    return json.loads(bytes(view[_PREFIX_BYTES : _PREFIX_BYTES + length])), _PREFIX_BYTES + length
+    if length > max_bytes:
+        raise FrameTooLarge(f"the header of the framed batch has {length} bytes, the limit is {max_bytes}")
+    # orjson limits the nesting, and rejects lone surrogates and numbers beyond double.
+    return orjson.loads(view[_PREFIX_BYTES : _PREFIX_BYTES + length]), _PREFIX_BYTES + length
 
 
 def _take_payload(view: memoryview, at: int, length: Any) -> tuple[memoryview, int]:
     if not isinstance(length, int) or isinstance(length, bool) or length < 0 or at + length > len(view):
-        raise ValueError(f"length {length!r} does not fit the body")
+        raise ValueError(f"length {str(length)[:80]} does not fit the body")
     return view[at : at + length], at + length
 
 
 def _split_parts(payload: memoryview, parts: Any) -> dict[str, memoryview]:
+    if len(parts) > MAX_PARTS:
+        raise FrameTooLarge(f"the frame has {len(parts)} parts, the limit is {MAX_PARTS}")
     found: dict[str, memoryview] = {}
     at = 0
     for name, length in parts:
-        if not isinstance(name, str) or name in found:
-            raise ValueError(f"part name {name!r} is invalid or occurs twice")
+        if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or name in found:
+            raise ValueError(f"part name {str(name)[:80]!r} is invalid or occurs twice")
         found[name], at = _take_payload(payload, at, length)
     if at != len(payload):
         raise ValueError("the lengths of the parts do not add up to the frame")

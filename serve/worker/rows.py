@@ -22,6 +22,7 @@ from serve.protocol.batch import (
     unpack_frames,
 )
 from serve.protocol.frames import FrameOptions, decode_json_request, encode_json, is_part, parse_options
+from serve.protocol.worker import MAX_BATCH_FRAMES
 
 if TYPE_CHECKING:  # rows are parsed without torch too
     from serve.runtime import Outcome
@@ -93,7 +94,9 @@ def read_batch(body: Bytes, base: FrameOptions | None = None) -> tuple[Entry, ..
         BadRequest: the body is not a framed batch.
     """
     options = base or FrameOptions()
-    return tuple(_parse_entry(frame, given, options) for frame, given in unpack_frames(body))
+    return tuple(
+        _parse_entry(frame, given, options) for frame, given in unpack_frames(body, MAX_BATCH_FRAMES)
+    )
 
 
 def _find_frame(row: Mapping[str, Any], headers: Mapping[str, Any], content_type: str) -> tuple[Body, str]:

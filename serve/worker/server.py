@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from serve.errors import ServeError
-from serve.protocol.worker import BATCH_HEADER, HELLO, LENGTH, MAX_MESSAGE_BYTES, socket_path
+from serve.protocol.worker import BATCH_HEADER, HELLO, LENGTH, MessageReader, ProtocolError, socket_path
 
 __all__ = ["listen"]
 
@@ -73,12 +73,15 @@ def _serve(
     try:
         with connection:
             connection.sendall(HELLO)
-            while (received := _receive(connection)) is not None:
-                body = _answer(answer, *received)
-                del received
+            reader = MessageReader(BATCH_HEADER, reuse=True)
+            while (received := _receive(connection, reader)) is not None:
+                (length, compute_s), batch = received
+                if not length:
+                    continue  # a frame of a batch that is answered already was cancelled
+                body = _answer(answer, batch, compute_s)
                 connection.sendall(LENGTH.pack(len(body)) + body)  # one send, one wake-up of the gateway
-    except OSError:
-        pass  # disconnected
+    except (OSError, ProtocolError):
+        pass  # disconnected, or not a gateway of this version
     finally:
         free_slots.release()
 
@@ -93,22 +96,9 @@ def _answer(answer: Callable[[memoryview, int], bytes], batch: memoryview, compu
     return b""
 
 
-def _receive(connection: socket.socket) -> tuple[memoryview, int] | None:
-    """Receive a batch and its compute limit; None at the end of the connection, or if the length is invalid."""
-    head = bytearray(BATCH_HEADER.size)
-    if not _receive_into(connection, memoryview(head)):
-        return None
-    length, compute_s = BATCH_HEADER.unpack(head)
-    if length > MAX_MESSAGE_BYTES:
-        return None
-    batch = memoryview(bytearray(length))
-    return (batch, compute_s) if _receive_into(connection, batch) else None
-
-
-def _receive_into(connection: socket.socket, buffer: memoryview) -> bool:
-    while buffer:
-        received = connection.recv_into(buffer)
-        if not received:
-            return False
-        buffer = buffer[received:]
-    return True
+def _receive(connection: socket.socket, reader: MessageReader) -> tuple[tuple[int, ...], memoryview] | None:
+    """Receive one message; None at the end of the connection."""
+    while received := connection.recv_into(reader.buffer, 0, socket.MSG_WAITALL):
+        if (message := reader.advance(received)) is not None:
+            return message
+    return None

@@ -58,7 +58,7 @@ def test_flag_goes_before_variable_and_that_before_the_default():
         ({"max_pending_frames": 63}, "max_pending_frames=63 is below max_frames_per_request"),
         ({"timeout_s": 301.0}, "timeout_s=301 is over max_timeout_s"),
         ({"cors_origins": ("*",), "api_keys": ("k",)}, "list the origins"),
-        ({"batch_frames": 0}, "batch_frames must be a whole number of at least 1, got 0$"),
+        ({"batch_frames": 0}, "batch_frames must be a whole number of at least 1 and at most 4096, got 0$"),
         ({"timeout_s": 0.0}, r"timeout_s must be .* got 0\.0"),
         ({"timeout_s": float("nan")}, "timeout_s must be .* got nan"),
         ({"timeout_s": float("inf")}, "timeout_s must be .* got inf"),

@@ -178,7 +178,7 @@ def test_hung_worker_gets_no_batches_until_it_was_replaced(tmp_path):
         assert asking(tmp_path, calls) == (None, b"x")
 
 
-@pytest.mark.parametrize("greeting", [b"", b"late", LENGTH.pack(1) + b"x", b"\xff" * 8])
+@pytest.mark.parametrize("greeting", [b"", b"late", LENGTH.pack(0), LENGTH.pack(1) + b"x", b"\xff" * 8])
 def test_worker_without_a_hello_gets_no_batch(tmp_path, greeting, monkeypatch):
     monkeypatch.setattr("serve.gateway.worker_client.CONNECT_TIMEOUT_S", 0.2)
     came = []
@@ -263,7 +263,7 @@ def test_full_worker_leaves_its_batch_to_torchserve(tmp_path):
             )  # with a timeout it would not wait for the backlog
             client.settimeout(20)
             clients.append(client)
-        assert clients[-1].recv(1) == b"" and clients[0].recv(9) == HELLO
+        assert clients[-1].recv(1) == b"" and clients[0].recv(len(HELLO)) == HELLO
 
         async def calls(sockets):
             return await sockets.call([OWN], [b"x"], 20.0)
