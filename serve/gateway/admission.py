@@ -1,36 +1,61 @@
-"""Admission control: bounds on the frames in progress and on the bytes held for them.
+"""Admission control: bounds on the frames in progress and on the bytes held for requests and answers.
 
-A request takes a permit before its body is read, grows it as the body arrives, and releases it however it ends.
+Every request has a permit until its answer is written, or has failed. The permit grows with what has arrived, not with
+what was announced, shrinks as frames are done, and counts the answer instead of the request once that is computed. One
+client (an API key, or an address if there are no keys) may hold only a share of each limit, so that others are served
+beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import ipaddress
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from serve.errors import Overloaded
 
-__all__ = ["Admission", "Permit"]
+__all__ = ["Admission", "Permit", "client_of"]
 
 
 class Admission:
-    """Counts frames and bytes in progress, up to a limit of each."""
+    """Counts frames and bytes in progress, up to a limit of each, in total and per client."""
 
-    def __init__(self, max_items: int, max_bytes: int) -> None:
-        """Allow `max_items` frames and `max_bytes` bytes of request bodies at a time."""
+    def __init__(self, max_items: int, max_bytes: int, client_share: float = 1.0) -> None:
+        """Allow `max_items` frames and `max_bytes` bytes at a time, and one client `client_share` of each."""
         self.max_items, self.max_bytes = max_items, max_bytes
+        self.client_items = math.ceil(max_items * client_share)
+        self.client_bytes = math.ceil(max_bytes * client_share)
         self.items = 0
         self.bytes = 0
+        self._clients: dict[str, _Held] = {}
 
-    @contextmanager
-    def permit(self) -> Iterator[Permit]:
-        """Yield an empty permit and release it at the end."""
-        permit = Permit(self)
-        try:
-            yield permit
-        finally:
-            permit.release()
+    def permit(self, client: str = "") -> Permit:
+        """Create an empty permit of a client; a context manager that releases it."""
+        return Permit(self, client)
+
+    def held_by(self, client: str) -> _Held:
+        """Return what a client holds, to read."""
+        return self._clients.get(client) or _Held()
+
+    def _add(self, client: str, items: int, nbytes: int) -> None:
+        self.items += items
+        self.bytes += nbytes
+        held = self._clients.setdefault(client, _Held())
+        held.items += items
+        held.bytes += nbytes
+        if not (held.items or held.bytes):
+            del self._clients[client]
+
+
+@dataclass
+class _Held:
+    """Frames and bytes that a client holds."""
+
+    items: int = 0
+    bytes: int = 0
 
 
 @dataclass
@@ -38,8 +63,17 @@ class Permit:
     """Share of an `Admission` that one request holds."""
 
     admission: Admission
+    client: str
     items: int = 0
     bytes: int = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
     def grow(self, *, items: int = 0, nbytes: int = 0) -> None:
         """Take `items` frames and `nbytes` bytes more.
@@ -48,10 +82,11 @@ class Permit:
             Overloaded: a limit would be exceeded; nothing is taken.
         """
         self.check(items=items, nbytes=nbytes)
-        self.items += items
-        self.bytes += nbytes
-        self.admission.items += items
-        self.admission.bytes += nbytes
+        self._add(items, nbytes)
+
+    def shrink(self, *, items: int = 0, nbytes: int = 0) -> None:
+        """Return `items` frames and `nbytes` bytes, as far as they are held."""
+        self._add(-min(items, self.items), -min(nbytes, self.bytes))
 
     def check(self, *, items: int = 0, nbytes: int = 0) -> None:
         """Check that `items` frames and `nbytes` bytes more would be admitted; takes nothing.
@@ -59,7 +94,7 @@ class Permit:
         Raises:
             Overloaded: a limit would be exceeded.
         """
-        admission = self.admission
+        admission, held = self.admission, self.admission.held_by(self.client)
         if items and admission.items + items > admission.max_items:
             raise Overloaded(
                 f"{admission.items} frames are pending, the limit is {admission.max_items}; retry later"
@@ -69,15 +104,44 @@ class Permit:
                 f"pending requests hold {admission.bytes} bytes and this one needs {nbytes} more, the limit is "
                 f"{admission.max_bytes}; retry later"
             )
+        if items and held.items + items > admission.client_items:
+            raise Overloaded(
+                f"{held.items} frames of this client are pending, its share is {admission.client_items}; retry later"
+            )
+        if nbytes and held.bytes + nbytes > admission.client_bytes:
+            raise Overloaded(
+                f"pending requests of this client hold {held.bytes} bytes and this one needs {nbytes} more, its "
+                f"share is {admission.client_bytes}; retry later"
+            )
 
-    def move(self) -> Permit:
-        """Transfer everything to a new permit, for a response that outlives the `with` block."""
-        moved = Permit(self.admission, self.items, self.bytes)
-        self.items = self.bytes = 0
-        return moved
+    def exchange(self, nbytes: int) -> None:
+        """Hold the `nbytes` bytes of an answer, in place of the frames and bytes of the request.
+
+        Raises:
+            Overloaded: a limit would be exceeded; nothing has changed.
+        """
+        if nbytes > self.bytes:
+            self.check(nbytes=nbytes - self.bytes)
+        self._add(-self.items, nbytes - self.bytes)
 
     def release(self) -> None:
         """Return everything to the admission; a second call has no effect."""
-        self.admission.items -= self.items
-        self.admission.bytes -= self.bytes
-        self.items = self.bytes = 0
+        self._add(-self.items, -self.bytes)
+
+    def _add(self, items: int, nbytes: int) -> None:
+        if items or nbytes:
+            self.items += items
+            self.bytes += nbytes
+            self.admission._add(self.client, items, nbytes)
+
+
+def client_of(scope: Mapping[str, object]) -> str:
+    """Return the network that a request came from: the IPv4 address, or the /64 of an IPv6 address."""
+    client = scope.get("client")
+    host = str(client[0]) if isinstance(client, list | tuple) and client else ""
+    if ":" not in host:
+        return host
+    try:
+        return str(ipaddress.IPv6Network((host.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return host

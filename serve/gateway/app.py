@@ -46,7 +46,7 @@ def create_app(
         SettingsError: an option needs a file or package that is missing.
     """
     lifecycle = lifecycle or Lifecycle()
-    admission = Admission(options.max_pending_frames, options.max_pending_bytes)
+    admission = Admission(options.max_pending_frames, options.max_pending_bytes, options.client_share)
     backend = TorchServeBackend(
         options.inference_url,
         options.management_url,
@@ -83,8 +83,8 @@ def create_app(
         redirect_slashes=False,
     )
     for routes in (
-        predictions.router(options, registry, admission, references),
-        kserve.router(options, registry, admission, lifecycle),
+        predictions.router(options, registry, references),
+        kserve.router(options, registry, lifecycle),
         health.router(registry, metrics, lifecycle, rejected or {}),
     ):
         # Copied, because `include_router` adds a second route lookup to every request.
@@ -96,7 +96,9 @@ def create_app(
     app.add_exception_handler(Exception, _on_unexpected)
     app.state.admission = admission
     app.state.registry = registry
-    wrapped = RequestMiddleware(app, keys=options.keys(), metrics=metrics, tracing=tracing)
+    wrapped = RequestMiddleware(
+        app, keys=options.keys(), admission=admission, metrics=metrics, tracing=tracing
+    )
     if not options.cors_origins:
         return wrapped
     # Outermost: a preflight request carries no API key, and the browser must be able to read a 401.

@@ -1,4 +1,7 @@
-"""Middleware around every request: request id, API key, metrics, access log, and the error response.
+"""Middleware around every request: request id, API key, permit, metrics, access log, and the error response.
+
+The permit of a request lasts until its answer is written: a long answer goes to the socket piece by piece, each once
+the one before has left, and its bytes count until then.
 
 Plain ASGI, so that bodies stream through unbuffered and a disconnect stays visible.
 """
@@ -23,16 +26,19 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import NotReady, Overloaded, ServeError, Unauthorized, error_body
+from serve.gateway.admission import Admission, Permit, client_of
 from serve.gateway.metrics import Metrics
 from serve.gateway.tracing import Tracing
 
-__all__ = ["RequestMiddleware", "error_response", "request_id_of"]
+__all__ = ["RequestMiddleware", "error_response", "permit_of", "request_id_of"]
 
 RETRY_AFTER_S = 1
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _OPEN_PATHS = ("/health/", "/v2/health/", "/metrics")
 _CLOSING = (408, 413)  # close instead of draining the body
 _LINGERING_CLOSE_S = 2.0
+# Bytes of an answer that are given to the transport at a time; a shorter answer is not counted by the permit.
+_PIECE_BYTES = 64 * 1024
 
 logger = logging.getLogger("serve.gateway.access")
 
@@ -40,9 +46,12 @@ logger = logging.getLogger("serve.gateway.access")
 class RequestMiddleware:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str], metrics: Metrics, tracing: Tracing) -> None:
+    def __init__(
+        self, app: ASGIApp, *, keys: Sequence[str], admission: Admission, metrics: Metrics, tracing: Tracing
+    ) -> None:
         """Accept any of the API `keys`; without keys, requests need none."""
         self._app = app
+        self._admission = admission
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._metrics = metrics
         self._tracing = tracing
@@ -57,25 +66,38 @@ class RequestMiddleware:
         state: dict[str, Any] = scope.setdefault("state", {})
         state["request_id"] = request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         began = time.perf_counter()
+        state["permit"] = permit = self._admission.permit(client_of(scope))
+        counted = not scope["path"].startswith(_OPEN_PATHS)  # those are answered whatever is held
         status = 0
 
-        async def send_with_id(message: Message) -> None:
+        async def send_answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                answer = MutableHeaders(scope=message)
+                if counted and message["status"] < 400:
+                    _count_answer(permit, answer.get("content-length", ""))
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                answer["x-request-id"] = request_id
+            elif len(body := message.get("body", b"")) > _PIECE_BYTES:
+                view = memoryview(body)
+                for start in range(0, len(view), _PIECE_BYTES):
+                    piece = view[start : start + _PIECE_BYTES]
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                message = {**message, "body": b""}
             await send(message)
 
         with self._tracing.request(scope["method"], scope["path"], headers) as span:
             try:
-                self._check_key(scope["path"], headers)
-                await self._app(scope, receive, send_with_id)
+                if key := self._check_key(scope["path"], headers):
+                    permit.client = key
+                await self._app(scope, receive, send_answer)
             except ServeError as error:
-                await error_response(error, scope)(scope, receive, send_with_id)
+                await error_response(error, scope)(scope, receive, send_answer)
             except Exception:
                 # Already answered with a generic message; only the log has the reason.
                 logger.exception("unexpected error", extra={"request_id": request_id})
             finally:
+                permit.release()
                 seconds = time.perf_counter() - began
                 span.end(status, state)
                 self._record(scope, state, status, seconds)
@@ -99,10 +121,13 @@ class RequestMiddleware:
             },
         )
 
-    def _check_key(self, path: str, headers: Headers) -> None:
-        """Reject a request without a valid API key; compares with every key in constant time."""
+    def _check_key(self, path: str, headers: Headers) -> str | None:
+        """Reject a request without a valid API key; compares with every key in constant time.
+
+        Returns the name of the key in `Admission`, None if the request needs none.
+        """
         if not self._keys or path.startswith(_OPEN_PATHS):
-            return
+            return None
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         given = credentials if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         digest = hashlib.sha256(given.strip().encode()).digest()
@@ -111,6 +136,20 @@ class RequestMiddleware:
             raise Unauthorized(
                 "missing or unknown API key; send Authorization: Bearer KEY, or X-API-Key: KEY"
             )
+        return digest.hex()
+
+
+def permit_of(scope: MutableMapping[str, Any]) -> Permit:
+    """Return the permit of a request."""
+    permit: Permit = scope["state"]["permit"]
+    return permit
+
+
+def _count_answer(permit: Permit, content_length: str) -> None:
+    """Hold the bytes of a computed answer in place of its request; one without a length counts itself."""
+    if content_length.isdigit():
+        nbytes = int(content_length)
+        permit.exchange(nbytes if nbytes > _PIECE_BYTES else 0)
 
 
 def request_id_of(scope: MutableMapping[str, Any]) -> str:

@@ -107,6 +107,18 @@ class GatewayOptions(Options):
         512 * MIB, "BYTES", "bytes held for requests in total; more are answered 429", ge=1
     )
 
+    client_share: float = option(
+        0.75,
+        "",
+        "share of the pending frames and bytes, and of the connections, that one client may hold: an API key, or an "
+        "address if there are no keys; 1 if all clients come through one proxy",
+        gt=0,
+        le=1,
+    )
+    max_connections: int = option(
+        4096, "N", "open connections in total; a further one is answered 503 and closed", ge=1
+    )
+
     timeout_s: float = option(
         30.0, "S", "deadline of a request that names none with timeout_ms", common=True, ge=0.001
     )
@@ -117,6 +129,18 @@ class GatewayOptions(Options):
         10.0, "S", "longest time for a connection to bring the header of a request", ge=0.001
     )
     body_timeout_s: float = option(30.0, "S", "longest time that a body may take to arrive", ge=0.001)
+    client_stall_timeout_s: float = option(
+        10.0,
+        "S",
+        "time in which a client must bring, or take, what client_bytes_per_s asks for; else it is cut",
+        ge=0.001,
+    )
+    client_bytes_per_s: int = option(
+        4096,
+        "BYTES",
+        "least rate of a body that arrives and of an answer that is read, bytes per second",
+        ge=1,
+    )
     keep_alive_s: float = option(15.0, "S", "how long an idle connection is kept", ge=0.001)
     max_requests_per_connection: int = option(
         0, "N", "requests after which a connection is closed, so that clients spread anew; 0: never", ge=0

@@ -106,44 +106,71 @@ async def read_body(request: Request, permit: Permit, options: GatewayOptions) -
     Raises:
         FrameTooLarge: the body exceeds `max_body_bytes`, already by its Content-Length if it has one.
         Overloaded: the limit of pending bytes would be exceeded.
-        SlowRequest: the body did not arrive in time.
+        SlowRequest: the body did not arrive in time, or stalled.
         ClientDisconnected: the client disconnected before the end of the body.
     """
-    async with _limit_body_time(options):
-        chunks = [chunk async for chunk in _body_chunks(request, permit, options)]
+    async with _limit_body_time(options) as pace:
+        chunks = [chunk async for chunk in _body_chunks(request, permit, options, pace)]
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 async def _body_chunks(
-    request: Request, permit: Permit, options: GatewayOptions
+    request: Request, permit: Permit, options: GatewayOptions, pace: _Pace
 ) -> AsyncGenerator[bytes, None]:
     declared = request.headers.get("content-length", "")
-    counted = int(declared) if declared.isdigit() else 0
-    _check_size(counted, options)
-    permit.grow(nbytes=counted)
+    announced = int(declared) if declared.isdigit() else 0
+    _check_size(announced, options)
+    permit.check(nbytes=announced)  # reject with 429 before it is sent; only what arrives is counted
     arrived = 0
     try:
         async for chunk in request.stream():
             if not chunk:
                 continue
             arrived += len(chunk)
-            if arrived > counted:
-                _check_size(arrived, options)
-                permit.grow(nbytes=arrived - counted)
-                counted = arrived
+            _check_size(arrived, options)
+            permit.grow(nbytes=len(chunk))
+            pace.arrived(arrived)
             yield chunk
     except ClientDisconnect:
         raise ClientDisconnected from None
 
 
+class _Pace:
+    """Deadline of a body, moved on by `client_stall_timeout_s` whenever enough of it has arrived.
+
+    Enough is what `client_bytes_per_s` asks for in that time. The deadline never passes `body_timeout_s`.
+    """
+
+    def __init__(self, options: GatewayOptions) -> None:
+        self._options = options
+        self._enough = options.client_bytes_per_s * options.client_stall_timeout_s
+        self._next = self._enough
+        self._loop = asyncio.get_running_loop()
+        self._end = self._loop.time() + options.body_timeout_s
+        self.timeout = asyncio.timeout_at(self._deadline())
+
+    def _deadline(self) -> float:
+        return min(self._end, self._loop.time() + self._options.client_stall_timeout_s)
+
+    def arrived(self, nbytes: int) -> None:
+        """Move the deadline on, given the bytes that have arrived in total."""
+        if nbytes >= self._next:
+            self._next = nbytes + self._enough
+            self.timeout.reschedule(self._deadline())
+
+
 @asynccontextmanager
-async def _limit_body_time(options: GatewayOptions) -> AsyncIterator[None]:
+async def _limit_body_time(options: GatewayOptions) -> AsyncIterator[_Pace]:
     """Limit the time for a body; used around its reader, because a generator may be abandoned half-way."""
+    pace = _Pace(options)
     try:
-        async with asyncio.timeout(options.body_timeout_s):
-            yield
+        async with pace.timeout:
+            yield pace
     except TimeoutError:
-        raise SlowRequest(f"the body did not arrive within {options.body_timeout_s:g} s") from None
+        raise SlowRequest(
+            f"the body did not arrive within {options.body_timeout_s:g} s, or at less than "
+            f"{options.client_bytes_per_s} bytes/s for {options.client_stall_timeout_s:g} s"
+        ) from None
 
 
 def _check_size(nbytes: int, options: GatewayOptions) -> None:
@@ -237,11 +264,11 @@ async def _parse_form(
     request: Request, permit: Permit, options: GatewayOptions
 ) -> tuple[list[tuple[str, str]], list[tuple[str, bytes]]]:
     """Read the fields and files of a form into memory, in order."""
-    parser = _MemoryParser(
-        request.headers, _body_chunks(request, permit, options), options.max_frames_per_request * 8
-    )
+    parser: _MemoryParser | None = None
     try:
-        async with _limit_body_time(options):
+        async with _limit_body_time(options) as pace:
+            chunks = _body_chunks(request, permit, options, pace)
+            parser = _MemoryParser(request.headers, chunks, options.max_frames_per_request * 8)
             form = await parser.parse()
         texts: list[tuple[str, str]] = []
         files: list[tuple[str, bytes]] = []
@@ -254,7 +281,8 @@ async def _parse_form(
     except (MultiPartException, KeyError, ValueError) as error:
         raise BadRequest(f"cannot parse the multipart body: {error}") from None
     finally:
-        parser.close()
+        if parser is not None:
+            parser.close()
 
 
 class _MemoryParser(MultiPartParser):

@@ -6,8 +6,7 @@ import asyncio
 
 import pytest
 
-from serve.errors import BackendBroken, FrameTooLarge, NotReady, OutOfMemory, Overloaded, SettingsError
-from serve.gateway.admission import Admission
+from serve.errors import BackendBroken, FrameTooLarge, NotReady, OutOfMemory, SettingsError
 from serve.gateway.batcher import BatchLimits, padded, ragged
 from tests.gateway.device import Device, in_a_loop, submit, submitted, turns
 
@@ -361,25 +360,3 @@ async def test_report_has_size_cost_and_waiting_times():
 def test_limit_below_one_is_rejected(limit):
     with pytest.raises(SettingsError, match=limit):
         BatchLimits(**{limit: 0})
-
-
-def test_admission_limits_items_and_bytes_and_permit_returns_them():
-    admission = Admission(3, 100)
-    with admission.permit() as permit:
-        permit.grow(items=2, nbytes=60)
-        with admission.permit() as other, pytest.raises(Overloaded, match="3"):
-            other.grow(items=2)
-        with (
-            admission.permit() as other,
-            pytest.raises(Overloaded, match="41"),
-        ):
-            other.grow(nbytes=41)
-        assert (admission.items, admission.bytes) == (2, 60)
-        moved = permit.move()
-    assert (admission.items, admission.bytes) == (2, 60)
-    moved.release()
-    moved.release()
-    with pytest.raises(KeyError), admission.permit() as permit:
-        permit.grow(items=1, nbytes=100)
-        raise KeyError
-    assert (admission.items, admission.bytes) == (0, 0)

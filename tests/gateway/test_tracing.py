@@ -58,7 +58,11 @@ async def app(scope, receive, send):
 
 def ask(tracing: Tracing, headers: dict[str, str]) -> httpx.Response:
     enveloped = RequestMiddleware(
-        app, keys=(), metrics=Metrics(Admission(1, 1), lambda name: False), tracing=tracing
+        app,
+        keys=(),
+        admission=Admission(1, 1),
+        metrics=Metrics(Admission(1, 1), lambda name: False),
+        tracing=tracing,
     )
 
     async def send() -> httpx.Response:

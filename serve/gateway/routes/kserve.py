@@ -11,10 +11,9 @@ from fastapi.responses import JSONResponse
 
 from serve import __version__
 from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError
-from serve.gateway.admission import Admission
 from serve.gateway.dispatch import cancel_on_disconnect, run_frames
 from serve.gateway.lifecycle import Lifecycle
-from serve.gateway.middleware import request_id_of
+from serve.gateway.middleware import permit_of, request_id_of
 from serve.gateway.models import ModelRegistry
 from serve.gateway.openapi import errors
 from serve.gateway.options import GatewayOptions
@@ -27,9 +26,7 @@ __all__ = ["router"]
 _HEADER_LENGTH = "inference-header-content-length"
 
 
-def router(
-    options: GatewayOptions, registry: ModelRegistry, admission: Admission, lifecycle: Lifecycle
-) -> APIRouter:
+def router(options: GatewayOptions, registry: ModelRegistry, lifecycle: Lifecycle) -> APIRouter:
     """Create the routes of the protocol."""
     routes = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -65,34 +62,34 @@ def router(
         arrived = time.perf_counter()
         timing = Timing()
         request.scope["state"]["model"] = model
-        with admission.permit() as permit:
-            served = await registry.find(model, version)
-            spec = served.spec or {}
-            if (coding := request.headers.get("content-encoding", "identity")) != "identity":
-                raise BadRequest(f"Content-Encoding {coding!r} is not supported; send the body uncompressed")
-            permit.check(items=1)
-            body = await read_body(request, permit, options)
-            infer_request = decode_infer(body, request.headers.get(_HEADER_LENGTH), spec)
-            parameters = {**request.query_params, **infer_request.parameters}
-            request_options = parse_request_options(parameters, request.headers, options)
-            if len(infer_request.frames) > options.max_frames_per_request:
-                raise FrameTooLarge(
-                    f"the request has {len(infer_request.frames)} frames, the limit is {options.max_frames_per_request}"
-                )
-            permit.grow(items=len(infer_request.frames))
-            frames = check_frames(infer_request.frames, request_options.frame, options)
-            request.scope["state"]["frames"] = len(frames)
-            timing.decode_s = time.perf_counter() - arrived
-            remaining_s = request_options.timeout_s - timing.decode_s
-            outcomes = await cancel_on_disconnect(request, run_frames(served, frames, remaining_s))
-            bodies = []
-            for i, outcome in enumerate(outcomes):
-                if isinstance(outcome, ServeError):
-                    # The protocol has one status per request.
-                    raise type(outcome)(f"frame {i}: {outcome}" if len(outcomes) > 1 else str(outcome))
-                timing.add(outcome)
-                bodies.append(outcome.value.body)
-            answer, header_bytes = encode_infer(infer_request, bodies, model, served.state.version, spec)
+        permit = permit_of(request.scope)
+        served = await registry.find(model, version)
+        spec = served.spec or {}
+        if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+            raise BadRequest(f"Content-Encoding {coding!r} is not supported; send the body uncompressed")
+        permit.check(items=1)
+        body = await read_body(request, permit, options)
+        infer_request = decode_infer(body, request.headers.get(_HEADER_LENGTH), spec)
+        parameters = {**request.query_params, **infer_request.parameters}
+        request_options = parse_request_options(parameters, request.headers, options)
+        if len(infer_request.frames) > options.max_frames_per_request:
+            raise FrameTooLarge(
+                f"the request has {len(infer_request.frames)} frames, the limit is {options.max_frames_per_request}"
+            )
+        permit.grow(items=len(infer_request.frames))
+        frames = check_frames(infer_request.frames, request_options.frame, options)
+        request.scope["state"]["frames"] = len(frames)
+        timing.decode_s = time.perf_counter() - arrived
+        remaining_s = request_options.timeout_s - timing.decode_s
+        outcomes = await cancel_on_disconnect(request, run_frames(served, frames, remaining_s))
+        bodies = []
+        for i, outcome in enumerate(outcomes):
+            if isinstance(outcome, ServeError):
+                # The protocol has one status per request.
+                raise type(outcome)(f"frame {i}: {outcome}" if len(outcomes) > 1 else str(outcome))
+            timing.add(outcome)
+            bodies.append(outcome.value.body)
+        answer, header_bytes = encode_infer(infer_request, bodies, model, served.state.version, spec)
         headers = {"server-timing": timing.header(), "x-request-id": request_id_of(request.scope)}
         if header_bytes is None:
             return Response(answer, media_type="application/json", headers=headers)

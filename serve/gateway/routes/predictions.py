@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
@@ -12,12 +12,12 @@ from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
-from serve.errors import ServeError
+from serve.errors import Overloaded, ServeError
 from serve.gateway import openapi
-from serve.gateway.admission import Admission, Permit
+from serve.gateway.admission import Permit
 from serve.gateway.backend import EncodedFrame
 from serve.gateway.dispatch import FrameResult, cancel_on_disconnect, run_frame, run_frames
-from serve.gateway.middleware import request_id_of
+from serve.gateway.middleware import permit_of, request_id_of
 from serve.gateway.models import ModelRegistry, ModelVersion
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import ParsedRequest, parse_request_options, receive_frames
@@ -27,9 +27,7 @@ from serve.storage.references import References
 __all__ = ["router"]
 
 
-def router(
-    options: GatewayOptions, registry: ModelRegistry, admission: Admission, references: References
-) -> APIRouter:
+def router(options: GatewayOptions, registry: ModelRegistry, references: References) -> APIRouter:
     """Create the routes of TorchServe's predictions API."""
     routes = APIRouter(tags=["predictions"], route_class=_DirectRoute)
 
@@ -39,20 +37,18 @@ def router(
         media = choose_media(request.headers.get("accept"))
         request_options = parse_request_options(request.query_params, request.headers, options)
         request.scope["state"]["model"] = model
-        with admission.permit() as permit:
-            served = await registry.find(model, version)
-            parsed = await receive_frames(
-                request, permit, options, request_options.frame, _parts(served), references
-            )
-            timing.decode_s = time.perf_counter() - arrived
-            request.scope["state"]["frames"] = len(parsed.frames)
-            remaining_s = request_options.timeout_s - timing.decode_s
-            if media == "application/x-ndjson":
-                # The stream outlives this function, so it takes over the permit.
-                lines = _lines(request, served, parsed, remaining_s)
-                return _LinesResponse(lines, permit.move())
-            outcomes = await cancel_on_disconnect(request, run_frames(served, parsed.frames, remaining_s))
-            return await _answer(request, served, parsed, outcomes, media, timing)
+        permit = permit_of(request.scope)
+        served = await registry.find(model, version)
+        parsed = await receive_frames(
+            request, permit, options, request_options.frame, _parts(served), references
+        )
+        timing.decode_s = time.perf_counter() - arrived
+        request.scope["state"]["frames"] = len(parsed.frames)
+        remaining_s = request_options.timeout_s - timing.decode_s
+        if media == "application/x-ndjson":
+            return _LinesResponse(_lines(request, served, parsed.frames, remaining_s))
+        outcomes = await cancel_on_disconnect(request, run_frames(served, parsed.frames, remaining_s))
+        return await _answer(request, served, parsed, outcomes, media, timing)
 
     documentation = openapi.predictions(options)
 
@@ -125,44 +121,66 @@ class _DirectRoute(APIRoute):
 
 
 class _LinesResponse(StreamingResponse):
-    """NDJSON response; releases its permit even if the client disconnects before the first line."""
+    """NDJSON response; ends its frames even if the client disconnects before the first line."""
 
-    def __init__(self, lines: AsyncGenerator[bytes, None], permit: Permit) -> None:
+    def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
         super().__init__(lines, media_type="application/x-ndjson")
-        self._lines, self._permit = lines, permit
+        self._lines = lines
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            try:
-                await self._lines.aclose()
-            finally:
-                self._permit.release()
+            await self._lines.aclose()
 
 
 async def _lines(
-    request: Request, served: ModelVersion, parsed: ParsedRequest, timeout_s: float
+    request: Request, served: ModelVersion, frames: Sequence[EncodedFrame | ServeError], timeout_s: float
 ) -> AsyncGenerator[bytes, None]:
     """Yield one line per frame as it finishes; a disconnect cancels the frames that are still queued."""
-    tasks = {
-        asyncio.create_task(run_frame(served, frame, timeout_s)): index
-        for index, frame in enumerate(parsed.frames)
-    }
+    permit = permit_of(request.scope)
+    body_bytes = permit.bytes
+    tasks = [
+        asyncio.create_task(_line(index, served, frame, timeout_s, permit, request_id_of(request.scope)))
+        for index, frame in enumerate(frames)
+    ]
+    del frames  # each is dropped with its task
     watch = asyncio.ensure_future(request.receive())
-    waiting = set(tasks)
     try:
-        while waiting:
-            await asyncio.wait({*waiting, watch}, return_when=asyncio.FIRST_COMPLETED)
+        while tasks:
+            await asyncio.wait({*tasks, watch}, return_when=asyncio.FIRST_COMPLETED)
             if watch.done():
                 return
-            for task in [task for task in tasks if task in waiting and task.done()]:
-                waiting.discard(task)
-                yield encode_line(tasks[task], task.result(), request_id_of(request.scope))
+            done = [task for task in tasks if task.done()]
+            tasks = [task for task in tasks if task not in done]
+            if not tasks:
+                permit.shrink(nbytes=body_bytes)
+            while done:
+                line, counted = done.pop(0).result()
+                yield line
+                permit.shrink(nbytes=counted)  # written
     finally:
         watch.cancel()
-        for task in waiting:
+        for task in tasks:
             task.cancel()
+
+
+async def _line(
+    index: int,
+    served: ModelVersion,
+    frame: EncodedFrame | ServeError,
+    timeout_s: float,
+    permit: Permit,
+    request_id: str,
+) -> tuple[bytes, int]:
+    """Run one frame; returns its line, and the bytes that the permit counts for it in place of the frame."""
+    line = encode_line(index, await run_frame(served, frame, timeout_s), request_id)
+    permit.shrink(items=1)
+    try:
+        permit.grow(nbytes=len(line))
+    except Overloaded as error:
+        return encode_line(index, error, request_id), 0
+    return line, len(line)
 
 
 def _load_dim(served: ModelVersion) -> int | None:
