@@ -109,8 +109,8 @@ class GatewayOptions(Options):
 
     client_share: float = option(
         0.75,
-        "",
-        "share of the pending frames and bytes, and of the connections, that one client may hold: an API key, or an "
+        "SHARE",
+        "part of the pending frames and bytes, and of the connections, that one client may hold: an API key, or an "
         "address if there are no keys; 1 if all clients come through one proxy",
         gt=0,
         le=1,
