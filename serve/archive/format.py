@@ -20,125 +20,36 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import orjson
 
 from serve import __version__
 from serve.archive import config_json
-from serve.errors import ArchiveError, ArchiveVersionError
-
-__all__ = [
-    "FORMAT",
-    "Archive",
-    "InferenceOptions",
-    "Metadata",
-    "check_identity",
-    "extract",
-    "open_directory",
-    "verify",
-    "write",
-]
-
-FORMAT = 1
-MANIFEST, METADATA, CONFIG, WEIGHTS = (
-    "MAR-INF/MANIFEST.json",
-    "model.json",
-    "config.json",
-    "weights.safetensors",
+from serve.archive.bounds import (
+    CONFIG,
+    EXPECTED,
+    MANIFEST,
+    METADATA,
+    WEIGHTS,
+    check_entry_name,
+    check_entry_size,
+    failures_as_archive_errors,
 )
-EXPECTED = "golden/expected.json"
-HANDLERS = {"mmdet3d": "handlers.mmdet3d_handler", "mmdet": "handlers.mmdet_handler"}
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
-# A larger unpacked size is rejected before unpacking.
-MAX_UNPACKED_BYTES = 16 << 30
+from serve.archive.metadata import HANDLERS, Metadata, check_identity
+from serve.archive.zip_layout import open_zip
+from serve.errors import ArchiveError
+
+__all__ = ["Archive", "extract", "open_directory", "verify", "write"]
+
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 Source = bytes | Path
-
-
-@dataclass(frozen=True)
-class InferenceOptions:
-    """Options of the runtime for this model.
-
-    Attributes:
-        fold_batch_norm: pairs of module names (convolution, batch norm) to fold into one.
-        channels_last: keep dense 2D convolutions in NHWC memory order.
-        autocast: precision of CUDA autocast; the CPU always computes in float32.
-    """
-
-    fold_batch_norm: tuple[tuple[str, str], ...] = ()
-    channels_last: bool = True
-    autocast: Literal["off", "fp16", "bf16"] = "off"
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """Description of an archive's model (``model.json``).
-
-    Attributes:
-        name: model name.
-        version: model version, digits and dots.
-        modality: kind of frame, one of `serve.protocol.frames.MODALITIES`.
-        package: ``"mmdet"`` or ``"mmdet3d"``.
-        classes: class names by label.
-        box_type_3d: ``"LiDAR"``, ``"Camera"``, ``"Depth"``; None for 2D boxes and for labels.
-        load_dim: floats per point of a ``.bin``; None without a point cloud.
-        color_type: mmcv's name of the image decoding; None without images.
-        golden_frame: entry name of the golden frame; for a frame of several parts, entry names by part.
-        source: file names and hashes of config and checkpoint, and the package versions at conversion.
-        inference: options of the runtime.
-        parts: names of the parts of a frame.
-        files: sha256 (hex) of every entry except the manifest and ``model.json``.
-        serve_version: version of this package that wrote the archive; for people, nothing depends on it.
-        format: version of the layout and of its meaning; it changes if an older reader would go wrong.
-    """
-
-    name: str
-    version: str
-    modality: str
-    package: Literal["mmdet", "mmdet3d"]
-    classes: tuple[str, ...]
-    box_type_3d: str | None
-    load_dim: int | None
-    color_type: str | None
-    golden_frame: str | Mapping[str, str]
-    source: Mapping[str, str]
-    inference: InferenceOptions = field(default_factory=InferenceOptions)
-    parts: tuple[str, ...] = ()
-    files: Mapping[str, str] = field(default_factory=dict)
-    serve_version: str = __version__
-    format: int = FORMAT
-
-    @classmethod
-    def parse(cls, document: bytes) -> Metadata:
-        """Parse ``model.json``.
-
-        Raises:
-            ArchiveVersionError: written by an incompatible version.
-            ArchiveError: malformed.
-        """
-        try:
-            raw = orjson.loads(document)
-            _check_version(raw["format"], raw["serve_version"])
-            unknown = set(raw) - {f.name for f in fields(cls)}
-            if unknown:
-                raise ArchiveError(f"{METADATA} has unknown fields: {', '.join(sorted(unknown))}")
-            inference = dict(raw["inference"])
-            inference["fold_batch_norm"] = tuple((conv, norm) for conv, norm in inference["fold_batch_norm"])
-            raw["inference"] = InferenceOptions(**inference)
-            raw["classes"], raw["parts"] = tuple(raw["classes"]), tuple(raw.get("parts", ()))
-            return cls(**raw)
-        except ArchiveError:
-            raise
-        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ArchiveError(f"{METADATA} is malformed ({error!r}); convert the model again") from None
 
 
 @dataclass(frozen=True)
@@ -165,20 +76,27 @@ class Archive:
 
     def config(self) -> dict[str, Any]:
         """Read the resolved config."""
-        config: dict[str, Any] = config_json.from_json(orjson.loads((self.root / CONFIG).read_bytes()))
-        return config
+        with failures_as_archive_errors(CONFIG):
+            config = config_json.from_json(orjson.loads((self.root / CONFIG).read_bytes()))
+            if not isinstance(config, dict):
+                raise ArchiveError(f"{CONFIG} is not a dictionary; convert the model again")
+            return config
 
     def golden_frame(self) -> bytes | dict[str, bytes]:
         """Read the golden frame, by part if it has several."""
         entries = self.metadata.golden_frame
-        if isinstance(entries, str):
-            return (self.root / entries).read_bytes()
-        return {name: (self.root / entry).read_bytes() for name, entry in entries.items()}
+        with failures_as_archive_errors("the golden frame"):
+            if isinstance(entries, str):
+                return (self.root / entries).read_bytes()
+            return {name: (self.root / entry).read_bytes() for name, entry in entries.items()}
 
     def golden_expected(self) -> dict[str, Any]:
         """Read the predictions recorded for the golden frame, without a score threshold."""
-        expected: dict[str, Any] = orjson.loads((self.root / EXPECTED).read_bytes())
-        return expected
+        with failures_as_archive_errors(EXPECTED):
+            expected = orjson.loads((self.root / EXPECTED).read_bytes())
+            if not isinstance(expected, dict):
+                raise ArchiveError(f"{EXPECTED} is not a dictionary; convert the model again")
+            return expected
 
 
 def write(
@@ -221,7 +139,7 @@ def write(
         **{f"extra/{name}": source for name, source in (extra or {}).items()},
     }
     for name in entries:
-        _check_entry_name(name)
+        check_entry_name(name)
     described = {f.name: getattr(metadata, f.name) for f in fields(metadata)}
     described["inference"] = asdict(metadata.inference)
     described["files"] = {name: _sha256(source) for name, source in entries.items()}
@@ -249,13 +167,13 @@ def write(
 
 
 def verify(path: Path) -> Metadata:
-    """Check names, version and hashes of an archive file without unpacking it.
+    """Check layout, names, sizes, version and hashes of an archive file without unpacking it.
 
     Raises:
         ArchiveError: corrupt, altered, written by another program, or of an incompatible version.
     """
-    with _open_zip(path) as archive:
-        metadata, _ = _read_header(archive)
+    with open_zip(path) as archive:
+        metadata = _read_header(archive)
         for name, expected in metadata.files.items():
             with archive.open(name) as stream:
                 _compare(name, _digest(stream), expected)
@@ -268,7 +186,7 @@ def extract(path: Path, root: Path) -> Archive:
     Raises:
         ArchiveError: as `verify`.
     """
-    with _open_zip(path) as archive:
+    with open_zip(path) as archive:
         _read_header(archive)
         for info in archive.infolist():
             target = root / info.filename
@@ -283,62 +201,76 @@ def open_directory(root: Path) -> Archive:
     """Open an archive that TorchServe or `extract` has unpacked, checking every hash.
 
     Raises:
-        ArchiveError: a file is missing or altered, or the version is incompatible.
+        ArchiveError: a file is missing, altered or not declared, or the version is incompatible.
     """
-    try:
+    with failures_as_archive_errors(f"the archive in {root}"):
+        if not (root / METADATA).is_file():
+            raise ArchiveError(
+                f"{root} has no {METADATA}: the archive was not written by mmdet3d-serve; convert the model with it"
+            )
+        sizes = _list_files(root)
         metadata = Metadata.parse((root / METADATA).read_bytes())
-    except OSError:
-        raise ArchiveError(
-            f"{root} has no {METADATA}: the archive was not written by mmdet3d-serve; convert the model with it"
-        ) from None
-    for name, expected in metadata.files.items():
-        _check_entry_name(name)
-        try:
+        if missing := sorted({*metadata.files, MANIFEST} - set(sizes)):
+            raise ArchiveError(f"{missing[0]} is missing from the archive; convert the model again")
+        if odd := sorted(set(sizes) - {*metadata.files, METADATA, MANIFEST}):
+            raise ArchiveError(
+                f"{odd[0]} is in the archive's folder, but not declared; convert the model again"
+            )
+        for name, expected in metadata.files.items():
             _compare(name, _sha256(root / name), expected)
-        except OSError:
-            raise ArchiveError(f"{name} is missing from the archive; convert the model again") from None
-    return Archive(root, metadata)
+        return Archive(root, metadata)
 
 
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+def _list_files(root: Path) -> dict[str, int]:
+    """Sizes of the files of an unpacked archive, by entry name; other than files and folders are refused.
+
+    Bytecode that Python has written beside trusted modules is left out.
+    """
+    sizes = {}
+    for folder, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            path = Path(folder, name)
+            entry = path.relative_to(root).as_posix()
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode):
+                check_entry_size(entry, found.st_size, found.st_size, compressed=False)
+                sizes[entry] = found.st_size
+            elif not stat.S_ISDIR(found.st_mode):
+                raise ArchiveError(f"{entry} is neither a file nor a folder")
+        if Path(folder).relative_to(root).parts[:1] == ("code",):
+            folders[:] = [name for name in folders if name != "__pycache__"]
+    return sizes
+
+
+def _read_header(archive: zipfile.ZipFile) -> Metadata:
+    names = set(archive.namelist())
+    for needed in (METADATA, MANIFEST):
+        if needed not in names:
+            raise ArchiveError(
+                f"the archive was not written by mmdet3d-serve (it has no {needed}); convert the model"
+            )
+    metadata = Metadata.parse(archive.read(METADATA))
+    manifest = orjson.loads(archive.read(MANIFEST))
+    if names != {*metadata.files, METADATA, MANIFEST}:
+        odd = sorted(names ^ {*metadata.files, METADATA, MANIFEST})
         raise ArchiveError(
-            f"{path.name} is not a readable archive ({error}); copy or convert it again"
-        ) from None
-
-
-def _read_header(archive: zipfile.ZipFile) -> tuple[Metadata, dict[str, Any]]:
-    infos = archive.infolist()
-    names = [info.filename for info in infos]
-    if len(set(names)) != len(names):
-        raise ArchiveError("the archive has duplicate entries; convert the model again")
-    for name in names:
-        _check_entry_name(name)
-    if sum(info.file_size for info in infos) > MAX_UNPACKED_BYTES:
-        raise ArchiveError(f"the archive is larger than {MAX_UNPACKED_BYTES >> 30} GiB unpacked")
-    try:
-        metadata = Metadata.parse(archive.read(METADATA))
-        manifest: dict[str, Any] = orjson.loads(archive.read(MANIFEST))
-    except KeyError as error:
-        raise ArchiveError(
-            f"the archive was not written by mmdet3d-serve ({error.args[0]}); convert the model"
-        ) from None
-    except (zipfile.BadZipFile, orjson.JSONDecodeError, OSError) as error:
-        raise ArchiveError(f"the archive is corrupt ({error}); copy or convert it again") from None
-    if set(names) != {*metadata.files, METADATA, MANIFEST}:
-        odd = sorted(set(names) ^ {*metadata.files, METADATA, MANIFEST})
-        raise ArchiveError(f"the entries differ from {METADATA}: {', '.join(odd)}; convert the model again")
-    model = manifest.get("model") if isinstance(manifest, dict) else None
+            f"the entries differ from {METADATA}: {', '.join(odd[:5])}; convert the model again"
+        )
     expected = {
-        "modelName": metadata.name,
-        "modelVersion": metadata.version,
-        "handler": HANDLERS[metadata.package],
+        "runtime": "python",
+        "model": {
+            "modelName": metadata.name,
+            "modelVersion": metadata.version,
+            "handler": HANDLERS[metadata.package],
+        },
     }
-    if model != expected:
-        raise ArchiveError(f"the manifest has {model}, expected {expected}; convert the model again")
-    return metadata, manifest
+    # TorchServe takes more from a manifest, such as another interpreter or a file of requirements.
+    found = {key: value for key, value in dict(manifest).items() if key != "archiverVersion"}
+    if found != expected:
+        raise ArchiveError(
+            f"the manifest has {str(found)[:200]}, expected {expected}; convert the model again"
+        )
+    return metadata
 
 
 def _golden_entries(metadata: Metadata, frame: bytes | Mapping[str, bytes]) -> dict[str, bytes]:
@@ -348,37 +280,6 @@ def _golden_entries(metadata: Metadata, frame: bytes | Mapping[str, bytes]) -> d
     if isinstance(entries, Mapping) and isinstance(frame, Mapping) and set(entries) == set(frame):
         return {entries[name]: body for name, body in frame.items()}
     raise ArchiveError("the golden frame's parts differ from those in the metadata")
-
-
-def _check_version(archive_format: Any, serve_version: Any) -> None:
-    if archive_format != FORMAT:
-        raise ArchiveVersionError(
-            f"the archive has format {archive_format} (mmdet3d-serve {serve_version}), mmdet3d-serve {__version__} "
-            f"reads format {FORMAT}; convert the model with the version that serves it"
-        )
-
-
-def check_identity(name: str, version: str) -> None:
-    """Check that a model's name and version can be served.
-
-    Raises:
-        ArchiveError: they cannot; the message says what is allowed.
-    """
-    if not NAME.fullmatch(name):
-        raise ArchiveError(
-            f"model name {name!r} is invalid; use letters, digits, '.', '_' and '-' (at most 128)"
-        )
-    if not VERSION.fullmatch(version):
-        raise ArchiveError(f"model version {version!r} is invalid; use digits and dots, as in 1.0")
-
-
-def _check_entry_name(name: str) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or name.endswith("/") or str(path) != name:
-        raise ArchiveError(f"entry {name!r} is not a plain path inside the archive")
-    if path.parts[0] not in {"MAR-INF", "golden", "code", "extra", METADATA, CONFIG, WEIGHTS}:
-        # Other top-level entries could shadow a Python module: TorchServe puts the folder on sys.path.
-        raise ArchiveError(f"entry {name!r} is not a part of an mmdet3d-serve archive")
 
 
 def _compare(name: str, actual: str, expected: str) -> None:
@@ -417,11 +318,8 @@ def _sha256(source: Source) -> str:
 
 def _digest(stream: io.IOBase | Any) -> str:
     digest = hashlib.sha256()
-    try:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    except zipfile.BadZipFile as error:
-        raise ArchiveError(f"the archive is corrupt ({error}); copy or convert it again") from None
+    while block := stream.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None) -> int:
     if args.container:
         return _serve_in_container(args, settings)
     options = _torchserve_options(args, settings, args.store or STORE, {"state_dir": STATE_DIR})
-    service = _service(args, options, {"log_format": "text"}, lenient=False)
+    service = _service(args, options, {"log_format": "text"}, lenient=not args.models)
     with stoppable():
         return serve_until_stopped(service, _print_ready)
 
@@ -226,8 +226,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--container",
         action="store_true",
-        help="defaults of a container: listen on all interfaces, log JSON, serve the rest if an archive is rejected, "
-        "serve the demo model if the store is empty",
+        help="defaults of a container: listen on all interfaces, log JSON, serve the rest if a named archive is "
+        "rejected, serve the demo model if the store is empty",
     )
     parser.add_argument("--stop", action="store_true", help=argparse.SUPPRESS)
     add_flags(parser, TorchServeOptions, title="TorchServe", defaults={"state_dir": STATE_DIR})

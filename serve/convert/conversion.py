@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from serve import archive
 from serve.archive import InferenceOptions, Metadata
-from serve.archive.format import WEIGHTS, Source
+from serve.archive.bounds import WEIGHTS
+from serve.archive.format import Source
 from serve.convert import golden
 from serve.convert.classes import check_against_head, find_class_names
 from serve.convert.config import resolve_config
@@ -55,9 +56,9 @@ class Conversion:
         classes: class names by label, in place of those of checkpoint and config.
         golden_frame: the user's frame in place of the synthetic one; for a frame of several parts the folder of
             its files (``points.bin``, ``image.png``, ``calibration.json``, …).
-        channels_last: see `serve.archive.format.InferenceOptions`.
+        channels_last: see `serve.archive.metadata.InferenceOptions`.
         fold_batch_norm: fold batch norms if the predictions stay the same.
-        autocast: see `serve.archive.format.InferenceOptions`.
+        autocast: see `serve.archive.metadata.InferenceOptions`.
         report: called with a line at the start of each step.
     """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass as options_class
 
+from serve.archive.bounds import MANIFEST, check_plain_name
+from serve.archive.zip_layout import open_zip
 from serve.errors import ArchiveError, SettingsError
 from serve.settings import CONFIG, Flag, OptionalCount, OptionalPath, Options, option
 
@@ -202,26 +203,22 @@ def url(host: str, port: int) -> str:
 def read_manifest(path: Path) -> Manifest:
     """Read what TorchServe will go by; it would itself take any file for an archive without a handler.
 
+    TorchServe unpacks what it registers without bounds, by the headers inside the zip, so layout, names and sizes are
+    checked here as well (`serve.archive.zip_layout`).
+
     Raises:
-        ArchiveError: the file is missing, not a zip, or its manifest does not name a model and a handler.
+        ArchiveError: the file is missing, not a plain zip, or its manifest does not name a model and a handler.
     """
+    if not path.exists():
+        raise ArchiveError(f"there is no archive {path.name} in {path.parent}; make it with `make archive`")
     try:
-        with zipfile.ZipFile(path) as archive:
-            model = json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]
-            manifest = Manifest(
-                name=str(model["modelName"]),
-                version=str(model["modelVersion"]),
-                handler=str(model["handler"]),
-            )
-    except FileNotFoundError:
-        raise ArchiveError(
-            f"there is no archive {path.name} in {path.parent}; make it with `make archive`"
-        ) from None
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ArchiveError(
-            f"{path.name} is not a readable archive ({error}); copy or convert it again"
-        ) from None
-    except (KeyError, TypeError, ValueError) as error:
+        with open_zip(path, check_plain_name) as archive:
+            document = archive.read(MANIFEST)
+        model = json.loads(document)["model"]
+        manifest = Manifest(
+            name=str(model["modelName"]), version=str(model["modelVersion"]), handler=str(model["handler"])
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArchiveError(
             f"{path.name} has no usable MAR-INF/MANIFEST.json ({error}); convert it again"
         ) from None

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from serve import archive
-from serve.errors import ArchiveError, BackendStartError, ModelNotLoaded, SettingsError
+from serve.errors import ArchiveError, BackendStartError, ModelNotLoaded, ServeError, SettingsError
 from serve.gateway.listener import bind
 from serve.gateway.options import GatewayOptions
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
@@ -58,21 +58,41 @@ def archives_of(store: Path, workers: int) -> list[ServedModel]:
         SettingsError: there is none.
     """
     found = sorted(path.name for path in store.glob("*.mar"))
-    if not found:
+    models = []
+    for name in found:
+        try:
+            models.append(ServedModel(name, workers=workers))
+        except (SettingsError, ValueError):
+            logger.error(
+                "%r is rejected: its name has other than letters, digits, '.', '_', '+' and '-'", name
+            )
+    if not models:
         raise SettingsError(f"{store} holds no archive; make one with `make archive MODEL=second`")
-    return [ServedModel(name, workers=workers) for name in found]
+    return models
 
 
 def examine(store: Path, models: Sequence[ServedModel]) -> tuple[list[ServedModel], list[Rejected]]:
-    """Check every hash of every archive: those that can be served, and those that are rejected."""
+    """Check every hash of every archive: those that can be served, and those that are rejected.
+
+    Of several archives with one name and version the first is served.
+    """
     good: list[ServedModel] = []
     rejected: list[Rejected] = []
+    files: dict[tuple[str, str], str] = {}
     for model in models:
         try:
-            archive.verify(store / model.archive)
+            metadata = archive.verify(store / model.archive)
+            name = model.name or metadata.name
+            former = files.setdefault((name, metadata.version), model.archive)
+            if former != model.archive:
+                raise ArchiveError(
+                    f"{former} is also {name} {metadata.version}; serve one under another name, as in "
+                    f"--models {name}2={model.archive}"
+                )
             good.append(model)
-        except ArchiveError as error:
-            rejected.append(Rejected(model.archive, str(error)))
+        except Exception as error:  # whatever it is, the other archives are served
+            reason = str(error) if isinstance(error, ServeError) else f"{type(error).__name__}: {error}"
+            rejected.append(Rejected(model.archive, reason))
     return good, rejected
 
 
