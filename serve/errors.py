@@ -37,6 +37,7 @@ ServeError                          500  internal_error
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -77,6 +78,7 @@ __all__ = [
     "UriError",
     "error_body",
     "error_from_response",
+    "quote",
 ]
 
 
@@ -300,6 +302,11 @@ class ModelNotLoaded(BackendStartError):
 MAX_MESSAGE_CHARS = 2000
 
 
+def quote(value: object) -> str:
+    """Show a value of a client in a message: its `repr`, but no more of it than a reader needs."""
+    return _QUOTE.repr(value)
+
+
 def error_body(error: ServeError, request_id: str | None = None) -> dict[str, Any]:
     """Build the JSON body of every error response: ``{"error": {"code", "message"[, "request_id"]}}``.
 
@@ -329,6 +336,9 @@ _BY_STATUS: dict[int, type[ServeError]] = {
     507: OutOfMemory,
 }
 _MAX_QUOTED_CHARS = 200
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = 80
+_QUOTE.maxlevel, _QUOTE.maxlist, _QUOTE.maxdict, _QUOTE.maxtuple = 2, 4, 4, 4
 
 
 def error_from_response(status: int, answer: Any, text: str = "") -> ServeError:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from serve.errors import SettingsError
+from serve.protocol.json_reader import JsonBounds
 from serve.settings import (
     CONFIG,
     MAX_FRAME_BYTES,
@@ -99,6 +100,12 @@ class GatewayOptions(Options):
 
     max_frame_bytes: int = option(MAX_FRAME_BYTES, "BYTES", "largest frame", common=True, ge=1)
     max_body_bytes: int = option(64 * MIB, "BYTES", "largest request body", common=True, ge=1)
+    max_json_bytes: int = option(
+        10 * MIB, "BYTES", "largest JSON in a request, strings of base64 not counted", ge=1024
+    )
+    max_json_values: int = option(
+        500_000, "N", "most values in the JSON of a request: elements of lists, members of objects", ge=1024
+    )
     max_frames_per_request: int = option(64, "N", "most frames in one request", ge=1)
     max_pending_frames: int = option(
         256, "N", "frames waiting or running in total; more are answered 429", common=True, ge=1
@@ -205,6 +212,11 @@ class GatewayOptions(Options):
             yield f"{show('timeout_s')} is over {show('max_timeout_s')}"
         if "*" in self.cors_origins and (self.api_keys or self.api_keys_file):
             yield f"{spelling['cors_origins']}=* lets every page use a visitor's API key; list the origins"
+
+    @property
+    def json_bounds(self) -> JsonBounds:
+        """The bounds on JSON in a request."""
+        return JsonBounds(max_values=self.max_json_values, max_bytes=self.max_json_bytes)
 
     @property
     def socket_folder(self) -> Path | None:

@@ -11,8 +11,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from starlette.datastructures import Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from serve.errors import (
@@ -23,12 +21,14 @@ from serve.errors import (
     ServeError,
     SlowRequest,
     UnknownOption,
+    quote,
 )
 from serve.gateway.admission import Permit
 from serve.gateway.backend import EncodedFrame
+from serve.gateway.form import read_form
 from serve.gateway.json_frames import read_frames
 from serve.gateway.options import GatewayOptions
-from serve.protocol.batch import FRAMES_CONTENT_TYPE, Body, unpack_frames
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, MAX_NAME_CHARS, MAX_PARTS, Body, unpack_frames
 from serve.protocol.frames import FrameOptions, parse_options
 from serve.protocol.sweeps import is_sweep_part
 from serve.storage.references import References
@@ -44,7 +44,6 @@ __all__ = [
 
 OPTION_NAMES = tuple(field.name for field in fields(FrameOptions))
 FRAME_FIELDS = frozenset(("body", "data", "file", "frame", "image", "points"))
-_TEXT_FIELD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def _timeout_s(text: str, max_s: float) -> float:
     except ValueError:
         timeout_ms = float("nan")
     if not 1 <= timeout_ms <= max_s * 1000:
-        raise UnknownOption(f"timeout_ms must be from 1 to {max_s * 1000:.0f}, got {text!r}")
+        raise UnknownOption(f"timeout_ms must be from 1 to {max_s * 1000:.0f}, got {quote(text)}")
     return timeout_ms / 1000
 
 
@@ -201,18 +200,19 @@ async def receive_frames(
         Overloaded: a limit of pending frames or bytes would be exceeded.
     """
     if (coding := request.headers.get("content-encoding", "identity")) != "identity":
-        raise BadRequest(f"Content-Encoding {coding!r} is not supported; send the body uncompressed")
+        raise BadRequest(f"Content-Encoding {quote(coding)} is not supported; send the body uncompressed")
     permit.check(items=1)  # reject with 429 before reading the body
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = request.headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
+    body = await read_body(request, permit, options)
+    max_frames = options.max_frames_per_request
     if kind == "multipart/form-data":
-        parsed = await _parse_form_frames(request, permit, options, parts)
+        parsed = _parse_form_frames(body, content_type, max_frames, parts)
+    elif kind == "application/json":
+        frames, many = await read_frames(body, references, permit, max_frames, options.json_bounds)
+        parsed = ParsedRequest(frames, many)
     else:
-        body = await read_body(request, permit, options)
-        if kind == "application/json":
-            frames, many = await read_frames(body, references, permit, options.max_frames_per_request)
-            parsed = ParsedRequest(frames, many)
-        else:
-            parsed = _parse_raw_frames(kind, body, options.max_frames_per_request)
+        parsed = _parse_raw_frames(kind, body, max_frames)
     if len(parsed.frames) > options.max_frames_per_request:
         raise FrameTooLarge(
             f"the request has {len(parsed.frames)} frames, the limit is {options.max_frames_per_request}"
@@ -228,23 +228,23 @@ def _parse_raw_frames(kind: str, body: bytes, max_frames: int) -> ParsedRequest:
     return ParsedRequest([EncodedFrame(body)], many=False)
 
 
-async def _parse_form_frames(
-    request: Request, permit: Permit, options: GatewayOptions, parts: Sequence[str]
+def _parse_form_frames(
+    body: bytes, content_type: str, max_frames: int, parts: Sequence[str]
 ) -> ParsedRequest:
-    fields_, files = await _parse_form(request, permit, options)
-    has_sweeps = any(is_sweep_part(name, body) for name, body in (*fields_, *files))
+    texts, files = read_form(body, content_type, max(MAX_PARTS, max_frames) + len(OPTION_NAMES))
+    has_sweeps = any(is_sweep_part(name, value) for name, value in (*texts, *files))
     if len(parts) > 1 or has_sweeps:
         names = [name for name, _ in files]
         if len(set(names)) != len(names):
             raise BadRequest(
                 f"a part occurs twice; this model takes one frame of the parts {', '.join(parts)}, each once"
             )
-        texts = {
-            name: value.encode() for name, value in fields_ if name in parts or is_sweep_part(name, value)
+        inline = {
+            name: value.encode() for name, value in texts if name in parts or is_sweep_part(name, value)
         }
-        own = {name: value for name, value in fields_ if name not in texts}
-        return ParsedRequest([EncodedFrame({**texts, **dict(files)}, own)], many=False)
-    own = dict(fields_)
+        own = {name: value for name, value in texts if name not in inline}
+        return ParsedRequest([EncodedFrame({**inline, **dict(files)}, own)], many=False)
+    own = dict(texts)
     if "b64" in own:
         raise BadRequest(
             "field 'b64' is not allowed in a form; send the bytes as a file part, or base64 in a JSON body"
@@ -252,53 +252,12 @@ async def _parse_form_frames(
     unknown = [name for name, _ in files if name not in FRAME_FIELDS]
     if unknown:
         raise BadRequest(
-            f"unknown file part {unknown[0]!r}; name a frame one of {', '.join(sorted(FRAME_FIELDS))}"
+            f"unknown file part {quote(unknown[0])}; name a frame one of {', '.join(sorted(FRAME_FIELDS))}"
         )
     parse_options(own)  # shared by all frames, so an invalid one fails the request rather than each frame
     if not files:
         raise BadRequest("no frame in the form; send each frame as a file part (curl -F data=@frame.bin)")
-    return ParsedRequest([EncodedFrame(body, own) for _, body in files], many=len(files) > 1)
-
-
-async def _parse_form(
-    request: Request, permit: Permit, options: GatewayOptions
-) -> tuple[list[tuple[str, str]], list[tuple[str, bytes]]]:
-    """Read the fields and files of a form into memory, in order."""
-    parser: _MemoryParser | None = None
-    try:
-        async with _limit_body_time(options) as pace:
-            chunks = _body_chunks(request, permit, options, pace)
-            parser = _MemoryParser(request.headers, chunks, options.max_frames_per_request * 8)
-            form = await parser.parse()
-        texts: list[tuple[str, str]] = []
-        files: list[tuple[str, bytes]] = []
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                files.append((name, await value.read()))
-            else:
-                texts.append((name, value))
-        return texts, files
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise BadRequest(f"cannot parse the multipart body: {error}") from None
-    finally:
-        if parser is not None:
-            parser.close()
-
-
-class _MemoryParser(MultiPartParser):
-    """Starlette's parser without temporary files: the body is limited and counted already."""
-
-    spool_max_size = 1 << 40
-
-    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], max_parts: int) -> None:
-        super().__init__(
-            headers, stream, max_files=max_parts, max_fields=max_parts, max_part_size=_TEXT_FIELD_BYTES
-        )
-
-    def close(self) -> None:
-        """Close the buffers of the parts, however parsing ended."""
-        for file in self._files_to_close_on_error:
-            file.close()
+    return ParsedRequest([EncodedFrame(file, own) for _, file in files], many=len(files) > 1)
 
 
 def check_frames(
@@ -316,6 +275,11 @@ def _check_frame(
     nbytes = _nbytes(frame.body)
     if nbytes > options.max_frame_bytes:
         return FrameTooLarge(f"the frame has {nbytes} bytes, the limit is {options.max_frame_bytes}")
+    if isinstance(frame.body, Mapping):
+        if len(frame.body) > MAX_PARTS:
+            return FrameTooLarge(f"the frame has {len(frame.body)} parts, the limit is {MAX_PARTS}")
+        if long := next((name for name in frame.body if len(name) > MAX_NAME_CHARS), None):
+            return BadRequest(f"the name of a part has {len(long)} characters, the limit is {MAX_NAME_CHARS}")
     frame_options = {**given, **frame.options}
     try:
         parse_options(frame_options)

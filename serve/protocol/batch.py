@@ -19,7 +19,8 @@ from typing import Any
 
 import orjson
 
-from serve.errors import BackendBroken, BadRequest, FrameTooLarge
+from serve.errors import BackendBroken, BadRequest, FrameTooLarge, quote
+from serve.protocol.json_reader import JsonBounds, read_json
 
 __all__ = [
     "FRAMES_CONTENT_TYPE",
@@ -118,6 +119,8 @@ def unpack_frames(
     try:
         header, at = _read_header(view, max_frames * HEADER_BYTES_PER_FRAME)
         entries = header["frames"]
+        if not isinstance(entries, list):
+            raise ValueError("frames must be a list")
         if len(entries) > max_frames:
             raise FrameTooLarge(f"the request has {len(entries)} frames, the limit is {max_frames}")
         found: list[tuple[memoryview | dict[str, memoryview], dict[str, Any]]] = []
@@ -128,7 +131,7 @@ def unpack_frames(
             if not isinstance(options, dict):
                 raise ValueError("the options of a frame must be an object")
             found.append((payload if parts is None else _split_parts(payload, parts), options))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (BadRequest, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRequest(f"malformed header of the framed batch: {str(error)[:200]}") from None
     if at != len(view):
         raise BadRequest("the frame lengths in the header do not add up to the length of the body")
@@ -171,7 +174,15 @@ def unpack_outcomes(body: Bytes) -> Outcomes:
             payload, at = _take_payload(view, at, entry["length"])
             items.append((int(entry["status"]), payload))
         seconds = {str(stage): float(spent) for stage, spent in header.get("seconds", {}).items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, FrameTooLarge) as error:
+    except (
+        BadRequest,
+        FrameTooLarge,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise BackendBroken(f"the worker's answer has a malformed header: {str(error)[:200]}") from None
     if at != len(view):
         raise BackendBroken("the lengths in the worker's answer do not add up to the length of its body")
@@ -189,24 +200,26 @@ def _read_header(view: memoryview, max_bytes: int) -> tuple[Any, int]:
         raise ValueError("the header is longer than the body")
     if length > max_bytes:
         raise FrameTooLarge(f"the header of the framed batch has {length} bytes, the limit is {max_bytes}")
-    # orjson limits the nesting, and rejects lone surrogates and numbers beyond double.
-    return orjson.loads(view[_PREFIX_BYTES : _PREFIX_BYTES + length]), _PREFIX_BYTES + length
+    bounds = JsonBounds(max_bytes=max_bytes)
+    return read_json(view[_PREFIX_BYTES : _PREFIX_BYTES + length], bounds), _PREFIX_BYTES + length
 
 
 def _take_payload(view: memoryview, at: int, length: Any) -> tuple[memoryview, int]:
     if not isinstance(length, int) or isinstance(length, bool) or length < 0 or at + length > len(view):
-        raise ValueError(f"length {str(length)[:80]} does not fit the body")
+        raise ValueError(f"length {quote(length)} does not fit the body")
     return view[at : at + length], at + length
 
 
 def _split_parts(payload: memoryview, parts: Any) -> dict[str, memoryview]:
+    if not isinstance(parts, list):
+        raise ValueError("the parts of a frame must be a list")
     if len(parts) > MAX_PARTS:
         raise FrameTooLarge(f"the frame has {len(parts)} parts, the limit is {MAX_PARTS}")
     found: dict[str, memoryview] = {}
     at = 0
     for name, length in parts:
         if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or name in found:
-            raise ValueError(f"part name {str(name)[:80]!r} is invalid or occurs twice")
+            raise ValueError(f"part name {quote(name)} is invalid or occurs twice")
         found[name], at = _take_payload(payload, at, length)
     if at != len(payload):
         raise ValueError("the lengths of the parts do not add up to the frame")

@@ -7,14 +7,14 @@ MMDetection3D (`mmdet3d.datasets.Det3DDataset`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from serve.errors import FrameTooLarge, UndecodableFrame
+from serve.errors import BadRequest, FrameTooLarge, UndecodableFrame
+from serve.protocol.json_reader import JsonBounds, read_json
 
 __all__ = ["MATRICES", "MAX_CALIBRATION_BYTES", "Calibration", "parse_calibration"]
 
@@ -29,6 +29,7 @@ MATRICES: Mapping[str, tuple[tuple[int, int], ...]] = {
     "depth2img": _PROJECTION,
 }
 MAX_CALIBRATION_BYTES = 1 << 20  # a dozen cameras need a few kilobytes
+_BOUNDS = JsonBounds(max_values=20_000, max_bytes=MAX_CALIBRATION_BYTES, max_depth=4)
 # Focal lengths and principal points are thousands of pixels; larger entries are misread bytes.
 _MAX_ENTRY = 1e9
 
@@ -48,7 +49,7 @@ def parse_calibration(
         Matrices by name, or by camera and name; float64, of the shape that was sent.
 
     Raises:
-        FrameTooLarge: more than `MAX_CALIBRATION_BYTES`.
+        FrameTooLarge: more than `MAX_CALIBRATION_BYTES`, or 20,000 values.
         UndecodableFrame: the document is invalid; the message names the matrix and what is expected.
     """
     if len(body) > MAX_CALIBRATION_BYTES:
@@ -56,9 +57,9 @@ def parse_calibration(
             f"the calibration has {len(body)} bytes, the limit is {MAX_CALIBRATION_BYTES}; send matrices only"
         )
     try:
-        document = json.loads(bytes(body))
-    except (ValueError, RecursionError) as error:
-        raise UndecodableFrame(f"the calibration is not JSON: {error}") from None
+        document = read_json(body, _BOUNDS)
+    except BadRequest as error:
+        raise UndecodableFrame(f"the calibration cannot be read: {error}") from None
     if not isinstance(document, dict):
         raise UndecodableFrame("the calibration must be a JSON object of matrices by name")
     if not cameras:

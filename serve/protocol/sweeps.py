@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
-from serve.errors import BadRequest, FrameTooLarge, NonFinitePoints, UndecodableFrame, UnknownOption
+from serve.errors import BadRequest, FrameTooLarge, NonFinitePoints, UndecodableFrame, UnknownOption, quote
 from serve.protocol.batch import Bytes
+from serve.protocol.json_reader import JsonBounds, read_json
 from serve.protocol.points import PointLayout, decode_points
 from serve.settings import Limits
 
@@ -38,6 +38,7 @@ __all__ = [
 
 ACCUMULATED = "accumulated"
 MAX_SWEEPS = 64
+_BOUNDS = JsonBounds(max_values=100 * MAX_SWEEPS, max_bytes=1 << 20, max_depth=6)
 # Microseconds, nanoseconds and absolute times exceed it; a sweep is at most seconds old.
 MAX_LAG_S = 3600.0
 MAX_SHIFT_M = 10_000.0
@@ -135,7 +136,7 @@ def check_sweeps_option(value: Any) -> str:
     if isinstance(value, list):
         raise UnknownOption('a list of sweeps goes with points: {"points": {"b64": …}, "sweeps": […]}')
     if value != ACCUMULATED:
-        raise UnknownOption(f"sweeps must be {ACCUMULATED}, got {str(value)[:80]!r}")
+        raise UnknownOption(f"sweeps must be {ACCUMULATED}, got {quote(value)}")
     return ACCUMULATED
 
 
@@ -173,11 +174,12 @@ def parse_sweeps(body: Bytes) -> list[SweepPose]:
 
     Raises:
         UndecodableFrame: it is not JSON of this form, or a time or pose is implausible.
+        FrameTooLarge: far more text or values than `MAX_SWEEPS` poses have.
     """
     try:
-        document = orjson.loads(bytes(body))
-    except orjson.JSONDecodeError as error:
-        raise UndecodableFrame(f"cannot parse sweeps as JSON: {error}") from None
+        document = read_json(body, _BOUNDS)
+    except BadRequest as error:
+        raise UndecodableFrame(f"sweeps cannot be read: {error}") from None
     key_time: float | None = None
     if isinstance(document, dict):
         if unknown := set(document) - {"sweeps", "timestamp_s"}:
@@ -225,7 +227,7 @@ def _parse_pose(place: str, sweep: Any, key_time: float | None) -> SweepPose:
 
 def _number(place: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UndecodableFrame(f"{place} must be a finite number, got {str(value)[:80]}")
+        raise UndecodableFrame(f"{place} must be a finite number, got {quote(value)}")
     return float(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve import __version__
-from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError
+from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError, quote
 from serve.gateway.dispatch import cancel_on_disconnect, run_frames
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.middleware import permit_of, request_id_of
@@ -19,7 +20,8 @@ from serve.gateway.openapi import errors
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import check_frames, parse_request_options, read_body
 from serve.gateway.response import Timing
-from serve.gateway.routes.kserve_codec import decode_infer, encode_infer, model_metadata
+from serve.gateway.routes.kserve_codec import InferBounds, decode_infer, encode_infer, model_metadata
+from serve.protocol.json_reader import QUICK_BYTES
 
 __all__ = ["router"]
 
@@ -28,6 +30,7 @@ _HEADER_LENGTH = "inference-header-content-length"
 
 def router(options: GatewayOptions, registry: ModelRegistry, lifecycle: Lifecycle) -> APIRouter:
     """Create the routes of the protocol."""
+    bounds = InferBounds(options.json_bounds, options.max_frames_per_request, options.max_body_bytes)
     routes = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
     @routes.get("")
@@ -66,10 +69,14 @@ def router(options: GatewayOptions, registry: ModelRegistry, lifecycle: Lifecycl
         served = await registry.find(model, version)
         spec = served.spec or {}
         if (coding := request.headers.get("content-encoding", "identity")) != "identity":
-            raise BadRequest(f"Content-Encoding {coding!r} is not supported; send the body uncompressed")
+            raise BadRequest(f"Content-Encoding {quote(coding)} is not supported; send the body uncompressed")
         permit.check(items=1)
         body = await read_body(request, permit, options)
-        infer_request = decode_infer(body, request.headers.get(_HEADER_LENGTH), spec)
+        header_length = request.headers.get(_HEADER_LENGTH)
+        if len(body) <= QUICK_BYTES:
+            infer_request = decode_infer(body, header_length, spec, bounds)
+        else:
+            infer_request = await asyncio.to_thread(decode_infer, body, header_length, spec, bounds)
         parameters = {**request.query_params, **infer_request.parameters}
         request_options = parse_request_options(parameters, request.headers, options)
         if len(infer_request.frames) > options.max_frames_per_request:

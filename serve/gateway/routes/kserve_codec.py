@@ -12,13 +12,13 @@ of which the metadata lists the first, and ``sweeps`` BYTES [1] (JSON). Outputs 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
+import itertools
+import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,13 @@ import numpy.typing as npt
 import orjson
 from PIL import Image
 
-from serve.errors import BackendBroken, BadRequest, UndecodableFrame
+from serve.errors import BackendBroken, BadRequest, FrameTooLarge, UndecodableFrame, UnknownOption, quote
 from serve.gateway.backend import EncodedFrame
-from serve.protocol.batch import Body, Bytes
+from serve.protocol.batch import MAX_NAME_CHARS, MAX_PARTS, Body, Bytes
+from serve.protocol.json_reader import JsonBounds, LongText, decode_base64, decode_text, read_json
 from serve.protocol.sweeps import is_sweep_part
 
-__all__ = ["InferRequest", "decode_infer", "encode_infer", "model_metadata"]
+__all__ = ["InferBounds", "InferRequest", "decode_infer", "encode_infer", "model_metadata"]
 
 _BOXES = {
     3: ("bboxes_3d", "scores_3d", "labels_3d"),
@@ -41,8 +42,26 @@ _NUMPY = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
+_MAX_RANK = 8
+_MAX_PARAMETERS = 64
+_MAX_TEXT_CHARS = 4096
 # Parameters of Triton's clients without a meaning here.
 _IGNORED = {"binary_data_output", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout"}
+
+
+@dataclass(frozen=True)
+class InferBounds:
+    """Upper bounds on one ``infer`` call.
+
+    Attributes:
+        json: of its JSON.
+        max_frames: elements of a BYTES tensor.
+        max_tensor_bytes: size of another tensor, unpacked.
+    """
+
+    json: JsonBounds = field(default_factory=JsonBounds)
+    max_frames: int = 64
+    max_tensor_bytes: int = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -92,115 +111,183 @@ def model_metadata(name: str, versions: Sequence[str], spec: Mapping[str, Any]) 
     }
 
 
-def decode_infer(body: bytes, header_length: str | None, spec: Mapping[str, Any]) -> InferRequest:
-    """Read a request; `header_length` is the ``Inference-Header-Content-Length`` header.
+def decode_infer(
+    body: bytes, header_length: str | None, spec: Mapping[str, Any], bounds: InferBounds | None = None
+) -> InferRequest:
+    """Read a request.
+
+    Args:
+        body: the body.
+        header_length: the ``Inference-Header-Content-Length`` header.
+        spec: description of the model.
+        bounds: on the JSON, tensors and frames.
 
     Raises:
         BadRequest: the request violates the protocol, or does not fit the model.
+        UnknownOption: a parameter is no number, boolean or short text.
+        FrameTooLarge: more values, elements or frames than `bounds` allow.
         UndecodableFrame: a tensor is not a frame of this model.
     """
+    bounds = bounds or InferBounds()
     if header_length is None:
         header, rest = body, memoryview(b"")
     elif re.fullmatch("[0-9]{1,12}", header_length) and int(header_length) <= len(body):
         header, rest = body[: int(header_length)], memoryview(body)[int(header_length) :]
     else:
-        raise BadRequest(f"Inference-Header-Content-Length {header_length!r} does not fit the body")
-    try:
-        document = orjson.loads(header)
-        inputs = document["inputs"]
-        tensors: dict[str, npt.NDArray[Any] | list[Bytes]] = {}
-        for tensor in inputs:
-            tensors[str(tensor["name"])], rest = _read_tensor(tensor, rest)
-        parameters = dict(document.get("parameters") or {})
-        requested = document.get("outputs")
-        binary = bool(parameters.get("binary_data_output", False))
-        outputs = (
-            None if not requested else {str(entry["name"]): _is_binary(entry, binary) for entry in requested}
-        )
-        identity = document.get("id")
-        strings = {name: str(value) for name, value in parameters.items() if name not in _IGNORED}
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, struct.error) as error:
-        raise BadRequest(
-            f"not a request of the Open Inference Protocol: {type(error).__name__}: {error}"
-        ) from None
+        raise BadRequest(f"Inference-Header-Content-Length {quote(header_length)} does not fit the body")
+    document = _object(read_json(header, bounds.json), "the request")
+    tensors: dict[str, npt.NDArray[Any] | list[Bytes]] = {}
+    for tensor in _objects(document, "inputs"):
+        name = _name(tensor)
+        if name in tensors:
+            raise BadRequest(f"input {quote(name)} is given twice")
+        tensors[name], rest = _read_tensor(name, tensor, rest, bounds)
     if len(rest):
         raise BadRequest(f"{len(rest)} bytes follow the tensors that the header declares")
-    unknown = set(outputs or ()) - set(_output_kinds(spec))
+    parameters = _parameters(document)
+    binary = bool(parameters.get("binary_data_output", False))
+    outputs = {
+        _name(entry): bool(_parameters(entry).get("binary_data", binary))
+        for entry in _objects(document, "outputs")
+    }
+    unknown = set(outputs) - set(_output_kinds(spec))
     if unknown:
-        raise BadRequest(
-            f"unknown output {sorted(unknown)[0]!r}; available: {', '.join(_output_kinds(spec))}"
-        )
+        raise BadRequest(f"unknown output {quote(min(unknown))}; available: {', '.join(_output_kinds(spec))}")
+    identity = document.get("id")
+    if identity is not None and (not isinstance(identity, str | int) or len(str(identity)) > _MAX_TEXT_CHARS):
+        raise BadRequest(f"the id must be a text of at most {_MAX_TEXT_CHARS} characters")
     return InferRequest(
-        None if identity is None else str(identity), _build_frames(tensors, spec), strings, outputs, binary
+        None if identity is None else str(identity),
+        _build_frames(tensors, spec),
+        {name: str(value) for name, value in parameters.items() if name not in _IGNORED},
+        outputs or None,
+        binary,
     )
 
 
-def _is_binary(entry: Mapping[str, Any], default: bool) -> bool:
-    return bool((entry.get("parameters") or {}).get("binary_data", default))
+def _object(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise BadRequest(f"not a request of the Open Inference Protocol: {what} must be an object")
+    return value
+
+
+def _objects(document: Mapping[str, Any], name: str) -> Sequence[Mapping[str, Any]]:
+    """Return the objects that a request lists under `name`; none if it is missing or null."""
+    listed = document.get(name)
+    if listed is None:
+        return []
+    if not isinstance(listed, list) or len(listed) > MAX_PARTS:
+        raise BadRequest(f"{name} must be a list of at most {MAX_PARTS} objects")
+    return [_object(entry, f"an entry of {name}") for entry in listed]
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    name = entry.get("name")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
+        raise BadRequest(f"a tensor needs a name of 1 to {MAX_NAME_CHARS} characters, got {quote(name)}")
+    return name
+
+
+def _parameters(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parameters of a request or tensor: by the protocol texts, numbers or booleans."""
+    parameters = _object(entry.get("parameters") or {}, "parameters")
+    if len(parameters) > _MAX_PARAMETERS:
+        raise BadRequest(f"{len(parameters)} parameters, the limit is {_MAX_PARAMETERS}")
+    for name, value in parameters.items():
+        if not isinstance(value, str | int | float | bool) or (
+            isinstance(value, str) and len(value) > _MAX_TEXT_CHARS
+        ):
+            raise UnknownOption(
+                f"parameter {quote(name)} must be a number, a boolean, or a text of at most {_MAX_TEXT_CHARS} "
+                "characters"
+            )
+    return parameters
 
 
 def _read_tensor(
-    tensor: Mapping[str, Any], rest: memoryview
+    name: str, tensor: Mapping[str, Any], rest: memoryview, bounds: InferBounds
 ) -> tuple[npt.NDArray[Any] | list[Bytes], memoryview]:
     """Read one input tensor; returns it and the rest of the binary part."""
-    name, datatype = str(tensor["name"]), tensor["datatype"]
-    shape = [int(length) for length in tensor["shape"]]
-    if datatype != "BYTES" and datatype not in _NUMPY:
-        raise ValueError(f"input {name} has the unknown datatype {datatype!r}")
-    if any(length < 0 for length in shape):
-        raise ValueError(f"input {name} has the shape {shape}")
-    count = int(np.prod(shape, dtype=object)) if shape else 1
-    size = (tensor.get("parameters") or {}).get("binary_data_size")
+    datatype, parameters = tensor.get("datatype"), _parameters(tensor)
+    if not isinstance(datatype, str) or datatype not in {*_NUMPY, "BYTES"}:
+        raise BadRequest(f"input {name} has the unknown datatype {quote(datatype)}")
+    shape = _read_shape(name, tensor.get("shape"))
+    count = math.prod(shape)
+    if datatype == "BYTES" and count > bounds.max_frames:
+        raise FrameTooLarge(f"input {name} has {count} elements, the limit is {bounds.max_frames}")
+    nbytes = 0 if datatype == "BYTES" else count * np.dtype(_NUMPY[datatype]).itemsize
+    if nbytes > bounds.max_tensor_bytes:
+        raise FrameTooLarge(f"input {name} has {nbytes} bytes, the limit is {bounds.max_tensor_bytes}")
+    size = parameters.get("binary_data_size")
     if size is not None:
-        if not isinstance(size, int) or not 0 <= size <= len(rest):
-            raise ValueError(f"input {name} declares {size!r} bytes, {len(rest)} are left")
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(rest):
+            raise BadRequest(f"input {name} declares {quote(size)} bytes, {len(rest)} are left")
         data, rest = rest[:size], rest[size:]
         if datatype == "BYTES":
-            return _split_bytes(data, count), rest
-        if size != count * np.dtype(_NUMPY[datatype]).itemsize:
-            raise ValueError(f"input {name} of shape {shape} and {datatype} cannot have {size} bytes")
+            return _split_bytes(name, data, count), rest
+        if size != nbytes:
+            raise BadRequest(f"input {name} of shape {shape} and {datatype} cannot have {size} bytes")
         return np.frombuffer(data, _NUMPY[datatype]).reshape(shape), rest
-    values = _flatten(tensor["data"])
+    values = _flatten(name, tensor.get("data"), len(shape))
     if len(values) != count:
-        raise ValueError(f"input {name} of shape {shape} has {len(values)} values")
+        raise BadRequest(f"input {name} of shape {shape} has {len(values)} values")
     if datatype == "BYTES":
-        coded = (tensor.get("parameters") or {}).get("content_type") == "base64"
-        return [_encode_text(name, value, coded) for value in values], rest
-    return np.array(values, dtype=_NUMPY[datatype]).reshape(shape), rest
-
-
-def _flatten(data: Any) -> list[Any]:
-    """Flatten tensor data, which may be flat or nested in JSON."""
-    while isinstance(data, list) and data and isinstance(data[0], list):
-        data = [value for row in data for value in row]
-    if not isinstance(data, list):
-        raise ValueError("tensor data must be a list")
-    return data
-
-
-def _encode_text(name: str, value: Any, coded: bool) -> bytes:
-    if not isinstance(value, str):
-        raise ValueError(f"input {name}: elements of BYTES must be strings in JSON")
-    if not coded:
-        return value.encode()
+        coded = parameters.get("content_type") == "base64"
+        return [_encode_text(name, value, coded, bounds.json.max_bytes) for value in values], rest
     try:
-        return base64.b64decode(value, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"input {name}: not base64: {error}") from None
+        return np.array(values, dtype=_NUMPY[datatype]).reshape(shape), rest
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadRequest(f"input {name} is no tensor of {datatype}: {str(error)[:200]}") from None
 
 
-def _split_bytes(data: memoryview, count: int) -> list[Bytes]:
-    """Split a BYTES tensor into elements, each preceded by its length (uint32, little-endian)."""
+def _read_shape(name: str, shape: Any) -> list[int]:
+    if not isinstance(shape, list) or len(shape) > _MAX_RANK:
+        raise BadRequest(f"the shape of input {name} must be a list of at most {_MAX_RANK} lengths")
+    for length in shape:
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < 1 << 31:
+            raise BadRequest(f"the shape of input {name} holds {quote(length)}, which is no length")
+    return shape
+
+
+def _flatten(name: str, data: Any, rank: int) -> list[Any]:
+    """Flatten tensor data, which may be flat or nested in JSON; every level is walked once."""
+    for _ in range(max(1, rank)):
+        if not isinstance(data, list):
+            break
+        lists = sum(type(value) is list for value in data)
+        if not lists:
+            return data
+        if lists < len(data):
+            raise BadRequest(f"the data of input {name} has lists and values side by side")
+        data = list(itertools.chain.from_iterable(data))
+    if isinstance(data, list) and not any(type(value) is list for value in data):
+        return data
+    raise BadRequest(f"the data of input {name} must be a list, nested at most as deep as its shape")
+
+
+def _encode_text(name: str, value: Any, coded: bool, max_bytes: int) -> Bytes:
+    if not isinstance(value, str | LongText):
+        raise BadRequest(f"input {name}: elements of BYTES must be strings in JSON, got {quote(value)}")
+    if not coded:
+        return decode_text(value, max_bytes)
+    try:
+        return decode_base64(value)
+    except ValueError as error:
+        raise BadRequest(f"input {name}: not base64: {error}") from None
+
+
+def _split_bytes(name: str, data: memoryview, count: int) -> list[Bytes]:
+    """Split a BYTES tensor into `count` elements, each preceded by its length (uint32, little-endian)."""
     found: list[Bytes] = []
     at = 0
-    while at < len(data):
-        (length,) = struct.unpack_from("<I", data, at)
+    for _ in range(count):
+        length = int.from_bytes(data[at : at + 4], "little")
         if at + 4 + length > len(data):
-            raise ValueError("an element of BYTES is longer than the tensor")
+            raise BadRequest(f"input {name}: its {len(data)} bytes end before its {count} elements")
         found.append(data[at + 4 : at + 4 + length])
         at += 4 + length
-    if len(found) != count:
-        raise ValueError(f"BYTES tensor of {count} elements holds {len(found)}")
+    if at != len(data):
+        raise BadRequest(f"input {name}: {len(data) - at} bytes follow its {count} elements")
     return found
 
 
@@ -222,7 +309,7 @@ def _build_frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[E
     if unknown or not tensors:
         raise BadRequest(
             f"this model takes {', '.join(parts)}{', or frame' if len(parts) == 1 else ''}; the request has "
-            f"{', '.join(sorted(tensors)) or 'no input'}"
+            f"{', '.join(sorted(tensors)[:8]) or 'no input'}"
         )
     bodies = {name: _build_part(name, tensor, spec) for name, tensor in tensors.items()}
     if len(bodies) > 1 and any(map(is_sweep_part, bodies)):
