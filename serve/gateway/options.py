@@ -122,6 +122,9 @@ class GatewayOptions(Options):
         gt=0,
         le=1,
     )
+    trusted_proxies: Names = option(
+        ("127.0.0.1",), "IP", "proxies whose X-Forwarded-For names the client; an address or a network each"
+    )
     max_connections: int = option(
         4096, "N", "open connections in total; a further one is answered 503 and closed", ge=1
     )

@@ -17,7 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from serve.gateway.app import create_app
-from serve.gateway.http_protocol import make_protocol_class
+from serve.gateway.http_protocol import ConnectionLimits, make_protocol_class
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.listener import bind, url_of
 from serve.gateway.options import GatewayOptions
@@ -45,10 +45,18 @@ class GatewayServer(uvicorn.Server):
                 date_header=False,
                 # Longer than the body timeout, so that a late body is answered 408 before its connection is closed.
                 http=make_protocol_class(
-                    options.header_timeout_s,
-                    options.body_timeout_s + _LINGERING_CLOSE_S,
-                    options.max_requests_per_connection,
+                    ConnectionLimits(
+                        header_timeout_s=options.header_timeout_s,
+                        request_timeout_s=options.body_timeout_s + _LINGERING_CLOSE_S,
+                        stall_timeout_s=options.client_stall_timeout_s,
+                        bytes_per_s=options.client_bytes_per_s,
+                        max_requests=options.max_requests_per_connection,
+                        max_connections=options.max_connections,
+                        client_share=options.client_share,
+                    )
                 ),
+                ws="none",  # an upgraded connection would have none of these limits
+                forwarded_allow_ips=list(options.trusted_proxies),
                 timeout_keep_alive=max(1, round(options.keep_alive_s)),
                 timeout_graceful_shutdown=max(1, round(options.graceful_timeout_s)),
                 lifespan="on",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serve.gateway.http_protocol import MAX_HEADER_BYTES, make_protocol_class
+from serve.gateway.http_protocol import MAX_HEADER_BYTES, ConnectionLimits, make_protocol_class
 from tests.gateway import raw
 from tests.gateway.running import Background, Listening
 
@@ -29,7 +29,9 @@ def listen(background: Background) -> Iterator[Callable[..., str]]:
     with ExitStack() as stack:
 
         def start(head_timeout_s: float = 10.0, request_timeout_s: float = 10.0, requests: int = 0) -> str:
-            protocol = make_protocol_class(head_timeout_s, request_timeout_s, requests)
+            protocol = make_protocol_class(
+                ConnectionLimits(head_timeout_s, request_timeout_s, max_requests=requests)
+            )
             listening = Listening(background, at_once, http=protocol, lifespan="off")
             stack.callback(listening.close)
             return listening.url
