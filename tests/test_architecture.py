@@ -72,7 +72,7 @@ def test_only_the_backend_of_the_gateway_speaks_to_torchserve():
                 [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             )
             module = getattr(node, "module", None) or ""
-            if {"httpx", "serve.torchserve"} & {*names, module}:
+            if {"httpx", "serve.torchserve", "serve.torchserve.management"} & {*names, module}:
                 speaking.add(module_of(path))
             if isinstance(node, ast.Constant) and node.value in ("modelName", "customizedMetadata"):
                 speaking.add(module_of(path))

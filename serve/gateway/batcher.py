@@ -9,8 +9,8 @@ Policy of one `Batcher`:
 * FIFO among items of one key. The head of the queue always goes, alone if it must, so that nothing starves and an
   oversized item cannot block the queue.
 * A batch ends before the first item that would exceed the budget.
-* An item whose future is done (deadline, disconnect, shutdown) is skipped. A batch that runs is not interrupted and
-  keeps its slot, because the device is still busy with it.
+* A cancelled item (deadline, disconnect, shutdown) is skipped; `Job.cancelled` says so in the queue and later. A batch
+  that runs is not interrupted and keeps its slot, because the device is still busy with it.
 * Prefetch: while all slots are busy, up to `prefetch` batches are sent ahead if they are full, to hide the transport.
 * Early send: a batch that is not full is sent `lead_time_s` before a slot is expected to be free, as long as the
   durations of batches are predictable (`serve.gateway.latency`). It then waits at the worker instead of being on its
@@ -31,7 +31,7 @@ from typing import Generic, TypeVar
 from serve.errors import BackendBroken, FrameTooLarge, ServeError, SettingsError
 from serve.gateway.latency import LatencyModel
 
-__all__ = ["BatchLimits", "BatchReport", "BatchResult", "Batcher", "padded", "ragged"]
+__all__ = ["BatchLimits", "BatchReport", "BatchResult", "Batcher", "Job", "padded", "ragged"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -107,13 +107,29 @@ class BatchResult(Generic[Out]):
 
 
 @dataclass(eq=False)
-class _Job(Generic[In, Out]):
+class Job(Generic[In, Out]):
+    """One item from its submission to its outcome.
+
+    Attributes:
+        item: the item.
+        cost: its cost.
+        nbytes: its size.
+        key: only items of equal keys share a batch.
+        queued_at: time of submission, seconds of the batcher's clock.
+        answer: its outcome, for the caller.
+    """
+
     item: In
     cost: int
     nbytes: int
     key: Hashable
     queued_at: float
     answer: asyncio.Future[BatchResult[Out]] = field(repr=False)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller has stopped waiting (deadline, disconnect or shutdown)."""
+        return self.answer.done()
 
 
 @dataclass(eq=False)
@@ -135,8 +151,8 @@ class Batcher(Generic[In, Out]):
     """Collects items into batches for `run`; belongs to one event loop.
 
     Args:
-        run: answers a batch with one outcome per item, in order: a value or an exception. An exception that it
-            raises fails the whole batch.
+        run: answers a batch with one outcome per job, in order: a value or an exception; anything for a cancelled
+            one. An exception that it raises fails the whole batch.
         limits: bounds of one batch.
         batch_cost: cost of a batch from its item count, total cost and largest cost.
         slots: maximum number of batches that run at a time.
@@ -149,7 +165,7 @@ class Batcher(Generic[In, Out]):
 
     def __init__(
         self,
-        run: Callable[[Sequence[In]], Awaitable[Sequence[Out | Exception]]],
+        run: Callable[[Sequence[Job[In, Out]]], Awaitable[Sequence[Out | Exception]]],
         limits: BatchLimits,
         *,
         batch_cost: BatchCost = ragged,
@@ -167,7 +183,7 @@ class Batcher(Generic[In, Out]):
         self._lead_time_s = lead_time_s if prefetch else 0.0
         self._observe = observe
         self._clock = clock
-        self._queue: deque[_Job[In, Out]] = deque()
+        self._queue: deque[Job[In, Out]] = deque()
         self._workers: set[asyncio.Task[None]] = set()
         self._sent: list[_SentBatch] = []  # in the order of sending
         self._latency_model = LatencyModel()
@@ -177,7 +193,7 @@ class Batcher(Generic[In, Out]):
     @property
     def waiting(self) -> int:
         """Number of items in the queue whose callers still wait."""
-        return sum(not job.answer.done() for job in self._queue)
+        return sum(not job.cancelled for job in self._queue)
 
     @property
     def running(self) -> int:
@@ -206,7 +222,7 @@ class Batcher(Generic[In, Out]):
                 f"the frame has {nbytes} bytes; the limit of a batch is {self._limits.nbytes}"
             )
         loop = asyncio.get_running_loop()
-        job: _Job[In, Out] = _Job(item, cost, nbytes, key, self._clock(), loop.create_future())
+        job: Job[In, Out] = Job(item, cost, nbytes, key, self._clock(), loop.create_future())
         self._queue.append(job)
         self._start_workers()
         try:
@@ -245,21 +261,21 @@ class Batcher(Generic[In, Out]):
         finally:
             self._workers.discard(task)
 
-    def _next_batch(self) -> list[_Job[In, Out]]:
+    def _next_batch(self) -> list[Job[In, Out]]:
         """Take any batch for a slot that is free or about to be, or a full batch to prefetch."""
         if self.running < self._slots or (self.running == self._slots and self._early_send_allowed()):
             return self._take_batch(full_only=False)
         return self._take_batch(full_only=True) if self.running < self._slots + self._prefetch else []
 
-    def _take_batch(self, *, full_only: bool) -> list[_Job[In, Out]]:
+    def _take_batch(self, *, full_only: bool) -> list[Job[In, Out]]:
         """Take the head of the queue and the items that fit with it."""
-        batch: list[_Job[In, Out]] = []
-        passed: list[_Job[In, Out]] = []
+        batch: list[Job[In, Out]] = []
+        passed: list[Job[In, Out]] = []
         total = largest = nbytes = 0
         full = False
         while self._queue and not full:
             job = self._queue.popleft()
-            if job.answer.done():  # deadline, disconnect or shutdown
+            if job.cancelled:
                 continue
             if batch and job.key != batch[0].key:
                 passed.append(job)
@@ -278,7 +294,7 @@ class Batcher(Generic[In, Out]):
         self._queue.extendleft(reversed(passed))
         return batch
 
-    async def _run_batch(self, batch: list[_Job[In, Out]]) -> None:
+    async def _run_batch(self, batch: list[Job[In, Out]]) -> None:
         began = self._clock()
         costs = [job.cost for job in batch]
         cost = self._batch_cost(len(batch), sum(costs), max(costs))
@@ -287,7 +303,7 @@ class Batcher(Generic[In, Out]):
         failed: Exception | None = None
         outcomes: Sequence[Out | Exception] = ()
         try:
-            outcomes = await self._run([job.item for job in batch])
+            outcomes = await self._run(batch)
             if len(outcomes) != len(batch):
                 failed = BackendBroken(f"the backend answered {len(outcomes)} of {len(batch)} frames")
         except Exception as error:
@@ -307,7 +323,7 @@ class Batcher(Generic[In, Out]):
                 "batch of %d frames failed: %s", len(batch), failed, exc_info=_traceback_of(failed)
             )
         for i, job in enumerate(batch):
-            if job.answer.done():
+            if job.cancelled:
                 continue
             outcome = _copy_error(failed) if failed is not None else outcomes[i]
             if isinstance(outcome, Exception):

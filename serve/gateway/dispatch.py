@@ -1,62 +1,118 @@
-"""Dispatch of frames to a model: one outcome per frame, within a deadline, cancelled when the client disconnects."""
+"""Dispatch of frames to a model: one outcome per frame, within a deadline, cancelled when the client disconnects.
+
+Whatever goes wrong with a frame here is the outcome of that frame alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from typing import TypeVar
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from serve.errors import ClientDisconnected, DeadlineExceeded, ServeError
-from serve.gateway.backend import Answer, EncodedFrame
+from serve.gateway.backend import Answer
 from serve.gateway.batcher import BatchResult
-from serve.gateway.cost import estimate_cost
 from serve.gateway.models import ModelVersion
+from serve.protocol.batch import Body
+from serve.protocol.image_size import image_size
+from serve.protocol.worker import EncodedFrame
 
-__all__ = ["FrameResult", "cancel_on_disconnect", "run_frame", "run_frames"]
+__all__ = ["FrameCost", "Outcome", "estimate_cost", "run_frames", "stream_frames"]
 
-FrameResult = BatchResult[Answer] | ServeError
+Outcome = BatchResult[Answer] | ServeError
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 async def run_frames(
-    model: ModelVersion, frames: Sequence[EncodedFrame | ServeError], timeout_s: float
-) -> list[FrameResult]:
-    """Run frames concurrently; returns one result per frame, in order, and raises no `ServeError`."""
-    if len(frames) == 1:
-        return [await run_frame(model, frames[0], timeout_s)]  # saves a task
-    return list(await asyncio.gather(*(run_frame(model, frame, timeout_s) for frame in frames)))
+    request: Request, model: ModelVersion, frames: Sequence[EncodedFrame | ServeError], timeout_s: float
+) -> list[Outcome]:
+    """Run frames concurrently; returns one outcome per frame, in order.
 
-
-async def run_frame(model: ModelVersion, frame: EncodedFrame | ServeError, timeout_s: float) -> FrameResult:
-    """Run one frame; an error, also one passed in, is returned as the result.
+    To be called after the whole body was read: only then the next message of the client can be nothing but its
+    disconnect, on which all frames are cancelled.
 
     Args:
+        request: the request.
         model: the model to run.
-        frame: the frame, or the error that was found while reading it.
-        timeout_s: deadline, seconds from now; after it the result is `DeadlineExceeded`.
-    """
-    if isinstance(frame, ServeError):
-        return frame
-    try:
-        cost = estimate_cost(frame.body, model.spec or {})
-        async with asyncio.timeout(timeout_s):
-            return await model.submit(frame, cost)
-    except TimeoutError:
-        return DeadlineExceeded("no answer before the deadline; raise timeout_ms or send fewer frames")
-    except ServeError as error:
-        return error
-
-
-async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Wait for `work`, and cancel it when the client disconnects, which uvicorn does not do.
-
-    To be used after the whole body was read: only then the next message can be nothing but the disconnect.
+        frames: the frames; in place of an invalid one, its error, which is its outcome.
+        timeout_s: deadline, seconds from now; after it the outcome is `DeadlineExceeded`.
 
     Raises:
         ClientDisconnected: the client disconnected.
     """
+    if len(frames) == 1:  # saves a task
+        return [await _cancel_on_disconnect(request, _run_frame(model, frames[0], timeout_s))]
+    work = asyncio.gather(*(_run_frame(model, frame, timeout_s) for frame in frames))
+    return list(await _cancel_on_disconnect(request, work))
+
+
+async def stream_frames(
+    request: Request,
+    model: ModelVersion,
+    frames: Sequence[EncodedFrame | ServeError],
+    timeout_s: float,
+    finish: Callable[[int, Outcome], T],
+) -> AsyncGenerator[T, None]:
+    """Run frames as `run_frames` does; yields what `finish` makes of each as it finishes.
+
+    Ends when the client disconnects. The frames that have not finished are cancelled when the generator ends.
+
+    Args:
+        request: the request.
+        model: the model to run.
+        frames: the frames; in place of an invalid one, its error.
+        timeout_s: deadline, seconds from now.
+        finish: called with the position and the outcome of a frame, also while nothing can be yielded.
+    """
+
+    async def run(index: int, frame: EncodedFrame | ServeError) -> T:
+        return finish(index, await _run_frame(model, frame, timeout_s))
+
+    tasks = [asyncio.create_task(run(index, frame)) for index, frame in enumerate(frames)]
+    del frames  # each is dropped with its task
+    watch = asyncio.ensure_future(request.receive())
+    try:
+        while tasks:
+            await asyncio.wait({*tasks, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                return
+            done = [task for task in tasks if task.done()]
+            tasks = [task for task in tasks if task not in done]
+            while done:
+                yield done.pop(0).result()
+    finally:
+        watch.cancel()
+        for task in tasks:
+            task.cancel()
+
+
+async def _run_frame(model: ModelVersion, frame: EncodedFrame | ServeError, timeout_s: float) -> Outcome:
+    if isinstance(frame, ServeError):
+        return frame
+    assert model.batcher is not None
+    try:
+        cost = estimate_cost(frame.body, model.spec or {})
+        async with asyncio.timeout(timeout_s):
+            return await model.batcher.submit(frame, cost=cost.cost, nbytes=cost.nbytes, key=cost.key)
+    except TimeoutError:
+        return DeadlineExceeded("no answer before the deadline; raise timeout_ms or send fewer frames")
+    except ServeError as error:
+        return error
+    except Exception as error:
+        logger.exception("a frame for %s failed unexpectedly", model.state.name)
+        return ServeError(
+            f"the frame failed with an internal error ({type(error).__name__}); see the gateway's log"
+        )
+
+
+async def _cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """Wait for `work`, and cancel it when the client disconnects, which uvicorn does not do."""
     task = asyncio.current_task()
     assert task is not None
     watch = asyncio.ensure_future(request.receive())
@@ -78,3 +134,41 @@ async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
     finally:
         watch.remove_done_callback(cancel)
         watch.cancel()
+
+
+@dataclass(frozen=True)
+class FrameCost:
+    """Input of batching.
+
+    Attributes:
+        cost: points of the point cloud, else the pixels of all images together.
+        nbytes: size as sent.
+        key: frames of different keys do not share a batch: images of different sizes would be padded to the
+            largest, which changes their answers.
+    """
+
+    cost: int
+    nbytes: int
+    key: Hashable = None
+
+
+def estimate_cost(body: Body, spec: Mapping[str, Any]) -> FrameCost:
+    """Estimate the cost of one frame for the model described by `spec`, from its size and image headers.
+
+    Raises:
+        UndecodableFrame: the header of an image cannot be read.
+        FrameTooLarge: the header is that of an image far beyond any limit.
+    """
+    parts = body if isinstance(body, Mapping) else {_only_part(spec): body}
+    points = sum(len(part) for name, part in parts.items() if name == "points" or name.startswith("sweep."))
+    sizes = tuple(image_size(part) for name, part in sorted(parts.items()) if name.startswith("image"))
+    stride = 4 * int(spec.get("load_dim") or 4)
+    cost = points // stride if points else sum(width * height for width, height in sizes)
+    return FrameCost(max(1, cost), sum(len(part) for part in parts.values()), sizes or None)
+
+
+def _only_part(spec: Mapping[str, Any]) -> str:
+    parts = spec.get("parts")
+    if parts:
+        return str(parts[0])
+    return "points" if spec["modality"] == "lidar" else "image"

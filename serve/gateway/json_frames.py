@@ -14,8 +14,7 @@ from typing import Any
 
 from serve.errors import BadRequest, FrameTooLarge, ServeError
 from serve.gateway.admission import Permit
-from serve.gateway.backend import EncodedFrame
-from serve.protocol.batch import MAX_PARTS, Body, Bytes
+from serve.protocol.batch import MAX_PARTS, Body, Bytes, RawFrame
 from serve.protocol.frames import is_part, read_json_frame
 from serve.protocol.json_reader import QUICK_BYTES, JsonBounds, read_json
 from serve.protocol.sweeps import list_sweeps
@@ -41,7 +40,7 @@ class _Draft:
 
 async def read_frames(
     body: bytes, references: References, permit: Permit, max_frames: int, bounds: JsonBounds
-) -> tuple[list[EncodedFrame | ServeError], bool]:
+) -> tuple[list[RawFrame | ServeError], bool]:
     """Read all frames of a JSON body; returns them and whether the body was a list.
 
     Args:
@@ -116,7 +115,7 @@ def _split(document: Any) -> _Draft:
 
 async def _complete(
     draft: _Draft | ServeError, references: References, permit: Permit
-) -> EncodedFrame | ServeError:
+) -> RawFrame | ServeError:
     if isinstance(draft, ServeError):
         return draft
     try:
@@ -125,14 +124,14 @@ async def _complete(
         return error
 
 
-async def _fetch_all(draft: _Draft, references: References, permit: Permit) -> EncodedFrame:
+async def _fetch_all(draft: _Draft, references: References, permit: Permit) -> RawFrame:
     if draft.body is None:
-        return EncodedFrame(await _fetch(draft.uris[""], references, permit), draft.options)
+        return RawFrame(await _fetch(draft.uris[""], references, permit), draft.options)
     if not draft.uris:
-        return EncodedFrame(draft.body, draft.options)
+        return RawFrame(draft.body, draft.options)
     fetched = await asyncio.gather(*(_fetch(uri, references, permit) for uri in draft.uris.values()))
     parts: dict[str, Bytes] = dict(draft.body) if isinstance(draft.body, Mapping) else {}
-    return EncodedFrame({**parts, **dict(zip(draft.uris, fetched, strict=True))}, draft.options)
+    return RawFrame({**parts, **dict(zip(draft.uris, fetched, strict=True))}, draft.options)
 
 
 async def _fetch(uri: Any, references: References, permit: Permit) -> bytes:

@@ -10,13 +10,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from serve.errors import BackendBroken, ModelNotFound, NotReady, ServeError
-from serve.gateway.backend import Answer, EncodedFrame, ModelState, TorchServeBackend
-from serve.gateway.batcher import Batcher, BatchLimits, BatchReport, BatchResult, padded, ragged
-from serve.gateway.cost import FrameCost
+from serve.gateway.backend import Answer, ModelState, TorchServeBackend
+from serve.gateway.batcher import Batcher, BatchLimits, BatchReport, padded, ragged
 from serve.gateway.options import GatewayOptions
+from serve.protocol.worker import EncodedFrame
 
 __all__ = ["Health", "ModelRegistry", "ModelVersion"]
 
@@ -50,18 +51,6 @@ class ModelVersion:
         if self.rejected is not None:
             return "refused"
         return "ready" if self.state.ready and self.batcher is not None else "loading"
-
-    async def submit(self, frame: EncodedFrame, cost: FrameCost) -> BatchResult[Answer]:
-        """Queue one frame and wait for its answer; marks the frame as cancelled when the caller stops waiting.
-
-        Raises:
-            ServeError: the error of the frame, or of its batch.
-        """
-        assert self.batcher is not None
-        try:
-            return await self.batcher.submit(frame, cost=cost.cost, nbytes=cost.nbytes, key=cost.key)
-        finally:
-            frame.cancelled = True
 
 
 @dataclass(frozen=True)
@@ -148,10 +137,6 @@ class ModelRegistry:
         if self._age_s() > older_than_s:
             await asyncio.wait([self._start_refresh()])
 
-    def invalidate(self) -> None:
-        """Make the next request refresh, after a failure of the backend."""
-        self._refreshed_at = float("-inf")
-
     async def health(self) -> Health:
         """Check readiness: TorchServe answers, the required models are ready, no batch is stuck."""
         await self.refresh(MIN_RETRY_S)
@@ -173,6 +158,11 @@ class ModelRegistry:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _observe_batch(self, name: str, report: BatchReport) -> None:
+        if report.failed:
+            self._refreshed_at = float("-inf")  # the next request refreshes
+        self.on_batch(name, report)
 
     def _not_found(self, name: str, version: str | None = None) -> ModelNotFound:
         known = ", ".join(sorted({key[0] for key in self._models})) or "none"
@@ -224,7 +214,7 @@ class ModelRegistry:
             if model.batcher is not None:
                 # Without a ready worker one is being restarted; TorchServe holds one batch for it.
                 model.batcher.set_slots(max(1, state.ready))
-            if state.ready and model.described_by.isdisjoint(state.workers) and key not in self._describing:
+            if state.ready and model.described_by.isdisjoint(state.pids) and key not in self._describing:
                 task = asyncio.create_task(self._describe(model))
                 self._describing[key] = task
                 task.add_done_callback(lambda done, key=key: self._describing.pop(key, None))  # type: ignore[misc]
@@ -236,7 +226,7 @@ class ModelRegistry:
             spec = await self._backend.describe(state.name, state.version)
         except BackendBroken as error:
             logger.warning("rejected model %s %s: %s", state.name, state.version, error)
-            model.rejected, model.described_by = str(error), frozenset(state.workers)
+            model.rejected, model.described_by = str(error), frozenset(state.pids)
             return
         except ServeError as error:
             logger.warning("cannot read the description of model %s %s: %s", state.name, state.version, error)
@@ -244,21 +234,13 @@ class ModelRegistry:
         if model.spec is None or _identity(spec) != _identity(model.spec):
             model.spec, model.batcher = spec, self._create_batcher(model, spec)
             logger.info("model %s %s is ready: %s", state.name, state.version, spec["modality"])
-        model.rejected, model.described_by = None, frozenset(state.workers)
+        model.rejected, model.described_by = None, frozenset(state.pids)
 
     def _create_batcher(self, model: ModelVersion, spec: Mapping[str, Any]) -> Batcher[EncodedFrame, Answer]:
         options, state = self._options, model.state
         concatenated = "points" in spec["parts"] if spec.get("parts") else spec["modality"] == "lidar"
-
-        async def run(frames: Sequence[EncodedFrame]) -> Sequence[Answer | Exception]:
-            try:
-                return await self._backend.run(state.name, state.version, frames)
-            except ServeError:
-                self.invalidate()
-                raise
-
         return Batcher(
-            run,
+            partial(self._backend.run, state.name, state.version),
             BatchLimits(
                 items=options.batch_frames,
                 cost=options.batch_points if concatenated else options.batch_pixels,
@@ -268,7 +250,7 @@ class ModelRegistry:
             slots=max(1, state.ready),
             prefetch=options.prefetch_batches,
             lead_time_s=options.lead_time_s,
-            observe=lambda report: self.on_batch(state.name, report),
+            observe=partial(self._observe_batch, state.name),
         )
 
 

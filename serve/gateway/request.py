@@ -6,17 +6,16 @@ Every byte is counted against the request's permit before it is kept.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
-from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
 from serve.errors import (
     BadRequest,
     ClientDisconnected,
-    ClientError,
     FrameTooLarge,
     ServeError,
     SlowRequest,
@@ -24,13 +23,20 @@ from serve.errors import (
     quote,
 )
 from serve.gateway.admission import Permit
-from serve.gateway.backend import EncodedFrame
 from serve.gateway.form import read_form
 from serve.gateway.json_frames import read_frames
 from serve.gateway.options import GatewayOptions
-from serve.protocol.batch import FRAMES_CONTENT_TYPE, MAX_NAME_CHARS, MAX_PARTS, Body, unpack_frames
+from serve.protocol.batch import (
+    FRAMES_CONTENT_TYPE,
+    MAX_NAME_CHARS,
+    MAX_PARTS,
+    RawFrame,
+    body_bytes,
+    unpack_frames,
+)
 from serve.protocol.frames import FrameOptions, parse_options
 from serve.protocol.sweeps import is_sweep_part
+from serve.protocol.worker import EncodedFrame
 from serve.storage.references import References
 
 __all__ = [
@@ -42,15 +48,16 @@ __all__ = [
     "receive_frames",
 ]
 
+logger = logging.getLogger(__name__)
 OPTION_NAMES = tuple(field.name for field in fields(FrameOptions))
 FRAME_FIELDS = frozenset(("body", "data", "file", "frame", "image", "points"))
 
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """Options of a request: those for its frames, and its deadline in seconds."""
+    """Options of a request: those of its frames, unless a frame has its own, and its deadline in seconds."""
 
-    frame: Mapping[str, Any]
+    frame: FrameOptions
     timeout_s: float
 
 
@@ -80,12 +87,12 @@ def parse_request_options(
     given = {name: headers[key] for name in OPTION_NAMES if (key := "x-" + name.replace("_", "-")) in headers}
     given |= {name: value for name, value in query.items() if name != "timeout_ms"}
     try:
-        parse_options(given)
+        parsed = parse_options(given)
     except UnknownOption as error:
         raise UnknownOption(str(error).replace("known: ", "known: timeout_ms, ")) from None
     text = query.get("timeout_ms", headers.get("x-timeout-ms"))
     return RequestOptions(
-        given, options.timeout_s if text is None else _timeout_s(text, options.max_timeout_s)
+        parsed, options.timeout_s if text is None else _timeout_s(text, options.max_timeout_s)
     )
 
 
@@ -181,7 +188,7 @@ async def receive_frames(
     request: Request,
     permit: Permit,
     options: GatewayOptions,
-    given: Mapping[str, Any],
+    base: FrameOptions,
     parts: Sequence[str],
     references: References,
 ) -> ParsedRequest:
@@ -191,7 +198,7 @@ async def receive_frames(
         request: the request, its body not yet read.
         permit: grows with the body and the number of frames.
         options: options of the gateway, with the limits.
-        given: options of the request, defaults for those of each frame.
+        base: options of the request, defaults for those of each frame.
         parts: names of the parts of a frame of this model.
         references: reads frames given by URI.
 
@@ -206,31 +213,29 @@ async def receive_frames(
     kind = content_type.partition(";")[0].strip().lower()
     body = await read_body(request, permit, options)
     max_frames = options.max_frames_per_request
+    frames: Sequence[RawFrame | ServeError]
     if kind == "multipart/form-data":
-        parsed = _parse_form_frames(body, content_type, max_frames, parts)
+        frames, own = _parse_form_frames(body, content_type, max_frames, parts)
+        # Shared by all frames, so an invalid one fails the request rather than each frame.
+        base, many = parse_options(own, base), len(frames) > 1
     elif kind == "application/json":
         frames, many = await read_frames(body, references, permit, max_frames, options.json_bounds)
-        parsed = ParsedRequest(frames, many)
+    elif kind == FRAMES_CONTENT_TYPE:
+        frames, many = unpack_frames(body, max_frames), True
     else:
-        parsed = _parse_raw_frames(kind, body, max_frames)
-    if len(parsed.frames) > options.max_frames_per_request:
+        frames, many = [RawFrame(body)], False
+    if len(frames) > max_frames:
         raise FrameTooLarge(
-            f"the request has {len(parsed.frames)} frames, the limit is {options.max_frames_per_request}"
+            f"the request has {len(frames)} frames, the limit is {options.max_frames_per_request}"
         )
-    permit.grow(items=len(parsed.frames))
-    return ParsedRequest(check_frames(parsed.frames, given, options), parsed.many, parsed.framed)
-
-
-def _parse_raw_frames(kind: str, body: bytes, max_frames: int) -> ParsedRequest:
-    if kind == FRAMES_CONTENT_TYPE:
-        frames = [EncodedFrame(*entry) for entry in unpack_frames(body, max_frames)]
-        return ParsedRequest(frames, many=True, framed=True)
-    return ParsedRequest([EncodedFrame(body)], many=False)
+    permit.grow(items=len(frames))
+    return ParsedRequest(check_frames(frames, base, options), many, framed=kind == FRAMES_CONTENT_TYPE)
 
 
 def _parse_form_frames(
     body: bytes, content_type: str, max_frames: int, parts: Sequence[str]
-) -> ParsedRequest:
+) -> tuple[list[RawFrame], Mapping[str, str]]:
+    """Read the frames of a form, and the options for all of them."""
     texts, files = read_form(body, content_type, max(MAX_PARTS, max_frames) + len(OPTION_NAMES))
     has_sweeps = any(is_sweep_part(name, value) for name, value in (*texts, *files))
     if len(parts) > 1 or has_sweeps:
@@ -243,7 +248,7 @@ def _parse_form_frames(
             name: value.encode() for name, value in texts if name in parts or is_sweep_part(name, value)
         }
         own = {name: value for name, value in texts if name not in inline}
-        return ParsedRequest([EncodedFrame({**inline, **dict(files)}, own)], many=False)
+        return [RawFrame({**inline, **dict(files)})], own
     own = dict(texts)
     if "b64" in own:
         raise BadRequest(
@@ -254,25 +259,30 @@ def _parse_form_frames(
         raise BadRequest(
             f"unknown file part {quote(unknown[0])}; name a frame one of {', '.join(sorted(FRAME_FIELDS))}"
         )
-    parse_options(own)  # shared by all frames, so an invalid one fails the request rather than each frame
     if not files:
         raise BadRequest("no frame in the form; send each frame as a file part (curl -F data=@frame.bin)")
-    return ParsedRequest([EncodedFrame(file, own) for _, file in files], many=len(files) > 1)
+    return [RawFrame(file) for _, file in files], own
 
 
 def check_frames(
-    frames: Sequence[EncodedFrame | ServeError], given: Mapping[str, Any], options: GatewayOptions
+    frames: Sequence[RawFrame | ServeError], base: FrameOptions, options: GatewayOptions
 ) -> list[EncodedFrame | ServeError]:
-    """Merge the options `given` into those of each frame, and check size and options; errors replace invalid frames."""
-    return [_check_frame(frame, given, options) for frame in frames]
+    """Check the size of each frame and parse its options; in place of an invalid one stands its error.
+
+    Args:
+        frames: the frames.
+        base: options of the request, for those that a frame lacks.
+        options: options of the gateway, with the limits.
+    """
+    return [_check_frame(frame, base, options) for frame in frames]
 
 
 def _check_frame(
-    frame: EncodedFrame | ServeError, given: Mapping[str, Any], options: GatewayOptions
+    frame: RawFrame | ServeError, base: FrameOptions, options: GatewayOptions
 ) -> EncodedFrame | ServeError:
     if isinstance(frame, ServeError):
         return frame
-    nbytes = _nbytes(frame.body)
+    nbytes = body_bytes(frame.body)
     if nbytes > options.max_frame_bytes:
         return FrameTooLarge(f"the frame has {nbytes} bytes, the limit is {options.max_frame_bytes}")
     if isinstance(frame.body, Mapping):
@@ -280,13 +290,10 @@ def _check_frame(
             return FrameTooLarge(f"the frame has {len(frame.body)} parts, the limit is {MAX_PARTS}")
         if long := next((name for name in frame.body if len(name) > MAX_NAME_CHARS), None):
             return BadRequest(f"the name of a part has {len(long)} characters, the limit is {MAX_NAME_CHARS}")
-    frame_options = {**given, **frame.options}
     try:
-        parse_options(frame_options)
-    except ClientError as error:
+        return EncodedFrame(frame.body, parse_options(frame.options, base))
+    except ServeError as error:
         return error
-    return EncodedFrame(frame.body, frame_options)
-
-
-def _nbytes(body: Body) -> int:
-    return sum(len(part) for part in body.values()) if isinstance(body, Mapping) else len(body)
+    except Exception as error:  # what no check has foreseen concerns this frame alone
+        logger.exception("a frame cannot be read")
+        return BadRequest(f"the frame cannot be read: {type(error).__name__}")

@@ -14,9 +14,10 @@ import orjson
 import ormsgpack
 
 from serve.errors import BackendBroken, BadRequest, NotAcceptable, ServeError, error_body
-from serve.gateway.backend import Answer, EncodedFrame
+from serve.gateway.backend import Answer
 from serve.gateway.batcher import BatchResult
-from serve.gateway.dispatch import FrameResult
+from serve.gateway.dispatch import Outcome
+from serve.protocol.worker import EncodedFrame
 
 __all__ = [
     "Media",
@@ -117,7 +118,7 @@ def _draw_image(frame: EncodedFrame, answer: dict[str, Any], load_dim: int | Non
         raise BadRequest(f"cannot draw this answer ({error}); accept application/json") from None
 
 
-def encode_list(outcomes: list[FrameResult], media: Media, request_id: str, *, framed: bool = False) -> bytes:
+def encode_list(outcomes: list[Outcome], media: Media, request_id: str, *, framed: bool = False) -> bytes:
     """Encode several results as an array of answers and ``{"error": …}``; in the handler's format if `framed`.
 
     Raises:
@@ -141,7 +142,7 @@ def encode_list(outcomes: list[FrameResult], media: Media, request_id: str, *, f
     return ormsgpack.packb(orjson.loads(joined)) if media == "application/x-msgpack" else joined
 
 
-def encode_line(index: int, outcome: FrameResult, request_id: str | None) -> bytes:
+def encode_line(index: int, outcome: Outcome, request_id: str | None) -> bytes:
     """Encode one line of NDJSON: ``{"index", "status", "answer" or "error"}``."""
     if isinstance(outcome, ServeError):
         return b'{"index":%d,"status":%d,%s\n' % (

@@ -16,15 +16,18 @@ from itertools import chain
 from pathlib import Path
 from typing import cast
 
-from serve.gateway.http_pool import ConnectionLost
 from serve.protocol.batch import Bytes
 from serve.protocol.worker import BATCH_HEADER, GREETING, LENGTH, MAX_MESSAGE_BYTES, socket_path
 
-__all__ = ["WorkerLost", "WorkerSockets"]
+__all__ = ["ConnectionLost", "WorkerLost", "WorkerSockets"]
 
 CONNECT_TIMEOUT_S = 1.0
 
 logger = logging.getLogger(__name__)
+
+
+class ConnectionLost(Exception):
+    """The connection was closed, or broke the protocol, before the answer was complete."""
 
 
 class WorkerLost(ConnectionLost):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -28,6 +28,7 @@ __all__ = [
     "Body",
     "Bytes",
     "Outcomes",
+    "RawFrame",
     "frame_chunks",
     "pack_frames",
     "pack_outcomes",
@@ -38,6 +39,14 @@ __all__ = [
 Bytes = bytes | bytearray | memoryview
 # The bytes of a frame, or of each of its named parts.
 Body = Bytes | Mapping[str, Bytes]
+
+
+class RawFrame(NamedTuple):
+    """One frame as a client named it: its bytes, and its options, which are not parsed yet."""
+
+    body: Body
+    options: Mapping[str, Any] = {}
+
 
 FRAMES_CONTENT_TYPE = "application/vnd.mmdet3d-serve.frames"
 OUTCOMES_CONTENT_TYPE = "application/vnd.mmdet3d-serve.outcomes"
@@ -100,9 +109,7 @@ def pack_frames(frames: Sequence[tuple[Body, Mapping[str, Any]]]) -> bytes:
     return b"".join(frame_chunks(frames))
 
 
-def unpack_frames(
-    body: Bytes, max_frames: int = 64
-) -> list[tuple[memoryview | dict[str, memoryview], dict[str, Any]]]:
+def unpack_frames(body: Bytes, max_frames: int = 64) -> list[RawFrame]:
     """Unpack what `pack_frames` wrote; the frames (or their parts by name) are views, not copies.
 
     Args:
@@ -123,14 +130,14 @@ def unpack_frames(
             raise ValueError("frames must be a list")
         if len(entries) > max_frames:
             raise FrameTooLarge(f"the request has {len(entries)} frames, the limit is {max_frames}")
-        found: list[tuple[memoryview | dict[str, memoryview], dict[str, Any]]] = []
+        found: list[RawFrame] = []
         for entry in entries:
             payload, at = _take_payload(view, at, entry["length"])
             parts = entry.get("parts")
             options = entry.get("options", {})
             if not isinstance(options, dict):
                 raise ValueError("the options of a frame must be an object")
-            found.append((payload if parts is None else _split_parts(payload, parts), options))
+            found.append(RawFrame(payload if parts is None else _split_parts(payload, parts), options))
     except (BadRequest, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRequest(f"malformed header of the framed batch: {str(error)[:200]}") from None
     if at != len(view):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
+if TYPE_CHECKING:  # not installed where only the gateway runs, which imports this package's client
+    import psutil
 
 __all__ = ["remove_pidfile", "stop_running", "write_pidfile"]
 
@@ -18,6 +20,8 @@ _GUARD = str(Path(__file__).with_name("guard.py"))
 
 def write_pidfile(state_dir: Path, guard_pid: int, address: str) -> None:
     """Write the pid file of a running server; `address` is its URL, shown to people."""
+    import psutil
+
     state_dir.mkdir(parents=True, exist_ok=True)
     record = {"pid": guard_pid, "started": psutil.Process(guard_pid).create_time(), "address": address}
     _pidfile(state_dir, guard_pid).write_text(json.dumps(record) + "\n")
@@ -38,6 +42,8 @@ def stop_running(state_dir: Path, timeout_s: float = 20.0) -> list[str]:
     Returns:
         Addresses of the stopped servers.
     """
+    import psutil
+
     stopped: list[str] = []
     for path in sorted(state_dir.glob("torchserve-*.json")):
         try:
@@ -59,6 +65,8 @@ def stop_running(state_dir: Path, timeout_s: float = 20.0) -> list[str]:
 
 
 def _wait(guard: psutil.Process, timeout_s: float) -> None:
+    import psutil
+
     try:
         guard.wait(timeout_s)
     except psutil.TimeoutExpired:

@@ -7,7 +7,6 @@ A server writes into a private run folder (0700) only, which is removed when it 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import shutil
@@ -16,11 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -29,9 +26,11 @@ from serve.errors import (
     ArchiveError,
     BackendBroken,
     BackendStartError,
+    DeadlineExceeded,
     ModelNotFound,
     ModelNotLoaded,
     NotReady,
+    SettingsError,
 )
 from serve.settings import PREFIX
 from serve.torchserve.config import (
@@ -45,38 +44,18 @@ from serve.torchserve.config import (
 )
 from serve.torchserve.java import check_ports, child_environment, java_command
 from serve.torchserve.log import LoadFailure, WorkerLog
+from serve.torchserve.management import ManagementClient, Tokens, Worker, read_tokens
 from serve.torchserve.pidfile import remove_pidfile, write_pidfile
 
 __all__ = ["DRAIN_S", "TorchServe", "Worker"]
 
 DRAIN_S = 5.0
+KEY_FILE = "key_file.json"  # of TorchServe, in its run folder
 _GUARD = Path(__file__).with_name("guard.py")
 _POLL_S = 0.05
 _REPORT_S = 10.0  # while a model is still loading
 # TorchServe creates sockets such as .ts.sock.9000 in java.io.tmpdir; Unix limits socket paths to 107 bytes.
 _LONGEST_TMPDIR = 107 - len("/.ts.sock.65535")
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One Python process of a model.
-
-    Attributes:
-        model: name of its model.
-        version: version of its model.
-        pid: process id; None while it is starting.
-        status: TorchServe's status: ``READY``, ``UNLOADING`` (also while it starts), …
-    """
-
-    model: str
-    version: str
-    pid: int | None
-    status: str
-
-    @property
-    def ready(self) -> bool:
-        """Whether it accepts requests."""
-        return self.status == "READY"
 
 
 class TorchServe:
@@ -101,7 +80,7 @@ class TorchServe:
         self._guard_output = b""
         self._archives: dict[str, str] = {}  # file names by the name served under
         self._log: WorkerLog | None = None
-        self._client: httpx.Client | None = None
+        self._management: ManagementClient | None = None
 
     def __enter__(self) -> TorchServe:
         self.start()
@@ -179,8 +158,8 @@ class TorchServe:
             if self.pid is not None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.pid, signal.SIGKILL)
-            if self._client is not None:
-                self._client.close()
+            if self._management is not None:
+                self._management.close()
             if self.run_dir is not None:
                 shutil.rmtree(self.run_dir, ignore_errors=True)
         if self._exit_code is None:
@@ -209,16 +188,13 @@ class TorchServe:
             ModelNotFound: no such model or version.
             NotReady: TorchServe does not run or does not respond.
         """
-        answer = self._manage("GET", f"/models/{quote(model, safe='')}/{version or 'all'}")
-        return [
-            Worker(model, entry["modelVersion"], worker.get("pid") or None, worker["status"])
-            for entry in answer
-            for worker in entry["workers"]
-        ]
+        with self._running() as management:
+            return management.workers(model, version)
 
     def models(self) -> list[str]:
         """List the names of the registered models."""
-        return [entry["modelName"] for entry in self._manage("GET", "/models?limit=1000")["models"]]
+        with self._running() as management:
+            return management.names()
 
     def register(self, model: ServedModel, *, batch_size: int = 1, max_batch_delay_ms: int = 1) -> None:
         """Load a further archive of the store and wait for its workers.
@@ -272,9 +248,8 @@ class TorchServe:
         """Tokens by use (``inference``, ``management``); empty unless `token_authorization` is on."""
         if not self.options.token_authorization or self.run_dir is None:
             return {}
-        with contextlib.suppress(OSError, ValueError):
-            keys = json.loads((self.run_dir / "key_file.json").read_text())
-            return {use: keys[use]["key"] for use in ("inference", "management")}
+        with contextlib.suppress(SettingsError):
+            return read_tokens(self.run_dir / KEY_FILE)
         return {}
 
     def _write_pidfile(self) -> None:
@@ -315,7 +290,8 @@ class TorchServe:
         )
         assert self._guard.stdout is not None
         os.set_blocking(self._guard.stdout.fileno(), False)
-        self._client = httpx.Client(trust_env=False, timeout=10.0)
+        tokens = Tokens(run_dir / KEY_FILE if self.options.token_authorization else None)
+        self._management = ManagementClient(self.management_url, tokens)
         deadline = time.monotonic() + 30
         while self.pid is None and time.monotonic() < deadline and self.poll() is None:
             self._read_guard(_POLL_S)
@@ -399,31 +375,25 @@ class TorchServe:
         return "its log gives no reason"
 
     def _answers_ping(self) -> bool:
-        assert self._client is not None
         try:
             # In token mode a ping without a token gets 400, which is an answer as well.
-            return self._client.get(f"{self.inference_url}/ping").status_code < 500
+            return httpx.get(f"{self.inference_url}/ping", trust_env=False, timeout=10.0).status_code < 500
         except httpx.HTTPError:
             return False
 
-    def _manage(self, method: str, path: str) -> Any:
-        if self._client is None or self.poll() is not None:
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[ManagementClient]:
+        """Yield the client of a TorchServe that runs; a timeout counts as not ready."""
+        if self._management is None or self.poll() is not None:
             raise NotReady("TorchServe does not run")
-        token = self.tokens().get("management")
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
-            answer = self._client.request(method, f"{self.management_url}{path}", headers=headers)
-            body = answer.json()
-        except (httpx.HTTPError, ValueError) as error:
-            raise NotReady(f"TorchServe's management port does not respond ({error})") from error
-        if answer.is_success:
-            return body
-        reason = body.get("message", answer.reason_phrase) if isinstance(body, dict) else answer.reason_phrase
-        if answer.status_code == httpx.codes.NOT_FOUND:
-            raise ModelNotFound(str(reason))
-        raise BackendBroken(
-            f"TorchServe rejected {method} {path.partition('?')[0]} with {answer.status_code}: {reason}"
-        )
+            yield self._management
+        except DeadlineExceeded as error:
+            raise NotReady(str(error)) from error
+
+    def _manage(self, method: str, path: str) -> None:
+        with self._running() as management:
+            management.call(method, path)
 
 
 def _load_error(failure: LoadFailure, archives: Mapping[str, str]) -> ModelNotLoaded:

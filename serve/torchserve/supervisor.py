@@ -31,6 +31,7 @@ from serve.gateway.options import GatewayOptions
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from serve.torchserve.config import url
 from serve.torchserve.java import child_environment
+from serve.torchserve.process import KEY_FILE
 
 __all__ = ["Rejected", "Service", "archives_of", "examine", "gateway_options"]
 
@@ -237,7 +238,7 @@ class Service:
         if options.worker_sockets == "auto":
             options = replace(options, worker_sockets=self.torchserve.worker_sockets)
         if self._options.token_authorization and run_dir is not None:
-            options = replace(options, backend_key_file=run_dir / "key_file.json")
+            options = replace(options, backend_key_file=run_dir / KEY_FILE)
         document = {
             "listener": listener.fileno(),
             "options": options.dump(),

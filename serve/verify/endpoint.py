@@ -6,7 +6,6 @@ server that serves another model than the reference is an error, not a deviation
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from serve.compare.detections import Comparison, compare_answers, is_3d
 from serve.compare.labels import LabelComparison, has_labels
 from serve.compare.ties import confirm_ties
 from serve.compare.tolerances import Tolerances
-from serve.errors import BackendBroken, BadRequest, ModelNotFound, UndecodableFrame
+from serve.errors import BackendBroken, BadRequest, ModelNotFound, SettingsError, UndecodableFrame
 from serve.protocol.frames import Modality
+from serve.torchserve.management import read_tokens
 from serve.verify.reference import FRAME_SUFFIXES, filter_by_score
 
 __all__ = ["FrameReport", "Reference", "find_frames", "frame_parts", "read_token", "verify"]
@@ -163,13 +163,10 @@ def read_token(path: str | Path) -> str:
     """
     try:
         text = Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        if text.startswith("{"):
+            text = read_tokens(Path(path))["inference"]
+    except (OSError, UnicodeDecodeError, SettingsError) as error:
         raise BadRequest(f"token file {path} cannot be read: {error}") from error
-    if text.startswith("{"):
-        try:
-            text = str(json.loads(text)["inference"]["key"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadRequest(f"token file {path} has no inference key") from error
     if not text or not text.isascii() or any(character.isspace() for character in text):
         raise BadRequest(f"token file {path} holds no token")
     return text

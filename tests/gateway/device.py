@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from serve.gateway.batcher import Batcher, BatchLimits, BatchReport
+from serve.gateway.batcher import Batcher, BatchLimits, BatchReport, Job
 
 
 class Device:
@@ -22,8 +22,9 @@ class Device:
             f"answer to {item}" for item in items
         ]
 
-    async def run(self, items: Sequence[Any]) -> Sequence[Any]:
-        self.batches.append(list(items))
+    async def run(self, jobs: Sequence[Job[Any, Any]]) -> Sequence[Any]:
+        items = [job.item for job in jobs]
+        self.batches.append(items)
         if self.held:
             gate: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             self.waiting.append(gate)

@@ -36,7 +36,8 @@ class Watched:
             self.run, LIMITS, batch_cost=batch_cost, slots=slots, prefetch=prefetch
         )
 
-    async def run(self, batch: Any) -> Any:
+    async def run(self, jobs: Any) -> Any:
+        batch = [job.item for job in jobs]
         try:
             self.check(batch)
         except AssertionError as error:  # the batcher would take it for a failure of the device

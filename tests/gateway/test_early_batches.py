@@ -38,7 +38,8 @@ class Worker:
             clock=self.loop.time,
         )
 
-    async def run(self, items: Sequence[Any]) -> Sequence[Any]:
+    async def run(self, jobs: Sequence[Any]) -> Sequence[Any]:
+        items = [job.item for job in jobs]
         self.sent.append((self.loop.time(), len(items)))
         await asyncio.sleep(HANDOVER_S)
         async with self.turn:

@@ -107,7 +107,7 @@ def test_one_request_carries_several_frames(client, cloud, torchserve, binary):
         bodies = outputs[-1]["data"]
         counts = outputs[-2]["data"]
     assert [json.loads(body) for body in bodies] == [
-        json.loads(answer_for(picture, {"score_thr": "0.5"})) for picture in pictures
+        json.loads(answer_for(picture, {"score_thr": 0.5})) for picture in pictures
     ]
     assert counts == [0, 0, 0]  # the paper model answers in three dimensions, this one is asked in two
     assert len(torchserve.calls) == 1

@@ -34,11 +34,11 @@ def test_answer_is_the_workers_byte_for_byte(gateway, cloud, method, path):
 
 def test_options_come_from_query_or_headers(gateway, cloud, torchserve):
     query = gateway.post("/predictions/second?score_thr=0.3&max_detections=2", content=cloud(1)).json()
-    assert query["options"] == {"score_thr": "0.3", "max_detections": "2"}
+    assert query["options"] == {"score_thr": 0.3, "max_detections": 2}
     headers = gateway.post(content=cloud(1), headers={"X-Score-Thr": "0.25", "X-Load-Dim": "4"}).json()
-    assert headers["options"] == {"score_thr": "0.25", "load_dim": "4"}
+    assert headers["options"] == {"score_thr": 0.25, "load_dim": 4}
     both = gateway.post("/predictions/second?score_thr=0.3", content=cloud(1), headers={"X-Score-Thr": "0.2"})
-    assert both.json()["options"] == {"score_thr": "0.3"}
+    assert both.json()["options"] == {"score_thr": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_timeout_may_come_in_a_header(gateway, cloud):
 
 def test_form_with_one_file_is_one_frame(gateway, cloud, torchserve):
     answer = gateway.post(files={"data": cloud(1)}, data={"score_thr": "0.5"})
-    assert answer.content == answer_for(cloud(1), {"score_thr": "0.5"})
+    assert answer.content == answer_for(cloud(1), {"score_thr": 0.5})
 
 
 def test_form_with_many_files_is_answered_in_order_with_one_error(gateway, cloud, torchserve):
@@ -138,7 +138,7 @@ def test_framed_batch_is_answered_in_the_handlers_format(gateway, cloud, torchse
     answer = gateway.post("/predictions/second?score_thr=0.5", content=body, headers=FRAMED)
     outcomes = answer.json()["outcomes"]
     assert [outcome["status"] for outcome in outcomes] == [200, 422, 400]
-    assert outcomes[0]["answer"]["options"] == {"score_thr": "0.5", "max_detections": 2}
+    assert outcomes[0]["answer"]["options"] == {"score_thr": 0.5, "max_detections": 2}
     assert outcomes[2]["error"]["code"] == "unknown_option"
     assert len(torchserve.calls) == 1 and len(torchserve.calls[0]) == 2
     assert gateway.post(content=pack_frames([]), headers=FRAMED).json() == {"outcomes": []}
@@ -225,7 +225,7 @@ def test_model_of_several_parts_takes_them_by_name(start_gateway, torchserve, cl
     parts = {"points": cloud(1), "image": picture}
     answer = gateway.post("/predictions/fusion", files=parts, data={"calibration": "{}", "score_thr": "0.1"})
     assert answer.status_code == 200, answer.text
-    assert answer.content == answer_for({**parts, "calibration": b"{}"}, {"score_thr": "0.1"})
+    assert answer.content == answer_for({**parts, "calibration": b"{}"}, {"score_thr": 0.1})
     twice = gateway.post("/predictions/fusion", files=[("points", cloud(1)), ("points", cloud(2))])
     assert (twice.status_code, twice.json()["error"]["code"]) == (400, "bad_request")
     in_json = {name: {"b64": base64.b64encode(part).decode()} for name, part in parts.items()}
@@ -325,7 +325,7 @@ def test_frame_of_sweeps_comes_as_a_form_json_or_a_framed_batch(start_gateway, c
     assert as_files.content == answer_for(parts, {})
     texts = {name: body for name, body in files.items() if name != "sweeps"}
     as_text = gateway.post(path, files=texts, data={"sweeps": parts["sweeps"].decode(), "score_thr": "0.2"})
-    assert as_text.content == answer_for(parts, {"score_thr": "0.2"})
+    assert as_text.content == answer_for(parts, {"score_thr": 0.2})
     (framed,) = gateway.post(path, content=pack_frames([(parts, {})]), headers=FRAMED).json()["outcomes"]
     assert framed["answer"]["frame"] == as_files.json()["frame"]
 

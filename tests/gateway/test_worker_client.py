@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from serve.errors import BadRequest
-from serve.gateway.http_pool import ConnectionLost
-from serve.gateway.worker_client import WorkerLost, WorkerSockets
+from serve.gateway.worker_client import ConnectionLost, WorkerLost, WorkerSockets
 from serve.protocol.worker import BATCH_HEADER, HELLO, LENGTH, MAX_MESSAGE_BYTES, socket_path
 from serve.worker.server import listen
 

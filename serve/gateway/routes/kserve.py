@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from serve import __version__
 from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError, quote
-from serve.gateway.dispatch import cancel_on_disconnect, run_frames
+from serve.gateway.dispatch import run_frames
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.middleware import permit_of, request_id_of
 from serve.gateway.models import ModelRegistry
@@ -88,7 +88,7 @@ def router(options: GatewayOptions, registry: ModelRegistry, lifecycle: Lifecycl
         request.scope["state"]["frames"] = len(frames)
         timing.decode_s = time.perf_counter() - arrived
         remaining_s = request_options.timeout_s - timing.decode_s
-        outcomes = await cancel_on_disconnect(request, run_frames(served, frames, remaining_s))
+        outcomes = await run_frames(request, served, frames, remaining_s)
         bodies = []
         for i, outcome in enumerate(outcomes):
             if isinstance(outcome, ServeError):

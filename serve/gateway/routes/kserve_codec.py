@@ -27,8 +27,7 @@ import orjson
 from PIL import Image
 
 from serve.errors import BackendBroken, BadRequest, FrameTooLarge, UndecodableFrame, UnknownOption, quote
-from serve.gateway.backend import EncodedFrame
-from serve.protocol.batch import MAX_NAME_CHARS, MAX_PARTS, Body, Bytes
+from serve.protocol.batch import MAX_NAME_CHARS, MAX_PARTS, Body, Bytes, RawFrame
 from serve.protocol.json_reader import JsonBounds, LongText, decode_base64, decode_text, read_json
 from serve.protocol.sweeps import is_sweep_part
 
@@ -77,7 +76,7 @@ class InferRequest:
     """
 
     id: str | None
-    frames: Sequence[EncodedFrame]
+    frames: Sequence[RawFrame]
     parameters: Mapping[str, str]
     outputs: Mapping[str, bool] | None
     binary: bool
@@ -300,11 +299,11 @@ def _is_input(name: str, parts: Sequence[str], spec: Mapping[str, Any]) -> bool:
     return name in parts or (bool(spec.get("sweeps")) and is_sweep_part(name))
 
 
-def _build_frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[EncodedFrame]:
+def _build_frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[RawFrame]:
     parts = _parts(spec)
     several = tensors.get("frame")
     if len(parts) == 1 and set(tensors) == {"frame"} and isinstance(several, list):
-        return [EncodedFrame(body) for body in several]
+        return [RawFrame(body) for body in several]
     unknown = {name for name in tensors if not _is_input(name, parts, spec)}
     if unknown or not tensors:
         raise BadRequest(
@@ -315,7 +314,7 @@ def _build_frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[E
     if len(bodies) > 1 and any(map(is_sweep_part, bodies)):
         # The shapes of tensors declare their columns.
         is_declared = isinstance(tensors.get("points"), np.ndarray)
-        return [EncodedFrame(bodies, {"load_dim": int(spec.get("load_dim") or 4)} if is_declared else {})]
+        return [RawFrame(bodies, {"load_dim": int(spec.get("load_dim") or 4)} if is_declared else {})]
     if len(parts) == 1:
         (only,) = bodies.values()
         # The shape of a tensor declares its columns; an empty point cloud must declare num_points=0.
@@ -323,9 +322,9 @@ def _build_frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[E
             {"load_dim": int(spec.get("load_dim") or 4)} if isinstance(tensors[parts[0]], np.ndarray) else {}
         )
         empty = {"num_points": 0} if not len(only) else {}
-        return [EncodedFrame(only, {**declared, **empty} if parts == ("points",) else {})]
+        return [RawFrame(only, {**declared, **empty} if parts == ("points",) else {})]
     body: Body = bodies
-    return [EncodedFrame(body)]
+    return [RawFrame(body)]
 
 
 def _build_part(name: str, tensor: npt.NDArray[Any] | list[Bytes], spec: Mapping[str, Any]) -> Bytes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
@@ -14,14 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from serve.errors import Overloaded, ServeError
 from serve.gateway import openapi
-from serve.gateway.admission import Permit
-from serve.gateway.backend import EncodedFrame
-from serve.gateway.dispatch import FrameResult, cancel_on_disconnect, run_frame, run_frames
+from serve.gateway.dispatch import Outcome, run_frames, stream_frames
 from serve.gateway.middleware import permit_of, request_id_of
 from serve.gateway.models import ModelRegistry, ModelVersion
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import ParsedRequest, parse_request_options, receive_frames
 from serve.gateway.response import Media, Timing, choose_media, encode_line, encode_list, encode_one
+from serve.protocol.worker import EncodedFrame
 from serve.storage.references import References
 
 __all__ = ["router"]
@@ -47,7 +46,7 @@ def router(options: GatewayOptions, registry: ModelRegistry, references: Referen
         remaining_s = request_options.timeout_s - timing.decode_s
         if media == "application/x-ndjson":
             return _LinesResponse(_lines(request, served, parsed.frames, remaining_s))
-        outcomes = await cancel_on_disconnect(request, run_frames(served, parsed.frames, remaining_s))
+        outcomes = await run_frames(request, served, parsed.frames, remaining_s)
         return await _answer(request, served, parsed, outcomes, media, timing)
 
     documentation = openapi.predictions(options)
@@ -84,7 +83,7 @@ async def _answer(
     request: Request,
     served: ModelVersion,
     parsed: ParsedRequest,
-    outcomes: list[FrameResult],
+    outcomes: list[Outcome],
     media: Media,
     timing: Timing,
 ) -> Response:
@@ -137,50 +136,28 @@ class _LinesResponse(StreamingResponse):
 async def _lines(
     request: Request, served: ModelVersion, frames: Sequence[EncodedFrame | ServeError], timeout_s: float
 ) -> AsyncGenerator[bytes, None]:
-    """Yield one line per frame as it finishes; a disconnect cancels the frames that are still queued."""
+    """Yield one line per frame as it finishes; the permit counts a line in place of its frame until it is written."""
     permit = permit_of(request.scope)
-    body_bytes = permit.bytes
-    tasks = [
-        asyncio.create_task(_line(index, served, frame, timeout_s, permit, request_id_of(request.scope)))
-        for index, frame in enumerate(frames)
-    ]
-    del frames  # each is dropped with its task
-    watch = asyncio.ensure_future(request.receive())
-    try:
-        while tasks:
-            await asyncio.wait({*tasks, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
-                return
-            done = [task for task in tasks if task.done()]
-            tasks = [task for task in tasks if task not in done]
-            if not tasks:
-                permit.shrink(nbytes=body_bytes)
-            while done:
-                line, counted = done.pop(0).result()
-                yield line
-                permit.shrink(nbytes=counted)  # written
-    finally:
-        watch.cancel()
-        for task in tasks:
-            task.cancel()
+    request_id = request_id_of(request.scope)
+    body_bytes, waiting = permit.bytes, len(frames)
 
+    def encode(index: int, outcome: Outcome) -> tuple[bytes, int]:
+        nonlocal waiting
+        waiting -= 1
+        permit.shrink(items=1, nbytes=0 if waiting else body_bytes)
+        line = encode_line(index, outcome, request_id)
+        try:
+            permit.grow(nbytes=len(line))
+        except Overloaded as error:
+            return encode_line(index, error, request_id), 0
+        return line, len(line)
 
-async def _line(
-    index: int,
-    served: ModelVersion,
-    frame: EncodedFrame | ServeError,
-    timeout_s: float,
-    permit: Permit,
-    request_id: str,
-) -> tuple[bytes, int]:
-    """Run one frame; returns its line, and the bytes that the permit counts for it in place of the frame."""
-    line = encode_line(index, await run_frame(served, frame, timeout_s), request_id)
-    permit.shrink(items=1)
-    try:
-        permit.grow(nbytes=len(line))
-    except Overloaded as error:
-        return encode_line(index, error, request_id), 0
-    return line, len(line)
+    lines = stream_frames(request, served, frames, timeout_s, encode)
+    del frames  # each is dropped when it has finished
+    async with aclosing(lines):
+        async for line, counted in lines:
+            yield line
+            permit.shrink(nbytes=counted)  # written
 
 
 def _load_dim(served: ModelVersion) -> int | None:
