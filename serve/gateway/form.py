@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -14,42 +14,59 @@ __all__ = ["read_form"]
 
 _MAX_CONTENT_TYPE_BYTES = 1024
 _MAX_TEXT_BYTES = 64 * 1024
+# What the parser gets at once: it holds the interpreter while it looks for the boundary.
+_PIECE_BYTES = 1 << 20
 # RFC 2046, 5.1.1.
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 
 
 @dataclass
 class _Part:
-    """One part while it is read: its header, and where its content lies."""
+    """One part while it is read: its header, and where its content lies in the body."""
 
     name: str = ""
     is_file: bool = False
     start: int = 0
-    end: int = 0
+    length: int = 0
     disposition: bytes = b""
     header: tuple[bytes, bytes] = (b"", b"")
 
 
-@dataclass
 class _Parts:
-    """Callbacks of the parser over a whole body, which is passed to it at once."""
+    """Callbacks of the parser, which is passed the body in pieces: only positions are noted.
 
-    found: list[_Part] = field(default_factory=list)
-    is_ended: bool = False
+    Attributes:
+        found: the parts.
+        is_ended: whether the last boundary was found.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[_Part] = []
+        self.is_ended = False
+        self._piece = b""
+        self._base = 0
+
+    def begin_piece(self, piece: bytes, base: int) -> None:
+        """Note the piece that the parser gets next, and its position."""
+        self._piece, self._base = piece, base
 
     def on_part_begin(self) -> None:
         self.found.append(_Part())
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self.found[-1].header = (data[start:end], b"")
+        name, value = self.found[-1].header
+        self.found[-1].header = (data[start:end], b"") if value else (name + data[start:end], b"")
 
     def on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self.found[-1].header = (self.found[-1].header[0], data[start:end])
+        name, value = self.found[-1].header
+        self.found[-1].header = (name, value + data[start:end])
 
     def on_header_end(self) -> None:
         part = self.found[-1]
-        if part.header[0].lower() == b"content-disposition":
-            part.disposition = part.header[1]
+        name, value = part.header
+        if name.lower() == b"content-disposition":
+            part.disposition = value
+        part.header = (b"", b"")
 
     def on_headers_finished(self) -> None:
         part = self.found[-1]
@@ -60,14 +77,17 @@ class _Parts:
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         part = self.found[-1]
-        part.start, part.end = (start if part.end == 0 else part.start), end
+        if not part.length:
+            # What only began like a boundary at the end of the last piece comes as bytes of its own.
+            part.start = self._base + (start if data is self._piece else start - end)
+        part.length += end - start
 
     def on_end(self) -> None:
         self.is_ended = True
 
 
 def read_form(
-    body: bytes, content_type: str, max_parts: int
+    body: bytes | bytearray, content_type: str, max_parts: int
 ) -> tuple[list[tuple[str, str]], list[tuple[str, memoryview]]]:
     """Read a form.
 
@@ -84,14 +104,7 @@ def read_form(
         FrameTooLarge: more parts, or a field of more than 64 KiB.
     """
     boundary = _read_boundary(content_type)
-    # Also counts what only looks like a delimiter, on which the parser spends time in Python.
-    delimiter, at = b"--" + boundary, 0
-    for _ in range(max_parts + 2):
-        at = body.find(delimiter, at) + len(delimiter)
-        if at < len(delimiter):
-            break
-    else:
-        raise FrameTooLarge(f"the form has more than {max_parts} parts")
+    _check_delimiters(body, b"--" + boundary, max_parts)
     parts = _Parts()
     parser = MultipartParser(
         boundary,
@@ -106,7 +119,12 @@ def read_form(
         },
     )
     try:
-        parser.write(body)
+        for at in range(0, len(body), _PIECE_BYTES):
+            piece = bytes(body[at : at + _PIECE_BYTES])
+            parts.begin_piece(piece, at)
+            parser.write(piece)
+            if parts.is_ended:
+                break
         parser.finalize()
     except FormParserError as error:
         raise BadRequest(f"cannot parse the form: {str(error)[:200]}") from None
@@ -116,16 +134,32 @@ def read_form(
     texts: list[tuple[str, str]] = []
     files: list[tuple[str, memoryview]] = []
     for part in parts.found:
+        content = view[part.start : part.start + part.length]
         if part.is_file:
-            files.append((part.name, view[part.start : part.end]))
-        elif part.end - part.start > _MAX_TEXT_BYTES:
+            files.append((part.name, content))
+        elif part.length > _MAX_TEXT_BYTES:
             raise FrameTooLarge(
-                f"the field {quote(part.name)} has {part.end - part.start} bytes, the limit is {_MAX_TEXT_BYTES}; "
+                f"the field {quote(part.name)} has {part.length} bytes, the limit is {_MAX_TEXT_BYTES}; "
                 "send it as a file (with a filename)"
             )
         else:
-            texts.append((part.name, _text(body[part.start : part.end], f"the field {quote(part.name)}")))
+            texts.append((part.name, _text(bytes(content), f"the field {quote(part.name)}")))
     return texts, files
+
+
+def _check_delimiters(body: bytes | bytearray, delimiter: bytes, max_parts: int) -> None:
+    """Bound the delimiters, and what only looks like one, on which the parser spends time in Python."""
+    found = at = 0
+    while at < len(body):
+        stop = at + _PIECE_BYTES + len(delimiter) - 1
+        next_at = body.find(delimiter, at, stop)
+        if next_at < 0:
+            at += _PIECE_BYTES
+            continue
+        found += 1
+        at = next_at + len(delimiter)
+        if found > max_parts + 1:
+            raise FrameTooLarge(f"the form has more than {max_parts} parts")
 
 
 def _read_boundary(content_type: str) -> bytes:

@@ -14,9 +14,10 @@ from typing import Any
 
 from serve.errors import BadRequest, FrameTooLarge, ServeError
 from serve.gateway.admission import Permit
+from serve.gateway.offload import run_beside_loop
 from serve.protocol.batch import MAX_PARTS, Body, Bytes, RawFrame
 from serve.protocol.frames import is_part, read_json_frame
-from serve.protocol.json_reader import QUICK_BYTES, JsonBounds, read_json
+from serve.protocol.json_reader import JsonBounds, read_json
 from serve.protocol.sweeps import list_sweeps
 from serve.storage.references import References
 
@@ -39,7 +40,7 @@ class _Draft:
 
 
 async def read_frames(
-    body: bytes, references: References, permit: Permit, max_frames: int, bounds: JsonBounds
+    body: bytes | bytearray, references: References, permit: Permit, max_frames: int, bounds: JsonBounds
 ) -> tuple[list[RawFrame | ServeError], bool]:
     """Read all frames of a JSON body; returns them and whether the body was a list.
 
@@ -55,10 +56,7 @@ async def read_frames(
         FrameTooLarge: more than `max_frames` frames, or beyond `bounds`.
         ServeError: the error of the frame if it is the only one.
     """
-    if len(body) <= QUICK_BYTES:
-        drafts, many = _read_drafts(body, max_frames, bounds)
-    else:
-        drafts, many = await asyncio.to_thread(_read_drafts, body, max_frames, bounds)
+    drafts, many = await run_beside_loop(len(body), _read_drafts, body, max_frames, bounds)
     if not many:
         (only,) = drafts
         if isinstance(only, ServeError):
@@ -67,7 +65,9 @@ async def read_frames(
     return list(await asyncio.gather(*(_complete(draft, references, permit) for draft in drafts))), True
 
 
-def _read_drafts(body: bytes, max_frames: int, bounds: JsonBounds) -> tuple[list[_Draft | ServeError], bool]:
+def _read_drafts(
+    body: bytes | bytearray, max_frames: int, bounds: JsonBounds
+) -> tuple[list[_Draft | ServeError], bool]:
     document = read_json(body, bounds)
     if not isinstance(document, dict) or "frames" not in document:
         return [_read_draft(document, {})], False

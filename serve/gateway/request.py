@@ -25,6 +25,7 @@ from serve.errors import (
 from serve.gateway.admission import Permit
 from serve.gateway.form import read_form
 from serve.gateway.json_frames import read_frames
+from serve.gateway.offload import run_beside_loop
 from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import (
     FRAMES_CONTENT_TYPE,
@@ -32,6 +33,7 @@ from serve.protocol.batch import (
     MAX_PARTS,
     RawFrame,
     body_bytes,
+    header_bytes,
     unpack_frames,
 )
 from serve.protocol.frames import FrameOptions, parse_options
@@ -106,8 +108,8 @@ def _timeout_s(text: str, max_s: float) -> float:
     return timeout_ms / 1000
 
 
-async def read_body(request: Request, permit: Permit, options: GatewayOptions) -> bytes:
-    """Read the whole body.
+async def read_body(request: Request, permit: Permit, options: GatewayOptions) -> bytes | bytearray:
+    """Read the whole body; a body of several chunks grows in place, because joining it would stop the event loop.
 
     Raises:
         FrameTooLarge: the body exceeds `max_body_bytes`, already by its Content-Length if it has one.
@@ -116,8 +118,15 @@ async def read_body(request: Request, permit: Permit, options: GatewayOptions) -
         ClientDisconnected: the client disconnected before the end of the body.
     """
     async with _limit_body_time(options) as pace:
-        chunks = [chunk async for chunk in _body_chunks(request, permit, options, pace)]
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        body: bytes | bytearray = b""
+        async for chunk in _body_chunks(request, permit, options, pace):
+            if not body:
+                body = chunk
+                continue
+            if isinstance(body, bytes):
+                body = bytearray(body)
+            body += chunk
+    return body
 
 
 async def _body_chunks(
@@ -215,13 +224,15 @@ async def receive_frames(
     max_frames = options.max_frames_per_request
     frames: Sequence[RawFrame | ServeError]
     if kind == "multipart/form-data":
-        frames, own = _parse_form_frames(body, content_type, max_frames, parts)
+        frames, own = await run_beside_loop(
+            len(body), _parse_form_frames, body, content_type, max_frames, parts
+        )
         # Shared by all frames, so an invalid one fails the request rather than each frame.
         base, many = parse_options(own, base), len(frames) > 1
     elif kind == "application/json":
         frames, many = await read_frames(body, references, permit, max_frames, options.json_bounds)
     elif kind == FRAMES_CONTENT_TYPE:
-        frames, many = unpack_frames(body, max_frames), True
+        frames, many = await run_beside_loop(header_bytes(body), unpack_frames, body, max_frames), True
     else:
         frames, many = [RawFrame(body)], False
     if len(frames) > max_frames:
@@ -233,7 +244,7 @@ async def receive_frames(
 
 
 def _parse_form_frames(
-    body: bytes, content_type: str, max_frames: int, parts: Sequence[str]
+    body: bytes | bytearray, content_type: str, max_frames: int, parts: Sequence[str]
 ) -> tuple[list[RawFrame], Mapping[str, str]]:
     """Read the frames of a form, and the options for all of them."""
     texts, files = read_form(body, content_type, max(MAX_PARTS, max_frames) + len(OPTION_NAMES))

@@ -29,6 +29,7 @@ __all__ = [
     "encode_one",
 ]
 
+_MAX_ACCEPT_CHARS = 4096
 Media = Literal["application/json", "application/x-msgpack", "application/x-ndjson", "image/png"]
 
 _MEDIA: tuple[Media, ...] = ("application/json", "application/x-msgpack", "application/x-ndjson", "image/png")
@@ -74,8 +75,11 @@ def choose_media(accept: str | None) -> Media:
     """Choose the supported media type with the highest quality value of an Accept header; JSON without one.
 
     Raises:
+        BadRequest: the header is too long.
         NotAcceptable: none of the accepted media types is supported.
     """
+    if accept is not None and len(accept) > _MAX_ACCEPT_CHARS:
+        raise BadRequest(f"the Accept header has {len(accept)} characters, the limit is {_MAX_ACCEPT_CHARS}")
     offers: list[tuple[float, int, Media]] = []
     for position, item in enumerate((accept or "*/*").split(",")):
         name, *parameters = (part.strip().lower() for part in item.split(";"))

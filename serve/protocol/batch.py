@@ -30,6 +30,7 @@ __all__ = [
     "Outcomes",
     "RawFrame",
     "frame_chunks",
+    "header_bytes",
     "pack_frames",
     "pack_outcomes",
     "unpack_frames",
@@ -107,6 +108,11 @@ def body_bytes(body: Body) -> int:
 def pack_frames(frames: Sequence[tuple[Body, Mapping[str, Any]]]) -> bytes:
     """Pack frames with their options into one body of type `FRAMES_CONTENT_TYPE`; raises like `frame_chunks`."""
     return b"".join(frame_chunks(frames))
+
+
+def header_bytes(body: Bytes) -> int:
+    """Return the length of the header that a framed batch claims to have."""
+    return int.from_bytes(body[8:_PREFIX_BYTES], "little")
 
 
 def unpack_frames(body: Bytes, max_frames: int = 64) -> list[RawFrame]:

@@ -20,11 +20,9 @@ import orjson
 
 from serve.errors import BadRequest, FrameTooLarge
 
-__all__ = ["QUICK_BYTES", "JsonBounds", "LongText", "decode_base64", "decode_text", "read_json"]
+__all__ = ["JsonBounds", "LongText", "decode_base64", "decode_text", "read_json"]
 
 LONG_TEXT_BYTES = 64 * 1024
-# A body up to this length is read in less than 10 ms, whatever it holds; a longer one leaves the event loop.
-QUICK_BYTES = 256 * 1024
 _PIECE_BYTES = 1 << 20
 _BACKSLASH = b"\\"
 # A string and the colon after it, if it is the name of a member.
@@ -45,11 +43,13 @@ class JsonBounds:
 
     Attributes:
         max_values: values in it: elements of lists, members of objects.
+        max_texts: short strings in it, names of members too; each takes ten times the time of a number.
         max_bytes: length, not counting strings over 64 KiB without a quote in them, as base64 is.
         max_depth: lists and objects within each other; a calibration of cameras in a list of frames takes seven.
     """
 
     max_values: int = 500_000
+    max_texts: int = 100_000
     max_bytes: int = 10 << 20
     max_depth: int = 32
 
@@ -59,7 +59,7 @@ class LongText:
 
     __slots__ = ("_document", "_end", "_start")
 
-    def __init__(self, document: bytes, start: int, end: int) -> None:
+    def __init__(self, document: bytes | bytearray, start: int, end: int) -> None:
         self._document, self._start, self._end = document, start, end
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class LongText:
     def __repr__(self) -> str:
         return f"a text of {len(self)} bytes"
 
-    def pieces(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[bytes | bytearray]:
         """Yield the text in pieces of bounded length; none ends within an escape that base64 may have."""
         at = self._start
         while at < self._end:
@@ -96,7 +96,7 @@ def read_json(body: bytes | bytearray | memoryview, bounds: JsonBounds) -> Any:
         BadRequest: it is not JSON, nested too deeply, or an object has two members of one name.
         FrameTooLarge: more values or bytes than `bounds` allow.
     """
-    document = bytes(body)
+    document = body if isinstance(body, bytes | bytearray) else bytes(body)
     long: dict[str, LongText] = {}
     text = document if len(document) <= LONG_TEXT_BYTES else _cut_long_texts(document, long)
     if len(text) > bounds.max_bytes:
@@ -111,6 +111,10 @@ def read_json(body: bytes | bytearray | memoryview, bounds: JsonBounds) -> Any:
                 f"the JSON has about {values} values, the limit is {bounds.max_values} (max_json_values); send numbers "
                 "as bytes"
             )
+    if len(text) > 2 * bounds.max_texts and text.count(b'"') > 2 * bounds.max_texts:
+        raise FrameTooLarge(
+            f"the JSON has more than {bounds.max_texts} texts and names; send numbers, or bytes"
+        )
     parsed = [_parse(text)]
     members = _walk(parsed, bounds.max_depth, long)
     if text.count(b":") > members and _count_names(text) > members:
@@ -127,7 +131,8 @@ def decode_base64(text: str | LongText) -> bytes | bytearray:
     if isinstance(text, str):
         return base64.b64decode(text, validate=True)
     decoded = bytearray()
-    rest, is_padded = b"", False
+    rest: bytes | bytearray = b""
+    is_padded = False
     for piece in text.pieces():
         if is_padded:
             raise binascii.Error("Excess data after padding")
@@ -159,20 +164,20 @@ def decode_text(text: str | LongText, max_bytes: int) -> bytes:
     return text.unescape().encode()
 
 
-def _parse(text: bytes) -> Any:
+def _parse(text: bytes | bytearray) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"cannot parse the JSON: {str(error)[:200]}") from None
 
 
-def _cut_long_texts(document: bytes, long: dict[str, LongText]) -> bytes:
+def _cut_long_texts(document: bytes | bytearray, long: dict[str, LongText]) -> bytes | bytearray:
     """Return the document with a mark in place of every long string, which `long` then has by its mark.
 
     A string that holds a quote is left as it is, so that nothing has to be tokenized: a long string is what is between
     two quotes, unless the first of them ends a string.
     """
-    chunks: list[bytes] = []
+    chunks: list[bytes | bytearray] = []
     copied = at = 0
     while at < len(document):
         stop = at + LONG_TEXT_BYTES // 2  # of the blocks of this length, a long string fills at least one
@@ -192,7 +197,7 @@ def _cut_long_texts(document: bytes, long: dict[str, LongText]) -> bytes:
     return b"".join(chunks)
 
 
-def _is_string(document: bytes, start: int, end: int) -> bool:
+def _is_string(document: bytes | bytearray, start: int, end: int) -> bool:
     """Return whether the text between two neighbouring quotes of a valid document is a string."""
     if document[start - 1 : start] == _BACKSLASH or document[end - 1] == 0x5C:
         return False  # an escaped quote
@@ -231,6 +236,6 @@ def _walk(parsed: list[Any], max_depth: int, long: dict[str, LongText]) -> int:
     return members
 
 
-def _count_names(text: bytes) -> int:
+def _count_names(text: bytes | bytearray) -> int:
     """Return how many strings are names of members, equal ones too."""
     return sum(1 for found in _STRING.finditer(text) if found[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from functools import partial
 from typing import Any
@@ -16,12 +15,12 @@ from serve.gateway.dispatch import run_frames
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.middleware import permit_of, request_id_of
 from serve.gateway.models import ModelRegistry
+from serve.gateway.offload import run_beside_loop
 from serve.gateway.openapi import errors
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import check_frames, parse_request_options, read_body
 from serve.gateway.response import Timing
 from serve.gateway.routes.kserve_codec import InferBounds, decode_infer, encode_infer, model_metadata
-from serve.protocol.json_reader import QUICK_BYTES
 
 __all__ = ["router"]
 
@@ -73,10 +72,7 @@ def router(options: GatewayOptions, registry: ModelRegistry, lifecycle: Lifecycl
         permit.check(items=1)
         body = await read_body(request, permit, options)
         header_length = request.headers.get(_HEADER_LENGTH)
-        if len(body) <= QUICK_BYTES:
-            infer_request = decode_infer(body, header_length, spec, bounds)
-        else:
-            infer_request = await asyncio.to_thread(decode_infer, body, header_length, spec, bounds)
+        infer_request = await run_beside_loop(len(body), decode_infer, body, header_length, spec, bounds)
         parameters = {**request.query_params, **infer_request.parameters}
         request_options = parse_request_options(parameters, request.headers, options)
         if len(infer_request.frames) > options.max_frames_per_request:

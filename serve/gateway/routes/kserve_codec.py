@@ -111,7 +111,10 @@ def model_metadata(name: str, versions: Sequence[str], spec: Mapping[str, Any]) 
 
 
 def decode_infer(
-    body: bytes, header_length: str | None, spec: Mapping[str, Any], bounds: InferBounds | None = None
+    body: bytes | bytearray,
+    header_length: str | None,
+    spec: Mapping[str, Any],
+    bounds: InferBounds | None = None,
 ) -> InferRequest:
     """Read a request.
 

@@ -1,5 +1,7 @@
 """Bodies that a stranger may send: small texts that cost much, and large ones that the limit on bytes lets pass."""
 
+# ruff: noqa: UP031 (JSON is full of braces)
+
 from __future__ import annotations
 
 import json
@@ -67,13 +69,24 @@ def _framed(header: Callable[[], bytes], *statuses: int, large: bool = False) ->
 
 
 def _form(
-    body: Callable[[], bytes], *statuses: int, kind: str = "multipart/form-data; boundary=b", large: bool = False
+    body: Callable[[], bytes],
+    *statuses: int,
+    kind: str = "multipart/form-data; boundary=b",
+    large: bool = False,
 ) -> Attack:
     return Attack(body, headers={"content-type": kind}, statuses=statuses or (400,), large=large)
 
 
 def _part(name: bytes, content: bytes, more: bytes = b"") -> bytes:
-    return b'--b\r\nContent-Disposition: form-data; name="' + name + b'"' + more + b"\r\n\r\n" + content + b"\r\n"
+    return (
+        b'--b\r\nContent-Disposition: form-data; name="'
+        + name
+        + b'"'
+        + more
+        + b"\r\n\r\n"
+        + content
+        + b"\r\n"
+    )
 
 
 def _request(headers: Mapping[str, str], *statuses: int, path: str = "/predictions/second") -> Attack:
@@ -109,15 +122,17 @@ ATTACKS: Mapping[str, Attack] = {
     "json-one-string-quotes": Attack(
         lambda: b'{"b64":"' + b'\\"' * (LARGE // 2) + b'"}', statuses=(413,), large=True
     ),
-    "json-backslashes": Attack(
-        lambda: b'{"b64":"' + b"\\" * LARGE + b'"}', statuses=(400, 413), large=True
-    ),
+    "json-backslashes": Attack(lambda: b'{"b64":"' + b"\\" * LARGE + b'"}', statuses=(400, 413), large=True),
     "json-open-string": Attack(lambda: b'{"b64":"' + b"A" * LARGE, statuses=(400, 413), large=True),
-    "json-wide-allowed": Attack(lambda: ('{"b64":"AAAA","columns":"' + "\U0001f600 " * MILLION + '"}').encode()),
+    "json-wide-allowed": Attack(
+        lambda: ('{"b64":"AAAA","columns":"' + "\U0001f600 " * MILLION + '"}').encode()
+    ),
     "json-base64-allowed": Attack(
         lambda: b'{"b64":"' + b"AAAA" * (LARGE // 4) + b'"}', statuses=(413,), large=True
     ),
-    "json-base64-frame": Attack(lambda: b'{"b64":"' + b"AAAA" * (10 * MILLION) + b'"}', statuses=(200,), large=True),
+    "json-base64-frame": Attack(
+        lambda: b'{"b64":"' + b"AAAA" * (10 * MILLION) + b'"}', statuses=(200,), large=True
+    ),
     "json-whitespace": Attack(lambda: b" " * LARGE + b"{}", statuses=(413,), large=True),
     "json-whitespace-allowed": Attack(lambda: b" " * (10 * MILLION) + b"{}", large=True),
     "json-digits": Attack(lambda: b'{"score_thr":' + b"1" * LARGE + b"}", statuses=(413,), large=True),
@@ -131,25 +146,31 @@ ATTACKS: Mapping[str, Attack] = {
     "json-option-nan": _json('{%s,"score_thr":NaN}' % _FRAME),
     "json-option-surrogate": _json('{%s,"columns":"\\ud800"}' % _FRAME),
     "json-option-name-surrogate": _json('{%s,"\\udc00":1}' % _FRAME),
-    "json-option-long": Attack(lambda: b'{"b64":"AAAA","columns":"' + b"x," * (LARGE // 2) + b'"}', large=True),
+    "json-option-long": Attack(
+        lambda: b'{"b64":"AAAA","columns":"' + b"x," * (LARGE // 2) + b'"}', large=True
+    ),
     "json-option-name-long": Attack(lambda: b'{"b64":"AAAA","' + b"x" * LARGE + b'":1}', large=True),
     "json-part-name-surrogate": _json('{"points":{"b64":"AAAA"},"image.\\ud800":{"b64":"AAAA"}}'),
     "json-calibration-deep": _json(
         '{"points":{"b64":"AAAA"},"image":{"b64":"AAAA"},"calibration":{"cam2img":%s}}' % _DEEP
     ),
     "json-parts-many": Attack(
-        lambda: b'{"points":{"b64":"AAAA"},'
-        + b",".join(b'"image.%d":{"b64":""}' % i for i in range(100_000))
-        + b"}",
+        lambda: (
+            b'{"points":{"b64":"AAAA"},'
+            + b",".join(b'"image.%d":{"b64":""}' % i for i in range(100_000))
+            + b"}"
+        ),
         statuses=(413,),
     ),
     "json-sweeps-many": Attack(
         lambda: b'{"points":{"b64":"AAAA"},"sweeps":[' + b"{}," * 400_000 + b"{}]}", statuses=(400, 413)
     ),
     "json-uris-many": Attack(
-        lambda: b'{"points":{"b64":"AAAA"},'
-        + b",".join(b'"image.%d":{"uri":"s3://b/k"}' % i for i in range(100_000))
-        + b"}",
+        lambda: (
+            b'{"points":{"b64":"AAAA"},'
+            + b",".join(b'"image.%d":{"uri":"s3://b/k"}' % i for i in range(100_000))
+            + b"}"
+        ),
         statuses=(413,),
     ),
     # Open Inference Protocol
@@ -158,7 +179,9 @@ ATTACKS: Mapping[str, Attack] = {
     "v2-shape-of-eight": _infer('"shape":[%s],"data":[]' % ",".join(["2147483647"] * 8), 413),
     "v2-shape-digits": _infer('"shape":[%s],"data":[]' % ("9" * 60_000)),
     "v2-shape-zero": _infer('"shape":[0,2147483647,4],"data":[]', 400, 422),
-    "v2-deep-list-beside-string": _infer('"shape":[1],"data":[%s,"%s"]' % ("[" * 800 + "]" * 800, "a" * 30_000)),
+    "v2-deep-list-beside-string": _infer(
+        '"shape":[1],"data":[%s,"%s"]' % ("[" * 800 + "]" * 800, "a" * 30_000)
+    ),
     "v2-nested-beside-string": _infer('"shape":[1,1,1,1],"data":[[[[1]]],"%s"]' % ("a" * 30_000)),
     "v2-deep": _infer('"shape":[1],"data":%s' % _DEEP),
     "v2-numbers": _infer('"shape":[7500000,4],"data":[%s0]' % ("0," * (30 * MILLION - 1)), 413, large=True),
@@ -168,14 +191,15 @@ ATTACKS: Mapping[str, Attack] = {
     ),
     "v2-numbers-one-too-many": _infer('"shape":[3],"data":[1,2,3,4]'),
     "v2-numbers-huge": _infer('"shape":[1],"data":[%d]' % 10**400),
-    "v2-inputs-many": Attack(
-        lambda: b'{"inputs":[' + b"{}," * 400_000 + b"{}]}", "/v2/models/second/infer"
-    ),
+    "v2-inputs-many": Attack(lambda: b'{"inputs":[' + b"{}," * 400_000 + b"{}]}", "/v2/models/second/infer"),
     "v2-outputs-many": _infer('"shape":[1,4],"data":[1,2,3,4]', rest=',"outputs":[%s{}]' % ("{}," * 400_000)),
     "v2-parameters-many": _infer(
-        '"shape":[1,4],"data":[1,2,3,4]', rest=',"parameters":{%s}' % ",".join(f'"{i}":1' for i in range(100_000))
+        '"shape":[1,4],"data":[1,2,3,4]',
+        rest=',"parameters":{%s}' % ",".join(f'"{i}":1' for i in range(100_000)),
     ),
-    "v2-parameter-deep": _infer('"shape":[1,4],"data":[1,2,3,4]', rest=',"parameters":{"score_thr":%s}' % _DEEP),
+    "v2-parameter-deep": _infer(
+        '"shape":[1,4],"data":[1,2,3,4]', rest=',"parameters":{"score_thr":%s}' % _DEEP
+    ),
     "v2-id-long": Attack(
         lambda: b'{"id":"' + b"i" * LARGE + b'","inputs":[]}', "/v2/models/second/infer", large=True
     ),
@@ -186,15 +210,19 @@ ATTACKS: Mapping[str, Attack] = {
     "v2-bytes-empty-elements": _binary("BYTES", [MILLION], bytes(4 * MILLION), 413),
     "v2-bytes-more-than-declared": _binary("BYTES", [1], bytes(LARGE), 400),
     "v2-bytes-json-many": Attack(
-        lambda: b'{"inputs":[{"name":"frame","datatype":"BYTES","shape":[400000],"data":['
-        + b'"",' * 399_999
-        + b'""]}]}',
+        lambda: (
+            b'{"inputs":[{"name":"frame","datatype":"BYTES","shape":[400000],"data":['
+            + b'"",' * 399_999
+            + b'""]}]}'
+        ),
         "/v2/models/second/infer",
         statuses=(413,),
     ),
     "v2-image-of-zeros": Attack(
-        lambda: b'{"inputs":[{"name":"image","datatype":"UINT8","shape":[4000,4000,3],"parameters":'
-        b'{"binary_data_size":48000000}}]}' + bytes(48 * MILLION),
+        lambda: (
+            b'{"inputs":[{"name":"image","datatype":"UINT8","shape":[4000,4000,3],"parameters":'
+            b'{"binary_data_size":48000000}}]}' + bytes(48 * MILLION)
+        ),
         "/v2/models/camera/infer",
         {
             "inference-header-content-length": "113",
@@ -206,15 +234,17 @@ ATTACKS: Mapping[str, Attack] = {
         lambda: b"{}", "/v2/models/second/infer", {"inference-header-content-length": "9" * 60_000}
     ),
     # framed batches
-    "framed-frames-many": _framed(lambda: b'{"frames":[' + b'{"length":0},' * MILLION + b'{"length":0}]}', 413),
+    "framed-frames-many": _framed(
+        lambda: b'{"frames":[' + b'{"length":0},' * MILLION + b'{"length":0}]}', 413
+    ),
     "framed-frames-empty": _framed(
         lambda: b'{"frames":[' + b"{}," * (15 * MILLION) + b"{}]}", 413, large=True
     ),
     "framed-frames-object": _framed(lambda: b'{"frames":{"a":1}}'),
     "framed-parts-many": _framed(
-        lambda: b'{"frames":[{"length":0,"parts":['
-        + b",".join(b'["%d",0]' % i for i in range(20_000))
-        + b"]}]}",
+        lambda: (
+            b'{"frames":[{"length":0,"parts":[' + b",".join(b'["%d",0]' % i for i in range(20_000)) + b"]}]}"
+        ),
         413,
     ),
     "framed-deep": _framed(lambda: b'{"frames":' + _DEEP.encode() + b"}"),
@@ -225,9 +255,7 @@ ATTACKS: Mapping[str, Attack] = {
     "framed-length-10**400": _framed(lambda: b'{"frames":[{"length":%d}]}' % 10**400),
     "framed-length-negative": _framed(lambda: b'{"frames":[{"length":-1}]}'),
     # forms
-    "form-files-many": _form(
-        lambda: _part(b"data", b"x", b'; filename="f"') * 100_000 + b"--b--\r\n", 413
-    ),
+    "form-files-many": _form(lambda: _part(b"data", b"x", b'; filename="f"') * 100_000 + b"--b--\r\n", 413),
     "form-fields-many": _form(lambda: _part(b"score_thr", b"1") * 100_000 + b"--b--\r\n", 413),
     "form-header-long": _form(
         lambda: b"--b\r\nContent-Disposition: " + b"x" * LARGE + b"\r\n\r\nx\r\n--b--\r\n", 400, large=True
@@ -239,7 +267,10 @@ ATTACKS: Mapping[str, Attack] = {
         lambda: _part(b"data", b"\r\n" * (LARGE // 2), b'; filename="f"') + b"--b--\r\n", 413, large=True
     ),
     "form-almost-boundaries": _form(
-        lambda: _part(b"data", b"\r\n--bx" * (LARGE // 6), b'; filename="f"') + b"--b--\r\n", 400, 413, large=True
+        lambda: _part(b"data", b"\r\n--bx" * (LARGE // 6), b'; filename="f"') + b"--b--\r\n",
+        400,
+        413,
+        large=True,
     ),
     "form-almost-boundaries-short": _form(
         lambda: _part(b"data", b"\r\n--" * (LARGE // 4), b'; filename="f"') + b"--b--\r\n", 413, large=True
@@ -267,7 +298,9 @@ ATTACKS: Mapping[str, Attack] = {
     "timeout-digits": _request({"x-timeout-ms": "9" * 60_000}, 400),
     "score-digits": _request({"x-score-thr": "9" * 60_000}, 400),
     "count-digits": _request({"x-num-points": "9" * 60_000}, 400),
-    "content-type-parameters": _request({"content-type": "application/octet-stream" + ";a=b" * 15_000}, 200, 400),
+    "content-type-parameters": _request(
+        {"content-type": "application/octet-stream" + ";a=b" * 15_000}, 200, 400
+    ),
     # images: only their headers are read in the gateway
     **{
         f"image-{name}": Attack(body, "/predictions/camera", {}, (200, 413, 422), True)
@@ -275,13 +308,19 @@ ATTACKS: Mapping[str, Attack] = {
             "jpeg-markers": lambda: b"\xff\xd8" + b"\xff\xe5\x00\x02" * (5 * MILLION) + b"\xff\xd9",
             "jpeg-fill": lambda: b"\xff\xd8" + b"\xff" * (30 * MILLION) + b"\xd9",
             "gif-comments": lambda: b"GIF89a\x01\0\x01\0\0\0\0" + b"\x21\xfe\x01a\0" * (5 * MILLION) + b";",
-            "gif-comment": lambda: b"GIF89a\x01\0\x01\0\0\0\0\x21\xfe" + (b"\xff" + b"a" * 255) * 100_000 + b"\0;",
+            "gif-comment": lambda: (
+                b"GIF89a\x01\0\x01\0\0\0\0\x21\xfe" + (b"\xff" + b"a" * 255) * 100_000 + b"\0;"
+            ),
             "ppm-comment": lambda: b"P6 #" + b"a" * (30 * MILLION) + b"\n1 1 255\n\0\0\0",
             "ppm-blanks": lambda: b"P6 " + b" " * (30 * MILLION) + b"1 1 255\n\0\0\0",
             "jp2-boxes": lambda: b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0\0\0\x08free" * (3 * MILLION),
-            "jp2-sizes": lambda: b"\xff\x4f\xff\x51\x00\x2f" + bytes(45) + b"\xff\x4f\xff\x51" * (7 * MILLION),
+            "jp2-sizes": lambda: (
+                b"\xff\x4f\xff\x51\x00\x2f" + bytes(45) + b"\xff\x4f\xff\x51" * (7 * MILLION)
+            ),
             "tiff-loop": lambda: b"II*\0\x08\0\0\0\x01\0\xfe\0\x04\0\x01\0\0\0\0\0\0\0\x08\0\0\0",
-            "png-size": lambda: b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xff\xff\xff\xff\xff\xff\xff\x08\x02\0\0\0",
+            "png-size": lambda: (
+                b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xff\xff\xff\xff\xff\xff\xff\x08\x02\0\0\0"
+            ),
             "webp-size": lambda: b"RIFF\xff\xff\xff\x7fWEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xff" * 6,
             "avif-boxes": lambda: b"\0\0\0\x18ftypavif\0\0\0\0avifmif1" + b"\0\0\0\x08free" * (3 * MILLION),
         }.items()
