@@ -43,13 +43,13 @@ class JsonBounds:
 
     Attributes:
         max_values: values in it: elements of lists, members of objects.
-        max_texts: short strings in it, names of members too; each takes ten times the time of a number.
+        max_objects: strings, names, lists and objects in it; each takes ten times as long as a number.
         max_bytes: length, not counting strings over 64 KiB without a quote in them, as base64 is.
         max_depth: lists and objects within each other; a calibration of cameras in a list of frames takes seven.
     """
 
     max_values: int = 500_000
-    max_texts: int = 100_000
+    max_objects: int = 100_000
     max_bytes: int = 10 << 20
     max_depth: int = 32
 
@@ -98,12 +98,7 @@ def read_json(body: bytes | bytearray | memoryview, bounds: JsonBounds) -> Any:
     """
     document = body if isinstance(body, bytes | bytearray) else bytes(body)
     long: dict[str, LongText] = {}
-    text = document if len(document) <= LONG_TEXT_BYTES else _cut_long_texts(document, long)
-    if len(text) > bounds.max_bytes:
-        raise FrameTooLarge(
-            f"the JSON has {len(text)} bytes without its base64, the limit is {bounds.max_bytes} (max_json_bytes); "
-            "send numbers as bytes"
-        )
+    text = document if len(document) <= LONG_TEXT_BYTES else _cut_long_texts(document, bounds.max_bytes, long)
     if len(text) > bounds.max_values:  # else it cannot hold more
         values = 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
         if values > bounds.max_values:
@@ -111,10 +106,13 @@ def read_json(body: bytes | bytearray | memoryview, bounds: JsonBounds) -> Any:
                 f"the JSON has about {values} values, the limit is {bounds.max_values} (max_json_values); send numbers "
                 "as bytes"
             )
-    if len(text) > 2 * bounds.max_texts and text.count(b'"') > 2 * bounds.max_texts:
-        raise FrameTooLarge(
-            f"the JSON has more than {bounds.max_texts} texts and names; send numbers, or bytes"
-        )
+    if len(text) > bounds.max_objects:
+        objects = text.count(b'"') // 2 + text.count(b"[") + text.count(b"{")
+        if objects > bounds.max_objects:
+            raise FrameTooLarge(
+                f"the JSON has about {objects} strings, names, lists and objects, the limit is {bounds.max_objects}; "
+                "send numbers in one list, or as bytes"
+            )
     parsed = [_parse(text)]
     members = _walk(parsed, bounds.max_depth, long)
     if text.count(b":") > members and _count_names(text) > members:
@@ -171,7 +169,9 @@ def _parse(text: bytes | bytearray) -> Any:
         raise BadRequest(f"cannot parse the JSON: {str(error)[:200]}") from None
 
 
-def _cut_long_texts(document: bytes | bytearray, long: dict[str, LongText]) -> bytes | bytearray:
+def _cut_long_texts(
+    document: bytes | bytearray, max_bytes: int, long: dict[str, LongText]
+) -> bytes | bytearray:
     """Return the document with a mark in place of every long string, which `long` then has by its mark.
 
     A string that holds a quote is left as it is, so that nothing has to be tokenized: a long string is what is between
@@ -193,6 +193,14 @@ def _cut_long_texts(document: bytes | bytearray, long: dict[str, LongText]) -> b
             chunks += (document[copied : start + 1], mark.encode())
             copied = end
         at = end + 1
+    left = len(document) - sum(map(len, long.values()))
+    if left > max_bytes:
+        raise FrameTooLarge(
+            f"the JSON has {left} bytes without its base64, the limit is {max_bytes} (max_json_bytes); send numbers as "
+            "bytes"
+        )
+    if not long:
+        return document
     chunks.append(document[copied:])
     return b"".join(chunks)
 
