@@ -78,6 +78,7 @@ __all__ = [
     "UriError",
     "error_body",
     "error_from_response",
+    "error_of_frame",
     "quote",
 ]
 
@@ -320,6 +321,23 @@ def error_body(error: ServeError, request_id: str | None = None) -> dict[str, An
     if request_id is not None:
         body["request_id"] = request_id
     return {"error": body}
+
+
+def error_of_frame(error: BaseException, kind: type[ServeError], what: str) -> ServeError:
+    """Return the error with which a frame is answered: `error` itself if it is one of this tree.
+
+    Args:
+        error: whatever was raised.
+        kind: class for all else, except for lack of memory.
+        what: what failed, the beginning of the message.
+    """
+    if isinstance(error, ServeError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemory("a single frame exceeds the memory of the worker; send a smaller frame")
+    found = kind(f"{what} ({type(error).__name__}); see the worker's log")
+    found.__cause__ = error  # for the self-test; answers carry the message alone
+    return found
 
 
 _BY_STATUS: dict[int, type[ServeError]] = {

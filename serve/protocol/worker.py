@@ -64,7 +64,7 @@ MAX_MESSAGE_BYTES = (1 << 31) - 1  # TorchServe's own limit
 MAX_BATCH_FRAMES = 4096
 
 # The answer to one frame as a dictionary, or its error.
-Outcome = Mapping[str, Any] | ServeError
+Outcome = dict[str, Any] | ServeError
 
 _DEFAULTS = {each.name: each.default for each in fields(FrameOptions)}
 

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from serve.archive import Archive, InferenceOptions, Metadata
-from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, ServeError
+from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, ServeError, error_of_frame
 from serve.protocol.batch import Body
 from serve.protocol.calibration import MATRICES
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
+from serve.protocol.worker import Outcome
 from serve.runtime import fusion
 from serve.runtime.custom_code import import_archived_code
 from serve.runtime.model import build_network, is_segmentor, load_state_dict_strict, suppress_warnings
@@ -31,7 +32,6 @@ from serve.runtime.random_state import fixed_seed
 
 __all__ = ["Detector", "Outcome", "load_detector"]
 
-Outcome = dict[str, Any] | ServeError
 logger = logging.getLogger(__name__)
 
 
@@ -83,21 +83,17 @@ class Detector:
         outcomes: dict[int, Outcome] = {}
         groups: dict[Any, dict[int, dict[str, Any]]] = {}
         for i, frame in enumerate(frames):
-            if frame.has_no_points:
-                outcomes[i] = self._empty()
-                continue
             try:
-                sample = self.prepare(frame)
+                sample = None if frame.has_no_points else self.prepare(frame)
+                if sample is None or self._is_empty(sample):
+                    outcomes[i] = self._empty()
+                else:
+                    groups.setdefault(_batch_key(sample), {})[i] = sample
             except Exception as error:
                 outcomes[i] = self._to_error(error)
-                continue
-            if self._is_empty(sample):
-                outcomes[i] = self._empty()
-            else:
-                groups.setdefault(_batch_key(sample), {})[i] = sample
         for members in groups.values():
             outcomes.update(zip(members, self._run_group(list(members.values())), strict=True))
-        return [_finish(outcomes[i], frame) for i, frame in enumerate(frames)]
+        return [self._finish(outcomes[i], frame) for i, frame in enumerate(frames)]
 
     def forward(self, samples: Sequence[dict[str, Any]]) -> list[Any]:
         """Run prepared inputs as one batch; return the network's own data samples."""
@@ -148,17 +144,24 @@ class Detector:
         half = len(samples) // 2
         return [*self._run_batch(samples[:half]), *self._run_batch(samples[half:])]
 
+    def _finish(self, outcome: Outcome, frame: Frame) -> Outcome:
+        """Filter an answer by the options of its frame, and add the warnings about the frame."""
+        if isinstance(outcome, ServeError):
+            return outcome
+        try:
+            answer = filter_detections(outcome, frame.options)
+            if frame.warnings:
+                answer = {**answer, "warnings": [warning.document() for warning in frame.warnings]}
+            return answer
+        except Exception as error:
+            return self._to_error(error)
+
     def _to_error(self, error: Exception) -> ServeError:
-        if isinstance(error, ServeError):
-            return error
         if _is_out_of_memory(error):
             return OutOfMemory("a single frame exceeds the device's memory; send a smaller frame")
-        logger.error("inference failed on one frame", exc_info=error)
-        failed = InferenceFailed(
-            f"the model failed on this frame ({type(error).__name__}); see the worker's log"
-        )
-        failed.__cause__ = error  # for the self-test; answers carry the message alone
-        return failed
+        if not isinstance(error, ServeError):
+            logger.error("inference failed on one frame", exc_info=error)
+        return error_of_frame(error, InferenceFailed, "the model failed on this frame")
 
     def _is_empty(self, sample: dict[str, Any]) -> bool:
         """Return whether no point is in the model's range; voxel networks fail without voxels."""
@@ -257,13 +260,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(
         error
     )
-
-
-def _finish(outcome: Outcome, frame: Frame) -> Outcome:
-    """Filter an answer by the options of its frame, and add the warnings about the frame."""
-    if isinstance(outcome, ServeError):
-        return outcome
-    answer = filter_detections(outcome, frame.options)
-    if frame.warnings:
-        answer = {**answer, "warnings": [warning.document() for warning in frame.warnings]}
-    return answer

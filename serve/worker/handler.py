@@ -1,8 +1,9 @@
-"""Common TorchServe handler: loads an archive, checks it on its golden frame, and answers requests.
+"""Handlers: what TorchServe and the worker's socket call with frames, and what they answer.
 
-`initialize` runs once; `handle` answers a batch that comes through TorchServe, `answer_batch` one that comes through
-the worker's socket (`serve.worker.server`). All frames of a batch run through the network together, and each has its
-own status. A single thread computes, so that the next batch is read and decoded meanwhile.
+A handler has two hooks, `describe` and `infer`. `Handler.answer` is behind both ways in, TorchServe's `handle` and the
+socket (`serve.worker.server`): it decodes the frames of a batch in the thread that received it, infers in a single
+thread, so that the next batch is read and decoded meanwhile, and gives each frame its own outcome. Whatever fails
+with one frame is the outcome of that frame.
 """
 
 from __future__ import annotations
@@ -16,50 +17,177 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from serve import ops
-from serve.errors import ArchiveError, ServeError
+from serve.errors import (
+    ArchiveError,
+    BadRequest,
+    InferenceFailed,
+    NotReady,
+    ServeError,
+    UndecodableFrame,
+    error_of_frame,
+)
 from serve.protocol.frames import encode_json
+from serve.protocol.worker import Batch, EncodedFrame, Outcome, read_batch, write_outcomes
 from serve.settings import Settings
 from serve.worker.cpu_quota import available_cores
 from serve.worker.log_filters import install_log_filters
-from serve.worker.rows import Entry, Form, answer_row, read_batch, read_row
-from serve.worker.server import listen
+from serve.worker.rows import Row, answer_row, read_row
+from serve.worker.server import Cancelled, listen
 from serve.worker.watchdog import watchdog
 
 if TYPE_CHECKING:
-    import torch
+    from serve.protocol.frames import Frame
 
-__all__ = ["DetectionHandler"]
+__all__ = ["DetectionHandler", "Handler"]
 
 logger = logging.getLogger(__name__)
 
 
-class DetectionHandler:
-    """TorchServe handler for archives of one OpenMMLab package."""
+class Handler:
+    """Base of the handlers that TorchServe imports."""
 
-    package: ClassVar[str]
+    # Hooks
+
+    def load(self, context: Any) -> None:
+        """Load the model, in the thread that infers; by default there is nothing to load."""
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the model for the gateway, also ``?customized=true`` of TorchServe's management API."""
+        raise NotImplementedError
+
+    def decode(self, frame: EncodedFrame) -> Any:
+        """Decode one frame for `infer`; called by several threads. By default `infer` takes encoded frames."""
+        return frame
+
+    def infer(self, frames: Sequence[Any]) -> Sequence[Outcome]:
+        """Return one outcome per frame, in order; always called in the same thread.
+
+        If it raises, each frame is tried alone.
+        """
+        raise NotImplementedError
+
+    # What TorchServe and the socket call
 
     def initialize(self, context: Any) -> None:
-        """Load the unpacked archive.
+        """Load the model and listen for batches.
 
         Raises:
             SetupError: the archive cannot be served.
         """
         install_log_filters()
         self.settings = Settings.from_environment()
+        self.prepare_process(context)
+        # Loads and computes in one thread: torch and its kernels keep state per thread (pools, current device).
+        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._engine.submit(self.load, context).result()
+        if self.settings.worker_sockets is not None:
+            listen(self.settings.worker_sockets, self.respond)
+
+    def prepare_process(self, context: Any) -> None:
+        """Set up the process before a second thread starts."""
+
+    def handle(self, data: Sequence[dict[str, Any]], context: Any) -> list[bytes]:
+        """Answer every row of TorchServe's batch; an invalid row does not affect the others."""
+        if context.get_request_header(0, "describe") == "True":
+            return [encode_json(self.describe())]  # TorchServe sends this alone, never among predictions
+        rows = [_read_row(row, context, i) for i, row in enumerate(data)]
+        found, seconds = self.answer(Batch([frame for row in rows for frame in row.frames]))
+        outcomes = iter(found)
+        answers = []
+        for i, row in enumerate(rows):
+            own = [next(outcomes) for _ in row.frames]
+            status, content_type, body = answer_row(row.form, own, context.get_request_id(i), seconds)
+            # TorchServe counts characters but sends bytes, so phrases must be ASCII.
+            context.set_response_status(status, HTTPStatus(status).phrase, i)
+            context.set_response_header(i, "content-type", content_type)
+            answers.append(body)
+        return answers
+
+    def respond(self, body: memoryview, compute_s: int, cancelled: Cancelled) -> bytes:
+        """Answer a framed batch that came through the worker's socket with framed outcomes."""
+        return write_outcomes(*self.answer(Batch(read_batch(body), compute_s, cancelled)))
+
+    # Batches
+
+    def answer(self, batch: Batch) -> tuple[list[Outcome], dict[str, float]]:
+        """Answer a batch; may be called from any thread. Frames that were cancelled are neither decoded nor inferred.
+
+        Returns:
+            One outcome per frame, in order, and the seconds of each stage.
+        """
+        started = time.perf_counter()
+        outcomes: dict[int, Outcome] = {}
+        frames: dict[int, Any] = {}
+        with watchdog(batch.compute_s):
+            for i, frame in enumerate(batch.frames):
+                if isinstance(frame, ServeError):
+                    outcomes[i] = frame
+                elif i not in batch.cancelled():
+                    try:
+                        frames[i] = self.decode(frame)
+                    except BaseException as error:
+                        outcomes[i] = _outcome_of(error, UndecodableFrame, "the frame cannot be decoded")
+        decoded = time.perf_counter()
+        found, inference_s = self._engine.submit(self._infer, batch, frames).result()
+        outcomes.update(found)
+        cancelled = NotReady("the frame was cancelled")
+        return (
+            [outcomes.get(i, cancelled) for i in range(len(batch.frames))],
+            {"decode": decoded - started, "inference": inference_s},
+        )
+
+    def run_in_engine(self, call: Callable[[], Any]) -> Any:
+        """Call in the thread that loads and computes; returns what the call returns."""
+        return self._engine.submit(call).result()
+
+    def _infer(self, batch: Batch, frames: dict[int, Any]) -> tuple[dict[int, Outcome], float]:
+        """Infer, in the engine's thread; returns outcomes by position and the duration, seconds."""
+        began = time.perf_counter()
+        wanted = {i: frame for i, frame in frames.items() if i not in batch.cancelled()}
+        outcomes: dict[int, Outcome] = {}
+        with watchdog(batch.compute_s):
+            if len(wanted) > 1:
+                try:
+                    outcomes = self._infer_once(wanted)
+                except BaseException as error:
+                    _outcome_of(
+                        error, InferenceFailed, f"a batch of {len(wanted)} frames failed; trying each alone"
+                    )
+            for i in wanted.keys() - outcomes.keys():
+                try:
+                    outcomes |= self._infer_once({i: wanted[i]})
+                except BaseException as error:
+                    outcomes[i] = _outcome_of(error, InferenceFailed, "the model failed on this frame")
+        return outcomes, time.perf_counter() - began
+
+    def _infer_once(self, frames: dict[int, Any]) -> dict[int, Outcome]:
+        found = list(self.infer(list(frames.values())))
+        if len(found) != len(frames):
+            raise InferenceFailed(f"the model returned {len(found)} outcomes for {len(frames)} frames")
+        return dict(zip(frames, found, strict=True))
+
+
+class DetectionHandler(Handler):
+    """Handler for archives of one OpenMMLab package: opens, checks and self-tests the archive, runs its detector."""
+
+    package: ClassVar[str]
+
+    def prepare_process(self, context: Any) -> None:
+        """Install the kernels and set up memory."""
         ops.install(self.settings.ops, cache_dir=self.settings.cache_dir)
         from serve.runtime import device_for
         from serve.runtime.malloc import disable_malloc_trim
 
-        device = device_for(context.system_properties.get("gpu_id"))
-        if device.type == "cpu" and self.settings.keep_heap:
+        self._device = device_for(context.system_properties.get("gpu_id"))
+        if self._device.type == "cpu" and self.settings.keep_heap:
             disable_malloc_trim()  # before a second thread starts, which would get its own malloc arena
-        # Loads and computes in one thread: torch and its kernels keep state per thread (pools, current device).
-        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._engine.submit(self._load, Path(context.system_properties["model_dir"]), device).result()
-        if self.settings.worker_sockets is not None:
-            listen(self.settings.worker_sockets, self.answer_batch)
 
-    def _load(self, model_dir: Path, device: torch.device) -> None:
+    def load(self, context: Any) -> None:
+        """Load the unpacked archive and run its golden frame.
+
+        Raises:
+            SetupError: the archive cannot be served.
+        """
         import torch
 
         from serve.archive import open_directory
@@ -67,97 +195,51 @@ class DetectionHandler:
         from serve.runtime.selftest import self_test
 
         torch.set_num_threads(self.settings.threads or min(torch.get_num_threads(), available_cores()))
-        archive = open_directory(model_dir)
+        archive = open_directory(Path(context.system_properties["model_dir"]))
         if archive.metadata.package != self.package:
             raise ArchiveError(
                 f"the archive has a {archive.metadata.modality} model of {archive.metadata.package}, but this handler "
                 f"serves {self.package}"
             )
-        self.detector = load_detector(archive, device, trust_code=self.settings.trust_archive_code)
+        self.detector = load_detector(archive, self._device, trust_code=self.settings.trust_archive_code)
         self.self_test_s = self_test(self.detector, archive)
         logger.info(
             "%s %s is ready on %s with %s kernels; its golden frame matched after %.2f s",
-            archive.metadata.name, archive.metadata.version, device, ops.kernels_in_use(), self.self_test_s,
+            archive.metadata.name, archive.metadata.version, self._device, ops.kernels_in_use(), self.self_test_s,
         )  # fmt: skip
 
-    def handle(self, data: Sequence[dict[str, Any]], context: Any) -> list[bytes]:
-        """Answer every row of TorchServe's batch; an invalid row does not affect the others."""
-        if context.get_request_header(0, "describe") == "True":
-            return [encode_json(self.describe())]  # TorchServe sends this alone, never among predictions
-        # 1. Read the rows and decode their frames.
-        started = time.perf_counter()
-        rows: list[tuple[Form, list[Any]]] = []
-        for i, row in enumerate(data):
-            try:
-                request = read_row(row, context.get_all_request_header(i))
-                rows.append((request.form, [self._decode(entry) for entry in request.entries]))
-            except ServeError as error:
-                rows.append(("frame", [error]))
-        # 2. Run all decoded frames in one batch.
-        found, seconds = self._run_frames([item for _, items in rows for item in items], started)
-        outcomes = iter(found)
-        # 3. Answer in order.
-        answers = []
-        for i, (form, items) in enumerate(rows):
-            own = [next(outcomes) for _ in items]
-            status, content_type, body = answer_row(form, own, context.get_request_id(i), seconds)
-            # TorchServe counts characters but sends bytes, so phrases must be ASCII.
-            context.set_response_status(status, HTTPStatus(status).phrase, i)
-            context.set_response_header(i, "content-type", content_type)
-            answers.append(body)
-        return answers
-
-    def answer_batch(self, body: memoryview, compute_s: int = 0) -> bytes:
-        """Answer a framed batch with framed outcomes; may be called from any thread.
-
-        Args:
-            body: the framed batch.
-            compute_s: seconds after which the watchdog ends the worker if it still computes; 0 for no limit.
-
-        Raises:
-            ServeError: the body is not a framed batch.
-            Exception: the network failed.
-        """
-        started = time.perf_counter()
-        outcomes_in_order, seconds = self._run_frames(
-            [self._decode(entry) for entry in read_batch(body)], started, compute_s
-        )
-        return answer_row("outcomes", outcomes_in_order, None, seconds)[2]
-
-    def _run_frames(
-        self, items: Sequence[Any], started: float, compute_s: int = 0
-    ) -> tuple[list[Any], dict[str, float]]:
-        """Run the decoded frames; returns outcomes, errors passed through, and seconds by stage since `started`."""
-        decoded = time.perf_counter()
-        frames = [item for item in items if not isinstance(item, ServeError)]
-        found, inference_s = self._engine.submit(self._infer, frames, compute_s).result()
-        outcomes = iter(found)
-        outcomes_in_order = [item if isinstance(item, ServeError) else next(outcomes) for item in items]
-        return outcomes_in_order, {"decode": decoded - started, "inference": inference_s}
-
-    def _infer(self, frames: Sequence[Any], compute_s: int) -> tuple[Sequence[Any], float]:
-        """Run the network in the engine's thread; returns the outcomes and its duration, seconds."""
-        began = time.perf_counter()
-        with watchdog(compute_s):
-            return self.detector.run(frames), time.perf_counter() - began
-
-    def run_in_engine(self, call: Callable[[], Any]) -> Any:
-        """Call in the thread that loads and computes; returns what the call returns."""
-        return self._engine.submit(call).result()
-
     def describe(self) -> dict[str, Any]:
-        """Describe archive and runtime, for ``?customized=true`` of TorchServe's management API."""
+        """Describe archive and runtime."""
         return {
             **self.detector.describe(),
             "self_test": {"passed": True, "seconds": self.self_test_s},
             "kernels": ops.kernels_in_use(),
         }
 
-    def _decode(self, entry: Entry) -> Any:
-        if isinstance(entry, ServeError):
-            return entry
-        body, options = entry
-        try:
-            return self.detector.decode(body, options, self.settings.limits)
-        except ServeError as error:
-            return error
+    def decode(self, frame: EncodedFrame) -> Frame:
+        """Decode one frame; raises like `serve.protocol.frames.decode_frame`."""
+        return self.detector.decode(frame.body, frame.options, self.settings.limits)
+
+    def infer(self, frames: Sequence[Frame]) -> Sequence[Outcome]:
+        """Run the detector."""
+        return self.detector.run(frames)
+
+
+def _read_row(row: dict[str, Any], context: Any, i: int) -> Row:
+    try:
+        return read_row(row, context.get_all_request_header(i))
+    except BaseException as error:
+        return Row((_outcome_of(error, BadRequest, "the request cannot be read"),))
+
+
+def _outcome_of(error: BaseException, kind: type[ServeError], what: str) -> ServeError:
+    """Return the outcome of a frame with which something failed: a `ServeError` itself, for all else one of `kind`.
+
+    To be called for every `BaseException`: libraries in Rust panic with one, and ``exit()`` in a pipeline must not end
+    the worker.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    if not isinstance(error, ServeError):
+        logger.warning("%s", what, exc_info=error)
+    return error_of_frame(error, kind, what)

@@ -2,49 +2,39 @@
 
 A row is what TorchServe 0.12 passes to a handler for one request: a dictionary of body, form fields and parts. Options
 come as headers (``X-Score-Thr: 0.3``), form fields or JSON members, because TorchServe drops the query string of
-``/predictions``.
+``/predictions``. Batches that come through the worker's socket do not pass here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from serve.errors import BadRequest, ClientError, ServeError, error_body
-from serve.protocol.batch import (
-    FRAMES_CONTENT_TYPE,
-    OUTCOMES_CONTENT_TYPE,
-    Body,
-    Bytes,
-    Outcomes,
-    pack_outcomes,
-    unpack_frames,
-)
+import orjson
+
+from serve.errors import BadRequest, ClientError, ServeError
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, OUTCOMES_CONTENT_TYPE, Body, Bytes, unpack_frames
 from serve.protocol.frames import FrameOptions, decode_json_request, encode_json, is_part, parse_options
-from serve.protocol.worker import MAX_BATCH_FRAMES
+from serve.protocol.worker import MAX_BATCH_FRAMES, EncodedFrame, Outcome, encode_outcome, write_outcomes
 
-if TYPE_CHECKING:  # rows are parsed without torch too
-    from serve.runtime import Outcome
-
-__all__ = ["Entry", "Form", "Row", "answer_row", "read_batch", "read_row"]
+__all__ = ["Form", "Row", "answer_row", "read_row"]
 
 OPTION_NAMES = tuple(field.name for field in fields(FrameOptions))
 FRAME_FIELDS = ("body", "data", "file", "frame", "image", "points")
 # Names that TorchServe adds to a row on its older routes.
 IGNORED_FIELDS = ("model_name", "model", "model_version", "explain")
 
-Entry = tuple[Body, FrameOptions] | ClientError
 # Form of the answer: one frame, a JSON list of outcomes, or framed outcomes (for the gateway).
 Form = Literal["frame", "list", "outcomes"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request: its frames with their options, or their errors, and the form of its answer."""
+    """One request: its frames, or their errors, and the form of its answer."""
 
-    entries: tuple[Entry, ...]
-    form: Form
+    frames: tuple[EncodedFrame | ServeError, ...]
+    form: Form = "frame"
 
 
 def read_row(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
@@ -72,31 +62,13 @@ def read_row(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
         raise BadRequest("cannot parse a multipart body without a boundary")
     body, part_type = _find_frame(row, headers, content_type)
     if isinstance(body, Mapping):
-        return Row(((body, options),), "frame")
+        return Row((EncodedFrame(body, options),))
     if part_type == FRAMES_CONTENT_TYPE:
-        return Row(
-            read_batch(body, options), "outcomes" if plain.get("accept") == OUTCOMES_CONTENT_TYPE else "list"
-        )
+        frames = tuple(_parse_frame(*each, options) for each in unpack_frames(body, MAX_BATCH_FRAMES))
+        return Row(frames, "outcomes" if plain.get("accept") == OUTCOMES_CONTENT_TYPE else "list")
     if part_type == "application/json":
-        frame, given = decode_json_request(body)
-        return Row((_parse_entry(frame, given, options),), "frame")
-    return Row(((body, options),), "frame")
-
-
-def read_batch(body: Bytes, base: FrameOptions | None = None) -> tuple[Entry, ...]:
-    """Parse a framed batch; returns for each frame its body and options, or its error.
-
-    Args:
-        body: the framed batch.
-        base: default options.
-
-    Raises:
-        BadRequest: the body is not a framed batch.
-    """
-    options = base or FrameOptions()
-    return tuple(
-        _parse_entry(frame, given, options) for frame, given in unpack_frames(body, MAX_BATCH_FRAMES)
-    )
+        return Row((_parse_frame(*decode_json_request(body), options),))
+    return Row((EncodedFrame(body, options),))
 
 
 def _find_frame(row: Mapping[str, Any], headers: Mapping[str, Any], content_type: str) -> tuple[Body, str]:
@@ -138,9 +110,9 @@ def _read_part(name: str, value: Any) -> Bytes:
     return parts[name] if isinstance(parts, Mapping) else parts
 
 
-def _parse_entry(body: Body, given: Mapping[str, Any], base: FrameOptions) -> Entry:
+def _parse_frame(body: Body, given: Mapping[str, Any], base: FrameOptions) -> EncodedFrame | ClientError:
     try:
-        return body, parse_options(given, base)
+        return EncodedFrame(body, parse_options(given, base))
     except ClientError as error:
         return error
 
@@ -169,22 +141,16 @@ def answer_row(
         HTTP status, content type and body.
     """
     if form == "outcomes":
-        items = [_encode_outcome(outcome, None) for outcome in outcomes]
-        return 200, OUTCOMES_CONTENT_TYPE, pack_outcomes(Outcomes([*items], dict(seconds)))
+        return 200, OUTCOMES_CONTENT_TYPE, write_outcomes(outcomes, seconds)
     if form == "list":
-        entries = [
-            {"status": outcome.status, **error_body(outcome)}
-            if isinstance(outcome, ServeError)
-            else {"status": 200, "answer": outcome}
-            for outcome in outcomes
-        ]
-        return 200, "application/json", encode_json({"outcomes": entries})
+        return 200, "application/json", encode_json({"outcomes": [_list_entry(each) for each in outcomes]})
     (outcome,) = outcomes
-    status, body = _encode_outcome(outcome, request_id)
+    status, body = encode_outcome(outcome, request_id)
     return status, "application/json", body
 
 
-def _encode_outcome(outcome: Outcome, request_id: str | None) -> tuple[int, bytes]:
-    if isinstance(outcome, ServeError):
-        return outcome.status, encode_json(error_body(outcome, request_id))
-    return 200, encode_json(outcome)
+def _list_entry(outcome: Outcome) -> dict[str, Any]:
+    status, body = encode_outcome(outcome)
+    if status == 200:
+        return {"status": status, "answer": orjson.Fragment(body)}
+    return {"status": status, **orjson.loads(body)}

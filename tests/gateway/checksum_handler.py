@@ -1,86 +1,58 @@
 """Handler for a real TorchServe without a model: answers every frame with its checksum.
 
-Reads and answers framed batches as ours do. A frame ``die once PATH`` ends its worker the first time it is
-seen, ``die`` always, ``hang once PATH`` stops its interpreter for a minute the first time it is seen, ``too large``
-is out of memory unless it is alone, ``too large alone`` even then.
+A frame ``die once PATH`` ends its worker the first time it is seen, ``die`` always, ``hang once PATH`` stops its
+interpreter for a minute the first time it is seen, ``too large`` is out of memory unless it is alone,
+``too large alone`` even then. Other frames are whole points of 16 bytes.
 """
 
 import ctypes
 import hashlib
 import json
 import os
-import threading
 
-from serve.errors import BadRequest, OutOfMemory
-from serve.protocol.batch import OUTCOMES_CONTENT_TYPE, Outcomes, pack_outcomes, unpack_frames
-from serve.settings import Settings
-from serve.worker.server import listen
-from serve.worker.watchdog import watchdog
+from serve.errors import OutOfMemory, UndecodableFrame
+from serve.worker.handler import Handler
 
 SPEC = {"modality": "lidar", "parts": ["points"], "load_dim": 4, "box_type_3d": "LiDAR", "classes": ["Car"]}
 
 
-class Checksum:
-    def initialize(self, context):
-        """Nothing to load."""
-        self.one_at_a_time = threading.Lock()
-        listen(Settings.from_environment().worker_sockets, self.answer_batch)
+class Checksum(Handler):
+    def describe(self):
+        """What the gateway needs to know."""
+        return SPEC
 
-    def handle(self, data, context):
-        if context.get_request_header(0, "describe") == "True":
-            return [json.dumps(SPEC).encode()]
-        answers = []
-        for i, row in enumerate(data):
-            try:
-                frames = [bytes(frame) for frame, _ in unpack_frames(row["body"])]
-                status, body = self.answer(frames)
-            except BadRequest as error:
-                status, body = (
-                    400,
-                    json.dumps({"error": {"code": "bad_request", "message": str(error)}}).encode(),
-                )
-            context.set_response_status(status, "OK" if status == 200 else "Failed", i)
-            context.set_response_header(
-                i, "content-type", OUTCOMES_CONTENT_TYPE if status == 200 else "application/json"
-            )
-            answers.append(body)
-        return answers
-
-    def answer_batch(self, body, compute_s):
-        """A batch that came directly."""
-        with self.one_at_a_time, watchdog(compute_s):
-            status, answer = self.answer([bytes(frame) for frame, _ in unpack_frames(body)])
-        if status != 200:
+    def infer(self, frames):
+        """Answer, or do what a frame says."""
+        bodies = [bytes(frame.body) for frame in frames]
+        for body in bodies:
+            act_on(body)
+        if b"too large alone" in bodies or (b"too large" in bodies and len(bodies) > 1):
             raise OutOfMemory("it does not fit")
-        return answer
-
-    def answer(self, frames):
-        for frame in frames:
-            if frame.startswith((b"die once ", b"hang once ")):
-                flag = frame.decode().partition(" once ")[2]
-                if not os.path.exists(flag):
-                    with open(flag, "w"):
-                        pass
-                    if frame.startswith(b"die"):
-                        os._exit(1)
-                    ctypes.PyDLL(None).sleep(60)  # and no other thread of Python's runs
-            elif frame == b"die":
-                os._exit(1)
-        if b"too large alone" in frames or (b"too large" in frames and len(frames) > 1):
-            return 507, json.dumps(
-                {"error": {"code": "out_of_memory", "message": "it does not fit"}}
-            ).encode()
-        items = [
-            (200, checksum(frame))
-            if len(frame) % 16 == 0 or frame.startswith((b"die once", b"hang once", b"too large"))
-            else BAD
-            for frame in frames
-        ]
-        return 200, pack_outcomes(Outcomes(items, {"decode": 0.0, "inference": 0.0}))
+        return [json.loads(checksum(body)) if is_whole(body) else BAD for body in bodies]
 
 
-BAD = (422, b'{"error":{"code":"undecodable_frame","message":"not a whole number of points"}}')
+BAD = UndecodableFrame("not a whole number of points")
 
 
-def checksum(frame):
-    return json.dumps({"frame": hashlib.sha256(frame).hexdigest(), "points": len(frame) // 16}).encode()
+def is_whole(body):
+    return len(body) % 16 == 0 or body.startswith((b"die once", b"hang once", b"too large"))
+
+
+def act_on(body):
+    if body == b"die":
+        os._exit(1)
+    if not body.startswith((b"die once ", b"hang once ")):
+        return
+    flag = body.decode().partition(" once ")[2]
+    if not os.path.exists(flag):
+        with open(flag, "w"):
+            pass
+        if body.startswith(b"die"):
+            os._exit(1)
+        ctypes.PyDLL(None).sleep(60)  # and no other thread of Python's runs
+
+
+def checksum(body):
+    return json.dumps(
+        {"frame": hashlib.sha256(body).hexdigest(), "points": len(body) // 16}, separators=(",", ":")
+    ).encode()

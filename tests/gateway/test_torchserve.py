@@ -114,7 +114,7 @@ def test_batch_of_a_worker_in_an_endless_computation_is_answered_by_its_successo
             assert answers == [json.loads(checksum(cloud(1))), json.loads(checksum(frame))]
     if way == "directly":  # the worker says where it was before it goes
         log = (tmp_path / "logs" / "torchserve.log").read_text()
-        assert re.search(r"Timeout .*!", log) and re.search(r"line \d+ in answer_batch", log), log
+        assert re.search(r"Timeout .*!", log) and re.search(r"line \d+ in infer", log), log
 
 
 def test_batch_of_a_dying_worker_is_answered_by_its_successor(gateway, server, cloud, tmp_path):

@@ -24,7 +24,7 @@ OWN = os.getpid()
 @contextmanager
 def worker(folder: Path, answer: Callable[[memoryview], bytes], pid: int = OWN) -> Iterator[socket.socket]:
     """A worker's end in this process, under the name of another one where `pid` says so."""
-    with closing(listen(folder, lambda batch, compute_s: answer(batch))) as listener:
+    with closing(listen(folder, lambda batch, compute_s, cancelled: answer(batch))) as listener:
         if pid != OWN:
             socket_path(folder, OWN).rename(socket_path(folder, pid))
         yield listener
@@ -57,7 +57,7 @@ def test_batch_of_chunks_and_its_answer_arrive_complete(tmp_path):
 
 
 def test_worker_receives_the_compute_limit(tmp_path):
-    with closing(listen(tmp_path, lambda batch, compute_s: str(compute_s).encode())):
+    with closing(listen(tmp_path, lambda batch, compute_s, cancelled: str(compute_s).encode())):
 
         async def calls(sockets):
             return [await sockets.call([OWN], [b"x"], 20.0, 7), await sockets.call([OWN], [b"x"], 20.0)]
@@ -242,7 +242,7 @@ def test_message_of_invalid_length_closes_the_connection_before_allocation(tmp_p
 
 def test_socket_is_private_and_replaces_a_stale_one(tmp_path):
     for name in (b"first", b"second"):
-        listener = listen(tmp_path, lambda batch, compute_s, name=name: name)
+        listener = listen(tmp_path, lambda batch, compute_s, cancelled, name=name: name)
         assert socket_path(tmp_path, OWN).stat().st_mode & 0o077 == 0
 
         async def calls(sockets):

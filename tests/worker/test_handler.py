@@ -15,8 +15,9 @@ import pytest
 
 from handlers.mmdet3d_handler import MMDet3DHandler
 from handlers.mmdet_handler import MMDetHandler
-from serve.errors import ArchiveError, BadRequest
+from serve.errors import ArchiveError
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, OUTCOMES_CONTENT_TYPE, pack_frames, unpack_outcomes
+from serve.protocol.worker import Batch, EncodedFrame, encode_outcome, read_batch
 from tests.worker.context import Context
 
 
@@ -103,15 +104,14 @@ def test_socket_and_torchserve_give_the_same_answer(handler, demo_archive, stree
     packed = pack_frames([(body, {}), (body[:-1], {}), (body, {"max_detections": 1}), (body, {"no": 1})])
     headers = {"content-type": FRAMES_CONTENT_TYPE, "accept": OUTCOMES_CONTENT_TYPE}
     (through,) = handler.handle([{"body": packed}], Context(demo_archive.root, headers=[headers]))
-    directly = unpack_outcomes(handler.answer_batch(memoryview(packed)))
-    assert [status for status, _ in directly.items] == [200, 422, 200, 400]
-    assert directly.items == unpack_outcomes(through).items
-    assert directly.seconds["inference"] > 0 and directly.seconds["decode"] > 0
-    with pytest.raises(BadRequest):
-        handler.answer_batch(memoryview(b"no batch at all"))
+    directly, seconds = handler.answer(Batch(read_batch(packed)))
+    assert [encode_outcome(outcome)[0] for outcome in directly] == [200, 422, 200, 400]
+    expected = [outcome for outcome in unpack_outcomes(through).items]
+    assert [encode_outcome(outcome) for outcome in directly[:3]] == expected[:3]
+    assert seconds["inference"] > 0 and seconds["decode"] > 0
 
 
-def test_watchdog_covers_only_computing_with_a_limit(handler, street, monkeypatch):
+def test_watchdog_covers_decoding_and_computing_with_a_limit(handler, street, monkeypatch):
     watched = []
 
     @contextmanager
@@ -120,18 +120,18 @@ def test_watchdog_covers_only_computing_with_a_limit(handler, street, monkeypatc
         yield
 
     monkeypatch.setattr("serve.worker.handler.watchdog", watchdog)
-    packed = memoryview(pack_frames([(street.tobytes(), {})]))
-    handler.answer_batch(packed, 7)
-    handler.answer_batch(packed)
-    assert watched == [(7, True), (0, True)]
+    frames = [EncodedFrame(street.tobytes())]
+    handler.answer(Batch(frames, 7))
+    handler.answer(Batch(frames))
+    assert watched == [(7, False), (7, True), (0, False), (0, True)]
 
 
 def test_batches_of_several_threads_are_computed_one_at_a_time(handler, street):
-    packed = pack_frames([(street.tobytes(), {})])
-    expected = unpack_outcomes(handler.answer_batch(memoryview(packed))).items
+    batch = Batch([EncodedFrame(street.tobytes())])
+    expected = encode_outcome(*handler.answer(batch)[0])
     with ThreadPoolExecutor(4) as callers:
-        answers = list(callers.map(handler.answer_batch, [memoryview(packed)] * 8))
-    assert all(unpack_outcomes(answer).items == expected for answer in answers)
+        answers = list(callers.map(handler.answer, [batch] * 8))
+    assert all(encode_outcome(*outcomes) == expected for outcomes, _ in answers)
 
 
 def test_handler_describes_its_archive(handler, demo_archive):

@@ -28,7 +28,8 @@ SWEEP = base64.b64encode(PARTS["sweep.0"]).decode()
     ],
 )
 def test_row_of_sweeps_is_one_frame_of_parts(row):
-    ((body, options),) = read_row(row, {}).entries
+    (frame,) = read_row(row, {}).frames
+    body, options = frame.body, frame.options
     assert options.sweeps is None and body["points"] == b"key." and body["sweep.0"] == b"old."
     found = json.loads(bytes(body["sweeps"]))
     assert (found if isinstance(found, list) else found["sweeps"]) == POSES
@@ -43,5 +44,5 @@ def test_row_of_sweeps_is_one_frame_of_parts(row):
     ],
 )
 def test_row_of_an_accumulated_cloud_is_one_frame_with_the_option(row, headers):
-    ((body, options),) = read_row(row, headers).entries
-    assert (body, options.sweeps) == (b"cloud", "accumulated")
+    (frame,) = read_row(row, headers).frames
+    assert (frame.body, frame.options.sweeps) == (b"cloud", "accumulated")
