@@ -34,7 +34,7 @@ from serve.protocol.batch import (
     pack_outcomes,
     unpack_frames,
 )
-from serve.protocol.frames import FrameOptions, encode_json
+from serve.protocol.frames import FrameOptions, encode_json, parse_options
 
 __all__ = [
     "BATCH_HEADER",
@@ -139,9 +139,11 @@ def read_batch(body: Bytes) -> list[EncodedFrame | ServeError]:
 
 def _read_frame(body: Body, options: Mapping[str, Any]) -> EncodedFrame | ServeError:
     try:
-        return EncodedFrame(body, FrameOptions(**options))
-    except TypeError:
-        return BadRequest(f"unknown options of a frame: {', '.join(options)[:200]}")
+        return EncodedFrame(body, parse_options(options))
+    except ServeError as error:
+        return error
+    except Exception as error:
+        return BadRequest(f"the options of the frame cannot be read ({type(error).__name__})")
 
 
 def encode_outcome(outcome: Outcome, request_id: str | None = None) -> tuple[int, bytes]:
