@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from serve.errors import BadRequest, InferenceFailed, ServeError, error_body
+from serve.errors import BadRequest, InferenceFailed, ServeError, error_body, quote
 from serve.protocol.batch import (
     Body,
     Bytes,
@@ -34,7 +34,7 @@ from serve.protocol.batch import (
     pack_outcomes,
     unpack_frames,
 )
-from serve.protocol.frames import FrameOptions, encode_json, parse_options
+from serve.protocol.frames import FrameOptions, encode_json
 
 __all__ = [
     "BATCH_HEADER",
@@ -139,11 +139,9 @@ def read_batch(body: Bytes) -> list[EncodedFrame | ServeError]:
 
 def _read_frame(body: Body, options: Mapping[str, Any]) -> EncodedFrame | ServeError:
     try:
-        return EncodedFrame(body, parse_options(options))
-    except ServeError as error:
-        return error
-    except Exception as error:
-        return BadRequest(f"the options of the frame cannot be read ({type(error).__name__})")
+        return EncodedFrame(body, FrameOptions(**options))
+    except (ServeError, TypeError) as error:
+        return error if isinstance(error, ServeError) else BadRequest(f"unknown options: {quote(options)}")
 
 
 def encode_outcome(outcome: Outcome, request_id: str | None = None) -> tuple[int, bytes]:
