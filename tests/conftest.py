@@ -16,9 +16,10 @@ import signal
 import socket
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -54,14 +55,20 @@ def pick_free_ports(count: int) -> list[int]:
             one.close()
 
 
-def write_archive(path: Path, handler: str, name: str | None = None, version: str = "1.0") -> Path:
-    """A minimal TorchServe archive around the source of a handler; nothing of ours is in it."""
-    name = name or path.stem
-    model = {"modelName": name, "modelVersion": version, "handler": f"handler_of_{name}.py"}
+def write_archive(
+    path: Path,
+    handler: str,
+    name: str | None = None,
+    version: str = "1.0",
+    files: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """A minimal TorchServe archive that names the module of a handler; nothing of ours is in it, but `files`."""
+    model = {"modelName": name or path.stem, "modelVersion": version, "handler": handler}
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model}))
-        archive.writestr(f"handler_of_{name}.py", handler)
+        for each, text in files.items():
+            archive.writestr(each, text)
     return path
 
 

@@ -19,7 +19,8 @@ def child_environment(*, inherit_path: bool = True) -> dict[str, str]:
     """Environment of a child: `serve` and `handlers` importable, without TorchServe's variables.
 
     Args:
-        inherit_path: append the ``PYTHONPATH`` of this process.
+        inherit_path: append the ``PYTHONPATH`` of this process, as absolute paths: a child may have another working
+            directory, TorchServe's workers an unpacked archive.
     """
     environment = {
         name: value
@@ -27,8 +28,10 @@ def child_environment(*, inherit_path: bool = True) -> dict[str, str]:
         if not name.startswith("TS_") and name not in _FOREIGN_VARIABLES
     }
     root = str(Path(serve.__file__).resolve().parent.parent)
-    inherited = environment.get("PYTHONPATH") if inherit_path else None
-    environment["PYTHONPATH"] = os.pathsep.join([root, inherited] if inherited else [root])
+    inherited = environment.get("PYTHONPATH", "").split(os.pathsep) if inherit_path else []
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [root, *(os.path.abspath(folder) for folder in inherited if folder)]
+    )
     return environment
 
 

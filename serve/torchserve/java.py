@@ -7,6 +7,8 @@ environment on without TorchServe's own variables.
 
 from __future__ import annotations
 
+import os
+import shlex
 import socket
 import sys
 from importlib import util
@@ -16,7 +18,7 @@ from serve.errors import BackendStartError
 from serve.settings.environment import child_environment
 from serve.torchserve.config import TorchServeOptions
 
-__all__ = ["check_ports", "child_environment", "java_command"]
+__all__ = ["check_ports", "child_environment", "java_command", "write_worker_python"]
 
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
 
@@ -41,8 +43,35 @@ def check_ports(options: TorchServeOptions) -> None:
                 ) from None
 
 
-def java_command(options: TorchServeOptions, run_dir: Path) -> list[str]:
-    """Build the command that starts TorchServe with the files in `run_dir`.
+def write_worker_python(run_dir: Path, python_path: str) -> Path:
+    """Write the program that TorchServe starts in place of Python: Python with a ``PYTHONPATH`` of ours.
+
+    TorchServe appends the folder of the unpacked archive to ``PYTHONPATH``, ahead of the standard library, and starts
+    the worker in that folder. A ``sitecustomize.py`` in an archive would run before any of our code could take the
+    folder off the path.
+
+    Args:
+        run_dir: folder for the program.
+        python_path: absolute folders, separated as in ``PYTHONPATH``.
+
+    Raises:
+        BackendStartError: the file system of `run_dir` does not allow programs.
+    """
+    program = run_dir / "python"
+    program.write_text(
+        f'#!/bin/sh\nexport PYTHONPATH={shlex.quote(python_path)}\nexec {shlex.quote(sys.executable)} "$@"\n'
+    )
+    program.chmod(0o700)
+    if not os.access(program, os.X_OK):
+        raise BackendStartError(
+            f"no program can be started in {run_dir}, whose file system is mounted noexec; set run_root "
+            "(--run-root) to a folder of another one"
+        )
+    return program
+
+
+def java_command(options: TorchServeOptions, run_dir: Path, python: Path) -> list[str]:
+    """Build the command that starts TorchServe with the files in `run_dir`, and workers with `python`.
 
     Raises:
         BackendStartError: TorchServe or its Java is not installed.
@@ -65,7 +94,7 @@ def java_command(options: TorchServeOptions, run_dir: Path) -> list[str]:
         str(home / "ts" / "frontend" / "*"),
         _MAIN_CLASS,
         "--python",
-        sys.executable,
+        str(python),
         "-f",
         str(run_dir / "config.properties"),
         "-s",

@@ -32,7 +32,7 @@ from serve.errors import (
     NotReady,
     SettingsError,
 )
-from serve.settings import PREFIX
+from serve.settings import PREFIX, Settings
 from serve.torchserve.config import (
     Manifest,
     ServedModel,
@@ -42,7 +42,7 @@ from serve.torchserve.config import (
     read_manifest,
     url,
 )
-from serve.torchserve.java import check_ports, child_environment, java_command
+from serve.torchserve.java import check_ports, child_environment, java_command, write_worker_python
 from serve.torchserve.log import LoadFailure, WorkerLog
 from serve.torchserve.management import ManagementClient, Tokens, Worker, read_tokens
 from serve.torchserve.pidfile import remove_pidfile, write_pidfile
@@ -270,6 +270,10 @@ class TorchServe:
         self._log = WorkerLog(logs.resolve() / "torchserve.log")
         (run_dir / "config.properties").write_text(properties(self.options, manifests))
         (run_dir / "log4j2.xml").write_text(log_configuration(self.options, self._log.path))
+        environment = {**child_environment(), f"{PREFIX}WORKER_SOCKETS": str(self.worker_sockets)}
+        python = Path(sys.executable)
+        if not Settings.from_environment().trust_archive_code:
+            python = write_worker_python(run_dir, environment["PYTHONPATH"])
         java_log = "-" if self.options.log_level else str(logs.resolve() / "java.log")
         self._guard = subprocess.Popen(
             [
@@ -281,11 +285,11 @@ class TorchServe:
                 str(DRAIN_S),
                 java_log,
                 "--",
-                *java_command(self.options, run_dir),
+                *java_command(self.options, run_dir, python),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**child_environment(), f"{PREFIX}WORKER_SOCKETS": str(self.worker_sockets)},
+            env=environment,
             start_new_session=True,
         )
         assert self._guard.stdout is not None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import json
 import os
 import random
@@ -28,7 +27,7 @@ import pytest
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from tests.conftest import pick_free_ports, write_archive
-from tests.gateway import checksum_handler, raw
+from tests.gateway import raw
 from tests.gateway.checksum_handler import checksum
 from tests.gateway.running import eventually
 
@@ -49,7 +48,7 @@ BUSY = {200, 429, 503, 504}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[TorchServe]:
     store = tmp_path_factory.mktemp("store")
-    write_archive(store / "checksum.mar", inspect.getsource(checksum_handler))
+    write_archive(store / "checksum.mar", "tests.gateway.checksum_handler")
     ports = dict(zip(("inference_port", "management_port", "metrics_port"), pick_free_ports(3), strict=True))
     models = [ServedModel("checksum.mar", workers=2)]
     with TorchServe(TorchServeOptions(store, models, system_metrics=False, gpus=0, **ports)) as running:

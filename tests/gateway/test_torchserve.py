@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import os
@@ -19,7 +18,6 @@ from PIL import Image
 
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from tests.conftest import pick_free_ports, write_archive
-from tests.gateway import checksum_handler
 from tests.gateway.checksum_handler import checksum
 from tests.gateway.conftest import RunningGateway, running_gateway
 from tests.gateway.running import Background, eventually
@@ -36,7 +34,7 @@ def options(store, *models: ServedModel, **more) -> TorchServeOptions:
 def archives(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     for name in ("checksum", "later"):
-        write_archive(folder / f"{name}.mar", inspect.getsource(checksum_handler), name)
+        write_archive(folder / f"{name}.mar", "tests.gateway.checksum_handler", name)
     return folder
 
 

@@ -27,33 +27,8 @@ from serve.torchserve.log import WorkerLog
 from serve.torchserve.pidfile import write_pidfile
 from tests.conftest import pick_free_ports, write_archive
 
-ECHO = """
-import json
-
-class Handler:
-    def initialize(self, context):
-        pass
-
-    def handle(self, data, context):
-        answers = []
-        for index, row in enumerate(data):
-            status = context.get_request_header(index, "x-status")
-            if status:
-                context.set_response_status(int(status), "As Asked", index)
-            context.set_response_header(index, "content-type", "application/json")
-            answers.append(json.dumps({name: len(value) for name, value in row.items()}).encode())
-        return answers
-"""
-REFUSING = """
-from serve.errors import ArchiveError
-
-class Handler:
-    def initialize(self, context):
-        raise ArchiveError("weights.safetensors has the wrong hash; convert the model again")
-
-    def handle(self, data, context):
-        return data
-"""
+ECHO = "tests.torchserve.echo_handler"
+REFUSING = "tests.torchserve.refusing_handler"
 BYTES = {"Content-Type": "application/octet-stream"}
 GONE_S = 20
 
@@ -448,7 +423,7 @@ def test_duplicate_model_version_is_rejected(tmp_path: Path) -> None:
 
 def test_read_manifest_returns_model_version_and_handler(tmp_path: Path) -> None:
     path = write_archive(tmp_path / "a.mar", ECHO, name="second", version="2.1")
-    assert read_manifest(path) == Manifest("second", "2.1", "handler_of_second.py")
+    assert read_manifest(path) == Manifest("second", "2.1", ECHO)
 
 
 # What its log says
