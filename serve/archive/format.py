@@ -43,6 +43,7 @@ from serve.archive.bounds import (
     failures_as_archive_errors,
 )
 from serve.archive.metadata import HANDLERS, Metadata, check_identity
+from serve.archive.python_path import keep_off_path
 from serve.archive.zip_layout import open_zip
 from serve.errors import ArchiveError
 
@@ -200,10 +201,13 @@ def extract(path: Path, root: Path) -> Archive:
 def open_directory(root: Path) -> Archive:
     """Open an archive that TorchServe or `extract` has unpacked, checking every hash.
 
+    Its folder is taken off Python's search path, where TorchServe puts it.
+
     Raises:
         ArchiveError: a file is missing, altered or not declared, or the version is incompatible.
     """
     with failures_as_archive_errors(f"the archive in {root}"):
+        keep_off_path(root)
         if not (root / METADATA).is_file():
             raise ArchiveError(
                 f"{root} has no {METADATA}: the archive was not written by mmdet3d-serve; convert the model with it"

@@ -27,6 +27,7 @@ from serve.convert.proof import FrameCost, start_proof
 from serve.errors import ArchiveError, SelfTestError
 from serve.protocol.batch import Body
 from serve.protocol.frames import FrameSpec
+from serve.runtime.custom_code import names_foreign_modules
 from serve.storage.hashes import sha256_of
 
 __all__ = ["Conversion", "ConversionResult", "convert"]
@@ -119,7 +120,8 @@ def convert(conversion: Conversion) -> ConversionResult:
 
     from serve.convert.checkpoint import load_checkpoint
     from serve.convert.legacy_weights import adapt_and_load
-    from serve.runtime.model import build_network, is_segmentor, parse_device
+    from serve.runtime.build_guard import BuildGuard
+    from serve.runtime.model import build_network, import_package, is_segmentor, parse_device
     from serve.runtime.pipeline import box_type_of, frame_spec
 
     target = conversion.output_folder / f"{conversion.model_name}.mar"
@@ -132,7 +134,7 @@ def convert(conversion: Conversion) -> ConversionResult:
     config, package, config_notes = resolve_config(conversion.config)
     spec = frame_spec(config)
     code = collect_custom_code(config)
-    needs_trust = bool(code.files) or names_unregistered(config)
+    needs_trust = bool(code.files) or names_foreign_modules(config) or names_unregistered(config)
     # 2. Checkpoint.
     report("reading the checkpoint")
     checkpoint = load_checkpoint(conversion.checkpoint, trust=conversion.trust_checkpoint)
@@ -143,7 +145,9 @@ def convert(conversion: Conversion) -> ConversionResult:
     with start_proof(package) as proof:  # its imports go on meanwhile
         # 3. Network.
         report("building the network")
-        with torch.random.fork_rng():
+        import_package(package)
+        guard = BuildGuard(None, config, refuse=False)
+        with torch.random.fork_rng(), guard:
             torch.manual_seed(0)  # weights missing from the checkpoint are the same in every conversion
             network = build_network(config, named.names)
         keys = adapt_and_load(network, checkpoint, allow_partial=conversion.allow_partial)
@@ -171,10 +175,14 @@ def convert(conversion: Conversion) -> ConversionResult:
         )
         notes += golden.list_warnings(None if conversion.golden_frame is None else frame, spec)
         report("running the golden frame")
-        metadata, expected, remarks = _record_golden(
-            network, config, metadata, frame, device, conversion.fold_batch_norm
-        )
+        with guard:
+            metadata, expected, remarks = _record_golden(
+                network, config, metadata, frame, device, conversion.fold_batch_norm
+            )
         notes += remarks
+        if guard.refusal is not None and not needs_trust:
+            notes += (f"the archive has to be trusted where it is served: {guard.refusal}",)
+            needs_trust = True
         # 5. Archive.
         report("writing the archive")
         conversion.output_folder.mkdir(parents=True, exist_ok=True)

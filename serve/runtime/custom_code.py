@@ -10,9 +10,15 @@ from typing import Any
 
 from serve.archive import Archive
 from serve.errors import ArchiveError
-from serve.runtime.registry_guard import allow_modules
+from serve.runtime.registry_guard import OPENMMLAB, allow_modules
 
-__all__ = ["explain_missing", "import_archived_code", "import_modules", "imports_of"]
+__all__ = [
+    "explain_missing",
+    "import_archived_code",
+    "import_modules",
+    "imports_of",
+    "names_foreign_modules",
+]
 
 
 def imports_of(config: Mapping[str, Any]) -> list[str]:
@@ -21,18 +27,27 @@ def imports_of(config: Mapping[str, Any]) -> list[str]:
     return [imports] if isinstance(imports, str) else [str(name) for name in imports]
 
 
+def names_foreign_modules(config: Mapping[str, Any]) -> bool:
+    """Whether ``custom_imports`` names other modules than OpenMMLab's, which only trusted archives may."""
+    return any(name.partition(".")[0] not in OPENMMLAB for name in imports_of(config))
+
+
 def import_archived_code(archive: Archive, config: Mapping[str, Any], *, trust_code: bool) -> None:
-    """Import the modules in ``custom_imports``; those packed in the archive only if `trust_code`.
+    """Import the modules in ``custom_imports``; other than OpenMMLab's only if `trust_code`.
 
     Raises:
-        ArchiveError: the archive packs code that is not trusted, or a module cannot be imported.
+        ArchiveError: the archive packs or names code that is not trusted, or a module cannot be imported.
     """
-    if archive.code is not None:
-        if not trust_code:
+    if not trust_code:
+        found = "packs code (custom_imports)" if archive.code is not None else None
+        if found is None and names_foreign_modules(config):
+            found = f"has modules imported by name (custom_imports: {', '.join(imports_of(config))[:200]})"
+        if found is not None:
             raise ArchiveError(
-                "the archive packs code (custom_imports), which is not trusted; set MMDET3D_SERVE_TRUST_ARCHIVE_CODE=1 "
-                "if you trust its author"
+                f"the archive {found}, which is not trusted; set MMDET3D_SERVE_TRUST_ARCHIVE_CODE=1 if you trust its "
+                "author"
             )
+    elif archive.code is not None:
         sys.path.insert(0, str(archive.code))
         importlib.invalidate_caches()
     import_modules(config, owner="the archive's code", trust=trust_code)

@@ -18,14 +18,29 @@ import torch
 from torch import nn
 
 from serve.archive import Archive, InferenceOptions, Metadata
-from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, ServeError, error_of_frame
+from serve.archive.bounds import failures_as_archive_errors
+from serve.errors import (
+    ArchiveError,
+    CheckpointError,
+    InferenceFailed,
+    OutOfMemory,
+    ServeError,
+    error_of_frame,
+)
 from serve.protocol.batch import Body
 from serve.protocol.calibration import MATRICES
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
 from serve.protocol.worker import Outcome
 from serve.runtime import fusion
+from serve.runtime.build_guard import BuildGuard
 from serve.runtime.custom_code import import_archived_code
-from serve.runtime.model import build_network, is_segmentor, load_state_dict_strict, suppress_warnings
+from serve.runtime.model import (
+    build_network,
+    import_package,
+    is_segmentor,
+    load_state_dict_strict,
+    suppress_warnings,
+)
 from serve.runtime.pipeline import InputPipeline
 from serve.runtime.predictions import empty_detections, empty_labels, filter_detections, postprocess
 from serve.runtime.random_state import fixed_seed
@@ -51,6 +66,11 @@ class Detector:
         # A segmentor labels every point, even outside of its range.
         self._range = None if self._segments else _voxel_range(network)
         self._draws = False
+        self._guard: AbstractContextManager[Any] = nullcontext()
+
+    def guarded(self) -> AbstractContextManager[Any]:
+        """Context in which the detector of an archive that is not trusted can only compute."""
+        return self._guard
 
     def describe(self) -> dict[str, Any]:
         """Describe model, input and device for the gateway."""
@@ -193,21 +213,39 @@ def load_detector(archive: Archive, device: torch.device, *, trust_code: bool = 
     Args:
         archive: archive from `serve.archive.format.open_directory`.
         device: device to run on.
-        trust_code: allow imports of modules packed in the archive.
+        trust_code: allow imports of modules packed in the archive, and anything else that its model does. Without it,
+            the model is built under a `BuildGuard`.
 
     Raises:
-        ArchiveError: the archive packs code that is not allowed, or its parts do not fit.
+        ArchiveError: the archive would run code that is not allowed, or its parts do not fit.
         CheckpointError: the weights do not fit the config.
     """
+    config = archive.config()
+    guard = nullcontext() if trust_code else BuildGuard(archive.root, config)
+    weights = _read_weights(archive)
+    import_package(archive.metadata.package)  # now, because its modules do what a guard refuses
+    with failures_as_archive_errors("the model"), guard:
+        import_archived_code(archive, config, trust_code=trust_code)
+        network = build_network(config, archive.metadata.classes)
+        load_state_dict_strict(network, weights)
+        network.to(device)
+        apply_options(network, archive.metadata.inference)
+        detector = Detector(network, config, archive.metadata, device)
+        detector._guard = guard
+        return detector
+
+
+def _read_weights(archive: Archive) -> dict[str, torch.Tensor]:
+    """Read the safetensors file of an archive, which is not executed in any way."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = archive.config()
-    import_archived_code(archive, config, trust_code=trust_code)
-    network = build_network(config, archive.metadata.classes)
-    load_state_dict_strict(network, load_file(archive.weights))
-    network.to(device)
-    apply_options(network, archive.metadata.inference)
-    return Detector(network, config, archive.metadata, device)
+    try:
+        return load_file(archive.weights)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the weights of the archive cannot be read ({error}); convert it again"
+        ) from error
 
 
 def apply_options(network: nn.Module, options: InferenceOptions) -> None:

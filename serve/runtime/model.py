@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 import warnings
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from serve.runtime.registry_guard import restrict_registry
 __all__ = [
     "build_network",
     "device_for",
+    "import_package",
     "is_segmentor",
     "load_state_dict_strict",
     "parse_device",
@@ -84,6 +86,16 @@ def _fetches(key: str, value: Any) -> bool:
     return key == "init_cfg" and isinstance(value, Mapping) and "checkpoint" in value
 
 
+def import_package(package: str) -> None:
+    """Import the modules in which ``mmdet`` or ``mmdet3d`` define what a config of theirs builds."""
+    ops.install()
+    with suppress_warnings():
+        from serve.storage import backends  # noqa: F401  (pipelines may read through s3:// or packed files)
+
+        for module in ("apis", "models", "datasets.transforms", "structures"):
+            importlib.import_module(f"{package}.{module}")
+
+
 def build_network(config: Mapping[str, Any], classes: Sequence[str]) -> nn.Module:
     """Build ``config['model']`` on the CPU in evaluation mode, with initial weights.
 
@@ -100,9 +112,11 @@ def build_network(config: Mapping[str, Any], classes: Sequence[str]) -> nn.Modul
         from mmengine.model import revert_sync_batchnorm
         from mmengine.registry import DefaultScope, init_default_scope
 
-        from serve.storage import backends  # noqa: F401  (pipelines may read through s3:// or packed files)
+        from serve.storage import backends  # noqa: F401  (see `import_package`)
 
         restrict_registry()
+        if scope_of(config) not in ("mmdet", "mmdet3d"):
+            raise ArchiveError(f"default_scope must be mmdet or mmdet3d, got {scope_of(config)[:200]!r}")
         init_default_scope(scope_of(config))
         with DefaultScope.overwrite_default_scope(scope_of(config)):
             network = _build(Config(strip_pretrained(config)), scope_of(config))
@@ -127,6 +141,8 @@ def _build(config: Any, scope: str) -> Any:
         model.train_cfg = None
     try:
         return MODELS.build(use_torch_sync_bn(model))
+    except ArchiveError:
+        raise
     except Exception as error:  # a constructor may raise anything on a foreign config
         if missing := explain_missing(error, f"the network {model.get('type')}"):
             raise ArchiveError(missing) from error

@@ -1,20 +1,26 @@
 """Guard against code execution by configs: ``type`` may name registered classes only.
 
 mmengine's registries treat an unregistered name as the path of an object, import its module and call it with the
-config's arguments (`Registry.get`, for dumps of lazy configs): ``type='subprocess.Popen'`` would run a program.
-`restrict_registry` limits such paths to registered classes. `serve.ops.patches` handles upstream's uses of `eval`.
+config's arguments (`Registry.get`, for dumps of lazy configs): ``type='subprocess.Popen'`` would run a program. They
+also import ``X.registry`` for a scope, ``_scope_='X'`` or ``type='X.Class'``. `restrict_registry` limits such paths to
+registered classes, and the imports to OpenMMLab's packages. `serve.runtime.build_guard` refuses what a registered class
+does with its arguments, beyond building a network.
+
 A lazy config names its author's own classes by path, too: `allow_modules` admits those of modules that were imported
 on purpose, and the unregistered ones among them only if their author is trusted.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 __all__ = [
     "OPENMMLAB",
     "allow_modules",
+    "is_importable",
     "is_torch_layer_path",
     "registries",
     "registry_scopes",
@@ -29,10 +35,11 @@ _trusted: set[str] = set()
 
 
 def restrict_registry() -> None:
-    """Restrict the registries of this process to registered classes and functions."""
+    """Restrict the registries of this process to registered classes and functions, and to known packages."""
     from mmengine.registry import registry
 
     registry.get_object_from_string = _find_registered
+    registry.import_module = _import_known
 
 
 def allow_modules(names: Iterable[str], *, trusted: bool) -> None:
@@ -52,6 +59,18 @@ def registry_scopes() -> frozenset[str]:
     return frozenset(str(one.scope) for one in registries())
 
 
+def is_importable(name: str) -> bool:
+    """Whether a config may have the module `name` imported: one of OpenMMLab's, or of a package imported on purpose."""
+    return name.partition(".")[0] in OPENMMLAB | _imported
+
+
+def _import_known(name: str) -> ModuleType:
+    """Import a module for a registry, as `importlib.import_module`, if `is_importable`."""
+    if not is_importable(name):
+        raise ModuleNotFoundError(f"a config may not import {name}", name=name)
+    return importlib.import_module(name)
+
+
 def _find_registered(path: str) -> Any:
     """Find the class or function at `path` if any registry has it, else None."""
     from mmengine.utils import get_object_from_string
@@ -59,7 +78,7 @@ def _find_registered(path: str) -> Any:
     package, _, rest = path.partition(".")
     if is_torch_layer_path(path):
         return _find_layer(get_object_from_string(path))
-    if package not in OPENMMLAB | _imported or not rest:
+    if not is_importable(package) or not rest:
         return None
     found = get_object_from_string(path)
     if package in _trusted and str(getattr(found, "__module__", "")).partition(".")[0] in _trusted:
