@@ -2,7 +2,7 @@
 
 TorchServe puts the folder of the unpacked archive on Python's search path and starts the worker in it. Before anything
 else is imported, such folders are taken off the path: no file of an archive may stand in for a module. (A server that
-`mmdet3d-serve serve` starts never puts them there, see `serve.torchserve.java.write_worker_python`.)
+`mmdet3d-serve serve` starts never puts them there, see `serve.torchserve.java.worker_python`.)
 """
 
 import os

@@ -8,7 +8,6 @@ environment on without TorchServe's own variables.
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 import sys
 from importlib import util
@@ -18,8 +17,10 @@ from serve.errors import BackendStartError
 from serve.settings.environment import child_environment
 from serve.torchserve.config import TorchServeOptions
 
-__all__ = ["check_ports", "child_environment", "java_command", "write_worker_python"]
+__all__ = ["check_ports", "child_environment", "java_command", "worker_python"]
 
+# A shell script; in the package, because temporary folders of containers are often mounted noexec.
+_WORKER_PYTHON = Path(__file__).with_name("worker_python.sh")
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
 
 
@@ -43,29 +44,31 @@ def check_ports(options: TorchServeOptions) -> None:
                 ) from None
 
 
-def write_worker_python(run_dir: Path, python_path: str) -> Path:
-    """Write the program that TorchServe starts in place of Python: Python with a ``PYTHONPATH`` of ours.
+def worker_python(run_dir: Path, environment: dict[str, str]) -> Path:
+    """Return the program that TorchServe is to start in place of Python: Python with a ``PYTHONPATH`` of ours.
 
     TorchServe appends the folder of the unpacked archive to ``PYTHONPATH``, ahead of the standard library, and starts
     the worker in that folder. A ``sitecustomize.py`` in an archive would run before any of our code could take the
     folder off the path.
 
     Args:
-        run_dir: folder for the program.
-        python_path: absolute folders, separated as in ``PYTHONPATH``.
+        run_dir: folder for a copy of the program, if the installed one is not executable.
+        environment: TorchServe's environment, which gets what the program reads.
 
     Raises:
-        BackendStartError: the file system of `run_dir` does not allow programs.
+        BackendStartError: no copy is executable.
     """
+    environment["_MMDET3D_SERVE_PYTHON"] = sys.executable
+    environment["_MMDET3D_SERVE_PYTHONPATH"] = environment["PYTHONPATH"]
+    if os.access(_WORKER_PYTHON, os.X_OK):
+        return _WORKER_PYTHON
     program = run_dir / "python"
-    program.write_text(
-        f'#!/bin/sh\nexport PYTHONPATH={shlex.quote(python_path)}\nexec {shlex.quote(sys.executable)} "$@"\n'
-    )
+    program.write_bytes(_WORKER_PYTHON.read_bytes())
     program.chmod(0o700)
     if not os.access(program, os.X_OK):
         raise BackendStartError(
-            f"no program can be started in {run_dir}, whose file system is mounted noexec; set run_root "
-            "(--run-root) to a folder of another one"
+            f"neither {_WORKER_PYTHON} nor a copy in {run_dir} is executable; make the first so, or set run_root "
+            "(--run-root) to a folder that is not mounted noexec"
         )
     return program
 

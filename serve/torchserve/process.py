@@ -42,7 +42,7 @@ from serve.torchserve.config import (
     read_manifest,
     url,
 )
-from serve.torchserve.java import check_ports, child_environment, java_command, write_worker_python
+from serve.torchserve.java import check_ports, child_environment, java_command, worker_python
 from serve.torchserve.log import LoadFailure, WorkerLog
 from serve.torchserve.management import ManagementClient, Tokens, Worker, read_tokens
 from serve.torchserve.pidfile import remove_pidfile, write_pidfile
@@ -273,7 +273,7 @@ class TorchServe:
         environment = {**child_environment(), f"{PREFIX}WORKER_SOCKETS": str(self.worker_sockets)}
         python = Path(sys.executable)
         if not Settings.from_environment().trust_archive_code:
-            python = write_worker_python(run_dir, environment["PYTHONPATH"])
+            python = worker_python(run_dir, environment)
         java_log = "-" if self.options.log_level else str(logs.resolve() / "java.log")
         self._guard = subprocess.Popen(
             [

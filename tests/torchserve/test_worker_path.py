@@ -12,8 +12,7 @@ import pytest
 
 from serve.errors import BackendStartError
 from serve.settings.environment import child_environment
-from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
-from serve.torchserve.java import write_worker_python
+from serve.torchserve import ServedModel, TorchServe, TorchServeOptions, java
 from tests.conftest import pick_free_ports, write_archive
 
 ROOT = Path(__file__).parents[2]
@@ -55,12 +54,18 @@ def test_modules_in_an_archive_do_not_run_in_its_worker(tmp_path, monkeypatch, i
     assert str(server.run_dir) in seen["here"] and seen["inside"] == []
 
 
-def test_worker_python_replaces_the_path_and_passes_arguments(tmp_path):
+@pytest.mark.parametrize("installed", [True, False])
+def test_worker_python_replaces_the_path_and_passes_arguments(tmp_path, monkeypatch, installed):
+    if not installed:
+        copy = tmp_path / "not-executable.sh"
+        copy.write_bytes(java._WORKER_PYTHON.read_bytes())
+        monkeypatch.setattr(java, "_WORKER_PYTHON", copy)
     hostile = tmp_path / "archive"
     hostile.mkdir()
     (hostile / "sitecustomize.py").write_text("print('hostile')")
-    python = write_worker_python(tmp_path, f"{tmp_path}/it's here{os.pathsep}/b")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{hostile}{os.pathsep}"}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}/it's here{os.pathsep}/b"}
+    python = java.worker_python(tmp_path, environment)
+    assert (python.parent == tmp_path) != installed
     ended = subprocess.run(
         [
             python,
@@ -69,18 +74,18 @@ def test_worker_python_replaces_the_path_and_passes_arguments(tmp_path):
             "a b",
             "$c",
         ],
-        env=environment,
+        env={**environment, "PYTHONPATH": f"{environment['PYTHONPATH']}{os.pathsep}{hostile}{os.pathsep}"},
         cwd=hostile,
         capture_output=True,
         text=True,
     )
-    assert ended.stdout == f"{tmp_path}/it's here{os.pathsep}/b ['a b', '$c'] {sys.prefix}\n", ended.stderr
+    assert ended.stdout == f"{environment['PYTHONPATH']} ['a b', '$c'] {sys.prefix}\n", ended.stderr
 
 
 def test_file_system_without_programs_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(BackendStartError, match=str(tmp_path)):
-        write_worker_python(tmp_path, "/a")
+        java.worker_python(tmp_path, {"PYTHONPATH": "/a"})
 
 
 def test_child_has_no_relative_folder_on_its_path(monkeypatch, tmp_path):
