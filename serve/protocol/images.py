@@ -1,19 +1,26 @@
-"""Image decoding: bytes to pixels as mmcv's image loaders produce them, checked before memory is allocated."""
+"""Image decoding: bytes to pixels as mmcv's image loaders produce them, bounded in memory and work."""
 
 from __future__ import annotations
 
 import io
+import json
+import subprocess
+import sys
 import warnings
-from typing import Literal
+import zlib
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from serve.errors import FrameTooLarge, UndecodableFrame
+from serve.protocol import image_process
 from serve.protocol.batch import Bytes
-from serve.protocol.image_size import IMAGE_FORMATS, UNREADABLE, check_png, format_of, image_size
+from serve.protocol.image_process import decode_with_opencv, decode_with_pillow
+from serve.protocol.image_size import UNREADABLE, format_of, image_size
+from serve.protocol.image_work import Jpeg, check_png, check_tiff, process_seconds, read_jpeg
 
 __all__ = ["COLOR_TYPES", "Decoder", "decode_image"]
 
@@ -26,15 +33,17 @@ COLOR_TYPES = {
     "color_ignore_orientation": cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR,
     "grayscale_ignore_orientation": cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_GRAYSCALE,
 }
-# Formats that OpenCV decodes in part if they are cut, with grey in place of the missing pixels.
-_CHECKED_BY_PILLOW = ("JPEG", "WEBP", "BMP")
+# Formats whose work no header bounds.
+_IN_PROCESS = ("JPEG2000", "AVIF")
+# Of that process: its libraries' address space, and what decoding takes for each pixel.
+_PROCESS_BYTES, _PROCESS_BYTES_PER_PIXEL = 2 << 30, 40
 
 
 def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int) -> npt.NDArray[np.uint8]:
     """Decode an image of a format that OpenCV reads: JPEG, PNG, WebP, BMP, TIFF, JPEG 2000, GIF and others.
 
-    Of several pages or animation frames the first is decoded, as mmcv does.
-
+    Of several pages or animation frames the first is decoded, as mmcv does. JPEG 2000 and AVIF are decoded in a process
+    of their own, which takes a fifth of a second to start.
 
     Args:
         body: the bytes of the file.
@@ -46,66 +55,116 @@ def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int
         uint8, (H, W, 3) BGR, (H, W) grey, or the channels of the file, depending on `color_type`.
 
     Raises:
-        FrameTooLarge: more than `max_pixels`.
+        FrameTooLarge: more than `max_pixels`, or more work than an image of that many pixels takes.
         UndecodableFrame: not a complete image of 8 bits per channel.
     """
     if len(body) == 0:
         raise UndecodableFrame("the body is empty; send the bytes of an image file")
-    _check_image(body, max_pixels)
-    if decoder == "pillow":
-        return _decode_with_pillow(body)
-    try:
-        pixels = cv2.imdecode(np.frombuffer(body, dtype=np.uint8), COLOR_TYPES[color_type])
-    except cv2.error as error:
-        raise UndecodableFrame(f"cannot decode the image ({error.err or error})") from None
-    if pixels is None:
-        raise UndecodableFrame("cannot decode the image; is it complete, with integer samples?")
-    if pixels.dtype != np.uint8:  # only with `unchanged`: the others convert
-        raise UndecodableFrame(
-            f"the image has {pixels.dtype} samples, and this model reads them unchanged; send 8 bits per channel"
-        )
-    decoded: npt.NDArray[np.uint8] = pixels
-    return decoded
-
-
-def _decode_with_pillow(body: Bytes) -> npt.NDArray[np.uint8]:
-    """Decode to (H, W, 3) BGR, rotated by EXIF, as mmcv's ``imfrombytes(backend='pillow')`` does (mmcv.image.io)."""
-    try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(body), formats=IMAGE_FORMATS) as opened:
-            warnings.simplefilter("ignore")  # about a palette with transparency, which mmcv drops too
-            image = ImageOps.exif_transpose(opened)
-            if image.mode == "LA":  # grey with alpha: mmcv composes it over the mean colour of ImageNet
-                rgba = image.convert("RGBA")
-                image = Image.new("RGB", rgba.size, (124, 117, 104))
-                image.paste(rgba, mask=rgba.split()[3])
-            return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
-    except UNREADABLE as error:
-        raise UndecodableFrame(f"cannot decode the image ({error})") from None
-
-
-def _check_image(body: Bytes, max_pixels: int) -> None:
-    """Check size and completeness before decoding."""
     width, height = image_size(body)
     if width * height > max_pixels:
         raise FrameTooLarge(
             f"the image has {width} x {height} pixels, the limit is {max_pixels} (MMDET3D_SERVE_MAX_PIXELS)"
         )
-    match format_of(body):
+    kind = format_of(body)
+    jpeg = read_jpeg(body, width * height, max_pixels) if kind == "JPEG" else None
+    if kind in _IN_PROCESS:
+        pixels = _decode_in_process(body, color_type, decoder, width * height)
+    else:
+        _check_complete(body, kind, decoder, jpeg, width, height, max_pixels)
+        pixels = _decode(body, color_type, decoder, max_pixels)
+    if pixels.dtype != np.uint8:  # only with `unchanged`: the others convert
+        raise UndecodableFrame(
+            f"the image has {pixels.dtype} samples, and this model reads them unchanged; send 8 bits per channel"
+        )
+    return pixels
+
+
+def _decode(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int) -> npt.NDArray[Any]:
+    try:
+        if decoder == "pillow":
+            return decode_with_pillow(body, max_pixels)
+        return decode_with_opencv(body, COLOR_TYPES[color_type])
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise UndecodableFrame(f"cannot decode the image ({error})") from None
+
+
+def _check_complete(
+    body: Bytes,
+    kind: str | None,
+    decoder: Decoder,
+    jpeg: Jpeg | None,
+    width: int,
+    height: int,
+    max_pixels: int,
+) -> None:
+    """Refuse what the decoder would fill with grey or black, and work that its format does not bound by its pixels."""
+    match kind:
+        case "JPEG" if jpeg is not None:
+            # Not with OpenCV, which prints a line about the other bytes behind a scan.
+            found = _load(jpeg.probe, at_full_size=jpeg.reference is not None)
+            if jpeg.reference is not None and found != _load(jpeg.reference, at_full_size=True):
+                raise UndecodableFrame("not a complete image (a scan ends early); send the file unchanged")
+        case "WEBP" | "BMP":
+            _load(body)
         case "PNG":
             check_png(body)
-        case None:
-            _check_with_pillow(body)
+            if decoder == "pillow":  # which passes over missing rows
+                _decode(body, "color", "cv2", max_pixels)
+        case "TIFF":
+            if check_tiff(body, width, height, max_pixels) and decoder == "cv2":
+                _load(body, is_known=False)
 
 
-def _check_with_pillow(body: Bytes) -> None:
+def _load(body: Bytes, *, at_full_size: bool = False, is_known: bool = True) -> int:
+    """Let Pillow read every coded byte; returns a checksum of the pixels if `at_full_size`, else 0.
+
+    Args:
+        body: the file.
+        at_full_size: decode all pixels; else of a JPEG an eighth of the size, which reads the same bytes.
+        is_known: refuse an image that Pillow does not know; else it passes.
+
+    Raises:
+        UndecodableFrame: it ends early, or is damaged.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(body), formats=IMAGE_FORMATS) as image:
-                if image.format not in _CHECKED_BY_PILLOW:
-                    return
-                # Decoding at an eighth of the size in grey (JPEG only) still reads every coded byte.
-                image.draft("L", (max(1, image.width // 8), max(1, image.height // 8)))
+            warnings.simplefilter("ignore")
+            try:
+                opened = Image.open(io.BytesIO(body), formats=image_process.PILLOW_FORMATS)
+            except UNREADABLE:
+                if is_known:
+                    raise
+                return 0
+            with opened as image:
+                if not at_full_size:
+                    image.draft("L", (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
-    except UNREADABLE as error:
+                return zlib.crc32(image.tobytes()) if at_full_size else 0
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UndecodableFrame(f"not a complete image ({error}); send the file unchanged") from None
+
+
+def _decode_in_process(body: Bytes, color_type: str, decoder: Decoder, pixels: int) -> npt.NDArray[Any]:
+    """Decode in a process of its own, bounded in memory and CPU time."""
+    seconds = process_seconds(len(body), pixels)
+    flags = image_process.PILLOW if decoder == "pillow" else COLOR_TYPES[color_type]
+    bounds = (_PROCESS_BYTES + _PROCESS_BYTES_PER_PIXEL * pixels, seconds, pixels, flags)
+    command = [sys.executable, "-P", image_process.__file__, *map(str, bounds)]
+    too_large = FrameTooLarge(
+        f"the image of {pixels} pixels takes over {seconds} s of CPU time, or {bounds[0] >> 20} MiB, to decode; "
+        "save it with fewer layers, tiles and frames, or as PNG"
+    )
+    try:
+        ran = subprocess.run(
+            command, input=bytes(body), capture_output=True, timeout=4 * seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise too_large from None
+    if ran.returncode < 0 or ran.returncode == image_process.OUT_OF_MEMORY:  # by a signal, such as SIGXCPU
+        raise too_large
+    if ran.returncode:
+        reason = ran.stderr.decode(errors="replace").strip().splitlines()
+        raise UndecodableFrame(f"cannot decode the image ({reason[-1][:200] if reason else ran.returncode})")
+    header, _, samples = ran.stdout.partition(b"\n")
+    described = json.loads(header)
+    return np.frombuffer(bytearray(samples), dtype=described["dtype"]).reshape(described["shape"])
