@@ -32,6 +32,7 @@ from serve.protocol.calibration import MATRICES
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
 from serve.protocol.worker import Outcome
 from serve.runtime import fusion
+from serve.runtime.background import background_skipped, set_skipping
 from serve.runtime.build_guard import BuildGuard
 from serve.runtime.custom_code import import_archived_code
 from serve.runtime.model import (
@@ -87,6 +88,7 @@ class Detector:
             "box_type_3d": metadata.box_type_3d,
             "load_dim": metadata.load_dim,
             "device": str(self.device),
+            "skips_background": background_skipped(self.network),
             "serve_version": metadata.serve_version,
         }
 
@@ -207,7 +209,9 @@ class Detector:
         return torch.autocast("cuda", dtype=torch.float16 if autocast == "fp16" else torch.bfloat16)
 
 
-def load_detector(archive: Archive, device: torch.device, *, trust_code: bool = False) -> Detector:
+def load_detector(
+    archive: Archive, device: torch.device, *, trust_code: bool = False, skip_background: bool = True
+) -> Detector:
     """Build the model of a verified archive on `device`.
 
     Args:
@@ -215,6 +219,7 @@ def load_detector(archive: Archive, device: torch.device, *, trust_code: bool = 
         device: device to run on.
         trust_code: allow imports of modules packed in the archive, and anything else that its model does. Without it,
             the model is built under a `BuildGuard`.
+        skip_background: compute only what differs from the answer to an empty cloud (`serve.runtime.background`).
 
     Raises:
         ArchiveError: the archive would run code that is not allowed, or its parts do not fit.
@@ -230,6 +235,7 @@ def load_detector(archive: Archive, device: torch.device, *, trust_code: bool = 
         load_state_dict_strict(network, weights)
         network.to(device)
         apply_options(network, archive.metadata.inference)
+        set_skipping(network, enabled=skip_background)
         detector = Detector(network, config, archive.metadata, device)
         detector._guard = guard
         return detector

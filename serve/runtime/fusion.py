@@ -83,6 +83,17 @@ def fuse(network: nn.Module, pairs: Iterable[Pair]) -> None:
     _fuse_dense(network, {id(modules[conv_name]) for conv_name, _ in pairs})
     if pairs and ops.kernels_in_use() == "portable":  # a compiled extension has its own sparse kernels
         _fuse_sparse(network)
+    if pairs:
+        _skip_background(network)
+
+
+def _skip_background(network: nn.Module) -> None:
+    """Let the dense part behind a point cloud skip background, on the CPU."""
+    if any(hasattr(network, f"{prefix}middle_encoder") for prefix in ("", "pts_")):
+        with suppress_warnings():
+            from serve.runtime import background
+
+            background.install(network)
 
 
 def _fuse_dense(network: nn.Module, folded: set[int]) -> None:

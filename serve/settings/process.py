@@ -66,6 +66,11 @@ class Settings(Options):
         "",
         "on a CPU, keep freed memory for the next frame; off if MALLOC_*, GLIBC_TUNABLES or another allocator is set",
     )
+    skip_background: Flag = option(
+        True,
+        "",
+        "on a CPU, compute only the cells of a bird's-eye-view map that points reach; no bit of an answer depends on it",
+    )
     worker_sockets: OptionalPath = option(
         None,
         "DIR",

@@ -201,7 +201,12 @@ class DetectionHandler(Handler):
                 f"the archive has a {archive.metadata.modality} model of {archive.metadata.package}, but this handler "
                 f"serves {self.package}"
             )
-        self.detector = load_detector(archive, self._device, trust_code=self.settings.trust_archive_code)
+        self.detector = load_detector(
+            archive,
+            self._device,
+            trust_code=self.settings.trust_archive_code,
+            skip_background=self.settings.skip_background,
+        )
         self.self_test_s = self_test(self.detector, archive)
         logger.info(
             "%s %s is ready on %s with %s kernels; its golden frame matched after %.2f s",

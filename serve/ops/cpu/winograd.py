@@ -19,31 +19,27 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from serve.ops.checks import as_numpy, check_rank
+from serve.ops.checks import check_rank
 from serve.ops.cpu.gemm import (
     CHANNELS,
     HAS_AVX512,
     I64,
     LANES,
-    ROWS,
-    add_products,
-    aligned_zeros,
     load_vector,
     pack_panels,
     splat,
     vector_pointer,
 )
-from serve.ops.cpu.jit import jit, jit_contracted
-from serve.ops.cpu.threads import parallel_for
+from serve.ops.cpu.jit import jit
 
-__all__ = ["PREFERRED", "convolve_3x3", "transform_weight"]
+__all__ = ["BLOCK", "PREFERRED", "transform_inputs", "transform_outputs", "transform_weight"]
 
 # Measured faster than torch's convolution with AVX-512; not measured elsewhere.
 PREFERRED = HAS_AVX512
 F32 = npt.NDArray[np.float32]
 I64s = npt.NDArray[np.int64]
 # Tiles per block: a multiple of ROWS whose transforms fit the L2 cache.
-_BLOCK = 48
+BLOCK = 48
 _G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
@@ -63,108 +59,23 @@ def transform_weight(weight: Tensor) -> Tensor:
     return pack_panels(transformed.flatten(0, 1).float())
 
 
-def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Tensor:
-    """Compute ``conv2d(x, w, bias, padding=1)``, with a ReLU if `relu`.
-
-    Args:
-        x: (B, Cin, H, W) float32 on the CPU; copied unless channels-last in memory.
-        weight: result of `transform_weight` for w.
-        bias: (Cout,) or None.
-        relu: whether to apply a ReLU.
-
-    Returns:
-        (B, Cout, H, W), channels-last in memory.
-
-    Raises:
-        TypeError: not float32.
-        ValueError: not on the CPU, or channels that do not fit.
-    """
-    check_rank("x", x, 4)
-    if x.dtype != torch.float32:
-        raise TypeError(f"x must be float32, got {x.dtype}")
-    if x.device.type != "cpu":
-        raise ValueError(f"x must be on the CPU, got {x.device}")
-    if x.shape[1] != weight.shape[2]:
-        raise ValueError(f"x has {x.shape[1]} channels but weight takes {weight.shape[2]}")
-    batch, _, height, width = x.shape
-    outputs = weight.shape[1] * weight.shape[3]
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias must be ({outputs},), got {tuple(bias.shape)}")
-    source = as_numpy(x.permute(0, 2, 3, 1))
-    result = np.empty((batch, height, width, outputs), dtype=np.float32)
-    start = np.zeros(outputs, dtype=np.float32) if bias is None else as_numpy(bias)
-    kernel = as_numpy(weight)
-
-    def work(first: int, last: int) -> None:
-        _strips(source, kernel, start, relu, result, first, last)
-
-    parallel_for(work, batch * ((height + 1) // 2))
-    return torch.from_numpy(result).permute(0, 3, 1, 2)
-
-
-@jit_contracted
-def _strips(
-    x: F32, weight: F32, bias: F32, relu: bool, out: F32, first: int, last: int
-) -> None:  # pragma: no cover - compiled
-    """Compute strips of two output rows each; strips are numbered through all images of a batch."""
-    _, height, width, inputs = x.shape
-    outputs = out.shape[3]
-    across = (width + 1) // 2
-    patch, corner = np.empty((4, 4, inputs), np.float32), np.empty((2, 2, outputs), np.float32)
-    seen = np.zeros((16, _BLOCK, inputs), np.float32)
-    sums = aligned_zeros(16 * _BLOCK * outputs).reshape(16, _BLOCK, outputs)
-    rows = np.arange(_BLOCK).astype(np.int32)
-    for strip in range(first, last):
-        image, y = strip // ((height + 1) // 2), 2 * (strip % ((height + 1) // 2))
-        for begin in range(0, across, _BLOCK):
-            count = min(_BLOCK, across - begin)
-            for t in range(count):
-                left = 2 * (begin + t) - 1
-                if y > 0 and y + 2 < height and left >= 0 and left + 3 < width:
-                    _transform_inputs(x[image, y - 1 :, left:], seen[:, t:])
-                else:
-                    for i in range(4):
-                        for j in range(4):
-                            if 0 <= y - 1 + i < height and 0 <= left + j < width:
-                                patch[i, j] = x[image, y - 1 + i, left + j]
-                            else:
-                                patch[i, j] = 0
-                    _transform_inputs(patch, seen[:, t:])
-            for place in range(16):
-                sums[place] = 0
-                here, there = seen[place], sums[place]
-                for p in range(weight.shape[1]):
-                    panel = weight[place, p]
-                    for r in range(0, count, ROWS):
-                        add_products(here, panel, there, rows, rows, r, p * panel.shape[1])
-            for t in range(count):
-                left = 2 * (begin + t)
-                if y + 1 < height and left + 1 < width:
-                    _transform_outputs(sums[:, t:], bias, relu, out[image, y:, left:])
-                else:
-                    _transform_outputs(sums[:, t:], bias, relu, corner)
-                    for i in range(min(2, height - y)):
-                        for j in range(min(2, width - left)):
-                            out[image, y + i, left + j] = corner[i, j]
-
-
 @jit
-def _transform_inputs(patch: F32, seen: F32) -> None:  # pragma: no cover - compiled
+def transform_inputs(patch: F32, seen: F32) -> None:  # pragma: no cover - compiled
     """Write the transform of ``patch[:4, :4]`` to ``seen[:, 0]``."""
     for c in range(0, patch.shape[2], LANES):
         _inputs_at(patch, seen, c)
 
 
 @jit
-def _transform_outputs(sums: F32, bias: F32, relu: bool, out: F32) -> None:  # pragma: no cover - compiled
+def transform_outputs(sums: F32, bias: F32, relu: bool, out: F32) -> None:  # pragma: no cover - compiled
     """Write the transform of ``sums[:, 0]`` plus `bias` to ``out[:2, :2]``."""
-    for c in range(0, out.shape[2], LANES):
+    for c in range(0, bias.shape[0], LANES):
         _outputs_at(sums, bias, relu, out, c)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _inputs_at(typing_context: Any, patch: Any, seen: Any, channel: Any) -> tuple[Any, Callable[..., Any]]:
-    """Generate `_transform_inputs` for `LANES` channels: B' d B, B' = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1)."""
+    """Generate `transform_inputs` for `LANES` channels: B' d B, B' = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         d = _view(context, builder, signature, arguments, 0)
@@ -191,7 +102,7 @@ def _inputs_at(typing_context: Any, patch: Any, seen: Any, channel: Any) -> tupl
 def _outputs_at(
     typing_context: Any, sums: Any, bias: Any, relu: Any, out: Any, channel: Any
 ) -> tuple[Any, Callable[..., Any]]:
-    """Generate `_transform_outputs` for `LANES` channels: A' m A, A' = (1 1 1 0; 0 1 -1 -1)."""
+    """Generate `transform_outputs` for `LANES` channels: A' m A, A' = (1 1 1 0; 0 1 -1 -1)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         m = _view(context, builder, signature, arguments, 0)

@@ -54,8 +54,16 @@ def main(argv: Sequence[str] | None) -> int:
         help="our runtime alone: synthetic point clouds of 10,000 to 1,000,000 points, batches of 1 to 8 frames of "
         "30,000 points",
     )
+    parser.add_argument(
+        "--skipping",
+        action="store_true",
+        help="our runtime alone, with and without skipping of background: the share of each layer that is computed, "
+        "times, and whether 50 clouds give the same bits (cpu only)",
+    )
     args = parser.parse_args(argv)
     models = args.models or (["second"] if args.scaling else ["second", "pointpillars"])
+    if args.skipping and (args.scaling or args.native_python or args.device != "cpu"):
+        parser.error("--skipping accepts neither --scaling nor --native-python, and runs on the cpu")
     if args.checkpoint and len(models) != 1:
         parser.error("--checkpoint requires exactly one model")
     if args.scaling and (args.native_python or args.frame):
@@ -67,7 +75,8 @@ def main(argv: Sequence[str] | None) -> int:
         disable_malloc_trim()  # as workers do
     for name in models:
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bench-") as folder:
-            result = (_scale_one if args.scaling else _bench_one)(name, Path(folder), args)
+            measure = _scale_one if args.scaling else _skip_one if args.skipping else _bench_one
+            result = measure(name, Path(folder), args)
         print(result.table())
         print(result.json_line(), flush=True)
     return 0
@@ -88,15 +97,10 @@ def _archive(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, d
 
 
 def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
-    from serve.runtime.pipeline import frame_spec
     from tools.bench import detector
 
     config, resolved, checkpoint = _archive(name, folder, args)
-    frame = storage.local_path(args.frame, open_cache()) if args.frame else None
-    if frame is None:
-        ((file, body),) = golden.golden_frame(frame_spec(resolved)).values()
-        frame = folder / file
-        frame.write_bytes(body)
+    frame = _frame(folder, resolved, args)
     opened = archive.open_directory(folder / "opened")
     rounds = args.rounds or 7
     bar: tqdm[Any]
@@ -106,6 +110,34 @@ def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
             native_python=args.native_python,
             rounds=rounds,
             progress=lambda done: _tick(bar, done),
+        )
+
+
+def _frame(folder: Path, resolved: dict[str, Any], args: argparse.Namespace) -> Path:
+    """Return the file of the frame to measure: the given one, or the golden frame of the model's kind."""
+    from serve.runtime.pipeline import frame_spec
+
+    if args.frame:
+        return storage.local_path(args.frame, open_cache())
+    ((file, body),) = golden.golden_frame(frame_spec(resolved)).values()
+    (folder / file).write_bytes(body)
+    return folder / file
+
+
+def _skip_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
+    import torch
+
+    from serve.runtime import load_detector
+    from tools.bench import skipping
+
+    _, resolved, _ = _archive(name, folder, args)
+    frame = _frame(folder, resolved, args)
+    detector = load_detector(archive.open_directory(folder / "opened"), torch.device("cpu"))
+    rounds = args.rounds or 7
+    bar: tqdm[Any]
+    with tqdm(total=rounds + skipping.CLOUDS, unit="run", file=sys.stderr) as bar:
+        return skipping.run(
+            detector, frame.name, frame.read_bytes(), rounds=rounds, progress=lambda done: _tick(bar, done)
         )
 
 

@@ -1,0 +1,299 @@
+"""Compiled loops of `serve.ops.cpu.masked_conv`.
+
+Maps are (B, H, W, C) float32, masks (B, H, W). `tiles` numbers output tiles (2 x 2 cells for Winograd's filtering, else
+one cell, of the input if cellwise) through all images of a batch, and a call computes those from `first` to `last`.
+With `masked`, cells of `x` that have not `changed` are read from the background (`rows`, `index`), and the computed
+cells that differ from the output's background (`after`, `after_index`, compared as integers) are marked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from serve.ops.cpu import winograd
+from serve.ops.cpu.gemm import ROWS, add_products, aligned_zeros
+from serve.ops.cpu.jit import jit, jit_contracted
+
+__all__ = [
+    "active_tiles",
+    "add_narrow",
+    "compare_cells",
+    "convolve_cellwise",
+    "convolve_directly",
+    "convolve_winograd",
+    "fill_cells",
+    "multiply_cells",
+]
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+# Cells per block, a multiple of ROWS.
+_BLOCK = 192
+
+
+@jit
+def active_tiles(
+    changed: Mask, rows: int, columns: int, step: int, offset: int, extent: int
+) -> I64:  # pragma: no cover - compiled
+    """Return the numbers of the tiles with a changed cell in their window of inputs, ascending."""
+    batch, height, width = changed.shape
+    tiles = np.empty(batch * rows * columns, np.int64)
+    count = 0
+    for image in range(batch):
+        for i in range(rows):
+            top, bottom = max(0, i * step + offset), min(height, i * step + offset + extent)
+            for j in range(columns):
+                left, right = max(0, j * step + offset), min(width, j * step + offset + extent)
+                found = False
+                for y in range(top, bottom):
+                    for x in range(left, right):
+                        found |= changed[image, y, x]
+                if found:
+                    tiles[count] = (image * rows + i) * columns + j
+                    count += 1
+    return tiles[:count]
+
+
+@jit
+def compare_cells(
+    bits: I32, rows: I32, index: I32, changed: Mask, first: int, last: int
+) -> None:  # pragma: no cover - compiled
+    """Mark the cells of rows `first` to `last` whose bits differ from the background's."""
+    _, height, width, channels = bits.shape
+    for strip in range(first, last):
+        image, y = strip // height, strip % height
+        for x in range(width):
+            row = index[y, x]
+            found = np.int32(0)
+            for c in range(channels):
+                found |= bits[image, y, x, c] ^ rows[row, c]
+            changed[image, y, x] = found != 0
+
+
+@jit
+def fill_cells(
+    out: F32, changed: Mask, rows: F32, index: I32, channel: int, count: int, first: int, last: int
+) -> None:  # pragma: no cover - compiled
+    """Write the background's channels into the cells of rows `first` to `last` that have not changed."""
+    _, height, width, _ = out.shape
+    for strip in range(first, last):
+        image, y = strip // height, strip % height
+        for x in range(width):
+            if not changed[image, y, x]:
+                row = index[y, x]
+                for c in range(channel, channel + count):
+                    out[image, y, x, c] = rows[row, c]
+
+
+@jit
+def _gather(
+    x: F32, masked: bool, changed: Mask, rows: F32, index: I32, image: int, y: int, z: int, into: F32
+) -> None:  # pragma: no cover - compiled
+    """Copy cell (y, z) of a map to `into`: zero beyond the border, from the background where it has not changed."""
+    if y < 0 or z < 0 or y >= x.shape[1] or z >= x.shape[2]:
+        for c in range(into.shape[0]):
+            into[c] = 0
+    elif masked and not changed[image, y, z]:
+        row = rows[index[y, z]]
+        for c in range(into.shape[0]):
+            into[c] = row[c]
+    else:
+        cell = x[image, y, z]
+        for c in range(into.shape[0]):
+            into[c] = cell[c]
+
+
+@jit
+def _mark(
+    bits: I32, rows: I32, index: I32, marks: Mask, image: int, y: int, x: int, channel: int, count: int
+) -> None:  # pragma: no cover - compiled
+    """Mark a cell whose bits, in `count` channels from `channel`, differ from the background's."""
+    row = index[y, x]
+    found = np.int32(0)
+    for c in range(channel, channel + count):
+        found |= bits[image, y, x, c] ^ rows[row, c]
+    marks[image, y, x] = found != 0
+
+
+@jit
+def _finish(sums: F32, bias: F32, relu: bool, out: F32, channel: int) -> None:  # pragma: no cover - compiled
+    """Write sums plus bias, cut at zero if `relu`; NaN stays NaN."""
+    for c in range(bias.shape[0]):
+        total = sums[c] + bias[c]
+        out[channel + c] = np.float32(0) if relu and total < 0 else total
+
+
+@jit_contracted
+def convolve_directly(
+    x: F32, masked: bool, changed: Mask, rows: F32, index: I32, tiles: I64, weight: F32, bias: F32, relu: bool,
+    out: F32, channel: int, kernel: int, stride: int, padding: int,
+    bits: I32, marks: Mask, after: I32, after_index: I32, first: int, last: int,
+) -> None:  # fmt: skip  # pragma: no cover - compiled
+    """Compute output cells `first` to `last` of `tiles`, one place of the kernel after the other."""
+    _, height, width, _ = out.shape
+    block = np.zeros((_BLOCK, x.shape[3]), np.float32)
+    wide = weight.shape[1] * weight.shape[3]
+    sums = aligned_zeros(_BLOCK * wide).reshape(_BLOCK, wide)
+    order = np.arange(_BLOCK).astype(np.int32)
+    corners = np.empty((_BLOCK, 3), np.int64)
+    for begin in range(first, last, _BLOCK):
+        count = min(_BLOCK, last - begin)
+        sums[:] = 0
+        for t in range(count):  # divisions once per cell, not once per place
+            tile = tiles[begin + t]
+            corners[t, 0] = tile // (width * height)
+            corners[t, 1] = tile // width % height * stride - padding
+            corners[t, 2] = tile % width * stride - padding
+        for place in range(kernel * kernel):
+            down, right = place // kernel, place % kernel
+            for t in range(count):
+                y, z = corners[t, 1] + down, corners[t, 2] + right
+                _gather(x, masked, changed, rows, index, corners[t, 0], y, z, block[t])
+            for p in range(weight.shape[1]):
+                panel = weight[place, p]
+                for r in range(0, count, ROWS):
+                    add_products(block, panel, sums, order, order, r, p * panel.shape[1])
+        for t in range(count):
+            image = corners[t, 0]
+            y, z = (corners[t, 1] + padding) // stride, (corners[t, 2] + padding) // stride
+            _finish(sums[t], bias, relu, out[image, y, z], channel)
+            if masked:
+                _mark(bits, after, after_index, marks, image, y, z, channel, bias.shape[0])
+
+
+@jit_contracted
+def multiply_cells(
+    x: F32, masked: bool, changed: Mask, rows: F32, index: I32, sources: I64, weight: F32, products: F32,
+    first: int, last: int,
+) -> None:  # fmt: skip  # pragma: no cover - compiled
+    """Multiply cells `first` to `last` of `sources` with one panel."""
+    _, height, width, inputs = x.shape
+    wide = weight.shape[3]
+    block = np.zeros((_BLOCK, inputs), np.float32)
+    sums = aligned_zeros(_BLOCK * wide).reshape(_BLOCK, wide)
+    order = np.arange(_BLOCK).astype(np.int32)
+    for begin in range(first, last, _BLOCK):
+        count = min(_BLOCK, last - begin)
+        sums[:] = 0
+        for t in range(count):
+            cell = sources[begin + t]
+            y, z = cell // width % height, cell % width
+            _gather(x, masked, changed, rows, index, cell // (width * height), y, z, block[t])
+        for r in range(0, count, ROWS):
+            add_products(block, weight[0, 0], sums, order, order, r, 0)
+        for t in range(count):
+            cell = sources[begin + t]
+            products[cell // (width * height), cell // width % height, cell % width] = sums[t]
+
+
+@jit
+def add_narrow(
+    products: F32, tiles: I64, bias: F32, relu: bool, kernel: int, padding: int, height: int, width: int, out: F32,
+    channel: int, masked: bool, bits: I32, marks: Mask, after: I32, after_index: I32, first: int, last: int,
+) -> None:  # fmt: skip  # pragma: no cover - compiled
+    """Add the products of the window of each output cell, in the order of the kernel's places."""
+    _, down, across, _ = out.shape
+    outputs = bias.shape[0]
+    sums = np.empty(outputs, np.float32)
+    for t in range(first, last):
+        tile = tiles[t]
+        image, y, z = tile // (across * down), tile // across % down, tile % across
+        sums[:] = 0
+        for i in range(kernel):
+            for j in range(kernel):
+                top, left = y - padding + i, z - padding + j
+                if 0 <= top < height and 0 <= left < width:
+                    for c in range(outputs):
+                        sums[c] += products[image, top, left, (i * kernel + j) * outputs + c]
+        _finish(sums, bias, relu, out[image, y, z], channel)
+        if masked:
+            _mark(bits, after, after_index, marks, image, y, z, channel, outputs)
+
+
+@jit_contracted
+def convolve_cellwise(
+    x: F32, tiles: I64, weight: F32, bias: F32, relu: bool, out: F32, channel: int, stride: int, masked: bool,
+    bits: I32, marks: Mask, after: I32, after_index: I32, first: int, last: int,
+) -> None:  # fmt: skip  # pragma: no cover - compiled
+    """Compute the outputs of input cells `first` to `last` of `tiles`, `stride` x `stride` each."""
+    batch, height, width, inputs = x.shape
+    cells = x.reshape(batch * height * width, inputs)
+    wide = weight.shape[1] * weight.shape[3]
+    sums = aligned_zeros(_BLOCK * wide).reshape(_BLOCK, wide)
+    order = np.arange(_BLOCK).astype(np.int32)
+    sources = np.zeros(_BLOCK, np.int32)
+    for begin in range(first, last, _BLOCK):
+        count = min(_BLOCK, last - begin)
+        for t in range(_BLOCK):  # rows beyond `count` are computed and dropped
+            sources[t] = tiles[begin + min(t, count - 1)]
+        for place in range(stride * stride):
+            sums[:] = 0
+            for p in range(weight.shape[1]):
+                panel = weight[place, p]
+                for r in range(0, count, ROWS):
+                    add_products(cells, panel, sums, sources, order, r, p * panel.shape[1])
+            for t in range(count):
+                tile = tiles[begin + t]
+                image = tile // (width * height)
+                y = tile // width % height * stride + place // stride
+                z = tile % width * stride + place % stride
+                _finish(sums[t], bias, relu, out[image, y, z], channel)
+                if masked:
+                    _mark(bits, after, after_index, marks, image, y, z, channel, bias.shape[0])
+
+
+@jit_contracted
+def convolve_winograd(
+    x: F32, masked: bool, changed: Mask, rows: F32, index: I32, tiles: I64, weight: F32, bias: F32, relu: bool,
+    out: F32, channel: int,
+    bits: I32, marks: Mask, after: I32, after_index: I32, first: int, last: int,
+) -> None:  # fmt: skip  # pragma: no cover - compiled
+    """Compute tiles of 2 x 2 outputs by the transforms of `serve.ops.cpu.winograd`."""
+    _, height, width, inputs = x.shape
+    outputs = bias.shape[0]
+    down, across = (height + 1) // 2, (width + 1) // 2
+    size = winograd.BLOCK
+    patch, corner = np.empty((4, 4, inputs), np.float32), np.empty((2, 2, outputs), np.float32)
+    seen = np.zeros((16, size, inputs), np.float32)
+    sums = aligned_zeros(16 * size * outputs).reshape(16, size, outputs)
+    order = np.arange(size).astype(np.int32)
+    for begin in range(first, last, size):
+        count = min(size, last - begin)
+        for t in range(count):
+            tile = tiles[begin + t]
+            image, top, left = tile // (down * across), tile // across % down * 2 - 1, tile % across * 2 - 1
+            inside = top >= 0 and left >= 0 and top + 3 < height and left + 3 < width
+            if inside and masked:
+                for i in range(4):
+                    for j in range(4):
+                        inside &= changed[image, top + i, left + j]
+            if inside:
+                winograd.transform_inputs(x[image, top:, left:], seen[:, t:])
+            else:
+                for i in range(4):
+                    for j in range(4):
+                        _gather(x, masked, changed, rows, index, image, top + i, left + j, patch[i, j])
+                winograd.transform_inputs(patch, seen[:, t:])
+        for place in range(16):
+            sums[place] = 0
+            here, there = seen[place], sums[place]
+            for p in range(weight.shape[1]):
+                panel = weight[place, p]
+                for r in range(0, count, ROWS):
+                    add_products(here, panel, there, order, order, r, p * panel.shape[1])
+        for t in range(count):
+            tile = tiles[begin + t]
+            image, top, left = tile // (down * across), tile // across % down * 2, tile % across * 2
+            inside = top + 1 < height and left + 1 < width
+            into = out[image, top:, left:, channel:] if inside else corner
+            winograd.transform_outputs(sums[:, t:], bias, relu, into)
+            for i in range(min(2, height - top)):
+                for j in range(min(2, width - left)):
+                    if not inside:
+                        out[image, top + i, left + j, channel : channel + outputs] = corner[i, j]
+                    if masked:
+                        _mark(bits, after, after_index, marks, image, top + i, left + j, channel, outputs)
