@@ -69,7 +69,7 @@ class Settings(Options):
     skip_background: Flag = option(
         True,
         "",
-        "on a CPU, compute only the cells of a bird's-eye-view map that points reach; no bit of an answer depends on it",
+        "on a CPU, compute only the cells of a bird's-eye-view map that points reach; answers have the same bits",
     )
     worker_sockets: OptionalPath = option(
         None,

@@ -241,8 +241,8 @@ def test_self_test_fails_for_changed_weights(demo_archive):
     import torch
 
     changed = load_detector(demo_archive, torch.device("cpu"))
-    with torch.no_grad():
-        changed.network.bbox_head.conv_reg.weight.mul_(1.05)
+    (layer,) = changed.network.bbox_head.conv_reg.layers
+    layer.weight[:] *= 1.05
     with pytest.raises(SelfTestError, match="second"):
         self_test(changed, demo_archive)
 
