@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from serve import __version__
-from serve.errors import BadRequest, ClientDisconnected, ServeError, UnknownOption
+from serve.errors import BadRequest, ServeError, UnknownOption
 from serve.gateway.admission import Admission
 from serve.gateway.backend import TorchServeBackend
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.metrics import Metrics
-from serve.gateway.middleware import RequestMiddleware, error_response, request_id_of
+from serve.gateway.middleware import RequestMiddleware, error_response
 from serve.gateway.models import ModelRegistry
-from serve.gateway.openapi import DESCRIPTION
+from serve.gateway.openapi import DESCRIPTION, frame_paths
 from serve.gateway.options import GatewayOptions
+from serve.gateway.router import FrameRouter, internal_error
 from serve.gateway.routes import health, kserve, predictions
 from serve.gateway.tracing import Tracing
 from serve.storage.references import ReferenceLimits, References
@@ -83,21 +86,24 @@ def create_app(
         redirect_slashes=False,
     )
     for routes in (
-        predictions.router(options, registry, references),
-        kserve.router(options, registry, lifecycle),
+        kserve.router(registry, lifecycle),
         health.router(registry, metrics, lifecycle, rejected or {}),
     ):
-        # Copied, because `include_router` adds a second route lookup to every request.
-        app.router.routes.extend(routes.routes)
+        app.include_router(routes)
+    app.openapi = partial(_openapi, app, options)  # type: ignore[method-assign]
     app.add_exception_handler(ServeError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientDisconnected, _on_client_disconnected)
     app.add_exception_handler(Exception, _on_unexpected)
     app.state.admission = admission
     app.state.registry = registry
+    routed = FrameRouter(
+        app,
+        predict=predictions.predict_route(options, registry, references),
+        infer=kserve.infer_route(options, registry),
+    )
     wrapped = RequestMiddleware(
-        app, keys=options.keys(), admission=admission, metrics=metrics, tracing=tracing
+        routed, keys=options.keys(), admission=admission, metrics=metrics, tracing=tracing
     )
     if not options.cors_origins:
         return wrapped
@@ -109,6 +115,17 @@ def create_app(
         allow_headers=["*"],
         expose_headers=["server-timing", "x-request-id"],
     )
+
+
+def _openapi(app: FastAPI, options: GatewayOptions) -> dict[str, Any]:
+    """Build the OpenAPI document, once: FastAPI's, with the routes that FastAPI does not know."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        document["paths"] |= frame_paths(options)
+        app.openapi_schema = document
+    return app.openapi_schema
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -133,12 +150,5 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return error_response(mapped, request.scope, status=error.status_code, headers=error.headers)
 
 
-async def _on_client_disconnected(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nginx: client closed request; never sent
-
-
 async def _on_unexpected(request: Request, error: Exception) -> Response:
-    message = (
-        f"internal error; the gateway's log has the reason under request_id {request_id_of(request.scope)}"
-    )
-    return error_response(ServeError(message), request.scope)
+    return internal_error(request.scope)

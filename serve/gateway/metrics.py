@@ -33,6 +33,8 @@ class Metrics:
         """Create the metrics; requests for a model that is not registered are counted under ``model=""``."""
         registry = self._registry = CollectorRegistry()
         self._is_registered = is_registered
+        self._batch_children: dict[str, tuple[Histogram, Histogram, Histogram, Histogram]] = {}
+        self._request_children: dict[tuple[str, int], tuple[Histogram, Counter]] = {}
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"mmdet3d_serve_{name}", text, ("model",), buckets=buckets, registry=registry)
@@ -71,10 +73,10 @@ class Metrics:
 
     def observe_batch(self, model: str, report: BatchReport) -> None:
         """Count a batch that ran."""
-        self._batch_frames.labels(model).observe(report.items)
-        self._batch_cost.labels(model).observe(report.cost)
-        self._batch_s.labels(model).observe(report.run_s)
-        queue_s = self._queue_s.labels(model)
+        frames, cost, run_s, queue_s = self._of_batch(model)
+        frames.observe(report.items)
+        cost.observe(report.cost)
+        run_s.observe(report.run_s)
         for waited_s in report.queue_s:
             queue_s.observe(waited_s)
         if report.failed:
@@ -83,8 +85,25 @@ class Metrics:
     def observe_request(self, model: str | None, status: int, seconds: float) -> None:
         """Count a request that was answered."""
         label = model if model is not None and self._is_registered(model) else ""
-        self._request_s.labels(label).observe(seconds)
-        self._requests.labels(label, str(status)).inc()
+        request_s, requests = self._of_request(label, status)
+        request_s.observe(seconds)
+        requests.inc()
+
+    # Looked up once: a look-up takes longer than an observation. The labels are bounded, and so are these.
+
+    def _of_batch(self, model: str) -> tuple[Histogram, Histogram, Histogram, Histogram]:
+        if model not in self._batch_children:
+            families = (self._batch_frames, self._batch_cost, self._batch_s, self._queue_s)
+            self._batch_children[model] = tuple(family.labels(model) for family in families)  # type: ignore[assignment]
+        return self._batch_children[model]
+
+    def _of_request(self, model: str, status: int) -> tuple[Histogram, Counter]:
+        if (model, status) not in self._request_children:
+            self._request_children[model, status] = (
+                self._request_s.labels(model),
+                self._requests.labels(model, str(status)),
+            )
+        return self._request_children[model, status]
 
     def set_ready(self, ready: bool) -> None:
         """Record the outcome of a readiness check."""

@@ -34,6 +34,7 @@ __all__ = ["RequestMiddleware", "error_response", "permit_of", "request_id_of"]
 
 RETRY_AFTER_S = 1
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/_.~-]*")
 _OPEN_PATHS = ("/health/", "/v2/health/", "/metrics")
 _CLOSING = (408, 413)  # close instead of draining the body
 _LINGERING_CLOSE_S = 2.0
@@ -104,12 +105,13 @@ class RequestMiddleware:
 
     def _record(self, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
         self._metrics.observe_request(state.get("model"), status, seconds)
-        quiet = scope["path"].startswith(_OPEN_PATHS) and status < 500
+        path = scope["path"]
+        quiet = path.startswith(_OPEN_PATHS) and status < 500
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
             "%s %s %d",
             scope["method"],
-            quote(scope["path"]),  # no line breaks in a log line
+            path if _PLAIN_PATH.fullmatch(path) else quote(path),  # no line breaks in a log line
             status,
             extra={
                 "request_id": state["request_id"],

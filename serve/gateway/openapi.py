@@ -8,7 +8,7 @@ from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import FRAMES_CONTENT_TYPE
 from serve.protocol.sweeps import ACCUMULATED, MAX_SWEEPS
 
-__all__ = ["DESCRIPTION", "errors", "predictions"]
+__all__ = ["DESCRIPTION", "errors", "frame_paths"]
 
 DESCRIPTION = """\
 3D and 2D object detection for point clouds and images: `curl -T frame.bin http://HOST:8000/predictions/second`.
@@ -41,6 +41,22 @@ _QUERY_PARAMETERS = [
         ),
     )
 ]
+
+_PATH_PARAMETERS = {
+    name: {
+        "name": name,
+        "in": "path",
+        "required": True,
+        "description": description,
+        "schema": {"type": "string", "maxLength": length},
+    }
+    for name, description, length in (
+        ("model", "Name of the model", 128),
+        ("version", "Version of the model", 64),
+    )
+}
+_PREDICT = "Detect objects in one or several frames"
+_INFER = "Run inference; returns detections as tensors"
 
 _CLOUD = {
     "type": "object",
@@ -118,8 +134,61 @@ def errors(*statuses: int, protocol: bool = False) -> dict[int | str, dict[str, 
     }
 
 
-def predictions(options: GatewayOptions) -> dict[str, Any]:
-    """Document the routes that take frames: arguments of FastAPI's route decorators."""
+def frame_paths(options: GatewayOptions) -> dict[str, Any]:
+    """Document the routes that take frames (`serve.gateway.router`), as ``paths`` of an OpenAPI document."""
+    predict = {"tags": ["predictions"], **_predict(options)}
+    infer = {
+        "tags": ["open inference protocol"],
+        "responses": {
+            "200": {"description": "Detections as tensors", "content": {"application/json": {"schema": {}}}},
+            **_by_text(errors(400, 404, 408, 413, 422, 429, 500, 502, 503, 504, 507, protocol=True)),
+        },
+    }
+    queries = predict.pop("parameters")
+    return {
+        path: {
+            "post": {
+                **operation,
+                "summary": summary,
+                "operationId": name,
+                "parameters": [*(_PATH_PARAMETERS[each] for each in names), *more],
+            }
+        }
+        for path, operation, summary, name, names, more in (
+            ("/predictions/{model}", predict, _PREDICT, "predict", ("model",), queries),
+            (
+                "/predictions/{model}/{version}",
+                predict,
+                f"{_PREDICT}, with this version of the model",
+                "predict_version",
+                ("model", "version"),
+                queries,
+            ),
+            (
+                "/v2/models/{model}/infer",
+                infer,
+                _INFER,
+                "default_infer_v2_models__model__infer_post",
+                ("model",),
+                (),
+            ),
+            (
+                "/v2/models/{model}/versions/{version}/infer",
+                infer,
+                f"{_INFER}, with this version of the model",
+                "version_infer_v2_models__model__versions__version__infer_post",
+                ("model", "version"),
+                (),
+            ),
+        )
+    }
+
+
+def _by_text(responses: dict[int | str, Any]) -> dict[str, Any]:
+    return {str(status): response for status, response in responses.items()}
+
+
+def _predict(options: GatewayOptions) -> dict[str, Any]:
     binary = {"schema": {"type": "string", "format": "binary"}}
     frame_options = {
         "score_thr": _SCORE_THR,
@@ -171,7 +240,7 @@ def predictions(options: GatewayOptions) -> dict[str, Any]:
     }
     return {
         "responses": {
-            200: {
+            "200": {
                 "description": f"Detections, best first. Several frames (up to {options.max_frames_per_request}) are "
                 "answered with an array in order, or with lines as they finish (Accept: application/x-ndjson).",
                 "content": {
@@ -181,20 +250,18 @@ def predictions(options: GatewayOptions) -> dict[str, Any]:
                     "image/png": binary,
                 },
             },
-            **errors(*_REASONS),
+            **_by_text(errors(*_REASONS)),
         },
-        "openapi_extra": {
-            "parameters": _QUERY_PARAMETERS,
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/octet-stream": binary,
-                    "image/jpeg": binary,
-                    "image/png": binary,
-                    "multipart/form-data": {"schema": form},
-                    "application/json": {"schema": frame},
-                    FRAMES_CONTENT_TYPE: binary,
-                },
+        "parameters": _QUERY_PARAMETERS,
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/octet-stream": binary,
+                "image/jpeg": binary,
+                "image/png": binary,
+                "multipart/form-data": {"schema": form},
+                "application/json": {"schema": frame},
+                FRAMES_CONTENT_TYPE: binary,
             },
         },
     }

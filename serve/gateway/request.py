@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from serve.errors import (
     BadRequest,
@@ -52,6 +51,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 OPTION_NAMES = tuple(field.name for field in fields(FrameOptions))
+_HEADER_OPTIONS = {"x-" + name.replace("_", "-"): name for name in OPTION_NAMES}
 FRAME_FIELDS = frozenset(("body", "data", "file", "frame", "image", "points"))
 
 
@@ -86,13 +86,17 @@ def parse_request_options(
     Raises:
         UnknownOption: an unknown name or an invalid value.
     """
-    given = {name: headers[key] for name in OPTION_NAMES if (key := "x-" + name.replace("_", "-")) in headers}
+    given = {
+        name: value
+        for header, value in reversed(list(headers.items()))  # the first of several counts
+        if header.startswith("x-") and (name := _HEADER_OPTIONS.get(header))
+    }
+    text = query.get("timeout_ms", headers.get("x-timeout-ms"))
     given |= {name: value for name, value in query.items() if name != "timeout_ms"}
     try:
         parsed = parse_options(given)
     except UnknownOption as error:
         raise UnknownOption(str(error).replace("known: ", "known: timeout_ms, ")) from None
-    text = query.get("timeout_ms", headers.get("x-timeout-ms"))
     return RequestOptions(
         parsed, options.timeout_s if text is None else _timeout_s(text, options.max_timeout_s)
     )
@@ -117,37 +121,36 @@ async def read_body(request: Request, permit: Permit, options: GatewayOptions) -
         SlowRequest: the body did not arrive in time, or stalled.
         ClientDisconnected: the client disconnected before the end of the body.
     """
-    async with _limit_body_time(options) as pace:
-        body: bytes | bytearray = b""
-        async for chunk in _body_chunks(request, permit, options, pace):
-            if not body:
-                body = chunk
-                continue
-            if isinstance(body, bytes):
-                body = bytearray(body)
-            body += chunk
-    return body
-
-
-async def _body_chunks(
-    request: Request, permit: Permit, options: GatewayOptions, pace: _Pace
-) -> AsyncGenerator[bytes, None]:
     declared = request.headers.get("content-length", "")
     announced = int(declared) if declared.isdigit() else 0
     _check_size(announced, options)
     permit.check(nbytes=announced)  # reject with 429 before it is sent; only what arrives is counted
-    arrived = 0
+    body: bytes | bytearray = b""
+    pace = _Pace(options)
     try:
-        async for chunk in request.stream():
-            if not chunk:
-                continue
-            arrived += len(chunk)
-            _check_size(arrived, options)
-            permit.grow(nbytes=len(chunk))
-            pace.arrived(arrived)
-            yield chunk
-    except ClientDisconnect:
-        raise ClientDisconnected from None
+        async with pace.timeout:
+            more = True
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnected
+                more = message.get("more_body", False)
+                chunk = message.get("body", b"")
+                _check_size(len(body) + len(chunk), options)
+                permit.grow(nbytes=len(chunk))
+                pace.arrived(len(body) + len(chunk))
+                if not body:
+                    body = chunk
+                    continue
+                if isinstance(body, bytes):
+                    body = bytearray(body)
+                body += chunk
+    except TimeoutError:
+        raise SlowRequest(
+            f"the body did not arrive within {options.body_timeout_s:g} s, or at less than "
+            f"{options.client_bytes_per_s} bytes/s for {options.client_stall_timeout_s:g} s"
+        ) from None
+    return body
 
 
 class _Pace:
@@ -172,20 +175,6 @@ class _Pace:
         if nbytes >= self._next:
             self._next = nbytes + self._enough
             self.timeout.reschedule(self._deadline())
-
-
-@asynccontextmanager
-async def _limit_body_time(options: GatewayOptions) -> AsyncIterator[_Pace]:
-    """Limit the time for a body; used around its reader, because a generator may be abandoned half-way."""
-    pace = _Pace(options)
-    try:
-        async with pace.timeout:
-            yield pace
-    except TimeoutError:
-        raise SlowRequest(
-            f"the body did not arrive within {options.body_timeout_s:g} s, or at less than "
-            f"{options.client_bytes_per_s} bytes/s for {options.client_stall_timeout_s:g} s"
-        ) from None
 
 
 def _check_size(nbytes: int, options: GatewayOptions) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import orjson
@@ -71,6 +72,7 @@ class Timing:
         return ", ".join(f"{stage};dur={seconds * 1e3:.3f}" for stage, seconds in spent.items())
 
 
+@lru_cache(maxsize=32)
 def choose_media(accept: str | None) -> Media:
     """Choose the supported media type with the highest quality value of an Accept header; JSON without one.
 

@@ -56,6 +56,7 @@ class GatewayServer(uvicorn.Server):
                     )
                 ),
                 ws="none",  # an upgraded connection would have none of these limits
+                proxy_headers=bool(options.trusted_proxies),
                 forwarded_allow_ips=list(options.trusted_proxies),
                 timeout_keep_alive=max(1, round(options.keep_alive_s)),
                 timeout_graceful_shutdown=max(1, round(options.graceful_timeout_s)),

@@ -128,4 +128,6 @@ async def received_from(body, kind, sizes, permit, parts):
         "type": "http", "method": "POST", "path": "/", "query_string": b"", "state": {"request_id": "mine"},
         "headers": [(b"content-type", kind.encode("latin-1"))],
     }  # fmt: skip
-    return await receive_frames(Request(scope, receive), permit, GatewayOptions(), {}, parts, References(()))
+    return await receive_frames(
+        Request(scope, receive), permit, GatewayOptions(), FrameOptions(), parts, References(())
+    )

@@ -13,23 +13,23 @@ from serve import __version__
 from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError, quote
 from serve.gateway.dispatch import run_frames
 from serve.gateway.lifecycle import Lifecycle
-from serve.gateway.middleware import permit_of, request_id_of
+from serve.gateway.middleware import permit_of
 from serve.gateway.models import ModelRegistry
 from serve.gateway.offload import run_beside_loop
 from serve.gateway.openapi import errors
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import check_frames, parse_request_options, read_body
 from serve.gateway.response import Timing
+from serve.gateway.router import FrameRoute
 from serve.gateway.routes.kserve_codec import InferBounds, decode_infer, encode_infer, model_metadata
 
-__all__ = ["router"]
+__all__ = ["infer_route", "router"]
 
 _HEADER_LENGTH = "inference-header-content-length"
 
 
-def router(options: GatewayOptions, registry: ModelRegistry, lifecycle: Lifecycle) -> APIRouter:
-    """Create the routes of the protocol."""
-    bounds = InferBounds(options.json_bounds, options.max_frames_per_request, options.max_body_bytes)
+def router(registry: ModelRegistry, lifecycle: Lifecycle) -> APIRouter:
+    """Create the routes of the protocol, but for that of frames."""
     routes = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
     @routes.get("")
@@ -59,6 +59,40 @@ def router(options: GatewayOptions, registry: ModelRegistry, lifecycle: Lifecycl
         found = await registry.find(model, version)
         versions = [each.state.version for each in registry.versions(model)]
         return model_metadata(model, versions, found.spec or {})
+
+    error_responses = partial(errors, protocol=True)
+
+    @routes.get(
+        "/models/{model}/ready", responses={503: {"description": "Not ready"}, **error_responses(404)}
+    )
+    async def default_ready(model: str) -> Response:
+        """Return 200 if the model can answer frames."""
+        return await model_ready(model, None)
+
+    @routes.get(
+        "/models/{model}/versions/{version}/ready",
+        responses={503: {"description": "Not ready"}, **error_responses(404)},
+    )
+    async def version_ready(model: str, version: str) -> Response:
+        """Return 200 if this version can answer frames."""
+        return await model_ready(model, version)
+
+    @routes.get("/models/{model}", responses=error_responses(404, 503))
+    async def default_metadata(model: str) -> dict[str, Any]:
+        """Describe inputs and outputs of the model."""
+        return await metadata(model, None)
+
+    @routes.get("/models/{model}/versions/{version}", responses=error_responses(404, 503))
+    async def version_metadata(model: str, version: str) -> dict[str, Any]:
+        """Describe inputs and outputs of this version."""
+        return await metadata(model, version)
+
+    return routes
+
+
+def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
+    """Create the route of frames, ``POST /v2/models/{model}[/versions/{version}]/infer``."""
+    bounds = InferBounds(options.json_bounds, options.max_frames_per_request, options.max_body_bytes)
 
     async def infer(request: Request, model: str, version: str | None) -> Response:
         arrived = time.perf_counter()
@@ -93,48 +127,10 @@ def router(options: GatewayOptions, registry: ModelRegistry, lifecycle: Lifecycl
             timing.add(outcome)
             bodies.append(outcome.value.body)
         answer, header_bytes = encode_infer(infer_request, bodies, model, served.state.version, spec)
-        headers = {"server-timing": timing.header(), "x-request-id": request_id_of(request.scope)}
+        headers = {"server-timing": timing.header()}
         if header_bytes is None:
             return Response(answer, media_type="application/json", headers=headers)
         headers[_HEADER_LENGTH] = str(header_bytes)
         return Response(answer, media_type="application/octet-stream", headers=headers)
 
-    error_responses = partial(errors, protocol=True)
-    infer_error_responses = error_responses(400, 404, 408, 413, 422, 429, 500, 502, 503, 504, 507)
-
-    @routes.get(
-        "/models/{model}/ready", responses={503: {"description": "Not ready"}, **error_responses(404)}
-    )
-    async def default_ready(model: str) -> Response:
-        """Return 200 if the model can answer frames."""
-        return await model_ready(model, None)
-
-    @routes.get(
-        "/models/{model}/versions/{version}/ready",
-        responses={503: {"description": "Not ready"}, **error_responses(404)},
-    )
-    async def version_ready(model: str, version: str) -> Response:
-        """Return 200 if this version can answer frames."""
-        return await model_ready(model, version)
-
-    @routes.get("/models/{model}", responses=error_responses(404, 503))
-    async def default_metadata(model: str) -> dict[str, Any]:
-        """Describe inputs and outputs of the model."""
-        return await metadata(model, None)
-
-    @routes.get("/models/{model}/versions/{version}", responses=error_responses(404, 503))
-    async def version_metadata(model: str, version: str) -> dict[str, Any]:
-        """Describe inputs and outputs of this version."""
-        return await metadata(model, version)
-
-    @routes.post("/models/{model}/infer", responses=infer_error_responses)
-    async def default_infer(request: Request, model: str) -> Response:
-        """Run inference; returns detections as tensors."""
-        return await infer(request, model, None)
-
-    @routes.post("/models/{model}/versions/{version}/infer", responses=infer_error_responses)
-    async def version_infer(request: Request, model: str, version: str) -> Response:
-        """Run inference with this version; returns detections as tensors."""
-        return await infer(request, model, version)
-
-    return routes
+    return infer

@@ -1,34 +1,31 @@
-"""Routes ``POST /predictions/{model}[/{version}]``: TorchServe's predictions API for one or several frames."""
+"""Route ``POST /predictions/{model}[/{version}]``: TorchServe's predictions API for one or several frames."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
-from fastapi.responses import StreamingResponse
-from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serve.errors import Overloaded, ServeError
-from serve.gateway import openapi
 from serve.gateway.dispatch import Outcome, run_frames, stream_frames
 from serve.gateway.middleware import permit_of, request_id_of
 from serve.gateway.models import ModelRegistry, ModelVersion
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import ParsedRequest, parse_request_options, receive_frames
 from serve.gateway.response import Media, Timing, choose_media, encode_line, encode_list, encode_one
+from serve.gateway.router import FrameRoute
 from serve.protocol.worker import EncodedFrame
 from serve.storage.references import References
 
-__all__ = ["router"]
+__all__ = ["predict_route"]
 
 
-def router(options: GatewayOptions, registry: ModelRegistry, references: References) -> APIRouter:
-    """Create the routes of TorchServe's predictions API."""
-    routes = APIRouter(tags=["predictions"], route_class=_DirectRoute)
+def predict_route(options: GatewayOptions, registry: ModelRegistry, references: References) -> FrameRoute:
+    """Create the route."""
 
     async def predict(request: Request, model: str, version: str | None) -> Response:
         arrived = time.perf_counter()
@@ -49,30 +46,7 @@ def router(options: GatewayOptions, registry: ModelRegistry, references: Referen
         outcomes = await run_frames(request, served, parsed.frames, remaining_s)
         return await _answer(request, served, parsed, outcomes, media, timing)
 
-    documentation = openapi.predictions(options)
-
-    @routes.post("/predictions/{model}", **documentation, operation_id="predict")
-    async def predict_default(
-        request: Request, model: Annotated[str, Path(description="Name of the model", max_length=128)]
-    ) -> Response:
-        """Detect objects in one or several frames."""
-        return await predict(request, model, None)
-
-    @routes.post("/predictions/{model}/{version}", **documentation, operation_id="predict_version")
-    async def predict_version(
-        request: Request,
-        model: Annotated[str, Path(description="Name of the model", max_length=128)],
-        version: Annotated[str, Path(description="Version of the model", max_length=64)],
-    ) -> Response:
-        """Detect objects in one or several frames with this version of the model."""
-        return await predict(request, model, version)
-
-    # curl -T sends PUT, which TorchServe accepts as well.
-    routes.add_api_route("/predictions/{model}", predict_default, methods=["PUT"], include_in_schema=False)
-    routes.add_api_route(
-        "/predictions/{model}/{version}", predict_version, methods=["PUT"], include_in_schema=False
-    )
-    return routes
+    return predict
 
 
 def _parts(served: ModelVersion) -> tuple[str, ...]:
@@ -102,21 +76,6 @@ async def _answer(
     timing.encode_s = time.perf_counter() - began
     request.scope["state"]["timing"] = timing
     return Response(body, media_type=media, headers={"server-timing": timing.header()})
-
-
-class _DirectRoute(APIRoute):
-    """A route whose endpoint parses the request itself.
-
-    FastAPI's parameter parsing took a quarter of the gateway's time per request. `parse_request_options` checks the
-    query instead, including unknown names; `serve.gateway.openapi` documents it.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        async def handle(request: Request) -> Response:
-            response: Response = await self.endpoint(request, **request.path_params)
-            return response
-
-        return handle
 
 
 class _LinesResponse(StreamingResponse):
