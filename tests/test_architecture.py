@@ -76,4 +76,5 @@ def test_only_the_backend_of_the_gateway_speaks_to_torchserve():
                 speaking.add(module_of(path))
             if isinstance(node, ast.Constant) and node.value in ("modelName", "customizedMetadata"):
                 speaking.add(module_of(path))
-    assert speaking == {"serve.gateway.backend"}
+    # `siblings` uses httpx between the processes of one gateway.
+    assert speaking == {"serve.gateway.backend", "serve.gateway.siblings"}

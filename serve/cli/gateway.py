@@ -1,7 +1,7 @@
 """``mmdet3d-serve gateway``: run the gateway alone, in front of a TorchServe elsewhere.
 
-``python -m serve.cli.gateway`` is the gateway that `serve.torchserve.supervisor` starts: it inherits the listening
-socket and reads one JSON document from standard input.
+``python -m serve.cli.gateway`` is the gateway that `serve.torchserve.supervisor` starts, or one of several that
+`serve.gateway.processes` starts: it reads one JSON document from standard input.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from serve import logs
 from serve.cli.entry import command_parser
@@ -18,7 +19,9 @@ from serve.cli.entry import run as run_command
 from serve.cli.flags import add_flags, add_help_all, values_of
 from serve.errors import SettingsError
 from serve.gateway.options import GatewayOptions
+from serve.gateway.processes import run_processes
 from serve.gateway.server import run
+from serve.gateway.siblings import Siblings
 
 __all__ = ["main"]
 
@@ -39,21 +42,27 @@ def main(argv: Sequence[str] | None) -> int:
     add_flags(parser, GatewayOptions, title="gateway")
     options = GatewayOptions.build(values_of(parser.parse_args(argv), GatewayOptions))
     logs.set_up(options.log_format, options.log_level)
-    return run(options, on_listening=lambda url: print(f"gateway      {url}", file=sys.stderr, flush=True))
+    serve = run if options.gateways == 1 else run_processes
+    return serve(options, on_listening=lambda url: print(f"gateway      {url}", file=sys.stderr, flush=True))
 
 
 def _run_inherited(argv: Sequence[str] | None) -> int:
-    """Serve on the inherited socket with the options of the document on standard input."""
+    """Serve with the document on standard input, from `serve.torchserve.supervisor` or `serve.gateway.processes`."""
     try:
         document = json.load(sys.stdin)
-        listener = socket.socket(fileno=document["listener"])
+        inherited = document.get("listener")
+        listener = None if inherited is None else socket.socket(fileno=inherited)
+        siblings = Siblings(Path(document["siblings"]), document["index"]) if "siblings" in document else None
     except (ValueError, KeyError, TypeError, OSError):
         raise SettingsError(
             "this is the gateway that `mmdet3d-serve serve` starts; run `mmdet3d-serve gateway` instead"
         ) from None
     options = GatewayOptions(**document["options"])
     logs.set_up(options.log_format, options.log_level)
-    return run(options, listener=listener, rejected=document["rejected"], on_listening=_report_ready)
+    rejected = document["rejected"]
+    if options.gateways > 1:
+        return run_processes(options, listener=listener, rejected=rejected, on_listening=_report_ready)
+    return run(options, listener=listener, rejected=rejected, siblings=siblings, on_listening=_report_ready)
 
 
 def _report_ready(url: str) -> None:

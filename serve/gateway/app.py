@@ -27,6 +27,7 @@ from serve.gateway.openapi import DESCRIPTION, frame_paths
 from serve.gateway.options import GatewayOptions
 from serve.gateway.router import FrameRouter, internal_error
 from serve.gateway.routes import health, kserve, predictions
+from serve.gateway.siblings import Siblings
 from serve.gateway.tracing import Tracing
 from serve.storage.references import ReferenceLimits, References
 
@@ -37,6 +38,7 @@ def create_app(
     options: GatewayOptions,
     lifecycle: Lifecycle | None = None,
     rejected: Mapping[str, str] | None = None,
+    siblings: Siblings | None = None,
 ) -> ASGIApp:
     """Create the application with its middleware.
 
@@ -44,6 +46,7 @@ def create_app(
         options: options of the gateway.
         lifecycle: shared with the server that drains; a new one by default.
         rejected: archives that are not served, with the reason of each, for ``/models``.
+        siblings: the other processes of the port, if there are several.
 
     Raises:
         SettingsError: an option needs a file or package that is missing.
@@ -76,6 +79,8 @@ def create_app(
         await registry.close()
         await backend.close()
         tracing.close()
+        if siblings is not None:
+            await siblings.close()
 
     app = FastAPI(
         title="mmdet3d-serve",
@@ -87,7 +92,7 @@ def create_app(
     )
     for routes in (
         kserve.router(registry, lifecycle),
-        health.router(registry, metrics, lifecycle, rejected or {}),
+        health.router(registry, metrics, lifecycle, rejected or {}, siblings),
     ):
         app.include_router(routes)
     app.openapi = partial(_openapi, app, options)  # type: ignore[method-assign]

@@ -56,6 +56,9 @@ class GatewayOptions(Options):
 
     host: Text = option("127.0.0.1", "IP", "address to listen on", common=True)
     port: int = option(8000, "PORT", "port to listen on; 0 picks a free one", common=True, ge=0, le=65535)
+    gateways: int = option(
+        1, "N", "gateway processes on the port; limits in total are divided among them", ge=1, le=64
+    )
     inference_url: Url = option("http://127.0.0.1:8080", "URL", "TorchServe's inference address", common=True)
     management_url: Url = option(
         "http://127.0.0.1:8081", "URL", "TorchServe's management address", common=True

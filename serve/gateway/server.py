@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -21,6 +21,7 @@ from serve.gateway.http_protocol import ConnectionLimits, make_protocol_class
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.listener import bind, url_of
 from serve.gateway.options import GatewayOptions
+from serve.gateway.siblings import Siblings
 
 __all__ = ["GatewayServer", "run"]
 
@@ -118,6 +119,7 @@ def run(
     *,
     listener: socket.socket | None = None,
     rejected: Mapping[str, str] | None = None,
+    siblings: Siblings | None = None,
     on_listening: Callable[[str], None] = lambda url: None,
 ) -> int:
     """Serve until a signal; returns the exit code, 0 if every request in flight was answered.
@@ -126,17 +128,22 @@ def run(
         options: options of the gateway.
         listener: bound socket; None binds the address in the options.
         rejected: archives that are not served and the reasons, for ``/models``.
+        siblings: the other processes of the port, if this is one of several.
         on_listening: called with the URL once the server accepts connections.
 
     Raises:
         SettingsError: an option needs a file or package that is missing, or the address is not available.
     """
     lifecycle = Lifecycle()
-    app = create_app(options, lifecycle, rejected)
-    listener = listener or bind(options.host, options.port)
+    app = create_app(options, lifecycle, rejected, siblings)
+    listeners = [listener or bind(options.host, options.port, shared=siblings is not None)]
+    if siblings is not None:
+        listeners.append(siblings.listen())
     server = GatewayServer(app, options, lifecycle, on_listening)
-    with listener:
-        server.run(sockets=[listener])
+    with ExitStack() as stack:
+        for each in listeners:
+            stack.enter_context(each)
+        server.run(sockets=listeners)
     if server.dropped_requests:
         logger.error("%d requests in flight were not answered", server.dropped_requests)
     return 0 if server.started and not server.dropped_requests else 1

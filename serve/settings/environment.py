@@ -1,16 +1,19 @@
-"""Environment variables for child processes that run this package, and for libraries that read some."""
+"""Environment of child processes that run this package, and variables for libraries that read some."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import serve
 
-__all__ = ["child_environment", "variable_set"]
+__all__ = ["child_environment", "die_with_parent", "variable_set"]
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # Variables, besides those that start with TS_, that change TorchServe's configuration.
 _FOREIGN_VARIABLES = ("LOG_LOCATION", "METRICS_LOCATION", "TEMP")
 
@@ -47,3 +50,8 @@ def variable_set(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = former
+
+
+def die_with_parent() -> None:
+    """In a child before exec: have the kernel end it when its parent dies, however that dies (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))

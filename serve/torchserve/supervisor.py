@@ -10,7 +10,6 @@ admitting and answers what is in flight, and only then TorchServe, which would d
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import select
@@ -28,15 +27,14 @@ from serve import archive
 from serve.errors import ArchiveError, BackendStartError, ModelNotLoaded, ServeError, SettingsError
 from serve.gateway.listener import bind
 from serve.gateway.options import GatewayOptions
+from serve.settings.environment import child_environment, die_with_parent
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from serve.torchserve.config import url
-from serve.torchserve.java import child_environment
 from serve.torchserve.process import KEY_FILE
 
 __all__ = ["Rejected", "Service", "archives_of", "examine", "gateway_options"]
 
 _POLL_S = 0.25
-_PR_SET_PDEATHSIG = 1
 # What the gateway may need beyond its own limits to end: the interpreter's own way out.
 _EXIT_S = 5.0
 _GATEWAY_START_S = 60.0
@@ -169,7 +167,11 @@ class Service:
         """
         try:
             if self._gateway_options is not None:
-                self._listener = bind(self._gateway_options.host, self._gateway_options.port)
+                self._listener = bind(
+                    self._gateway_options.host,
+                    self._gateway_options.port,
+                    shared=self._gateway_options.gateways > 1,
+                )
             self._start_torchserve()
             if self._gateway_options is not None and self._listener is not None:
                 self._report("starting the gateway")
@@ -253,7 +255,7 @@ class Service:
             pass_fds=[listener.fileno()],
             # The supervisor passes Ctrl-C on, once; the gateway must not outlive it.
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         listener.close()  # The child has it; a copy here would keep the port open after the child stops listening.
         assert gateway.stdin is not None and gateway.stdout is not None
@@ -291,8 +293,3 @@ def _end(process: subprocess.Popen[str], drain_s: float) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
-
-
-def _die_with_parent() -> None:
-    """In the child before exec: have the kernel end it when its parent dies, however that dies (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -66,7 +66,7 @@ class Trace:
 
 @contextmanager
 def worker(folder: Path) -> Iterator[None]:
-    def answer(body: memoryview, compute_s: float) -> bytes:
+    def answer(body: memoryview, compute_s: float, cancelled: Any) -> bytes:
         frames = [bytes(frame) for frame, _ in unpack_frames(body)]
         return pack_outcomes(Outcomes([(200, answer_for(frame, {})) for frame in frames]))
 

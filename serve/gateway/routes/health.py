@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve import __version__
@@ -13,14 +13,27 @@ from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.metrics import CONTENT_TYPE, Metrics
 from serve.gateway.models import ModelRegistry, ModelVersion
 from serve.gateway.openapi import errors
+from serve.gateway.siblings import OWN, Siblings, merge_metrics
 
 __all__ = ["router"]
 
 
 def router(
-    registry: ModelRegistry, metrics: Metrics, lifecycle: Lifecycle, rejected: Mapping[str, str]
+    registry: ModelRegistry,
+    metrics: Metrics,
+    lifecycle: Lifecycle,
+    rejected: Mapping[str, str],
+    siblings: Siblings | None = None,
 ) -> APIRouter:
-    """Create the operational routes; `rejected` maps archives that were not loaded to the reason."""
+    """Create the operational routes.
+
+    Args:
+        registry: the served models.
+        metrics: of this process.
+        lifecycle: whether it drains.
+        rejected: archives that were not loaded, and the reasons.
+        siblings: the other processes of the port, whose readiness and metrics count too.
+    """
     routes = APIRouter(tags=["operation"])
 
     @routes.get("/health/live", responses=errors(405))
@@ -29,11 +42,15 @@ def router(
         return {"live": True, "version": __version__}
 
     @routes.get("/health/ready", responses={503: {"description": "Not ready; `reasons` says why"}})
-    async def ready() -> Response:
+    async def ready(request: Request) -> Response:
         """Return 200 if frames can be answered; a worker is ready only after its golden frame matched."""
-        reasons = ("draining",) if lifecycle.draining else (await registry.health()).reasons
+        reasons = list(("draining",) if lifecycle.draining else (await registry.health()).reasons)
         metrics.set_ready(not reasons)
-        body = {"ready": not reasons, "reasons": list(reasons)}
+        if siblings is not None and request.url.query != OWN:
+            # What is wrong with all of them is said once. One that does not answer is being started again.
+            for answer in (await siblings.ask("/health/ready")).values():
+                reasons += [reason for reason in answer.json()["reasons"] if reason not in reasons]
+        body = {"ready": not reasons, "reasons": reasons}
         return JSONResponse(body, 503 if reasons else 200)
 
     @routes.get("/models")
@@ -50,9 +67,13 @@ def router(
         return [_describe(each) for each in registry.versions(model)]
 
     @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def prometheus_metrics() -> Response:
-        """Return the metrics in Prometheus' text format."""
-        return Response(metrics.exposition(), headers={"content-type": CONTENT_TYPE})
+    async def prometheus_metrics(request: Request) -> Response:
+        """Return the metrics in Prometheus' text format; of several gateway processes, each has a label."""
+        text = metrics.exposition()
+        if siblings is not None and request.url.query != OWN:
+            others = {name: answer.content for name, answer in (await siblings.ask("/metrics")).items()}
+            text = merge_metrics({str(siblings.index): text, **others})
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
     return routes
 
