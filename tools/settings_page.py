@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from serve.cli.flags import show_default
@@ -96,12 +97,17 @@ def _flag(each: OptionInfo) -> str:
     return f"--{each.name.replace('_', '-')}"
 
 
-def main() -> int:
-    """Write the page, or check it."""
+def write_or_check(program: str, description: str | None, page: Path, render: Callable[[], str]) -> int:
+    """Run the command line of a generated page; returns its exit status.
+
+    Args:
+        program: how the command is called.
+        description: text of ``--help``.
+        page: the file.
+        render: generates its text.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m tools.settings_page",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with 1 if the page is not current"
@@ -109,12 +115,17 @@ def main() -> int:
     args = parser.parse_args()
     text = render()
     if args.check:
-        current = PAGE.exists() and PAGE.read_text() == text
-        print(f"{PAGE.name} is {'current' if current else 'not current; run python -m tools.settings_page'}")
+        current = page.exists() and page.read_text() == text
+        print(f"{page.name} is {'current' if current else f'not current; run {program}'}")
         return 0 if current else 1
-    PAGE.write_text(text)
-    print(PAGE)
+    page.write_text(text)
+    print(page)
     return 0
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    return write_or_check("python -m tools.settings_page", __doc__, PAGE, render)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ MAX_PACKED_TEXTS = 32
 MAX_PNG_CHUNKS = 100_000
 # CPU time of a process that decodes one image: to start, for each pixel and for each byte, about three times what
 # the slowest honest image takes (JPEG 2000 without loss, and AVIF, of noise).
-_START_SECONDS, _SECONDS_PER_PIXEL, _SECONDS_PER_BYTE = 2.0, 2e-7, 4e-7
+START_SECONDS, SECONDS_PER_PIXEL, SECONDS_PER_BYTE = 2.0, 2e-7, 4e-7
 
 # Lossless JPEG, and arithmetic coding, which may leave out the zeros at the end of a scan.
 _SOF_OTHERS = (0xC3, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
@@ -135,7 +135,7 @@ def check_tiff(body: Bytes, width: int, height: int, max_pixels: int) -> bool:
 
 def process_seconds(nbytes: int, pixels: int) -> int:
     """Return the CPU time that a process may take to decode an image, seconds."""
-    return int(_START_SECONDS + _SECONDS_PER_PIXEL * pixels + _SECONDS_PER_BYTE * nbytes) + 1
+    return int(START_SECONDS + SECONDS_PER_PIXEL * pixels + SECONDS_PER_BYTE * nbytes) + 1
 
 
 def check_png(body: Bytes) -> None:

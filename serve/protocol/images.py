@@ -36,7 +36,7 @@ COLOR_TYPES = {
 # Formats whose work no header bounds.
 _IN_PROCESS = ("JPEG2000", "AVIF")
 # Of that process: its libraries' address space, and what decoding takes for each pixel.
-_PROCESS_BYTES, _PROCESS_BYTES_PER_PIXEL = 2 << 30, 40
+PROCESS_BYTES, PROCESS_BYTES_PER_PIXEL = 2 << 30, 40
 
 
 def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int) -> npt.NDArray[np.uint8]:
@@ -148,7 +148,7 @@ def _decode_in_process(body: Bytes, color_type: str, decoder: Decoder, pixels: i
     """Decode in a process of its own, bounded in memory and CPU time."""
     seconds = process_seconds(len(body), pixels)
     flags = image_process.PILLOW if decoder == "pillow" else COLOR_TYPES[color_type]
-    bounds = (_PROCESS_BYTES + _PROCESS_BYTES_PER_PIXEL * pixels, seconds, pixels, flags)
+    bounds = (PROCESS_BYTES + PROCESS_BYTES_PER_PIXEL * pixels, seconds, pixels, flags)
     command = [sys.executable, "-P", image_process.__file__, *map(str, bounds)]
     too_large = FrameTooLarge(
         f"the image of {pixels} pixels takes over {seconds} s of CPU time, or {bounds[0] >> 20} MiB, to decode; "
