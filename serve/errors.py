@@ -37,6 +37,7 @@ ServeError                          500  internal_error
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -79,6 +80,7 @@ __all__ = [
     "error_body",
     "error_from_response",
     "error_of_frame",
+    "message_of",
     "quote",
 ]
 
@@ -301,6 +303,12 @@ class ModelNotLoaded(BackendStartError):
 
 # Of a message in a response; some name every option or part of a model.
 MAX_MESSAGE_CHARS = 2000
+# Of one value in it: what stands between quotes, or a run without spaces.
+MAX_QUOTED_CHARS = 200
+_LONG_VALUES = tuple(
+    re.compile(pattern % MAX_QUOTED_CHARS)
+    for pattern in (r"(?<!\w)'[^']{%d,}", r'(?<!\w)"[^"]{%d,}', r"\S{%d,}")
+)
 
 
 def quote(value: object) -> str:
@@ -308,16 +316,24 @@ def quote(value: object) -> str:
     return _QUOTE.repr(value)
 
 
-def error_body(error: ServeError, request_id: str | None = None) -> dict[str, Any]:
-    """Build the JSON body of every error response: ``{"error": {"code", "message"[, "request_id"]}}``.
+def message_of(error: ServeError) -> str:
+    """Return the message of an error as a response shows it.
 
-    The message is cut to `MAX_MESSAGE_CHARS`; what is not Unicode in it (lone surrogates) is replaced, so that the body
-    can always be encoded.
+    It has at most `MAX_MESSAGE_CHARS`, and of any value in it at most `MAX_QUOTED_CHARS`, however the error was raised.
+    What is not Unicode in it (lone surrogates) is replaced, so that it can always be encoded.
     """
     message = str(error)
     if len(message) > MAX_MESSAGE_CHARS:
         message = f"{message[:MAX_MESSAGE_CHARS]}…"
-    body: dict[str, Any] = {"code": error.code, "message": message.encode(errors="replace").decode()}
+    if len(message) > MAX_QUOTED_CHARS:
+        for values in _LONG_VALUES:
+            message = values.sub(lambda found: f"{found[0][:MAX_QUOTED_CHARS]}…", message)
+    return message.encode(errors="replace").decode()
+
+
+def error_body(error: ServeError, request_id: str | None = None) -> dict[str, Any]:
+    """Build the JSON body of every error response: ``{"error": {"code", "message"[, "request_id"]}}``."""
+    body: dict[str, Any] = {"code": error.code, "message": message_of(error)}
     if request_id is not None:
         body["request_id"] = request_id
     return {"error": body}
@@ -353,7 +369,6 @@ _BY_STATUS: dict[int, type[ServeError]] = {
     504: DeadlineExceeded,
     507: OutOfMemory,
 }
-_MAX_QUOTED_CHARS = 200
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = 80
 _QUOTE.maxlevel, _QUOTE.maxlist, _QUOTE.maxdict, _QUOTE.maxtuple = 2, 4, 4, 4
@@ -380,7 +395,7 @@ def error_from_response(status: int, answer: Any, text: str = "") -> ServeError:
         if answer.get("type") == "ServiceUnavailableException" and "queue" in str(answer["message"]).lower():
             kind = Overloaded
         return kind(f"the server answered {status}: {answer['message']}")
-    return _by_status(status)(f"the server answered {status}: {text[:_MAX_QUOTED_CHARS] or '(empty body)'}")
+    return _by_status(status)(f"the server answered {status}: {text[:MAX_QUOTED_CHARS] or '(empty body)'}")
 
 
 def _by_status(status: int) -> type[ServeError]:

@@ -25,7 +25,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import NotReady, Overloaded, ServeError, Unauthorized, error_body
+from serve.errors import (
+    MAX_QUOTED_CHARS,
+    NotReady,
+    Overloaded,
+    ServeError,
+    Unauthorized,
+    error_body,
+    message_of,
+)
 from serve.gateway.admission import Admission, Permit, client_of
 from serve.gateway.metrics import Metrics
 from serve.gateway.tracing import Tracing
@@ -70,13 +78,21 @@ class RequestMiddleware:
         state["permit"] = permit = self._admission.permit(client_of(scope))
         counted = not scope["path"].startswith(_OPEN_PATHS)  # those are answered whatever is held
         status = 0
+        replaced = False
 
         async def send_answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, replaced
+            if replaced:
+                return
             if message["type"] == "http.response.start":
                 answer = MutableHeaders(scope=message)
                 if counted and message["status"] < 400:
-                    _count_answer(permit, answer.get("content-length", ""))
+                    try:
+                        _count_answer(permit, answer.get("content-length", ""))
+                    except Overloaded as error:
+                        await error_response(error, scope)(scope, receive, send_answer)
+                        replaced = True
+                        return
                 status = message["status"]
                 answer["x-request-id"] = request_id
             elif len(body := message.get("body", b"")) > _PIECE_BYTES:
@@ -105,7 +121,7 @@ class RequestMiddleware:
 
     def _record(self, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
         self._metrics.observe_request(state.get("model"), status, seconds)
-        path = scope["path"]
+        path, model = scope["path"][:MAX_QUOTED_CHARS], state.get("model")
         quiet = path.startswith(_OPEN_PATHS) and status < 500
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
@@ -117,7 +133,7 @@ class RequestMiddleware:
                 "request_id": state["request_id"],
                 "status": status,
                 "duration_ms": round(seconds * 1e3, 3),
-                "model": state.get("model"),
+                "model": model and model[:MAX_QUOTED_CHARS],
                 "frames": state.get("frames"),
                 **({"error": state["error"]} if "error" in state else {}),
             },
@@ -177,7 +193,7 @@ def error_response(
     scope["state"]["error"] = error.code
     status = error.status if status is None else status
     if scope["path"].startswith("/v2"):
-        body: dict[str, Any] = {"error": str(error), "code": error.code}
+        body: dict[str, Any] = {"error": message_of(error), "code": error.code}
     else:
         body = error_body(error, request_id_of(scope))
     response_headers = dict(headers or {})

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import orjson
 import ormsgpack
 
-from serve.errors import BackendBroken, BadRequest, NotAcceptable, ServeError, error_body
+from serve.errors import BackendBroken, BadRequest, NotAcceptable, ServeError, error_body, quote
 from serve.gateway.backend import Answer
 from serve.gateway.batcher import BatchResult
 from serve.gateway.dispatch import Outcome
@@ -94,7 +94,7 @@ def choose_media(accept: str | None) -> Media:
         if media is not None and weight > 0:
             offers.append((-weight, position, media))
     if not offers:
-        raise NotAcceptable(f"cannot satisfy Accept: {accept}; supported: {', '.join(_MEDIA)}")
+        raise NotAcceptable(f"cannot satisfy Accept: {quote(accept or '')}; supported: {', '.join(_MEDIA)}")
     return min(offers)[2]
 
 

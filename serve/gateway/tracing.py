@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from serve.errors import SettingsError
+from serve.errors import MAX_QUOTED_CHARS, SettingsError
 
 __all__ = ["Span", "Tracing"]
 
@@ -68,7 +68,7 @@ class Tracing:
         from opentelemetry.trace import SpanKind
 
         with self._tracer.start_as_current_span(
-            f"{method} {path}", context=extract(dict(headers)), kind=SpanKind.SERVER
+            f"{method} {path[:MAX_QUOTED_CHARS]}", context=extract(dict(headers)), kind=SpanKind.SERVER
         ) as span:
             yield _OpenSpan(span)
 
