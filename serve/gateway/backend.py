@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,19 +175,24 @@ class TorchServeBackend:
         headers = {
             "content-type": FRAMES_CONTENT_TYPE,
             "accept": OUTCOMES_CONTENT_TYPE,
+            "content-length": str(sum(len(chunk) for chunk in chunks)),
             **self._tokens.header("inference"),
         }
         with self._map_errors("TorchServe"):
             async with asyncio.timeout(self._timeout_s):
-                reply = await self._inference.post(path, headers=headers, content=b"".join(chunks))
+                # A request and a response that held their bodies would keep them until the next garbage collection.
+                async with self._inference.stream(
+                    "POST", path, headers=headers, content=_each(chunks)
+                ) as reply:
+                    body = b"".join([piece async for piece in reply.aiter_raw()])
         if reply.status_code != 200:
-            raise _batch_error(reply.status_code, reply.content)
+            raise _batch_error(reply.status_code, body)
         if reply.headers.get("content-type") != OUTCOMES_CONTENT_TYPE:
             raise BackendBroken(
                 f"model {name} {version} was not packed by mmdet3d-serve: it answers with Content-Type "
                 f"{reply.headers.get('content-type')!r}; make its archive with `mmdet3d-serve archive`"
             )
-        return reply.content
+        return body
 
     async def _wait_until_noticed(self, name: str, version: str, pid: int) -> None:
         """Wait until TorchServe has noticed that a worker died.
@@ -281,3 +286,8 @@ def _frame_error(status: int, body: Bytes) -> ServeError:
         return error_from_response(status, json.loads(bytes(body)))
     except Exception as error:
         return BackendBroken(f"a worker answered {status} and no JSON: {type(error).__name__}")
+
+
+async def _each(chunks: Sequence[Bytes]) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk  # type: ignore[misc]

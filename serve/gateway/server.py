@@ -7,11 +7,13 @@ flight then have `graceful_timeout_s` to finish. A second signal stops at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -26,6 +28,8 @@ from serve.gateway.siblings import Siblings
 __all__ = ["GatewayServer", "run"]
 
 _LINGERING_CLOSE_S = 5.0
+_M_MMAP_THRESHOLD = -3  # glibc's <malloc.h>
+_LARGEST_KEPT_BYTES = 8 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +74,7 @@ class GatewayServer(uvicorn.Server):
         self._ending = asyncio.Event()
         self.dropped_requests = 0  # still in flight at the end of the graceful timeout
 
-    @contextmanager
+    @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Install the signal handlers; uvicorn's own re-raise the signal after a clean exit."""
         loop = asyncio.get_running_loop()
@@ -114,6 +118,15 @@ class GatewayServer(uvicorn.Server):
         self._ending.set()
 
 
+def _return_large_blocks() -> None:
+    """Make glibc return freed blocks of a large body to the system at once.
+
+    By default it learns to keep them, up to 64 MB a time, so that a few long answers stay in the resident size.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or another system
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+
+
 def run(
     options: GatewayOptions,
     *,
@@ -134,6 +147,7 @@ def run(
     Raises:
         SettingsError: an option needs a file or package that is missing, or the address is not available.
     """
+    _return_large_blocks()
     lifecycle = Lifecycle()
     app = create_app(options, lifecycle, rejected, siblings)
     listeners = [listener or bind(options.host, options.port, shared=siblings is not None)]
