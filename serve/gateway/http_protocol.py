@@ -9,6 +9,7 @@ whose head is wrong is answered in its turn, after those before it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import socket
 import struct
@@ -37,6 +38,9 @@ _CHUNKED_PIECE_BYTES = 16 * 1024
 _TCP_CLOSE = 7  # Linux's state of a connection that was reset
 _ACKED = struct.Struct("=Q")
 _ACKED_AT = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
+_TCP_NOTSENT_LOWAT = 25  # Linux; Python names it from 3.12 on
+# Of an answer that the system holds unsent beside what is under way; it would take megabytes, which no permit counts.
+_UNSENT_BYTES = 256 * 1024
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.02, 1.0
 _LINGERING_CLOSE_S, _LINGERING_BYTES = 2.0, 1 << 20
 
@@ -99,6 +103,7 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.flow = _Flow(transport, self._holds_back)
+            _set_option(transport, socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
             self._address = client_of({"client": self.client})
             addresses[self._address] += 1
             if len(self.connections) > limits.max_connections or addresses[self._address] > per_address:
@@ -321,6 +326,11 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
                 self.transport.close()
                 self._watch_writing()
 
+        def _cut(self) -> None:
+            """Reset the connection, so that the system drops what it holds for it as well."""
+            _set_option(self.transport, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
+
         def pause_writing(self) -> None:
             super().pause_writing()
             self._watch_writing()
@@ -339,7 +349,7 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
         def _on_writing(self) -> None:
             self._writing = None
             if self._read_progress() - self._progress < limits.bytes_per_s * limits.stall_timeout_s:
-                self.transport.abort()
+                self._cut()
             else:
                 self._watch_writing()
 
@@ -361,7 +371,7 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
             if not self._is_answering() or self.transport.is_closing():
                 return
             if _tcp_info(self.transport)[:1] == bytes([_TCP_CLOSE]):
-                self.transport.abort()
+                self._cut()
                 return
             cycle = self._running
             if not cycle.response_started and not isinstance(cycle.transport, _Begun):
@@ -399,6 +409,14 @@ class _Begun:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+
+def _set_option(transport: asyncio.Transport, level: int, name: int, value: int | bytes) -> None:
+    """Set a socket option where the system has it."""
+    connection = transport.get_extra_info("socket")
+    if sys.platform == "linux" and connection is not None:
+        with contextlib.suppress(OSError):
+            connection.setsockopt(level, name, value)
 
 
 def _tcp_info(transport: asyncio.Transport) -> bytes:
