@@ -14,3 +14,13 @@ def _is_unpacked_archive(folder: str) -> bool:
 
 
 sys.path[:] = [folder for folder in sys.path if not _is_unpacked_archive(folder or os.curdir)]
+
+# An ImportError would make TorchServe look for a handler of its own, and report that one as missing.
+from serve.errors import SetupError  # noqa: E402
+
+try:
+    import serve.worker.handler  # noqa: F401
+except ImportError as error:
+    raise SetupError(
+        f"the worker cannot import {error.name}: {error}; install it where the model is served"
+    ) from error

@@ -23,6 +23,7 @@ from serve.errors import (
     InferenceFailed,
     NotReady,
     ServeError,
+    SetupError,
     UndecodableFrame,
     error_of_frame,
 )
@@ -72,14 +73,19 @@ class Handler:
         """Load the model and listen for batches.
 
         Raises:
-            SetupError: the archive cannot be served.
+            SetupError: the archive cannot be served, or a module cannot be imported.
         """
         install_log_filters()
         self.settings = Settings.from_environment()
-        self.prepare_process(context)
         # Loads and computes in one thread: torch and its kernels keep state per thread (pools, current device).
-        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._engine.submit(self.load, context).result()
+        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")  # starts it with the first call
+        try:
+            self.prepare_process(context)
+            self._engine.submit(self.load, context).result()
+        except ImportError as error:
+            raise SetupError(
+                f"the worker cannot import {error.name}: {error}; install it where the model is served"
+            ) from error
         if self.settings.worker_sockets is not None:
             listen(self.settings.worker_sockets, self.respond)
 

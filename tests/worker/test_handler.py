@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -186,3 +188,21 @@ def test_invalid_setting_stops_the_worker_and_is_named(demo_archive, monkeypatch
     monkeypatch.setenv("MMDET3D_SERVE_MAX_POINTZ", "5")
     with pytest.raises(SettingsError, match="MAX_POINTS"):
         MMDet3DHandler().initialize(Context(demo_archive.root))
+
+
+@pytest.mark.parametrize(
+    ("module", "program"),
+    [
+        ("cv2", "import handlers.mmdet3d_handler"),
+        (
+            "torch",
+            "import handlers.mmdet3d_handler as h; from tests.worker.context import Context; "
+            "h.MMDet3DHandler().initialize(Context('nowhere'))",
+        ),
+    ],
+)
+def test_worker_that_cannot_import_names_the_module(module, program):
+    """TorchServe replaces an `ImportError` of a handler by one about a handler of its own."""
+    program = f"import sys; sys.modules[{module!r}] = None; {program}"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert f"serve.errors.SetupError: the worker cannot import {module}: " in ended.stderr, ended.stderr
