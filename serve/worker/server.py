@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from serve.errors import ServeError
@@ -26,7 +27,7 @@ from serve.protocol.worker import (
     socket_path,
 )
 
-__all__ = ["Cancelled", "Respond", "listen"]
+__all__ = ["Cancelled", "CancelledFrames", "Respond", "listen"]
 
 # Returns the positions of the frames of the batch in progress that need no outcome any more.
 Cancelled = Callable[[], Collection[int]]
@@ -94,7 +95,7 @@ def _serve(connection: socket.socket, respond: Respond, free_slots: threading.Bo
                 (length, compute_s), body = received
                 if not length:
                     continue  # a frame of a batch that is answered already was cancelled
-                cancelled = _CancelledFrames(connection)
+                cancelled = CancelledFrames(connection)
                 answer = _answer(respond, body, compute_s, cancelled)
                 if cancelled.is_disconnected():
                     return
@@ -123,22 +124,27 @@ def _receive(connection: socket.socket, reader: MessageReader) -> tuple[tuple[in
     return None
 
 
-class _CancelledFrames:
+class CancelledFrames:
     """Positions of the cancelled frames of the batch in progress; of all frames once the gateway has disconnected."""
 
+    # Between two looks at the socket: a system call for each of many small frames would cost more than it saves.
+    interval_s = 0.001
+
     def __init__(self, connection: socket.socket) -> None:
+        self._looked_at = time.monotonic()
         self._connection = connection
         self._disconnected = False
         self._reader = MessageReader(BATCH_HEADER, max_bytes=0)
         self._positions: set[int] = set()
 
     def __call__(self) -> Collection[int]:
-        """Read what has arrived, without waiting."""
-        try:
-            while not self._disconnected:
-                self._read(socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            pass
+        """Read what has arrived, without waiting; once per `interval_s`."""
+        now = time.monotonic()
+        if now - self._looked_at >= self.interval_s:
+            self._looked_at = now
+            with suppress(BlockingIOError):
+                while not self._disconnected:
+                    self._read(socket.MSG_DONTWAIT)
         return range(MAX_BATCH_FRAMES) if self._disconnected else self._positions
 
     def is_disconnected(self) -> bool:

@@ -30,7 +30,7 @@ from serve.protocol.worker import (
     socket_path,
 )
 from serve.worker.handler import Handler
-from serve.worker.server import listen
+from serve.worker.server import CancelledFrames, listen
 from tests.worker.context import Context
 
 SEAMS = ("decode", "infer", "encode")
@@ -255,7 +255,8 @@ class Line:
 
 
 @pytest.fixture
-def line(poisoned, tmp_path):
+def line(poisoned, tmp_path, monkeypatch):
+    monkeypatch.setattr(CancelledFrames, "interval_s", 0.0)
     with closing(listen(tmp_path, poisoned.respond)):
         one = Line(tmp_path)
         with one.socket:
