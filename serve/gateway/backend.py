@@ -160,7 +160,10 @@ class TorchServeBackend:
         if self._sockets is not None and (seen := self._states.get((name, version))):
             with self._map_errors(f"a worker of {name}"):
                 pids = [pid for pid in seen.pids if pid]
-                body = await self._sockets.call(pids, chunks, self._timeout_s, seen.response_timeout_s)
+                waiting = [job.answer for job in jobs]
+                body = await self._sockets.call(
+                    pids, chunks, self._timeout_s, seen.response_timeout_s, waiting
+                )
         outcomes = unpack_outcomes(body or await self._post(name, version, chunks))
         if len(outcomes.items) != len(jobs):
             raise BackendBroken(f"a worker of {name} answered {len(outcomes.items)} of {len(jobs)} frames")

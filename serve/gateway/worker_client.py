@@ -12,12 +12,21 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from serve.protocol.batch import Bytes
-from serve.protocol.worker import BATCH_HEADER, GREETING, LENGTH, MAX_MESSAGE_BYTES, socket_path
+from serve.protocol.worker import (
+    BATCH_HEADER,
+    GREETING,
+    LENGTH,
+    MessageReader,
+    ProtocolError,
+    cancel_message,
+    socket_path,
+)
 
 __all__ = ["ConnectionLost", "WorkerLost", "WorkerSockets"]
 
@@ -64,15 +73,22 @@ class WorkerSockets:
         self._known &= pids
 
     async def call(
-        self, pids: Sequence[int], chunks: Sequence[Bytes], timeout_s: float, compute_s: int = 0
-    ) -> bytes | None:
+        self,
+        pids: Sequence[int],
+        chunks: Sequence[Bytes],
+        timeout_s: float,
+        compute_s: int = 0,
+        waiting: Sequence[asyncio.Future[Any]] = (),
+    ) -> Bytes | None:
         """Send a batch to the worker with the fewest batches in flight.
 
         Args:
             pids: process ids of the workers.
             chunks: framed batch, in chunks.
             timeout_s: timeout of the answer, seconds.
-            compute_s: whole seconds of computing after which the worker ends itself; 0 for no limit.
+            compute_s: whole seconds of decoding or computing after which the worker ends itself; 0 for no limit.
+            waiting: for each frame a future that is done as soon as nobody waits for its outcome any more; the worker
+                then neither decodes nor computes the frame if it has not yet.
 
         Returns:
             Framed outcomes; None if the batch must go through TorchServe.
@@ -89,7 +105,7 @@ class WorkerSockets:
             try:
                 if (connection := await self._connection(pid)) is not None:
                     head = BATCH_HEADER.pack(sum(len(chunk) for chunk in chunks), compute_s)
-                    return await self._send(pid, connection, [head, *chunks], timeout_s) or None
+                    return await self._send(pid, connection, [head, *chunks], timeout_s, waiting) or None
             finally:
                 self._batches[pid] -= 1
         return None
@@ -101,12 +117,21 @@ class WorkerSockets:
         self._idle.clear()
 
     async def _send(
-        self, pid: int, connection: _Connection, message: Sequence[Bytes], timeout_s: float
-    ) -> bytes:
+        self,
+        pid: int,
+        connection: _Connection,
+        message: Sequence[Bytes],
+        timeout_s: float,
+        waiting: Sequence[asyncio.Future[Any]],
+    ) -> Bytes:
         self._busy.add(connection)
+        cancels = [partial(connection.cancel, i) for i in range(len(waiting))]
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await connection.call(message)
+                answer = connection.call(message)
+                for future, cancel in zip(waiting, cancels, strict=True):
+                    future.add_done_callback(cancel)
+                received = await answer
         except BaseException as error:
             connection.close()
             if isinstance(error, TimeoutError):
@@ -116,8 +141,10 @@ class WorkerSockets:
             raise
         finally:
             self._busy.discard(connection)
+            for future, cancel in zip(waiting, cancels, strict=True):
+                future.remove_done_callback(cancel)
         self._idle.setdefault(pid, []).append(connection)
-        return answer
+        return received
 
     async def _connection(self, pid: int) -> _Connection | None:
         idle = self._idle.get(pid, [])
@@ -149,21 +176,27 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.open = False
         self._transport: asyncio.Transport | None = None
-        self._answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._received = bytearray()
+        self._answer: asyncio.Future[Bytes] = asyncio.get_running_loop().create_future()
+        self._reader = MessageReader(LENGTH)
 
     async def wait_for_hello(self) -> None:
         """Wait for the worker's hello."""
         if await self._answer != GREETING or not self.open:
             raise ConnectionLost("the worker speaks another version of the protocol")
 
-    async def call(self, message: Sequence[Bytes]) -> bytes:
-        """Send one message and wait for its answer."""
+    def call(self, message: Sequence[Bytes]) -> asyncio.Future[Bytes]:
+        """Send one message; returns the future of its answer."""
         self._answer = asyncio.get_running_loop().create_future()
         assert self._transport is not None
         # The transport keeps references to chunks that the socket does not accept yet; nothing is joined.
         self._transport.writelines(message)
-        return await self._answer
+        return self._answer
+
+    def cancel(self, index: int, future: asyncio.Future[Any]) -> None:
+        """Tell the worker that nobody waits any more for frame `index` of the batch in progress."""
+        if self.open and not self._answer.done():
+            assert self._transport is not None
+            self._transport.write(cancel_message(index))
 
     def close(self) -> None:
         """Close the connection at once."""
@@ -176,19 +209,19 @@ class _Connection(asyncio.Protocol):
         self.open = True
 
     def data_received(self, data: bytes) -> None:
-        if self._answer.done():
-            self.close()  # unsolicited data
-            return
-        self._received += data
-        if len(self._received) < LENGTH.size:
-            return
-        (length,) = LENGTH.unpack_from(self._received)
-        if length > MAX_MESSAGE_BYTES or len(self._received) > LENGTH.size + length:
-            self._end("invalid length of the worker's answer")
-        elif len(self._received) == LENGTH.size + length:
-            answer = bytes(memoryview(self._received)[LENGTH.size :])
-            self._received = bytearray()
-            self._answer.set_result(answer)
+        rest = memoryview(data)
+        try:
+            while rest:
+                taken = min(len(rest), len(self._reader.buffer))
+                self._reader.buffer[:taken] = rest[:taken]
+                rest = rest[taken:]
+                if (received := self._reader.advance(taken)) is None:
+                    continue
+                if self._answer.done() or rest:
+                    raise ProtocolError("an answer without a batch")
+                self._answer.set_result(received[1])
+        except ProtocolError as error:
+            self._end(str(error))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end(str(error) if error else "closed by the worker")

@@ -16,7 +16,7 @@ import pytest
 from serve.errors import BadRequest
 from serve.gateway.worker_client import ConnectionLost, WorkerLost, WorkerSockets
 from serve.protocol.worker import BATCH_HEADER, HELLO, LENGTH, MAX_MESSAGE_BYTES, socket_path
-from serve.worker.server import listen
+from serve.worker.server import CancelledFrames, listen
 
 OWN = os.getpid()
 
@@ -228,7 +228,37 @@ def test_concurrent_batches_go_to_different_workers(tmp_path):
         async def calls(sockets):
             return await asyncio.gather(*(sockets.call([1, 2], [b"x"], 20.0) for _ in range(4)))
 
-        assert sorted(asking(tmp_path, calls)) == [b"first"] * 2 + [b"second"] * 2
+        assert sorted(map(bytes, asking(tmp_path, calls))) == [b"first"] * 2 + [b"second"] * 2
+
+
+def test_frame_that_nobody_waits_for_is_cancelled_at_the_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(CancelledFrames, "interval_s", 0.0)
+    reached = threading.Event()
+
+    def respond(body, compute_s, cancelled):
+        reached.set()
+        deadline = time.monotonic() + 20
+        while not cancelled() and time.monotonic() < deadline:
+            pass
+        return repr(sorted(cancelled())).encode()
+
+    with closing(listen(tmp_path, respond)):
+
+        async def calls(sockets):
+            waiting = [asyncio.get_running_loop().create_future() for _ in range(3)]
+            call = asyncio.create_task(sockets.call([OWN], [b"x"], 20.0, 0, waiting))
+            await asyncio.to_thread(reached.wait, 20)
+            waiting[1].cancel()
+            first = await call
+            reached.clear()
+            waiting[2].cancel()  # too late for the first batch, and none of the second's
+            done = [asyncio.get_running_loop().create_future()]
+            call = asyncio.create_task(sockets.call([OWN], [b"x"], 20.0, 0, done))
+            await asyncio.to_thread(reached.wait, 20)
+            done[0].set_result(None)
+            return [first, await call]
+
+        assert asking(tmp_path, calls) == [b"[1]", b"[0]"]
 
 
 def test_message_of_invalid_length_closes_the_connection_before_allocation(tmp_path):
