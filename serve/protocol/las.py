@@ -20,6 +20,8 @@ __all__ = ["read_las"]
 # Of the process that unpacks LAZ: its libraries' address space, and CPU time.
 LAZ_PROCESS_BYTES = 2 << 30
 LAZ_SECONDS = 10
+# Variable length records, which hold no points; laspy reads one after another.
+MAX_RECORDS = 1000
 
 _LAS_POINT_BYTES_AT, _LAS_VLRS_AT, _LAS_OLD_COUNT_AT, _LAS_COUNT_AT = 105, 100, 107, 247
 
@@ -42,15 +44,19 @@ def read_las(body: Bytes, limits: Limits) -> PointTable:
     if minor >= 4 and len(head) >= _LAS_COUNT_AT + 8:
         count = struct.unpack_from("<Q", head, _LAS_COUNT_AT)[0]
     check_count(count, limits)
-    if vlrs > len(body) // 54:  # a variable length record has a header of 54 bytes
-        raise UndecodableFrame(f"the LAS header claims {vlrs} records in {len(body)} bytes")
+    if vlrs > MAX_RECORDS:
+        raise UndecodableFrame(
+            f"the LAS header claims {vlrs} variable length records, the limit is {MAX_RECORDS}"
+        )
     is_compressed = bool(head[104] & 0x80)
     check_bytes("LAS", 0 if is_compressed else count, point_bytes, len(body))
     if is_compressed:
         check_unpacked("LAZ", count, point_bytes, limits)
         return _unpack_laz(body, count, limits)
-    with laspy.open(io.BytesIO(bytes(body))) as reader:
+    with laspy.open(io.BytesIO(bytes(body)), read_evlrs=False) as reader:
         points = reader.read_points(count)
+        if len(points) != count:
+            raise UndecodableFrame(f"the LAS header claims {count} points, {len(points)} follow")
         columns = {axis: np.asarray(getattr(points, axis), dtype=np.float64) for axis in "xyz"}
         for own in points.point_format.dimension_names:
             if own not in ("X", "Y", "Z"):

@@ -22,7 +22,8 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with laspy.open(io.BytesIO(sys.stdin.buffer.read()), laz_backend=laspy.LazBackend.Lazrs) as reader:
+    file = io.BytesIO(sys.stdin.buffer.read())
+    with laspy.open(file, laz_backend=laspy.LazBackend.Lazrs, read_evlrs=False) as reader:
         points = reader.read_points(count)
         columns = {axis: np.asarray(getattr(points, axis), dtype=np.float64) for axis in "xyz"}
         for name in points.point_format.dimension_names:

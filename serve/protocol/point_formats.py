@@ -191,6 +191,8 @@ def _read_pcd(body: Bytes, limits: Limits) -> PointTable:
         return standard_table("PCD", {field: np.empty(0, np.float32) for field in fields}, 0)
     cloud = PointCloud.from_fileobj(io.BytesIO(bytes(body)))  # type: ignore[arg-type]
     data = np.atleast_1d(cloud.pc_data)
+    if len(data) != count:
+        raise UndecodableFrame(f"the PCD header claims {count} points, {len(data)} follow")
     columns = {column: data[column] for column in data.dtype.names or ()}
     return standard_table("PCD", {**columns, **_packed_colour(columns)}, len(data))
 
@@ -225,11 +227,15 @@ def _packed_colour(columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDA
 
 # PLY
 
-_PLY_BYTES = {
-    **dict.fromkeys(("char", "int8", "uchar", "uint8"), 1),
-    **dict.fromkeys(("short", "int16", "ushort", "uint16"), 2),
-    **dict.fromkeys(("int", "int32", "uint", "uint32", "float", "float32"), 4),
-    **dict.fromkeys(("double", "float64"), 8),
+_PLY_DTYPES = {
+    **dict.fromkeys(("char", "int8"), "i1"),
+    **dict.fromkeys(("uchar", "uint8"), "u1"),
+    **dict.fromkeys(("short", "int16"), "i2"),
+    **dict.fromkeys(("ushort", "uint16"), "u2"),
+    **dict.fromkeys(("int", "int32"), "i4"),
+    **dict.fromkeys(("uint", "uint32"), "u4"),
+    **dict.fromkeys(("float", "float32"), "f4"),
+    **dict.fromkeys(("double", "float64"), "f8"),
 }
 
 
@@ -249,11 +255,28 @@ def _read_ply(body: Bytes, limits: Limits) -> PointTable:
     rest = bytes(body[ending.end() :])
     header = [line for line in lines if line[:1] != ["comment"]]
     own = header[: _end_of_vertices(header)]
+    if is_text:
+        columns = _read_ply_text(own, rest, count)
+        return standard_table("PLY", columns, count)
     alone = b"".join(" ".join(line).encode() + b"\n" for line in own) + b"end_header\n" + rest
     vertices = PlyData.read(io.BytesIO(alone))["vertex"].data
     return standard_table(
         "PLY", {column: vertices[column] for column in vertices.dtype.names or ()}, len(vertices)
     )
+
+
+def _read_ply_text(
+    header: Sequence[Sequence[str]], rest: bytes, count: int
+) -> Mapping[str, npt.NDArray[Any]]:
+    """Read vertices in text; plyfile takes 3 µs for each number, numpy a tenth of that."""
+    dtype = np.dtype([(line[2], _PLY_DTYPES[line[1]]) for line in header if line[:1] == ["property"]])
+    if count == 0:
+        read = np.empty(0, dtype)
+    else:
+        read = np.loadtxt(io.BytesIO(rest), dtype, comments=None, max_rows=count, ndmin=1, encoding="ascii")
+    if len(read) != count:
+        raise UndecodableFrame(f"the PLY header claims {count} vertices, {len(read)} follow")
+    return {name: read[name] for name in dtype.names or ()}
 
 
 def _vertex_size(lines: Sequence[Sequence[str]]) -> tuple[int, int]:
@@ -266,11 +289,11 @@ def _vertex_size(lines: Sequence[Sequence[str]]) -> tuple[int, int]:
     for line in lines[begin : _end_of_vertices(lines)]:
         if line[:1] != ["property"]:
             continue
-        if len(line) != 3 or line[1] not in _PLY_BYTES:
+        if len(line) != 3 or line[1] not in _PLY_DTYPES:
             raise UndecodableFrame(
                 f"the PLY's vertices have a property that is no number: {' '.join(line)[:80]}"
             )
-        width += _PLY_BYTES[line[1]]
+        width += np.dtype(_PLY_DTYPES[line[1]]).itemsize
     return int(elements[0][2]), width
 
 
