@@ -8,7 +8,6 @@ do not count towards the text, are not copied, and are decoded piece by piece (`
 
 from __future__ import annotations
 
-import base64
 import binascii
 import re
 import secrets
@@ -127,7 +126,7 @@ def decode_base64(text: str | LongText) -> bytes | bytearray:
         ValueError: it is not base64.
     """
     if isinstance(text, str):
-        return base64.b64decode(text, validate=True)
+        return _decode_groups(text.encode())
     decoded = bytearray()
     rest: bytes | bytearray = b""
     is_padded = False
@@ -139,7 +138,7 @@ def decode_base64(text: str | LongText) -> bytes | bytearray:
                 piece = piece.replace(escaped, character)
         rest = rest + piece if rest else piece
         whole = len(rest) // 4 * 4
-        found = binascii.a2b_base64(rest[:whole], strict_mode=True) if whole else b""
+        found = _decode_groups(rest[:whole])
         is_padded = len(found) < whole // 4 * 3
         decoded += found
         rest = rest[whole:]
@@ -160,6 +159,14 @@ def decode_text(text: str | LongText, max_bytes: int) -> bytes:
     if len(text) > max_bytes:
         raise FrameTooLarge(f"the JSON has {text!r}, the limit is {max_bytes}; send it as base64 or as bytes")
     return text.unescape().encode()
+
+
+def _decode_groups(text: bytes | bytearray) -> bytes:
+    """Decode whole groups of four characters; the strict mode lets pass what exceeds the padding of the last."""
+    found = binascii.a2b_base64(text, strict_mode=True)
+    if len(text) % 4 or len(found) < len(text) // 4 * 3 - 2:
+        raise binascii.Error("Incorrect padding")
+    return found
 
 
 def _parse(text: bytes | bytearray) -> Any:
