@@ -2,7 +2,8 @@
 
 All files are samples, depth first, children by name. A last sample is the table of contents: the nine bytes
 ``piouhjgbr`` and a pickle of nested ``OrderedDict``, name → index of the sample for a file and name → table for a
-folder. The unpickler allows ``OrderedDict``, str and int only.
+folder. Before it is unpickled its opcodes are counted: a pickle can ask for many times its own size in memory, by an
+opcode per empty list or by one large number of a memo entry. The unpickler allows ``OrderedDict``, str and int only.
 """
 
 from __future__ import annotations
@@ -122,13 +123,88 @@ class _OnlyTables(pickle.Unpickler):
         raise StorageError(f"the table of contents names {module}.{name}; it is not a packed folder")
 
 
+# Opcodes of a table in any protocol, by what follows them (`pickletools.opcodes`): a number of bytes, lines of text, or
+# a length of some bytes and as many bytes.
+_FIXED = {
+    **{pickle.PROTO[0]: 1, pickle.FRAME[0]: 8, pickle.BINPUT[0]: 1, pickle.LONG_BINPUT[0]: 4, pickle.MEMOIZE[0]: 0},
+    **{pickle.BINGET[0]: 1, pickle.LONG_BINGET[0]: 4, pickle.BININT[0]: 4, pickle.BININT1[0]: 1, pickle.BININT2[0]: 2},
+    **{pickle.MARK[0]: 0, pickle.TUPLE[0]: 0, pickle.EMPTY_TUPLE[0]: 0, pickle.REDUCE[0]: 0, pickle.SETITEM[0]: 0},
+    **{pickle.SETITEMS[0]: 0, pickle.STACK_GLOBAL[0]: 0, pickle.STOP[0]: 0},
+    **{pickle.TUPLE1[0]: 0, pickle.TUPLE2[0]: 0, pickle.TUPLE3[0]: 0},
+}  # fmt: skip
+_LINES = {
+    **{pickle.GLOBAL[0]: 2, pickle.PUT[0]: 1, pickle.GET[0]: 1, pickle.UNICODE[0]: 1, pickle.INT[0]: 1},
+    pickle.LONG[0]: 1,
+}
+_LENGTHS = {
+    pickle.SHORT_BINUNICODE[0]: 1,
+    pickle.BINUNICODE[0]: 4,
+    pickle.BINUNICODE8[0]: 8,
+    pickle.LONG1[0]: 1,
+}
+_TUPLES = frozenset({pickle.TUPLE1[0], pickle.TUPLE2[0], pickle.TUPLE3[0]})
+_TEXTS = frozenset(
+    {pickle.SHORT_BINUNICODE[0], pickle.BINUNICODE[0], pickle.BINUNICODE8[0], pickle.UNICODE[0]}
+)
+_PUTS = frozenset({pickle.PUT[0], pickle.BINPUT[0], pickle.LONG_BINPUT[0], pickle.MEMOIZE[0]})
+_ENDS_OF_MARKS = frozenset({pickle.TUPLE[0], pickle.SETITEMS[0]})
+# Texts, tuples and memo entries beside names and tables, such as "collections".
+_BESIDE = 8
+
+
+def _check_opcodes(data: bytes, files: int) -> None:
+    """Check that a pickle makes no more objects than a table of `files` files needs; linear, without making any.
+
+    Raises:
+        StorageError: it does, or has an opcode that no table has.
+        IndexError: it is cut.
+    """
+    at = marks = tables = texts = puts = tuples = 0
+    reduce, mark, stop = pickle.REDUCE[0], pickle.MARK[0], pickle.STOP[0]
+    while (opcode := data[at]) != stop:
+        start = at + 1
+        if (length := _FIXED.get(opcode)) is not None:
+            at = start + length
+        elif (length := _LENGTHS.get(opcode)) is not None:
+            at = start + length + int.from_bytes(data[start : start + length], "little")
+        elif (length := _LINES.get(opcode)) is not None:
+            at = start
+            for _ in range(length):
+                at = data.index(b"\n", at) + 1
+        else:
+            raise StorageError(f"the table of contents is malformed (opcode {opcode:#04x}); pack it again")
+        if opcode in _TEXTS:
+            texts += 1
+        elif opcode in _PUTS:
+            if opcode != pickle.MEMOIZE[0]:
+                entry = data[start:at]
+                number = int(entry) if opcode == pickle.PUT[0] else int.from_bytes(entry, "little")
+                if number > puts:  # the unpickler makes room for all numbers up to it
+                    raise StorageError("the table of contents is malformed; pack it again")
+            puts += 1
+        elif opcode == reduce:
+            tables += 1
+        elif opcode in _TUPLES:
+            tuples += 1
+        elif opcode == mark:
+            marks += 1
+        elif opcode in _ENDS_OF_MARKS:
+            marks -= 1
+        if marks > 2 * _MAX_DEPTH + _BESIDE or tables > _MAX_FOLDERS or tuples > _BESIDE:
+            raise StorageError("the table of contents is malformed; pack it again")
+        if texts > files + tables + _BESIDE or puts > 2 * (texts + tables) + _BESIDE:
+            raise StorageError("the table of contents is malformed; pack it again")
+
+
 def _read_contents(reader: Reader) -> OrderedDict[str, Any]:
     path = reader.paths[-1]
     last = reader.read(len(reader) - 1) if len(reader) else memoryview(b"")
     if bytes(last[: len(MAGIC)]) != MAGIC:
         raise StorageError(f"{path} is an FFRecord file, but not a packed folder; pack it with pack_folder")
+    table = bytes(last[len(MAGIC) :])
     try:
-        contents = _OnlyTables(io.BytesIO(last[len(MAGIC) :])).load()
+        _check_opcodes(table, len(reader) - 1)
+        contents = _OnlyTables(io.BytesIO(table)).load()
         count = _count_files(contents, len(reader) - 1, 0, [len(reader) + _MAX_FOLDERS])
     except StorageError as error:
         raise StorageError(f"{path}: {error}") from None
