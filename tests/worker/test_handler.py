@@ -136,6 +136,50 @@ def test_batches_of_several_threads_are_computed_one_at_a_time(handler, street):
     assert all(encode_outcome(*outcomes) == expected for outcomes, _ in answers)
 
 
+def npy_header(text: str) -> bytes:
+    """A ``.npy`` of version 1 with this header."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(64)
+
+
+HOSTILE = {
+    "a float in the shape": npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (100, 4.0)}"),
+    "a shape that overflows": npy_header(
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807, 4)}"
+    ),
+    "a negative shape": npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-4, 4)}"),
+    "objects": npy_header("{'descr': '|O', 'fortran_order': False, 'shape': (4, 4)}"),
+    "a type that is none": npy_header(
+        "{'descr': [('x', '<f4', (-1,))], 'fortran_order': False, 'shape': (4,)}"
+    ),
+    "a deep header": npy_header("[" * 5000),
+    "a long number": npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 5000 + ", 4)}"),
+    "pcd without sizes": b"# .PCD v0.7\nFIELDS x y z\nSIZE 4 4\nTYPE F F F\nPOINTS 1e400\nDATA binary\n",
+    "ply with endless lists": b"ply\nformat ascii 1.0\nelement vertex 99999999999999999999\nend_header\n",
+    "an empty zip": b"PK\x05\x06" + bytes(18),
+    "las with a long header": b"LASF" + b"\xff" * 400,
+    "no text": b"\xff" * 33,
+}
+
+
+def test_hostile_frames_are_answered_beside_untouched_neighbours(handler, street):
+    good = EncodedFrame(street.tobytes())
+    frames = [good, *map(EncodedFrame, HOSTILE.values()), EncodedFrame({"\x00": b"", "points": b""}), good]
+    outcomes, _ = handler.answer(Batch(frames))
+    statuses = [encode_outcome(outcome)[0] for outcome in outcomes]
+    assert statuses[0] == statuses[-1] == 200
+    wrong = {
+        name: status
+        for name, status in zip([*HOSTILE, "parts"], statuses[1:-1], strict=True)
+        if status // 100 != 4
+    }
+    assert not wrong
+    assert (
+        encode_outcome(outcomes[0])
+        == encode_outcome(outcomes[-1])
+        == encode_outcome(*handler.answer(Batch([good]))[0])
+    )
+
+
 def test_handler_describes_its_archive(handler, demo_archive):
     context = Context(demo_archive.root, headers=[{"describe": "True"}])
     (body,) = handler.handle([{}], context)

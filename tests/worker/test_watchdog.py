@@ -52,3 +52,34 @@ print("gone")
 def test_watchdog_without_a_limit_starts_no_timer():
     with watchdog(0):
         pass
+
+
+OVERLAPPING = """
+import threading, time
+from serve.worker.watchdog import watchdog
+def outlives_its_limit():
+    with watchdog({inner}):
+        time.sleep({lasts})
+with watchdog({outer}):
+    thread = threading.Thread(target=outlives_its_limit)
+    thread.start()
+    {meanwhile}
+thread.join()
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "lasts", "meanwhile", "survives"),
+    [
+        (60, 0.3, 60, "thread.join()", False),  # the later block has the earlier deadline
+        (0.3, 60, 60, "thread.join()", False),
+        (60, 0.5, 60, "pass", False),  # the other block has ended, this one goes on
+        (0.5, 60, 1.5, "pass", True),  # the earlier deadline went with its block
+    ],
+)
+def test_every_one_of_several_blocks_has_its_own_limit(outer, inner, lasts, meanwhile, survives):
+    program = OVERLAPPING.format(outer=outer, inner=inner, lasts=lasts, meanwhile=meanwhile)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout) == ((0, "went on\n") if survives else (1, "")), ended.stderr
+    assert survives or "outlives_its_limit" in ended.stderr
