@@ -107,6 +107,7 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
             BadRequest,
             "CHARACTERS",
         ),
+        Limit("gateway.request:MAX_QUERY_BYTES", "longest query", BadRequest, "BYTES"),
         Limit("gateway.response:_MAX_ACCEPT_CHARS", "longest Accept header", BadRequest, "CHARACTERS"),
         Limit(
             "gateway.http_protocol:MAX_HEADER_BYTES",

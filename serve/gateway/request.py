@@ -46,12 +46,14 @@ __all__ = [
     "check_frames",
     "parse_request_options",
     "read_body",
+    "read_query",
     "receive_frames",
 ]
 
 logger = logging.getLogger(__name__)
 OPTION_NAMES = tuple(field.name for field in fields(FrameOptions))
 _HEADER_OPTIONS = {"x-" + name.replace("_", "-"): name for name in OPTION_NAMES}
+MAX_QUERY_BYTES = 8192
 FRAME_FIELDS = frozenset(("body", "data", "file", "frame", "image", "points"))
 
 
@@ -76,6 +78,20 @@ class ParsedRequest:
     frames: Sequence[EncodedFrame | ServeError]
     many: bool
     framed: bool = False
+
+
+def read_query(request: Request) -> Mapping[str, str]:
+    """Return the query.
+
+    Raises:
+        BadRequest: it is longer than `MAX_QUERY_BYTES`.
+    """
+    nbytes = len(request.scope["query_string"])
+    if nbytes > MAX_QUERY_BYTES:
+        raise BadRequest(
+            f"the query has {nbytes} bytes, the limit is {MAX_QUERY_BYTES}; send options in the body"
+        )
+    return request.query_params
 
 
 def parse_request_options(

@@ -82,7 +82,7 @@ def _find_frame(row: Mapping[str, Any], headers: Mapping[str, Any], content_type
         return {name: _read_part(name, value) for name, value in parts.items()}, "multipart/form-data"
     found = [name for name in FRAME_FIELDS if name in row]
     if "b64" in row:
-        return encode_json({"b64": _decode_text("b64", row["b64"])}), "application/json"
+        return _encode_parsed({"b64": _decode_text("b64", row["b64"])}), "application/json"
     if not found:
         raise BadRequest(
             f"no frame in the request; send it as the body, or as a part named {' or '.join(FRAME_FIELDS)}"
@@ -91,13 +91,21 @@ def _find_frame(row: Mapping[str, Any], headers: Mapping[str, Any], content_type
         raise BadRequest(f"several frames in one request ({', '.join(found)}); send one, or a framed batch")
     value = row[found[0]]
     if isinstance(value, str):
-        return encode_json({"b64": value}), "application/json"
+        return _encode_parsed({"b64": value}), "application/json"
     if not isinstance(value, bytes | bytearray | memoryview):
         # TorchServe parses JSON itself, depending on the content type.
-        return encode_json(value), "application/json"
+        return _encode_parsed(value), "application/json"
     part = headers.get(found[0])
     part_type = part.get("content-type", "") if isinstance(part, Mapping) else ""
     return value, (part_type or content_type).partition(";")[0].strip().lower()
+
+
+def _encode_parsed(value: Any) -> bytes:
+    """Encode what TorchServe parsed, and our bounds have not seen yet, as JSON again."""
+    try:
+        return encode_json(value)
+    except TypeError as error:  # nested hundreds deep, integers over 64 bits, lone surrogates
+        raise BadRequest(f"the JSON cannot be read: {str(error)[:200]}") from None
 
 
 def _read_part(name: str, value: Any) -> Bytes:
@@ -106,7 +114,9 @@ def _read_part(name: str, value: Any) -> Bytes:
         return value
     if isinstance(value, str) and name in ("calibration", "sweeps", "text"):
         return value.encode()
-    parts, _ = decode_json_request(encode_json({name: {"b64": value} if isinstance(value, str) else value}))
+    parts, _ = decode_json_request(
+        _encode_parsed({name: {"b64": value} if isinstance(value, str) else value})
+    )
     return parts[name] if isinstance(parts, Mapping) else parts
 
 

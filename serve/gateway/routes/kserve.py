@@ -18,7 +18,7 @@ from serve.gateway.models import ModelRegistry
 from serve.gateway.offload import run_beside_loop
 from serve.gateway.openapi import errors
 from serve.gateway.options import GatewayOptions
-from serve.gateway.request import check_frames, parse_request_options, read_body
+from serve.gateway.request import check_frames, parse_request_options, read_body, read_query
 from serve.gateway.response import Timing
 from serve.gateway.router import FrameRoute
 from serve.gateway.routes.kserve_codec import InferBounds, decode_infer, encode_infer, model_metadata
@@ -107,7 +107,7 @@ def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
         body = await read_body(request, permit, options)
         header_length = request.headers.get(_HEADER_LENGTH)
         infer_request = await run_beside_loop(len(body), decode_infer, body, header_length, spec, bounds)
-        parameters = {**request.query_params, **infer_request.parameters}
+        parameters = {**read_query(request), **infer_request.parameters}
         request_options = parse_request_options(parameters, request.headers, options)
         if len(infer_request.frames) > options.max_frames_per_request:
             raise FrameTooLarge(

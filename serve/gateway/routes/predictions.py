@@ -15,7 +15,7 @@ from serve.gateway.dispatch import Outcome, run_frames, stream_frames
 from serve.gateway.middleware import permit_of, request_id_of
 from serve.gateway.models import ModelRegistry, ModelVersion
 from serve.gateway.options import GatewayOptions
-from serve.gateway.request import ParsedRequest, parse_request_options, receive_frames
+from serve.gateway.request import ParsedRequest, parse_request_options, read_query, receive_frames
 from serve.gateway.response import Media, Timing, choose_media, encode_line, encode_list, encode_one
 from serve.gateway.router import FrameRoute
 from serve.protocol.worker import EncodedFrame
@@ -31,7 +31,7 @@ def predict_route(options: GatewayOptions, registry: ModelRegistry, references: 
         arrived = time.perf_counter()
         timing = Timing()
         media = choose_media(request.headers.get("accept"))
-        request_options = parse_request_options(request.query_params, request.headers, options)
+        request_options = parse_request_options(read_query(request), request.headers, options)
         request.scope["state"]["model"] = model
         permit = permit_of(request.scope)
         served = await registry.find(model, version)
