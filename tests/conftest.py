@@ -77,6 +77,15 @@ def accept_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--duration",
+        type=float,
+        default=600.0,
+        help="seconds of the run at volume (tests/gateway/test_volume.py)",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Every process of a parallel run carries this identifier in its environment: `pytest_sessionfinish` looks for it.
     if hasattr(config.option, "testrunuid") and not config.option.testrunuid:
