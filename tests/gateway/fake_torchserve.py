@@ -68,15 +68,19 @@ class FakeModel:
 
 
 def answer_for(frame: bytes | dict[str, bytes], options: dict[str, Any]) -> bytes:
-    """What a frame is answered with; depends on all of its bytes and options."""
+    """What a frame is answered with; depends on all of its bytes and options.
+
+    Frames have one to three detections, and these differ, so that an order which is lost shows.
+    """
     whole = frame if isinstance(frame, bytes) else b"".join(frame[name] for name in sorted(frame))
     digest = hashlib.sha256(whole).hexdigest()
-    box = [float(byte) for byte in hashlib.sha256(whole).digest()[:7]]
+    numbers = hashlib.sha256(whole).digest()
+    count = 1 + numbers[0] % 3
     answer = {
-        "bboxes_3d": [box],
-        "scores_3d": [0.5],
-        "labels_3d": [1],
-        "names": ["Car"],
+        "bboxes_3d": [[float(byte) for byte in numbers[7 * k : 7 * k + 7]] for k in range(count)],
+        "scores_3d": [0.5 - k / 8 for k in range(count)],
+        "labels_3d": [1 - k % 2 for k in range(count)],
+        "names": [["Car", "Pedestrian"][1 - k % 2] for k in range(count)],
         "box_type_3d": "LiDAR",
         "frame": digest,
         "options": options,

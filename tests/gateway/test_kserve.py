@@ -67,7 +67,7 @@ def test_infer_gives_the_same_detections_as_predictions(client, cloud, binary_in
     assert result.as_numpy("bboxes_3d").dtype == np.float32 and result.as_numpy("labels_3d").dtype == np.int64
     for name in names[:3]:
         assert result.as_numpy(name).tolist() == plain[name]
-    assert result.as_numpy("num_detections").tolist() == [1]
+    assert result.as_numpy("num_detections").tolist() == [len(plain[names[1]])]
     answer = json.loads(result.as_numpy("detections")[0])
     assert (
         answer.pop("options") == {"load_dim": 4} and plain.pop("options") == {}
@@ -111,6 +111,22 @@ def test_one_request_carries_several_frames(client, cloud, torchserve, binary):
     ]
     assert counts == [0, 0, 0]  # the paper model answers in three dimensions, this one is asked in two
     assert len(torchserve.calls) == 1
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_detections_of_several_frames_follow_one_another_in_the_order_of_the_frames(client, cloud, binary):
+    clouds = [cloud(number) for number in range(8)]
+    asked = triton.InferInput("frame", [8], "BYTES")
+    asked.set_data_from_numpy(np.array(clouds, dtype=object), binary_data=True)
+    names = ("bboxes_3d", "scores_3d", "labels_3d")
+    outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in (*names, "num_detections")]
+    result = client.infer("second", [asked], outputs=outputs)
+    expected = [json.loads(answer_for(body, {})) for body in clouds]
+    counts = [len(answer["scores_3d"]) for answer in expected]
+    assert len(set(counts)) > 1 and counts != counts[::-1]  # else their order would not show
+    assert result.as_numpy("num_detections").tolist() == counts
+    for name in names:
+        assert result.as_numpy(name).tolist() == [each for answer in expected for each in answer[name]]
 
 
 def test_image_may_be_encoded_or_a_pixel_array(client, torchserve):
