@@ -164,6 +164,7 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
             UndecodableFrame,
             "BYTES",
         ),
+        Limit("protocol.las:MAX_RECORDS", "records before the points of a LAS file", UndecodableFrame, "N"),
         Limit("protocol.sweeps:MAX_SWEEPS", "most sweeps", BadRequest, "N"),
         Limit("protocol.sweeps:MAX_LAG_S", "largest age of a sweep", UndecodableFrame, "S"),
         Limit("protocol.sweeps:MAX_SHIFT_M", "largest shift of a sweep", UndecodableFrame, "M"),
