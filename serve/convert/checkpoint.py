@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from serve.convert.pickle_size import check_size_in_memory
 from serve.convert.safe_globals import Inert, safe_globals_for_openmmlab
 from serve.errors import CheckpointError
 
@@ -30,6 +31,10 @@ __all__ = ["Checkpoint", "load_checkpoint"]
 _HOLDERS = ("state_dict", "model_state_dict", "model")
 _MAX_DEPTH = 24
 _MAX_ITEMS = 20_000
+_MAX_VALUES = 1_000_000
+_MAX_TEXT_CHARS = 10_000
+# A weight that is shared is counted once per name; expanded and sparse buffers are small.
+_EXPANSION, _FREE_BYTES = 4, 64 << 20
 _BLOCKED = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -83,9 +88,19 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; check the path")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _parse(_unpickle(path, trust=trust), path)
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        if not trust:
+            check_size_in_memory(path)
+        # Indices of a sparse tensor beyond its shape would otherwise be written to.
+        with torch.sparse.check_sparse_tensor_invariants(True):  # type: ignore[no-untyped-call]
+            return _parse(_unpickle(path, trust=trust), path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever damage makes a reader raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
 
 
 def _unpickle(path: Path, *, trust: bool) -> Any:
@@ -108,7 +123,7 @@ def _unpickle(path: Path, *, trust: bool) -> Any:
 
 def _explain(path: Path, error: Exception, *, trust: bool) -> str:
     """Message for a checkpoint that cannot be unpickled."""
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     if trust:
         return f"{path} cannot be read even with --trust-checkpoint: {type(error).__name__}: {first}"
     blocked = _list_blocked_types(path) or sorted(set(_BLOCKED.findall(str(error))))
@@ -144,6 +159,7 @@ def _parse(raw: Any, path: Path) -> Checkpoint:
     source, weights = (holders[0], raw[holders[0]]) if holders else ("", raw)
     kept: dict[str, torch.Tensor] = {}
     odd: list[str] = []
+    _check_dense_sizes(weights, path)
     for name, value in weights.items():
         tensor = _as_tensor(value)
         if isinstance(name, str) and tensor is not None:
@@ -179,6 +195,24 @@ def _parse(raw: Any, path: Path) -> Checkpoint:
     )
 
 
+def _check_dense_sizes(weights: Mapping[Any, Any], path: Path) -> None:
+    """Check that the weights do not need many times the file's bytes: a view repeats a value, a sparse tensor zeros.
+
+    Raises:
+        CheckpointError: they do.
+    """
+    most = _EXPANSION * path.stat().st_size + _FREE_BYTES
+    total = 0
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            total += value.numel() * value.element_size()
+            if total > most:
+                raise CheckpointError(
+                    f"{path} has weights that need over {most >> 20} MiB, far more than the file, as "
+                    f"{str(name)[:100]}; save a state_dict() of contiguous tensors"
+                )
+
+
 def _read_safetensors(path: Path) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
@@ -186,7 +220,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
     if not kept:
         raise CheckpointError(f"{path} holds no weights")
@@ -229,30 +263,41 @@ def _find_ema_duplicates(weights: Mapping[str, torch.Tensor]) -> set[str]:
     return {f"ema_{name.replace('.', '_')}" for name in weights} & set(weights)
 
 
-def _to_json_types(value: Any, depth: int = 0) -> Any:
-    """Convert a value to JSON types; other, too deep or too long values become a short text."""
+def _to_json_types(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
+    """Convert a value to JSON types; other, too deep or too long values become a short text.
+
+    `left` counts down over the whole value, because a pickle can refer to one list many times.
+    """
+    left = [_MAX_VALUES] if left is None else left
+    left[0] -= 1
+    if left[0] < 0:
+        return "…"
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, np.generic):
-        return _to_json_types(value.item(), depth)
+        return _to_json_types(value.item(), depth, left)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, (np.ndarray, torch.Tensor)):
         size = value.size if isinstance(value, np.ndarray) else value.numel()
-        return _to_json_types(value.tolist(), depth) if size <= _MAX_ITEMS else f"<array of {size} numbers>"
+        return (
+            _to_json_types(value.tolist(), depth, left)
+            if size <= _MAX_ITEMS
+            else f"<array of {size} numbers>"
+        )
     if depth >= _MAX_DEPTH:
         return "…"
     if isinstance(value, Mapping):
         return {
-            str(_to_json_types(key, depth + 1)): _to_json_types(entry, depth + 1)
+            str(_to_json_types(key, depth + 1, left)): _to_json_types(entry, depth + 1, left)
             for key, entry in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [_to_json_types(entry, depth + 1) for entry in value[:_MAX_ITEMS]]
+        return [_to_json_types(entry, depth + 1, left) for entry in value[:_MAX_ITEMS]]
     if isinstance(value, (set, frozenset)):
-        return sorted((_to_json_types(entry, depth + 1) for entry in value), key=str)
+        return sorted((_to_json_types(entry, depth + 1, left) for entry in value), key=str)
     if isinstance(value, type) and issubclass(value, Inert):
         return value.of
-    return str(value)
+    return str(value)[:_MAX_TEXT_CHARS]
