@@ -6,8 +6,7 @@ order is irrelevant. Predictions of labels are left to `serve.compare.labels`.
 
 `serve.compare.assignment` pairs the detections. An unmatched one whose score is within the score tolerance of the
 threshold may be missing on the other side because of rounding: it is reported as borderline, not as a failure. Masks
-are not used for pairing and are compared afterwards. Where scores are tied, rounding decides which of two detections
-is kept: `serve.compare.ties` sets those apart.
+are not used for pairing and are compared afterwards. `serve.compare.ties` sets apart what rounding decides.
 """
 
 from __future__ import annotations
@@ -61,7 +60,10 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of `compare`; positions refer to the compared dictionaries."""
+    """Result of `compare`; positions refer to the compared dictionaries.
+
+    ``moved_by_rounding`` is the largest number of detections that a variant of `serve.compare.ties` changes.
+    """
 
     is_3d: bool
     tolerances: Tolerances
@@ -78,6 +80,7 @@ class Comparison:
     described: tuple[tuple[str, ...], tuple[str, ...]]
     tied_expected: frozenset[int] = frozenset()
     tied_actual: frozenset[int] = frozenset()
+    moved_by_rounding: int = 0
 
     @property
     def ok(self) -> bool:
@@ -95,13 +98,13 @@ class Comparison:
 
     @property
     def ties(self) -> int:
-        """Number of detections that were exchanged for others of the same score."""
+        """Number of detections that differ because rounding decides them."""
         return max(len(self.tied_expected), len(self.tied_actual))
 
     @property
     def most_ties(self) -> float:
         """Number of ties above which the two sides count as different."""
-        return MAX_TIE_SHARE * max(self.expected_count, self.actual_count)
+        return max(MAX_TIE_SHARE * max(self.expected_count, self.actual_count), self.moved_by_rounding)
 
     def is_tied(self, pair: Pair) -> bool:
         """Whether both detections of a pair are ties."""

@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from serve.compare.tolerances import MAX_TIE_SHARE
+
 __all__ = [
     "LabelComparison",
     "compare_labels",
@@ -25,6 +27,7 @@ __all__ = [
     "encode_labels",
     "encode_segments",
     "has_labels",
+    "label_differences",
 ]
 
 _DTYPES = ("uint8", "uint16", "uint32")
@@ -130,6 +133,8 @@ class LabelComparison:
         problems: reasons why the two are incomparable.
         sides: names of the two sides.
         unit: ``points`` or ``pixels``.
+        tied: number of those with another label that rounding decides (`serve.compare.ties`).
+        moved_by_rounding: largest number of labels that a variant of `serve.compare.ties` changes.
     """
 
     count: int
@@ -138,6 +143,8 @@ class LabelComparison:
     problems: tuple[str, ...]
     sides: tuple[str, str]
     unit: str
+    tied: int = 0
+    moved_by_rounding: int = 0
 
     @property
     def share(self) -> float:
@@ -146,14 +153,24 @@ class LabelComparison:
 
     @property
     def ok(self) -> bool:
-        """Whether enough labels agree."""
-        return not self.problems and self.share >= self.least_share
+        """Whether enough labels agree, without the tied ones, of which there are few."""
+        if self.problems:
+            return False
+        return self.share >= self.least_share or (
+            self.agreeing + self.tied >= self.least_share * self.count and self.tied <= self.most_ties
+        )
+
+    @property
+    def most_ties(self) -> float:
+        """Number of ties above which the two sides count as different."""
+        return max(MAX_TIE_SHARE * self.count, self.moved_by_rounding)
 
     def verdict(self) -> str:
         """Format one line: match or mismatch, and how many labels agree."""
         word = "match" if self.ok else "MISMATCH"
         share = f"{self.agreeing} of {self.count} {self.unit} have the same label (>= {self.least_share:.2%})"
-        return f"{word}: {share} in {' and '.join(self.sides)} predictions"
+        tied = f", {self.tied} tied (at most {self.most_ties:g})" if self.tied else ""
+        return f"{word}: {share} in {' and '.join(self.sides)} predictions{tied}"
 
 
 def compare_labels(
@@ -179,16 +196,34 @@ def compare_labels(
     """
     unit = "points" if "pts_semantic_mask" in expected else "pixels"
     try:
-        if unit == "points":
-            one, two = (decode_labels(side["pts_semantic_mask"]) for side in (expected, actual))
-        else:
-            one, two = _match_segments(expected, actual)
+        one, two = _decode_both(expected, actual)
     except (ValueError, KeyError, TypeError) as error:
         return LabelComparison(0, 0, least_share, (f"malformed predictions: {error!r}",), sides, unit)
     if one.shape != two.shape:
         problem = f"{one.shape} {unit} in {sides[0]} and {two.shape} in {sides[1]} predictions"
         return LabelComparison(max(one.size, two.size), 0, least_share, (problem,), sides, unit)
     return LabelComparison(one.size, int((one == two).sum()), least_share, (), sides, unit)
+
+
+def label_differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> npt.NDArray[np.bool_]:
+    """Mark the points (N,) or pixels (H, W) whose labels differ between two predictions of equal shape.
+
+    Raises:
+        ValueError: malformed, or of unequal shape.
+    """
+    one, two = _decode_both(expected, actual)
+    if one.shape != two.shape:
+        raise ValueError(f"labels of shape {one.shape} and {two.shape}")
+    return np.asarray(one != two)
+
+
+def _decode_both(
+    expected: Mapping[str, Any], actual: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Labels of both sides; segments of the second are numbered like those of the first."""
+    if "pts_semantic_mask" in expected:
+        return decode_labels(expected["pts_semantic_mask"]), decode_labels(actual["pts_semantic_mask"])
+    return _match_segments(expected, actual)
 
 
 def _match_segments(

@@ -247,7 +247,7 @@ def _record_golden(
     from serve.compare.tolerances import tolerances_for
     from serve.runtime.detector import Detector, apply_options
     from serve.runtime.fusion import find_fusable
-    from serve.runtime.selftest import matches, run_golden_frame
+    from serve.runtime.selftest import compare_with_recorded, run_golden_frame
 
     plain = replace(metadata, inference=replace(metadata.inference, autocast="off"))
     detector = Detector(network, config, plain, device)
@@ -277,8 +277,8 @@ def _record_golden(
     except SelfTestError as error:
         notes = (*notes, f"batch norms are not folded: the folded model cannot run ({error})")
         return metadata, unfolded, notes
-    same, found = matches(unfolded, folded, tolerances_for(device))
-    if not same:
+    found = compare_with_recorded(detector, unfolded, folded, frame, tolerances_for(device))
+    if not found.ok:
         notes = (
             *notes,
             f"batch norms are not folded: folding changes the predictions ({found.verdict()})",

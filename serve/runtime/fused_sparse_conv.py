@@ -91,8 +91,12 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
         self._filters: PackedFilters | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._filters = None  # weights change their device or dtype
+        self.drop_packed()  # weights change their device or dtype
         return super()._apply(fn, recurse)
+
+    def drop_packed(self) -> None:
+        """Pack the weights anew on the next call; call it after changing them."""
+        self._filters = None
 
     def forward(self, x: Any) -> Any:
         """Convolve a ``SparseConvTensor``; return another with the same ``indice_dict``."""

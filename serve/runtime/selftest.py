@@ -12,15 +12,16 @@ from typing import Any
 from serve.archive import Archive
 from serve.compare.detections import Comparison, compare_answers
 from serve.compare.labels import LabelComparison
-from serve.compare.ties import find_ties
+from serve.compare.ties import confirm_ties
 from serve.compare.tolerances import Tolerances, tolerances_for
 from serve.errors import SelfTestError, ServeError
 from serve.protocol.batch import Body
 from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime.custom_code import explain_missing
 from serve.runtime.detector import Detector
+from serve.runtime.rounding import variants
 
-__all__ = ["matches", "run_golden_frame", "self_test"]
+__all__ = ["compare_with_recorded", "run_golden_frame", "self_test"]
 
 
 def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
@@ -43,14 +44,30 @@ def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
     return {name: value for name, value in outcome.items() if name != "warnings"}
 
 
-def matches(
-    expected: Mapping[str, Any], actual: Mapping[str, Any], tolerances: Tolerances
-) -> tuple[bool, Comparison | LabelComparison]:
-    """Compare an answer with a recorded one; a small share of the detections may be tied (`serve.compare.ties`)."""
-    found = compare_answers(expected, actual, tolerances, sides=("recorded", "now"))
-    if not isinstance(found, LabelComparison):
-        found = find_ties(found, expected, actual)
-    return found.ok, found
+def compare_with_recorded(
+    detector: Detector,
+    recorded: Mapping[str, Any],
+    now: Mapping[str, Any],
+    frame: Body,
+    tolerances: Tolerances,
+) -> Comparison | LabelComparison:
+    """Compare an answer to the golden frame with a recorded one.
+
+    Args:
+        detector: the detector at hand; if the answers differ, it runs the frame again for its variants, which tell ties
+            from mismatches (`serve.compare.ties`).
+        recorded: answer of another detector, or of this one in another state.
+        now: answer of `detector`.
+        frame: the golden frame.
+        tolerances: limits of equality.
+    """
+    found = compare_answers(now, recorded, tolerances, sides=("new", "recorded"))
+
+    def run() -> dict[str, Any]:
+        with detector.guarded():
+            return run_golden_frame(detector, frame)
+
+    return confirm_ties(found, now, recorded, variants(detector.network, run))
 
 
 def self_test(detector: Detector, archive: Archive) -> float:
@@ -63,13 +80,16 @@ def self_test(detector: Detector, archive: Archive) -> float:
     started = time.perf_counter()
     frame = archive.golden_frame()
     with detector.guarded():
-        actual = run_golden_frame(detector, frame)
+        now = run_golden_frame(detector, frame)
     seconds = time.perf_counter() - started
-    expected = archive.golden_expected()
-    ok, found = matches(
-        expected, actual, tolerances_for(detector.device, archive.metadata.inference.autocast)
+    found = compare_with_recorded(
+        detector,
+        archive.golden_expected(),
+        now,
+        frame,
+        tolerances_for(detector.device, archive.metadata.inference.autocast),
     )
-    if not ok:
+    if not found.ok:
         raise SelfTestError(
             f"the self-test of {archive.metadata.name} failed: the golden frame's answer differs from the recorded one "
             f"({'; '.join((found.verdict(), *getattr(found, 'problems', ())))}); "

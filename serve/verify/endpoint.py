@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from serve.client import Client
 from serve.compare.detections import Comparison, compare_answers, is_3d
 from serve.compare.labels import LabelComparison, has_labels
-from serve.compare.ties import confirm_ties
+from serve.compare.ties import VARIANTS, confirm_ties
 from serve.compare.tolerances import Tolerances
 from serve.errors import BackendBroken, BadRequest, ModelNotFound, SettingsError, UndecodableFrame
 from serve.protocol.frames import Modality
@@ -23,8 +23,6 @@ from serve.verify.reference import FRAME_SUFFIXES, filter_by_score
 
 __all__ = ["FrameReport", "Reference", "find_frames", "frame_parts", "read_token", "verify"]
 
-# Variants of the reference that show which of its detections rounding decides; enough to find both outcomes of a tie.
-_VARIANTS = (1, 2, 3, 4)
 _CONTENT_TYPES = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
@@ -142,11 +140,11 @@ def verify(
         )
         _require_same_model(reference, served, model)
         found = compare_answers(expected, served, tolerances, score_thr)
-        if isinstance(found, Comparison) and not (found.ok or found.problems):
-            variants = [
-                filter_by_score(reference.detect(parts or path, variant), score_thr) for variant in _VARIANTS
-            ]
-            found = confirm_ties(found, expected, served, variants)
+        variants = (
+            filter_by_score(reference.detect(parts or path, variant), score_thr)
+            for variant in range(1, VARIANTS + 1)
+        )
+        found = confirm_ties(found, expected, served, variants)
         yield FrameReport(path, expected, served, found)
 
 

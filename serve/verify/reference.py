@@ -111,8 +111,10 @@ class ReferenceModel:
             UndecodableFrame: a file is missing, or not a part of a frame of this model.
             InferenceFailed: the network raised an error.
         """
+        from serve.runtime.rounding import changed_weights
+
         files = self._check_files(frame)
-        with _changed_weights(self.module, variant):
+        with changed_weights(self.module, variant):
             return self._detect_in_files(files)
 
     def _detect_in_files(self, files: dict[str, Path]) -> dict[str, Any]:
@@ -405,32 +407,6 @@ def _no_cuda() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.cuda = method  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _changed_weights(module: Any, variant: int) -> Iterator[None]:
-    """Multiply every parameter by 1 + noise of some roundings of float32, reproducible by `variant`; 0 changes none."""
-    import torch
-
-    if not variant:
-        yield
-        return
-    generator = torch.Generator().manual_seed(variant)
-    spread = (
-        2.0**-20 if variant % 2 else 2.0**-17
-    )  # float32 rounds to 2**-24; a layer adds up hundreds of products
-    weights = [weight for weight in module.parameters() if weight.is_floating_point()]
-    former = [weight.detach().clone() for weight in weights]
-    try:
-        with torch.no_grad():
-            for weight in weights:
-                noise = torch.randn(weight.shape, generator=generator).to(weight)
-                weight.mul_(1 + spread * noise)
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, value in zip(weights, former, strict=True):
-                weight.copy_(value)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
-from serve.compare.detections import compare
-from serve.compare.ties import confirm_ties, find_ties
+import numpy as np
+
+from serve.compare.detections import Comparison, compare, compare_answers
+from serve.compare.labels import encode_labels, encode_segments
+from serve.compare.ties import confirm_ties
 from serve.compare.tolerances import MAX_TIE_SHARE, TOLERANCES, tolerances_for
 
 COUNT = 40
@@ -30,42 +34,146 @@ def exchanged(detections: dict[str, Any], *rows: int, score: float = 0.0) -> dic
     return changed
 
 
-def test_a_box_exchanged_at_the_same_score_is_a_tie():
+def shifted(detections: dict[str, Any], row: int, px: float) -> dict[str, Any]:
+    """The same with one box moved along x."""
+    changed = copy.deepcopy(detections)
+    changed["bboxes"][row][0] += px
+    changed["bboxes"][row][2] += px
+    return changed
+
+
+def without(detections: dict[str, Any], row: int) -> dict[str, Any]:
+    """The same less one detection."""
+    return {key: [value for k, value in enumerate(values) if k != row] for key, values in detections.items()}
+
+
+def confirmed(one: dict[str, Any], two: dict[str, Any], *variants: dict[str, Any]) -> Comparison:
+    found = confirm_ties(compare(one, two), one, two, variants)
+    assert isinstance(found, Comparison)
+    return found
+
+
+def test_a_box_that_a_variant_moves_as_far_is_a_tie():
     one, two = boxes(), exchanged(boxes(), 3, score=1e-5)
-    found = find_ties(compare(one, two), one, two)
+    found = confirmed(one, two, one, two)
     assert found.ok and found.ties == 1 and found.largest_box == 0
     assert "1 tied" in found.verdict()
 
 
-def test_a_box_exchanged_at_another_score_is_a_mismatch():
-    one, two = boxes(), exchanged(boxes(), 3, score=-0.003)
-    assert not find_ties(compare(one, two), one, two).ok
+def test_an_equal_score_alone_makes_no_tie():
+    one, two = boxes(), exchanged(boxes(), 3, score=1e-5)
+    assert not confirmed(one, two, one, one).ok
+    assert not confirmed(one, two, one, exchanged(boxes(), 4), exchanged(boxes(), 5)).ok
 
 
-def test_more_ties_than_the_share_are_a_mismatch():
-    one, two = boxes(), exchanged(boxes(), *range(int(MAX_TIE_SHARE * COUNT) + 1))
-    found = find_ties(compare(one, two), one, two)
-    assert not found.ok and "MISMATCH" in found.verdict()
-
-
-def test_a_detection_at_the_models_own_threshold_may_be_missing():
+def test_a_box_farther_off_than_twice_what_rounding_does_is_a_mismatch():
     one = boxes()
-    two = {key: values[:-1] for key, values in one.items()}
-    assert find_ties(compare(one, two), one, two).ok
-    two = {key: values[1:] for key, values in one.items()}
-    assert not find_ties(compare(one, two), one, two).ok
+    for px, same in ((0.04, True), (0.9, True), (1.9, True), (2.1, False)):
+        assert confirmed(one, shifted(one, 3, px), shifted(one, 3, -1.0)).ok is same
 
 
-def test_a_tie_is_confirmed_by_a_variant_of_the_reference_that_has_it():
+def test_rounding_that_moves_one_detection_excuses_no_other():
+    one = boxes()
+    assert not confirmed(one, shifted(one, 4, 1.0), shifted(one, 3, 1.0)).ok
+
+
+def test_another_label_is_a_tie_only_if_a_variant_has_it():
+    one = boxes()
+    two, three = copy.deepcopy(one), copy.deepcopy(one)
+    two["labels"][3], three["labels"][3] = 1, 2
+    assert confirmed(one, two, two).ok
+    assert not confirmed(one, two, three).ok
+    assert not confirmed(one, two, shifted(one, 3, 1.0)).ok
+
+
+def test_a_score_that_a_variant_moves_as_far_is_a_tie():
+    one, two, three = boxes(), boxes(), boxes()
+    two["scores"][3] += 0.01
+    three["scores"][3] -= 0.008
+    assert confirmed(one, two, three).ok
+    assert not confirmed(one, two, shifted(one, 3, 1.0)).ok
+
+
+def test_a_missing_detection_is_a_tie_only_if_a_variant_lacks_it():
+    one = boxes()
+    assert confirmed(one, without(one, 3), without(one, 3)).ok
+    assert not confirmed(one, without(one, 3), without(one, 4)).ok
+
+
+def test_a_further_detection_is_a_tie_only_if_a_variant_has_it_or_one_beside_it():
+    one, two = without(boxes(), 3), boxes()
+    assert confirmed(one, two, two).ok
+    assert not confirmed(one, two, one).ok
+    beside = shifted(boxes(), 3, 1.0)
+    assert not confirmed(one, two, beside).ok  # nothing else moves
+    assert confirmed(one, two, shifted(beside, 5, 1.0)).ok
+
+
+def test_a_missing_detection_is_a_tie_where_the_model_cuts_the_scores():
+    one = boxes()
+    assert confirmed(one, without(one, COUNT - 1), one).ok
+    assert confirmed(without(one, COUNT - 1), one, without(one, COUNT - 1)).ok
+    assert not confirmed(one, without(one, COUNT - 2), one).ok
+
+
+def test_more_ties_than_the_share_are_a_mismatch_unless_rounding_moves_as_many():
+    rows = range(int(MAX_TIE_SHARE * COUNT) + 1)
+    one, two = boxes(), exchanged(boxes(), *rows)
+    found = confirmed(one, two, *(exchanged(boxes(), row) for row in rows))
+    assert not found.ok and "MISMATCH" in found.verdict()
+    assert confirmed(one, two, two).ok
+
+
+def test_variants_are_asked_only_as_far_as_needed():
     one, two = boxes(), exchanged(boxes(), 3)
-    found = compare(one, two)
-    assert confirm_ties(found, one, two, [one, two]).ok
-    assert not confirm_ties(found, one, two, [one, one]).ok
+    asked = []
+
+    def variants() -> Iterator[dict[str, Any]]:
+        for variant in (one, two, one):
+            asked.append(variant)
+            yield variant
+
+    assert confirm_ties(compare(one, one), one, one, variants()).ok and not asked
+    assert confirm_ties(compare(one, two), one, two, variants()).ok and len(asked) == 2
 
 
-def test_a_box_that_no_variant_has_stays_a_mismatch():
-    one, two = boxes(), exchanged(boxes(), 3)
-    assert not confirm_ties(compare(one, two), one, two, [exchanged(boxes(), 4), exchanged(boxes(), 5)]).ok
+def points(*changed: int) -> dict[str, Any]:
+    """1,000 labelled points, of which some have another label."""
+    labels = np.arange(1000) % 5
+    labels[list(changed)] += 1
+    return {"pts_semantic_mask": encode_labels(labels)}
+
+
+def test_labels_of_points_are_tied_if_a_variant_changes_them():
+    one, two = points(), points(1, 2, 3)
+    found = compare_answers(one, two)
+    assert not found.ok
+    assert confirm_ties(found, one, two, [points(1, 2), points(2, 3)]).ok
+    assert "3 tied" in confirm_ties(found, one, two, [points(1, 2, 3)]).verdict()
+    assert not confirm_ties(found, one, two, [points(4, 5, 6)]).ok
+
+
+def test_more_tied_labels_than_the_share_are_a_mismatch_unless_rounding_moves_as_many():
+    rows = range(int(MAX_TIE_SHARE * 1000) + 2)
+    one, two = points(), points(*rows)
+    found = compare_answers(one, two)
+    assert not confirm_ties(found, one, two, [points(*rows[::2]), points(*rows[1::2])]).ok
+    assert confirm_ties(found, one, two, [points(*rows)]).ok
+
+
+def panoptic(width: int) -> dict[str, Any]:
+    """A thing of some columns on the left of an image of 40 x 40, before the sky."""
+    ids = np.ones((40, 40), np.int64)
+    ids[:, :width] = 1000
+    return encode_segments(ids, ("thing", "sky"))
+
+
+def test_pixels_of_segments_are_tied_if_a_variant_changes_them():
+    one, two = panoptic(20), panoptic(21)
+    found = compare_answers(one, two)
+    assert not found.ok
+    assert confirm_ties(found, one, two, [panoptic(22)]).ok
+    assert not confirm_ties(found, one, two, [panoptic(19)]).ok
 
 
 def test_limits_follow_the_precision_of_the_device():
@@ -99,9 +207,13 @@ def encode_runs(runs: list[int]) -> str:
     return coco.frPyObjects({"size": [40, 40], "counts": runs}, 40, 40)["counts"].decode()
 
 
-def test_a_mask_may_differ_in_few_pixels_and_is_never_a_tie():
+def test_a_mask_may_differ_in_few_pixels():
     for missing, same in ((4, True), (5, False)):
-        one, two = masked(0), masked(missing)
-        found = compare(one, two)
-        assert found.ok is same
-        assert find_ties(found, one, two).ties == 0
+        assert compare(masked(0), masked(missing)).ok is same
+
+
+def test_a_mask_is_tied_if_a_variant_changes_it_as_much():
+    one, two = masked(0), masked(8)
+    assert confirmed(one, two, masked(5)).ok
+    assert not confirmed(one, two, masked(3)).ok
+    assert not confirmed(one, two, one).ok

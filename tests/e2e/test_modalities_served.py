@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serve.client import Client
-from serve.compare.detections import Tolerances, compare_answers
+from serve.compare.detections import compare_answers
 from serve.errors import ClientError
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from serve.verify.report import comparison_table
@@ -29,7 +29,7 @@ def test_parts_reach_the_model_through_torchserve(tmp_path):
     native = load_reference(model.config, model.checkpoint, "cpu").detect(model.files())
     with TorchServe(options), Client(f"127.0.0.1:{ports['inference_port']}") as client:
         served = client.predict(parts, "mono3d")
-        found = compare_answers(native, served, Tolerances(box_m=5e-3, yaw_rad=5e-3, score=1e-3))
+        found = compare_answers(native, served)
         assert found.ok and served["names"], comparison_table(found)
         assert client.predict(parts, "mono3d", max_detections=1)["names"] == served["names"][:1]
         with pytest.raises(ClientError, match="image, calibration"):

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class ProbeResult:
         deviation: largest deviation from native inference, formatted.
         seconds: duration of the probe.
         packages: missing packages.
+        served: whether the deviation is that of a TorchServe's answer.
     """
 
     config: str
@@ -74,6 +76,7 @@ class ProbeResult:
     deviation: str = ""
     seconds: float = 0.0
     packages: tuple[str, ...] = field(default=())
+    served: bool = False
 
 
 def shrink(config: Any, origin: Path) -> Any:
@@ -124,13 +127,18 @@ def _smaller(size: Any) -> tuple[int, int]:
     return one, two
 
 
-def try_config(path: Path) -> ProbeResult:
-    """Probe one config; failures of the model become a status, not an exception."""
+def try_config(path: Path, *, served: bool = False) -> ProbeResult:
+    """Probe one config; failures of the model become a status, not an exception.
+
+    Args:
+        path: of the config.
+        served: compare the answer of a TorchServe with upstream's, in place of one computed here.
+    """
     started = time.perf_counter()
     found: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-coverage-") as folder:
-            result = _try(path, Path(folder), found)
+            result = _try(path, Path(folder), found, served=served)
     except Exception as error:
         result = _explain(path, error)
         traceback.print_exc()
@@ -141,19 +149,21 @@ def try_config(path: Path) -> ProbeResult:
     )
 
 
-def _try(path: Path, folder: Path, properties: dict[str, Any]) -> ProbeResult:
+def _try(path: Path, folder: Path, properties: dict[str, Any], *, served: bool) -> ProbeResult:
     import torch
     from mmengine.config import Config
 
     from serve import archive, convert
-    from serve.compare.tolerances import TOLERANCES
+    from serve.compare.detections import compare_answers
+    from serve.compare.ties import VARIANTS, confirm_ties
     from serve.convert import golden
     from serve.protocol.frames import FrameOptions, Limits
     from serve.runtime import load_detector
     from serve.runtime.pipeline import frame_spec
-    from serve.runtime.selftest import matches
+    from serve.runtime.rounding import variants
     from serve.verify.reference import load_reference
     from tools.zoo.random_weights import write_random_checkpoint
+    from tools.zoo.served import verify_served
 
     # 1. Shrink the config.
     small = folder / path.name
@@ -188,26 +198,40 @@ def _try(path: Path, folder: Path, properties: dict[str, Any]) -> ProbeResult:
     # 3. Run two different frames singly and as a batch.
     first = detector.decode(opened.golden_frame(), FrameOptions(), Limits())
     second = _modify(first)
-    single = [_get_result(detector.run([one])[0]) for one in (first, second)]
+    single = [_run_one(detector, one) for one in (first, second)]
     batched = [_get_result(outcome) for outcome in detector.run([first, second])]
-    tolerances = TOLERANCES["float32"]
-    for one, two in zip(single, batched, strict=True):
-        same, found = matches(one, two, tolerances)
-        if not same:
+    for each, one, two in zip((first, second), single, batched, strict=True):
+        answers = variants(detector.network, partial(_run_one, detector, each))
+        found = confirm_ties(compare_answers(one, two, sides=("single", "batched")), one, two, answers)
+        if not found.ok:
             return ProbeResult(path.stem, "differs", f"a batch from single frames: {found.verdict()}")
     # 4. Compare with upstream's own functions.
     reference = load_reference(small, checkpoint, "cpu")
-    entries = opened.metadata.golden_frame
-    files = (
-        opened.root / entries
-        if isinstance(entries, str)
-        else {name: opened.root / entry for name, entry in entries.items()}
-    )
-    same, found = matches(reference.detect(files), single[0], tolerances)
-    figures = found.verdict()
-    if not same:
+    if served:
+        del detector
+        found = verify_served(converted.path, opened, reference, folder / "frame")
+    else:
+        entries = opened.metadata.golden_frame
+        files = (
+            opened.root / entries
+            if isinstance(entries, str)
+            else {name: opened.root / entry for name, entry in entries.items()}
+        )
+        native = reference.detect(files)
+        found = confirm_ties(
+            compare_answers(native, single[0]),
+            native,
+            single[0],
+            (reference.detect(files, variant) for variant in range(1, VARIANTS + 1)),
+        )
+    if not found.ok:
+        problems = "; ".join((found.verdict(), *found.problems))
         return ProbeResult(
-            path.stem, "differs", f"from native inference: {figures}", answers=converted.golden_detections
+            path.stem,
+            "differs",
+            f"from native inference: {problems}",
+            answers=converted.golden_detections,
+            served=served,
         )
     return ProbeResult(
         path.stem,
@@ -215,19 +239,24 @@ def _try(path: Path, folder: Path, properties: dict[str, Any]) -> ProbeResult:
         "; ".join(converted.notes),
         answers=converted.golden_detections,
         deviation=_format_deviation(found),
+        served=served,
     )
 
 
 def _format_deviation(found: Any) -> str:
-    """Format the largest deviations of a comparison."""
+    """Format the largest deviations of a comparison, and the number of ties."""
     if hasattr(found, "share"):
-        return f"{found.count - found.agreeing} of {found.count} {found.unit}"
+        tied = f", {found.tied} tied" if found.tied else ""
+        return f"{found.count - found.agreeing - found.tied} of {found.count} {found.unit}{tied}"
     unit = "m" if found.is_3d else "px"
     parts = [f"{found.largest_box:.0e} {unit}", f"score {found.largest_score:.0e}"]
     if found.smallest_mask_iou is not None:
         parts.append(f"mask IoU {found.smallest_mask_iou:.3f}")
-    unpaired = max(len(found.unmatched_expected), len(found.unmatched_actual))
-    return ", ".join([*parts, *([f"{unpaired} unpaired"] if unpaired else [])])
+    return ", ".join([*parts, *([f"{found.ties} tied"] if found.ties else [])])
+
+
+def _run_one(detector: Any, frame: Any) -> dict[str, Any]:
+    return _get_result(detector.run([frame])[0])
 
 
 def _get_result(outcome: Any) -> dict[str, Any]:
@@ -267,6 +296,9 @@ def _explain(path: Path, error: Exception) -> ProbeResult:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if isinstance(error, ArchiveError) and "frame by frame" in str(error):
         return ProbeResult(path.stem, "not a per-frame model", str(error).rpartition(": ")[2])
+    if isinstance(error, ArchiveError) and "LoadProposals" in text:
+        reason = "it needs the proposals of another model beside the image"
+        return ProbeResult(path.stem, "not a per-frame model", reason)
     if isinstance(error, ArchiveError) and (
         "describes no model" in text or "test_dataloader.dataset.pipeline" in text
     ):
@@ -285,10 +317,10 @@ def _explain(path: Path, error: Exception) -> ProbeResult:
     return ProbeResult(path.stem, "fails", reason)
 
 
-def run(config: Path, out: Path, log: Path) -> None:
+def run(config: Path, out: Path, log: Path, served: bool) -> None:
     """Probe a config in a process of its own: write the result to `out` and all output to `log`."""
     os.setsid()  # the sweep handles Ctrl-C and kills its probes
     with log.open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    out.write_text(json.dumps(asdict(try_config(config))))
+    out.write_text(json.dumps(asdict(try_config(config, served=served))))

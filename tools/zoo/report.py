@@ -16,9 +16,10 @@ _HEAD = """\
 
 Written by `python -m tools.zoo sweep`; do not edit. For every folder of configs in the
 installed packages the first config is built with random weights that behave, converted (which proves the
-archive on its golden frame), loaded, run on two frames singly and as a batch, and compared with upstream's own
-inference call. Where the first config is not a model that answers single frames, or wants a package, the next
-ones of its folder are tried.
+archive on its golden frame in a fresh process), loaded, run on two frames singly and as a batch, and compared
+with upstream's own inference call, by the one standard of equality ([decision 14](decisions/0014-equality.md)).
+With `--served` the answer compared is that of a real TorchServe over HTTP. Where the first config is not a model
+that answers single frames, or wants a package, the next ones of its folder are tried.
 
 Images inside the networks are limited to {inside} pixels, the image sent is {image}, and detections with
 masks are at most {masked}, so that the sweep ends on a small machine; nothing else of a config is changed. Random
@@ -28,7 +29,8 @@ Versions: {versions}.
 """
 _FOOT = """\
 *answers* are detections (segments, labelled points) of the golden frame; *deviation* is the largest between what
-is served and what upstream's call gives. *with the zoo extra* means after
+is served and what upstream's call gives, *tied* the detections that rounding decides, *served* whether that answer
+came from a TorchServe. *with the zoo extra* means after
 `pip install --no-build-isolation --editable '.[zoo]'`."""
 
 
@@ -53,8 +55,8 @@ def page(families: Sequence[Family], results: Sequence[Result], versions: Mappin
             "",
             f"## {package}",
             "",
-            "| family | config | modality | status | answers | deviation | remark |",
-            "|---|---|---|---|---|---|---|",
+            "| family | config | modality | status | served | answers | deviation | remark |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         lines += [_row(family, _of(family, results)) for family in families if family.package == package]
     return "\n".join(lines) + "\n"
@@ -103,9 +105,9 @@ def _best(results: Sequence[Result]) -> Result | None:
 def _row(family: Family, results: Sequence[Result]) -> str:
     best = _best(results)
     if not family.configs:
-        return _cells(family.name, "", "", "not a model", "", "", "the wheel has no config of it")
+        return _cells(family.name, "", "", "not a model", "", "", "", "the wheel has no config of it")
     if best is None:
-        return _cells(family.name, family.configs[0].stem, "", "not tried", "", "", "")
+        return _cells(family.name, family.configs[0].stem, "", "not tried", "", "", "", "")
     probe = best.probe
     status = probe.status
     if status == "works" and best.extra:
@@ -122,7 +124,14 @@ def _row(family: Family, results: Sequence[Result]) -> str:
             remarks.insert(0, f"first config {first.probe.config}: {first.probe.status}, {why}")
     answers = "" if probe.answers is None else str(probe.answers)
     return _cells(
-        family.name, probe.config, probe.modality, status, answers, probe.deviation, "; ".join(remarks)
+        family.name,
+        probe.config,
+        probe.modality,
+        status,
+        "yes" if probe.served and probe.status == "works" else "",
+        answers,
+        probe.deviation,
+        "; ".join(remarks),
     )
 
 

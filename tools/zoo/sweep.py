@@ -74,10 +74,18 @@ class Sweep:
         timeout_s: seconds one config may take.
         memory_mb: MiB its process may hold.
         jobs: configs tried at the same time.
+        served: see `tools.zoo.probe.try_config`.
     """
 
     def __init__(
-        self, results: Path, *, extra: bool, timeout_s: float = 900.0, memory_mb: int = 8192, jobs: int = 1
+        self,
+        results: Path,
+        *,
+        extra: bool,
+        timeout_s: float = 900.0,
+        memory_mb: int = 8192,
+        jobs: int = 1,
+        served: bool = False,
     ) -> None:
         """Start nothing yet."""
         self._path = results
@@ -85,6 +93,7 @@ class Sweep:
         self._timeout_s = timeout_s
         self._memory_mb = memory_mb
         self._jobs = jobs
+        self._served = served
         # Forked from a process that has imported everything, so that a probe takes no import time.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tools.zoo.preload"])
@@ -129,7 +138,7 @@ class Sweep:
             out = Path(folder, "probe.json")
             log = self._path.parent / "logs" / f"{family.package}-{family.name}-{position}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
-            process = self._context.Process(target=run, args=(config, out, log))
+            process = self._context.Process(target=run, args=(config, out, log, self._served))
             process.start()
             peak_mb, ended = self._watch(process)
             if ended:

@@ -45,6 +45,12 @@ def main(argv: Sequence[str] | None) -> int:
         "--jobs", type=bounded(int, 1), default=1, help="models tried at a time (default: %(default)s)"
     )
     parser.add_argument(
+        "--served",
+        action="store_true",
+        help="compare the answer of a real TorchServe with upstream's, as verify does; families that work but were not "
+        "served yet are tried again",
+    )
+    parser.add_argument(
         "--timeout-s",
         type=bounded(float, 1, unit="seconds"),
         default=900,
@@ -82,11 +88,20 @@ def main(argv: Sequence[str] | None) -> int:
         result = latest.get(key)
         if result is None or "all" in again or result.probe.status in again:
             return True
+        if args.served and result.probe.status == "works" and not result.probe.served:
+            return True
         # What worked as set up, or needs no package, comes out the same with more packages.
         return extra and not result.extra and result.probe.status == "needs package"
 
     left = [family for family in wanted if family.configs and due(family.key)]
-    sweep = Sweep(results, extra=extra, timeout_s=args.timeout_s, memory_mb=args.memory_mb, jobs=args.jobs)
+    sweep = Sweep(
+        results,
+        extra=extra,
+        timeout_s=args.timeout_s,
+        memory_mb=args.memory_mb,
+        jobs=args.jobs,
+        served=args.served,
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops the probes, like Ctrl-C
     bar: tqdm[Any]
     with tqdm(total=len(left), unit="family", file=sys.stderr) as bar:
