@@ -100,7 +100,8 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any], frame: Path | None
             # A single value has no variance: such a norm (ResNeSt's, after a mean over the image) keeps its own.
             hooks.append(module.register_forward_pre_hook(_train_where_there_is_spread))
             module.momentum = 1.0  # running statistics become those of this run
-            if RESIDUAL.search(name) and module.affine:
+            # ResNets initialise the last norm of a branch with zero, which switches the branch off.
+            if module.affine and (RESIDUAL.search(name) or not module.weight.any()):
                 module.weight.data.fill_(RESIDUAL_WEIGHT)
             if module.eps == 0:  # NAS-FCOS: valid in evaluation, rejected by torch in training
                 module.eps = _NO_EPS
