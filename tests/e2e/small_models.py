@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,20 +85,83 @@ MODELS = {
 }
 
 
+def picture(config: Any) -> None:
+    """A detector of images: small pictures; ResNet-18 where there was a deeper ResNet."""
+    backbone = config.model.backbone
+    if backbone["type"] == "ResNet":
+        widths = [64, 128, 256, 512]
+        _resnet18(backbone)
+        config.model.neck["in_channels"] = [widths[stage] for stage in backbone.get("out_indices", range(4))]
+    for step in _pipeline(config):
+        for key in ("scale", "size"):
+            if key in step:
+                step[key] = (192, 160)
+
+
+def transformer(config: Any) -> None:
+    picture(config)
+    for part in (config.model.encoder, config.model.decoder):
+        part["num_layers"] = 2
+
+
+def near_pillars(config: Any) -> None:
+    _bound(config.model, [0, -12.8, -3, 25.6, 12.8, 1], [0.4, 0.4, 4])
+    config.model.middle_encoder["output_shape"] = [64, 64]
+
+
+def near_voxels(config: Any) -> None:
+    _bound(config.model, [0, -12.8, -3, 25.6, 12.8, 1], [0.2, 0.2, 0.1])
+    config.model.middle_encoder["sparse_shape"] = [41, 128, 128]
+
+
+def _bound(part: Any, bounds: list[float], voxel_size: list[float]) -> None:
+    """Set range, voxels and the anchors' range wherever a part of a model has them."""
+    for key, value in part.items():
+        if key == "point_cloud_range":
+            part[key] = bounds
+        elif key == "voxel_size":
+            part[key] = voxel_size
+        elif key == "ranges":
+            part[key] = [[*bounds[:2], z, *bounds[3:5], z] for _, _, z, *_ in value]
+        elif isinstance(value, dict):
+            _bound(value, bounds, voxel_size)
+
+
+#: One model of each kind, for what must hold whatever the kind.
+KINDS = {
+    **MODELS,
+    "one-stage": ("retinanet_r18_fpn_1x_coco", picture),
+    "two-stage": ("faster-rcnn_r50_fpn_1x_coco", picture),
+    "mask": ("mask-rcnn_r50_fpn_1x_coco", picture),
+    "transformer": ("detr_r50_8xb2-150e_coco", transformer),
+    "rtmdet": ("rtmdet_tiny_8xb32-300e_coco", picture),
+    "voxels": ("second_hv_secfpn_8xb6-80e_kitti-3d-3class", near_voxels),
+    "pillars": ("pointpillars_hv_secfpn_8xb6-160e_kitti-3d-3class", near_pillars),
+    "two-stage-3d": ("parta2_hv_secfpn_8xb2-cyclic-80e_kitti-3d-3class", near_voxels),
+}
+
+
 def _pipeline(config: Any) -> Any:
     return config.test_dataloader.dataset.pipeline
 
 
-def make(name: str, folder: Path) -> Small:
-    """Convert the model called `name` into `folder`."""
+def write(name: str, folder: Path, alter: Callable[[Any], None] = lambda config: None) -> tuple[Path, Path]:
+    """Write config and checkpoint of the model called `name` into `folder`, after `alter` changed its config."""
     from mmengine.config import Config
 
-    zoo_name, change = MODELS[name]
+    zoo_name, change = KINDS[name]
     config = Config.fromfile(str(zoo.resolve(zoo_name).config_path), import_custom_modules=False)
     change(config)
+    alter(config)
     path, checkpoint = folder / f"{name}.py", folder / f"{name}.pth"
     config.dump(str(path))
     resolved = resolve_config(path).config
     write_random_checkpoint(resolved, tuple(configured_classes(resolved)), checkpoint)
+    return path, checkpoint
+
+
+def make(name: str, folder: Path) -> Small:
+    """Convert the model called `name` into `folder`."""
+    path, checkpoint = write(name, folder)
     made = convert(Conversion(path, checkpoint, folder, name))
     return Small(path, checkpoint, made.path, archive.extract(made.path, folder / f"{name}-opened"))
