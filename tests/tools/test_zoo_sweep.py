@@ -51,7 +51,7 @@ FAMILIES = [
 RESULTS = [
     result("mmdet/a", "works", modality="image", answers=5, deviation="1e-05 px"),
     result("mmdet/b", "needs package", packages=("mmpretrain",)),
-    result("mmdet/b", "works", extra=True, answers=1),
+    result("mmdet/b", "works", extra=True, answers=1, served=True),
     result("mmdet/c", "not a per-frame model", reason="it needs proposals"),
     result("mmdet/c", "works", position=1),
     result("mmdet/d", "not a per-frame model", reason="a tracker"),
@@ -63,8 +63,8 @@ def test_row_reports_status_and_reason():
     rows = [line for line in page(FAMILIES, RESULTS, {"torch": "2"}).splitlines() if line.startswith("| ")][
         1:
     ]
-    assert rows[0] == "| a | config0 | image | works | 5 | 1e-05 px |  |"
-    assert "works with the zoo extra" in rows[1]
+    assert rows[0] == "| a | config0 | image | works |  | 5 | 1e-05 px |  |"
+    assert "works with the zoo extra" in rows[1] and "| yes |" in rows[1]
     assert "| config1 |" in rows[2] and "it needs proposals" in rows[2] and "works" in rows[2]
     assert "not a per-frame model" in rows[3] and "a tracker" in rows[3]
     assert "needs Detectron2" in rows[4]
