@@ -3,14 +3,15 @@
 Every request has a permit until its answer is written, or has failed. The permit grows with what has arrived, not with
 what was announced, shrinks as frames are done, and counts the answer instead of the request once that is computed. One
 client (an API key, or an address if there are no keys) may hold only a share of each limit, so that others are served
-beside it.
+beside it. So may one model, if there are several: what it holds beyond an equal share leaves half of such a share free
+for the others, whatever flood there is of requests for it.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -30,7 +31,10 @@ class Admission:
         self.client_bytes = math.ceil(max_bytes * client_share)
         self.items = 0
         self.bytes = 0
+        # Number of models among which the limits are shared; set by the table of models.
+        self.count_models: Callable[[], int] = lambda: 1
         self._clients: dict[str, _Held] = {}
+        self._models: dict[str, _Held] = {}
 
     def permit(self, client: str = "") -> Permit:
         """Create an empty permit of a client; a context manager that releases it."""
@@ -40,19 +44,24 @@ class Admission:
         """Return what a client holds, to read."""
         return self._clients.get(client) or _Held()
 
-    def _add(self, client: str, items: int, nbytes: int) -> None:
+    def held_for(self, model: str) -> _Held:
+        """Return what requests for a model hold, to read."""
+        return self._models.get(model) or _Held()
+
+    def _add(self, client: str, model: str, items: int, nbytes: int) -> None:
         self.items += items
         self.bytes += nbytes
-        held = self._clients.setdefault(client, _Held())
-        held.items += items
-        held.bytes += nbytes
-        if not (held.items or held.bytes):
-            del self._clients[client]
+        for table, name in ((self._clients, client), (self._models, model)):
+            held = table.setdefault(name, _Held())
+            held.items += items
+            held.bytes += nbytes
+            if not (held.items or held.bytes):
+                del table[name]
 
 
 @dataclass
 class _Held:
-    """Frames and bytes that a client holds."""
+    """Frames and bytes that a client, or the requests for a model, hold."""
 
     items: int = 0
     bytes: int = 0
@@ -66,6 +75,7 @@ class Permit:
     client: str
     items: int = 0
     bytes: int = 0
+    model: str = ""  # of the request, once it is known; set while nothing is held
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +124,20 @@ class Permit:
                 f"share is {admission.client_bytes}; retry later"
             )
 
+        models = admission.count_models()
+        if models > 1 and self.model:
+            of_model = admission.held_for(self.model)
+            if _crowds_out(of_model.items, items, admission.items, admission.max_items, models):
+                raise Overloaded(
+                    f"{of_model.items} frames for {self.model} are pending, the rest of {admission.max_items} is for "
+                    "other models; retry later"
+                )
+            if _crowds_out(of_model.bytes, nbytes, admission.bytes, admission.max_bytes, models):
+                raise Overloaded(
+                    f"pending requests for {self.model} hold {of_model.bytes} bytes, the rest of "
+                    f"{admission.max_bytes} is for other models; retry later"
+                )
+
     def exchange(self, nbytes: int) -> None:
         """Hold the `nbytes` bytes of an answer, in place of the frames and bytes of the request.
 
@@ -132,7 +156,17 @@ class Permit:
         if items or nbytes:
             self.items += items
             self.bytes += nbytes
-            self.admission._add(self.client, items, nbytes)
+            self.admission._add(self.client, self.model, items, nbytes)
+
+
+def _crowds_out(held: int, more: int, total: int, limit: int, models: int) -> bool:
+    """Return whether a model would go beyond an equal share of a limit and into what is kept for the others.
+
+    A model that holds nothing may take what one request needs.
+    """
+    return (
+        bool(held and more) and held + more > limit / models and total + more > limit - limit / (2 * models)
+    )
 
 
 def client_of(scope: Mapping[str, object]) -> str:

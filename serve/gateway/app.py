@@ -61,6 +61,7 @@ def create_app(
         worker_sockets=options.socket_folder,
     )
     registry = ModelRegistry(backend, options)
+    admission.count_models = registry.count
     metrics = Metrics(admission, registry.is_registered)
     registry.on_batch = metrics.observe_batch
     tracing = Tracing(options.otlp_endpoint)

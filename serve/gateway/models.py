@@ -71,6 +71,7 @@ class ModelRegistry:
         # Called with the model's name and the report of every batch.
         self.on_batch: Callable[[str, BatchReport], None] = lambda model, report: None
         self._models: dict[tuple[str, str], ModelVersion] = {}
+        self._names = 0
         self._refreshed_at = float("-inf")
         self._error: ServeError | None = NotReady("the gateway has not reached TorchServe yet; retry later")
         self._refreshing: asyncio.Task[None] | None = None
@@ -94,6 +95,10 @@ class ModelRegistry:
     def is_registered(self, name: str) -> bool:
         """Return whether a model of that name is registered."""
         return any(key[0] == name for key in self._models)
+
+    def count(self) -> int:
+        """Return the number of registered models, whatever their versions."""
+        return self._names
 
     async def find(self, name: str, version: str | None) -> ModelVersion:
         """Return the version that serves a request, ready to take frames.
@@ -205,6 +210,7 @@ class ModelRegistry:
 
     def _update(self, states: Sequence[ModelState]) -> None:
         now = {(state.name, state.version): state for state in states}
+        self._names = len({state.name for state in states})
         for key in self._models.keys() - now.keys():
             logger.info("model %s %s was removed", *key)
             del self._models[key]

@@ -108,3 +108,32 @@ def test_admission_never_exceeds_its_limits_and_ends_at_zero(steps):
 )
 def test_a_client_without_a_key_is_its_address_or_its_ipv6_network(client, name):
     assert client_of({"client": client}) == name
+
+
+def test_model_beyond_its_share_leaves_room_for_the_others():
+    admission = Admission(16, 1600)
+    admission.count_models = lambda: 2
+    flood = admission.permit("one")
+    flood.model = "busy"
+    with flood:
+        while True:
+            try:
+                flood.grow(items=1)
+            except Overloaded:
+                break
+        assert flood.items == 12  # beyond its half, up to where half a share is left
+        other = admission.permit("two")
+        other.model = "quiet"
+        with other:
+            other.grow(items=4)
+            with pytest.raises(Overloaded):
+                other.grow(items=1)  # the limit in total
+    assert admission.held_for("busy").items == admission.items == 0
+
+
+def test_single_model_may_hold_all_of_the_limits():
+    admission = Admission(16, 1600)
+    permit = admission.permit("one")
+    permit.model = "only"
+    with permit:
+        permit.grow(items=16, nbytes=1600)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from tests.gateway import raw
-from tests.gateway.fake_torchserve import answer_for
+from tests.gateway.fake_torchserve import FakeModel, answer_for
 from tests.gateway.running import eventually
 
 PATH = "/predictions/second"
@@ -204,3 +205,22 @@ def test_rejected_request_leaves_its_connection_usable_or_closed(start_gateway, 
             assert client.post(PATH, content=b"x" * 3000).status_code == 413
             assert client.post("/predictions/nobody", content=b"x" * 1500).status_code == 404
             assert client.post(PATH, content=cloud(1)).status_code == 200
+
+
+def test_flood_of_one_model_leaves_another_served(start_gateway, torchserve, backend, cloud):
+    """The first model's worker stands still while requests for it keep coming; the second answers all the same."""
+    torchserve.models["other"] = {"1.0": FakeModel(workers=[4712])}
+    gateway = start_gateway(max_pending_frames=8, max_frames_per_request=2, client_share=1.0)
+    eventually(lambda: gateway.registry.count() == 2)
+    flood = [cloud(number) for number in range(12)]
+    backend.hold(*flood)
+    with ThreadPoolExecutor(12) as clients:
+        stuck = [clients.submit(gateway.post, PATH, content=frame) for frame in flood]
+        eventually(lambda: sum(each.done() for each in stuck) >= 6)
+        assert {each.result().status_code for each in stuck if each.done()} == {429}
+        for number in range(20, 30):
+            answer = gateway.post("/predictions/other", content=cloud(number))
+            assert answer.content == answer_for(cloud(number), {}), answer.text
+        backend.release()
+        answered = [each.result() for each in stuck if each.result().status_code == 200]
+    assert len(answered) == 6  # three quarters of the limit: beyond an equal share half of one is kept

@@ -100,6 +100,7 @@ def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
         request.scope["state"]["model"] = model
         permit = permit_of(request.scope)
         served = await registry.find(model, version)
+        permit.model = model
         spec = served.spec or {}
         if (coding := request.headers.get("content-encoding", "identity")) != "identity":
             raise BadRequest(f"Content-Encoding {quote(coding)} is not supported; send the body uncompressed")

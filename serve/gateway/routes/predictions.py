@@ -35,6 +35,7 @@ def predict_route(options: GatewayOptions, registry: ModelRegistry, references: 
         request.scope["state"]["model"] = model
         permit = permit_of(request.scope)
         served = await registry.find(model, version)
+        permit.model = model
         parsed = await receive_frames(
             request, permit, options, request_options.frame, _parts(served), references
         )
