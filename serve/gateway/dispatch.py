@@ -17,7 +17,6 @@ from serve.errors import ClientDisconnected, DeadlineExceeded, ServeError
 from serve.gateway.backend import Answer
 from serve.gateway.batcher import BatchResult
 from serve.gateway.models import ModelVersion
-from serve.protocol.batch import Body
 from serve.protocol.image_size import image_size
 from serve.protocol.worker import EncodedFrame
 
@@ -97,7 +96,7 @@ async def _run_frame(model: ModelVersion, frame: EncodedFrame | ServeError, time
         return frame
     assert model.batcher is not None
     try:
-        cost = estimate_cost(frame.body, model.spec or {})
+        cost = estimate_cost(frame, model.spec or {})
         async with asyncio.timeout(timeout_s):
             return await model.batcher.submit(frame, cost=cost.cost, nbytes=cost.nbytes, key=cost.key)
     except TimeoutError:
@@ -152,19 +151,23 @@ class FrameCost:
     key: Hashable = None
 
 
-def estimate_cost(body: Body, spec: Mapping[str, Any]) -> FrameCost:
+def estimate_cost(frame: EncodedFrame, spec: Mapping[str, Any]) -> FrameCost:
     """Estimate the cost of one frame for the model described by `spec`, from its size and image headers.
 
     Raises:
         UndecodableFrame: the header of an image cannot be read.
         FrameTooLarge: the header is that of an image far beyond any limit.
     """
-    parts = body if isinstance(body, Mapping) else {_only_part(spec): body}
+    stride = 4 * int(spec.get("load_dim") or 4)
+    only = None if isinstance(frame.body, Mapping) else _only_part(spec)
+    if only == "points":  # no part of it is looked at
+        return FrameCost(max(1, frame.nbytes // stride), frame.nbytes)
+    body = frame.join()
+    parts = body if isinstance(body, Mapping) else {str(only): body}
     points = sum(len(part) for name, part in parts.items() if name == "points" or name.startswith("sweep."))
     sizes = tuple(image_size(part) for name, part in sorted(parts.items()) if name.startswith("image"))
-    stride = 4 * int(spec.get("load_dim") or 4)
     cost = points // stride if points else sum(width * height for width, height in sizes)
-    return FrameCost(max(1, cost), sum(len(part) for part in parts.values()), sizes or None)
+    return FrameCost(max(1, cost), frame.nbytes, sizes or None)
 
 
 def _only_part(spec: Mapping[str, Any]) -> str:

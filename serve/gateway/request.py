@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from starlette.requests import Request
@@ -30,6 +30,7 @@ from serve.protocol.batch import (
     FRAMES_CONTENT_TYPE,
     MAX_NAME_CHARS,
     MAX_PARTS,
+    Bytes,
     RawFrame,
     body_bytes,
     header_bytes,
@@ -52,6 +53,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 OPTION_NAMES = tuple(field.name for field in fields(FrameOptions))
+# Pieces of a body below the first are added to the one before, unless that has the second.
+_PIECE_BYTES, _LONG_PIECE_BYTES = 64 * 1024, 256 * 1024
 _HEADER_OPTIONS = {"x-" + name.replace("_", "-"): name for name in OPTION_NAMES}
 MAX_QUERY_BYTES = 8192
 FRAME_FIELDS = frozenset(("body", "data", "file", "frame", "image", "points"))
@@ -129,7 +132,7 @@ def _timeout_s(text: str, max_s: float) -> float:
 
 
 async def read_body(request: Request, permit: Permit, options: GatewayOptions) -> bytes | bytearray:
-    """Read the whole body; a body of several chunks grows in place, because joining it would stop the event loop.
+    """Read the whole body; a body of several pieces grows in place, because joining it would stop the event loop.
 
     Raises:
         FrameTooLarge: the body exceeds `max_body_bytes`, already by its Content-Length if it has one.
@@ -137,11 +140,46 @@ async def read_body(request: Request, permit: Permit, options: GatewayOptions) -
         SlowRequest: the body did not arrive in time, or stalled.
         ClientDisconnected: the client disconnected before the end of the body.
     """
+    body: bytes | bytearray = b""
+
+    def take(piece: bytes) -> None:
+        nonlocal body
+        if not body:
+            body = piece
+            return
+        if isinstance(body, bytes):
+            body = bytearray(body)
+        body += piece
+
+    await _receive_body(request, permit, options, take)
+    return body
+
+
+async def _read_pieces(request: Request, permit: Permit, options: GatewayOptions) -> list[bytes | bytearray]:
+    """Read the whole body in the pieces in which it arrives, small ones joined; errors as of `read_body`."""
+    pieces: list[bytes | bytearray] = []
+
+    def take(piece: bytes) -> None:
+        if not pieces or len(piece) >= _PIECE_BYTES or len(pieces[-1]) >= _LONG_PIECE_BYTES:
+            pieces.append(piece)
+            return
+        if isinstance(pieces[-1], bytes):
+            pieces[-1] = bytearray(pieces[-1])
+        pieces[-1] += piece
+
+    await _receive_body(request, permit, options, take)
+    return pieces
+
+
+async def _receive_body(
+    request: Request, permit: Permit, options: GatewayOptions, take: Callable[[bytes], None]
+) -> None:
+    """Call `take` with each piece of the body, none of which is empty; errors as of `read_body`."""
     declared = request.headers.get("content-length", "")
     announced = int(declared) if declared.isdigit() else 0
     _check_size(announced, options)
     permit.check(nbytes=announced)  # reject with 429 before it is sent; only what arrives is counted
-    body: bytes | bytearray = b""
+    arrived = 0
     pace = _Pace(options)
     try:
         async with pace.timeout:
@@ -151,22 +189,17 @@ async def read_body(request: Request, permit: Permit, options: GatewayOptions) -
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnected
                 more = message.get("more_body", False)
-                chunk = message.get("body", b"")
-                _check_size(len(body) + len(chunk), options)
-                permit.grow(nbytes=len(chunk))
-                pace.arrived(len(body) + len(chunk))
-                if not body:
-                    body = chunk
-                    continue
-                if isinstance(body, bytes):
-                    body = bytearray(body)
-                body += chunk
+                if piece := message.get("body", b""):
+                    arrived += len(piece)
+                    _check_size(arrived, options)
+                    permit.grow(nbytes=len(piece))
+                    pace.arrived(arrived)
+                    take(piece)
     except TimeoutError:
         raise SlowRequest(
             f"the body did not arrive within {options.body_timeout_s:g} s, or at less than "
             f"{options.client_bytes_per_s} bytes/s for {options.client_stall_timeout_s:g} s"
         ) from None
-    return body
 
 
 class _Pace:
@@ -225,8 +258,13 @@ async def receive_frames(
     permit.check(items=1)  # reject with 429 before reading the body
     content_type = request.headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
-    body = await read_body(request, permit, options)
     max_frames = options.max_frames_per_request
+    if kind not in ("multipart/form-data", "application/json", FRAMES_CONTENT_TYPE):
+        pieces = await _read_pieces(request, permit, options)
+        permit.grow(items=1)
+        frame = RawFrame(pieces[0] if pieces else b"")
+        return ParsedRequest([_check_frame(frame, base, options, pieces[1:])], many=False)
+    body = await read_body(request, permit, options)
     frames: Sequence[RawFrame | ServeError]
     if kind == "multipart/form-data":
         frames, own = await run_beside_loop(
@@ -236,10 +274,8 @@ async def receive_frames(
         base, many = parse_options(own, base), len(frames) > 1
     elif kind == "application/json":
         frames, many = await read_frames(body, references, permit, max_frames, options.json_bounds)
-    elif kind == FRAMES_CONTENT_TYPE:
-        frames, many = await run_beside_loop(header_bytes(body), unpack_frames, body, max_frames), True
     else:
-        frames, many = [RawFrame(body)], False
+        frames, many = await run_beside_loop(header_bytes(body), unpack_frames, body, max_frames), True
     if len(frames) > max_frames:
         raise FrameTooLarge(
             f"the request has {len(frames)} frames, the limit is {options.max_frames_per_request}"
@@ -294,11 +330,11 @@ def check_frames(
 
 
 def _check_frame(
-    frame: RawFrame | ServeError, base: FrameOptions, options: GatewayOptions
+    frame: RawFrame | ServeError, base: FrameOptions, options: GatewayOptions, rest: Sequence[Bytes] = ()
 ) -> EncodedFrame | ServeError:
     if isinstance(frame, ServeError):
         return frame
-    nbytes = body_bytes(frame.body)
+    nbytes = body_bytes(frame.body) + sum(map(len, rest))
     if nbytes > options.max_frame_bytes:
         return FrameTooLarge(f"the frame has {nbytes} bytes, the limit is {options.max_frame_bytes}")
     if isinstance(frame.body, Mapping):
@@ -307,7 +343,7 @@ def _check_frame(
         if long := next((name for name in frame.body if len(name) > MAX_NAME_CHARS), None):
             return BadRequest(f"the name of a part has {len(long)} characters, the limit is {MAX_NAME_CHARS}")
     try:
-        return EncodedFrame(frame.body, parse_options(frame.options, base))
+        return EncodedFrame(frame.body, parse_options(frame.options, base), rest)
     except ServeError as error:
         return error
     except Exception as error:  # what no check has foreseen concerns this frame alone

@@ -115,7 +115,7 @@ async def encode_one(
 def _draw_image(frame: EncodedFrame, answer: dict[str, Any], load_dim: int | None) -> bytes:
     from serve.visualize.detections import draw_frame, encode_png
 
-    body = frame.body
+    body = frame.join()
     if isinstance(body, Mapping):
         body = next((part for name, part in body.items() if name in ("points", "image")), b"")
     try:

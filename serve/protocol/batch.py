@@ -13,7 +13,7 @@ magic, length of the JSON header (uint32, little-endian), the JSON header, the c
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ __all__ = [
     "Bytes",
     "Outcomes",
     "RawFrame",
+    "body_chunks",
     "frame_chunks",
     "header_bytes",
     "pack_frames",
@@ -69,17 +70,26 @@ def frame_chunks(frames: Sequence[tuple[Body, Mapping[str, Any]]]) -> list[Bytes
         BadRequest: a name or an option cannot be encoded.
     """
     return join_entries(
-        [frame_entry(body, options) for body, options in frames], [body for body, _ in frames]
+        [frame_entry(body, options) for body, options in frames],
+        (chunk for body, _ in frames for chunk in body_chunks(body)),
     )
 
 
-def frame_entry(body: Body, options: Mapping[str, Any]) -> bytes:
+def frame_entry(body: Body, options: Mapping[str, Any], nbytes: int | None = None) -> bytes:
     """Encode the header's entry of one frame.
+
+    Args:
+        body: the frame.
+        options: its options.
+        nbytes: its size if `body` is not all of it.
 
     Raises:
         BadRequest: a name or an option cannot be encoded.
     """
-    entry: dict[str, Any] = {"length": body_bytes(body), "options": dict(options)}
+    entry: dict[str, Any] = {
+        "length": body_bytes(body) if nbytes is None else nbytes,
+        "options": dict(options),
+    }
     if isinstance(body, Mapping):
         entry["parts"] = [[name, len(part)] for name, part in body.items()]
     try:
@@ -88,16 +98,15 @@ def frame_entry(body: Body, options: Mapping[str, Any]) -> bytes:
         raise BadRequest(f"the options or names of the frame cannot be encoded: {error}") from None
 
 
-def join_entries(entries: Sequence[bytes], bodies: Sequence[Body]) -> list[Bytes]:
-    """Build a body of type `FRAMES_CONTENT_TYPE` from the entries and the bodies of its frames, as chunks."""
+def join_entries(entries: Sequence[bytes], chunks: Iterable[Bytes]) -> list[Bytes]:
+    """Build a body of type `FRAMES_CONTENT_TYPE` from the entries and the bytes of its frames, as chunks."""
     header = b'{"frames":[' + b",".join(entries) + b"]}"
-    chunks: list[Bytes] = [FRAMES_MAGIC + struct.pack("<I", len(header)) + header]
-    for body in bodies:
-        if isinstance(body, Mapping):
-            chunks.extend(body.values())
-        else:
-            chunks.append(body)
-    return chunks
+    return [FRAMES_MAGIC + struct.pack("<I", len(header)) + header, *chunks]
+
+
+def body_chunks(body: Body) -> Iterable[Bytes]:
+    """Return the bytes of a frame, part by part."""
+    return body.values() if isinstance(body, Mapping) else (body,)
 
 
 def body_bytes(body: Body) -> int:

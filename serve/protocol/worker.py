@@ -29,6 +29,8 @@ from serve.protocol.batch import (
     Body,
     Bytes,
     Outcomes,
+    body_bytes,
+    body_chunks,
     frame_entry,
     join_entries,
     pack_outcomes,
@@ -83,8 +85,9 @@ class EncodedFrame:
     """One frame as it was received. What cannot be sent to a worker fails here, and not with its batch.
 
     Attributes:
-        body: its bytes, or those of its parts by name.
+        body: its bytes, or those of its parts by name; what arrived of it first, if it has a `rest`.
         options: its options.
+        rest: what arrived later, in pieces: they are sent as they are, and joined only for a reader (`join`).
         entry: its line in the header of a framed batch.
 
     Raises:
@@ -93,6 +96,7 @@ class EncodedFrame:
 
     body: Body
     options: FrameOptions = field(default_factory=FrameOptions)
+    rest: Sequence[Bytes] = ()
     entry: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +105,18 @@ class EncodedFrame:
             for name, default in _DEFAULTS.items()
             if (value := getattr(self.options, name)) != default
         }
-        self.entry = frame_entry(self.body, options)
+        self.entry = frame_entry(self.body, options, self.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, all parts together."""
+        return body_bytes(self.body) + sum(map(len, self.rest))
+
+    def join(self) -> Body:
+        """Return the whole body, in one piece per part."""
+        if self.rest:
+            self.body, self.rest = b"".join([*body_chunks(self.body), *self.rest]), ()
+        return self.body
 
 
 @dataclass
@@ -121,7 +136,10 @@ class Batch:
 
 def batch_chunks(frames: Sequence[EncodedFrame]) -> list[Bytes]:
     """Build the framed batch of some frames, as chunks that are not joined; it cannot fail."""
-    return join_entries([frame.entry for frame in frames], [frame.body for frame in frames])
+    return join_entries(
+        [frame.entry for frame in frames],
+        (chunk for frame in frames for chunk in (*body_chunks(frame.body), *frame.rest)),
+    )
 
 
 def read_batch(body: Bytes) -> list[EncodedFrame | ServeError]:

@@ -98,7 +98,7 @@ def test_full_queue_returns_429_at_once(start_gateway, backend, cloud):
     gateway = start_gateway(max_pending_frames=2, max_frames_per_request=2)
     backend.hold()
     threads = [in_background(gateway, content=cloud(i)) for i in range(2)]
-    eventually(lambda: gateway.admission.items == 2)
+    eventually(lambda: gateway.admission.items == 2 and backend.app.held)
     answer = gateway.post(content=cloud(3))
     assert backend.app.held and gateway.admission.items == 2  # before any was answered
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
 import threading
@@ -365,3 +366,20 @@ def test_models_show_columns_sweeps_and_warnings(start_gateway, torchserve):
     (shown,) = [m for m in gateway.client.get("/models").json() if m["name"] == "centerpoint"]
     assert shown["sweeps"]["number"] == 10 and shown["columns"][3] == "intensity"
     assert [warning["code"] for warning in shown["warnings"]] == ["one_sweep"]
+
+
+@pytest.mark.parametrize("sizes", [[1] * 300, [70_000, 1, 2, 300_000, 5], [100_000] * 9])
+def test_frame_in_pieces_is_answered_as_in_one(gateway, start_gateway, torchserve, sizes):
+    """Chunks of a body are sent on without joining them; the worker and a picture of the frame see one body."""
+    whole = np.random.default_rng(0).bytes(sum(sizes) // 16 * 16 + 16)  # points of 16 bytes
+    ends = [0, *itertools.accumulate(sizes), len(whole)]
+    pieces = (whole[start:end] for start, end in itertools.pairwise(ends))
+    answer = gateway.post(content=pieces)
+    assert answer.content == answer_for(whole, {}), answer.text
+    torchserve.models["faster-rcnn"] = {"1.0": FakeModel(IMAGES)}
+    noise = np.random.default_rng(1).integers(0, 255, (400, 400, 3), np.uint8)
+    picture = cv2.imencode(".png", noise)[1].tobytes()  # its header is read for its size
+    gateway = start_gateway()
+    pieces = (picture[start : start + 99_999] for start in range(0, len(picture), 99_999))
+    answer = gateway.post("/predictions/faster-rcnn", content=pieces)
+    assert answer.content == answer_for(picture, {}), answer.text

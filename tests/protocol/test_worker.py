@@ -162,3 +162,15 @@ def test_reader_keeps_the_memory_of_a_body_if_asked_to():
 
 def test_cancel_message_is_a_head_without_a_body():
     assert BATCH_HEADER.unpack(cancel_message(3)) == (0, 3)
+
+
+def test_frame_that_arrived_in_pieces_is_sent_and_read_as_one():
+    pieces = [b"ab", bytearray(b"c"), b"def"]
+    frame = EncodedFrame(pieces[0], FrameOptions(score_thr=0.5), pieces[1:])
+    assert frame.nbytes == 6
+    chunks = batch_chunks([frame, EncodedFrame(b"other")])
+    assert chunks[1] is pieces[0] and chunks[3] is pieces[2]  # none is copied
+    ((body, options), (other, _)) = unpack_frames(b"".join(chunks))
+    assert (bytes(body), options, bytes(other)) == (b"abcdef", {"score_thr": 0.5}, b"other")
+    assert frame.join() == b"abcdef" == frame.body and frame.nbytes == 6
+    assert b"".join(batch_chunks([frame])[1:]) == b"abcdef"
