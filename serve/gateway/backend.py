@@ -3,8 +3,8 @@
 A batch is one message (`serve.protocol.worker`). It goes to the socket of a worker if one can be reached
 (`serve.gateway.worker_client`), else to TorchServe by POST; TorchServe's own batching stays off. All failures of
 TorchServe, its workers and httpx become errors of `serve.errors` here. A batch whose worker died is sent once more,
-one that ran out of memory is split, both without cancelled frames; nothing else is retried. No other module of the
-gateway knows that the backend is TorchServe.
+then frame by frame; one that ran out of memory is split, both without cancelled frames; nothing else is retried. No
+other module of the gateway knows that the backend is TorchServe.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class TorchServeBackend:
         """Send a batch; returns one outcome per job, in order. Cancelled jobs are not sent.
 
         Raises:
-            NotReady: TorchServe is not reachable, has no worker, or lost a worker with this batch twice.
+            NotReady: TorchServe is not reachable, has no worker, or lost a worker twice.
             DeadlineExceeded: no answer within the timeout.
             BackendBroken: the answer is not one of a handler of this project.
         """
@@ -127,9 +127,9 @@ class TorchServeBackend:
         return [outcomes.get(job) or NotReady("the frame was cancelled") for job in jobs]
 
     async def _run(
-        self, name: str, version: str, jobs: Sequence[FrameJob]
+        self, name: str, version: str, jobs: Sequence[FrameJob], attempts: int = 2
     ) -> dict[FrameJob, Answer | Exception]:
-        for attempt in (1, 2):
+        for attempt in range(1, attempts + 1):
             jobs = [job for job in jobs if not job.cancelled]
             if not jobs:
                 return {}
@@ -137,7 +137,7 @@ class TorchServeBackend:
                 return await self._send(name, version, jobs)
             except _WorkerDied as death:
                 logger.warning("a worker of %s %s died with %d frames", name, version, len(jobs))
-                if attempt == 1 and death.pid is not None:
+                if death.pid is not None:
                     await self._wait_until_noticed(name, version, death.pid)
             except OutOfMemory as error:
                 if len(jobs) > 1:
@@ -147,10 +147,25 @@ class TorchServeBackend:
                     half = len(jobs) // 2
                     first = await self._run(name, version, jobs[:half])
                     return first | await self._run(name, version, jobs[half:])
-                if attempt == 2 or not isinstance(error, _WorkerKilled):
+                if attempt == attempts or not isinstance(error, _WorkerKilled):
                     return {jobs[0]: error}
                 logger.warning("a worker of %s %s was killed with a frame; sending it again", name, version)
-        raise NotReady(f"a worker of {name} died twice with this batch; retry later")
+        if len(jobs) > 1:
+            return await self._run_each(name, version, jobs)
+        raise NotReady(f"a worker of {name} died twice with this frame; retry later")
+
+    async def _run_each(
+        self, name: str, version: str, jobs: Sequence[FrameJob]
+    ) -> dict[FrameJob, Answer | Exception]:
+        """Send frames one by one, once, after two deaths: one of them that ends every worker must fail alone."""
+        logger.warning("%d frames for %s %s ended two workers; sending each alone", len(jobs), name, version)
+        outcomes: dict[FrameJob, Answer | Exception] = {}
+        for job in jobs:
+            try:
+                outcomes |= await self._run(name, version, [job], attempts=1)
+            except ServeError as error:
+                outcomes[job] = error
+        return outcomes
 
     async def _send(
         self, name: str, version: str, jobs: Sequence[FrameJob]

@@ -147,6 +147,15 @@ def test_frame_whose_worker_is_killed_twice_returns_507_alone(gateway, torchserv
     assert [len(call) for call in torchserve.calls] == [2, 1, 1, 1]
 
 
+def test_frame_that_ends_every_worker_fails_alone(gateway, torchserve, cloud):
+    torchserve.troubles.extend(["worker died", "worker died", "", "worker died"])
+    files = [("data", cloud(i)) for i in range(3)]
+    first, second, third = gateway.post(files=files).json()
+    assert [first, third] == [json.loads(answer_for(cloud(i), {})) for i in (0, 2)]
+    assert second["error"]["code"] == "not_ready"
+    assert [len(call) for call in torchserve.calls] == [3, 3, 1, 1, 1]
+
+
 def test_batch_out_of_memory_after_a_worker_death_is_split(gateway, torchserve, cloud):
     torchserve.troubles.extend(["worker died", "worker killed"])
     many = gateway.post(files=[("data", cloud(1)), ("data", cloud(2))]).json()

@@ -130,6 +130,13 @@ def test_frame_that_kills_every_worker_returns_503_and_the_service_survives(gate
     eventually(lambda: gateway.post(PATH, content=cloud(1), timeout=60).status_code == 200, 60)
 
 
+def test_neighbours_of_a_frame_that_kills_every_worker_are_answered(gateway, cloud):
+    files = [("data", cloud(1)), ("data", b"die"), ("data", cloud(2))]
+    first, second, third = gateway.post(f"{PATH}?timeout_ms=100000", files=files, timeout=100).json()
+    assert [first, third] == [json.loads(checksum(cloud(i))) for i in (1, 2)]
+    assert second["error"]["code"] == "not_ready"
+
+
 def test_batch_out_of_memory_is_split(gateway, cloud):
     files = [("data", cloud(1)), ("data", b"too large"), ("data", cloud(2)), ("data", b"too large alone")]
     answers = gateway.post(PATH, files=files, timeout=60).json()

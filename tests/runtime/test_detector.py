@@ -11,9 +11,10 @@ from torch import nn
 
 from serve import archive
 from serve.compare.detections import Tolerances, compare
-from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, SelfTestError
+from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, SelfTestError, ServeError
 from serve.protocol.frames import Frame, FrameOptions, Limits, encode_json
 from serve.runtime import Detector, device_for, load_detector
+from serve.runtime import detector as detector_module
 from serve.runtime.fusion import find_fusable, fuse
 from serve.runtime.selftest import self_test
 from serve.verify.report import comparison_table
@@ -169,6 +170,24 @@ def test_failing_pipeline_affects_its_frame_only(detector, street, caplog):
     outcomes = detector.run([frame(street), frame(np.zeros((3, 3), dtype=np.float32)), frame(street)])
     assert isinstance(outcomes[1], InferenceFailed)
     assert outcomes[0]["names"] == outcomes[2]["names"] != []
+
+
+@pytest.mark.parametrize("seam", ["prepare", "_is_empty", "filter_detections"])
+@pytest.mark.parametrize("kind", [TypeError, RecursionError, ArchiveError, StopIteration, MemoryError])
+def test_whatever_is_raised_for_a_frame_is_its_outcome(detector, street, monkeypatch, caplog, seam, kind):
+    owner = detector_module if seam == "filter_detections" else detector
+    real, calls = getattr(owner, seam), []
+
+    def fail_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise kind("poison")
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, seam, fail_at_the_second)
+    first, second, third = detector.run([frame(street)] * 3)
+    assert first["names"] == third["names"] != [] and isinstance(second, ServeError)
+    assert isinstance(second, OutOfMemory) == (kind is MemoryError)
 
 
 def test_run_does_not_modify_the_config(detector, street):
