@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from serve.convert.name_lists import last_named, ordered_names
 from serve.convert.pickle_size import check_size_in_memory
 from serve.convert.safe_globals import Inert, safe_globals_for_openmmlab
 from serve.errors import CheckpointError
@@ -36,6 +37,8 @@ _MAX_TEXT_CHARS = 10_000
 # A weight that is shared is counted once per name; expanded and sparse buffers are small.
 _EXPANSION, _FREE_BYTES = 4, 64 << 20
 _BLOCKED = re.compile(r"GLOBAL ([\w.]+)")
+# A file of names that was not there in training: mmengine then records its path.
+_PATH = re.compile(r"[/\\]|\.\w{1,5}$")
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,25 @@ class Checkpoint:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Class names in the order of the labels, from ``dataset_meta`` or, before 1.0, ``CLASSES``."""
-        found = self._dataset_meta("classes")
-        if isinstance(found, str):
-            return (found,)
-        return tuple(str(name) for name in found) if isinstance(found, list) and found else None
+        """Class names in the order of the labels, from ``dataset_meta`` or, before 1.0, ``CLASSES``.
 
-    def _dataset_meta(self, key: str) -> Any:
+        Raises:
+            CheckpointError: they are no list of names.
+        """
         dataset = self.meta.get("dataset_meta")
-        for source in (dataset if isinstance(dataset, dict) else {}, self.meta):
-            for spelled in (key, key.upper()):
-                if source.get(spelled) is not None:
-                    return source[spelled]
-        return None
+        found = last_named(dataset) if isinstance(dataset, dict) else None
+        found = last_named(self.meta) if found is None else found
+        if not found:
+            return None
+        if isinstance(found, str) and not _PATH.search(found):
+            return (found,)
+        try:
+            return ordered_names(found)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the class names in the checkpoint's meta cannot be read: {error}; name them with --classes cat,dog "
+                "or --classes FILE"
+            ) from None
 
 
 def load_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.convert.name_lists import last_named, ordered_names
 from serve.errors import ArchiveError
 from serve.runtime.pipeline import dataset_of
 
@@ -78,8 +79,8 @@ def find_class_names(
         ("the config's class_names", {"classes": config.get("class_names")}),
     ):
         if isinstance(metainfo, Mapping):
-            named = metainfo.get("classes") or metainfo.get("CLASSES")
-            if named:
+            named = last_named(metainfo)
+            if named is not None:
                 return ClassNames(_names(named), source)
     named = _dataset_type_classes(dataset.get("type"), str(config["default_scope"]))
     return ClassNames(tuple(named), f"the data set type {dataset.get('type')}")
@@ -162,9 +163,12 @@ def _heads(model: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _names(named: Any) -> tuple[str, ...]:
-    """Class names of a metainfo: a sequence, or the path of a file with one name per line."""
+    """Class names of a metainfo: a list, or the path of a file with one name per line."""
     if not isinstance(named, str):
-        return tuple(str(name) for name in named)
+        try:
+            return ordered_names(named)
+        except ValueError as error:
+            raise ArchiveError(f"the class names in the config cannot be read: {error}; {_HOW}") from None
     path = Path(named).expanduser()
     if not path.is_file():
         raise ArchiveError(f"the config takes its classes from {named}, which is no file; {_HOW}")
@@ -190,4 +194,5 @@ def _dataset_type_classes(dataset_type: Any, scope: str) -> Sequence[str]:
         registry = importlib.import_module(f"{scope}.registry").DATASETS
         found = registry.get(dataset_type)
     metainfo = getattr(found, "METAINFO", None) or {}
-    return tuple(metainfo.get("classes") or ())
+    # An own data set may still have the attribute of mmdet 2.x.
+    return ordered_names(last_named(metainfo) or getattr(found, "CLASSES", None) or ())

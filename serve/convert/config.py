@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from serve.convert.blame import blaming, describe
 from serve.convert.custom_code import add_named_modules
+from serve.convert.data_sets import drop_unused_objects, unwrap_dataset
 from serve.convert.legacy_config import is_legacy, modernize, package_of
 from serve.convert.local_bases import local_bases
 from serve.errors import ArchiveError
@@ -85,19 +87,25 @@ def read_config(path: Path) -> FullConfig:
         raise ArchiveError(f"config {path} does not exist; check the path")
     with suppress_warnings():
         from mmengine.config import Config
+        from mmengine.config.utils import ConfigParsingError
 
         from serve.storage import backends  # noqa: F401  (registers s3:// and packed files with mmengine)
 
         try:
             with local_bases(path) as whole:
-                full = Config.fromfile(str(whole), import_custom_modules=False).to_dict()
-        except Exception as error:
-            raise ArchiveError(f"config {path} cannot be read: {error}") from error
+                full = _as_data(Config.fromfile(str(whole), import_custom_modules=False).to_dict())
+        except (Exception, SystemExit) as error:  # a config is a program
+            shown = str(error) if isinstance(error, ConfigParsingError | SyntaxError) else describe(error)
+            raise ArchiveError(f"config {path} cannot be read: {shown}") from error
         if not isinstance(full.get("model"), Mapping):
             raise ArchiveError(f"config {path} describes no model")
         notes: tuple[str, ...] = ()
-        if is_legacy(full):
-            full, notes = modernize(full, package_of(full))
+        with blaming(f"config {path}"):
+            package = package_of(full)
+            if is_legacy(full):
+                full, notes = modernize(full, package)
+            else:
+                full["default_scope"] = package
     return FullConfig(full, notes)
 
 
@@ -111,6 +119,11 @@ def reduce_config(whole: FullConfig, path: Path) -> ResolvedConfig:
     Raises:
         ArchiveError: not for mmdet or mmdet3d, or a module is missing.
     """
+    with blaming(f"config {path}"):
+        return _reduce(whole, path)
+
+
+def _reduce(whole: FullConfig, path: Path) -> ResolvedConfig:
     from serve.runtime.model import scope_of, strip_pretrained, suppress_warnings
 
     full, notes = whole
@@ -122,11 +135,27 @@ def reduce_config(whole: FullConfig, path: Path) -> ResolvedConfig:
     kept = {key: full[key] for key in KEPT_KEYS if full.get(key) is not None}
     kept["default_scope"] = scope
     config: dict[str, Any] = strip_pretrained(kept)
+    notes += unwrap_dataset(config)
+    drop_unused_objects(config)
     notes += keep_one_view(config)
+    _check_imports(config)
     with suppress_warnings():
         add_named_modules(config)
         import_modules(config, owner=f"config {path}", trust=True)
     return ResolvedConfig(config, "mmdet3d" if scope == "mmdet3d" else "mmdet", notes)
+
+
+def _check_imports(config: Mapping[str, Any]) -> None:
+    """Check the form of ``custom_imports``, which mmengine takes as arguments of a function."""
+    given = config.get("custom_imports") or {}
+    names = given.get("imports") if isinstance(given, Mapping) else given
+    listed = [names] if isinstance(names, str) else names or []
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in listed):
+        raise ArchiveError(f"custom_imports must be dict(imports=['my_module']), got {str(given)[:80]}")
+    if relative := [name for name in listed if name.startswith(".")]:
+        raise ArchiveError(
+            f"custom_imports names {relative[0]}, which is relative; write the whole name of the module"
+        )
 
 
 def _inline_teacher(model: dict[str, Any], path: Path) -> None:
@@ -165,3 +194,31 @@ def keep_one_view(config: dict[str, Any]) -> tuple[str, ...]:
         return ()
     dataset["pipeline"] = steps
     return ("test-time augmentation (TestTimeAug) is left out: one scale, no flip",)
+
+
+def _as_data(value: Any) -> Any:
+    """Replace classes and functions by the paths that name them, and paths of files by text."""
+    if isinstance(value, Mapping):
+        return {name: _as_data(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        made = [_as_data(inner) for inner in value]
+        return tuple(made) if isinstance(value, tuple) else made
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, type) or callable(value):
+        return _path_of(value) or value
+    return value
+
+
+def _path_of(value: Any) -> str | None:
+    """Path by which mmengine finds a class or function; None for one that has none, such as a lambda."""
+    from mmengine.utils import get_object_from_string
+
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    if not isinstance(module, str) or not name or "<" in name:
+        return None
+    # mmcv.ops.nms is a module and a function: only the shorter path finds the function.
+    for place in (module, module.rpartition(".")[0]):
+        if place and get_object_from_string(f"{place}.{name}") is value:
+            return f"{place}.{name}"
+    return None

@@ -20,11 +20,12 @@ from serve.archive import InferenceOptions, Metadata
 from serve.archive.bounds import WEIGHTS
 from serve.archive.format import Source
 from serve.convert import golden
+from serve.convert.blame import blaming
 from serve.convert.classes import check_against_head, find_class_names
 from serve.convert.config import resolve_config
 from serve.convert.custom_code import collect_custom_code, names_unregistered
 from serve.convert.proof import FrameCost, start_proof
-from serve.errors import ArchiveError, SelfTestError
+from serve.errors import ArchiveError, CheckpointError, SelfTestError
 from serve.protocol.batch import Body
 from serve.protocol.frames import FrameSpec
 from serve.runtime.custom_code import names_foreign_modules
@@ -132,14 +133,18 @@ def convert(conversion: Conversion) -> ConversionResult:
     # 1. Config.
     report("reading the config")
     config, package, config_notes = resolve_config(conversion.config)
-    spec = frame_spec(config)
-    code = collect_custom_code(config)
-    needs_trust = bool(code.files) or names_foreign_modules(config) or names_unregistered(config)
+    with blaming(f"config {conversion.config}"):
+        spec = frame_spec(config)
+        code = collect_custom_code(config)
+        needs_trust = (
+            bool(code.files) or names_foreign_modules(config) or names_unregistered(config)
+        )
     # 2. Checkpoint.
     report("reading the checkpoint")
     checkpoint = load_checkpoint(conversion.checkpoint, trust=conversion.trust_checkpoint)
-    named = find_class_names(config, checkpoint.classes or (), conversion.classes)
-    check_against_head(named, config["model"])
+    with blaming(f"config {conversion.config}"):
+        named = find_class_names(config, checkpoint.classes or (), conversion.classes)
+        check_against_head(named, config["model"])
     extra = _check_extra_files(conversion.extra_files)
     entries, frame = _load_golden_frame(conversion, spec)
     with start_proof(package) as proof:  # its imports go on meanwhile
@@ -150,7 +155,8 @@ def convert(conversion: Conversion) -> ConversionResult:
         with torch.random.fork_rng(), guard:
             torch.manual_seed(0)  # weights missing from the checkpoint are the same in every conversion
             network = build_network(config, named.names)
-        keys = adapt_and_load(network, checkpoint, allow_partial=conversion.allow_partial)
+        with blaming(f"checkpoint {conversion.checkpoint}", CheckpointError):
+            keys = adapt_and_load(network, checkpoint, allow_partial=conversion.allow_partial)
         notes = (*config_notes, *code.notes, *keys.notes)
         if not keys.ok:
             notes += (f"loaded in part (--allow-partial):\n{keys.summary()}",)
@@ -175,7 +181,7 @@ def convert(conversion: Conversion) -> ConversionResult:
         )
         notes += golden.list_warnings(None if conversion.golden_frame is None else frame, spec)
         report("running the golden frame")
-        with guard:
+        with guard, blaming(f"config {conversion.config}"):
             metadata, expected, remarks = _record_golden(
                 network, config, metadata, frame, device, conversion.fold_batch_norm
             )

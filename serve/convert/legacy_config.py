@@ -80,16 +80,19 @@ def is_legacy(config: Mapping[str, Any]) -> bool:
 
 
 def package_of(config: Mapping[str, Any]) -> str:
-    """Package of a legacy config, which seldom names its scope: by its scope, its steps, its model."""
-    if config.get("default_scope") in ("mmdet", "mmdet3d"):
+    """Package of a config that names no scope, as old ones seldom do: by its steps and its model."""
+    if config.get("default_scope"):
         return str(config["default_scope"])
-    dataset = _test_dataset(config)
-    kinds = {str(step.get("type")) for step in dataset.get("pipeline") or config.get("test_pipeline") or ()}
     model = config["model"]
+    named = str(model.get("type")).partition(".")[0]
+    if named in ("mmdet", "mmdet3d"):
+        return named
+    dataset = _test_dataset(config) or _today_dataset(config)
+    kinds = {str(step.get("type")) for step in dataset.get("pipeline") or config.get("test_pipeline") or ()}
     in_3d = any(name in model for name in _VOXEL_LAYERS) or any(
-        kind.endswith("3D") or kind.startswith("LoadPoints") for kind in kinds
+        kind.endswith("3D") or "LoadPoints" in kind or "Pack3DDet" in kind for kind in kinds
     )
-    return "mmdet3d" if in_3d or not _is_of_mmdet(model) else "mmdet"
+    return "mmdet3d" if in_3d or _is_only_in_mmdet3d(model) else "mmdet"
 
 
 def modernize(config: Mapping[str, Any], package: str) -> Modernized:
@@ -181,11 +184,17 @@ def _test_dataset(config: Mapping[str, Any]) -> Mapping[str, Any]:
         found = wrapped
 
 
-def _base_dataset(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Type and class names of a base in today's form below an old config."""
+def _today_dataset(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Find the data set of a config, or of a base, in today's form."""
     found: Any = config.get("test_dataloader") or {}
     while isinstance(found, Mapping) and isinstance(found.get("dataset"), Mapping):
         found = found["dataset"]
+    return found if isinstance(found, Mapping) else {}
+
+
+def _base_dataset(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Type and class names of a base in today's form below an old config."""
+    found = _today_dataset(config)
     known = {name: found[name] for name in ("type", "modality", "box_type_3d") if name in found}
     classes = (
         (found.get("metainfo") or {}).get("classes") if isinstance(found.get("metainfo"), Mapping) else None
@@ -287,6 +296,17 @@ def _keep_student(model: dict[str, Any], notes: list[str]) -> None:
     model["type"] = now
     for name in [name for name in model if name.startswith(("teacher", "output_feature", "eval_teacher"))]:
         del model[name]
+
+
+def _is_only_in_mmdet3d(model: Mapping[str, Any]) -> bool:
+    """Whether only mmdet3d has a detector of this type."""
+    import mmdet.models  # noqa: F401
+    import mmdet3d.models  # noqa: F401
+    from mmdet.registry import MODELS as MMDET_MODELS
+    from mmdet3d.registry import MODELS
+
+    kind = str(model.get("type"))
+    return kind in MODELS.module_dict and kind not in MMDET_MODELS.module_dict
 
 
 def _is_of_mmdet(model: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import sys
 from collections.abc import Callable
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
@@ -186,6 +187,21 @@ def _let_none_be_replaced(module: ModuleType) -> None:
     module.Config._merge_a_into_b = staticmethod(merge_over_none)
 
 
+def _know_standard_library(module: ModuleType) -> None:
+    """Have mmengine take every module of the standard library for one.
+
+    It compares folders, which fails in a virtual environment and for frozen modules such as `os`: a config with
+    ``import os`` is then read as a "lazy" one, and its ``_base_`` is refused.
+    """
+    look = module.__dict__["_is_builtin_module"]
+
+    def is_builtin(name: str) -> bool:
+        """Whether a module is the standard library's or mmengine's own for configs."""
+        return name.partition(".")[0] in sys.stdlib_module_names or bool(look(name))
+
+    module.__dict__["_is_builtin_module"] = is_builtin
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "mmcv.ops.furthest_point_sample": _assume_no_cuda,
     "mmcv.ops.knn": _assume_no_cuda,
@@ -196,5 +212,6 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "mmcv.ops.multi_scale_deform_attn": _use_attention_kernel,
     "mmdet3d.datasets.transforms.loading": _look_up_types,
     "mmengine.config.config": _let_none_be_replaced,
+    "mmengine.config.utils": _know_standard_library,
     "mmengine.utils.package_utils": _look_up_packages,
 }

@@ -48,20 +48,28 @@ BOX_TYPES = {"lidar": "LiDAR", "camera": "Camera", "depth": "Depth"}
 
 
 def dataset_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Find the test data set of a config inside any wrappers; of several joined ones the first.
+    """Find the test data set of a config inside any wrappers; of several joined ones the first with a pipeline.
 
     Raises:
         ArchiveError: none of them has a pipeline.
     """
-    dataset: Any = (config.get("test_dataloader") or {}).get("dataset")
-    while isinstance(dataset, Mapping) and not dataset.get("pipeline"):
-        inner = dataset.get("dataset") or dataset.get("datasets")
-        dataset = inner[0] if isinstance(inner, list | tuple) and inner else inner
-    if not isinstance(dataset, dict):
+    dataset = _with_pipeline((config.get("test_dataloader") or {}).get("dataset"))
+    if dataset is None:
         raise ArchiveError(
             "the config has no test_dataloader.dataset.pipeline: nothing says how a frame is prepared"
         )
     return dataset
+
+
+def _with_pipeline(dataset: Any) -> dict[str, Any] | None:
+    if isinstance(dataset, list | tuple):
+        return next((found for one in dataset if (found := _with_pipeline(one)) is not None), None)
+    if not isinstance(dataset, dict):
+        return None
+    if dataset.get("pipeline"):
+        return dataset
+    inner = [dataset[name] for name in ("dataset", "datasets") if dataset.get(name)]
+    return _with_pipeline(inner)
 
 
 def pipeline_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ wrapped point cloud to a pipeline step that expects an array, and modifies the m
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import tempfile
 import warnings
@@ -261,6 +262,7 @@ def load_reference(
     with _suppress_warnings():
         from mmengine.config import Config
 
+        from serve.convert.blame import blaming
         from serve.convert.checkpoint import load_checkpoint
         from serve.convert.classes import check_against_head, find_class_names
         from serve.convert.config import read_config, reduce_config
@@ -270,10 +272,18 @@ def load_reference(
         whole = read_config(path)
         reduced = reduce_config(whole, path)
         scope = reduced.package
-        parsed = Config({**whole.full, "default_scope": scope})
+        # The data set without wrappers and test-time augmentation, which upstream's functions do not take.
+        parsed = Config(
+            {
+                **whole.full,
+                "default_scope": scope,
+                "test_dataloader": copy.deepcopy(reduced.config["test_dataloader"]),
+            }
+        )
     read = load_checkpoint(Path(checkpoint), trust=trust_checkpoint)
-    named = find_class_names(reduced.config, read.classes or (), classes)
-    check_against_head(named, reduced.config["model"])
+    with blaming(f"config {path}"):
+        named = find_class_names(reduced.config, read.classes or (), classes)
+        check_against_head(named, reduced.config["model"])
     output = io.StringIO()
     with (
         _suppress_warnings(),
@@ -292,7 +302,8 @@ def load_reference(
     notes = (*notes, *upstream.patch(module))
     module.dataset_meta = {**(getattr(module, "dataset_meta", None) or {}), "classes": named.names}
     try:
-        spec = frame_spec(reduced.config)
+        with blaming(f"config {path}"):
+            spec = frame_spec(reduced.config)
     except ArchiveError as error:
         raise SetupError(f"{path} cannot be compared: {error}") from None
     flat = scope == "mmdet" or spec.modality == "image" or is_segmentor(module)

@@ -42,8 +42,11 @@ __all__ = [
 PACKAGES = ("mmdet3d", "mmdet")
 
 _HINTS_OF_3D = re.compile(
-    r"\bmmdet3d\b|point_cloud_range|LoadPointsFromFile|PackDet3DInputs|Det3DDataPreprocessor"
+    r"\bmmdet3d\b|point_cloud_range|LoadPointsFromFile|Pack3DDetInputs|Det3DDataPreprocessor|Collect3D|voxel_layer"
 )
+_CONFIG_SUFFIXES = (".py", ".json", ".yaml", ".yml")
+# As upstream's `init_detector` takes a config without a scope; what cannot be read is rejected by the conversion.
+_USUAL_PACKAGE = "mmdet"
 _BEFORE_COORDINATES = re.compile(r"/mmdetection3d/v0\.")
 # Families with boxes in the LiDAR or depth frame; camera-frame boxes and segmentation did not change.
 _LIDAR_FRAME_FAMILIES = frozenset(
@@ -110,8 +113,7 @@ class Zoo:
             package: ``mmdet`` or ``mmdet3d`` to search one only.
 
         Raises:
-            ModelLookupError: no model or more than one has that name; or a config outside the zoo does not show
-                which package it is for.
+            ModelLookupError: no model or more than one has that name.
         """
         asked = os.fspath(model).strip()
         if package is not None and package not in PACKAGES:
@@ -122,7 +124,7 @@ class Zoo:
         if scope in PACKAGES and package in (None, scope):
             asked, package = rest, scope
         path = Path(asked).expanduser()
-        if path.suffix == ".py" and path.is_file():
+        if path.suffix in _CONFIG_SUFFIXES and path.is_file():
             return self._resolve_file(path.resolve(), package)
         stem = bare_name(asked)
         found = self._find(stem, package)
@@ -181,11 +183,7 @@ class Zoo:
             entry = each.entries.get(path.stem)
             if entry and (entry.config_path.resolve() == path or _same_bytes(entry.config_path, path)):
                 return replace(entry, config_path=path)
-        found = package or detect_package(path)
-        if found is None:
-            raise ModelLookupError(
-                f"config {path} is neither clearly for mmdet nor for mmdet3d; set default_scope in it"
-            )
+        found = package or detect_package(path) or _USUAL_PACKAGE
         note = f"{path.name} is not a config of the installed zoo, so it has no published weights"
         return ZooEntry(path.stem, found, path, None, None, (), (note,))
 

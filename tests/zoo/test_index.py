@@ -281,12 +281,13 @@ def test_package_of_own_config_is_detected_without_running_it(
 
 
 @pytest.mark.parametrize("text", ["model = dict()", "this is not python", "\0"])
-def test_own_config_without_package_raises_lookup_error(text: str, tmp_path: Path, small: Zoo) -> None:
+def test_own_config_without_package_counts_as_mmdets_like_upstream(
+    text: str, tmp_path: Path, small: Zoo
+) -> None:
     config = tmp_path / "own.py"
     config.write_text(text)
-    with pytest.raises(ModelLookupError, match="default_scope"):
-        small.resolve(config)
-    assert small.resolve(config, package="mmdet").package == "mmdet"
+    assert small.resolve(config).package == "mmdet"
+    assert small.resolve(config, package="mmdet3d").package == "mmdet3d"
 
 
 # --- names ------------------------------------------------------------------------------------------------

@@ -1,0 +1,101 @@
+"""Find what describes a frame in the test data set of a config: its pipeline, inside any wrappers.
+
+A wrapper joins or repeats data sets, or mixes their frames; a server has one frame at a time, so that only the
+pipeline, the class names and the type of what is wrapped matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from serve.archive.config_json import to_json
+from serve.errors import ArchiveError
+from serve.runtime.pipeline import dataset_of
+
+__all__ = ["check_pipeline", "drop_unused_objects", "unwrap_dataset"]
+
+_MIXING = "MultiImageMixDataset"
+# Members of a data set that say how a frame is prepared and what the classes are.
+_USED = ("type", "pipeline", "metainfo", "box_type_3d", "data_prefix", "modality")
+
+
+def unwrap_dataset(config: dict[str, Any]) -> tuple[str, ...]:
+    """Replace wrappers around the test data set by what they wrap; in place.
+
+    Returns:
+        A note, if a wrapper had steps of its own.
+
+    Raises:
+        ArchiveError: there is no data set with a pipeline, or a wrapper mixes several frames.
+    """
+    loader = config.get("test_dataloader")
+    if loader is not None and not isinstance(loader, Mapping):
+        raise ArchiveError(f"test_dataloader must be a dict with a dataset, got a {type(loader).__name__}")
+    outer = (loader or {}).get("dataset")
+    notes: tuple[str, ...] = ()
+    if isinstance(outer, Mapping) and _kind(outer) == _MIXING and isinstance(outer.get("dataset"), Mapping):
+        inner = dict(dataset_of({"test_dataloader": {"dataset": outer["dataset"]}}))
+        check_pipeline(inner["pipeline"])
+        own = check_pipeline(outer.get("pipeline") or [])
+        if mixing := [_kind(step) for step in own if _mixes(step)]:
+            raise ArchiveError(
+                f"the test data set is a {_MIXING} whose {', '.join(mixing)} mixes several images, as in training; set "
+                "test_dataloader.dataset to a data set with the test pipeline"
+            )
+        inner["pipeline"] = [*inner["pipeline"], *own]
+        notes = (f"the steps of {_MIXING} follow those of the data set that it wraps",)
+    else:
+        inner = dataset_of(config)
+        check_pipeline(inner["pipeline"])
+    config["test_dataloader"] = {**(loader or {}), "dataset": inner}
+    return notes
+
+
+def check_pipeline(steps: Any) -> list[dict[str, Any]]:
+    """Return the steps of a pipeline.
+
+    Raises:
+        ArchiveError: it is not a list of dictionaries with a ``type``.
+    """
+    if not isinstance(steps, list | tuple):
+        raise ArchiveError(f"a pipeline must be a list of steps, got a {type(steps).__name__}")
+    for k, step in enumerate(steps):
+        if not isinstance(step, Mapping) or not isinstance(step.get("type"), str):
+            raise ArchiveError(
+                f"step {k} of the test pipeline must be dict(type='…', …), got {str(step)[:80]}"
+            )
+    return list(steps)
+
+
+def drop_unused_objects(config: dict[str, Any]) -> None:
+    """Drop what is not data from the data set and its loader, where serving has no use for it; in place.
+
+    Raises:
+        ArchiveError: the model or the pipeline holds something that is not data; the message names its place.
+    """
+    loader = {name: value for name, value in config["test_dataloader"].items() if _is_data(value)}
+    dataset = config["test_dataloader"]["dataset"]
+    kept = {name: value for name, value in dataset.items() if name in _USED or _is_data(value)}
+    config["test_dataloader"] = {**loader, "dataset": kept}
+    to_json(config)
+
+
+def _is_data(value: Any) -> bool:
+    try:
+        to_json(value)
+    except ArchiveError:
+        return False
+    return True
+
+
+def _kind(part: Mapping[str, Any]) -> str:
+    return str(part.get("type", "")).rpartition(".")[2]
+
+
+def _mixes(step: Mapping[str, Any]) -> bool:
+    """Whether a step takes frames that a mixing wrapper has drawn, which it asks for by `get_indexes`."""
+    from mmdet.registry import TRANSFORMS
+
+    found = TRANSFORMS.get(str(step["type"]))
+    return hasattr(found, "get_indexes")
