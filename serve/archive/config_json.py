@@ -12,9 +12,16 @@ from typing import Any
 
 from serve.errors import ArchiveError
 
-__all__ = ["from_json", "to_json"]
+__all__ = ["ObjectPath", "from_json", "to_json"]
 
-_TAGS = frozenset({"__tuple__", "__set__", "__float__", "__dict__"})
+_TAGS = frozenset({"__tuple__", "__set__", "__float__", "__dict__", "__object__"})
+
+
+class ObjectPath(str):
+    """Path of a class or function that is a value of a config, as in ``dict(type=Net, layer=torch.nn.GELU)``.
+
+    A ``type`` stays plain text, which the registries look up.
+    """
 
 
 def to_json(value: Any, where: str = "config") -> Any:
@@ -23,6 +30,8 @@ def to_json(value: Any, where: str = "config") -> Any:
     Raises:
         ArchiveError: a value is not data (a function, a class, an object); the message names its path.
     """
+    if isinstance(value, ObjectPath):
+        return {"__object__": str(value)}
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, float):
@@ -60,6 +69,8 @@ def from_json(value: Any) -> Any:
             return tuple(from_json(item) for item in inner)
         if tag == "__set__":
             return {from_json(item) for item in inner}
+        if tag == "__object__":
+            return ObjectPath(inner)
         if tag == "__float__":
             return float(inner)
         if tag == "__dict__":

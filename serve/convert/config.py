@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from serve.archive.config_json import ObjectPath
 from serve.convert.blame import blaming, describe
 from serve.convert.custom_code import add_named_modules
 from serve.convert.data_sets import drop_unused_objects, unwrap_dataset
@@ -93,7 +94,11 @@ def read_config(path: Path) -> FullConfig:
 
         try:
             with local_bases(path) as whole:
-                full = _as_data(Config.fromfile(str(whole), import_custom_modules=False).to_dict())
+                parsed = Config.fromfile(str(whole), import_custom_modules=False)
+                full = {
+                    key: _as_data(value, key, build=key in KEPT_KEYS)
+                    for key, value in parsed._to_lazy_dict().items()
+                }
         except (Exception, SystemExit) as error:  # a config is a program
             shown = str(error) if isinstance(error, ConfigParsingError | SyntaxError) else describe(error)
             raise ArchiveError(f"config {path} cannot be read: {shown}") from error
@@ -196,17 +201,32 @@ def keep_one_view(config: dict[str, Any]) -> tuple[str, ...]:
     return ("test-time augmentation (TestTimeAug) is left out: one scale, no flip",)
 
 
-def _as_data(value: Any) -> Any:
-    """Replace classes and functions by the paths that name them, and paths of files by text."""
+def _as_data(value: Any, key: str = "", *, build: bool = True) -> Any:
+    """Replace objects of Python in a config by what names them: classes and functions, constants, paths of files.
+
+    Args:
+        value: a value of the config; imports of a "lazy" config are mmengine's stand-ins.
+        key: name of its member; a ``type`` becomes text.
+        build: import what a stand-in stands for; else it becomes text, so that serving needs no package of training.
+    """
+    from mmengine.config.lazy import LazyAttr, LazyObject
+
     if isinstance(value, Mapping):
-        return {name: _as_data(inner) for name, inner in value.items()}
+        return {name: _as_data(inner, str(name), build=build) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        made = [_as_data(inner) for inner in value]
+        made = [_as_data(inner, build=build) for inner in value]
         return tuple(made) if isinstance(value, tuple) else made
+    if isinstance(value, LazyAttr | LazyObject):
+        path = f"{value.module}.{value}"
+        if key == "type" or not build:
+            return path
+        found = value.build()
+        is_named = isinstance(found, type) or callable(found)
+        return ObjectPath(_path_of(found) or path) if is_named else _as_data(found, key)
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, type) or callable(value):
-        return _path_of(value) or value
+    if (isinstance(value, type) or callable(value)) and (named := _path_of(value)):
+        return named if key == "type" else ObjectPath(named)
     return value
 
 

@@ -7,10 +7,12 @@ frame on what was written. Nothing is printed: `Conversion.report` receives each
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -181,7 +183,7 @@ def convert(conversion: Conversion) -> ConversionResult:
         )
         notes += golden.list_warnings(None if conversion.golden_frame is None else frame, spec)
         report("running the golden frame")
-        with guard, blaming(f"config {conversion.config}"):
+        with guard, blaming(f"config {conversion.config}"), _without_tracebacks():
             metadata, expected, remarks = _record_golden(
                 network, config, metadata, frame, device, conversion.fold_batch_norm
             )
@@ -226,6 +228,17 @@ def convert(conversion: Conversion) -> ConversionResult:
         parameters=parameters,
         needs_trust=needs_trust,
     )
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keep a worker's log of a failed frame from the terminal; the error that is raised says what failed."""
+    log = logging.getLogger("serve.runtime.detector")
+    former, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = former
 
 
 def _count(answer: Mapping[str, Any]) -> int:

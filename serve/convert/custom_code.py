@@ -21,6 +21,7 @@ from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from pathlib import Path
 from typing import Any
 
+from serve.archive.config_json import ObjectPath
 from serve.archive.format import Source
 from serve.errors import ArchiveError
 from serve.runtime.custom_code import imports_of
@@ -70,10 +71,12 @@ def names_unregistered(config: Mapping[str, Any]) -> bool:
 
 
 def _type_paths(part: Any) -> Iterator[str]:
-    """Dotted values of ``type``, except for OpenMMLab's and torch's own."""
-    if isinstance(part, Mapping):
+    """Dotted values of ``type`` and paths of objects, except for OpenMMLab's and torch's own."""
+    if isinstance(part, ObjectPath) and _is_own_path(part):
+        yield str(part)
+    elif isinstance(part, Mapping):
         kind = part.get("type")
-        if isinstance(kind, str) and _is_own_path(kind):
+        if isinstance(kind, str) and not isinstance(kind, ObjectPath) and _is_own_path(kind):
             yield kind
         for value in part.values():
             yield from _type_paths(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from serve.archive.config_json import to_json
+from serve.archive.config_json import ObjectPath, to_json
 from serve.errors import ArchiveError
 from serve.runtime.pipeline import dataset_of
 
@@ -82,6 +82,12 @@ def drop_unused_objects(config: dict[str, Any]) -> None:
 
 
 def _is_data(value: Any) -> bool:
+    if isinstance(value, ObjectPath):
+        return False
+    if isinstance(value, Mapping):
+        return all(_is_data(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_data(inner) for inner in value)
     try:
         to_json(value)
     except ArchiveError:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from serve import ops
 from serve.errors import ArchiveError, CheckpointError, SettingsError
 from serve.runtime.custom_code import explain_missing
+from serve.runtime.object_paths import resolve_objects
 from serve.runtime.patches import patch, use_torch_sync_bn
 from serve.runtime.registry_guard import restrict_registry
 
@@ -119,7 +120,8 @@ def build_network(config: Mapping[str, Any], classes: Sequence[str]) -> nn.Modul
             raise ArchiveError(f"default_scope must be mmdet or mmdet3d, got {scope_of(config)[:200]!r}")
         init_default_scope(scope_of(config))
         with DefaultScope.overwrite_default_scope(scope_of(config)):
-            network = _build(Config(strip_pretrained(config)), scope_of(config))
+            built = {**config, "model": resolve_objects(config["model"])}
+            network = _build(Config(strip_pretrained(built)), scope_of(config))
         network = revert_sync_batchnorm(network)
         network.cfg = Config(dict(config))
     patch(network)

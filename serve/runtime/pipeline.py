@@ -22,6 +22,7 @@ from serve.protocol.images import COLOR_TYPES, Decoder
 from serve.protocol.sweeps import ACCUMULATED, Sweep, SweepSpec
 from serve.runtime.loaders import image_loader, mono_loader, multiview_loader, point_loader, sweep_loader
 from serve.runtime.model import scope_of, suppress_warnings
+from serve.runtime.object_paths import resolve_objects
 
 __all__ = ["InputPipeline", "box_type_of", "dataset_of", "frame_spec", "pipeline_of"]
 
@@ -257,7 +258,7 @@ class InputPipeline:
 
             with DefaultScope.overwrite_default_scope(scope_of(config)):
                 self._constants = _constants(config)
-                self._compose = Compose(_replace_loaders(copy.deepcopy(pipeline_of(config))))
+                self._compose = Compose(_replace_loaders(resolve_objects(copy.deepcopy(pipeline_of(config)))))
 
     def expect_intensities_of(self, frame: Frame) -> None:
         """Expect intensities of the scale of `frame`, a user's own, if the data set does not tell it."""

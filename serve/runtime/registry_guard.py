@@ -20,6 +20,7 @@ from typing import Any
 __all__ = [
     "OPENMMLAB",
     "allow_modules",
+    "find_registered",
     "is_importable",
     "is_torch_layer_path",
     "registries",
@@ -38,7 +39,7 @@ def restrict_registry() -> None:
     """Restrict the registries of this process to registered classes and functions, and to known packages."""
     from mmengine.registry import registry
 
-    registry.get_object_from_string = _find_registered
+    registry.get_object_from_string = find_registered
     registry.import_module = _import_known
 
 
@@ -71,7 +72,7 @@ def _import_known(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def _find_registered(path: str) -> Any:
+def find_registered(path: str) -> Any:
     """Find the class or function at `path` if any registry has it, else None."""
     from mmengine.utils import get_object_from_string
 

@@ -11,7 +11,6 @@ wrapped point cloud to a pipeline step that expects an array, and modifies the m
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import tempfile
 import warnings
@@ -266,6 +265,7 @@ def load_reference(
         from serve.convert.checkpoint import load_checkpoint
         from serve.convert.classes import check_against_head, find_class_names
         from serve.convert.config import read_config, reduce_config
+        from serve.runtime.object_paths import resolve_objects
         from serve.storage import backends  # noqa: F401  (registers s3:// and packed files with mmengine)
 
         path = _resolve_path(config)
@@ -277,7 +277,8 @@ def load_reference(
             {
                 **whole.full,
                 "default_scope": scope,
-                "test_dataloader": copy.deepcopy(reduced.config["test_dataloader"]),
+                "model": resolve_objects(whole.full["model"]),
+                "test_dataloader": resolve_objects(reduced.config["test_dataloader"]),
             }
         )
     read = load_checkpoint(Path(checkpoint), trust=trust_checkpoint)
