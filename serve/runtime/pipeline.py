@@ -7,6 +7,7 @@ loaders are replaced by ones that take the decoded frame; everything after them 
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +21,12 @@ from serve.protocol.frame_warnings import PointExpectations, intensity_scale
 from serve.protocol.frames import Frame, FrameSpec, Modality
 from serve.protocol.images import COLOR_TYPES, Decoder
 from serve.protocol.sweeps import ACCUMULATED, Sweep, SweepSpec
-from serve.runtime.loaders import image_loader, mono_loader, multiview_loader, point_loader, sweep_loader
+from serve.runtime.loaders import LOADERS, derived_loader
 from serve.runtime.model import scope_of, suppress_warnings
 from serve.runtime.object_paths import resolve_objects
 
 __all__ = ["InputPipeline", "box_type_of", "dataset_of", "frame_spec", "pipeline_of"]
 
-LOADERS = {
-    "LoadPointsFromFile": point_loader,
-    "LoadPointsFromMultiSweeps": sweep_loader,
-    "LoadImageFromFile": image_loader,
-    "LoadImageFromFileMono3D": mono_loader,
-    "LoadMultiViewImageFromFiles": multiview_loader,
-}
 # Steps for training and evaluation only, which mmdet3d's own `inference_segmentor` drops too.
 ANNOTATION_LOADERS = ("LoadAnnotations", "LoadPanopticAnnotations", "PointSegClassMapping")
 # Steps of pipelines that need more than one frame.
@@ -41,6 +35,12 @@ NOT_PER_FRAME = {
     "LoadProposals": "it needs the proposals of another model",
     "PackReIDInputs": "it returns a feature vector of an image crop, not detections",
 }
+# Settings of loading steps that say what a frame is; a user's class may set others than its configured step.
+_LOADER_SETTINGS = (
+    *("coord_type", "load_dim", "use_dim", "norm_intensity", "sweeps_num", "time_dim", "pad_empty_sweeps"),
+    *("color_type", "imdecode_backend", "to_float32", "num_views", "num_ref_frames", "set_default_scale"),
+)
+_KNOWN = frozenset((*LOADERS, *NOT_PER_FRAME, "Pack3DDetInputs", "PackDetInputs"))
 _SAMPLE = Path(__file__).parents[1] / "assets" / "sample.bin"
 _SWEEPS = "LoadPointsFromMultiSweeps"
 # Word in the type of a data set → its largest intensity.
@@ -90,7 +90,8 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
     Raises:
         ArchiveError: the pipeline is not supported.
     """
-    steps = {_kind(step): step for step in reversed(pipeline_of(config))}
+    scope = scope_of(config)
+    steps = {_kind(step, scope): _effective(step, scope) for step in reversed(pipeline_of(config))}
     for kind, reason in NOT_PER_FRAME.items():
         if kind in steps:
             raise ArchiveError(f"the model cannot be served frame by frame: {reason}")
@@ -137,7 +138,7 @@ def frame_spec(config: Mapping[str, Any]) -> FrameSpec:
                 cameras=_cameras(config, steps["LoadMultiViewImageFromFiles"]),
                 calibration=("cam2img", "lidar2cam"),
             )
-    first = pipeline_of(config)[0]["type"]
+    first = str(pipeline_of(config)[0]["type"])
     raise ArchiveError(
         f"unsupported test pipeline: it starts with {first} and loads {', '.join(known) or 'nothing'}; supported "
         f"loaders: {', '.join(LOADERS)}, at most one point cloud with one image"
@@ -200,8 +201,46 @@ def _expected_points(config: Mapping[str, Any], steps: Mapping[str, Mapping[str,
     )
 
 
-def _kind(step: Mapping[str, Any]) -> str:
-    return str(step["type"]).rpartition(".")[2]
+def _kind(step: Mapping[str, Any], scope: str) -> str:
+    """Name of a step; of a user's class the name of upstream's step that it derives from, if that is a known one."""
+    derived = _derived(step, scope)
+    return derived[1] if derived else str(step["type"]).rpartition(".")[2]
+
+
+def _derived(step: Mapping[str, Any], scope: str) -> tuple[type, str] | None:
+    """Return the class of a step and the known step of upstream's that it derives from; None for any other step."""
+    with suppress_warnings():
+        found = importlib.import_module(f"{scope}.registry").TRANSFORMS.get(str(step["type"]))
+    if not isinstance(found, type) or _is_upstreams(found):
+        return None
+    for base in found.__mro__[1:]:
+        is_known = base.__name__ in _KNOWN or base.__name__.startswith(ANNOTATION_LOADERS)
+        if is_known and _is_upstreams(base):
+            return found, base.__name__
+    return None
+
+
+def _is_upstreams(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("mmcv", "mmdet", "mmdet3d")
+
+
+def _effective(step: Mapping[str, Any], scope: str) -> Mapping[str, Any]:
+    """Return a step with the settings that a user's class gives itself.
+
+    Raises:
+        ArchiveError: the class cannot be created.
+    """
+    derived = _derived(step, scope)
+    if derived is None or derived[1] not in LOADERS:
+        return step
+    try:
+        made = derived[0](**{key: value for key, value in step.items() if key != "type"})
+    except Exception as error:  # a foreign constructor may raise anything
+        raise ArchiveError(
+            f"the loading step {step['type']} cannot be created: {type(error).__name__}: {error}"
+        ) from error
+    own = {name: getattr(made, name) for name in _LOADER_SETTINGS if hasattr(made, name)}
+    return {**step, **own}
 
 
 def _matrices(config: Mapping[str, Any], box_type: str) -> tuple[str, ...]:
@@ -258,7 +297,8 @@ class InputPipeline:
 
             with DefaultScope.overwrite_default_scope(scope_of(config)):
                 self._constants = _constants(config)
-                self._compose = Compose(_replace_loaders(resolve_objects(copy.deepcopy(pipeline_of(config)))))
+                steps = resolve_objects(copy.deepcopy(pipeline_of(config)))
+                self._compose = Compose(_replace_loaders(steps, scope_of(config)))
 
     def expect_intensities_of(self, frame: Frame) -> None:
         """Expect intensities of the scale of `frame`, a user's own, if the data set does not tell it."""
@@ -293,9 +333,19 @@ def _is_sample_scene(points: npt.NDArray[np.float32]) -> bool:
     return bool(np.array_equal(points[:, :3], sample[:, :3]))
 
 
-def _replace_loaders(pipeline: Sequence[dict[str, Any]]) -> list[Any]:
-    steps = [step for step in pipeline if not _kind(step).startswith(ANNOTATION_LOADERS)]
-    return [LOADERS[_kind(step)](step) if _kind(step) in LOADERS else step for step in steps]
+def _replace_loaders(pipeline: Sequence[dict[str, Any]], scope: str) -> list[Any]:
+    steps: list[Any] = []
+    for step in pipeline:
+        kind, derived = _kind(step, scope), _derived(step, scope)
+        if kind.startswith(ANNOTATION_LOADERS):
+            continue
+        if kind not in LOADERS:
+            steps.append(step)
+        elif derived:
+            steps.append(derived_loader(step, *derived))
+        else:
+            steps.append(LOADERS[kind](step))
+    return steps
 
 
 def _loader_inputs(data: Mapping[str, Any], spec: FrameSpec) -> dict[str, Any]:

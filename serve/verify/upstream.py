@@ -104,7 +104,10 @@ def detect_with_calibration(module: Any, files: Mapping[str, Path], parts: Seque
     calibration = json.loads(files["calibration"].read_text())
     cameras = {name.partition(".")[2]: name for name in parts if name.startswith("image.")}
     cloud = str(files.get("points", "no-cloud.bin"))
-    first = str(module.cfg.test_dataloader.dataset.pipeline[0].type)
+    from mmdet3d.datasets.transforms import LoadImageFromFileMono3D
+    from mmdet3d.registry import TRANSFORMS
+
+    first = TRANSFORMS.get(module.cfg.test_dataloader.dataset.pipeline[0].type)
     with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as folder:
         annotations = Path(folder, "frame.json")
         if cameras:
@@ -117,6 +120,6 @@ def detect_with_calibration(module: Any, files: Mapping[str, Path], parts: Seque
         image = str(files["image"])
         images = {CAMERA: {"img_path": image, **calibration}}
         annotations.write_text(json.dumps({"data_list": [{"images": images}]}))
-        if first.endswith("LoadImageFromFileMono3D"):
+        if isinstance(first, type) and issubclass(first, LoadImageFromFileMono3D):
             return inference_mono_3d_detector(module, image, str(annotations), CAMERA)
         return inference_multi_modality_detector(module, cloud, image, str(annotations), CAMERA)[0]
