@@ -14,7 +14,7 @@ from serve.compare.detections import Comparison, compare_answers
 from serve.compare.labels import LabelComparison
 from serve.compare.ties import confirm_ties
 from serve.compare.tolerances import Tolerances, tolerances_for
-from serve.errors import SelfTestError, ServeError
+from serve.errors import ArchiveError, SelfTestError, ServeError
 from serve.protocol.batch import Body
 from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime.custom_code import explain_missing
@@ -28,6 +28,7 @@ def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
     """Run the golden frame without a score threshold.
 
     Raises:
+        ArchiveError: the archive has a step that no server can run.
         SelfTestError: the frame cannot be run.
     """
     num_points = 0 if not frame else None  # an empty file is an empty point cloud
@@ -36,6 +37,8 @@ def run_golden_frame(detector: Detector, frame: Body) -> dict[str, Any]:
     decoded = detector.decode(frame, options, Limits())
     detector.expect_intensities_of(decoded)
     outcome = detector.run([decoded])[0]
+    if isinstance(outcome, ArchiveError):
+        raise outcome
     if isinstance(outcome, ServeError):
         cause = outcome.__cause__
         missing = explain_missing(cause) if cause is not None else None
