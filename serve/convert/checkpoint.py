@@ -29,7 +29,7 @@ from serve.errors import CheckpointError
 
 __all__ = ["Checkpoint", "load_checkpoint"]
 
-_HOLDERS = ("state_dict", "model_state_dict", "model")
+_HOLDERS = ("state_dict", "model_state_dict", "model", "ema_state_dict")
 _MAX_DEPTH = 24
 _MAX_ITEMS = 20_000
 _MAX_VALUES = 1_000_000
@@ -133,6 +133,8 @@ def _unpickle(path: Path, *, trust: bool) -> Any:
 def _explain(path: Path, error: Exception, *, trust: bool) -> str:
     """Message for a checkpoint that cannot be unpickled."""
     first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    if "weights_only" in first:  # torch's advice to unpickle anything
+        first = "torch.save did not write it"
     if trust:
         return f"{path} cannot be read even with --trust-checkpoint: {type(error).__name__}: {first}"
     blocked = _list_blocked_types(path) or sorted(set(_BLOCKED.findall(str(error))))
@@ -166,6 +168,9 @@ def _parse(raw: Any, path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} holds a {type(raw).__name__}; a checkpoint holds a dict")
     holders = [key for key in _HOLDERS if isinstance(raw.get(key), Mapping)]
     source, weights = (holders[0], raw[holders[0]]) if holders else ("", raw)
+    averaged = source == "ema_state_dict"  # of mmengine's EMA hook, without the network's own
+    if averaged:
+        weights = {name: value for name, value in weights.items() if name != "steps"}
     kept: dict[str, torch.Tensor] = {}
     odd: list[str] = []
     _check_dense_sizes(weights, path)
@@ -184,6 +189,8 @@ def _parse(raw: Any, path: Path) -> Checkpoint:
         )
 
     notes = [f"dropped {len(odd)} entries that are not tensors: {', '.join(odd[:4])}"] if odd else []
+    if averaged:
+        notes.append("the file has averaged weights only (ema_state_dict), which are taken")
     versions = _read_versions(getattr(weights, "_metadata", None))
     if all(name.startswith("module.") for name in kept):
         kept = {name.removeprefix("module."): tensor for name, tensor in kept.items()}

@@ -104,4 +104,4 @@ def _mixes(step: Mapping[str, Any]) -> bool:
     from mmdet.registry import TRANSFORMS
 
     found = TRANSFORMS.get(str(step["type"]))
-    return hasattr(found, "get_indexes")
+    return isinstance(found, type) and any("get_indexes" in vars(base) for base in found.__mro__)

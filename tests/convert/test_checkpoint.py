@@ -132,6 +132,37 @@ def test_safe_globals_keeps_names_allowed_elsewhere(tmp_path: Path) -> None:
         assert functools.partial in torch.serialization.get_safe_globals()
 
 
+def save_meta(folder: Path, dataset_meta: Any) -> Path:
+    torch.save(
+        {"state_dict": small_net().state_dict(), "meta": {"dataset_meta": dataset_meta}}, folder / "a.pth"
+    )
+    return folder / "a.pth"
+
+
+def test_own_names_in_capitals_go_before_those_of_the_data_set_type_as_upstream(tmp_path: Path) -> None:
+    meta = {"classes": tuple(map(str, range(80))), "CLASSES": ("cat", "dog")}  # as a CocoDataset records it
+    assert load_checkpoint(save_meta(tmp_path, meta)).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("named", [{0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}, np.array(["cat", "dog"])])
+def test_classes_of_every_form_are_read(tmp_path: Path, named: Any) -> None:
+    assert load_checkpoint(save_meta(tmp_path, {"classes": named})).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("named", ["data/classes.txt", "names.txt", 7, [["cat"]], {"cat": 5}])
+def test_classes_in_another_form_are_refused_and_never_guessed(tmp_path: Path, named: Any) -> None:
+    with pytest.raises(CheckpointError, match="--classes"):
+        _ = load_checkpoint(save_meta(tmp_path, {"classes": named})).classes
+
+
+def test_a_checkpoint_with_averaged_weights_only_is_read(tmp_path: Path) -> None:
+    weights = small_net().state_dict()
+    averaged = {f"module.{name}": value for name, value in weights.items()} | {"steps": torch.tensor(3)}
+    torch.save({"ema_state_dict": averaged, "meta": {}}, tmp_path / "a.pth")
+    found = load_checkpoint(tmp_path / "a.pth")
+    assert set(found.state_dict) == set(weights) and any("ema_state_dict" in note for note in found.notes)
+
+
 def test_pre_1_0_meta_gives_classes(tmp_path: Path) -> None:
     meta = {
         "env_info": "sys.platform: linux\nGPU 0: TITAN Xp",

@@ -90,3 +90,24 @@ def test_the_option_takes_names_or_a_file(tmp_path):
     for wrong in ("", "cat,cat"):
         with pytest.raises(ArchiveError):
             read_class_names(wrong)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [["cat", "dog"], ("cat", "dog"), {0: "cat", 1: "dog"}, {1: "dog", 0: "cat"}, {"cat": 0, "dog": 1}],
+)
+def test_names_come_in_the_order_of_their_labels(named):
+    assert find_class_names(config({"classes": named})).names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    "named", [2, 2.5, {1: "cat", 2: "dog"}, {"cat": 1, "dog": 0}, [("cat", 1)], ["cat", None], {"cat": "x"}]
+)
+def test_names_in_another_form_are_refused_and_never_guessed(named):
+    with pytest.raises(ArchiveError, match="--classes"):
+        find_class_names(config({"classes": named}))
+
+
+def test_of_both_spellings_the_later_one_counts_as_upstream_does():
+    inherited = {"classes": tuple(map(str, range(80))), "CLASSES": ("cat", "dog")}
+    assert find_class_names(config(inherited)).names == ("cat", "dog")

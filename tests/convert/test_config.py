@@ -156,3 +156,180 @@ def test_a_network_that_cannot_be_built_is_an_error_of_the_config(tmp_path):
     del config["model"]["backbone"]
     with pytest.raises(ArchiveError, match="FCOS"):
         build(config)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["import os", "import os.path as osp", "from pathlib import Path", "from functools import partial"],
+)
+def test_a_config_on_a_base_may_import_the_standard_library(tmp_path, lines):
+    write(tmp_path, PLAIN, "base.py")
+    path = write(tmp_path, f"{lines}\n_base_ = 'base.py'\n")
+    assert resolve_config(path).config["model"]["type"] == "FCOS"
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_a_config_dumped_as_data_is_found_and_read(tmp_path, suffix):
+    from mmengine.config import Config
+
+    from serve import zoo
+
+    dumped = tmp_path / f"config.{suffix}"
+    Config.fromfile(str(write(tmp_path, PLAIN))).dump(str(dumped))
+    assert resolve_config(zoo.resolve(dumped).config_path).config["model"]["type"] == "FCOS"
+
+
+def test_a_dumped_lazy_config_is_the_same_as_its_source(tmp_path):
+    from mmengine.config import Config
+
+    path = write(tmp_path, LAZY)
+    Config.fromfile(str(path)).dump(str(tmp_path / "dumped.py"))
+    assert resolve_config(tmp_path / "dumped.py").config["model"] == resolve_config(path).config["model"]
+
+
+def test_a_lazy_config_inherits_from_another(tmp_path):
+    write(tmp_path, LAZY, "lazy_base.py")
+    child = (
+        "from mmengine.config import read_base\nwith read_base():\n    from .lazy_base import *\n"
+        "from torch.nn import LeakyReLU\nmodel['neck']['act_cfg'] = dict(type=LeakyReLU)\n"
+    )
+    config = resolve_config(write(tmp_path, child)).config
+    assert config["model"]["neck"]["act_cfg"] == {"type": "torch.nn.LeakyReLU"}
+    build(config)
+
+
+OWN_VALUES = """
+from mmdet.models import ResNet
+from mmdet.registry import MODELS
+
+DEPTH = 18
+
+def halve(x):
+    return x * 0.5
+
+@MODELS.register_module(force=True)
+class ResNetWithValues(ResNet):
+    def __init__(self, layer=None, before=None, **settings):
+        super().__init__(**settings)
+        self.layer, self.before = layer(), before
+"""
+
+
+@pytest.mark.parametrize("style", ["lazy", "text"])
+def test_classes_functions_and_constants_as_values_reach_the_constructor(tmp_path, monkeypatch, style):
+    from torch import nn
+
+    name = f"own_values_{style}"
+    write(tmp_path, OWN_VALUES, f"{name}.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    values = f"from {name} import DEPTH, ResNetWithValues, halve\nfrom torch import nn\n"
+    backbone = "type=ResNetWithValues, depth=DEPTH, layer=nn.GELU, before=halve"
+    if style == "lazy":
+        text = values + LAZY.replace("type=ResNet, depth=18", backbone)
+    else:
+        write(tmp_path, PLAIN, "base.py")
+        text = f"_base_ = 'base.py'\n{values}model = dict(backbone=dict({backbone}), bbox_head=dict(norm_cfg=None))\n"
+    network = build(resolve_config(write(tmp_path, text)).config)
+    assert isinstance(network.backbone.layer, nn.GELU) and network.backbone.before(3) == 1.5
+    assert network.backbone.depth == 18
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["lambda x: x", "functools.partial(int, base=2)", "Options()", "open", "torch.nn.functional.relu"],
+)
+def test_a_value_that_is_no_data_is_refused_by_its_place(tmp_path, value):
+    write(tmp_path, PLAIN, "base.py")
+    text = (
+        "_base_ = 'base.py'\nimport functools\nimport torch\nfrom dataclasses import dataclass\n"
+        f"@dataclass\nclass Options:\n    x: int = 1\nmodel = dict(backbone=dict(deep_stem={value}))\n"
+    )
+    with pytest.raises(ArchiveError, match=r"backbone\.deep_stem|functional\.relu|io\.open"):
+        build(resolve_config(write(tmp_path, text)).config)
+
+
+def test_objects_that_only_training_and_loading_need_are_left_out(tmp_path):
+    write(tmp_path, PLAIN, "base.py")
+    text = (
+        "_base_ = 'base.py'\nfrom pathlib import Path\nfrom functools import partial\n"
+        "test_dataloader = dict(collate_fn=partial(dict), dataset=dict(data_root=Path('/data'), token=b'x'))\n"
+    )
+    dataset = resolve_config(write(tmp_path, text)).config["test_dataloader"]["dataset"]
+    assert dataset["data_root"] == "/data" and "token" not in dataset
+
+
+def test_steps_of_a_wrapper_follow_those_of_the_data_set(tmp_path):
+    text = (
+        f"{PLAIN}\none = dict(test_dataloader['dataset'], pipeline=test_pipeline[:1])\n"
+        "test_dataloader = dict(dataset=dict(type='MultiImageMixDataset', dataset=one, pipeline=test_pipeline[1:]))\n"
+    )
+    resolved = resolve_config(write(tmp_path, text))
+    kinds = [step["type"] for step in resolved.config["test_dataloader"]["dataset"]["pipeline"]]
+    assert kinds == ["LoadImageFromFile", "Resize", "PackDetInputs"]
+    assert any("MultiImageMixDataset" in note for note in resolved.notes)
+
+
+def test_a_wrapper_that_mixes_images_is_refused_by_its_step(tmp_path):
+    text = (
+        f"{PLAIN}\none = test_dataloader['dataset']\n"
+        "mixed = dict(type='MultiImageMixDataset', dataset=one, pipeline=[dict(type='Mosaic')])\n"
+        "test_dataloader = dict(dataset=mixed)\n"
+    )
+    with pytest.raises(ArchiveError, match="Mosaic"):
+        resolve_config(write(tmp_path, text))
+
+
+def test_a_config_without_scope_is_of_the_package_of_its_model(tmp_path):
+    from mmengine.config import Config
+
+    from serve import zoo
+
+    config = Config.fromfile(zoo.resolve("second").config_path)
+    config.pop("default_scope")
+    config.dump(str(tmp_path / "config.py"))
+    assert resolve_config(tmp_path / "config.py").package == "mmdet3d"
+    assert (
+        resolve_config(write(tmp_path, PLAIN.replace("default_scope = 'mmdet'", ""), "b.py")).package
+        == "mmdet"
+    )
+
+
+DATASET = "test_dataloader['dataset']"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a = 1",
+        "model = None",
+        "model = [1]",
+        "model = dict(\n",
+        "raise RuntimeError('of mine')",
+        "import sys; sys.exit(3)",
+        "import no_such_module_of_mine",
+        "_base_ = 'config.py'",
+        "caf\xe9 = 1 \0",
+        f"{PLAIN}\ntest_dataloader = [1]",
+        f"{PLAIN}\ntest_dataloader = dict(dataset='x')",
+        f"{PLAIN}\n{DATASET}['pipeline'] = None",
+        f"{PLAIN}\n{DATASET}['pipeline'] = 'text'",
+        f"{PLAIN}\n{DATASET}['pipeline'] = ['LoadImageFromFile']",
+        f"{PLAIN}\n{DATASET}['pipeline'] = [dict(scale=1)]",
+        f"{PLAIN}\n{DATASET}['pipeline'] = [dict(type=3)]",
+        f"{PLAIN}\ncustom_imports = 'json'",
+        f"{PLAIN}\ncustom_imports = ['json']",
+        f"{PLAIN}\ncustom_imports = dict(imports=[3])",
+        f"{PLAIN}\ncustom_imports = dict(imports=['.near'])",
+        f"{PLAIN}\ncustom_imports = dict(imports=['no_such_module_of_mine'])",
+        f"{PLAIN}\ndefault_scope = 'mmseg'",
+        "model = dict(type='FCOS')\ndata = dict(test=3)",
+        "model = dict(type='FCOS')\ndata = dict(test=[])",
+        "model = dict(type='FCOS')\ndata = dict(test=dict(pipeline=[3]))",
+        "model = dict(type='FCOS')\ndata = dict(test=dict(pipeline=[dict(type='MultiScaleFlipAug', transforms=3)]))",
+        "model = dict(type='FCOS', voxel_layer=3)",
+    ],
+)
+def test_a_config_that_cannot_be_used_is_an_archive_error_about_it(tmp_path, text):
+    with pytest.raises(ArchiveError):
+        resolve_config(write(tmp_path, text))
