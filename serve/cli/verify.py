@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         "img",
         metavar="IMAGE_FILE",
         help="point cloud (.bin, .npy, .npz, PCD, PLY, LAS), image, a folder of them, or the URI of either "
-        "(s3://bucket/frames, ffrecord:///packed.ffr#velodyne)",
+        "(s3://bucket/frames, ffrecord:///packed.ffr#velodyne); a frame of several parts is a folder with one file per "
+        "part (points.bin, image.png, calibration.json; of several sweeps points.bin, sweep.0.bin, …, sweeps.json)",
     )
     parser.add_argument("config", metavar="CONFIG_FILE", help="path or URI of a config, or a zoo name")
     parser.add_argument("checkpoint", metavar="CHECKPOINT_FILE", help="path or URI of a checkpoint")

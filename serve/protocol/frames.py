@@ -156,18 +156,21 @@ class Frame:
             sweeps as `decode_sweeps` does.
         options: options of the frame.
         warnings: likely mistakes of the client.
+        is_image: whether `data` is an image; a grey one may be float32 as points are.
     """
 
     data: npt.NDArray[Any] | dict[str, Any]
     options: FrameOptions
     warnings: tuple[FrameWarning, ...] = ()
+    is_image: bool = False
 
     @property
     def points(self) -> npt.NDArray[np.float32] | None:
         """The point cloud among the parts, or None."""
         if isinstance(self.data, dict):
             return self.data.get("points")
-        return self.data if self.data.ndim == 2 and self.data.dtype == np.float32 else None
+        is_cloud = self.data.ndim == 2 and self.data.dtype == np.float32 and not self.is_image
+        return self.data if is_cloud else None
 
     @property
     def has_no_points(self) -> bool:
@@ -290,7 +293,7 @@ def decode_frame(body: Body, spec: FrameSpec, options: FrameOptions, limits: Lim
         elif not options.sweeps:
             warnings += spec.warnings
     if len(decoded) == 1:
-        return Frame(decoded[spec.parts[0]], options, warnings)
+        return Frame(decoded[spec.parts[0]], options, warnings, is_image=not spec.has_points)
     return Frame(decoded, options, warnings)
 
 

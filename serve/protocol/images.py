@@ -39,7 +39,7 @@ _IN_PROCESS = ("JPEG2000", "AVIF")
 PROCESS_BYTES, PROCESS_BYTES_PER_PIXEL = 2 << 30, 40
 
 
-def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int) -> npt.NDArray[np.uint8]:
+def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int) -> npt.NDArray[Any]:
     """Decode an image of a format that OpenCV reads: JPEG, PNG, WebP, BMP, TIFF, JPEG 2000, GIF and others.
 
     Of several pages or animation frames the first is decoded, as mmcv does. JPEG 2000 and AVIF are decoded in a process
@@ -52,11 +52,12 @@ def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int
         max_pixels: maximum of width times height.
 
     Returns:
-        uint8, (H, W, 3) BGR, (H, W) grey, or the channels of the file, depending on `color_type`.
+        uint8, (H, W, 3) BGR or (H, W) grey; with ``unchanged`` samples and channels of the file, which may be uint16,
+        int16 or float32.
 
     Raises:
         FrameTooLarge: more than `max_pixels`, or more work than an image of that many pixels takes.
-        UndecodableFrame: not a complete image of 8 bits per channel.
+        UndecodableFrame: not a complete image, or it contains NaN or inf.
     """
     if len(body) == 0:
         raise UndecodableFrame("the body is empty; send the bytes of an image file")
@@ -72,10 +73,8 @@ def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int
     else:
         _check_complete(body, kind, decoder, jpeg, width, height, max_pixels)
         pixels = _decode(body, color_type, decoder, max_pixels)
-    if pixels.dtype != np.uint8:  # only with `unchanged`: the others convert
-        raise UndecodableFrame(
-            f"the image has {pixels.dtype} samples, and this model reads them unchanged; send 8 bits per channel"
-        )
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise UndecodableFrame("the image contains NaN or inf")
     return pixels
 
 

@@ -23,6 +23,8 @@ from serve.verify.reference import FRAME_SUFFIXES, filter_by_score
 
 __all__ = ["FrameReport", "Reference", "find_frames", "frame_parts", "read_token", "verify"]
 
+# Marks a folder as a frame of several sweeps.
+_SWEEPS = "sweeps.json"
 _CONTENT_TYPES = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
@@ -71,8 +73,8 @@ class FrameReport:
 def find_frames(path: str | Path, modality: Modality) -> list[Path]:
     """List the frames at a path: the file itself, or the folder's files that such a model reads, by name.
 
-    A frame of several parts is a folder with one file per part, named after it, among them ``calibration.json``; a
-    folder of such folders holds several frames.
+    A frame of several parts is a folder with one file per part, named after it, among them ``calibration.json`` or, of
+    several sweeps, ``sweeps.json``; a folder of such folders holds several frames.
 
     Raises:
         UndecodableFrame: no such path, or no frame in the folder.
@@ -88,11 +90,15 @@ def find_frames(path: str | Path, modality: Modality) -> list[Path]:
             )
         return folders
     endings = FRAME_SUFFIXES["image" if modality == "image" else "points"]
-    if path.is_file():
+    if path.is_file() or (path / _SWEEPS).is_file():
         return [path]
     if not path.is_dir():
         raise UndecodableFrame(f"file or folder {path} does not exist")
-    frames = sorted(file for file in path.iterdir() if file.suffix.lower() in endings and file.is_file())
+    frames = sorted(
+        entry
+        for entry in path.iterdir()
+        if (entry.suffix.lower() in endings and entry.is_file()) or (entry / _SWEEPS).is_file()
+    )
     if not frames:
         raise UndecodableFrame(f"{path} has no frame for a {modality} model ({', '.join(endings)})")
     return frames

@@ -32,6 +32,7 @@ from serve.errors import (
 )
 from serve.protocol.frames import Limits, Modality
 from serve.protocol.points import PointLayout, decode_points, sniff
+from serve.protocol.sweeps import SweepSpec, is_sweep_part, nearest, parse_sweeps
 from serve.settings.environment import variable_set
 from serve.verify import upstream
 
@@ -58,6 +59,7 @@ FRAME_SUFFIXES: Mapping[str, tuple[str, ...]] = {
         ".pgm",
     ),
     "calibration": (".json",),
+    "sweeps": (".json",),
 }
 _NO_POINTS = "{} holds no points; mmdet3d cannot run on an empty point cloud, so there is nothing to compare"
 _BOX_TYPES = {
@@ -80,6 +82,7 @@ class ReferenceModel:
         notes: remarks on changes to weights or network, without which upstream cannot run them.
         parts: names of the parts of a frame.
         layout: columns of its points; None without a point cloud.
+        sweeps: sweeps that the model takes besides; None if it takes one cloud.
     """
 
     modality: Modality
@@ -90,6 +93,7 @@ class ReferenceModel:
     notes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ("points",)
     layout: PointLayout | None = None
+    sweeps: SweepSpec | None = None
 
     def detect(self, frame: str | Path | Mapping[str, str | Path], variant: int = 0) -> dict[str, Any]:
         """Run one frame; returns all predictions of the network, without a threshold.
@@ -97,6 +101,7 @@ class ReferenceModel:
         Args:
             frame: the file of a frame of one part, or the files by part. Point clouds are a ``.bin`` of float32 rows
                 of ``load_dim`` or a file of any format that a server reads, images encoded, calibrations JSON.
+                Of several sweeps ``points``, ``sweep.0``, … and ``sweeps`` (`serve.protocol.sweeps`).
             variant: 0 for the model; another number for one of its variants, whose weights are changed by as little
                 as rounding changes what they compute (`serve.compare.ties.confirm_ties`).
 
@@ -120,6 +125,8 @@ class ReferenceModel:
     def _detect_in_files(self, files: dict[str, Path]) -> dict[str, Any]:
         if self.modality == "image":
             return self._detect_in_image(files["image"])
+        if "sweeps" in files:
+            return self._detect_in_sweeps(files)
         if self.modality not in ("lidar", "depth"):
             with contextlib.ExitStack() as stack:
                 if "points" in files:
@@ -137,10 +144,37 @@ class ReferenceModel:
             with _map_errors("mmdet3d", cloud, self.module):
                 return self._read(upstream.detect_in_points(self.module, cloud))
 
+    def _detect_in_sweeps(self, files: Mapping[str, Path]) -> dict[str, Any]:
+        """Run mmdet3d's own pipeline on a key frame and its sweeps, as on the entries of a data set's infos."""
+        assert self.sweeps is not None
+        poses = parse_sweeps(files["sweeps"].read_bytes())
+        if clouds := {name for name in files if name.startswith("sweep.")} ^ {
+            f"sweep.{k}" for k in range(len(poses))
+        }:
+            raise UndecodableFrame(
+                f"{files['sweeps']} describes {len(poses)} sweeps; {min(clouds)} is there or in it only"
+            )
+        with contextlib.ExitStack() as stack:
+            key = stack.enter_context(_as_bin(files["points"], self.layout))
+            sweeps = [
+                (
+                    stack.enter_context(_as_bin(files[f"sweep.{k}"], self.sweeps.layout)),
+                    poses[k].time_lag_s,
+                    poses[k].lidar2sensor,
+                )
+                # Upstream draws at random among more than it takes, unless the step says test_mode.
+                for k in nearest(poses, self.sweeps.number)
+            ]
+            stack.enter_context(_map_errors("mmdet3d", key, self.module))
+            return self._read(
+                upstream.detect_in_sweeps(self.module, key, sweeps, self.box_type_3d or "LiDAR")
+            )
+
     def _check_files(self, frame: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
         if not isinstance(frame, Mapping):
             frame = {self.parts[0]: frame}
-        if set(frame) != set(self.parts):
+        own = {name for name in frame if self.sweeps is not None and is_sweep_part(name)}
+        if set(frame) - own != set(self.parts) or (own and "sweeps" not in own):
             raise UndecodableFrame(
                 f"a frame of this model has the parts {', '.join(self.parts)}, not {', '.join(frame)}"
             )
@@ -148,7 +182,7 @@ class ReferenceModel:
         for name, path in files.items():
             if not path.is_file():
                 raise UndecodableFrame(f"file {path} does not exist")
-            known = FRAME_SUFFIXES[name.partition(".")[0]]
+            known = FRAME_SUFFIXES["points" if name.startswith("sweep.") else name.partition(".")[0]]
             if path.suffix.lower() not in known:
                 raise UndecodableFrame(
                     f"{path.name} is not a frame for a {self.modality} model, which reads {', '.join(known)}"
@@ -183,7 +217,7 @@ class ReferenceModel:
     def _detect_in_image(self, path: Path) -> dict[str, Any]:
         import cv2
 
-        if cv2.imread(str(path)) is None:
+        if cv2.imread(str(path), cv2.IMREAD_UNCHANGED) is None:
             raise UndecodableFrame(f"{path} is not a readable image")
         scope = str(self.module.cfg.get("default_scope") or "mmdet")
         with _map_errors(scope, path, self.module):
@@ -317,6 +351,7 @@ def load_reference(
         notes=notes,
         parts=spec.parts,
         layout=spec.layout if spec.has_points else None,
+        sweeps=spec.sweeps,
     )
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "build",
     "detect_in_image",
     "detect_in_points",
+    "detect_in_sweeps",
     "detect_with_calibration",
     "patch",
     "segment_points",
@@ -66,6 +67,40 @@ def detect_in_points(module: Any, path: Path) -> Any:
     from mmdet3d.apis import inference_detector
 
     return inference_detector(module, str(path))[0]
+
+
+def detect_in_sweeps(module: Any, key: Path, sweeps: Sequence[tuple[Path, float, Any]], box_type: str) -> Any:
+    """Run the configured pipeline and ``test_step`` on a key frame and its sweeps; returns the data sample.
+
+    mmdet3d's own functions for inference take a single cloud; its data sets give the pipeline these entries.
+
+    Args:
+        module: the model.
+        key: ``.bin`` of the key frame.
+        sweeps: of each sweep its ``.bin``, its seconds before the key frame, and ``lidar2sensor`` (4, 4).
+        box_type: ``LiDAR``, ``Camera`` or ``Depth``.
+    """
+    import torch
+    from mmdet3d.structures import get_box_type
+    from mmengine.dataset import Compose, pseudo_collate
+
+    box_type_3d, box_mode_3d = get_box_type(box_type)
+    infos = {
+        "lidar_points": {"lidar_path": str(key)},
+        "timestamp": 0.0,
+        "lidar_sweeps": [
+            {
+                "timestamp": -lag_s,
+                "lidar_points": {"lidar_path": str(cloud), "lidar2sensor": lidar2sensor},
+            }
+            for cloud, lag_s, lidar2sensor in sweeps
+        ],
+        "box_type_3d": box_type_3d,
+        "box_mode_3d": box_mode_3d,
+    }
+    with torch.no_grad():
+        prepared = Compose(module.cfg.test_dataloader.dataset.pipeline)(infos)
+        return module.test_step(pseudo_collate([prepared]))[0]
 
 
 def segment_points(module: Any, path: Path) -> Any:

@@ -19,6 +19,7 @@ from serve.compare.detections import Tolerances, compare_answers
 from serve.convert import Conversion, configured_classes, convert, resolve_config
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+from serve.verify.endpoint import find_frames, verify
 from serve.verify.reference import load_reference
 from serve.verify.report import comparison_table
 from tests.conftest import pick_free_ports
@@ -146,11 +147,13 @@ def test_centerpoint_with_ten_sweeps_equals_upstreams_pipeline(centerpoint, stre
 @pytest.mark.slow
 @pytest.mark.torchserve
 @pytest.mark.timeout(900)
-def test_sweeps_over_http_v2_and_the_client_are_answered_alike(centerpoint, street):
-    *_, folder = centerpoint
+def test_sweeps_over_http_v2_and_the_client_are_answered_alike(centerpoint, street, tmp_path):
+    config, checkpoint, _, folder = centerpoint
     body = parts(street, NUMBER)
     accumulated = scene(street, 0)
     accumulated[:, 4] = np.linspace(0, 0.45, len(accumulated))
+    for name, data in body.items():
+        (tmp_path / f"{name}.{'json' if name == 'sweeps' else 'bin'}").write_bytes(data)
     ports = dict(zip(("inference_port", "management_port", "metrics_port"), pick_free_ports(3), strict=True))
     options = TorchServeOptions(
         model_store=folder, models=[ServedModel("centerpoint.mar")], system_metrics=False, gpus=0, **ports
@@ -164,6 +167,12 @@ def test_sweeps_over_http_v2_and_the_client_are_answered_alike(centerpoint, stre
                 with Client(gateway.url) as through:
                     served = direct.predict(body, "centerpoint")
                     assert served["names"]
+                    # The tool sends the same folder and runs mmdet3d's own pipeline on it.
+                    reference = load_reference(config, checkpoint, "cpu")
+                    for frames in (find_frames(tmp_path, "lidar"), find_frames(tmp_path.parent, "lidar")):
+                        (report,) = verify(frames, reference, through, "centerpoint", score_thr=0.0)
+                        assert report.comparison.ok, comparison_table(report.comparison)
+                        assert report.served["scores_3d"] == served["scores_3d"]
                     assert through.predict(body, "centerpoint") == served
                     kept = direct.predict(accumulated.tobytes(), "centerpoint", sweeps="accumulated")
                     assert "one_sweep" not in [warning["code"] for warning in kept["warnings"]]

@@ -165,11 +165,16 @@ def test_images_of_every_kind_have_mmcvs_pixels(name: str, color_type: str) -> N
         from mmcv import imfrombytes
 
         expected = imfrombytes(NATIVE[name], flag=color_type)
-    if expected.dtype != np.uint8:
-        with pytest.raises(UndecodableFrame, match=str(expected.dtype)):
-            decode_image(NATIVE[name], color_type, "cv2", 96 * 64)
-        return
-    assert np.array_equal(decode_image(NATIVE[name], color_type, "cv2", 96 * 64), expected)
+    found = decode_image(NATIVE[name], color_type, "cv2", 96 * 64)
+    assert found.dtype == expected.dtype and np.array_equal(found, expected)
+
+
+def test_an_unchanged_image_with_an_infinite_sample_is_refused() -> None:
+    pixels = np.zeros((64, 96, 3), np.float32)
+    pixels[3, 4] = np.inf
+    body = cv2.imencode(".pfm", pixels)[1].tobytes()
+    with pytest.raises(UndecodableFrame, match="inf"):
+        decode_image(body, "unchanged", "cv2", 96 * 64)
 
 
 @pytest.mark.parametrize("name", NATIVE)

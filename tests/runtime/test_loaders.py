@@ -141,6 +141,30 @@ def test_a_derived_loader_of_views_keeps_its_change(tmp_path):
     assert np.array_equal(in_memory(config, parts)["inputs"]["img"], expected)
 
 
+@pytest.mark.parametrize("to_float32", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "dtype"), [("png", np.uint16), ("tiff", np.uint16), ("tiff", np.int16), ("pfm", np.float32)]
+)
+def test_unchanged_samples_of_more_than_8_bits_reach_the_model_as_in_upstream(
+    tmp_path, suffix, dtype, to_float32
+):
+    step = {"type": "LoadImageFromFile", "color_type": "unchanged", "to_float32": to_float32}
+    config = image_config(step)
+    path = tmp_path / f"picture.{suffix}"
+    path.write_bytes(cv2.imencode(f".{suffix}", golden_image(96, 72).astype(dtype) * 100)[1].tobytes())
+    expected = on_files(config, {"img_path": str(path), "img_id": 0})["inputs"]
+    found = in_memory(config, path.read_bytes())["inputs"]
+    assert found.dtype == expected.dtype and np.array_equal(found, expected)
+    assert found.max() > 255
+
+
+def test_a_grey_image_of_float_samples_is_no_point_cloud(tmp_path):
+    body = cv2.imencode(".pfm", golden_image(96, 72)[..., 0].astype(np.float32))[1].tobytes()
+    spec = frame_spec(image_config({"type": "LoadImageFromFile", "color_type": "unchanged"}))
+    frame = decode_frame(body, spec, FrameOptions(), Limits())
+    assert frame.data.dtype == np.float32 and frame.points is None
+
+
 def test_a_derived_loader_of_annotations_is_left_out(picture):
     config = image_config({"type": "LoadImageFromFile"}, {"type": "BoxesOfMine", "with_bbox": True})
     assert in_memory(config, picture.read_bytes())["inputs"].shape == (3, 48, 64)

@@ -23,7 +23,7 @@ import pytest
 from serve import errors
 from serve.cli import run
 from serve.client import Client
-from serve.verify.endpoint import find_frames, read_token, verify
+from serve.verify.endpoint import find_frames, frame_parts, read_token, verify
 from serve.verify.reference import ReferenceModel, filter_by_score, load_reference
 from serve.verify.report import draw_report, frame_table, summary
 
@@ -129,6 +129,17 @@ def test_find_frames_lists_a_folder_in_order(tmp_path: Path) -> None:
     (tmp_path / "folder.bin").mkdir()
     assert [p.name for p in find_frames(tmp_path, "lidar")] == ["a.BIN", "b.bin", "c.npy"]
     assert [p.name for p in find_frames(tmp_path, "image")] == ["d.png"]
+
+
+def test_find_frames_takes_a_folder_with_sweeps_for_one_frame(tmp_path: Path) -> None:
+    for frame in (tmp_path / "one", tmp_path / "two"):
+        frame.mkdir()
+        for name in ("points.bin", "sweep.0.bin", "sweeps.json"):
+            (frame / name).write_bytes(b"")
+    (tmp_path / "alone.bin").write_bytes(b"")
+    assert [p.name for p in find_frames(tmp_path, "lidar")] == ["alone.bin", "one", "two"]
+    assert find_frames(tmp_path / "one", "lidar") == [tmp_path / "one"]
+    assert set(frame_parts(tmp_path / "one")) == {"points", "sweep.0", "sweeps"}
 
 
 def test_find_frames_rejects_empty_and_missing_folders(tmp_path: Path) -> None:
