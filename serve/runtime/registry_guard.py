@@ -13,6 +13,7 @@ on purpose, and the unregistered ones among them only if their author is trusted
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -104,6 +105,9 @@ def registries() -> Iterator[Any]:
     from mmengine import registry
 
     ahead = [one for one in vars(registry).values() if isinstance(one, registry.Registry)]
+    # mmdet3d's registry of set abstractions has no parent.
+    builder = sys.modules.get("mmdet3d.models.layers.pointnet_modules.builder")
+    ahead += [builder.SA_MODULES] if builder else []
     while ahead:
         one = ahead.pop()
         yield one

@@ -333,3 +333,53 @@ DATASET = "test_dataloader['dataset']"
 def test_a_config_that_cannot_be_used_is_an_archive_error_about_it(tmp_path, text):
     with pytest.raises(ArchiveError):
         resolve_config(write(tmp_path, text))
+
+
+LAZY_VOTENET = """
+from mmdet.models.losses import CrossEntropyLoss, SmoothL1Loss
+from mmdet3d.datasets import ScanNetDataset
+from mmdet3d.datasets.transforms import LoadPointsFromFile, Pack3DDetInputs, PointSample
+from mmdet3d.models.backbones import PointNet2SASSG
+from mmdet3d.models.data_preprocessors import Det3DDataPreprocessor
+from mmdet3d.models.dense_heads import VoteHead
+from mmdet3d.models.detectors import VoteNet
+from mmdet3d.models.layers.pointnet_modules import PointSAModule
+from mmdet3d.models.losses import ChamferDistance
+from mmdet3d.models.task_modules.coders import PartialBinBasedBBoxCoder
+from torch.nn import BatchNorm1d, BatchNorm2d, Conv1d
+
+default_scope = None
+classes = ('chair', 'table')
+vote = dict(type=ChamferDistance, mode='l1', reduction='none', loss_dst_weight=10.0)
+named = dict(type=CrossEntropyLoss, reduction='sum')
+model = dict(type=VoteNet, data_preprocessor=dict(type=Det3DDataPreprocessor),
+    backbone=dict(type=PointNet2SASSG, in_channels=4, num_points=(64, 32, 16, 8), radius=(0.2, 0.4, 0.8, 1.2),
+        num_samples=(8, 8, 8, 8), sa_channels=((8, 8, 16), (16, 16, 32), (16, 16, 32), (16, 16, 32)),
+        fp_channels=((32, 32), (32, 32)), norm_cfg=dict(type=BatchNorm2d),
+        sa_cfg=dict(type=PointSAModule, pool_mod='max', use_xyz=True, normalize_xyz=True)),
+    bbox_head=dict(type=VoteHead, num_classes=2,
+        bbox_coder=dict(type=PartialBinBasedBBoxCoder, num_sizes=2, num_dir_bins=1, with_rot=False,
+            mean_sizes=[[0.7, 0.7, 0.9], [1.2, 0.8, 0.7]]),
+        vote_module_cfg=dict(in_channels=32, vote_per_seed=1, gt_per_seed=3, conv_channels=(32, 32),
+            conv_cfg=dict(type=Conv1d), norm_cfg=dict(type=BatchNorm1d), norm_feats=True, vote_loss=vote),
+        vote_aggregation_cfg=dict(type=PointSAModule, num_point=8, radius=0.3, num_sample=8,
+            mlp_channels=[32, 16, 16, 16], use_xyz=True, normalize_xyz=True),
+        pred_layer_cfg=dict(in_channels=16, shared_conv_channels=(16, 16), bias=True),
+        objectness_loss=named, center_loss=vote, dir_class_loss=named,
+        dir_res_loss=dict(type=SmoothL1Loss, reduction='sum'), size_class_loss=named,
+        size_res_loss=dict(type=SmoothL1Loss, reduction='sum'), semantic_loss=named),
+    test_cfg=dict(sample_mode='seed', nms_thr=0.25, score_thr=0.05, per_class_proposal=True))
+test_pipeline = [
+    dict(type=LoadPointsFromFile, coord_type='DEPTH', shift_height=True, load_dim=6, use_dim=[0, 1, 2]),
+    dict(type=PointSample, num_points=128), dict(type=Pack3DDetInputs, keys=['points'])]
+test_dataloader = dict(dataset=dict(type=ScanNetDataset, metainfo=dict(classes=classes), box_type_3d='Depth',
+    pipeline=test_pipeline))
+"""
+
+
+def test_a_lazy_votenet_builds_the_set_abstractions_that_it_names(tmp_path):
+    resolved = resolve_config(write(tmp_path, LAZY_VOTENET))
+    assert resolved.package == "mmdet3d"
+    network = build(resolved.config)
+    kinds = {type(module).__name__ for module in network.modules()}
+    assert {"PointSAModule", "VoteModule", "BatchNorm1d", "Conv1d"} <= kinds

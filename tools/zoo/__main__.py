@@ -1,4 +1,4 @@
-"""``python -m tools.zoo NAME``: probe every family of the zoos; write random weights."""
+"""``python -m tools.zoo NAME``: probe every family of the zoos and old releases; write random weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ COMMANDS = {
     "random-checkpoint": (
         "tools.zoo.random_checkpoint_command",
         "write random weights for testing a model offline",
+    ),
+    "old-configs": (
+        "tools.zoo.old_configs_command",
+        "convert and build the configs of an unpacked old release",
     ),
 }
 
