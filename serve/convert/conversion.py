@@ -138,9 +138,7 @@ def convert(conversion: Conversion) -> ConversionResult:
     with blaming(f"config {conversion.config}"):
         spec = frame_spec(config)
         code = collect_custom_code(config)
-        needs_trust = (
-            bool(code.files) or names_foreign_modules(config) or names_unregistered(config)
-        )
+        needs_trust = bool(code.files) or names_foreign_modules(config) or names_unregistered(config)
     # 2. Checkpoint.
     report("reading the checkpoint")
     checkpoint = load_checkpoint(conversion.checkpoint, trust=conversion.trust_checkpoint)
