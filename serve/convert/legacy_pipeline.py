@@ -27,6 +27,8 @@ _PACKERS = (
     "Collect",
     "Collect3D",
 )
+# Where training read its files; a server has its frames in memory.
+_STORAGE = ("file_client_args", "backend_args")
 _RENAMED_STEPS = {"IndoorPointSample": "PointSample"}
 
 
@@ -78,7 +80,7 @@ def _unwrapped(steps: Sequence[Step], notes: list[str]) -> Iterator[Step]:
                 raise ArchiveError(
                     "the pipeline loads proposals from a file (LoadProposals): such models are not served"
                 )
-            yield {name: as_plain(value) for name, value in step.items() if name != "file_client_args"}
+            yield {name: as_plain(value) for name, value in step.items() if name not in _STORAGE}
             continue
         scales = step.get("img_scale")
         many = isinstance(scales, list) and len(scales) > 1

@@ -312,7 +312,7 @@ def load_reference(
                 **whole.full,
                 "default_scope": scope,
                 "model": resolve_objects(whole.full["model"]),
-                "test_dataloader": resolve_objects(reduced.config["test_dataloader"]),
+                "test_dataloader": _reading_locally(resolve_objects(reduced.config["test_dataloader"])),
             }
         )
     read = load_checkpoint(Path(checkpoint), trust=trust_checkpoint)
@@ -353,6 +353,16 @@ def load_reference(
         layout=spec.layout if spec.has_points else None,
         sweeps=spec.sweeps,
     )
+
+
+def _reading_locally(loader: dict[str, Any]) -> dict[str, Any]:
+    """Drop the storage that training read from: the frames of a comparison are files of this machine."""
+    dataset = loader["dataset"]
+    pipeline = [
+        {name: value for name, value in step.items() if name not in ("backend_args", "file_client_args")}
+        for step in dataset["pipeline"]
+    ]
+    return {**loader, "dataset": {**dataset, "pipeline": pipeline}}
 
 
 def _resolve_path(config: str | Path) -> Path:

@@ -170,3 +170,11 @@ def test_the_original_is_not_changed():
     before = copy.deepcopy(config)
     modernize(config, "mmdet3d")
     assert config == before
+
+
+def test_storage_of_training_is_left_out_of_the_pipeline():
+    loaded = {"type": "LoadImageFromFile", "backend_args": {"backend": "petrel"}, "file_client_args": {}}
+    pipeline = [loaded, *image_pipeline()[1:]]
+    assert modernize(old_2d(pipeline=pipeline), "mmdet").config["test_pipeline"][0] == {
+        "type": "LoadImageFromFile"
+    }
