@@ -39,6 +39,13 @@ _MEMBERS: Mapping[str, Mapping[str, str | None]] = {
     "StageCascadeRPNHead": {"sampling": None},
     "VoteHead": {"conv_cfg": None, "norm_cfg": None},
 }
+# Losses that mmdet3d's classes name by default without the package that has them; inference builds them only.
+_UNQUALIFIED_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "PointRCNNBboxHead": {
+        "loss_bbox": {"type": "mmdet.SmoothL1Loss", "reduction": "sum"},
+        "loss_cls": {"type": "mmdet.CrossEntropyLoss", "use_sigmoid": True, "reduction": "sum"},
+    },
+}
 # Distillation: the student answers, and is what the checkpoint holds.
 _DISTILLED = {"KnowledgeDistillationSingleStageDetector": "SingleStageDetector", "LAD": "PAA"}
 # Models whose insides were rearranged, with a new meaning of the same members.
@@ -333,6 +340,8 @@ def _qualify(model: dict[str, Any]) -> None:
 
     for _, part in _parts(model):
         kind = part.get("type")
+        for name, default in _UNQUALIFIED_DEFAULTS.get(str(kind), {}).items():
+            part.setdefault(name, dict(default))
         if (
             not isinstance(kind, str)
             or "." in kind
@@ -342,3 +351,5 @@ def _qualify(model: dict[str, Any]) -> None:
             continue
         if kind in MMDET_MODELS.module_dict or kind in MMDET_UTILS.module_dict:
             part["type"] = f"mmdet.{kind}"
+            if kind.endswith(("RoIHead", "RPNHead")):
+                part["_scope_"] = "mmdet"  # what they build by default, as Linear, is mmdet's too

@@ -62,9 +62,7 @@ def modernize_pipeline(steps: Sequence[Step], notes: list[str]) -> tuple[list[St
         elif kind == "Pad":
             flat.append(_pad(step, normalization))
         else:
-            if "img_scale" in step:
-                step["scale"] = step.pop("img_scale")
-            flat.append(step)
+            flat.append(_rename_members(kind, step))
     if any(step["type"] == "Pad" for step in flat) and normalization is not None:
         for step in flat:
             if str(step["type"]).startswith("LoadImage"):
@@ -102,6 +100,21 @@ def _unwrapped(steps: Sequence[Step], notes: list[str]) -> Iterator[Step]:
                 elif factors is not None:
                     one["scale_factor"] = factors[0] if isinstance(factors, list) else factors
             yield one
+
+
+def _rename_members(kind: str, step: Step) -> Step:
+    """Rename or drop the members of a step that today's step of that name lacks."""
+    if kind == "AffineResize":
+        return step
+    if "img_scale" in step:
+        step["scale"] = step.pop("img_scale")
+    if kind == "Resize":
+        # Only training drew one of several scales; the augmenter around the step has chosen one.
+        for name in ("multiscale_mode", "ratio_range", "override"):
+            step.pop(name, None)
+        if "bbox_clip_border" in step:
+            step["clip_object_border"] = step.pop("bbox_clip_border")
+    return step
 
 
 def _is_identity(kind: str, step: Step) -> bool:

@@ -40,8 +40,10 @@ model['bbox_head']['norm_cfg'] = dict(type='GN', num_groups=2)
 model['test_cfg'] = dict(nms_pre=100, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=50)
 """
 )
-LAZY_BASE = LAZY.replace("nms_pre=10, score_thr=0.1", "nms_pre=100, score_thr=0.05").replace(
-    "max_per_img=10", "max_per_img=50"
+LAZY_BASE = (
+    LAZY.replace("num_outs=5)", "num_outs=5, start_level=1, add_extra_convs='on_output')")
+    .replace("nms_pre=10, score_thr=0.1", "nms_pre=100, score_thr=0.05")
+    .replace("max_per_img=10", "max_per_img=50")
 )
 OLD = """
 model = dict(type='FCOS', backbone=dict(type='ResNet', depth=18),
