@@ -362,7 +362,8 @@ def _reading_locally(loader: dict[str, Any]) -> dict[str, Any]:
         {name: value for name, value in step.items() if name not in ("backend_args", "file_client_args")}
         for step in dataset["pipeline"]
     ]
-    return {**loader, "dataset": {**dataset, "pipeline": pipeline}}
+    # mmdet3d creates the data set for its colours, without reading the annotations that a converted config lacks.
+    return {**loader, "dataset": {"data_root": "", "ann_file": "", **dataset, "pipeline": pipeline}}
 
 
 def _resolve_path(config: str | Path) -> Path:
