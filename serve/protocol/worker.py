@@ -169,12 +169,19 @@ def encode_outcome(outcome: Outcome, request_id: str | None = None) -> tuple[int
         outcome: the outcome.
         request_id: id for the body of an error; None to leave it out.
     """
-    if not isinstance(outcome, ServeError):
-        try:
-            return 200, encode_json(outcome)
-        except Exception as error:  # an object that JSON lacks, a lone surrogate in a name
-            outcome = InferenceFailed(f"the answer to this frame cannot be encoded ({type(error).__name__})")
-    return outcome.status, encode_json(error_body(outcome, request_id))
+    try:
+        return _encode_outcome(outcome, request_id)
+    except (
+        Exception
+    ) as error:  # an object that JSON lacks, a lone surrogate in a name, an error without a text
+        failed = InferenceFailed(f"the outcome of this frame cannot be encoded ({type(error).__name__})")
+        return _encode_outcome(failed, request_id)
+
+
+def _encode_outcome(outcome: Outcome, request_id: str | None) -> tuple[int, bytes]:
+    if isinstance(outcome, ServeError):
+        return outcome.status, encode_json(error_body(outcome, request_id))
+    return 200, encode_json(outcome)
 
 
 def write_outcomes(outcomes: Sequence[Outcome], seconds: Mapping[str, float]) -> bytes:

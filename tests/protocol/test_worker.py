@@ -115,6 +115,16 @@ def test_outcome_that_cannot_be_encoded_fails_alone(answer):
     assert orjson.loads(outcomes.items[1][1])["error"]["code"] == "inference_failed"
 
 
+class Unprintable(ServeError):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def test_error_without_a_text_is_answered():
+    status, body = encode_outcome(Unprintable())
+    assert status == 500 and orjson.loads(body)["error"]["code"] == "inference_failed"
+
+
 @pytest.mark.parametrize("message", ["\ud800", "x" * 1_000_000, "\x00"])
 def test_every_error_can_be_encoded_and_is_short(message):
     status, body = encode_outcome(ServeError(message), "id")
