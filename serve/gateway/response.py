@@ -134,18 +134,27 @@ def encode_list(outcomes: list[Outcome], media: Media, request_id: str, *, frame
         raise BadRequest(
             "cannot draw several frames as one image; send one frame, or accept application/json"
         )
-    items = []
-    for outcome in outcomes:
-        if isinstance(outcome, ServeError):
-            body = encode_error(outcome, request_id)
-            items.append(b'{"status":%d,%s' % (outcome.status, body[1:]) if framed else body)
-        else:
-            body = bytes(outcome.value.body)
-            items.append(b'{"status":200,"answer":' + body + b"}" if framed else body)
-    joined = b"[" + b",".join(items) + b"]"
-    if framed:
-        joined = b'{"outcomes":' + joined + b"}"
-    return ormsgpack.packb(orjson.loads(joined)) if media == "application/x-msgpack" else joined
+    if media == "application/x-msgpack":
+        documents = [_document_or_error(outcome, request_id, framed) for outcome in outcomes]
+        return ormsgpack.packb({"outcomes": documents} if framed else documents)
+    joined = b"[" + b",".join(_encode_item(outcome, request_id, framed) for outcome in outcomes) + b"]"
+    return b'{"outcomes":' + joined + b"}" if framed else joined
+
+
+def _encode_item(outcome: Outcome, request_id: str, framed: bool) -> bytes:
+    if isinstance(outcome, ServeError):
+        body = encode_error(outcome, request_id)
+        return b'{"status":%d,%s' % (outcome.status, body[1:]) if framed else body
+    body = bytes(outcome.value.body)
+    return b'{"status":200,"answer":' + body + b"}" if framed else body
+
+
+def _document_or_error(outcome: Outcome, request_id: str, framed: bool) -> dict[str, Any]:
+    """Parse one item of a list; an answer that is not JSON becomes the error of its frame."""
+    try:
+        return _document(_encode_item(outcome, request_id, framed))
+    except BackendBroken as error:
+        return _document(_encode_item(error, request_id, framed))
 
 
 def encode_line(index: int, outcome: Outcome, request_id: str | None) -> bytes:
