@@ -256,13 +256,13 @@ def _flatten(name: str, data: Any, rank: int) -> list[Any]:
     for _ in range(max(1, rank)):
         if not isinstance(data, list):
             break
-        lists = sum(type(value) is list for value in data)
-        if not lists:
+        kinds = set(map(type, data))
+        if list not in kinds:
             return data
-        if lists < len(data):
+        if len(kinds) > 1:
             raise BadRequest(f"the data of input {name} has lists and values side by side")
         data = list(itertools.chain.from_iterable(data))
-    if isinstance(data, list) and not any(type(value) is list for value in data):
+    if isinstance(data, list) and list not in set(map(type, data)):
         return data
     raise BadRequest(f"the data of input {name} must be a list, nested at most as deep as its shape")
 
