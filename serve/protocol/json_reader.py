@@ -98,7 +98,11 @@ def read_json(body: bytes | bytearray | memoryview, bounds: JsonBounds) -> Any:
     """
     document = body if isinstance(body, bytes | bytearray) else bytes(body)
     long: dict[str, LongText] = {}
-    text = document if len(document) <= LONG_TEXT_BYTES else _cut_long_texts(document, bounds.max_bytes, long)
+    if len(document) <= LONG_TEXT_BYTES:
+        _check_bytes(len(document), bounds.max_bytes)
+        text = document
+    else:
+        text = _cut_long_texts(document, bounds.max_bytes, long)
     if len(text) > bounds.max_values:  # else it cannot hold more
         values = 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
         if values > bounds.max_values:
@@ -177,6 +181,14 @@ def _parse(text: bytes | bytearray) -> Any:
         raise BadRequest(f"cannot parse the JSON: {str(error)[:200]}") from None
 
 
+def _check_bytes(nbytes: int, max_bytes: int) -> None:
+    if nbytes > max_bytes:
+        raise FrameTooLarge(
+            f"the JSON has {nbytes} bytes without its base64, the limit is {max_bytes} (max_json_bytes); send numbers as "
+            "bytes"
+        )
+
+
 def _cut_long_texts(
     document: bytes | bytearray, max_bytes: int, long: dict[str, LongText]
 ) -> bytes | bytearray:
@@ -201,12 +213,7 @@ def _cut_long_texts(
             chunks += (document[copied : start + 1], mark.encode())
             copied = end
         at = end + 1
-    left = len(document) - sum(map(len, long.values()))
-    if left > max_bytes:
-        raise FrameTooLarge(
-            f"the JSON has {left} bytes without its base64, the limit is {max_bytes} (max_json_bytes); send numbers as "
-            "bytes"
-        )
+    _check_bytes(len(document) - sum(map(len, long.values())), max_bytes)
     if not long:
         return document
     chunks.append(document[copied:])
