@@ -184,8 +184,8 @@ def _parse(text: bytes | bytearray) -> Any:
 def _check_bytes(nbytes: int, max_bytes: int) -> None:
     if nbytes > max_bytes:
         raise FrameTooLarge(
-            f"the JSON has {nbytes} bytes without its base64, the limit is {max_bytes} (max_json_bytes); send numbers as "
-            "bytes"
+            f"the JSON has {nbytes} bytes without its base64, the limit is {max_bytes} (max_json_bytes); send numbers "
+            "as bytes"
         )
 
 
