@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from serve.errors import SettingsError
 from serve.gateway.options import GatewayOptions
 from serve.settings import Settings, warn_renamed
 from serve.torchserve import ServedModel, TorchServeOptions
+from serve.torchserve.management import split_url
 from serve.torchserve.supervisor import Service, archives_of, gateway_options
 
 __all__ = ["STATE_DIR", "archive_demo", "main", "serve_until_stopped", "stoppable"]
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None) -> int:
         return _serve_in_container(args, settings)
     options = _torchserve_options(args, settings, args.store or STORE, {"state_dir": STATE_DIR})
     service = _service(args, options, {"log_format": "text"}, lenient=not args.models)
+    _report_ports(options)
     with stoppable():
         return serve_until_stopped(service, _print_ready)
 
@@ -85,7 +88,9 @@ def _serve_in_container(args: argparse.Namespace, settings: Settings) -> int:
             f"user {os.getuid()} may not read the model store {store}; make it readable "
             "(`chmod -R a+rX`), or run as its owner"
         )
-    defaults: dict[str, object] = {"inference_host": EVERYWHERE, "metrics_host": EVERYWHERE}
+    defaults: dict[str, object] = {}
+    if settings.open_torchserve and (args.no_gateway or not _has_keys(args, store)):
+        defaults |= {"inference_host": EVERYWHERE, "metrics_host": EVERYWHERE}
     if settings.open_management:
         defaults |= {"management_host": EVERYWHERE, "token_authorization": True}
     with stoppable(), tempfile.TemporaryDirectory(prefix="mmdet3d-serve-demo-") as folder:
@@ -103,7 +108,29 @@ def _serve_in_container(args: argparse.Namespace, settings: Settings) -> int:
                 "--no-token-authorization, or --open-management (MMDET3D_SERVE_OPEN_MANAGEMENT)"
             )
         service = _service(args, options, {"host": EVERYWHERE}, lenient=True)
+        _report_ports(options)
         return serve_until_stopped(service, _print_ready)
+
+
+def _has_keys(args: argparse.Namespace, store: Path) -> bool:
+    """Whether the gateway asks for API keys."""
+    options = gateway_options(TorchServeOptions(store), values_of(args, GatewayOptions))
+    return bool(options.api_keys or options.api_keys_file)
+
+
+def _report_ports(options: TorchServeOptions) -> None:
+    """Print which ports of TorchServe others can reach past the gateway."""
+    for use, host, port in (
+        ("predictions", options.inference_host, options.inference_port),
+        ("metrics", options.metrics_host, options.metrics_port),
+    ):
+        if not ipaddress.ip_address(host).is_loopback:
+            print(
+                f"warning: TorchServe's own {use} listen on {host} port {port}, without the gateway's API keys and "
+                "limits",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def archive_demo(folder: Path) -> Path:
@@ -159,7 +186,8 @@ def _print_ready(service: Service, seconds: float) -> None:
     if service.gateway_url is not None:
         print(f"gateway      {service.gateway_url}/docs")
     print(f"torchserve   {server.inference_url}/predictions/…")
-    print(f"management   {server.management_url}/models")
+    address, management = split_url(server.management_url)
+    print(f"management   {f'curl --unix-socket {management} ' if management else ''}{address}/models")
     print(f"metrics      {server.metrics_url}/metrics")
     for use, token in server.tokens().items():
         print(f"token        {use}: {token}")

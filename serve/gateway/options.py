@@ -37,6 +37,10 @@ def _check_url(url: str) -> str:
     return url
 
 
+def _check_management_url(url: str) -> str:
+    return url if url.startswith("unix:/") else _check_url(url)
+
+
 def _warn_of_none(folder: object) -> object:
     if folder == "none":
         warn_renamed("worker_sockets=none", "direct_batches=false")
@@ -44,6 +48,7 @@ def _warn_of_none(folder: object) -> object:
 
 
 Url = Annotated[str, AfterValidator(_check_url)]
+ManagementUrl = Annotated[str, AfterValidator(_check_management_url)]
 WorkerSockets = Annotated[Literal["auto"] | OptionalPath, BeforeValidator(_warn_of_none)]
 
 
@@ -60,8 +65,11 @@ class GatewayOptions(Options):
         1, "N", "gateway processes on the port; limits in total are divided among them", ge=1, le=64
     )
     inference_url: Url = option("http://127.0.0.1:8080", "URL", "TorchServe's inference address", common=True)
-    management_url: Url = option(
-        "http://127.0.0.1:8081", "URL", "TorchServe's management address", common=True
+    management_url: ManagementUrl = option(
+        "http://127.0.0.1:8081",
+        "URL",
+        "TorchServe's management address, or unix:PATH of its socket",
+        common=True,
     )
     backend_key_file: OptionalPath = option(
         None, "FILE", "TorchServe's key_file.json, if it runs in token mode"

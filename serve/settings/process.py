@@ -52,7 +52,13 @@ class Settings(Options):
     open_management: Flag = option(
         False,
         "",
-        "allow TorchServe's management_host beyond loopback; a container then listens there, and asks for tokens",
+        "give TorchServe's management a port, with tokens, and let it lie beyond loopback, as in a container then",
+    )
+    open_torchserve: Flag = option(
+        False,
+        "",
+        "a container: TorchServe's own predictions and metrics listen beyond loopback, without the gateway's limits; "
+        "not if the gateway has API keys, unless --inference-host and --metrics-host say so. The image sets it",
     )
     workers: int = option(1, "N", "Python processes per model", common=True, ge=1)
     cache_max_bytes: int = option(

@@ -141,12 +141,21 @@ class TorchServeOptions(Options):
     open_management: bool = False
     inference_host: Address = _host("127.0.0.1", "TorchServe's predictions")
     inference_port: int = _port(8080, "TorchServe's predictions")
-    management_host: Address = _host("127.0.0.1", "management; beyond loopback only with open_management")
-    management_port: int = _port(8081, "management")
+    management_host: Address = _host(
+        "127.0.0.1", "management, where it has a port; beyond loopback only with open_management"
+    )
+    management_port: int = _port(
+        8081, "management with token_authorization or open_management; without, it has no port"
+    )
     metrics_host: Address = _host("127.0.0.1", "TorchServe's metrics")
     metrics_port: int = _port(8082, "TorchServe's metrics")
     model_api: Flag = option(True, "", "allow loading and removing models at run time")
-    token_authorization: Flag = option(False, "", "ask for TorchServe's tokens on inference and management")
+    token_authorization: Flag = option(
+        False,
+        "",
+        "give management a port, and ask for TorchServe's tokens on it and on inference; without, management is a "
+        "socket in the run folder that this user alone can open",
+    )
     max_request_bytes: int = option(
         64 << 20, "BYTES", "largest request body; a larger one gets 413", common=True, ge=1024, lt=1 << 31
     )
@@ -176,6 +185,11 @@ class TorchServeOptions(Options):
         "folder for the file by which `mmdet3d-serve stop` finds this server; none: no file",
         common=True,
     )
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether TorchServe asks for tokens; management has a port only then, because any local user reaches one."""
+        return self.token_authorization or self.open_management
 
     def contradictions(self, spelling: Mapping[str, str]) -> Iterator[str]:
         """Yield a message for every pair of values that exclude each other.
@@ -229,11 +243,19 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def properties(options: TorchServeOptions, manifests: Sequence[Manifest]) -> str:
-    """Text of ``config.properties``; `manifests` are those of ``options.models``, in order."""
+def properties(
+    options: TorchServeOptions, manifests: Sequence[Manifest], management: str | None = None
+) -> str:
+    """Text of ``config.properties``.
+
+    Args:
+        options: options of TorchServe.
+        manifests: those of ``options.models``, in order.
+        management: address of management; None: that in `options`.
+    """
     settings: dict[str, object] = {
         "inference_address": url(options.inference_host, options.inference_port),
-        "management_address": url(options.management_host, options.management_port),
+        "management_address": management or url(options.management_host, options.management_port),
         "metrics_address": url(options.metrics_host, options.metrics_port),
         # Always served, never used by us; port 0 lets the system pick, so that two servers do not collide.
         "grpc_inference_address": "127.0.0.1",
@@ -246,7 +268,7 @@ def properties(options: TorchServeOptions, manifests: Sequence[Manifest]) -> str
         "enable_envvars_config": False,
         "install_py_dep_per_model": False,
         "enable_model_api": options.model_api,
-        "disable_token_authorization": not options.token_authorization,
+        "disable_token_authorization": not options.has_tokens,
         "metrics_mode": "prometheus",
         "model_metrics_auto_detect": True,
         "disable_system_metrics": not options.system_metrics,

@@ -25,12 +25,12 @@ _MAIN_CLASS = "org.pytorch.serve.ModelServer"
 
 
 def check_ports(options: TorchServeOptions) -> None:
-    """Check that the three ports are free.
+    """Check that the ports are free.
 
     Raises:
         BackendStartError: a port is in use; the message names the setting to change.
     """
-    for name in ("inference", "management", "metrics"):
+    for name in ("inference", "metrics", *(["management"] if options.has_tokens else [])):
         host, port = getattr(options, f"{name}_host"), getattr(options, f"{name}_port")
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

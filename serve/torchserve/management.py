@@ -1,4 +1,4 @@
-"""TorchServe's management API (port 8081) and its tokens: their only client and reader.
+"""TorchServe's management API (a Unix socket, or port 8081) and its tokens: their only client and reader.
 
 `ManagementClient` blocks, `AsyncManagementClient` belongs to an event loop; paths, answers and errors are the same.
 """
@@ -34,6 +34,7 @@ __all__ = [
     "Worker",
     "error_from_reply",
     "read_tokens",
+    "split_url",
 ]
 
 Use = Literal["inference", "management"]
@@ -90,6 +91,12 @@ class ModelState:
     def ready(self) -> int:
         """Number of ready workers."""
         return sum(worker.ready for worker in self.workers)
+
+
+def split_url(url: str) -> tuple[str, str | None]:
+    """Split ``unix:/path`` into the base of URLs and the path of the socket; any other URL has no socket."""
+    socket = url.removeprefix("unix:")
+    return (url, None) if socket == url else ("http://torchserve", socket)
 
 
 def read_tokens(key_file: Path) -> dict[str, str]:
@@ -166,7 +173,11 @@ class ManagementClient:
     """
 
     def __init__(self, url: str, tokens: Tokens) -> None:
-        self._client = httpx.Client(base_url=url, trust_env=False, timeout=_TIMEOUT_S)
+        base_url, socket = split_url(url)
+        transport = httpx.HTTPTransport(uds=socket, trust_env=False)
+        self._client = httpx.Client(
+            base_url=base_url, transport=transport, trust_env=False, timeout=_TIMEOUT_S
+        )
         self._tokens = tokens
 
     def close(self) -> None:
@@ -205,7 +216,9 @@ class AsyncManagementClient:
     """
 
     def __init__(self, url: str, tokens: Tokens) -> None:
-        self._client = httpx.AsyncClient(base_url=url, trust_env=False)
+        base_url, socket = split_url(url)
+        transport = httpx.AsyncHTTPTransport(uds=socket, trust_env=False)
+        self._client = httpx.AsyncClient(base_url=base_url, transport=transport, trust_env=False)
         self._tokens = tokens
 
     async def close(self) -> None:

@@ -71,7 +71,6 @@ class TorchServe:
         self.options = options
         self._report = report or (lambda stage: None)
         self.inference_url = url(options.inference_host, options.inference_port)
-        self.management_url = url(options.management_host, options.management_port)
         self.metrics_url = url(options.metrics_host, options.metrics_port)
         self.run_dir: Path | None = None
         self.pid: int | None = None
@@ -90,6 +89,14 @@ class TorchServe:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    @property
+    def management_url(self) -> str:
+        """Address of management: a port if TorchServe asks for tokens, else a socket in the private run folder."""
+        if self.options.has_tokens:
+            return url(self.options.management_host, self.options.management_port)
+        assert self.run_dir is not None, "start() creates it"
+        return f"unix:{self.run_dir / 'm'}"
 
     @property
     def worker_sockets(self) -> Path:
@@ -245,8 +252,8 @@ class TorchServe:
         self._manage("DELETE", f"/models/{quote(model, safe='')}" + (f"/{version}" if version else ""))
 
     def tokens(self) -> Mapping[str, str]:
-        """Tokens by use (``inference``, ``management``); empty unless `token_authorization` is on."""
-        if not self.options.token_authorization or self.run_dir is None:
+        """Tokens by use (``inference``, ``management``); empty unless TorchServe asks for them."""
+        if not self.options.has_tokens or self.run_dir is None:
             return {}
         with contextlib.suppress(SettingsError):
             return read_tokens(self.run_dir / KEY_FILE)
@@ -268,7 +275,7 @@ class TorchServe:
                 f"path {temporary} is too long for sockets; set run_root to a shorter path"
             )
         self._log = WorkerLog(logs.resolve() / "torchserve.log")
-        (run_dir / "config.properties").write_text(properties(self.options, manifests))
+        (run_dir / "config.properties").write_text(properties(self.options, manifests, self.management_url))
         (run_dir / "log4j2.xml").write_text(log_configuration(self.options, self._log.path))
         environment = {**child_environment(), f"{PREFIX}WORKER_SOCKETS": str(self.worker_sockets)}
         python = Path(sys.executable)
@@ -294,7 +301,7 @@ class TorchServe:
         )
         assert self._guard.stdout is not None
         os.set_blocking(self._guard.stdout.fileno(), False)
-        tokens = Tokens(run_dir / KEY_FILE if self.options.token_authorization else None)
+        tokens = Tokens(run_dir / KEY_FILE if self.options.has_tokens else None)
         self._management = ManagementClient(self.management_url, tokens)
         deadline = time.monotonic() + 30
         while self.pid is None and time.monotonic() < deadline and self.poll() is None:

@@ -113,7 +113,6 @@ def gateway_options(
     """
     known = {
         "inference_url": _reachable(url(options.inference_host, options.inference_port)),
-        "management_url": _reachable(url(options.management_host, options.management_port)),
         "backend_request_bytes": options.max_request_bytes,
         "backend_timeout_s": options.response_timeout_s + 10,
     }
@@ -237,9 +236,10 @@ class Service:
 
     def _start_gateway(self, options: GatewayOptions, listener: socket.socket) -> None:
         run_dir = self.torchserve.run_dir
+        options = replace(options, management_url=_reachable(self.torchserve.management_url))
         if options.worker_sockets == "auto":
             options = replace(options, worker_sockets=self.torchserve.worker_sockets)
-        if self._options.token_authorization and run_dir is not None:
+        if self._options.has_tokens and run_dir is not None:
             options = replace(options, backend_key_file=run_dir / KEY_FILE)
         document = {
             "listener": listener.fileno(),

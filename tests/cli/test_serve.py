@@ -51,13 +51,42 @@ def test_plain_service_listens_on_loopback_and_logs_text(build: Build) -> None:
     assert [model.archive for model in torchserve.models] == ["second.mar"]
 
 
-def test_container_listens_everywhere_but_for_management_and_logs_json(build: Build) -> None:
+def test_container_listens_everywhere_with_the_gateway_alone_and_logs_json(build: Build) -> None:
     torchserve, gateway = build("--container")
     assert gateway is not None
     assert (gateway.host, gateway.log_format) == ("0.0.0.0", "json")
-    assert (torchserve.inference_host, torchserve.metrics_host) == ("0.0.0.0", "0.0.0.0")
+    assert (torchserve.inference_host, torchserve.metrics_host) == ("127.0.0.1", "127.0.0.1")
     assert (torchserve.management_host, torchserve.token_authorization) == ("127.0.0.1", False)
     assert torchserve.model_store == serving.CONTAINER_STORE and torchserve.state_dir is None
+
+
+def test_image_opens_torchserve_and_says_so(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    torchserve, _ = build("--container", OPEN_TORCHSERVE="1")
+    assert (torchserve.inference_host, torchserve.metrics_host) == ("0.0.0.0", "0.0.0.0")
+    said = capsys.readouterr().err
+    assert "0.0.0.0 port 8080" in said and "0.0.0.0 port 8082" in said
+
+
+@pytest.mark.parametrize("where", ["variable", "file", "file by flag"])
+def test_image_keeps_torchserve_on_loopback_beside_api_keys(
+    build: Build, capsys: pytest.CaptureFixture[str], tmp_path: Path, where: str
+) -> None:
+    (tmp_path / "keys").write_text("secret\n")
+    flags: list[str] = ["--gateway-api-keys-file", str(tmp_path / "keys")] if where == "file by flag" else []
+    variables = {
+        "variable": {"GATEWAY_API_KEYS": "secret"},
+        "file": {"GATEWAY_API_KEYS_FILE": str(tmp_path / "keys")},
+        "file by flag": {},
+    }[where]
+    torchserve, _ = build("--container", *flags, OPEN_TORCHSERVE="1", **variables)
+    assert (torchserve.inference_host, torchserve.metrics_host) == ("127.0.0.1", "127.0.0.1")
+    assert "0.0.0.0 port" not in capsys.readouterr().err
+    # On purpose, and said.
+    torchserve, _ = build(
+        "--container", "--inference-host", "0.0.0.0", *flags, OPEN_TORCHSERVE="1", **variables
+    )
+    assert (torchserve.inference_host, torchserve.metrics_host) == ("0.0.0.0", "127.0.0.1")
+    assert "0.0.0.0 port 8080" in capsys.readouterr().err
 
 
 BY_FLAG_OR_VARIABLE = pytest.mark.parametrize(
@@ -82,7 +111,7 @@ def test_open_management_allows_an_address_beyond_loopback(
     build: Build, flags: list[str], variables: dict[str, str]
 ) -> None:
     torchserve, _ = build("--management-host", "0.0.0.0", *flags, **variables)
-    assert (torchserve.management_host, torchserve.token_authorization) == ("0.0.0.0", False)
+    assert (torchserve.management_host, torchserve.has_tokens) == ("0.0.0.0", True)
     assert build(*flags, **variables)[0].management_host == "127.0.0.1"
 
 

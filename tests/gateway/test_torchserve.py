@@ -17,6 +17,7 @@ import tritonclient.http as triton
 from PIL import Image
 
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+from serve.torchserve.management import split_url
 from tests.conftest import pick_free_ports, write_archive
 from tests.gateway.checksum_handler import checksum
 from tests.gateway.conftest import RunningGateway, running_gateway
@@ -148,7 +149,9 @@ def test_changes_through_the_management_api_are_noticed(gateway, server, cloud):
     assert gateway.post("/predictions/later", content=cloud(1)).status_code == 404
     server.register(ServedModel("later.mar"))
     eventually(lambda: gateway.post("/predictions/later", content=cloud(1), timeout=60).status_code == 200)
-    httpx.put(f"{server.management_url}/models/later?min_worker=2&max_worker=2", trust_env=False)
+    base, management = split_url(server.management_url)
+    with httpx.Client(transport=httpx.HTTPTransport(uds=management)) as client:
+        assert client.put(f"{base}/models/later?min_worker=2&max_worker=2").is_success
 
     def workers() -> dict[str, int]:
         return gateway.client.get("/models/later").json()[0]["workers"]

@@ -24,6 +24,7 @@ from serve.torchserve import supervisor as supervision
 from serve.torchserve.config import Manifest, log_configuration, properties, read_manifest
 from serve.torchserve.java import child_environment
 from serve.torchserve.log import WorkerLog
+from serve.torchserve.management import split_url
 from serve.torchserve.pidfile import write_pidfile
 from tests.conftest import pick_free_ports, write_archive
 
@@ -158,8 +159,20 @@ def test_model_that_fails_to_load_is_not_registered_and_reports_why(server: Torc
 @pytest.mark.torchserve
 def test_archives_cannot_be_loaded_from_urls(server: TorchServe) -> None:
     for address in ("http://127.0.0.1:1/x.mar", f"file://{server.options.model_store}/echo.mar"):
-        asked = httpx.post(f"{server.management_url}/models", params={"url": address}, trust_env=False)
+        base, management = split_url(server.management_url)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=management)) as client:
+            asked = client.post(f"{base}/models", params={"url": address})
         assert (asked.status_code, "does not match any allowed" in asked.text) == (404, True)
+
+
+@pytest.mark.torchserve
+def test_management_has_no_port_and_a_socket_of_this_user_alone(server: TorchServe) -> None:
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{server.options.management_port}/models", trust_env=False)
+    _, management = split_url(server.management_url)
+    assert management is not None and server.run_dir is not None
+    assert Path(management).parent == server.run_dir and server.run_dir.stat().st_mode & 0o077 == 0
+    assert post(server).status_code == 200  # predictions need no token
 
 
 @pytest.mark.torchserve
@@ -231,7 +244,8 @@ def test_busy_port_is_named_with_its_setting(store: Path, tmp_path: Path, use: s
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         with pytest.raises(BackendStartError, match=rf"port {port} .* set {use}_port \(--{use}-port\)"):
-            TorchServe(options_for(store, tmp_path, "echo", **{f"{use}_port": port})).start()
+            options = {f"{use}_port": port, "token_authorization": use == "management"}
+            TorchServe(options_for(store, tmp_path, "echo", **options)).start()
 
 
 @pytest.mark.torchserve
@@ -362,6 +376,9 @@ def test_properties_close_management_and_metrics(tmp_path: Path) -> None:
     told = dict(line.split("=", 1) for line in properties(options, [Manifest("a", "1.0", "h")]).splitlines())
     assert told["inference_address"] == "http://127.0.0.1:8080"
     assert told["management_address"] == "http://127.0.0.1:8081"
+    assert told["disable_token_authorization"] == "true"
+    opened = properties(TorchServeOptions(tmp_path, open_management=True), [])
+    assert "disable_token_authorization=false" in opened.splitlines()
     assert told["metrics_address"] == "http://127.0.0.1:8082"
     assert told["metrics_mode"] == "prometheus"
     assert told["allowed_urls"] == "(?!)"
