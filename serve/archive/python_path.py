@@ -48,7 +48,5 @@ def _folders_of(module: object) -> list[object]:
 
 
 def _is_inside(place: str, real: str) -> bool:
-    if not place:  # the present folder
-        return False
-    found = os.path.realpath(place)
+    found = os.path.realpath(place)  # of an empty text, the present folder, as Python takes it
     return found == real or found.startswith(real + os.sep)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -32,6 +33,7 @@ from serve.errors import (
     NotReady,
     SettingsError,
 )
+from serve.protocol.start_record import read_start_failure
 from serve.settings import PREFIX, Settings
 from serve.torchserve.config import (
     Manifest,
@@ -358,20 +360,30 @@ class TorchServe:
                     raise BackendStartError(f"TorchServe rejected model {name}: {self._explain()}") from None
                 if sum(worker.ready for worker in workers) >= count:
                     break
-                self._pause(names, deadline, f"model {name} was not ready")
+                self._pause(names, deadline, f"model {name} was not ready", name)
 
-    def _pause(self, models: Collection[str], deadline: float, late: str) -> None:
-        """Wait `_POLL_S`; raise if a worker of `models` failed, Java exited, or the deadline has passed."""
+    def _pause(self, models: Collection[str], deadline: float, late: str, model: str | None = None) -> None:
+        """Wait `_POLL_S`; raise if a worker of `models` failed, Java exited, or the deadline has passed.
+
+        Args:
+            models: names of the models that are loading.
+            deadline: on the monotonic clock.
+            late: subject of the message when it has passed.
+            model: the model whose archive is then to blame; None for TorchServe itself.
+        """
         assert self._log is not None
         failure = self._log.failure(models)
         if failure is not None:
-            raise _load_error(failure, self._archives)
+            reason = read_start_failure(self.worker_sockets, failure.model) or failure.reason
+            raise _load_error(replace(failure, reason=reason), self._archives)
         self._read_guard(_POLL_S)
         if (code := self.poll()) is not None:
             raise BackendStartError(f"TorchServe exited with code {code} while starting: {self._explain()}")
         if time.monotonic() > deadline:
             limit = self.options.startup_timeout_s
-            raise BackendStartError(f"{late} within startup_timeout_s={limit} s: {self._explain()}")
+            late_error = ModelNotLoaded(f"{late} within startup_timeout_s={limit} s: {self._explain()}")
+            late_error.archive = self._archives.get(model or "", "")
+            raise late_error
 
     def _explain(self) -> str:
         """Find the reason of a failure in the logs of TorchServe or Java."""

@@ -28,6 +28,7 @@ from serve.errors import (
     error_of_frame,
 )
 from serve.protocol.frames import encode_json
+from serve.protocol.start_record import record_start
 from serve.protocol.worker import Batch, EncodedFrame, Outcome, read_batch, write_outcomes
 from serve.settings import Settings
 from serve.worker.cpu_quota import available_cores
@@ -79,13 +80,14 @@ class Handler:
         self.settings = Settings.from_environment()
         # Loads and computes in one thread: torch and its kernels keep state per thread (pools, current device).
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")  # starts it with the first call
-        try:
-            self.prepare_process(context)
-            self._engine.submit(self.load, context).result()
-        except ImportError as error:
-            raise SetupError(
-                f"the worker cannot import {error.name}: {error}; install it where the model is served"
-            ) from error
+        with record_start(self.settings.worker_sockets, str(getattr(context, "model_name", ""))):
+            try:
+                self.prepare_process(context)
+                self._engine.submit(self.load, context).result()
+            except ImportError as error:
+                raise SetupError(
+                    f"the worker cannot import {error.name}: {error}; install it where the model is served"
+                ) from error
         if self.settings.worker_sockets is not None:
             listen(self.settings.worker_sockets, self.respond)
 

@@ -204,9 +204,11 @@ def test_config_does_not_import_a_module_by_name(tmp_path, demo_archive, monkeyp
 def test_folder_of_an_archive_is_taken_off_the_search_path(tmp_path, demo_mar, monkeypatch):
     root = tmp_path / "opened"
     monkeypatch.setenv("PYTHONPATH", f"{root}:{tmp_path}")
-    monkeypatch.setattr(sys, "path", [str(root), str(root / "golden"), *sys.path, f"{root}/extra/.."])
+    monkeypatch.setattr(sys, "path", ["", str(root), str(root / "golden"), *sys.path, f"{root}/extra/.."])
+    root.mkdir()
+    monkeypatch.chdir(root)  # as TorchServe's workers
     archive.extract(demo_mar, root)
-    assert not [place for place in sys.path if str(root) in place]
+    assert "" not in sys.path and not [place for place in sys.path if str(root) in place]
     assert os.environ["PYTHONPATH"] == str(tmp_path)
     with pytest.raises(ImportError):
         __import__("golden.registry")
