@@ -52,7 +52,9 @@ class Admission:
         self.items += items
         self.bytes += nbytes
         for table, name in ((self._clients, client), (self._models, model)):
-            held = table.setdefault(name, _Held())
+            held = table.get(name)
+            if held is None:
+                held = table[name] = _Held()
             held.items += items
             held.bytes += nbytes
             if not (held.items or held.bytes):

@@ -88,6 +88,7 @@ class EncodedFrame:
         body: its bytes, or those of its parts by name; what arrived of it first, if it has a `rest`.
         options: its options.
         rest: what arrived later, in pieces: they are sent as they are, and joined only for a reader (`join`).
+        nbytes: its size, all parts together.
         entry: its line in the header of a framed batch.
 
     Raises:
@@ -97,6 +98,7 @@ class EncodedFrame:
     body: Body
     options: FrameOptions = field(default_factory=FrameOptions)
     rest: Sequence[Bytes] = ()
+    nbytes: int = field(init=False, repr=False, compare=False)
     entry: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -105,12 +107,8 @@ class EncodedFrame:
             for name, default in _DEFAULTS.items()
             if (value := getattr(self.options, name)) != default
         }
+        self.nbytes = body_bytes(self.body) + sum(map(len, self.rest))
         self.entry = frame_entry(self.body, options, self.nbytes)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes, all parts together."""
-        return body_bytes(self.body) + sum(map(len, self.rest))
 
     def join(self) -> Body:
         """Return the whole body, in one piece per part."""
