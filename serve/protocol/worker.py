@@ -169,9 +169,8 @@ def encode_outcome(outcome: Outcome, request_id: str | None = None) -> tuple[int
     """
     try:
         return _encode_outcome(outcome, request_id)
-    except (
-        Exception
-    ) as error:  # an object that JSON lacks, a lone surrogate in a name, an error without a text
+    except Exception as error:
+        # An object that JSON lacks, a lone surrogate in a name, an error without a text.
         failed = InferenceFailed(f"the outcome of this frame cannot be encoded ({type(error).__name__})")
         return _encode_outcome(failed, request_id)
 

@@ -290,22 +290,25 @@ def test_cancel_message_that_comes_after_the_answer_is_ignored(line):
 
 
 def test_half_of_a_cancel_message_does_not_shift_what_follows(line, poisoned, monkeypatch):
-    reached, go_on = threading.Event(), threading.Event()
-    infer = poisoned.infer
+    decoding, decode_on, inferring = threading.Event(), threading.Event(), threading.Event()
+    decode, infer = poisoned.decode, poisoned.infer
 
-    def slow(frames):
-        reached.set()
-        assert go_on.wait(20)
-        return infer(frames)
+    def slow_decode(frame):
+        decoding.set()
+        assert decode_on.wait(20)
+        return decode(frame)
 
-    monkeypatch.setattr(poisoned, "infer", slow)
-    line.send(b"one")
-    assert reached.wait(20)
-    line.socket.sendall(cancel_message(0)[:5])
-    go_on.set()
-    line.socket.sendall(cancel_message(0)[5:])
-    line.send(b"two")
-    assert line.outcomes()[0][0] in (200, 503) and line.outcomes() == [(200, b'{"text":"two"}')]
+    monkeypatch.setattr(poisoned, "decode", slow_decode)
+    monkeypatch.setattr(poisoned, "infer", lambda frames: (inferring.set(), infer(frames))[1])
+    line.send(b"one", b"two")
+    assert decoding.wait(20)
+    line.socket.sendall(cancel_message(5)[:5])
+    decode_on.set()
+    assert inferring.wait(20)  # the half was read before the second frame
+    line.socket.sendall(cancel_message(5)[5:])
+    assert line.outcomes() == [(200, b'{"text":"one"}'), (200, b'{"text":"two"}')]
+    line.send(b"three")
+    assert line.outcomes() == [(200, b'{"text":"three"}')]
 
 
 def test_gateway_that_disconnects_leaves_nothing_to_decode(line, poisoned, monkeypatch):

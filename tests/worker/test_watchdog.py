@@ -75,6 +75,7 @@ print("went on")
         (60, 0.3, 60, "thread.join()", False),  # the later block has the earlier deadline
         (0.3, 60, 60, "thread.join()", False),
         (60, 0.5, 60, "pass", False),  # the other block has ended, this one goes on
+        (1.0, 1.5, 60, "pass", False),  # likewise, and its deadline was the later one
         (0.5, 60, 1.5, "pass", True),  # the earlier deadline went with its block
     ],
 )
