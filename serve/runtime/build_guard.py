@@ -69,6 +69,7 @@ _MAX_SHOWN_CHARS = 120
 _entered: dict[int, BuildGuard] = {}
 _install_lock = threading.Lock()
 _installed = False
+_dont_write_bytecode = False  # as it was before the first guard
 
 
 class BuildGuard:
@@ -103,7 +104,7 @@ class BuildGuard:
             if self._refuse:
                 self.refusal = None
             self._entry = sys._getframe(1)
-            _entered[threading.get_ident()] = self
+            _enter(self)
         self._depth += 1
         return self
 
@@ -117,7 +118,7 @@ class BuildGuard:
         """
         self._depth -= 1
         if self._depth == 0:
-            del _entered[threading.get_ident()]
+            _leave()
             self._entry = None
         if self._refuse and self.refusal is not None:
             raise ArchiveError(self.refusal) from value
@@ -208,6 +209,22 @@ class BuildGuard:
             return "the config"
         found = _find(self._config, kinds)
         return f"{found} ({kinds[-1]})" if found else kinds[-1]
+
+
+def _enter(guard: BuildGuard) -> None:
+    """Watch this thread, and keep Python from writing the bytecode of modules that are imported meanwhile."""
+    global _dont_write_bytecode
+    with _install_lock:
+        if not _entered:
+            _dont_write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+        _entered[threading.get_ident()] = guard
+
+
+def _leave() -> None:
+    with _install_lock:
+        del _entered[threading.get_ident()]
+        if not _entered:
+            sys.dont_write_bytecode = _dont_write_bytecode
 
 
 def _install() -> None:
