@@ -105,7 +105,9 @@ def shrink(config: Any, origin: Path) -> Any:
     if "teacher_ckpt" in model:
         model["teacher_ckpt"] = None
     region_head, test = model.get("roi_head") or {}, (model.get("test_cfg") or {}).get("rcnn") or {}
-    if "mask_head" in region_head and test.get("max_per_img", 0) > MAX_MASKS:
+    # QueryInst has as many detections as proposals.
+    limited = "mask_head" in region_head and region_head.get("type") != "SparseRoIHead"
+    if limited and test.get("max_per_img", 0) > MAX_MASKS:
         test["max_per_img"] = MAX_MASKS
     if (model.get("backbone") or {}).get("pretrained") is True:
         model["backbone"]["pretrained"] = False

@@ -84,16 +84,19 @@ def _initialise(network: Any) -> None:
 
 
 def _calibrate(network: nn.Module, config: Mapping[str, Any], frame: Path | None) -> None:
+    from mmcv.ops import MaskedConv2d
+    from mmengine.dataset import pseudo_collate
+
     samples = InputPipeline(config)
     parts = golden_frame(samples.spec) if frame is None else read_frame(frame, samples.spec)
     body = {part: made for part, (_, made) in parts.items()}
     with fixed_seed(torch.device("cpu")):
         sample = samples.build(decode_frame(body, samples.spec, FrameOptions(), Limits()))
     views = [sample]
-    if isinstance(sample["inputs"], Tensor):  # an image: norms set on one alone do not fit its mirror image
+    alone = any(isinstance(module, MaskedConv2d) for module in network.modules())  # takes no batch
+    if isinstance(sample["inputs"], Tensor) and not alone:
+        # An image: norms set on one alone do not fit its mirror image.
         views.append({**copy.deepcopy(sample), "inputs": sample["inputs"].flip(-1)})
-    from mmengine.dataset import pseudo_collate
-
     hooks = []
     for name, module in network.named_modules():
         if isinstance(module, _BatchNorm):
