@@ -235,6 +235,13 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
         def on_body(self, body: bytes) -> None:
             self._framing_bytes = 0
             self._body_left = max(0, self._body_left - len(body))
+            # uvicorn copies each piece into a bytearray, and that into a message. Most are taken before the next one
+            # arrives, and stay as they are; `bytes` that grew further would be copied for each piece.
+            cycle: Any = self.cycle
+            if not cycle.body:
+                cycle.body = b""
+            elif isinstance(cycle.body, bytes):
+                cycle.body = bytearray(cycle.body)
             super().on_body(body)
 
         def on_message_complete(self) -> None:

@@ -1,8 +1,7 @@
 """Router of the requests that carry frames; all others go on to FastAPI.
 
-FastAPI's middleware and routing took as long as all the rest of a request's way here
-(docs/decisions/0016-request-spine.md), and its parsing is of no use to these routes, which parse their requests
-themselves. `serve.gateway.openapi` documents them.
+FastAPI's middleware and routing took a fifth of a request's CPU time (docs/decisions/0016-request-spine.md), and its
+parsing is of no use to these routes, which parse their requests themselves. `serve.gateway.openapi` documents them.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ COMMANDS = {
         "tools.bench.commands.serving",
         "the gateway against TorchServe alone, LitServe, mosec, BentoML",
     ),
+    "fairness": (
+        "tools.bench.commands.fairness",
+        "one model of a gateway under a flood of requests for another",
+    ),
     "storage": ("tools.bench.commands.storage", "s3:// and FFRecord against boto3 and pread; packing"),
     "native-env": (
         "tools.bench.commands.native_env",

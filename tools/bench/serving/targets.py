@@ -24,7 +24,16 @@ from tools.bench.serving.load import Load
 from tools.bench.serving.load_process import LoadProcess
 from tools.bench.serving.process import ManagedProcess, pause, resume
 
-__all__ = ["GATEWAY", "GATEWAY_HTTP", "PEERS", "Target", "TargetSet", "Workload", "sleep_archive"]
+__all__ = [
+    "GATEWAY",
+    "GATEWAY_HTTP",
+    "PEERS",
+    "Target",
+    "TargetSet",
+    "Workload",
+    "free_ports",
+    "sleep_archive",
+]
 
 GATEWAY = "gateway + TorchServe"
 # Without the worker sockets: every batch goes through TorchServe's port.
@@ -163,7 +172,7 @@ class TargetSet:
         return not self.only or name in self.only
 
     def _start_torchserve(self) -> None:
-        inference, management, metrics = _free_ports(3)
+        inference, management, metrics = free_ports(3)
         names = {(1, 1): "TorchServe batch 1"}
         names |= {
             (size, delay): f"TorchServe batch {size}, {delay} ms" for size, delay in self.workload.batches
@@ -220,7 +229,7 @@ class TargetSet:
             errors = found.stderr.strip().splitlines() or [f"cannot import {package}"]
             raise BackendStartError(f"{errors[-1]}; `make bench-env` installs it")
         self.announce(name)
-        (port,) = _free_ports(1)
+        (port,) = free_ports(1)
         if package == "bentoml":
             command = [str(python.with_name("bentoml")), "serve", f"{_APPS}.bentoml_app:Frames"]
             command += [
@@ -258,7 +267,7 @@ def _alive(target: Target) -> bool:
     return True
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Find unused ports of loopback."""
     sockets = [socket.socket() for _ in range(count)]
     try:
