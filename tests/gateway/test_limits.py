@@ -56,7 +56,7 @@ def test_form_over_the_limit_is_rejected(start_gateway, torchserve):
 
 
 def test_frame_over_the_limit_does_not_affect_the_other_frame(start_gateway, cloud):
-    gateway = start_gateway(**SMALL)
+    gateway = start_gateway(**{**SMALL, "batch_bytes": 1500})  # the batcher has a limit of its own
     answer = gateway.post(files=[("data", cloud(1)), ("data", b"x" * 1001)])
     assert answer.json()[0] == json.loads(answer_for(cloud(1), {}))
     assert answer.json()[1]["error"]["code"] == "frame_too_large"
@@ -122,6 +122,9 @@ def test_pending_bytes_are_limited(start_gateway, backend, cloud):
     refused = gateway.post(content=cloud(3, 2))
     assert refused.status_code == 429 and "1984" in refused.json()["error"]["message"]
     assert gateway.post(files={"data": cloud(3, 2)}).status_code == 429
+    with raw.connected(gateway.url) as connection:  # before the body is sent
+        connection.sendall(raw.head(PATH, content_length=32))
+        assert raw.status(raw.answer(connection)) == 429
     backend.release()
     for each in (thread, thread2):
         each.join()
