@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from serve.gateway import dispatch
 from serve.protocol.worker import HELLO, socket_path
 from tests.gateway.fake_torchserve import CLOUDS, FakeModel, FakeTorchServe, answer_for
 from tests.gateway.running import eventually
@@ -347,3 +348,17 @@ def test_rejected_token_is_read_again_from_the_key_file(start_gateway, torchserv
     assert not ready(gateway)
     write(4)
     eventually(lambda: gateway.post(content=cloud(1)).status_code == 200)
+
+
+def test_unexpected_exception_about_one_frame_is_its_outcome_alone(gateway, cloud, monkeypatch):
+    estimate = dispatch.estimate_cost
+
+    def fail_for_one(body, *more):
+        if bytes(body) == cloud(2):
+            raise ArithmeticError("a bug")
+        return estimate(body, *more)
+
+    monkeypatch.setattr(dispatch, "estimate_cost", fail_for_one)
+    first, second, third = gateway.post(files=[("data", cloud(number)) for number in (1, 2, 3)]).json()
+    assert second["error"]["code"] == "internal_error" and "a bug" not in second["error"]["message"]
+    assert [first, third] == [json.loads(answer_for(cloud(number), {})) for number in (1, 3)]

@@ -34,7 +34,8 @@ ROWS = {each.source: each for limits in SECTIONS.values() for each in limits}
 NO_LIMITS = {
     "archive.bounds:_MAX_QUOTED_CHARS", "archive.metadata:_MAX_QUOTED_CHARS", "errors:_MAX_QUOTED_CHARS",
     "client:_MAX_QUOTED_CHARS", "gateway.models:MAX_AGE_S", "gateway.openapi:_MAX_DETECTIONS",
-    "gateway.backend:_MAX_POLLS", "settings.process:MAX_FRAME_BYTES",
+    "gateway.backend:_MAX_POLLS", "protocol.start_record:_MAX_REASON_CHARS",
+    "protocol.start_record:_MAX_FILE_BYTES", "settings.process:MAX_FRAME_BYTES",
 }  # fmt: skip
 # Bounds per kind of entry or header, which stand behind one row of the page, or behind its text.
 PARTS_OF_OTHERS = {
@@ -269,6 +270,7 @@ def test_deadline_and_full_queue_are_answered_as_the_page_says(start_gateway, ba
 ELSEWHERE = {
     "gateway.http_protocol:MAX_HEADER_BYTES": "tests/gateway/test_http_protocol.py",
     "gateway.http_protocol:MAX_HEADER_LINES": "tests/gateway/test_http_protocol.py",
+    "gateway.request:MAX_QUERY_BYTES": "tests/attacks/bodies",
     "body_timeout_s": "tests/gateway/test_limits.py",
     "max_pending_bytes": "tests/gateway/test_limits.py",
     "client_share": "tests/attacks/connections",
