@@ -353,10 +353,10 @@ def test_rejected_token_is_read_again_from_the_key_file(start_gateway, torchserv
 def test_unexpected_exception_about_one_frame_is_its_outcome_alone(gateway, cloud, monkeypatch):
     estimate = dispatch.estimate_cost
 
-    def fail_for_one(body, *more):
-        if bytes(body) == cloud(2):
+    def fail_for_one(frame, *more):
+        if bytes(getattr(frame, "body", frame)) == cloud(2):
             raise ArithmeticError("a bug")
-        return estimate(body, *more)
+        return estimate(frame, *more)
 
     monkeypatch.setattr(dispatch, "estimate_cost", fail_for_one)
     first, second, third = gateway.post(files=[("data", cloud(number)) for number in (1, 2, 3)]).json()
