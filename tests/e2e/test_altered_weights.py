@@ -42,6 +42,10 @@ PARTS = {
 }
 
 
+#: Of `make test`; the others, a minute or more together, are of the soak.
+SHORT = ("one-stage", "pillars", "segments")
+
+
 def test_every_kind_has_parts_to_alter():
     assert set(PARTS) == set(KINDS)
 
@@ -68,7 +72,9 @@ def altered(weights: Path, part: str) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in SHORT else pytest.mark.soak) for kind in PARTS]
+)
 def test_self_test_fails_for_a_tensor_off_by_five_per_cent(kind, small, monkeypatch):
     opened = small(kind).opened
     assert self_test(load_detector(opened, torch.device("cpu")), opened) > 0

@@ -22,7 +22,17 @@ def find_nothing(config: Any) -> None:
             part["score_thr"] = 1.5
 
 
-@pytest.mark.parametrize("kind", ["one-stage", "pillars", "mono3d", "multiview", "fusion", "depth"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "one-stage",
+        "pillars",
+        *(
+            pytest.param(kind, marks=pytest.mark.soak)
+            for kind in ("mask", "mono3d", "multiview", "fusion", "depth")
+        ),
+    ],
+)
 def test_frame_without_detections_has_its_own_exit_code(kind: str, tmp_path: Path, capsys: Any) -> None:
     config, checkpoint = write(kind, tmp_path, find_nothing)
     store = tmp_path / "store"
