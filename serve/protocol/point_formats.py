@@ -145,6 +145,18 @@ _PCD_SIZES = {
     ("U", 4),
     ("U", 8),
 }
+_PCD_LINES = (
+    "VERSION",
+    "FIELDS",
+    "SIZE",
+    "TYPE",
+    "COUNT",
+    "WIDTH",
+    "HEIGHT",
+    "VIEWPOINT",
+    "POINTS",
+    "DATA",
+)
 
 
 def _read_pcd(body: Bytes, limits: Limits) -> PointTable:
@@ -189,7 +201,11 @@ def _read_pcd(body: Bytes, limits: Limits) -> PointTable:
         )
     if count == 0:
         return standard_table("PCD", {field: np.empty(0, np.float32) for field in fields}, 0)
-    cloud = PointCloud.from_fileobj(io.BytesIO(bytes(body)))  # type: ignore[arg-type]
+    # The reader wants lines that the format lets a writer leave out, and stumbles over a byte order mark.
+    lines = {**header, "VERSION": ["0.7"], "COUNT": list(map(str, counts)), "POINTS": [str(count)]}
+    lines |= {"WIDTH": [str(count)], "HEIGHT": ["1"], "VIEWPOINT": list("0001000")}
+    whole = "".join(f"{name} {' '.join(lines[name])}\n" for name in _PCD_LINES).encode("latin-1")
+    cloud = PointCloud.from_fileobj(io.BytesIO(whole + bytes(body[start:])))  # type: ignore[arg-type]
     data = np.atleast_1d(cloud.pc_data)
     if len(data) != count:
         raise UndecodableFrame(f"the PCD header claims {count} points, {len(data)} follow")
@@ -206,7 +222,7 @@ def _pcd_header(body: Bytes) -> tuple[dict[str, list[str]], int]:
         end = head.find(b"\n", at)
         if end < 0:
             raise UndecodableFrame(f"the PCD header has no DATA line within {MAX_HEADER_BYTES} bytes")
-        words = head[at:end].decode("ascii").split()
+        words = head[at:end].removeprefix(b"\xef\xbb\xbf").decode("latin-1").split()
         at = end + 1
         if words and not words[0].startswith("#"):
             found[words[0].upper()] = words[1:]

@@ -54,6 +54,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "blue": ("blue", "b", "diffuse_blue"),
 }
 STANDARD_NAME = {spelling: name for name, spellings in ALIASES.items() for spelling in spellings}
+_SPELLING_RANK = {spelling: rank for spellings in ALIASES.values() for rank, spelling in enumerate(spellings)}
 MAX_COLUMNS = 128
 MAX_BYTES_PER_POINT = 1024
 
@@ -75,11 +76,16 @@ class PointTable:
 
 def standard_table(name: str, columns: Mapping[str, npt.NDArray[Any]], count: int) -> PointTable:
     """Rename columns to their standard names; reject non-numeric columns and missing coordinates."""
+    numeric = {
+        own: values
+        for own, values in columns.items()
+        if values.dtype.kind in "fiu"
+        and values.shape == (count,)  # else a list, a text: nothing a model takes
+    }
     standard: dict[str, npt.NDArray[Any]] = {}
-    for own, values in columns.items():
-        if values.dtype.kind not in "fiu" or values.shape != (count,):
-            continue  # a list property, a text: nothing that a model takes
-        standard.setdefault(STANDARD_NAME.get(own.lower(), own), values)
+    # Sensors give both intensity and reflectivity: a column's own name goes before another spelling of it.
+    for own in sorted(numeric, key=lambda own: _SPELLING_RANK.get(own.lower(), 0)):
+        standard.setdefault(STANDARD_NAME.get(own.lower(), own), numeric[own])
     lacking = [axis for axis in "xyz" if axis not in standard]
     if lacking:
         raise UndecodableFrame(

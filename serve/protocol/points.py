@@ -34,7 +34,10 @@ MAGIC: Sequence[tuple[bytes, str]] = (
     (b"ply\r", "PLY"),
     (b"LASF", "LAS"),
     (b"PK\x03\x04", "npz"),
+    (b"PK\x05\x06", "npz"),  # without entries
 )
+# A header that begins with another comment, a blank line or a byte order mark.
+_PCD_HEADER = re.compile(rb"[\s\xef\xbb\xbf#].{0,4096}?^FIELDS .{0,4096}?^DATA ", re.DOTALL | re.MULTILINE)
 UNREADABLE: Sequence[tuple[bytes, str]] = (
     (b"\x1f\x8b", "gzip"),
     (b"\x28\xb5\x2f\xfd", "Zstandard"),
@@ -61,6 +64,7 @@ UNREADABLE: Sequence[tuple[bytes, str]] = (
     (b"<!DO", "HTML"),
     (b"<htm", "HTML"),
 )
+_MAX_PCD_HEADER_BYTES = 8192
 _PRINTABLE = frozenset(b"\t\n\r" + bytes(range(32, 127)))
 _COLUMN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,63})\s*(?:=\s*([-+0-9.eE]{1,32}))?\s*")
 
@@ -180,18 +184,20 @@ def decode_points(
         raise UndecodableFrame(
             f"the request declares {num_points} points, the frame holds {len(points)} of {width} floats"
         )
-    return _check_points(points)
+    return _check_points(points, kind)
 
 
-def _check_points(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _check_points(points: npt.NDArray[np.float32], kind: str | None) -> npt.NDArray[np.float32]:
     if not np.isfinite(points).all():
         bad = int((~np.isfinite(points)).any(axis=1).sum())
         raise NonFinitePoints(f"{bad} of {len(points)} points contain NaN or inf; remove them before sending")
     if len(points) and (reach := float(np.abs(points[:, :3]).max())) > MAX_COORDINATE_M:
-        raise UndecodableFrame(
-            f"coordinates reach {reach:.3g} m; expected little-endian float32 points of {points.shape[1]} numbers that "
-            "start with x, y, z in metres"
+        expected = (
+            f"expected little-endian float32 points of {points.shape[1]} numbers that start with x, y, z in metres"
+            if kind is None
+            else "subtract the sensor's place, so that x, y, z are in metres from the sensor"
         )
+        raise UndecodableFrame(f"coordinates reach {reach:.3g} m; {expected}")
     return points
 
 
@@ -242,6 +248,8 @@ def sniff(body: Bytes) -> str | None:
     for magic, name in MAGIC:
         if head.startswith(magic):
             return name
+    if _PCD_HEADER.match(bytes(body[:_MAX_PCD_HEADER_BYTES])):
+        return "PCD"
     for magic, name in UNREADABLE:
         if head.startswith(magic) and _is_not_points(magic, body):
             raise UndecodableFrame(
@@ -269,7 +277,7 @@ def _plausible(body: Bytes) -> bool:
 # Reject a layout only if another one explains the numbers far better than happens by chance.
 _SAMPLE_FLOATS = 1 << 11
 _MIN_FLOATS = 512
-_STRIDES = range(3, 9)
+_STRIDES = (*range(3, 11), 12)  # 12: the longest of PCL's points
 _FAR_BETTER = 0.35
 
 
@@ -318,7 +326,14 @@ def _likely_stride(numbers: npt.NDArray[np.float32], width: int) -> int | None:
         for stride in {*_STRIDES, width}
     }
     best = min(_STRIDES, key=lambda stride: change[stride])
-    return best if best != width and change[best] < _FAR_BETTER * change[width] else None
+    if best != width and change[best] < _FAR_BETTER * change[width]:
+        return best
+    # Numbers two or more strides apart are of the same column too, so that a multiple explains them as well.
+    for part in (stride for stride in _STRIDES if width % stride == 0 and stride < width):
+        others = [change[stride] for stride in _STRIDES if stride % part]
+        if change[part] < min(change[width], _FAR_BETTER * min(others)):
+            return part
+    return None
 
 
 def arrange(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from serve.errors import FrameTooLarge, UndecodableFrame
 from serve.protocol.point_formats import read_point_file
-from serve.protocol.points import PointLayout, arrange, sniff
+from serve.protocol.points import PointLayout, arrange, decode_points, sniff
 from serve.settings import Limits
 
 NAMED = ("x", "y", "z", "intensity")
@@ -132,6 +132,31 @@ def test_columns_are_matched_by_name_and_not_by_place():
 @pytest.mark.parametrize("spelling", ["Intensity", "reflectance", "i"])
 def test_a_usual_spelling_of_a_column_is_understood(spelling):
     assert np.array_equal(read(npy(structured(names=("x", "y", "z", spelling)))), POINTS)
+
+
+def test_a_columns_own_name_goes_before_another_spelling_of_it():
+    both = np.zeros(len(POINTS), dtype=[(name, "<f4") for name in ("reflectivity", *NAMED)])
+    both["reflectivity"] = 200
+    for k, name in enumerate(NAMED):
+        both[name] = POINTS[:, k]
+    assert np.array_equal(read(npy(both)), POINTS)
+
+
+@pytest.mark.parametrize(
+    "lead", [b"\n", b"# written by a tool\n", b"\xef\xbb\xbf", "# 点云\n".encode(), b"#.PCD\n"]
+)
+@pytest.mark.parametrize("encoding", ["ascii", "binary", "binary_compressed"])
+def test_a_pcd_is_recognised_by_its_header_whatever_stands_before_it(tmp_path, lead, encoding):
+    body = pcd(encoding, tmp_path)
+    plain = body[body.index(b"VERSION") :].replace(b"POINTS 200\n", b"")
+    assert np.allclose(read(lead + plain), POINTS, atol=1e-5)
+
+
+def test_a_file_far_from_the_sensor_says_that_its_origin_must_move(tmp_path):
+    far = structured().astype([(name, "<f8") for name in NAMED])
+    far["y"] += 4.5e6
+    with pytest.raises(UndecodableFrame, match="from the sensor"):
+        decode_points(npy(far), LAYOUT, Limits())
 
 
 def test_a_missing_column_is_refused_by_its_name_unless_stated_or_unused():

@@ -35,12 +35,18 @@ RING = (np.arange(len(SAMPLE)) % 32).astype("<f4")
         (wider(RING), 5),
         (wider(SAMPLE[:, 0], SAMPLE[:, 1]), 6),
         (SAMPLE[:, :3], 3),
+        (wider(*np.tile(ZEROS, (4, 1)), *SAMPLE[:, :4].T), 12),
     ],
-    ids=["five, zeros", "five, rings", "six", "three"],
+    ids=["five, zeros", "five, rings", "six", "three", "twelve, as PCL's PointXYZINormal"],
 )
 def test_another_stride_is_refused_with_its_number(array, numbers):
     with pytest.raises(UndecodableFrame, match=f"points of {numbers} numbers"):
         decode(array)
+
+
+def test_a_stride_that_divides_the_models_is_refused():
+    with pytest.raises(UndecodableFrame, match="points of 3 numbers"):
+        decode(SAMPLE[:, :3], PointLayout.default(6, is_depth=True))
 
 
 @pytest.mark.parametrize("dtype", [">f4", "<f8", ">f8"])
@@ -77,6 +83,9 @@ def clouds() -> list[tuple[str, np.ndarray, PointLayout]]:
     nuscenes = wider(RING)
     nuscenes[:, 3] *= 255
     room = np.column_stack([rng.uniform(-2, 2, (5000, 3)), rng.uniform(0, 255, (5000, 3))]).astype("<f4")
+    across = np.linspace(0, 60, 6000)
+    surface = np.column_stack([np.sin(across), np.cos(across), across / 30])
+    colours = np.column_stack([np.cos(across / 7), np.sin(across / 5), np.cos(across / 3)]) / 2 + 0.5
     waymo = wider(rng.uniform(0, 1, len(SAMPLE)), np.full(len(SAMPLE), 1.5e9))
     return [
         ("sample", SAMPLE, LIDAR),
@@ -84,6 +93,11 @@ def clouds() -> list[tuple[str, np.ndarray, PointLayout]]:
         ("no intensity", np.column_stack([SAMPLE[:, :3], ZEROS]).astype("<f4"), LIDAR),
         ("nuScenes", nuscenes, PointLayout.default(5, is_depth=False)),
         ("room", room, PointLayout.default(6, is_depth=True)),
+        (
+            "a smooth surface with colours",
+            np.column_stack([surface, colours]),
+            PointLayout.default(6, is_depth=True),
+        ),
         ("Waymo", waymo, PointLayout.default(6, is_depth=False)),
         ("uniform", rng.uniform(-50, 50, (3000, 4)).astype("<f4"), LIDAR),
         ("normal", rng.normal(0, 1, (3000, 3)).astype("<f4"), PointLayout.default(3, is_depth=True)),
