@@ -363,7 +363,8 @@ def _reading_locally(loader: dict[str, Any]) -> dict[str, Any]:
         for step in dataset["pipeline"]
     ]
     # mmdet3d creates the data set for its colours, without reading the annotations that a converted config lacks.
-    return {**loader, "dataset": {"data_root": "", "ann_file": "", **dataset, "pipeline": pipeline}}
+    missing = {"data_root": ""} if "ann_files" in dataset else {"data_root": "", "ann_file": ""}
+    return {**loader, "dataset": {**missing, **dataset, "pipeline": pipeline}}
 
 
 def _resolve_path(config: str | Path) -> Path:

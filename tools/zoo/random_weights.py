@@ -32,7 +32,7 @@ _NO_EPS = 1e-30
 # Scores come out between some hundredths and eight tenths without saturating, boxes stay near their anchors.
 OUTPUT_LAYERS: tuple[tuple[re.Pattern[str], float, float], ...] = (
     (re.compile(r"(fc_cls)$"), 6.0, 0.0),
-    (re.compile(r"(conv_cls|retina_cls|rpn_cls|cls_logits)$"), 4.0, -3.0),
+    (re.compile(r"(conv_cls|retina_cls|rpn_cls|cls_logits|rtm_cls(\.\d+)?)$"), 4.0, -3.0),
     (re.compile(r"multi_level_conv_(cls|obj)\.\d+$"), 4.0, -1.0),  # YOLOX
     (re.compile(r"multi_level_conv_reg\.\d+$"), 0.5, 0.0),
     (re.compile(r"(conv_dir_cls|conv_logits)$"), 2.0, 0.0),
