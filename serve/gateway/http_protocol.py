@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 import socket
 import struct
 import sys
@@ -35,6 +36,8 @@ MAX_HEADER_LINES = 256
 # A head, and what may follow it, is parsed by pieces, so that few requests sent ahead are parsed before their turn.
 _HEAD_PIECE_BYTES = 4 * 1024
 _CHUNKED_PIECE_BYTES = 16 * 1024
+# RFC 9112, 3.2: uri-host [":" port] of RFC 3986, possibly empty; anything else must be answered 400.
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?")
 _TCP_CLOSE = 7  # Linux's state of a connection that was reset
 _ACKED = struct.Struct("=Q")
 _ACKED_AT = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
@@ -87,7 +90,8 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
             self._in_header = True
             self._header_bytes = 0
             self._header_lines = 0
-            self._hosts = 0
+            self._hosts: list[bytes] = []
+            self._codings: list[bytes] = []  # of Transfer-Encoding
             self._body_left = 0  # of a body with a Content-Length
             self._framing_bytes = 0  # since the last byte of a chunked body
             self._requests = 0
@@ -190,7 +194,8 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._in_header = True
-            self._header_lines = self._hosts = self._body_left = 0
+            self._header_lines = self._body_left = 0
+            self._hosts, self._codings = [], []
             self._start_deadline(limits.header_timeout_s)
 
         def on_header(self, name: bytes, value: bytes) -> None:
@@ -201,7 +206,9 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
                 return
             name = name.lower()
             if name == b"host":
-                self._hosts += 1
+                self._hosts.append(value)
+            elif name == b"transfer-encoding":
+                self._codings.append(value)
             elif name == b"content-length":
                 self._body_left = int(value)
             elif name == b"expect" and value.lower() == b"100-continue":
@@ -228,8 +235,14 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
         def _check_head(self) -> ServeError | None:
             if self._header_lines > MAX_HEADER_LINES:
                 return BadRequest(f"the request header has more than {MAX_HEADER_LINES} lines")
-            if self._hosts > 1 or (self._hosts == 0 and self.parser.get_http_version() != "1.0"):
-                return BadRequest(f"a request must have one Host header, this one has {self._hosts}")
+            hosts = len(self._hosts)
+            if hosts > 1 or (hosts == 0 and self.parser.get_http_version() != "1.0"):
+                return BadRequest(f"a request must have one Host header, this one has {hosts}")
+            if hosts and not _HOST.fullmatch(self._hosts[0].strip(b" \t")):
+                return BadRequest("the Host header is not a name or address with an optional port")
+            # The parser takes any list that ends in chunked, and would pass the other coding on as the body.
+            if self._codings and [one.strip(b" \t").lower() for one in self._codings] != [b"chunked"]:
+                return BadRequest("Transfer-Encoding may be chunked only; send the body uncompressed")
             return None
 
         def on_body(self, body: bytes) -> None:

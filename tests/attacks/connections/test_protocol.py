@@ -40,6 +40,15 @@ def statuses(received: bytes) -> list[int]:
         (b"POST /predictions/second HTTP/1.1\r\nhost: a\r\nhost: a\r\n", 400),
         (b"POST /predictions/second HTTP/1.1\r\nhost: a\r\nHOST: b\r\n", 400),
         (b"POST /predictions/second HTTP/1.0\r\nhost: a\r\nhost: b\r\n", 400),
+        (b"POST /predictions/second HTTP/1.1\r\nhost: [::1]:80\r\n", 200),
+        (b"POST /predictions/second HTTP/1.1\r\nhost: \ta_b.example:\t\r\n", 200),
+        (b"POST /predictions/second HTTP/1.1\r\nhost: a b\r\n", 400),
+        (b"POST /predictions/second HTTP/1.1\r\nhost: a/b\r\n", 400),
+        (b"POST /predictions/second HTTP/1.1\r\nhost: user@a\r\n", 400),
+        (b"POST /predictions/second HTTP/1.1\r\nhost: a:x\r\n", 400),
+        (b"POST /predictions/second HTTP/1.1\r\nhost: [::1\r\n", 400),
+        (b"POST /predictions/second HTTP/1.1\r\nhost: \xff\r\n", 400),
+        (b"POST /predictions/second HTTP/1.0\r\nhost: a b\r\n", 400),
         (b"CONNECT a:80 HTTP/1.1\r\nhost: a\r\n", 400),
         (b"PRI * HTTP/2.0\r\n", 400),
     ],
@@ -53,6 +62,27 @@ def test_request_has_exactly_one_host(attacked, stack, head, status):
     if status == 400:
         assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["code"] == "bad_request"
         assert everything(connection) == b""  # closed
+
+
+@pytest.mark.parametrize(
+    ("coding", "status"),
+    [
+        (b"transfer-encoding: chunked\r\n", 200),
+        (b"transfer-encoding:\tCHUNKED \r\n", 200),
+        (b"transfer-encoding: gzip, chunked\r\n", 400),
+        (b"transfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n", 400),
+        (b"transfer-encoding: , chunked\r\n", 400),
+    ],
+)
+def test_body_has_no_coding_but_chunked(attacked, stack, coding, status):
+    gateway = attacked()
+    connection = connect(stack, gateway)
+    connection.sendall(
+        b"POST /predictions/second HTTP/1.1\r\nhost: a\r\n"
+        + coding
+        + b"\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(FRAME), FRAME)
+    )
+    assert raw.status(raw.answer(connection)) == status
 
 
 @pytest.mark.parametrize("hold", [False, True], ids=["at once", "while it is computed"])
