@@ -38,7 +38,10 @@ _HEAD_PIECE_BYTES = 4 * 1024
 _CHUNKED_PIECE_BYTES = 16 * 1024
 # RFC 9112, 3.2: uri-host [":" port] of RFC 3986, possibly empty; anything else must be answered 400.
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?")
-_TCP_CLOSE = 7  # Linux's state of a connection that was reset
+_TCP_CLOSE, _TCP_CLOSE_WAIT = (
+    7,
+    8,
+)  # Linux's states of a connection that was reset, or that the client has ended
 _ACKED = struct.Struct("=Q")
 _ACKED_AT = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
 _TCP_NOTSENT_LOWAT = 25  # Linux; Python names it from 3.12 on
@@ -135,7 +138,7 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
             if not self._is_answering() or not whole or sys.platform != "linux":
                 return None
             self._half_closed = True
-            self._look(_FIRST_LOOK_S)
+            self._watch_client()
             return True
 
         # Reading
@@ -230,6 +233,8 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
             self._requests += 1
             if self._requests == limits.max_requests or self.parser.should_upgrade():
                 self.cycle.keep_alive = False
+            if self.pipeline:
+                self._watch_client()  # reading is paused, so that its end would not be read
             self._start_deadline(limits.request_timeout_s)
 
         def _check_head(self) -> ServeError | None:
@@ -380,21 +385,30 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
                 return int(_ACKED.unpack(acked)[0])
             return -self.transport.get_write_buffer_size()
 
-        # Clients that have ended their side
+        # Clients that have ended their side, or may have while nothing is read
+
+        def _watch_client(self) -> None:
+            """Look at the connection from now on until everything is answered."""
+            if self._looking is not None:
+                self._looking.cancel()
+            self._look(_FIRST_LOOK_S)
 
         def _look(self, pause_s: float) -> None:
-            """Find out whether the client still reads: a closed one resets the connection when it is sent a byte.
+            """Find out whether a client that has ended its side still reads.
 
-            The byte is the first one of the answer, which is the same for all answers.
+            One that has closed resets the connection when it is sent a byte: the first one of the answer, which is the
+            same for all answers.
             """
             self._looking = None
             if not self._is_answering() or self.transport.is_closing():
                 return
-            if _tcp_info(self.transport)[:1] == bytes([_TCP_CLOSE]):
+            state = _tcp_info(self.transport)[:1]
+            if state == bytes([_TCP_CLOSE]):
                 self._cut()
                 return
             cycle = self._running
-            if not cycle.response_started and not isinstance(cycle.transport, _Begun):
+            has_ended = self._half_closed or state == bytes([_TCP_CLOSE_WAIT])
+            if has_ended and not cycle.response_started and not isinstance(cycle.transport, _Begun):
                 cycle.waiting_for_100_continue = False
                 cycle.transport = _Begun(self.transport)
             self._looking = self.loop.call_later(pause_s, self._look, min(2 * pause_s, _LONGEST_LOOK_S))

@@ -137,6 +137,26 @@ def test_client_that_has_gone_while_its_frame_waits_gives_its_permit_back(attack
     assert [b"\1" * 64] not in backend.app.calls
 
 
+@pytest.mark.parametrize("ahead", [2, 20])
+def test_client_that_has_gone_after_requests_sent_ahead_gives_its_permits_back(
+    attacked, backend, stack, ahead
+):
+    backend.app.models["second"]["1.0"].workers = [1]
+    gateway = attacked(batch_frames=1, prefetch_batches=0)
+    backend.hold(FRAME)
+    first, gone = (connect(stack, gateway) for _ in range(2))
+    first.sendall(raw.request(PATH, FRAME))
+    eventually(lambda: backend.app.held == 1)
+    frame = b"\1" * 6400  # so long that what is sent ahead is not parsed, and nothing more is read
+    gone.sendall(raw.request(PATH, frame) * ahead)
+    eventually(lambda: pending(gateway)[0] > 1)
+    gone.close()
+    eventually(lambda: pending(gateway)[0] == 1, 5)
+    backend.release()
+    assert raw.status(raw.answer(first)) == 200
+    assert [frame] not in backend.app.calls
+
+
 @pytest.mark.parametrize(
     "broken", [b"NONSENSE\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nbad header\r\n\r\n"]
 )
