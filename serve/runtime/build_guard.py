@@ -1,4 +1,4 @@
-"""Audit hook under which the model of an archive that is not trusted is built.
+"""Audit hook under which the model of an archive that is not trusted is built and run.
 
 A config chooses among registered classes and sets their arguments. Some of these classes do more with an argument than
 compute: they evaluate it, execute or unpickle the file it names, download it. Instead of a list of them, the rule is on

@@ -106,7 +106,8 @@ class Detector:
         groups: dict[Any, dict[int, dict[str, Any]]] = {}
         for i, frame in enumerate(frames):
             try:
-                sample = None if frame.has_no_points else self.prepare(frame)
+                with self._guard:
+                    sample = None if frame.has_no_points else self.prepare(frame)
                 if sample is None or self._is_empty(sample):
                     outcomes[i] = self._empty()
                 else:
@@ -147,15 +148,16 @@ class Detector:
 
     def _run_batch(self, samples: list[dict[str, Any]]) -> list[Outcome]:
         try:
-            results = self.forward(samples)
-            if len(results) != len(samples):
-                raise InferenceFailed(
-                    f"the network returned {len(results)} results for {len(samples)} frames"
-                )
-            return [
-                postprocess(result, self.metadata.classes, self.metadata.box_type_3d, self._model)
-                for result in results
-            ]
+            with self._guard:
+                results = self.forward(samples)
+                if len(results) != len(samples):
+                    raise InferenceFailed(
+                        f"the network returned {len(results)} results for {len(samples)} frames"
+                    )
+                return [
+                    postprocess(result, self.metadata.classes, self.metadata.box_type_3d, self._model)
+                    for result in results
+                ]
         except Exception as error:
             if len(samples) == 1:
                 return [self._to_error(error)]
@@ -181,6 +183,9 @@ class Detector:
     def _to_error(self, error: Exception) -> ServeError:
         if _is_out_of_memory(error):
             return OutOfMemory("a single frame exceeds the device's memory; send a smaller frame")
+        if isinstance(error, ArchiveError):  # the guard's, for who serves the archive and not for the client
+            logger.error("the archive of %s failed on one frame: %s", self.metadata.name, error)
+            return InferenceFailed("the model did what only a trusted archive may do; see the worker's log")
         if not isinstance(error, ServeError):
             logger.error("inference failed on one frame", exc_info=error)
         return error_of_frame(error, InferenceFailed, "the model failed on this frame")
@@ -218,7 +223,7 @@ def load_detector(
         archive: archive from `serve.archive.format.open_directory`.
         device: device to run on.
         trust_code: allow imports of modules packed in the archive, and anything else that its model does. Without it,
-            the model is built under a `BuildGuard`.
+            the model is built, and computes, under a `BuildGuard`.
         skip_background: compute only what differs from the answer to an empty cloud (`serve.runtime.background`).
 
     Raises:

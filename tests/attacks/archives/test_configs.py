@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from serve import archive
-from serve.errors import ArchiveError
+from serve.errors import ArchiveError, InferenceFailed
+from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime import load_detector
 from serve.runtime.build_guard import BuildGuard
 from serve.runtime.selftest import self_test
@@ -277,3 +278,42 @@ def test_guard_watches_its_own_thread_only_and_until_it_ends(tmp_path):
 def test_guarded_model_passes_its_self_test(demo_archive):
     detector = load_detector(demo_archive, torch.device("cpu"))
     assert self_test(detector, demo_archive) > 0
+
+
+@pytest.fixture
+def patient_step():
+    """A registered step that leaves its golden frame alone, and writes a file for any other; yields its name."""
+    from mmdet3d.registry import TRANSFORMS
+
+    class PatientStep:
+        def __init__(self, trace: str) -> None:
+            self.trace = trace
+            self.points: int | None = None
+
+        def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+            points = len(results["points"])
+            if self.points not in (None, points):
+                Path(self.trace).write_text("x")
+            self.points = self.points or points
+            return results
+
+    TRANSFORMS.register_module(module=PatientStep)
+    yield "PatientStep"
+    TRANSFORMS.module_dict.pop("PatientStep")
+
+
+def test_step_that_waits_for_another_frame_than_the_golden_one_is_refused(
+    tmp_path, demo_archive, patient_step
+):
+    trace = tmp_path / "trace"
+    step = {"type": patient_step, "trace": str(trace)}
+    opened = hostile_archive(tmp_path, demo_archive, lambda config: as_step(config, step))
+    detector = load_detector(opened, torch.device("cpu"))
+    self_test(detector, opened)
+    golden = opened.golden_frame()
+    frames = [
+        detector.decode(body, FrameOptions(), Limits()) for body in (golden, golden[: len(golden) // 2])
+    ]
+    good, refused = detector.run(frames)
+    assert isinstance(refused, InferenceFailed) and not trace.exists()
+    assert isinstance(good, dict) and good["names"]
