@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from serve.errors import ArchiveError
+from serve.settings.environment import filter_python_path
 
 __all__ = ["keep_off_path"]
 
@@ -26,9 +27,7 @@ def keep_off_path(root: Path) -> None:
     for place in list(sys.path_importer_cache):
         if _is_inside(place, real):
             del sys.path_importer_cache[place]
-    if "PYTHONPATH" in os.environ:
-        places = os.environ["PYTHONPATH"].split(os.pathsep)
-        os.environ["PYTHONPATH"] = os.pathsep.join(place for place in places if not _is_inside(place, real))
+    filter_python_path(lambda place: not _is_inside(place, real))
     for name, module in list(sys.modules.items()):
         named = [str(place) for place in (getattr(module, "__file__", None), *_folders_of(module)) if place]
         # A module that was imported from a folder has its absolute path; torch.ops calls itself "_ops.py".

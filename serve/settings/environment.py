@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import serve
 
-__all__ = ["child_environment", "die_with_parent", "variable_set"]
+__all__ = ["child_environment", "die_with_parent", "filter_python_path", "variable_set"]
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # Variables, besides those that start with TS_, that change TorchServe's configuration.
@@ -50,6 +50,13 @@ def variable_set(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = former
+
+
+def filter_python_path(keep: Callable[[str], bool]) -> None:
+    """Drop the folders of ``PYTHONPATH`` that `keep` rejects, for child processes of this one."""
+    if "PYTHONPATH" in os.environ:
+        places = os.environ["PYTHONPATH"].split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(keep, places))
 
 
 def die_with_parent() -> None:
