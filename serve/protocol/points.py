@@ -277,7 +277,7 @@ def _plausible(body: Bytes) -> bool:
 # Reject a layout only if another one explains the numbers far better than happens by chance.
 _SAMPLE_FLOATS = 1 << 11
 _MIN_FLOATS = 512
-_STRIDES = (*range(3, 11), 12)  # 12: the longest of PCL's points
+_STRIDES: tuple[int, ...] = (*range(3, 11), 12)  # 12: the longest of PCL's points
 _FAR_BETTER = 0.35
 
 
