@@ -59,7 +59,10 @@ def _errors_of(name: str) -> Iterator[None]:
     except (UndecodableFrame, FrameTooLarge):
         raise
     except Exception as error:  # readers raise anything: KeyError, struct.error, AssertionError, their own
-        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = re.sub(r" at 0x[0-9a-f]+", "", text)[
+            :200
+        ]  # objects of this process, as <ast.BinOp object at …>
         raise UndecodableFrame(f"not a readable {name} file: {text}") from None
 
 

@@ -254,3 +254,11 @@ def test_damaged_files_are_refused_and_never_a_traceback(files, data, name):
             assert all(values.shape == (table.count,) for values in table.columns.values())
     except (UndecodableFrame, FrameTooLarge):
         pass
+
+
+def test_message_about_an_npy_header_holds_no_address_of_an_object():
+    text = b"{'descr': '<f4', 'fortran_order': False, 'shape': (10**3, 4)}"
+    body = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+    with pytest.raises(UndecodableFrame, match="BinOp object>") as found:
+        read_point_file(body, "npy", Limits())
+    assert "0x" not in str(found.value)
