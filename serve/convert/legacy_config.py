@@ -95,7 +95,8 @@ def package_of(config: Mapping[str, Any]) -> str:
     if named in ("mmdet", "mmdet3d"):
         return named
     dataset = _test_dataset(config) or _today_dataset(config)
-    kinds = {str(step.get("type")) for step in dataset.get("pipeline") or config.get("test_pipeline") or ()}
+    steps = dataset.get("pipeline") or config.get("test_pipeline") or ()
+    kinds = {str(step.get("type")) for step in steps if isinstance(step, Mapping)}
     in_3d = any(name in model for name in _VOXEL_LAYERS) or any(
         kind.endswith("3D") or "LoadPoints" in kind or "Pack3DDet" in kind for kind in kinds
     )

@@ -27,6 +27,8 @@ def ordered_names(named: Any) -> tuple[str, ...]:
         return _from_mapping(named)
     if isinstance(named, str | bytes) or not hasattr(named, "__iter__"):
         raise ValueError(f"{named!r} is no list of names")
+    if isinstance(named, set | frozenset):
+        raise ValueError("a set of names has no order, so that no name belongs to a label; write a list")
     names = tuple(named)
     if odd := [name for name in names if isinstance(name, bool) or not isinstance(name, str | int)]:
         raise ValueError(f"{odd[0]!r} is no name")

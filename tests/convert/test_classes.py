@@ -37,6 +37,12 @@ def test_a_path_that_is_no_file_is_refused_and_never_spelled_out(tmp_path):
         find_class_names(config({"classes": str(tmp_path / "none.txt")}))
 
 
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_a_set_of_names_is_refused_for_it_has_no_order(kind):
+    with pytest.raises(ArchiveError, match="order"):
+        find_class_names(config({"classes": kind(("cat", "dog"))}))
+
+
 def test_what_the_user_says_goes_before_the_checkpoint_and_that_before_the_config():
     described = config({"classes": ("from config",)})
     assert find_class_names(described, ("from checkpoint",), ("from user",)).names == ("from user",)
