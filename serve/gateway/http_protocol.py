@@ -9,11 +9,8 @@ whose head is wrong is answered in its turn, after those before it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import re
-import socket
-import struct
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +24,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.errors import BadRequest, NotReady, ServeError, error_body
+from serve.gateway import tcp
 from serve.gateway.admission import client_of
 
 __all__ = ["MAX_HEADER_BYTES", "MAX_HEADER_LINES", "ConnectionLimits", "make_protocol_class"]
@@ -38,13 +36,6 @@ _HEAD_PIECE_BYTES = 4 * 1024
 _CHUNKED_PIECE_BYTES = 16 * 1024
 # RFC 9112, 3.2: uri-host [":" port] of RFC 3986, possibly empty; anything else must be answered 400.
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?")
-_TCP_CLOSE, _TCP_CLOSE_WAIT = (
-    7,
-    8,
-)  # Linux's states of a connection that was reset, or that the client has ended
-_ACKED = struct.Struct("=Q")
-_ACKED_AT = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
-_TCP_NOTSENT_LOWAT = 25  # Linux; Python names it from 3.12 on
 # Of an answer that the system holds unsent beside what is under way; it would take megabytes, which no permit counts.
 _UNSENT_BYTES = 256 * 1024
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.02, 1.0
@@ -110,7 +101,7 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.flow = _Flow(transport, self._holds_back)
-            _set_option(transport, socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+            tcp.limit_unsent(transport, _UNSENT_BYTES)
             self._address = client_of({"client": self.client})
             addresses[self._address] += 1
             if len(self.connections) > limits.max_connections or addresses[self._address] > per_address:
@@ -353,8 +344,7 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
 
         def _cut(self) -> None:
             """Reset the connection, so that the system drops what it holds for it as well."""
-            _set_option(self.transport, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
+            tcp.reset(self.transport)
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -380,9 +370,9 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
 
         def _read_progress(self) -> int:
             """Bytes that the client's system has taken; where that is unknown, those that have left this process."""
-            acked = _tcp_info(self.transport)[_ACKED_AT : _ACKED_AT + _ACKED.size]
-            if len(acked) == _ACKED.size:
-                return int(_ACKED.unpack(acked)[0])
+            acked = tcp.acked_bytes(self.transport)
+            if acked is not None:
+                return acked
             return -self.transport.get_write_buffer_size()
 
         # Clients that have ended their side, or may have while nothing is read
@@ -402,15 +392,15 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
             self._looking = None
             if not self._is_answering() or self.transport.is_closing():
                 return
-            state = _tcp_info(self.transport)[:1]
-            if state == bytes([_TCP_CLOSE]):
+            state = tcp.state(self.transport)
+            if state == tcp.CLOSE:
                 self._cut()
                 return
             cycle = self._running
-            has_ended = self._half_closed or state == bytes([_TCP_CLOSE_WAIT])
-            if has_ended and not cycle.response_started and not isinstance(cycle.transport, _Begun):
+            has_ended = self._half_closed or state == tcp.CLOSE_WAIT
+            if has_ended and not cycle.response_started and not isinstance(cycle.transport, tcp.Begun):
                 cycle.waiting_for_100_continue = False
-                cycle.transport = _Begun(self.transport)
+                cycle.transport = tcp.Begun(self.transport)
             self._looking = self.loop.call_later(pause_s, self._look, min(2 * pause_s, _LONGEST_LOOK_S))
 
     return BoundedProtocol
@@ -426,42 +416,6 @@ class _Flow(FlowControl):
     def resume_reading(self) -> None:
         if self.read_paused and not self._holds_back():
             super().resume_reading()
-
-
-class _Begun:
-    """Transport of an answer whose first byte is sent already."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._begun = True
-        transport.write(b"H")  # of HTTP/1.1
-
-    def write(self, data: bytes) -> None:
-        if self._begun:
-            self._begun, data = False, data[1:]
-        self._transport.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
-def _set_option(transport: asyncio.Transport, level: int, name: int, value: int | bytes) -> None:
-    """Set a socket option where the system has it."""
-    connection = transport.get_extra_info("socket")
-    if sys.platform == "linux" and connection is not None:
-        with contextlib.suppress(OSError):
-            connection.setsockopt(level, name, value)
-
-
-def _tcp_info(transport: asyncio.Transport) -> bytes:
-    """Return Linux's struct tcp_info of a connection; empty where there is none."""
-    connection = transport.get_extra_info("socket")
-    if sys.platform != "linux" or connection is None:
-        return b""
-    try:
-        return bytes(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AT + _ACKED.size))
-    except OSError:
-        return b""
 
 
 def _refusing(error: ServeError) -> Callable[[Scope, Receive, Send], Any]:
