@@ -384,7 +384,7 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
             self._look(_FIRST_LOOK_S)
 
         def _look(self, pause_s: float) -> None:
-            """Find out whether a client that has ended its side still reads.
+            """Find out whether a client that has ended its side, or may have, still reads.
 
             One that has closed resets the connection when it is sent a byte: the first one of the answer, which is the
             same for all answers.
@@ -397,8 +397,11 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
                 self._cut()
                 return
             cycle = self._running
-            has_ended = self._half_closed or state == tcp.CLOSE_WAIT
-            if has_ended and not cycle.response_started and not isinstance(cycle.transport, tcp.Begun):
+            may_have_ended = self._half_closed or state == tcp.CLOSE_WAIT
+            if state is not None and pause_s >= _LONGEST_LOOK_S:
+                # Its end may be behind bytes that the system does not take while nothing is read.
+                may_have_ended = may_have_ended or self._holds_back()
+            if may_have_ended and not cycle.response_started and not isinstance(cycle.transport, tcp.Begun):
                 cycle.waiting_for_100_continue = False
                 cycle.transport = tcp.Begun(self.transport)
             self._looking = self.loop.call_later(pause_s, self._look, min(2 * pause_s, _LONGEST_LOOK_S))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -137,7 +138,7 @@ def test_client_that_has_gone_while_its_frame_waits_gives_its_permit_back(attack
     assert [b"\1" * 64] not in backend.app.calls
 
 
-@pytest.mark.parametrize("ahead", [2, 20])
+@pytest.mark.parametrize("ahead", [2, 20, 2000])
 def test_client_that_has_gone_after_requests_sent_ahead_gives_its_permits_back(
     attacked, backend, stack, ahead
 ):
@@ -148,7 +149,9 @@ def test_client_that_has_gone_after_requests_sent_ahead_gives_its_permits_back(
     first.sendall(raw.request(PATH, FRAME))
     eventually(lambda: backend.app.held == 1)
     frame = b"\1" * 6400  # so long that what is sent ahead is not parsed, and nothing more is read
-    gone.sendall(raw.request(PATH, frame) * ahead)
+    gone.settimeout(1)
+    with suppress(TimeoutError):  # more than the system takes, so that the end comes after what is not read
+        gone.sendall(raw.request(PATH, frame) * ahead)
     eventually(lambda: pending(gateway)[0] > 1)
     gone.close()
     eventually(lambda: pending(gateway)[0] == 1, 5)
