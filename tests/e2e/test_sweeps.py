@@ -152,8 +152,10 @@ def test_sweeps_over_http_v2_and_the_client_are_answered_alike(centerpoint, stre
     body = parts(street, NUMBER)
     accumulated = scene(street, 0)
     accumulated[:, 4] = np.linspace(0, 0.45, len(accumulated))
+    frame = tmp_path / "frames" / "one"
+    frame.mkdir(parents=True)
     for name, data in body.items():
-        (tmp_path / f"{name}.{'json' if name == 'sweeps' else 'bin'}").write_bytes(data)
+        (frame / f"{name}.{'json' if name == 'sweeps' else 'bin'}").write_bytes(data)
     ports = dict(zip(("inference_port", "management_port", "metrics_port"), pick_free_ports(3), strict=True))
     options = TorchServeOptions(
         model_store=folder, models=[ServedModel("centerpoint.mar")], system_metrics=False, gpus=0, **ports
@@ -169,7 +171,7 @@ def test_sweeps_over_http_v2_and_the_client_are_answered_alike(centerpoint, stre
                     assert served["names"]
                     # The tool sends the same folder and runs mmdet3d's own pipeline on it.
                     reference = load_reference(config, checkpoint, "cpu")
-                    for frames in (find_frames(tmp_path, "lidar"), find_frames(tmp_path.parent, "lidar")):
+                    for frames in (find_frames(frame, "lidar"), find_frames(frame.parent, "lidar")):
                         (report,) = verify(frames, reference, through, "centerpoint", score_thr=0.0)
                         assert report.comparison.ok, comparison_table(report.comparison)
                         assert report.served["scores_3d"] == served["scores_3d"]
