@@ -24,13 +24,13 @@ _WORKER_PYTHON = Path(__file__).with_name("worker_python.sh")
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
 
 
-def check_ports(options: TorchServeOptions) -> None:
-    """Check that the ports are free.
+def check_ports(options: TorchServeOptions, *, management: bool) -> None:
+    """Check that the ports are free, that of management if it has one.
 
     Raises:
         BackendStartError: a port is in use; the message names the setting to change.
     """
-    for name in ("inference", "metrics", *(["management"] if options.has_tokens else [])):
+    for name in ("inference", "metrics", *(["management"] if management else [])):
         host, port = getattr(options, f"{name}_host"), getattr(options, f"{name}_port")
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -7,6 +7,7 @@ A server writes into a private run folder (0700) only, which is removed when it 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import shutil
@@ -51,6 +52,7 @@ from serve.torchserve.pidfile import remove_pidfile, write_pidfile
 
 __all__ = ["DRAIN_S", "TorchServe", "Worker"]
 
+logger = logging.getLogger(__name__)
 DRAIN_S = 5.0
 KEY_FILE = "key_file.json"  # of TorchServe, in its run folder
 _GUARD = Path(__file__).with_name("guard.py")
@@ -94,11 +96,22 @@ class TorchServe:
 
     @property
     def management_url(self) -> str:
-        """Address of management: a port if TorchServe asks for tokens, else a socket in the private run folder."""
-        if self.options.has_tokens:
+        """Address of management: a port if TorchServe asks for tokens, else a socket in the private run folder.
+
+        A port on loopback too if that folder is mounted noexec: Java unpacks the library for such sockets into it.
+        """
+        if self.options.has_tokens or self._is_noexec:
             return url(self.options.management_host, self.options.management_port)
         assert self.run_dir is not None, "start() creates it"
         return f"unix:{self.run_dir / 'm'}"
+
+    @property
+    def _is_noexec(self) -> bool:
+        try:
+            found = os.statvfs(self.options.run_root or tempfile.gettempdir())
+        except OSError:  # it does not exist; making a folder in it will say so
+            return False
+        return bool(found.f_flag & os.ST_NOEXEC)
 
     @property
     def worker_sockets(self) -> Path:
@@ -128,7 +141,13 @@ class TorchServe:
             model.name or manifest.name: model.archive
             for model, manifest in zip(self.options.models, manifests, strict=True)
         }
-        check_ports(self.options)
+        check_ports(self.options, management=self.options.has_tokens or self._is_noexec)
+        if self._is_noexec and not self.options.has_tokens:
+            logger.warning(
+                "run_root is mounted noexec, where Java cannot use a Unix socket: management listens on %s, which any "
+                "user of this machine or container reaches; mount it exec, or ask for tokens (--token-authorization)",
+                self.management_url,
+            )
         try:
             self._launch(manifests)
             self._await_ready(manifests)
