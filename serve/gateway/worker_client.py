@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -125,10 +125,11 @@ class WorkerSockets:
         waiting: Sequence[asyncio.Future[Any]],
     ) -> Bytes:
         self._busy.add(connection)
-        cancels = [partial(connection.cancel, i) for i in range(len(waiting))]
+        cancels: list[Callable[[asyncio.Future[Any]], None]] = []
         try:
             async with asyncio.timeout(timeout_s):
                 answer = connection.call(message)
+                cancels += [partial(connection.cancel, i, answer) for i in range(len(waiting))]
                 for future, cancel in zip(waiting, cancels, strict=True):
                     future.add_done_callback(cancel)
                 received = await answer
@@ -141,7 +142,9 @@ class WorkerSockets:
             raise
         finally:
             self._busy.discard(connection)
-            for future, cancel in zip(waiting, cancels, strict=True):
+            for future, cancel in zip(
+                waiting, cancels, strict=False
+            ):  # none, if the message could not be sent
                 future.remove_done_callback(cancel)
         self._idle.setdefault(pid, []).append(connection)
         return received
@@ -192,9 +195,12 @@ class _Connection(asyncio.Protocol):
         self._transport.writelines(message)
         return self._answer
 
-    def cancel(self, index: int, future: asyncio.Future[Any]) -> None:
-        """Tell the worker that nobody waits any more for frame `index` of the batch in progress."""
-        if self.open and not self._answer.done():
+    def cancel(self, index: int, answer: asyncio.Future[Bytes], future: asyncio.Future[Any]) -> None:
+        """Tell the worker that nobody waits any more for frame `index` of the batch with this `answer`.
+
+        The call may have been scheduled before that batch was answered, and run when the next one is in progress.
+        """
+        if self.open and self._answer is answer and not answer.done():
             assert self._transport is not None
             self._transport.write(cancel_message(index))
 

@@ -163,7 +163,8 @@ class BuildGuard:
         writes = writes or (isinstance(mode, str) and bool(set(mode) & set("wax+")))
         if writes or _is_below(real, (self._root,)):
             return False
-        return _is_environment(real) or _is_below(real, _READABLE) or self._inside(_BOOTSTRAP)
+        known = _is_environment(real) or _is_below(real, _READABLE) or _is_loaded_source(real)
+        return known or self._inside(_BOOTSTRAP)
 
     def _may_execute(self, event: str, details: tuple[Any, ...]) -> bool:
         code = details[0] if event == "exec" else None
@@ -295,6 +296,11 @@ def _is_environment(path: Any) -> bool:
         return _is_below(os.path.realpath(os.fsdecode(path)), _ENVIRONMENT)
     except (TypeError, ValueError):
         return False
+
+
+def _is_loaded_source(path: str) -> bool:
+    """Whether `path` is the source of a module that runs already: warnings and tracebacks read their lines."""
+    return any(getattr(module, "__file__", None) == path for module in list(sys.modules.values()))
 
 
 def _shorten(detail: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from serve.errors import BadRequest
-from serve.gateway.worker_client import ConnectionLost, WorkerLost, WorkerSockets
+from serve.gateway.worker_client import ConnectionLost, WorkerLost, WorkerSockets, _Connection
 from serve.protocol.worker import BATCH_HEADER, HELLO, LENGTH, MAX_MESSAGE_BYTES, socket_path
 from serve.worker.server import CancelledFrames, listen
 
@@ -259,6 +259,37 @@ def test_frame_that_nobody_waits_for_is_cancelled_at_the_worker(tmp_path, monkey
             return [first, await call]
 
         assert asking(tmp_path, calls) == [b"[1]", b"[0]"]
+
+
+def test_cancel_scheduled_while_an_answer_arrives_does_not_reach_the_next_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(CancelledFrames, "interval_s", 0.0)
+    gone = []
+    received = _Connection.data_received
+
+    def receive(connection, data):
+        received(connection, data)
+        for future in gone:  # its callback runs after the caller has sent the next batch
+            if not future.done():
+                future.set_result(None)
+
+    monkeypatch.setattr(_Connection, "data_received", receive)
+
+    def respond(body, compute_s, cancelled):
+        deadline = time.monotonic() + 0.2
+        while not cancelled() and time.monotonic() < deadline:
+            pass
+        return repr(sorted(cancelled())).encode()
+
+    with closing(listen(tmp_path, respond)):
+
+        async def calls(sockets):
+            loop = asyncio.get_running_loop()
+            await sockets.call([OWN], [b"x"], 20.0, 0)  # connects
+            gone.append(loop.create_future())
+            await sockets.call([OWN], [b"x"], 20.0, 0, gone)
+            return [await sockets.call([OWN], [b"x"], 20.0, 0, [loop.create_future()])]
+
+        assert asking(tmp_path, calls) == [b"[]"]
 
 
 def test_message_of_invalid_length_closes_the_connection_before_allocation(tmp_path):
