@@ -174,7 +174,8 @@ def test_every_error_class_round_trips_through_its_body() -> None:
         for child in kind.__subclasses__():
             yield from walk(child)
 
-    for kind in walk(errors.ServeError):
+    kinds = [kind for kind in walk(errors.ServeError) if kind.__module__.startswith("serve.")]
+    for kind in kinds:  # tests have some of their own
         back = error_from_response(kind.status, errors.error_body(kind("why")))
         assert (back.code, back.status, str(back)) == (kind.code, kind.status, "why")
 

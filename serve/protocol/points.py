@@ -64,7 +64,7 @@ UNREADABLE: Sequence[tuple[bytes, str]] = (
     (b"<!DO", "HTML"),
     (b"<htm", "HTML"),
 )
-_MAX_PCD_HEADER_BYTES = 8192
+_PCD_HEAD_BYTES = 8192
 _PRINTABLE = frozenset(b"\t\n\r" + bytes(range(32, 127)))
 _COLUMN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]{0,63})\s*(?:=\s*([-+0-9.eE]{1,32}))?\s*")
 
@@ -248,7 +248,7 @@ def sniff(body: Bytes) -> str | None:
     for magic, name in MAGIC:
         if head.startswith(magic):
             return name
-    if _PCD_HEADER.match(bytes(body[:_MAX_PCD_HEADER_BYTES])):
+    if _PCD_HEADER.match(bytes(body[:_PCD_HEAD_BYTES])):
         return "PCD"
     for magic, name in UNREADABLE:
         if head.startswith(magic) and _is_not_points(magic, body):

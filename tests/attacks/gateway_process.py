@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,13 @@ class GatewayProcess:
 
     def resident_bytes(self) -> int:
         return int(self.process.memory_info().rss)
+
+    def pending_bytes(self) -> float:
+        """Bytes that requests hold, as the metrics count them."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            found = re.search(r"^\w+_pending_bytes(?:{[^}]*})? (\S+)$", answer.read().decode(), re.MULTILINE)
+        assert found
+        return float(found[1])
 
     def cpu_s(self) -> float:
         times = self.process.cpu_times()

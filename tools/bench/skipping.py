@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from serve.errors import SetupError
+from serve.errors import ServeError, SetupError
 from serve.ops.cpu import masked_conv
-from serve.protocol.frames import FrameOptions, Limits
+from serve.protocol.frames import Frame, FrameOptions, Limits
 from serve.runtime import background
 from serve.runtime.detector import Detector
 from tools.bench.scaling import synthetic_cloud
@@ -97,20 +97,21 @@ def run(
 
     Raises:
         SetupError: the model has no part that skips background.
+        ServeError: the model failed on a frame.
     """
     model = getattr(detector.network, "background", None)
     if not isinstance(model, background.BackgroundModel):
         raise SetupError(f"{detector.metadata.name} has no dense part that skips background; try second")
     frame = detector.decode(body, FrameOptions(), Limits())
-    detector.run([frame])
+    _run(detector, frame)
     with _observe() as layers:
-        detector.run([frame])
+        _run(detector, frame)
     times: dict[bool, list[float]] = {True: [], False: []}
     for done in range(rounds):
         for enabled in times:
             background.set_skipping(detector.network, enabled=enabled)
             started = time.perf_counter()
-            detector.run([frame])
+            _run(detector, frame)
             times[enabled].append(time.perf_counter() - started)
         progress(done + 1)
     equal = 0
@@ -160,11 +161,17 @@ def _outputs(detector: Detector, body: bytes) -> list[bytes]:
     ]
     handles = [part.register_forward_hook(keep) for part in parts]
     try:
-        detector.run([frame])
+        _run(detector, frame)
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _run(detector: Detector, frame: Frame) -> None:
+    (outcome,) = detector.run([frame])
+    if isinstance(outcome, ServeError):
+        raise outcome
 
 
 @contextmanager
