@@ -139,6 +139,8 @@ def test_neighbours_of_a_frame_that_kills_every_worker_are_answered(gateway, clo
 
 
 def test_batch_out_of_memory_is_split(gateway, cloud):
+    # The test before may have ended the workers, and until one is back requests are refused.
+    eventually(lambda: gateway.post(PATH, content=cloud(1), timeout=60).status_code == 200, 60)
     files = [("data", cloud(1)), ("data", b"too large"), ("data", cloud(2)), ("data", b"too large alone")]
     answers = gateway.post(PATH, files=files, timeout=60).json()
     assert [entry.get("error", {}).get("code") for entry in answers] == [None, None, None, "out_of_memory"]
