@@ -62,7 +62,7 @@ def write_archive(
     version: str = "1.0",
     files: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """A minimal TorchServe archive that names the module of a handler; nothing of ours is in it, but `files`."""
+    """A minimal TorchServe archive that names the module of a handler and holds `files` besides."""
     model = {"modelName": name or path.stem, "modelVersion": version, "handler": handler}
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:

@@ -1,7 +1,7 @@
 """Zip files that every reader unpacks alike.
 
 A zip lists its entries twice: in the directory at its end, by which Python goes, and in a header before each entry, by
-which TorchServe goes (``ZipInputStream``). Where the two differ, TorchServe would unpack what nobody has checked, such
+which TorchServe goes (``ZipInputStream``). Where the two differ, TorchServe would unpack what was not checked, such
 as a ``torch.py`` that no directory lists. `open_zip` accepts the plain layout only: entries back to back from the first
 byte to the directory, each with a header equal to its entry in the directory, and nothing after the end record.
 """
@@ -51,7 +51,7 @@ def open_zip(path: Path, check_name: Callable[[str], None] = check_entry_name) -
         check_name: raises `ArchiveError` for an entry that may not be there.
 
     Raises:
-        ArchiveError: it is none; or anything else failed in the block, which the message then says.
+        ArchiveError: it is not such a zip, or the block failed; the message has the reason.
     """
     if not path.is_file():  # opening a pipe would wait for a writer
         raise ArchiveError(f"{path.name} is not a file in {path.parent}; make an archive with `make archive`")

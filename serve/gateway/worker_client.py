@@ -87,7 +87,7 @@ class WorkerSockets:
             chunks: framed batch, in chunks.
             timeout_s: timeout of the answer, seconds.
             compute_s: whole seconds of decoding or computing after which the worker ends itself; 0 for no limit.
-            waiting: for each frame a future that is done as soon as nobody waits for its outcome any more; the worker
+            waiting: for each frame a future that is done as soon as its outcome is not awaited any more; the worker
                 then neither decodes nor computes the frame if it has not yet.
 
         Returns:
@@ -196,7 +196,7 @@ class _Connection(asyncio.Protocol):
         return self._answer
 
     def cancel(self, index: int, answer: asyncio.Future[Bytes], future: asyncio.Future[Any]) -> None:
-        """Tell the worker that nobody waits any more for frame `index` of the batch with this `answer`.
+        """Tell the worker that frame `index` of the batch with this `answer` is not awaited any more.
 
         The call may have been scheduled before that batch was answered, and run when the next one is in progress.
         """

@@ -73,7 +73,7 @@ def _is_running(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    # An ended process that nobody has waited for is there, too.
+    # A zombie, ended and not yet reaped, exists, too.
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True

@@ -45,7 +45,7 @@ def check_ports(options: TorchServeOptions, *, management: bool) -> None:
 
 
 def worker_python(run_dir: Path, environment: dict[str, str]) -> Path:
-    """Return the program that TorchServe is to start in place of Python: Python with a ``PYTHONPATH`` of ours.
+    """Return the program that TorchServe is to start in place of Python: Python with the project's ``PYTHONPATH``.
 
     TorchServe appends the folder of the unpacked archive to ``PYTHONPATH``, ahead of the standard library, and starts
     the worker in that folder. A ``sitecustomize.py`` in an archive would run before any of our code could take the

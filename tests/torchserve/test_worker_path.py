@@ -96,7 +96,7 @@ def test_child_has_no_relative_folder_on_its_path(monkeypatch, tmp_path):
 
 
 def test_import_of_a_handler_takes_unpacked_archives_off_the_path(tmp_path):
-    """As under a TorchServe that somebody else started."""
+    """As under a TorchServe that this project did not start."""
     (tmp_path / "MAR-INF").mkdir()
     (tmp_path / "MAR-INF" / "MANIFEST.json").write_text("{}")
     (tmp_path / "orjson.py").write_text("raise SystemExit('the archive has run code')")

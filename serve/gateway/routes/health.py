@@ -47,7 +47,7 @@ def router(
         reasons = list(("draining",) if lifecycle.draining else (await registry.health()).reasons)
         metrics.set_ready(not reasons)
         if siblings is not None and request.url.query != OWN:
-            # What is wrong with all of them is said once. One that does not answer is being started again.
+            # A reason that all of them have is listed once. One that does not answer is being started again.
             for answer in (await siblings.ask("/health/ready")).values():
                 reasons += [reason for reason in answer.json()["reasons"] if reason not in reasons]
         body = {"ready": not reasons, "reasons": reasons}

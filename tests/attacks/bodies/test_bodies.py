@@ -1,4 +1,4 @@
-"""Every hostile body is a client error, and nobody else waits for it."""
+"""Every hostile body is a client error, and does not delay other clients."""
 
 from __future__ import annotations
 
