@@ -6,7 +6,7 @@ or to ``test_torchserver.py`` like any other configuration. Against
 three sparse stages instead of four (so the bird's-eye grid has the same 0.4 m cells), a range of 51.2 m and
 about a seventh of the weights.
 
-Does not know: real recordings. It was trained on `tools.demo.scenes` only; its range is 51.2 m ahead and 32
+Does not know: real recordings. It was trained on `serve.synthetic.scenes` only; its range is 51.2 m ahead and 32
 m to either side.
 """
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": ("serve.cli.serve", "serve archives with TorchServe and the gateway in the foreground"),
     "stop": ("serve.cli.stop", "stop what 'serve' or 'demo' left running"),
     "verify": ("serve.cli.verify", "compare a served model with native mmdet / mmdet3d inference"),
+    "sample-data": ("serve.cli.sample_data", "write a small synthetic data set in KITTI's or COCO's layout"),
     "draw": ("serve.cli.draw", "draw detections on a point cloud or an image"),
     "zoo": ("serve.cli.zoo", "list the models of the zoo by name"),
     "fetch": ("serve.cli.fetch", "fetch the archives of a bucket into a folder"),

@@ -33,7 +33,7 @@ SCRIPT = """
 import getpass, http.client, json, os, signal, subprocess, sys, time
 before = set(os.listdir("/tmp"))
 from tests.conftest import pick_free_ports
-from tools.demo.scenes import sample_frame
+from serve.synthetic.scenes import sample_frame
 try:
     open("/work-file", "w")
 except OSError as error:

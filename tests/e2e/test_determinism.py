@@ -45,7 +45,7 @@ for threads in map(int, sys.argv[4:]):
 
 
 def second(folder: Path, demo_mar: Path) -> tuple[Path, bytes]:
-    from tools.demo.scenes import sample_frame
+    from serve.synthetic.scenes import sample_frame
 
     return demo_mar, sample_frame()
 

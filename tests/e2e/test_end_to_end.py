@@ -61,7 +61,7 @@ def models(tmp_path_factory, store, demo_mar) -> dict[str, tuple[Path, Path]]:
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory) -> dict[str, Path]:
     """A folder of clouds and one of pictures; one of either has next to nothing in it."""
-    from tools.demo.scenes import generate_scene, held_out_seed
+    from serve.synthetic.scenes import generate_scene, held_out_seed
 
     clouds, pictures = tmp_path_factory.mktemp("clouds"), tmp_path_factory.mktemp("pictures")
     for i in range(2):

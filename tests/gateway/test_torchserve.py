@@ -198,7 +198,7 @@ def second(demo_mar, tmp_path_factory, background) -> Iterator[tuple[RunningGate
 
 @pytest.fixture(scope="module")
 def street() -> bytes:
-    from tools.demo.scenes import sample_frame
+    from serve.synthetic.scenes import sample_frame
 
     return sample_frame()
 

@@ -45,7 +45,7 @@ def trained(bucket) -> tuple[str, str]:
 
 
 def test_archive_made_from_a_bucket_is_pushed_fetched_and_served(bucket, trained, tmp_path, capsys):
-    from tools.demo.scenes import generate_scene, held_out_seed
+    from serve.synthetic.scenes import generate_scene, held_out_seed
 
     spec = importlib.util.spec_from_file_location(
         "comparing_tool", ROOT / "tools/deployment/test_torchserver.py"

@@ -21,12 +21,12 @@ ops.install("portable")
 
 from serve.errors import InferenceFailed, SetupError  # noqa: E402
 from serve.runtime import load_detector  # noqa: E402
+from serve.synthetic.scenes import sample_frame  # noqa: E402
 from tools.bench import detector, scaling  # noqa: E402
 from tools.bench.commands import detector as detector_command  # noqa: E402
 from tools.bench.commands import native_env as native_env_command  # noqa: E402
 from tools.bench.reference import environment, nondeterminism  # noqa: E402
 from tools.bench.reference.process import ReferenceProcess  # noqa: E402
-from tools.demo.scenes import sample_frame  # noqa: E402
 from tools.demo.training import CHECKPOINT, CONFIG  # noqa: E402
 
 # The reference process uses our kernels here: this environment has no others.

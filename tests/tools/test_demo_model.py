@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from serve.errors import CheckpointError, SettingsError
+from serve.synthetic.layout import CLASSES
+from serve.synthetic.scenes import generate_scene, points_in_boxes, sample_scene
 from tools.demo import training
 from tools.demo.evaluation import detect, evaluate, load_model, truth_of
-from tools.demo.layout import CLASSES
-from tools.demo.scenes import generate_scene, points_in_boxes, sample_scene
 from tools.demo.training import CHECKPOINT, CONFIG, TrainingOptions, augment, one_cycle, train
 
 ROOT = Path(__file__).resolve().parents[2]

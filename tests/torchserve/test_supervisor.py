@@ -20,10 +20,10 @@ import pytest
 
 from serve.errors import ArchiveError, BackendStartError, SettingsError
 from serve.gateway.listener import bind
+from serve.synthetic.scenes import sample_frame
 from serve.torchserve import ServedModel, TorchServeOptions
 from serve.torchserve.supervisor import Service, archives_of, examine, gateway_options
 from tests.conftest import pick_free_ports
-from tools.demo.scenes import sample_frame
 
 pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]

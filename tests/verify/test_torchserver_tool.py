@@ -274,7 +274,7 @@ def second(second_checkpoint: Path) -> ReferenceModel:
 
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tools.demo.scenes import sample_frame
+    from serve.synthetic.scenes import sample_frame
 
     path = tmp_path_factory.mktemp("cloud") / "frame.bin"
     path.write_bytes(sample_frame())

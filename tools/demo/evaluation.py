@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from serve.errors import CheckpointError, SettingsError
+from serve.synthetic.scenes import CLASSES, Scene, generate_scene, held_out_seed
 from tools.demo.average_precision import ClassResult, FrameDetections, FrameTruth, evaluate_class
-from tools.demo.scenes import CLASSES, Scene, generate_scene, held_out_seed
 from tools.demo.training import CHECKPOINT, CONFIG
 
 __all__ = ["IOU_THRESHOLDS", "Evaluation", "detect", "evaluate", "load_model", "truth_of"]

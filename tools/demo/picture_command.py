@@ -18,11 +18,11 @@ from serve.cli.entry import bounded
 from serve.convert import Conversion, convert
 from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
 from serve.runtime import load_detector
+from serve.synthetic.camera import LIDAR_TO_IMAGE, render_seed
+from serve.synthetic.scenes import Scene, generate_scene, held_out_seed
 from serve.visualize.birds_eye import draw_birds_eye_view
 from serve.visualize.detections import encode_png
 from serve.visualize.overlays import draw_projected
-from tools.demo.camera import LIDAR_TO_IMAGE, render_seed
-from tools.demo.scenes import Scene, generate_scene, held_out_seed
 from tools.demo.training import CHECKPOINT, CONFIG
 
 WIDTH, HEIGHT_FROM_ABOVE = 1242, 600

@@ -1,4 +1,4 @@
-"""Write a synthetic LiDAR scene as a KITTI `.bin`, and its ground truth as JSON (see `tools.demo.scenes`)."""
+"""Write a synthetic LiDAR scene as a KITTI `.bin`, and its ground truth as JSON (see `serve.synthetic.scenes`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serve.cli.entry import bounded
-from tools.demo.scenes import SAMPLE_SEED, generate_scene
+from serve.synthetic.scenes import SAMPLE_SEED, generate_scene
 
 
 def main(argv: Sequence[str] | None) -> int:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 import serve
 from serve.errors import SettingsError
-from tools.demo.scenes import CLASSES, Scene, generate_scene, training_seed
+from serve.synthetic.scenes import CLASSES, Scene, generate_scene, training_seed
 
 __all__ = [
     "CHECKPOINT",

@@ -149,7 +149,7 @@ def _sleep_plans(args: argparse.Namespace) -> list[Plan]:
 
 
 def _second_plan(args: argparse.Namespace) -> Plan:
-    from tools.demo.scenes import sample_frame
+    from serve.synthetic.scenes import sample_frame
 
     seconds = 3.0 if args.quick else 4.0
     return Plan(sample_frame(), 1, seconds / 2, 0.0, 0.0, 8, seconds)

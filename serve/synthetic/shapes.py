@@ -3,7 +3,7 @@
 Every solid is either a convex polytope (half spaces ``n . p <= c``) or an ellipsoid; an object is a list of
 solids in its own frame (x along the heading, y to the left, z up, origin at the bottom centre, metres), so
 that a union of convex parts gives a car its bonnet, cabin and wheels. Proportions were chosen by eye to
-fill the box of the KITTI-like sizes drawn in `tools.demo.layout`.
+fill the box of the KITTI-like sizes drawn in `serve.synthetic.layout`.
 
 Does not know: where objects stand, how they are seen, any class label, torch.
 """

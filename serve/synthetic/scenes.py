@@ -1,6 +1,6 @@
 """Synthetic LiDAR scenes in KITTI's axes and file format, with ground-truth boxes, from a seed.
 
-`generate_scene` draws a street (`tools.demo.layout`), fires a 64-beam LiDAR into it (`tools.demo.raycast`)
+`generate_scene` draws a street (`serve.synthetic.layout`), fires a 64-beam LiDAR into it (`serve.synthetic.raycast`)
 and counts the returns in every box. The demo SECOND was trained on these scenes and is measured on
 others of them; the two sets of seeds are disjoint by construction (`training_seed`, `held_out_seed`).
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.demo.layout import CLASSES, draw_layout
-from tools.demo.raycast import cast
+from serve.synthetic.layout import CLASSES, draw_layout
+from serve.synthetic.raycast import cast
 
 __all__ = [
     "CLASSES",

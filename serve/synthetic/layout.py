@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tools.demo.raycast import CAMERA_HALF_ANGLE, SENSOR_HEIGHT, Ground
-from tools.demo.shapes import (
+from serve.synthetic.raycast import CAMERA_HALF_ANGLE, SENSOR_HEIGHT, Ground
+from serve.synthetic.shapes import (
     Ellipsoid,
     Material,
     Solid,

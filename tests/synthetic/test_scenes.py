@@ -12,11 +12,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tools.demo import scenes
-from tools.demo.layout import CLASSES
-from tools.demo.raycast import MAX_RANGE, in_camera
-from tools.demo.scenes import Scene, generate_scene, held_out_seed, points_in_boxes, training_seed
-from tools.demo.shapes import Material, box, car, cyclist, disc_outline, frustum, pedestrian, place, prism
+from serve.synthetic import scenes
+from serve.synthetic.layout import CLASSES
+from serve.synthetic.raycast import MAX_RANGE, in_camera
+from serve.synthetic.scenes import Scene, generate_scene, held_out_seed, points_in_boxes, training_seed
+from serve.synthetic.shapes import (
+    Material,
+    box,
+    car,
+    cyclist,
+    disc_outline,
+    frustum,
+    pedestrian,
+    place,
+    prism,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2, 7, held_out_seed(0), held_out_seed(1), scenes.SAMPLE_SEED)
@@ -42,9 +52,7 @@ def test_a_scene_does_not_depend_on_numpys_global_random_state() -> None:
 
 
 def test_generating_scenes_does_not_import_torch() -> None:
-    code = (
-        "import sys; from tools.demo import scenes; scenes.sample_frame(); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from serve.synthetic import scenes; scenes.sample_frame(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

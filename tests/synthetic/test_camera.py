@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tools.demo import camera, raycast
-from tools.demo.layout import Layout, Placed
-from tools.demo.raycast import Ground
-from tools.demo.shapes import Material, box, place
+from serve.synthetic import camera, raycast
+from serve.synthetic.layout import Layout, Placed
+from serve.synthetic.raycast import Ground
+from serve.synthetic.shapes import Material, box, place
 
 FLAT = Ground(np.zeros(2), np.zeros((3, 4)), (0.0, 0.0, 50.0), 0.0, (0.3, 0.3))
 

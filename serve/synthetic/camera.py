@@ -1,6 +1,6 @@
 """What a camera beside the LiDAR sees of a synthetic scene: ray casting, sunlight and shadows.
 
-The pinhole camera of `tools.demo.raycast` (KITTI's left colour camera: 1242 x 375 px, focal length 721.5 px),
+The pinhole camera of `serve.synthetic.raycast` (KITTI's left colour camera: 1242 x 375 px, focal length 721.5 px),
 0.27 m before and 0.08 m below the LiDAR. For images in the documentation; no model sees these images. Colours
 are invented: a scene knows reflectivities of a laser only.
 """
@@ -15,21 +15,31 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.demo.layout import Layout, draw_layout
-from tools.demo.raycast import MAX_RANGE, Ground
-from tools.demo.shapes import Array, Material, Polytope, Solid
+from serve.synthetic.layout import Layout, draw_layout
+from serve.synthetic.raycast import MAX_RANGE, Ground
+from serve.synthetic.shapes import Array, Material, Polytope, Solid
 
-__all__ = ["HEIGHT", "LIDAR_TO_IMAGE", "WIDTH", "render", "render_seed"]
+__all__ = [
+    "CENTRE_U",
+    "CENTRE_V",
+    "FOCAL",
+    "HEIGHT",
+    "LIDAR_TO_IMAGE",
+    "ORIGIN",
+    "WIDTH",
+    "render",
+    "render_seed",
+]
 
 WIDTH, HEIGHT = 1242, 375
-_FOCAL, _CENTRE_U, _CENTRE_V = 721.5, 609.6, 172.9
-_ORIGIN = np.array([0.27, 0.0, -0.08])  # of the camera in the LiDAR's frame, metres
+FOCAL, CENTRE_U, CENTRE_V = 721.5, 609.6, 172.9
+ORIGIN = np.array([0.27, 0.0, -0.08])  # of the camera in the LiDAR's frame, metres
 #: (4, 4): LiDAR coordinates (x forward, y left, z up; m) to (u * depth, v * depth, depth, 1).
 LIDAR_TO_IMAGE = np.array(
     [
-        [_CENTRE_U, -_FOCAL, 0.0, -_CENTRE_U * _ORIGIN[0]],
-        [_CENTRE_V, 0.0, -_FOCAL, -_CENTRE_V * _ORIGIN[0] + _FOCAL * _ORIGIN[2]],
-        [1.0, 0.0, 0.0, -_ORIGIN[0]],
+        [CENTRE_U, -FOCAL, 0.0, -CENTRE_U * ORIGIN[0]],
+        [CENTRE_V, 0.0, -FOCAL, -CENTRE_V * ORIGIN[0] + FOCAL * ORIGIN[2]],
+        [1.0, 0.0, 0.0, -ORIGIN[0]],
         [0.0, 0.0, 0.0, 1.0],
     ]
 )
@@ -94,7 +104,7 @@ def render(layout: Layout, supersampling: int = 2) -> NDArray[np.uint8]:
 
 
 def render_seed(seed: int) -> NDArray[np.uint8]:
-    """`render` of the scene that `tools.demo.scenes.generate_scene` makes from the same seed."""
+    """`render` of the scene that `serve.synthetic.scenes.generate_scene` makes from the same seed."""
     return render(draw_layout(np.random.Generator(np.random.PCG64(seed))))
 
 
@@ -102,7 +112,7 @@ def _rays(supersampling: int) -> Array:
     """Directions (rows, columns, 3) of unit length through the subpixels."""
     u = (np.arange(WIDTH * supersampling) + 0.5) / supersampling - 0.5
     v = (np.arange(HEIGHT * supersampling) + 0.5) / supersampling - 0.5
-    left, up = np.meshgrid((_CENTRE_U - u) / _FOCAL, (_CENTRE_V - v) / _FOCAL)
+    left, up = np.meshgrid((CENTRE_U - u) / FOCAL, (CENTRE_V - v) / FOCAL)
     rays = np.stack([np.ones_like(left), left, up], axis=-1)
     return np.asarray(rays / np.linalg.norm(rays, axis=-1, keepdims=True))
 
@@ -110,15 +120,15 @@ def _rays(supersampling: int) -> Array:
 def _ground(ground: Ground, rays: Array) -> _Surface:
     """Render the scene without objects; the sky is infinitely far.
 
-    As in `tools.demo.raycast`: along a column of pixels the running maximum of the ground's slope is monotone, so
+    As in `serve.synthetic.raycast`: along a column of pixels the running maximum of the ground's slope is monotone, so
     the first crossing of every ray is one sorted search.
     """
     slope = rays[..., 1:] / rays[..., :1]
     reach = np.concatenate([np.arange(2.0, 30.0, 0.1), np.arange(30.0, 6 * MAX_RANGE, 1.0)])
     distance = np.full(rays.shape[:2], np.inf)
     for column in range(rays.shape[1]):
-        height = ground.height(_ORIGIN[0] + reach, _ORIGIN[1] + slope[0, column, 0] * reach)
-        rise = np.maximum.accumulate((height - _ORIGIN[2]) / reach)
+        height = ground.height(ORIGIN[0] + reach, ORIGIN[1] + slope[0, column, 0] * reach)
+        rise = np.maximum.accumulate((height - ORIGIN[2]) / reach)
         up = slope[:, column, 1]
         k = np.searchsorted(rise, up)
         hit = (k > 0) & (k < len(reach))
@@ -127,7 +137,7 @@ def _ground(ground: Ground, rays: Array) -> _Surface:
         along = reach[i - 1] + part * (reach[i] - reach[i - 1])
         distance[hit, column] = along / rays[hit, column, 0]
     safe = np.where(np.isfinite(distance), distance, 0.0)
-    spot = _ORIGIN + rays * safe[..., None]
+    spot = ORIGIN + rays * safe[..., None]
     paved = ground.beside_road(spot[..., 0], spot[..., 1])[..., None]
     grain = _noise(spot, 0.05) * np.exp(-safe / 8) + _noise(spot, 0.6) * np.exp(-safe / 60) - 0.5
     slabs = (np.minimum(np.mod(spot[..., 0], 1.2), np.mod(spot[..., 1], 1.2)) < 0.03) * np.exp(-safe / 14)
@@ -139,7 +149,7 @@ def _ground(ground: Ground, rays: Array) -> _Surface:
 
 
 def _albedo(material: Material, label: int, index: int) -> tuple[Array, float]:
-    """Colour and shine of a material; ``label`` is a row of `tools.demo.layout.CLASSES`, -1 for clutter."""
+    """Colour and shine of a material; ``label`` is a row of `serve.synthetic.layout.CLASSES`, -1 for clutter."""
     bright = material.reflectivity
     if material.depth > 0:
         return np.array([0.17, 0.30, 0.09]) * (0.7 + bright) * (1.0 + 0.25 * ((index * 7) % 3 - 1)), 0.0
@@ -167,9 +177,9 @@ def _cover(surface: _Surface, rays: Array, solid: Solid, look: tuple[Array, floa
     if window is None:
         return
     part = rays[window]
-    enter, leave, normal = _hit(solid, np.broadcast_to(_ORIGIN, part.shape), part)
+    enter, leave, normal = _hit(solid, np.broadcast_to(ORIGIN, part.shape), part)
     albedo = np.broadcast_to(look[0], part.shape)
-    spot = _ORIGIN + part * np.where(np.isfinite(enter), enter, 0.0)[..., None]
+    spot = ORIGIN + part * np.where(np.isfinite(enter), enter, 0.0)[..., None]
     if solid.material.depth > 0:  # leaves: ragged at the rim, mottled inside
         leaf, twig, branch = (_noise(spot, size) for size in (0.05, 0.14, 0.5))
         chord = np.where(np.isfinite(enter), leave - enter, 0.0)
@@ -196,13 +206,13 @@ def _outer_points(solid: Solid) -> Array:
 
 def _window(solid: Solid, rows: int, columns: int) -> tuple[slice, slice] | None:
     """Rows and columns that may see the solid, None if it is behind the camera or outside the image."""
-    points = _outer_points(solid) - _ORIGIN
+    points = _outer_points(solid) - ORIGIN
     if (points[:, 0] <= 0.1).all():
         return None
     if (points[:, 0] <= 0.1).any():
         return slice(0, rows), slice(0, columns)
-    u = (_CENTRE_U - _FOCAL * points[:, 1] / points[:, 0] + 0.5) * columns / WIDTH
-    v = (_CENTRE_V - _FOCAL * points[:, 2] / points[:, 0] + 0.5) * rows / HEIGHT
+    u = (CENTRE_U - FOCAL * points[:, 1] / points[:, 0] + 0.5) * columns / WIDTH
+    v = (CENTRE_V - FOCAL * points[:, 2] / points[:, 0] + 0.5) * rows / HEIGHT
     top, bottom = max(0, math.floor(v.min()) - 1), min(rows, math.ceil(v.max()) + 1)
     left, right = max(0, math.floor(u.min()) - 1), min(columns, math.ceil(u.max()) + 1)
     return (slice(top, bottom), slice(left, right)) if top < bottom and left < right else None
@@ -240,7 +250,7 @@ def _sunlit(surface: _Surface, rays: Array, solids: list[Solid]) -> Array:
     lit = np.ones(surface.distance.shape)
     seen = np.flatnonzero(np.isfinite(surface.distance) & (surface.distance < 2 * MAX_RANGE))
     distance = surface.distance.ravel()[seen, None]
-    spot = _ORIGIN + rays.reshape(-1, 3)[seen] * distance + surface.normal.reshape(-1, 3)[seen] * 0.02
+    spot = ORIGIN + rays.reshape(-1, 3)[seen] * distance + surface.normal.reshape(-1, 3)[seen] * 0.02
     # Two axes across the sun's direction: a solid can shade only what lies in its outline there.
     across = np.linalg.svd(_SUN[None])[2][1:]
     flat = spot @ across.T

@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.demo.shapes import Array, Polytope, Solid
+from serve.synthetic.shapes import Array, Polytope, Solid
 
 __all__ = ["CAMERA_HALF_ANGLE", "MAX_RANGE", "SENSOR_HEIGHT", "Ground", "Returns", "cast", "in_camera"]
 
