@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from serve.compare.ties import VARIANTS
-from serve.runtime.background import MaskedNeck, MaskedSequence, background_skipped, set_skipping
+from serve.runtime.background import background_skipped, set_skipping
 from serve.runtime.fused_conv import FusedConv
+from serve.runtime.masked import MaskedNeck, MaskedPyramid, MaskedSequence
 
 __all__ = ["changed_weights", "variants"]
 
@@ -70,7 +71,9 @@ def _weights(network: nn.Module) -> Iterator[Tensor]:
         if isinstance(module, FusedConv):
             packed = [module.layer]
         else:
-            packed = list(module.layers) if isinstance(module, MaskedSequence | MaskedNeck) else []
+            packed = (
+                list(module.layers) if isinstance(module, MaskedSequence | MaskedNeck | MaskedPyramid) else []
+            )
         for layer in packed:
             yield torch.from_numpy(layer.weight)
             yield torch.from_numpy(layer.bias)

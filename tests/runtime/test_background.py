@@ -14,7 +14,7 @@ from serve import ops
 
 ops.install("portable")
 
-from serve.runtime import background, fusion  # noqa: E402
+from serve.runtime import background, fusion, masked  # noqa: E402
 from serve.runtime.model import suppress_warnings  # noqa: E402
 from tests.runtime.test_fusion import prepare  # noqa: E402
 
@@ -24,22 +24,27 @@ CHANNELS, HEIGHT, WIDTH = 32, 36, 44
 class Detector(nn.Module):
     """The dense part of a LiDAR detector under mmdet3d's names."""
 
-    def __init__(self, head: dict[str, Any], strides: tuple[float, ...] = (1, 2)) -> None:
+    def __init__(self, head: dict[str, Any], neck: str = "SECONDFPN") -> None:
         super().__init__()
         from mmdet3d.registry import MODELS
 
         self.middle_encoder = MODELS.build(
             {"type": "PointPillarsScatter", "in_channels": CHANNELS, "output_shape": (HEIGHT, WIDTH)}
         )
-        scales, norm = (32, 64), {"type": "BN", "eps": 1e-3, "momentum": 0.01}
+        scales, norm = [32, 64], {"type": "BN", "eps": 1e-3, "momentum": 0.01}
         self.backbone = MODELS.build(
             {"type": "SECOND", "in_channels": CHANNELS, "out_channels": scales, "layer_nums": [2, 1],
              "layer_strides": [1, 2], "norm_cfg": norm}
         )  # fmt: skip
-        self.neck = MODELS.build(
-            {"type": "SECONDFPN", "in_channels": scales, "out_channels": [32, 32], "upsample_strides": list(strides),
-             "norm_cfg": norm, "use_conv_for_no_stride": True}
-        )  # fmt: skip
+        necks = {
+            "SECONDFPN": {
+                "out_channels": [32, 32],
+                "upsample_strides": [1, 2],
+                "use_conv_for_no_stride": True,
+            },
+            "mmdet.FPN": {"out_channels": 64, "num_outs": 2, "act_cfg": {"type": "ReLU"}},
+        }
+        self.neck = MODELS.build({"type": neck, "in_channels": scales, "norm_cfg": norm, **necks[neck]})
         with suppress_warnings():
             self.bbox_head = MODELS.build(head)
 
@@ -81,18 +86,18 @@ def center_head() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def build(head: dict[str, Any], seed: int = 0) -> tuple[Detector, Detector]:
+def build(head: dict[str, Any], neck: str = "SECONDFPN") -> tuple[Detector, Detector]:
     """Return a detector as mmdet3d has it, and one that skips background."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        plain = Detector(head)
+        torch.manual_seed(0)
+        plain = Detector(head, neck)
         for module in plain.modules():
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.normal_(module.bias)
-    prepare(plain, seed)
+    prepare(plain, 0)
     fused = copy.deepcopy(plain)
     fusion.fuse(fused, fusion.find_fusable(plain, lambda: plain(canvas(0, 0.1))))
-    assert isinstance(fused.background, background.BackgroundModel)
+    assert isinstance(fused.background, masked.BackgroundModel)
     return plain, fused
 
 
@@ -120,9 +125,13 @@ def run_both(network: Detector, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return skipped, full
 
 
-@pytest.mark.parametrize("head", [anchor_head(), center_head()], ids=["anchors", "centers"])
-def test_skipping_keeps_every_bit_from_an_empty_cloud_to_a_full_one(head):
-    plain, fused = build(head)
+@pytest.mark.parametrize(
+    ("head", "neck"),
+    [(anchor_head(), "SECONDFPN"), (center_head(), "SECONDFPN"), (anchor_head(), "mmdet.FPN")],
+    ids=["anchors", "centers", "pyramid"],
+)
+def test_skipping_keeps_every_bit_from_an_empty_cloud_to_a_full_one(head, neck):
+    plain, fused = build(head, neck)
     for seed in range(50):
         x = canvas(seed, share=(seed / 49) ** 3, batch=1 + seed % 3)
         skipped, full = run_both(fused, x)
@@ -149,13 +158,14 @@ def test_frame_has_the_same_bits_in_any_batch_and_with_any_number_of_threads():
             torch.set_num_threads(before)
 
 
-def test_one_point_leaves_most_cells_uncomputed():
-    _, fused = build(anchor_head())
+@pytest.mark.parametrize("neck", ["SECONDFPN", "mmdet.FPN"])
+def test_one_point_leaves_most_cells_uncomputed(neck):
+    _, fused = build(anchor_head(), neck)
     x = torch.zeros(1, CHANNELS, HEIGHT, WIDTH)
     x[0, :, 20, 20] = 1
     with torch.no_grad():
         fused(x)
-        (merged,) = fused.neck(fused.backbone(x))
+        merged, *_ = fused.neck(fused.backbone(x))
     changed, _, _ = merged.changed
     assert 0 < changed.mean() < 0.2
 
@@ -186,11 +196,11 @@ def test_unusual_values_keep_their_bits(value):
 
 def test_other_sizes_of_map_are_recorded_and_beyond_a_few_computed_in_full():
     _, fused = build(anchor_head())
-    sizes = [(HEIGHT + 2 * k, WIDTH) for k in range(background.MAX_SIZES + 2)]
+    sizes = [(HEIGHT + 2 * k, WIDTH) for k in range(masked.MAX_SIZES + 2)]
     for size in sizes:
         skipped, full = run_both(fused, canvas(4, 0.1, size=size))
         assert bits(skipped) == bits(full)
-    assert len(fused.backbone.blocks[0].backgrounds) == background.MAX_SIZES
+    assert len(fused.backbone.blocks[0].backgrounds) == masked.MAX_SIZES
 
 
 def test_scatter_equals_mmdet3ds_in_another_memory_layout():
@@ -207,7 +217,7 @@ def test_scatter_equals_mmdet3ds_in_another_memory_layout():
 def test_network_with_unfused_norms_is_left_as_it_is():
     plain, _ = build(anchor_head())
     assert background.install(plain) is None
-    assert not any(isinstance(module, background.MaskedSequence) for module in plain.modules())
+    assert not any(isinstance(module, masked.MaskedSequence) for module in plain.modules())
 
 
 def test_scales_of_different_sizes_are_an_error_that_names_them():

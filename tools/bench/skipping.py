@@ -20,7 +20,7 @@ import torch
 from serve.errors import ServeError, SetupError
 from serve.ops.cpu import masked_conv
 from serve.protocol.frames import Frame, FrameOptions, Limits
-from serve.runtime import background
+from serve.runtime import background, masked
 from serve.runtime.detector import Detector
 from tools.bench.scaling import synthetic_cloud
 
@@ -100,7 +100,7 @@ def run(
         ServeError: the model failed on a frame.
     """
     model = getattr(detector.network, "background", None)
-    if not isinstance(model, background.BackgroundModel):
+    if not isinstance(model, masked.BackgroundModel):
         raise SetupError(f"{detector.metadata.name} has no dense part that skips background; try second")
     frame = detector.decode(body, FrameOptions(), Limits())
     _run(detector, frame)
@@ -157,7 +157,7 @@ def _outputs(detector: Detector, body: bytes) -> list[bytes]:
     parts = [
         module
         for name, module in detector.network.named_modules()
-        if isinstance(module, background.MaskedSequence) and "head" in name
+        if isinstance(module, masked.MaskedSequence) and "head" in name
     ]
     handles = [part.register_forward_hook(keep) for part in parts]
     try:

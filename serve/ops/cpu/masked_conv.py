@@ -17,13 +17,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from serve.ops.cpu import masked_loops, winograd
 from serve.ops.cpu.gemm import CHANNELS, LANES, pack_panels
 from serve.ops.cpu.threads import parallel_for
 
-__all__ = ["Background", "ConvLayer", "compress", "convolve", "fill", "find_changed", "pack_layer"]
+__all__ = [
+    "Background",
+    "ConvLayer",
+    "add_upsampled",
+    "compress",
+    "convolve",
+    "fill",
+    "find_changed",
+    "pack_layer",
+]
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -223,6 +234,50 @@ def convolve(
 
     parallel_for(work, len(tiles), min_per_thread=max(1, _MIN_CELLS // size))
     return marks if masked else None
+
+
+def add_upsampled(
+    fine: F32,
+    coarse: F32,
+    changed: tuple[Mask, Mask] | None = None,
+    before: tuple[Background, Background] | None = None,
+    after: Background | None = None,
+) -> Mask | None:
+    """Add `coarse`, upsampled to the nearest cell as `torch.nn.functional.interpolate` does it, to `fine` in place.
+
+    Args:
+        fine: (B, H, W, C), written.
+        coarse: (B, H', W', C).
+        changed: cells of `fine` and `coarse` that differ from their backgrounds; None to compute all cells.
+        before: backgrounds of `fine` and `coarse`; needed with `changed`.
+        after: background of the sum; needed with `changed`.
+
+    Returns:
+        Mask (B, H, W) of the cells of the sum that differ from `after`; `fine` is valid there. None without `changed`.
+    """
+    masked = changed is not None and before is not None and after is not None
+    masks = changed if masked and changed else (_NO_MASK, _NO_MASK)
+    (rows, index), (coarse_rows, coarse_index) = (
+        [(one.rows, one.index) for one in before] if masked and before else [(_NO_ROWS, _NO_INDEX)] * 2
+    )
+    after_rows, after_index = (after.rows, after.index) if masked and after else (_NO_ROWS, _NO_INDEX)
+    marks = np.zeros(fine.shape[:3], np.bool_) if masked else _NO_MASK
+    sources_y, sources_x = (_nearest(fine.shape[axis], coarse.shape[axis]) for axis in (1, 2))
+
+    def work(first: int, last: int) -> None:
+        masked_loops.add_nearest(
+            fine, masked, masks[0], rows, index, coarse, masks[1], coarse_rows, coarse_index, sources_y, sources_x,
+            fine.view(np.int32), marks, after_rows.view(np.int32), after_index, first, last,
+        )  # fmt: skip
+
+    parallel_for(work, fine.shape[0] * fine.shape[1])
+    return marks if masked else None
+
+
+def _nearest(count: int, sources: int) -> I64:
+    """Return which of `sources` cells each of `count` cells along an axis is closest to, by torch's own rounding."""
+    cells = torch.arange(sources, dtype=torch.float32)[None, None]
+    return functional.interpolate(cells, size=count, mode="nearest")[0, 0].numpy().astype(np.int64)
 
 
 def _narrow_products(

@@ -18,6 +18,7 @@ from serve.ops.cpu.jit import jit, jit_contracted
 __all__ = [
     "active_tiles",
     "add_narrow",
+    "add_nearest",
     "compare_cells",
     "convolve_cellwise",
     "convolve_directly",
@@ -212,6 +213,31 @@ def add_narrow(
         _finish(sums, bias, relu, out[image, y, z], channel)
         if masked:
             _mark(bits, after, after_index, marks, image, y, z, channel, outputs)
+
+
+@jit
+def add_nearest(
+    fine: F32, masked: bool, changed: Mask, rows: F32, index: I32,
+    coarse: F32, coarse_changed: Mask, coarse_rows: F32, coarse_index: I32, sources_y: I64, sources_x: I64,
+    bits: I32, marks: Mask, after: I32, after_index: I32, first: int, last: int,
+) -> None:  # fmt: skip  # pragma: no cover - compiled
+    """Add to rows `first` to `last` of `fine` the cells of `coarse` that `sources_y` and `sources_x` name."""
+    _, height, width, channels = fine.shape
+    for strip in range(first, last):
+        image, y = strip // height, strip % height
+        for x in range(width):
+            above, left = sources_y[y], sources_x[x]
+            if masked and not (changed[image, y, x] or coarse_changed[image, above, left]):
+                continue
+            into, other = fine[image, y, x], coarse[image, above, left]
+            if masked and not changed[image, y, x]:
+                into[:] = rows[index[y, x]]
+            if masked and not coarse_changed[image, above, left]:
+                other = coarse_rows[coarse_index[above, left]]
+            for c in range(channels):
+                into[c] += other[c]
+            if masked:
+                _mark(bits, after, after_index, marks, image, y, x, 0, channels)
 
 
 @jit_contracted

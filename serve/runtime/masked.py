@@ -1,0 +1,281 @@
+"""Modules that skip background: convolutions that compute the cells which differ from the answer to no points.
+
+Each module knows the backgrounds of its layers for some sizes of map (`record`), and passes on where its output differs
+from the last of them as an attribute `changed` of the tensor, so that the next module need not compare. With
+skipping turned off, or without a background, all cells are computed, by the same loops and to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from serve.ops.cpu import masked_conv
+from serve.ops.cpu.masked_conv import (
+    Background,
+    ConvLayer,
+    Mask,
+    add_upsampled,
+    compress,
+    fill,
+    find_changed,
+)
+
+__all__ = ["MAX_SIZES", "BackgroundModel", "MaskedNeck", "MaskedPyramid", "MaskedSequence"]
+
+# Sizes of maps whose backgrounds are kept; a model has one, or one per scale of test-time augmentation.
+MAX_SIZES = 4
+
+F32 = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class MaskedSequence(nn.Module):
+    """Sequence of convolutions with fused biases and ReLUs that skips background. CPU only, not trainable."""
+
+    def __init__(self, layers: Sequence[ConvLayer]) -> None:
+        """Take packed layers, in order; without a background all cells are computed."""
+        super().__init__()
+        self.layers = tuple(layers)
+        self.model: BackgroundModel | None = None
+        self.backgrounds: dict[tuple[int, int], list[Background]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (B, Cin, H, W) to (B, Cout, H', W'), channels-last in memory."""
+        cells = _cells(x)
+        known = self._known(x)
+        if known is None:
+            for layer in self.layers:
+                cells = _run(cells, layer)[0]
+            return _tensor(cells)
+        changed: Mask | None = _changed(x, cells, known[0])
+        for layer, before, after in zip(self.layers, known, known[1:], strict=False):
+            cells, changed = _run(cells, layer, changed, before, after)
+        assert changed is not None
+        fill(cells, changed, known[-1], 0, cells.shape[3])
+        return _tensor(cells, changed, known[-1])
+
+    def record(self, before: Background) -> Background:
+        """Keep the backgrounds behind a map without points; return that of the output."""
+        found = [before]
+        cells = before.expand()[None]
+        for layer in self.layers:
+            cells = _run(cells, layer)[0]
+            found.append(compress(cells[0]))
+        self.backgrounds[before.index.shape] = found
+        return found[-1]
+
+    def _known(self, x: Tensor) -> list[Background] | None:
+        size = x.shape[2], x.shape[3]
+        if self.model is None or not self.model.skipping:
+            return None
+        if size not in self.backgrounds:
+            self.model.record(self, size)
+        return self.backgrounds.get(size)
+
+
+class MaskedNeck(nn.Module):
+    """SECONDFPN that skips background: each scale is brought to one size and written into its channels of one map."""
+
+    def __init__(self, layers: Sequence[ConvLayer]) -> None:
+        """Take one packed layer per scale."""
+        super().__init__()
+        self.layers = tuple(layers)
+        self.outputs = sum(layer.outputs for layer in layers)
+        self.model: BackgroundModel | None = None
+        self.backgrounds: dict[tuple[tuple[int, int], ...], tuple[list[Background], Background]] = {}
+
+    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Merge maps (B, Ci, Hi, Wi) to one of (B, sum of Cout, H, W), channels-last in memory."""
+        maps = [_cells(one) for one in x]
+        skipping = self.model is not None and self.model.skipping
+        known = self.backgrounds.get(_sizes(maps)) if skipping else None
+        out = self._empty(maps)
+        if known is None:
+            channel = 0
+            for cells, layer in zip(maps, self.layers, strict=True):
+                masked_conv.convolve(cells, layer, out, channel)
+                channel += layer.outputs
+            return [_tensor(out)]
+        befores, after = known
+        total: Mask | None = None
+        channel = 0
+        for one, cells, layer, before in zip(x, maps, self.layers, befores, strict=True):
+            changed = masked_conv.convolve(
+                cells, layer, out, channel,
+                changed=_changed(one, cells, before), before=before, after=after,
+            )  # fmt: skip
+            assert changed is not None
+            fill(out, changed, after, channel, layer.outputs)
+            total = changed if total is None else total | changed
+            channel += layer.outputs
+        return [_tensor(out, total, after)]
+
+    def record(self, befores: Sequence[Background]) -> list[Background]:
+        """Keep the background behind scales without points; return that of the output, in a list."""
+        maps = [before.expand()[None] for before in befores]
+        out = self._empty(maps)
+        channel = 0
+        for cells, layer in zip(maps, self.layers, strict=True):
+            masked_conv.convolve(cells, layer, out, channel)
+            channel += layer.outputs
+        after = compress(out[0])
+        self.backgrounds[_sizes(maps)] = (list(befores), after)
+        return [after]
+
+    def _empty(self, maps: Sequence[F32]) -> F32:
+        shapes = {layer.out_shape(*cells.shape[1:3]) for layer, cells in zip(self.layers, maps, strict=True)}
+        if len(shapes) != 1:
+            raise ValueError(f"the scales of the neck have different sizes: {sorted(shapes)}")
+        return np.empty((len(maps[0]), *shapes.pop(), self.outputs), np.float32)
+
+
+class MaskedPyramid(nn.Module):
+    """Feature pyramid (mmdet's FPN, nearest upsampling) that skips background."""
+
+    def __init__(self, laterals: Sequence[ConvLayer], outputs: Sequence[ConvLayer]) -> None:
+        """Take the packed lateral and output convolution of each scale, finest first."""
+        super().__init__()
+        self.laterals, self.outputs = tuple(laterals), tuple(outputs)
+        self.layers = (*self.laterals, *self.outputs)
+        self.model: BackgroundModel | None = None
+        self.backgrounds: dict[tuple[tuple[int, int], ...], tuple[_Level, ...]] = {}
+
+    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Merge maps (B, Ci, Hi, Wi), finest first, to as many (B, Cout, Hi, Wi), channels-last in memory."""
+        maps = [_cells(one) for one in x]
+        skipping = self.model is not None and self.model.skipping
+        known = self.backgrounds.get(_sizes(maps)) if skipping else None
+        if known is None:
+            return [_tensor(cells) for cells in self._run(maps)[1]]
+        levels: list[tuple[F32, Mask]] = []
+        for one, cells, layer, level in zip(x, maps, self.laterals, known, strict=True):
+            changed = _changed(one, cells, level.before)
+            lateral, marks = _run(cells, layer, changed, level.before, level.lateral)
+            assert marks is not None
+            levels.append((lateral, marks))
+        for i in range(len(levels) - 1, 0, -1):
+            (fine, fine_changed), (coarse, coarse_changed) = levels[i - 1], levels[i]
+            marks = add_upsampled(
+                fine,
+                coarse,
+                (fine_changed, coarse_changed),
+                (known[i - 1].lateral, known[i].merged),
+                known[i - 1].merged,
+            )
+            assert marks is not None
+            levels[i - 1] = fine, marks
+        results = []
+        for (cells, changed), layer, level in zip(levels, self.outputs, known, strict=True):
+            out, marks = _run(cells, layer, changed, level.merged, level.after)
+            assert marks is not None
+            fill(out, marks, level.after, 0, out.shape[3])
+            results.append(_tensor(out, marks, level.after))
+        return results
+
+    def record(self, befores: Sequence[Background]) -> list[Background]:
+        """Keep the backgrounds behind scales without points; return those of the outputs."""
+        maps = [before.expand()[None] for before in befores]
+        laterals = [
+            compress(_run(cells, layer)[0][0]) for cells, layer in zip(maps, self.laterals, strict=True)
+        ]
+        merged, outputs = self._run(maps)
+        self.backgrounds[_sizes(maps)] = tuple(
+            _Level(before, lateral, compress(sums[0]), compress(out[0]))
+            for before, lateral, sums, out in zip(befores, laterals, merged, outputs, strict=True)
+        )
+        return [level.after for level in self.backgrounds[_sizes(maps)]]
+
+    def _run(self, maps: Sequence[F32]) -> tuple[list[F32], list[F32]]:
+        """Compute all cells; returns the merged laterals and the outputs."""
+        merged = [_run(cells, layer)[0] for cells, layer in zip(maps, self.laterals, strict=True)]
+        for i in range(len(merged) - 1, 0, -1):
+            add_upsampled(merged[i - 1], merged[i])
+        return merged, [_run(cells, layer)[0] for cells, layer in zip(merged, self.outputs, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Backgrounds of one scale of a pyramid: its input, lateral, sum with the coarser scale, and output."""
+
+    before: Background
+    lateral: Background
+    merged: Background
+    after: Background
+
+
+class BackgroundModel:
+    """Backgrounds of all parts of one network, recorded for each size of map when it is first seen."""
+
+    def __init__(
+        self,
+        blocks: Sequence[MaskedSequence],
+        neck: MaskedNeck | MaskedPyramid,
+        heads: Sequence[Sequence[MaskedSequence]],
+    ) -> None:
+        """Connect the blocks of a backbone, the neck behind them, and chains of sequences behind the neck."""
+        self.blocks, self.neck, self.heads = tuple(blocks), neck, tuple(tuple(chain) for chain in heads)
+        self.skipping = True
+        self._seen: list[tuple[int, int]] = []
+        neck.model = self
+        for chain in (self.blocks, *self.heads):
+            for part in chain:
+                part.model = self
+
+    def record(self, part: MaskedSequence, size: tuple[int, int]) -> None:
+        """Record all backgrounds for maps of `size` at the first block; do nothing for another part."""
+        if part is not self.blocks[0] or len(self._seen) >= MAX_SIZES:
+            return
+        self._seen.append(size)
+        inputs = self.blocks[0].layers[0].weight.shape[2]
+        known = compress(np.zeros((*size, inputs), np.float32))
+        scales = [known := block.record(known) for block in self.blocks]
+        for merged in self.neck.record(scales):
+            for chain in self.heads:
+                known = merged
+                for one in chain:
+                    recorded = one.backgrounds.get(known.index.shape)
+                    known = recorded[-1] if recorded else one.record(known)
+
+
+def _run(
+    cells: F32,
+    layer: ConvLayer,
+    changed: Mask | None = None,
+    before: Background | None = None,
+    after: Background | None = None,
+) -> tuple[F32, Mask | None]:
+    out = np.empty((len(cells), *layer.out_shape(*cells.shape[1:3]), layer.outputs), np.float32)
+    return out, masked_conv.convolve(cells, layer, out, changed=changed, before=before, after=after)
+
+
+def _cells(x: Tensor) -> F32:
+    """Return (B, C, H, W) as an array (B, H, W, C), a copy unless channels-last in memory."""
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise TypeError(f"x must be float32 on the CPU, got {x.dtype} on {x.device}")
+    array: F32 = x.detach().permute(0, 2, 3, 1).contiguous().numpy()
+    return array
+
+
+def _tensor(cells: F32, changed: Mask | None = None, background: Background | None = None) -> Tensor:
+    """Return an array (B, H, W, C) as a tensor (B, C, H, W) that remembers where it differs from its background."""
+    x = torch.from_numpy(cells).permute(0, 3, 1, 2)
+    if changed is not None:
+        x.changed = (changed, background, x._version)  # type: ignore[attr-defined]
+    return x
+
+
+def _changed(x: Tensor, cells: F32, background: Background) -> Mask:
+    """Return where a map differs from `background`: as remembered, unless the tensor was modified, or compared."""
+    mask, known, version = getattr(x, "changed", (None, None, None))
+    if mask is not None and known is background and version == x._version:
+        return mask  # type: ignore[no-any-return]
+    return find_changed(cells, background)
+
+
+def _sizes(maps: Sequence[F32]) -> tuple[tuple[int, int], ...]:
+    return tuple((cells.shape[1], cells.shape[2]) for cells in maps)
