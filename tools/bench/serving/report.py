@@ -109,7 +109,7 @@ class Report:
 
     def markdown(self, figures: Sequence[str]) -> str:
         """Format the measured part of the page."""
-        blocks = [f"LoadResult on {self.day}. {self.describe_machine()}."]
+        blocks = [f"Measured on {self.day}. {self.describe_machine()}."]
         for result in self.results:
             head = ["", *(name.strip() for name, _ in _COLUMNS)]
             cells = [head, ["---", *(["---:"] * len(_COLUMNS))], *self._cells(result, strong=True)]
