@@ -31,6 +31,9 @@ ServeError                          500  internal_error
     │   ├── AccessDenied                 access_denied          no credentials, or not allowed
     │   └── UriError                     bad_uri                unsupported URI, or one with credentials
     ├── SelfTestError                    self_test_failed       the golden frame does not match
+    ├── MissingPackage                   missing_package        a package that upstream's code imports
+    ├── DataSetError                     bad_data_set           missing, of another layout or other classes
+    ├── UpstreamError                    upstream_failed        upstream's own program stopped
     └── BackendStartError                backend_not_started    TorchServe, Java or the gateway did not start
         └── ModelNotLoaded               model_not_loaded       a worker rejected its archive
 """
@@ -52,10 +55,12 @@ __all__ = [
     "CheckpointError",
     "ClientDisconnected",
     "ClientError",
+    "DataSetError",
     "DeadlineExceeded",
     "DownloadError",
     "FrameTooLarge",
     "InferenceFailed",
+    "MissingPackage",
     "ModelLookupError",
     "ModelNotFound",
     "ModelNotLoaded",
@@ -76,6 +81,7 @@ __all__ = [
     "Unauthorized",
     "UndecodableFrame",
     "UnknownOption",
+    "UpstreamError",
     "UriError",
     "error_body",
     "error_from_response",
@@ -286,6 +292,24 @@ class SelfTestError(SetupError):
     """The answer to the golden frame differs from the recorded one."""
 
     code = "self_test_failed"
+
+
+class MissingPackage(SetupError, ImportError):
+    """A package that upstream's code imports is not installed."""
+
+    code = "missing_package"
+
+
+class DataSetError(SetupError):
+    """A data set is missing, has another layout, or other classes than the model."""
+
+    code = "bad_data_set"
+
+
+class UpstreamError(SetupError):
+    """A program of upstream stopped; the message is its own."""
+
+    code = "upstream_failed"
 
 
 class BackendStartError(SetupError):

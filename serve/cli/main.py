@@ -30,6 +30,9 @@ COMMANDS = {
     "fetch": ("serve.cli.fetch", "fetch the archives of a bucket into a folder"),
     "push": ("serve.cli.push", "verify archives and upload them to a bucket"),
     "pack": ("serve.cli.pack", "pack a folder of frames into one FFRecord file"),
+    "train": ("serve.cli.train", "train a detector with upstream's own program"),
+    "test": ("serve.cli.test", "test a detector on a data set: COCO, VOC, KITTI, nuScenes, …"),
+    "tools": ("serve.cli.tools", "run upstream's other programs: logs, complexity, data sets, …"),
     "gateway": ("serve.cli.gateway", "run the gateway in front of a TorchServe elsewhere"),
 }
 # Former names, accepted for one version.

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Inert", "safe_globals_for_openmmlab"]
+__all__ = ["History", "Inert", "safe_globals_for_openmmlab"]
 
 _DTYPE_CODE = re.compile(r"[?bBhHiIlLqQefdFD]|[biufc]\d{1,2}|[SU]\d{1,6}")
 
@@ -56,6 +56,22 @@ class Inert:
 
     def __repr__(self) -> str:
         return f"<{self.of}>"
+
+
+class History(Inert):
+    """Stand-in for mmengine's HistoryBuffer that keeps the values, so that a training can be resumed."""
+
+    of = "mmengine.logging.history_buffer.HistoryBuffer"
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.state: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep numbers and arrays of the state."""
+        kept = state if isinstance(state, dict) else {}
+        self.state = {
+            str(name): value for name, value in kept.items() if isinstance(value, int | float | np.ndarray)
+        }
 
 
 class _PlainDict:
@@ -148,8 +164,8 @@ def _list_allowed() -> list[tuple[Any, str]]:
         pairs.append((simple, f"datetime.{simple.__name__}"))
     pairs += [(_frozenset, "builtins.frozenset"), (slice, "builtins.slice")]
     inert = [
-        *("mmengine.logging.history_buffer.HistoryBuffer", "mmengine.logging.message_hub.MessageHub"),
-        *("mmcv.runner.log_buffer.LogBuffer", "argparse.Namespace", "types.SimpleNamespace"),
+        *("mmengine.logging.message_hub.MessageHub", "mmcv.runner.log_buffer.LogBuffer"),
+        *("argparse.Namespace", "types.SimpleNamespace"),
         *(f"builtins.{name}" for name in ("list", "tuple", "int", "float", "str", "bool", "object", "range")),
         *(f"numpy.{name}" for name in ("float16", "float32", "float64", "int32", "int64", "uint8", "bool_")),
     ]
@@ -163,7 +179,7 @@ def _list_allowed() -> list[tuple[Any, str]]:
         for parent in ("mmdet3d.structures.bbox_3d", "mmdet3d.core.bbox.structures"):
             inert += [f"{parent}.{module}.{name}" for name in names]
     pairs += [(type("Inert", (Inert,), {"of": name}), name) for name in inert]
-    return [*pairs, (Inert, f"{__name__}.Inert")]
+    return [*pairs, (History, History.of), (Inert, f"{__name__}.Inert")]
 
 
 _ALLOWED = _list_allowed()

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
-__all__ = ["PATCHES", "PatchingLoader"]
+__all__ = ["PATCHES", "ModuleOverlay", "PatchingLoader"]
 
 
 class PatchingLoader(importlib.abc.Loader):
@@ -43,8 +43,8 @@ class PatchingLoader(importlib.abc.Loader):
         self._patch(module)
 
 
-class _TorchOverlay:
-    """Proxy of `torch` for one module, with some attributes replaced."""
+class ModuleOverlay:
+    """Proxy of a module for one other module, with some attributes replaced."""
 
     def __init__(self, torch: Any, **replaced: Any) -> None:
         self._torch = torch
@@ -64,7 +64,7 @@ def _assume_no_cuda(module: ModuleType) -> None:
             IntTensor=torch.IntTensor,
             FloatTensor=torch.FloatTensor,
         )
-        module.__dict__["torch"] = _TorchOverlay(torch, cuda=cuda)
+        module.__dict__["torch"] = ModuleOverlay(torch, cuda=cuda)
 
 
 def _patch_addmm(module: ModuleType) -> None:
@@ -74,7 +74,7 @@ def _patch_addmm(module: ModuleType) -> None:
         """Compute ``beta * added + alpha * first @ second`` with torch's former order of arguments."""
         return torch.addmm(added, first, second, beta=beta, alpha=alpha)
 
-    module.__dict__["torch"] = _TorchOverlay(torch, addmm=addmm)
+    module.__dict__["torch"] = ModuleOverlay(torch, addmm=addmm)
 
 
 def _patch_sparse_structure(module: ModuleType) -> None:

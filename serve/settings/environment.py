@@ -11,9 +11,19 @@ from pathlib import Path
 
 import serve
 
-__all__ = ["child_environment", "die_with_parent", "filter_python_path", "variable_set"]
+__all__ = [
+    "child_environment",
+    "die_with_parent",
+    "filter_python_path",
+    "launcher_variables",
+    "variable_set",
+]
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_LAUNCHER_VARIABLES = (
+    *("NNODES", "NODE_RANK", "PORT", "MASTER_ADDR"),
+    *("GPUS", "GPUS_PER_NODE", "CPUS_PER_TASK", "SRUN_ARGS"),
+)
 # Variables, besides those that start with TS_, that change TorchServe's configuration.
 _FOREIGN_VARIABLES = ("LOG_LOCATION", "METRICS_LOCATION", "TEMP")
 
@@ -50,6 +60,11 @@ def variable_set(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = former
+
+
+def launcher_variables() -> dict[str, str]:
+    """Variables that upstream's ``dist_train.sh`` and ``slurm_train.sh`` read, those that are set."""
+    return {name: os.environ[name] for name in _LAUNCHER_VARIABLES if os.environ.get(name)}
 
 
 def filter_python_path(keep: Callable[[str], bool]) -> None:

@@ -1,0 +1,295 @@
+"""Checks of data sets, classes and checkpoints before upstream's runner starts and writes anything."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serve.errors import CheckpointError, DataSetError
+from serve.storage import is_remote
+
+__all__ = ["check_classes", "check_files", "checked_runner"]
+
+# Heads of detectors whose number of classes is that of the data set.
+_HEADS = ("bbox_head", "pts_bbox_head")
+_MOST_NAMED = 5
+
+
+@contextmanager
+def checked_runner(
+    *, training: bool, out: str = "", allow_partial: bool = False, trust: bool = False
+) -> Iterator[None]:
+    """Check what `Runner.from_cfg` is given, within the block.
+
+    Args:
+        training: check the data set of training and validation, else that of testing and the checkpoint.
+        out: file for predictions, of programs that have no such flag; empty for none.
+        allow_partial: test although weights are missing or left over.
+        trust: unpickle any type in checkpoints, which can run code.
+
+    Raises:
+        DataSetError: within the block: files are missing, or classes of data and model differ.
+        CheckpointError: within the block: no such checkpoint, or one of another model.
+    """
+    from mmengine.runner import Runner
+
+    from serve.storage import backends  # noqa: F401  (registers s3:// and packed files with mmengine)
+    from serve.upstream.checkpoints import trust_checkpoints
+
+    make = Runner.from_cfg
+    scratch = tempfile.TemporaryDirectory(prefix="mmdet3d-serve-checkpoint-")
+
+    made: list[tuple[Path, Path, bool]] = []
+
+    def from_cfg(cls: Any, cfg: Any) -> Any:
+        _check_config(cfg, training=training)
+        work_dir = Path(cfg["work_dir"])
+        is_new = not work_dir.exists()
+        runner = make.__func__(cls, cfg)
+        made.append((work_dir, Path(runner.log_dir), is_new))
+        if not training:
+            _check_checkpoint(runner, Path(scratch.name), allow_partial=allow_partial, trust=trust)
+            if out:
+                _dump_results(runner, out)
+        return runner
+
+    Runner.from_cfg = classmethod(from_cfg)
+    trust_checkpoints(trust)
+    with scratch, _categories_checked():
+        try:
+            yield
+        except (CheckpointError, DataSetError, FileNotFoundError, pickle.UnpicklingError):
+            for work_dir, log_dir, is_new in made:
+                _remove_folders(work_dir, log_dir, is_new=is_new)
+            raise
+        finally:
+            Runner.from_cfg = make
+            trust_checkpoints(False)
+
+
+def _check_config(cfg: Any, *, training: bool) -> None:
+    from mmengine.registry import init_default_scope
+
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    splits = ["train", "val"] if training else ["test"]
+    for split in splits:
+        loader = cfg.get(f"{split}_dataloader")
+        if loader is None or (split == "val" and cfg.get("val_cfg") is None):
+            if split != "val":
+                raise DataSetError(f"the config has no {split}_dataloader: nothing says which data to take")
+            continue
+        for dataset in leaf_datasets(loader["dataset"]):
+            check_files(dataset, f"{split}_dataloader.dataset")
+            check_classes(dataset, cfg["model"])
+        evaluators = cfg.get(f"{split}_evaluator") or []
+        for evaluator in [evaluators] if isinstance(evaluators, Mapping) else evaluators:
+            file = evaluator.get("ann_file")
+            if isinstance(file, str) and not evaluator.get("backend_args") and not _exists(file):
+                raise DataSetError(
+                    f"{split}_evaluator.ann_file {file} does not exist; set it with --cfg-options "
+                    f"{split}_evaluator.ann_file=FILE"
+                )
+    load_from = cfg.get("load_from")
+    if isinstance(load_from, str) and "://" not in load_from and not Path(load_from).expanduser().is_file():
+        raise CheckpointError(f"checkpoint {load_from} does not exist; check the path")
+
+
+def leaf_datasets(dataset: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+    inner = dataset.get("dataset") or dataset.get("datasets")
+    if inner is None:
+        yield dataset
+    for one in [inner] if isinstance(inner, Mapping) else inner or ():
+        yield from leaf_datasets(one)
+
+
+def check_files(dataset: Mapping[str, Any], where: str) -> None:
+    """Check that the annotations and at least one folder of a data set exist; remote ones are left to the loader.
+
+    Args:
+        dataset: in the form of a config.
+        where: its place in the config, for the message.
+
+    Raises:
+        DataSetError: they do not.
+    """
+    if _is_elsewhere(dataset):
+        return
+    root = str(dataset.get("data_root") or "")
+    if root and not _exists(root):
+        raise DataSetError(
+            f"the data set's folder {root} does not exist; put or link the data there, or name another with "
+            f"--cfg-options {where}.data_root=FOLDER"
+        )
+    file = dataset.get("ann_file")
+    if isinstance(file, str) and file and not _exists(path := _join(root, file)):
+        there = _list_folder(Path(path).parent)
+        raise DataSetError(
+            f"the annotations {path} do not exist ({there}); create them, or name others with --cfg-options "
+            f"{where}.ann_file=FILE"
+        )
+    folders = [
+        _join(root, str(folder))
+        for folder in (dataset.get("data_prefix") or {}).values()
+        if isinstance(folder, str) and folder
+    ]
+    if folders and not any(map(_exists, folders)):
+        raise DataSetError(
+            f"the data set has another layout: there is no {folders[0]} ({_list_folder(Path(root or '.'))}); move the "
+            f"files, or name their folder with --cfg-options {where}.data_prefix"
+        )
+
+
+def _is_elsewhere(dataset: Mapping[str, Any]) -> bool:
+    """Whether a data set, or a step of its pipeline, reads from a bucket or a packed file."""
+    steps = dataset.get("pipeline") or ()
+    for part in (dataset, *(step for step in steps if isinstance(step, Mapping))):
+        for name in ("backend_args", "file_client_args"):
+            if (part.get(name) or {}).get("backend", "local") not in ("local", "disk"):
+                return True
+    return is_remote(str(dataset.get("data_root") or "")) or is_remote(str(dataset.get("ann_file") or ""))
+
+
+def _join(root: str, path: str) -> str:
+    return path if not root or Path(path).is_absolute() or is_remote(path) else str(Path(root, path))
+
+
+def _exists(path: str) -> bool:
+    return is_remote(path) or Path(path).expanduser().exists()
+
+
+def _list_folder(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"nor does the folder {folder}"
+    return f"{folder} has {_shortened(sorted(entry.name for entry in folder.iterdir())) or 'nothing'}"
+
+
+def check_classes(dataset: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Check that the heads of a detector have as many classes as the data set.
+
+    Raises:
+        DataSetError: they have not.
+    """
+    classes = _classes_of(dataset)
+    if classes is None or any("language" in name for name in model):
+        return
+    for name, count in _counts(model):
+        if count != len(classes):
+            raise DataSetError(
+                f"the model's {name}.num_classes is {count}, the data set {dataset.get('type')} has {len(classes)} "
+                f"classes ({_shortened(classes)}); make them the same in the config: metainfo = dict(classes=…)"
+            )
+
+
+def _shortened(names: Sequence[Any]) -> str:
+    return ", ".join(map(str, names[:_MOST_NAMED])) + (", …" if len(names) > _MOST_NAMED else "")
+
+
+def _classes_of(dataset: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    from mmengine.registry import DATASETS
+
+    metainfo = dataset.get("metainfo") or {}
+    found = metainfo.get("classes", metainfo.get("CLASSES"))
+    if found is None:
+        kind = dataset.get("type")
+        kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+        found = (getattr(kind, "METAINFO", None) or {}).get("classes")
+    if isinstance(found, str):
+        return (found,) if not Path(found).is_file() else tuple(Path(found).read_text().split("\n"))
+    return tuple(found) if isinstance(found, list | tuple) else None
+
+
+def _counts(model: Mapping[str, Any], where: str = "model") -> Iterator[tuple[str, int]]:
+    for name, value in model.items():
+        parts = value if isinstance(value, list | tuple) else [value]
+        for part in parts:
+            if not isinstance(part, Mapping):
+                continue
+            if name in _HEADS and isinstance(part.get("num_classes"), int):
+                yield f"{where}.{name}", part["num_classes"]
+            if name in ("roi_head", "detector", *_HEADS):
+                yield from _counts(part, f"{where}.{name}")
+
+
+@contextmanager
+def _categories_checked() -> Iterator[None]:
+    """Check that COCO annotations have all classes: upstream shifts the labels of those behind a missing one."""
+    from mmdet.datasets import CocoDataset
+
+    load = CocoDataset.load_data_list
+
+    def load_data_list(self: Any) -> Any:
+        found = load(self)
+        classes = self.metainfo["classes"]
+        if len(self.cat_ids) < len(classes):
+            raise DataSetError(
+                f"the annotations {self.ann_file} have categories for {len(self.cat_ids)} of the {len(classes)} "
+                f"classes ({_shortened(classes)}); name theirs with metainfo = dict(classes=…) in the config"
+            )
+        return found
+
+    CocoDataset.load_data_list = load_data_list
+    try:
+        yield
+    finally:
+        CocoDataset.load_data_list = load
+
+
+def _check_checkpoint(runner: Any, scratch: Path, *, allow_partial: bool, trust: bool) -> None:
+    """Compare a checkpoint with the network; former layouts are converted into a temporary file.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    from serve.convert.checkpoint import load_checkpoint
+    from serve.convert.legacy_weights import adapt_and_load, compare_keys, shapes_of
+
+    file = runner._load_from
+    if not isinstance(file, str) or "://" in file:
+        return
+    checkpoint = load_checkpoint(file, trust=trust)
+    network = runner.model.module if hasattr(runner.model, "module") else runner.model
+    shapes = shapes_of(network)
+    report = compare_keys(checkpoint.state_dict, shapes)
+    if not (report.missing or report.unexpected or report.misshapen):
+        return
+    found = len(shapes) - len(report.missing) - len(report.misshapen)
+    if found * 2 < len(shapes) and not allow_partial:
+        raise CheckpointError(
+            f"checkpoint {file} is of another model: {found} of the {len(shapes)} weights of {type(network).__name__} "
+            "are in it; pass the config that it was trained with"
+        )
+    try:
+        adapt_and_load(network, checkpoint, allow_partial=allow_partial)
+    except CheckpointError as error:
+        first, *details = (line.strip() for line in str(error).splitlines() if line.strip())
+        raise CheckpointError(f"checkpoint {file}: {first} {_shortened(details[1:2] or details)}") from error
+    copy = scratch / Path(file).name
+    torch.save({"state_dict": network.state_dict(), "meta": dict(checkpoint.meta)}, copy)
+    runner._load_from = str(copy)
+
+
+def _dump_results(runner: Any, out: str) -> None:
+    """Have the runner write its predictions to a pickle file, as mmdet's program does for ``--out``."""
+    from mmengine.evaluator import DumpResults
+
+    if not out.endswith((".pkl", ".pickle")):
+        raise DataSetError(f"--out takes a .pkl file, got {out}")
+    runner.test_evaluator.metrics.append(DumpResults(out_file_path=out))
+
+
+def _remove_folders(work_dir: Path, log_dir: Path, *, is_new: bool) -> None:
+    """Remove what a run left that ended before its first iteration."""
+    if is_new and not any(work_dir.rglob("*.pth")):
+        shutil.rmtree(work_dir, ignore_errors=True)
+        with suppress(OSError):  # ./work_dirs, unless other runs are in it
+            work_dir.parent.rmdir()
+    else:
+        shutil.rmtree(log_dir, ignore_errors=True)

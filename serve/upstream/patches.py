@@ -1,0 +1,143 @@
+"""Corrections of mmengine, mmdet and mmdet3d for the present torch and numpy, with upstream's issue if there is one.
+
+`apply` corrects modules that are imported already, and the others when they are imported. Kernels and what they need
+are corrected by `serve.ops.patches`.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from serve import ops
+from serve.ops.patches import ModuleOverlay, PatchingLoader
+from serve.upstream.missing_packages import PACKAGES, stand_in
+
+__all__ = ["apply"]
+
+
+def _init_without_cuda(module: ModuleType) -> None:
+    """Start process groups on machines without CUDA: upstream selects a GPU even for gloo."""
+    torch = module.__dict__["torch"]
+    if torch.cuda.is_available():
+        return
+    module.__dict__["torch"] = ModuleOverlay(
+        torch, cuda=ModuleOverlay(torch.cuda, set_device=lambda device: None)
+    )
+    start = module.__dict__["init_dist"]
+
+    def init_dist(launcher: str, backend: str = "nccl", *args: Any, **named: Any) -> None:
+        """Initialize the process group; NCCL needs GPUs, gloo does not."""
+        start(launcher, "gloo" if backend == "nccl" else backend, *args, **named)
+
+    module.__dict__["init_dist"] = init_dist
+
+
+def _wrap_on_cpu(module: ModuleType) -> None:
+    """Wrap models on the CPU: DistributedDataParallel takes no device ids for them."""
+    wrapper = module.__dict__["MMDistributedDataParallel"]
+    initialize = wrapper.__init__
+
+    def __init__(self: Any, module: Any, *args: Any, **named: Any) -> None:
+        if next(module.parameters()).device.type == "cpu":
+            named.pop("device_ids", None)
+        initialize(self, module, *args, **named)
+
+    wrapper.__init__ = __init__
+
+
+def _read_checkpoints_as_data(module: ModuleType) -> None:
+    """Read what upstream's own training writes, which torch 2.6 refuses (mmengine#1655)."""
+    from serve.upstream.checkpoints import load_whole_checkpoint
+
+    module.__dict__["torch"] = ModuleOverlay(module.__dict__["torch"], load=load_whole_checkpoint)
+
+
+def _find_in1d(module: ModuleType) -> None:
+    """Give ScanNet's instance metric `numpy.in1d`, which numpy 2.4 removed."""
+    numpy = module.__dict__["np"]
+    module.__dict__["np"] = ModuleOverlay(numpy, in1d=numpy.isin)
+
+
+def _find_float(module: ModuleType) -> None:
+    """Give YouTube-VIS' metric and PAN's kernel `numpy.float`, which numpy 1.24 removed."""
+    module.__dict__["np"] = ModuleOverlay(module.__dict__["np"], float=float)
+
+
+def _replace_rotated_iou(module: ModuleType) -> None:
+    from serve.upstream.rotated_iou import rotate_iou_gpu_eval
+
+    module.__dict__["rotate_iou_gpu_eval"] = rotate_iou_gpu_eval
+
+
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "mmcv.ops.pixel_group": _find_float,
+    "mmdet.evaluation.functional.ytviseval": _find_float,
+    "mmdet3d.evaluation.functional.scannet_utils.evaluate_semantic_instance": _find_in1d,
+    "mmengine.dist.utils": _init_without_cuda,
+    "mmengine.model.wrappers.distributed": _wrap_on_cpu,
+    "mmengine.runner.checkpoint": _read_checkpoints_as_data,
+}
+# Modules whose own code is not run at all.
+REPLACED: dict[str, Callable[[ModuleType], None]] = {
+    "mmdet3d.evaluation.functional.kitti_utils.rotate_iou": _replace_rotated_iou,
+}
+
+
+class _ReplacingLoader(importlib.abc.Loader):
+    """Loader that fills a module without running its file."""
+
+    def __init__(self, fill: Callable[[ModuleType], None]) -> None:
+        self._fill = fill
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._fill(module)
+
+
+class _StandInLoader(PatchingLoader):
+    """Loader that runs a module while stand-ins supply its missing packages."""
+
+    def __init__(self, loader: Any, packages: Sequence[str]) -> None:
+        super().__init__(loader, lambda module: None)
+        self._packages = packages
+
+    def exec_module(self, module: ModuleType) -> None:
+        with stand_in(self._packages):
+            super().exec_module(module)
+
+
+class _UpstreamFinder(importlib.abc.MetaPathFinder):
+    """Finder for the modules of upstream that need a correction; the finders behind it find them."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not (fullname in PATCHES or fullname in REPLACED or fullname in PACKAGES):
+            return None
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (finder.find_spec(fullname, path, target) for finder in behind)
+        spec = next((each for each in found if each is not None), None)
+        if spec is None:
+            return None
+        if fullname in REPLACED:
+            spec.loader = _ReplacingLoader(REPLACED[fullname])
+        elif fullname in PACKAGES:
+            spec.loader = _StandInLoader(spec.loader, PACKAGES[fullname])
+        else:
+            spec.loader = PatchingLoader(spec.loader, PATCHES[fullname])
+        return spec
+
+
+def apply() -> None:
+    """Apply all corrections, kernels included. Cheap and idempotent; imports nothing of upstream."""
+    ops.install()
+    if any(isinstance(finder, _UpstreamFinder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _UpstreamFinder())
+    for name, patch in {**PATCHES, **REPLACED}.items():
+        if name in sys.modules:
+            patch(sys.modules[name])

@@ -1,0 +1,238 @@
+"""Run upstream's programs from the installed wheels in this process, with the corrections of `serve.upstream.patches`.
+
+Arguments are upstream's own. Besides, a config may be a name of the zoo, a URI or an old config
+(`serve.upstream.config_argument`), flags of 2.x are translated (`serve.upstream.former_flags`), and data sets and
+checkpoints are checked before anything is written (`serve.upstream.checks`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pickle
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from serve.errors import CheckpointError, DataSetError, MissingPackage, ServeError, UpstreamError
+from serve.settings.environment import variable_set
+from serve.upstream import patches
+from serve.upstream.config_argument import config_file
+from serve.upstream.former_flags import Translation, translate
+from serve.upstream.missing_packages import explain_missing_package
+from serve.upstream.tool_list import Tool, find_tool, package_of_arguments, tools_folder
+
+__all__ = ["run"]
+
+# Programs of this project in place of upstream's, by short name: module with main(arguments, program).
+_OWN: dict[str, str] = {
+    "analyze_logs": "serve.upstream.log_analysis",
+    "publish_model": "serve.upstream.publish",
+}
+# Corrections of a program's own functions, by its short name: called with the loaded module.
+_CORRECTED: dict[str, Callable[[ModuleType], None]] = {}
+_RUNNERS = ("train", "test", "test_tracking")
+_LAUNCHERS = ("dist_train", "dist_test", "slurm_train", "slurm_test")
+
+
+def run(name: str, argv: Sequence[str], *, package: str | None = None) -> int:
+    """Run one of upstream's programs; returns its exit code.
+
+    Args:
+        name: as `serve.upstream.tool_list.find_tool` takes it, ``mmdet3d::NAME`` for that package's, or
+            ``dist_train``, ``dist_test``, ``slurm_train``, ``slurm_test``.
+        argv: upstream's arguments.
+        package: ``mmdet`` or ``mmdet3d``; None for that of the config among the arguments, else the one that has the
+            program, else mmdet.
+
+    Raises:
+        ServeError: a sentence on what is wrong with the arguments, the data or the environment.
+    """
+    scope, _, bare = name.rpartition("::")
+    bare = bare.rpartition("/")[2].removesuffix(".sh")
+    if bare in _LAUNCHERS:
+        from serve.upstream import launch
+
+        return launch.run_script(bare, argv)
+    package = package or scope or package_of_arguments(argv)
+    tool = find_tool(name.rpartition("::")[2], package)
+    chosen = _choose_package(tool, package, named=bool(scope))
+    own, arguments = _own_flags(tool.short_name, argv)
+    now = translate(tool.short_name, chosen, arguments)
+    for note in now.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if now.processes > 1 or own.nnodes > 1:
+        from serve.upstream import launch
+
+        return launch.run_processes(tool.short_name, argv, now, own)
+    patches.apply()
+    with ExitStack() as stack:
+        if now.gpu_ids:
+            stack.enter_context(variable_set("CUDA_VISIBLE_DEVICES", now.gpu_ids))
+        stack.enter_context(_import_from_here())
+        if tool.short_name in _OWN:
+            program = importlib.import_module(_OWN[tool.short_name])
+            if program.takes(chosen):
+                return int(program.main(now.arguments, f"mmdet3d-serve tools {tool.short_name}"))
+        return _run_file(tool, chosen, now, own, stack)
+
+
+def _choose_package(tool: Tool, package: str | None, *, named: bool) -> str:
+    if package in tool.packages:
+        return package
+    if named:
+        raise UpstreamError(f"{package} has no tool '{tool.name}'; {' and '.join(tool.packages)} has")
+    return tool.packages[0]
+
+
+def _own_flags(tool: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Take this project's flags out of the arguments of training and testing programs."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    if tool in _RUNNERS:
+        parser.add_argument("--trust-checkpoint", action="store_true")
+        parser.add_argument("--allow-partial", action="store_true")
+        parser.add_argument("--nnodes", type=int)
+        parser.add_argument("--node-rank", type=int)
+        parser.add_argument("--master-addr")
+        parser.add_argument("--master-port")
+    parser.set_defaults(
+        trust_checkpoint=False, allow_partial=False, node_rank=0, master_addr="", master_port=""
+    )
+    own, rest = parser.parse_known_args(list(argv))
+    own.nnodes = getattr(own, "nnodes", None) or 1
+    return own, rest
+
+
+def _run_file(tool: Tool, package: str, now: Translation, own: argparse.Namespace, stack: ExitStack) -> int:
+    path = tool.path(package)
+    stack.enter_context(_arguments([f"mmdet3d-serve {_title(tool)}", *now.arguments]))
+    stack.enter_context(_configs_resolved(training=tool.short_name == "train"))
+    stack.enter_context(_tools_of(package))
+    if tool.short_name in _RUNNERS:
+        from serve.upstream.checks import checked_runner
+
+        stack.enter_context(
+            checked_runner(
+                training=tool.short_name == "train",
+                out=now.out,
+                allow_partial=own.allow_partial,
+                trust=own.trust_checkpoint,
+            )
+        )
+    with _explained(f"{package}'s {tool.name}"):
+        correct = _CORRECTED.get(tool.short_name)
+        if correct is None:
+            runpy.run_path(str(path), run_name="__main__")
+        else:
+            program = _load(path)
+            correct(program)
+            program.main()
+    return 0
+
+
+def _title(tool: Tool) -> str:
+    return tool.short_name if tool.name in ("train", "test") else f"tools {tool.short_name}"
+
+
+def _load(path: Path) -> ModuleType:
+    """Import a program without running it; its functions can be corrected, and pickled for other processes."""
+    spec = importlib.util.spec_from_file_location(f"upstream_tool_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _arguments(argv: list[str]) -> Iterator[None]:
+    former, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = former
+
+
+@contextmanager
+def _import_from_here() -> Iterator[None]:
+    """Let ``custom_imports`` of configs find modules in the working folder, as a checkout of upstream does."""
+    here = str(Path.cwd())
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+@contextmanager
+def _configs_resolved(*, training: bool) -> Iterator[None]:
+    """Have every parser's ``config`` be a file that upstream can read, however it was named."""
+    parse = argparse.ArgumentParser.parse_args
+    with ExitStack() as files:
+
+        def parse_args(self: argparse.ArgumentParser, *args: Any, **named: Any) -> Any:
+            found = parse(self, *args, **named)
+            if isinstance(config := getattr(found, "config", None), str):
+                found.config = files.enter_context(config_file(config, training=training))
+            return found
+
+        argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign]
+
+
+@contextmanager
+def _tools_of(package: str) -> Iterator[None]:
+    """Let upstream's programs import each other as ``tools.…``, whatever else has that name."""
+    former = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "tools"}
+    for name in former:
+        del sys.modules[name]
+    mine = ModuleType("tools")
+    mine.__path__ = [str(tools_folder(package))]
+    sys.modules["tools"] = mine
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tools"]:
+            del sys.modules[name]
+        sys.modules.update(former)
+
+
+@contextmanager
+def _explained(program: str) -> Iterator[None]:
+    """Turn the exceptions of a program into sentences; those nobody expected are preceded by their traceback."""
+    try:
+        yield
+    except ServeError:
+        raise
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            raise
+    except ModuleNotFoundError as error:
+        raise MissingPackage(explain_missing_package(error.name or str(error))) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"a checkpoint carries types that no checkpoint needs and that could run code ({_first_line(error)}); if "
+            "you trust its author, pass --trust-checkpoint"
+        ) from error
+    except FileNotFoundError as error:
+        raise DataSetError(
+            f"{error.filename or _first_line(error)} does not exist; check the path"
+        ) from error
+    except Exception as error:
+        traceback.print_exc()
+        raise UpstreamError(f"{program} stopped: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,92 @@
+"""Flags of mmdet 2.x and mmdet3d 0.x in today's form."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve.errors import SettingsError
+from serve.upstream.former_flags import translate
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (["--eval", "bbox", "segm"], ["test_evaluator.metric=[bbox,segm]"]),
+        (["--eval", "mAP"], ["test_evaluator.metric=mAP"]),
+        (
+            ["--eval", "bbox", "--options", "classwise=True"],
+            ["test_evaluator.metric=bbox", "test_evaluator.classwise=True"],
+        ),
+        (["--eval-options", "classwise=True"], ["test_evaluator.classwise=True"]),
+        (
+            ["--format-only", "--options", "jsonfile_prefix=./a"],
+            ["test_evaluator.format_only=True", "test_evaluator.outfile_prefix=./a"],
+        ),
+        (
+            ["--format-only", "--options", "./a"],
+            ["test_evaluator.format_only=True", "test_evaluator.outfile_prefix=./a"],
+        ),
+        (["--samples-per-gpu", "2"], ["test_dataloader.batch_size=2"]),
+        (["--cfg-options", "data.test.samples_per_gpu=2"], ["test_dataloader.batch_size=2"]),
+        (["--show-score-thr", "0.5"], ["default_hooks.visualization.score_thr=0.5"]),
+    ],
+)
+def test_testing_flags_become_config_options(given, options):
+    now = translate("test", "mmdet", ["c.py", "w.pth", *given])
+    assert now.arguments == ["c.py", "w.pth", "--cfg-options", *options]
+    assert now.notes
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        (["--resume-from", "w.pth"], ["--resume", "w.pth"]),
+        (["--no-validate"], ["--cfg-options", "val_cfg=None", "val_dataloader=None", "val_evaluator=None"]),
+        (["--options", "optimizer.lr=0.1"], ["--cfg-options", "optim_wrapper.optimizer.lr=0.1"]),
+        (
+            ["--seed", "3", "--deterministic"],
+            ["--cfg-options", "randomness.seed=3", "randomness.deterministic=True"],
+        ),
+        (["--samples-per-gpu=4"], ["--cfg-options", "train_dataloader.batch_size=4"]),
+        (["--autoscale-lr"], ["--auto-scale-lr"]),
+        (["--work-dir", "w", "--amp"], ["--work-dir", "w", "--amp"]),
+    ],
+)
+def test_training_flags_become_todays(given, arguments):
+    assert translate("train", "mmdet", ["c.py", *given]).arguments == ["c.py", *arguments]
+
+
+def test_flags_of_today_are_left_alone_without_a_note():
+    given = [
+        "c.py",
+        "w.pth",
+        "--show-dir",
+        "d",
+        "--out",
+        "r.pkl",
+        "--cfg-options",
+        "test_evaluator.classwise=True",
+    ]
+    now = translate("test", "mmdet", given)
+    assert now.arguments == given
+    assert now.notes == []
+
+
+def test_gpus_and_their_numbers_are_taken_out():
+    now = translate("train", "mmdet3d", ["c.py", "--gpus", "2", "--gpu-ids", "1", "3"])
+    assert (now.arguments, now.processes, now.gpu_ids) == (["c.py"], 2, "1,3")
+
+
+def test_the_port_of_old_options_becomes_the_port_of_the_process_group():
+    now = translate("train", "mmdet", ["c.py", "--options", "dist_params.port=29501"])
+    assert (now.arguments, now.port) == (["c.py"], "29501")
+
+
+def test_a_results_file_of_mmdet3d_is_kept_for_the_runner():
+    assert translate("test", "mmdet3d", ["c.py", "w.pth", "--out", "r.pkl"]).out == "r.pkl"
+
+
+@pytest.mark.parametrize("flag", ["--gpus", "--resume-from"])
+def test_a_flag_without_its_value_is_an_error(flag):
+    with pytest.raises(SettingsError):
+        translate("train", "mmdet", ["c.py", flag])

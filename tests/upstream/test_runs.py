@@ -1,0 +1,149 @@
+"""Training and testing by upstream's own programs, on data sets of a few frames."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.upstream.made_data import detector_config, write_coco
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run ``mmdet3d-serve ARGUMENTS`` in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "serve", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def passed(ran: subprocess.CompletedProcess[str]) -> str:
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
+    return ran.stdout + ran.stderr
+
+
+def refused(ran: subprocess.CompletedProcess[str]) -> str:
+    """The one line of an error; nothing else may look like one."""
+    assert ran.returncode == 2, ran.stdout[-2000:] + ran.stderr[-3000:]
+    assert "Traceback" not in ran.stderr
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Folder with data, a config, and a checkpoint of one epoch."""
+    place = tmp_path_factory.mktemp("life")
+    write_coco(place / "coco")
+    detector_config(place, place / "coco")
+    passed(command(place, "train", "tiny.py", "--no-validate", "--samples-per-gpu", "4"))
+    return place
+
+
+CHECKPOINT = "work_dirs/tiny/epoch_1.pth"
+
+
+@pytest.mark.slow
+def test_training_resumes_from_its_own_checkpoint(folder):
+    shown = passed(
+        command(folder, "train", "tiny.py", "--work-dir", "resumed", "--resume-from", CHECKPOINT, "--no-validate",
+                "--options", "runner.max_epochs=2")
+    )  # fmt: skip
+    assert "resumed epoch: 1, iter: 1" in shown
+    assert (folder / "resumed" / "epoch_2.pth").is_file()
+    assert not (folder / "resumed" / "epoch_1.pth").exists()
+
+
+@pytest.mark.slow
+def test_former_flags_of_testing_give_classwise_figures_and_a_result_file(folder):
+    shown = passed(
+        command(
+            folder,
+            "test",
+            "tiny.py",
+            CHECKPOINT,
+            "--eval",
+            "bbox",
+            "--options",
+            "classwise=True",
+            "--out",
+            "r.pkl",
+        )
+    )
+    assert "coco/square_precision" in shown and "coco/bbox_mAP" in shown
+    assert (folder / "r.pkl").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_format_only_writes_the_file_for_the_evaluation_server(folder):
+    passed(
+        command(
+            folder, "test", "tiny.py", CHECKPOINT, "--format-only", "--options", "jsonfile_prefix=./testdev"
+        )
+    )
+    found = json.loads((folder / "testdev.bbox.json").read_text())
+    assert all({"image_id", "bbox", "score", "category_id"} <= set(entry) for entry in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["missing.pth"], "missing.pth"),
+        ([CHECKPOINT, "--cfg-options", "test_dataloader.dataset.data_root=nowhere"], "nowhere"),
+        ([CHECKPOINT, "--cfg-options", "test_dataloader.dataset.ann_file=none.json"], "none.json"),
+        ([CHECKPOINT, "--cfg-options", "test_dataloader.dataset.data_prefix.img=pictures"], "pictures"),
+        ([CHECKPOINT, "--cfg-options", "test_evaluator.ann_file=none.json"], "none.json"),
+        ([CHECKPOINT, "--cfg-options", "model.roi_head.bbox_head.num_classes=3"], "num_classes is 3"),
+        ([CHECKPOINT, "--cfg-options", "model.roi_head.bbox_head.fc_out_channels=32"], "bbox_head"),
+        ([CHECKPOINT, "--cfg-options", "model.backbone.depth=50", "model.neck.in_channels=[256,512,1024,2048]"],
+         "another model"),
+    ],
+    ids=["checkpoint", "root", "annotations", "layout", "metric", "classes", "shape", "model"],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_leaves_nothing(folder, arguments, named):
+    message = refused(command(folder, "test", "tiny.py", *arguments, "--work-dir", "bad"))
+    assert named in message
+    assert not (folder / "bad").exists()
+
+
+@pytest.mark.slow
+def test_annotations_without_a_class_are_refused_because_labels_would_shift(folder):
+    content = json.loads((folder / "coco" / "annotations.json").read_text())
+    content["categories"] = content["categories"][1:]
+    (folder / "coco" / "fewer.json").write_text(json.dumps(content))
+    options = ["--cfg-options", "test_dataloader.dataset.ann_file=fewer.json"]
+    message = refused(command(folder, "test", "tiny.py", CHECKPOINT, *options, "--work-dir", "bad"))
+    assert "1 of the 2 classes" in message
+    assert not (folder / "bad").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_cpu(folder):
+    shown = passed(
+        command(folder, "tools", "dist_train", "tiny.py", "2", "--work-dir", "two", "--no-validate", PORT="")
+    )
+    assert "Epoch(train) [1][1/1]" in shown  # four pictures, two a process
+    assert (folder / "two" / "epoch_1.pth").is_file()
+
+
+@pytest.mark.slow
+def test_published_weights_are_named_by_their_hash_and_test_alike(folder):
+    from serve.storage.hashes import sha256_of
+
+    passed(command(folder, "tools", "publish_model", CHECKPOINT, "depth.pth"))
+    (made,) = folder.glob("depth-*.pth")
+    assert made.stem == f"depth-{sha256_of(made)[:8]}"
+    assert made.stat().st_size < (folder / CHECKPOINT).stat().st_size
+    passed(command(folder, "test", "tiny.py", made.name, "--work-dir", "published"))
