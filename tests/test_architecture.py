@@ -49,6 +49,7 @@ def test_only_settings_reads_the_environment(path):
     ]
     # `environment` hands variables on to other processes and libraries, it does not read settings.
     assert not reads or module_of(path) in (
+        "serve.settings.kernels",
         "serve.settings.options",
         "serve.settings.process",
         "serve.settings.environment",

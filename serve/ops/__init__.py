@@ -14,12 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any
+
+from serve.settings.kernels import KernelSettings, Preference
 
 __all__ = ["Preference", "install", "kernels_in_use"]
 
 EXTENSION = "mmcv._ext"
-Preference = Literal["auto", "portable"]
 
 
 class _PortableExtension(importlib.abc.Loader):
@@ -34,8 +35,29 @@ class _PortableExtension(importlib.abc.Loader):
         """Do nothing: `create_module` returns a complete module."""
 
 
+class _CompiledExtension(importlib.abc.Loader):
+    """Loader of mmcv's own extension, which names the way out if it does not fit the installed torch."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        try:
+            module: ModuleType | None = self._loader.create_module(spec)
+        except ImportError as error:
+            error.add_note(
+                f"{spec.origin} was compiled for another torch. MMDET3D_SERVE_OPS=portable takes the kernels of "
+                "mmdet3d-serve instead of it; or put mmcv-lite in mmcv's place"
+            )
+            raise
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+
+
 class _ExtensionFinder(importlib.abc.MetaPathFinder):
-    """Finder for ``mmcv._ext`` and for the modules of mmcv and mmdet3d that need a patch.
+    """Finder for ``mmcv._ext`` and for the modules of mmcv, mmdet and mmdet3d that need a patch.
 
     A compiled extension takes precedence unless `preference` is ``"portable"``. While `preference` is None,
     the settings of the environment decide when the extension is first needed.
@@ -47,29 +69,33 @@ class _ExtensionFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not fullname.startswith(("mmcv.", "mmdet3d.", "mmengine.")):
+        if fullname.partition(".")[0] not in ("mmcv", "mmdet", "mmdet3d", "mmengine"):
             return None
         if fullname != EXTENSION:
             return _find_patched(fullname, path)
         if self.preference is None:
-            from serve.settings import Settings
-
-            settings = Settings.from_environment()
+            settings = KernelSettings.from_environment()
             install(settings.ops, cache_dir=settings.cache_dir)
         if self.preference != "portable":
             compiled = importlib.machinery.PathFinder.find_spec(fullname, path)
             if compiled is not None:
+                compiled.loader = _CompiledExtension(compiled.loader)
                 return compiled
         return importlib.machinery.ModuleSpec(fullname, _PortableExtension(), origin="serve.ops")
 
 
 def _find_patched(fullname: str, path: Sequence[str] | None) -> importlib.machinery.ModuleSpec | None:
     from serve.ops.patches import PATCHES, PatchingLoader
+    from serve.ops.version_bounds import BOUNDED_PACKAGES, RaisedBound
 
-    if fullname not in PATCHES:
+    if fullname not in PATCHES and fullname not in BOUNDED_PACKAGES:
         return None
     spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-    if spec is not None:
+    if spec is None or spec.loader is None:
+        return None
+    if fullname in BOUNDED_PACKAGES:
+        spec.loader = RaisedBound(spec.loader)
+    else:
         spec.loader = PatchingLoader(spec.loader, PATCHES[fullname])
     return spec
 

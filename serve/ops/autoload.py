@@ -1,6 +1,6 @@
-"""Finder that installs `serve.ops` at the first import of mmcv or mmengine, in every Python of an environment.
+"""Finder that installs `serve.ops` at the first import of mmcv, mmengine, mmdet or mmdet3d in an environment.
 
-Set-up copies this file into the environment's site-packages, beside a ``.pth`` file that calls `register` at
+The wheel puts a copy of this file into site-packages (``setup.py``), beside a ``.pth`` file that calls `register` at
 interpreter start. The copy imports nothing then but this file; `serve.ops` is imported when mmcv is. It is a copy
 because importing ``serve.ops.autoload`` at every start would shadow a module named ``serve`` in a user's folder.
 """
@@ -19,7 +19,7 @@ class _Autoload:
         self.done = False
 
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
-        if self.done or fullname.partition(".")[0] not in ("mmcv", "mmengine"):
+        if self.done or fullname.partition(".")[0] not in ("mmcv", "mmengine", "mmdet", "mmdet3d"):
             return None
         self.done = True
         try:

@@ -98,6 +98,8 @@ def _patch_sparse_structure(module: ModuleType) -> None:
 
 
 def _use_attention_kernel(module: ModuleType) -> None:
+    if not hasattr(module.__dict__["ext_module"], "PORTABLE"):
+        return  # a compiled mmcv is left as it is
     from serve.ops.deform.attention import attend
 
     module.__dict__["multi_scale_deformable_attn_pytorch"] = attend

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
-from pathlib import Path
-from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from serve.settings.kernels import DEFAULT_CACHE_DIR, Preference
 from serve.settings.options import CONFIG, FilePath, Flag, OptionalPath, Options, option
 
 __all__ = ["MAX_FRAME_BYTES", "Limits", "Preference", "Settings"]
 
 MAX_FRAME_BYTES = 32 << 20
-Preference = Literal["auto", "portable"]
 
 
 @plain_dataclass(frozen=True)
@@ -46,9 +44,7 @@ class Settings(Options):
         "torch threads of one worker; 0 takes all cores, or as many as a container's CPU quota pays for",
         ge=0,
     )
-    cache_dir: FilePath = option(
-        Path("~/.cache/mmdet3d-serve"), "DIR", "folder for downloads and compiled kernels"
-    )
+    cache_dir: FilePath = option(DEFAULT_CACHE_DIR, "DIR", "folder for downloads and compiled kernels")
     open_management: Flag = option(
         False,
         "",

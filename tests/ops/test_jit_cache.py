@@ -85,6 +85,15 @@ def test_second_process_uses_the_cache(installed, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_package_that_pip_installed_is_not_written_to(installed, tmp_path):
+    (installed / "mmdet3d_serve-0.2.0.dist-info").mkdir()
+    first = run(installed, tmp_path / "cache")
+    second = run(installed, tmp_path / "cache")
+    assert (first["misses"], second["hits"], second["misses"]) == (1, 1, 0)
+    assert Path(second["folder"]).parent == tmp_path / "cache"
+    assert not (installed / "serve" / "ops" / "__pycache__").exists()
+
+
 def test_read_only_package_copies_its_kernels_to_the_cache_folder(installed, sealed, tmp_path):
     run(installed, sealed)
     may_be_written(installed, False)

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from serve.errors import SettingsError
 from serve.gateway.options import GatewayOptions
 from serve.settings import CONFIG, RENAMED, Limits, Options, Settings, option, warn_renamed
+from serve.settings.kernels import KernelSettings
 from serve.storage.references import ReferenceLimits
 from serve.torchserve import TorchServeOptions
 from tools import settings_page
@@ -50,6 +51,34 @@ def test_values_are_read_and_typed():
     )
     with pytest.raises(FrozenInstanceError):
         settings.max_points = 1
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"MMDET3D_SERVE_OPS": "portable"},
+        {"MMDET3D_SERVE_OPS": "auto", "MMDET3D_SERVE_CACHE_DIR": "/tmp/x"},
+        {"MMDET3D_SERVE_OPS": "fast"},
+        {"MMDET3D_SERVE_OPS": ""},
+        {"MMDET3D_SERVE_CACHE_DIR": " "},
+    ],
+)
+def test_kernels_read_their_settings_without_pydantic_as_all_others_do(variables):
+    def read(kind):
+        try:
+            found = kind.from_environment(variables)
+        except SettingsError as error:
+            return str(error)
+        return found.ops, found.cache_dir
+
+    assert read(KernelSettings) == read(Settings)
+
+
+def test_importing_the_kernels_imports_no_pydantic():
+    code = "import serve.ops, serve.settings.kernels, sys; print('pydantic' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
 
 
 def test_blank_variable_turns_a_switch_off_and_is_an_error_for_anything_else():

@@ -1,9 +1,9 @@
 """Folders for the machine code of the CPU kernels between processes.
 
-The first choice is the ``__pycache__`` beside the source, if it is writable, so that all users share the code that
-set-up compiled; then a folder of this user, which starts as a copy of it; else none, and each process compiles for
-itself. numba alone ignores machine code that is readable but not writable (`numba.core.caching`), as in an image with a
-read-only root file system.
+The first choice in a checkout is the ``__pycache__`` beside the source, if it is writable, so that all users share the
+code that set-up compiled (not beside a wheel that pip installed: it would stay when the wheel goes); then a folder of
+this user, which starts as a copy of it; else none, and each process compiles for itself. numba alone ignores machine
+code that is readable but not writable (`numba.core.caching`), as in an image with a read-only root file system.
 
 A folder is named after a module and a digest of its source and of its imports below `serve.ops`: numba checks only the
 file of the kernel, and would keep code compiled with an outdated function of another file. Machine code is unpickled,
@@ -37,19 +37,20 @@ def folder(module: str) -> Path | None:
     places = [fallback] if fallback is not None else []
     with contextlib.suppress(OSError):  # no temporary folder, or not a private one
         places.append(_own_temporary_folder())
-    return choose_folder(module, SOURCES / "__pycache__", places)
+    from_wheel = any(SOURCES.parents[1].glob("mmdet3d_serve-*.dist-info"))
+    return choose_folder(module, None if from_wheel else SOURCES / "__pycache__", places)
 
 
-def choose_folder(module: str, own: Path, places: list[Path]) -> Path | None:
+def choose_folder(module: str, own: Path | None, places: list[Path]) -> Path | None:
     """Choose a folder for the present sources in `own`, else in the first usable one of `places`, else None.
 
     Args:
         module: path below `serve.ops`, such as ``boxes.nms``.
-        own: folder beside the sources, trusted like them.
+        own: folder beside the sources, trusted like them; None if nothing may be written there.
         places: parent folders for a copy of the one in `own`.
     """
     name = f"kernels-{module}-{_digest(module)}"
-    if _writable(own / name):
+    if own is not None and _writable(own / name):
         for former in own.glob(f"kernels-{module}-*"):
             if former.name != name:
                 shutil.rmtree(former, ignore_errors=True)
@@ -59,7 +60,7 @@ def choose_folder(module: str, own: Path, places: list[Path]) -> Path | None:
             made = place.expanduser() / name
             made.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not made.exists():
-                _begin(made, own / name)
+                _begin(made, own and own / name)
         except (OSError, RuntimeError):  # RuntimeError: no home directory to expand ~
             continue
         if _private(made) and _writable(made):
@@ -98,11 +99,11 @@ def _own_temporary_folder() -> Path:
     return place
 
 
-def _begin(made: Path, seed: Path) -> None:
+def _begin(made: Path, seed: Path | None) -> None:
     """Create the folder as a copy of `seed`, atomically, even if two processes do so at once."""
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".kernels-") as scratch:
         copy = Path(scratch) / "copy"
-        if seed.is_dir():
+        if seed is not None and seed.is_dir():
             shutil.copytree(seed, copy, copy_function=shutil.copyfile)
         else:
             copy.mkdir()
