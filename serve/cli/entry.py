@@ -12,11 +12,13 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serve import ops
 from serve.errors import ServeError
-from serve.settings import Settings
-from serve.storage import Cache
+
+if TYPE_CHECKING:
+    from serve.storage import Cache
 
 __all__ = ["CLASSES_HELP", "bounded", "command_parser", "open_cache", "run", "stage_reporter"]
 
@@ -84,12 +86,17 @@ def stage_reporter() -> Callable[[str], None]:
 
 def open_cache(folder: Path | None = None) -> Cache:
     """Cache for downloads in `folder`, or in the configured folder if None; its bound is the configured one."""
+    from serve.settings import Settings
+    from serve.storage import Cache
+
     settings = Settings.from_environment()
     return Cache(folder or settings.cache_dir, settings.cache_max_bytes)
 
 
 def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Run `command` with the configured kernels; map its exceptions to an exit code."""
+    from serve.settings import Settings
+
     try:
         settings = Settings.from_environment()
         ops.install(settings.ops, cache_dir=settings.cache_dir)

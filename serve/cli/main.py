@@ -14,6 +14,9 @@ from serve.cli.entry import PROGRAM, run
 
 __all__ = ["COMMANDS", "main"]
 
+# Commands that run without torch and models; with the extra `gateway` they have all they import.
+_OF_GATEWAY = frozenset({"fetch", "gateway", "pack", "push", "stop"})
+
 # Subcommand to module and summary, in the order of first use.
 COMMANDS = {
     "demo": ("serve.cli.demo", "archive and serve the demo SECOND, and send it a frame"),
@@ -62,5 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: unknown command '{name}'", file=sys.stderr)
         print(usage, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    module, _ = COMMANDS[name]
-    return run(importlib.import_module(module).main, arguments[1:])
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "serve", "handlers"):
+            raise
+        extra = "gateway" if name in _OF_GATEWAY else "models"
+        print(
+            f"error: {PROGRAM} {name} needs the Python package {package}, which the extra {extra} brings: "
+            f"pip install '{PROGRAM}[{extra}]', or `make setup` in a checkout",
+            file=sys.stderr,
+        )
+        return 2
+    return run(module.main, arguments[1:])

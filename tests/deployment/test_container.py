@@ -53,7 +53,7 @@ connection = http.client.HTTPConnection("127.0.0.1", int(gateway), timeout=60)
 connection.request("POST", "/predictions/second", sample_frame())
 answer = connection.getresponse()
 print("answer:", answer.status, len(json.loads(answer.read())["scores_3d"]) > 2)
-print("check:", subprocess.run([sys.executable, "-I", "-S", "docker/healthcheck.py"], stdout=subprocess.DEVNULL,
+print("check:", subprocess.run([sys.executable, "-I", "-S", "docker/serve/healthcheck.py"], stdout=subprocess.DEVNULL,
       env={"MMDET3D_SERVE_GATEWAY_PORT": gateway}).returncode)
 service.send_signal(signal.SIGTERM)
 service.stdout.read()

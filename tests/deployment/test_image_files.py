@@ -8,10 +8,13 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,8 @@ from tests.conftest import pick_free_ports
 from tests.deployment.conftest import ROOT
 
 DOCKER = ROOT / "docker"
+CONTEXT = DOCKER / "serve"
+DOCKERFILE = CONTEXT / "Dockerfile"
 # What NVIDIA's exporter exports by default; TorchServe is told to collect no figures of GPUs.
 DCGM = {"DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_FB_USED"}
 PROMQL = {
@@ -58,7 +63,7 @@ def instructions(path: Path) -> list[Instruction]:
 def stages() -> dict[str, list[Instruction]]:
     found: dict[str, list[Instruction]] = {"": []}
     current = ""
-    for name, rest in instructions(DOCKER / "Dockerfile"):
+    for name, rest in instructions(DOCKERFILE):
         if name == "FROM":
             current = rest.split(" AS ")[1]
             found[current] = []
@@ -142,34 +147,87 @@ def test_nothing_is_installed_but_locked_wheels() -> None:
         for run in words(stage, "RUN"):
             assert "apt" not in run.split() and "curl" not in run
             for install in re.findall(r"pip install[^&]*", run):
-                assert "--require-hashes" in install and "--only-binary=:all:" in install
-    for name in re.findall(r"[\w-]+\.lock", (DOCKER / "Dockerfile").read_text()):
-        assert (ROOT / "requirements" / name).is_file(), name
+                from_index = "--no-index" not in install
+                assert "--no-deps" in install
+                assert not from_index or ("--require-hashes" in install and "--only-binary=:all:" in install)
 
 
-def test_copied_files_exist_and_are_not_ignored() -> None:
-    ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    assert "*" in ignored
-    passed = [line[1:] for line in ignored if line.startswith("!")]
+@pytest.fixture
+def context(tmp_path: Path) -> Path:
+    """What an engine has of the folder of the Dockerfile: what is not ignored."""
+    lines = (CONTEXT / ".dockerignore").read_text().splitlines()
+    ignored, *passed = [line for line in lines if not line.startswith("#")]
+    assert ignored == "*" and all(line.startswith("!") for line in passed)
+    for pattern in (line[1:] for line in passed if not line.endswith(".whl")):
+        for path in CONTEXT.glob(pattern):
+            shutil.copy(path, tmp_path)
+    assert any(fnmatch("mmdet3d_serve-0.2.0-py3-none-any.whl", line[1:]) for line in passed)
+    return tmp_path
+
+
+def unpack(context: Path) -> subprocess.CompletedProcess[str]:
+    """Run the first stage in its folder."""
+    assert words("wheel", "COPY") == [". ./"]
+    (run,) = words("wheel", "RUN")
+    return subprocess.run(["sh", "-c", run], cwd=context, capture_output=True, text=True, check=False)
+
+
+def test_all_that_a_stage_copies_or_runs_is_in_the_folder_or_in_the_wheel(context: Path, wheel: Path) -> None:
+    shutil.copy(wheel, context)
+    ran = unpack(context)
+    assert ran.returncode == 0, ran.stderr
+    known = {stage: words(stage, "WORKDIR")[0] for stage in stages() if words(stage, "WORKDIR")}
     for stage in stages():
         for rest in words(stage, "COPY"):
-            if rest.startswith("--from="):
-                assert re.match(r"--from=([\w-]+)", rest)[1] in stages()  # type: ignore[index]
-                continue
-            for source in rest.split()[:-1]:
-                assert list(ROOT.glob(source)), source
-                assert any(source == one or Path(source).match(one) for one in passed), source
+            if copied := re.match(r"--from=([\w-]+) (.+) \S+$", rest):
+                assert copied[1] in known
+                sources = [path for path in copied[2].split() if path.startswith("/wheel/")]
+                assert sources or copied[1] != "wheel"
+                for path in sources:
+                    assert (context / path.removeprefix("/wheel/")).exists(), path
+        for run in words(stage, "RUN"):
+            for path in re.findall(r"(?<![=\w])/wheel/\S+", run):
+                assert list(context.glob(path.removeprefix("/wheel/"))), path
+            for name in re.findall(r"requirements/[\w-]+\.lock", run):
+                assert (context / "share" / name).is_file(), name
+    for name in re.findall(r"requirements/[\w-]+\.lock", DOCKERFILE.read_text()):
+        assert (context / "share" / name).read_bytes() == (ROOT / name).read_bytes()
+    assert (context / "share/tools/setup_env.py").read_bytes() == (ROOT / "tools/setup_env.py").read_bytes()
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_build_fails_with_one_sentence_unless_there_is_one_wheel(
+    context: Path, wheel: Path, count: int
+) -> None:
+    for i in range(count):
+        shutil.copy(wheel, context / wheel.name.replace("-py3", f"+{i}-py3"))
+    ran = unpack(context)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: ") and "make wheel" in ran.stderr and ran.stderr.count("\n") == 1
+
+
+def test_wheel_holds_neither_tools_nor_tests(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+    tops = {name.split("/")[0] for name in names}
+    stem = "-".join(wheel.name.split("-")[:2])
+    assert tops == {
+        "serve", "handlers", "mmdet3d_serve_autoload.py", "mmdet3d_serve_autoload.pth",
+        f"{stem}.data", f"{stem}.dist-info",
+    }  # fmt: skip
+    shared = {name.partition("share/mmdet3d-serve/")[2] for name in names if ".data/" in name}
+    assert {name for name in shared if not name.endswith(".lock")} == {"pyproject.toml", "tools/setup_env.py"}
 
 
 @pytest.mark.parametrize("stage", ["serve", "gateway"])
-def test_images_hold_neither_tools_nor_tests(stage: str) -> None:
-    """What reaches an image: its own copies, and what the stages that it copies whole folders from have copied."""
-    copied: list[str] = []
-    for rest in words(stage, "COPY"):
-        source = re.match(r"--from=([\w-]+) /opt/mmdet3d-serve ", rest)
-        copied += words(source[1], "COPY") if source else [rest]
-    assert any("serve ./serve" in rest for rest in copied)
-    assert not [rest for rest in copied if re.search(r"\b(tools|tests|docs|k8s)\b", rest)]
+def test_images_hold_environment_wheel_and_health_check_only(stage: str) -> None:
+    copied = [rest.split()[-2] for rest in words(stage, "COPY")]
+    assert [path for path in copied if path.startswith("/wheel")] == ["/wheel/healthcheck.py"]
+    assert all(
+        path.startswith(("/wheel", "/opt/mmdet3d-serve/.venv", "/opt/mmdet3d-serve/sbom")) for path in copied
+    )
+    (run,) = words(stage, "RUN")
+    assert "/wheel/mmdet3d_serve-*.whl" in run
 
 
 def test_stages_build_on_the_base_that_is_given_and_that_is_pinned() -> None:
@@ -258,7 +316,7 @@ def answering() -> Iterator[tuple[int, list[int]]]:
 
 def check(port: int) -> int:
     environment = {"MMDET3D_SERVE_GATEWAY_PORT": str(port), "http_proxy": "http://127.0.0.1:1"}
-    command = [sys.executable, "-I", "-S", str(DOCKER / "healthcheck.py")]
+    command = [sys.executable, "-I", "-S", str(CONTEXT / "healthcheck.py")]
     return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
 
 
@@ -289,7 +347,7 @@ def test_compose_files_follow_the_compose_specification(name: str) -> None:
 def test_compose_builds_and_names_what_there_is() -> None:
     service = compose("compose.yaml")["services"]["serve"]
     assert service["build"]["target"] in stages()
-    assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    assert (DOCKER / service["build"]["context"] / service["build"].get("dockerfile", "Dockerfile")).is_file()
     known = {rest.partition("=")[0] for stage in stages() for rest in words(stage, "ARG")}
     assert service["build"]["args"].keys() <= known
     settings = {
@@ -417,7 +475,7 @@ def test_no_file_here_holds_a_secret_or_reaches_for_one() -> None:
         path
         for folder in ("docker", "k8s")
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
+        if path.is_file() and path.suffix not in (".pyc", ".whl")
     ]
     assert len(files) > 20
     for path in files:

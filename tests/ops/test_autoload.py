@@ -1,13 +1,13 @@
-"""Autoloading of mmcv's kernels in every Python of an environment, installed like `make setup` does."""
+"""Autoloading of mmcv's kernels in every Python of an environment, by the two files that the wheel installs."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,19 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 USE = "import mmcv._ext as e; print('portable' if hasattr(e, 'PORTABLE') else 'compiled')"
 
 
-def setup_env():
-    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> Path:
-    """Create a virtual environment with the file installed; it sees this environment's packages by path."""
+def environment(tmp_path_factory, wheel) -> Path:
+    """Create a virtual environment with the wheel's two files; it sees this environment's packages by path."""
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
-    setup_env().install_autoload(folder)
+    packages = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+    with zipfile.ZipFile(wheel) as file:
+        names = [name for name in file.namelist() if name.startswith("mmdet3d_serve_autoload.")]
+        file.extractall(packages, names)
+    assert len(names) == 2
     return folder
 
 

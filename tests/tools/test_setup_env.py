@@ -82,14 +82,24 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def asked_by(*names: str) -> list[str]:
+    """Requirements of the project with these extras, those of the extras that they name included."""
+    project = pyproject()["project"]
+    found: list[str] = list(project["dependencies"])
+    for name in names:
+        for line in project["optional-dependencies"][name]:
+            one = Requirement(line)
+            found += asked_by(*one.extras) if one.name == project["name"] else [line]
+    return found
+
+
 def test_every_lock_holds_what_pyproject_asks_for() -> None:
-    project, groups = pyproject()["project"], pyproject()["dependency-groups"]
-    extras = project["optional-dependencies"]
+    groups = pyproject()["dependency-groups"]
     asked = {
-        "runtime": project["dependencies"] + extras["models"] + groups["torch-needs"],
-        "gateway": project["dependencies"],
+        "runtime": asked_by("models") + groups["torch-needs"],
+        "gateway": asked_by("gateway"),
         "dev": groups["lint"] + groups["test"] + groups["docs"],
-        "otel": extras["otel"],
+        "otel": pyproject()["project"]["optional-dependencies"]["otel"],
         **{name: groups[name] for name in ("bench", "image", "sbom", "installer", "torch-cuda")},
     }
     for name, lines in asked.items():
@@ -105,18 +115,17 @@ def test_the_group_otel_is_the_extra_otel() -> None:
     assert pyproject()["dependency-groups"]["otel"] == pyproject()["project"]["optional-dependencies"]["otel"]
 
 
-def test_the_range_of_torch_is_the_one_that_pyproject_declares(setup_env: ModuleType) -> None:
-    models = pyproject()["project"]["optional-dependencies"]["models"]
-    assert setup_env.torch_range_text() in models
+@pytest.mark.parametrize("extra", ["models", "ops"])
+def test_the_range_of_torch_is_the_one_that_pyproject_declares(setup_env: ModuleType, extra: str) -> None:
+    assert setup_env.torch_range_text() in asked_by(extra)
+
+
+def test_the_wheel_alone_asks_for_numpy_alone() -> None:
+    assert [Requirement(line).name for line in asked_by()] == ["numpy"]
 
 
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
-    """A gateway without torch is what `pip install .` gives, so that is checked apart from the models."""
-    project = pyproject()["project"]
-    extras = project["optional-dependencies"]
-    declared = {
-        Requirement(line).name for line in project["dependencies"] + extras["models"] + extras["otel"]
-    }
+    declared = {Requirement(line).name for line in asked_by("models", "otel")}
     brought = {
         "botocore": "boto3",
         "llvmlite": "numba",
