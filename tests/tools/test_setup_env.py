@@ -129,6 +129,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     brought = {
         "botocore": "boto3",
         "llvmlite": "numba",
+        "matplotlib": "mmengine",
         "mypy_boto3_s3": "types only",
         "pydantic": "fastapi",
         "s3transfer": "boto3",
