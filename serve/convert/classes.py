@@ -58,10 +58,19 @@ def read_class_names(text: str) -> tuple[str, ...]:
     found = tuple(name for name in names if name)
     if not found:
         raise ArchiveError(f"--classes {text} names no class")
-    if len(set(found)) != len(found):
-        twice = next(name for name in found if found.count(name) > 1)
-        raise ArchiveError(f"--classes names '{twice}' twice")
+    _check_unique("--classes", found)
     return found
+
+
+def _check_unique(source: str, names: Sequence[str]) -> None:
+    """Raise if a name stands for two labels: an answer names its detections, which no client could tell apart."""
+    first: dict[str, int] = {}
+    for label, name in enumerate(names):
+        if first.setdefault(name, label) != label:
+            raise ArchiveError(
+                f"{source} names '{name}' twice, as label {first[name]} and {label}; give every class a name of its "
+                f"own; {_HOW}"
+            )
 
 
 def find_class_names(
@@ -95,10 +104,11 @@ def check_against_head(classes: ClassNames, model: Mapping[str, Any]) -> None:
     """Compare the number of names with the head's number of classes.
 
     Raises:
-        ArchiveError: there are no names, or not as many as classes.
+        ArchiveError: there are no names, two alike, or not as many as classes.
     """
     if not classes.names:
         raise ArchiveError(f"neither the checkpoint nor the config names the classes; {_HOW}")
+    _check_unique(classes.source, classes.names)
     count = head_class_count(model)
     allowed = _allowed_counts(model, count)
     if count is not None and len(classes.names) not in allowed:

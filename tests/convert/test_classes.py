@@ -57,6 +57,15 @@ def test_another_number_of_names_than_classes_is_refused_with_both_and_their_sou
     check_against_head(named, head(80))
 
 
+@pytest.mark.parametrize(
+    "given", [{"config": True}, {"checkpoint": ("cat", "cat")}, {"given": ("cat", "cat")}]
+)
+def test_one_name_for_two_classes_is_refused_with_both_labels(given):
+    described = config({"classes": ["cat", "cat"]} if given.pop("config", None) else None)
+    with pytest.raises(ArchiveError, match=r"'cat' twice, as label 0 and 1.*--classes"):
+        check_against_head(find_class_names(described, **given), head(2))
+
+
 def test_no_names_at_all_are_refused():
     with pytest.raises(ArchiveError, match="--classes"):
         check_against_head(find_class_names(config()), head(2))
