@@ -14,7 +14,7 @@ from serve.convert.blame import blaming, describe
 from serve.convert.custom_code import add_named_modules
 from serve.convert.data_sets import drop_unused_objects, unwrap_dataset
 from serve.convert.legacy_config import is_legacy, modernize, package_of
-from serve.convert.local_bases import local_bases
+from serve.convert.local_bases import check_bases, local_bases
 from serve.errors import ArchiveError
 from serve.runtime.custom_code import import_modules
 from serve.runtime.pipeline import dataset_of
@@ -86,6 +86,7 @@ def read_config(path: Path) -> FullConfig:
     ops.install()
     if not path.is_file():
         raise ArchiveError(f"config {path} does not exist; check the path")
+    check_bases(path)
     with suppress_warnings():
         from mmengine.config import Config
         from mmengine.config.utils import ConfigParsingError
@@ -99,6 +100,11 @@ def read_config(path: Path) -> FullConfig:
                     key: _as_data(value, key, build=key in KEPT_KEYS)
                     for key, value in parsed._to_lazy_dict().items()
                 }
+        except RecursionError as error:
+            raise ArchiveError(
+                f"config {path} cannot be read: it, or one of its bases, is its own base, or its values are nested "
+                "too deep"
+            ) from error
         except (Exception, SystemExit) as error:  # a config is a program
             shown = str(error) if isinstance(error, ConfigParsingError | SyntaxError) else describe(error)
             raise ArchiveError(f"config {path} cannot be read: {shown}") from error

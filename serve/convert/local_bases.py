@@ -1,4 +1,4 @@
-"""Stand-ins for bases that a config names by a path which is not there.
+"""Bases of a config, before it is run: those that cannot be are refused, those of the old layout replaced.
 
 A config copied out of a checkout of mmdet 2.x still says ``../_base_/models/faster_rcnn_r50_fpn.py``. If that file is
 missing, the installed zoo's base of the same words is taken.
@@ -14,10 +14,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from serve import zoo
+from serve.errors import ArchiveError
 from serve.zoo.config_bases import config_bases
 
-__all__ = ["local_bases"]
+__all__ = ["check_bases", "local_bases"]
+
+
+def check_bases(path: Path) -> None:
+    """Follow the bases that a config names in its text, through the files beside it.
+
+    Raises:
+        ArchiveError: a config is its own base, or a base is of a package that mmengine has no configs of.
+    """
+    _follow(path, ())
+
+
+def _follow(path: Path, children: tuple[Path, ...]) -> None:
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    own = path.resolve()
+    if own in children:
+        chain = [each.name for each in (*children[children.index(own) :], own)]
+        raise ArchiveError(
+            f"config {children[0]} cannot be read: {chain[0]} is its own base ({' → '.join(chain)}); "
+            "remove one of these from _base_"
+        )
+    for base in _bases(path):
+        package, is_named, _ = base.partition("::")
+        if not is_named:
+            _follow(path.parent / base, (*children, own))
+        elif package not in MODULE2PACKAGE:
+            raise ArchiveError(
+                f"config {path} has the base {base}, but {package} is no package of OpenMMLab; those served are "
+                "mmdet and mmdet3d, as in mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py"
+            )
 
 
 @contextmanager
@@ -50,11 +83,17 @@ def local_bases(path: Path) -> Iterator[Path]:
 
 
 def _bases(path: Path) -> list[str]:
-    """Bases in ``_base_ = …``; none if the file is no Python or computes them (mmengine says so)."""
+    """Bases in ``_base_ = …``; none if the file cannot be read or computes them (mmengine says so)."""
     try:
-        return [base for base in config_bases(ast.parse(path.read_bytes())) if isinstance(base, str)]
-    except (OSError, SyntaxError, ValueError):
+        if path.suffix in (".json", ".yaml", ".yml"):
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+            named = found.get("_base_") if isinstance(found, dict) else None
+            bases = named if isinstance(named, list) else [named]
+        else:
+            bases = list(config_bases(ast.parse(path.read_bytes())))
+    except (OSError, SyntaxError, ValueError, yaml.YAMLError):
         return []
+    return [base for base in bases if isinstance(base, str)]
 
 
 def _in_zoo(base: str) -> Path | None:

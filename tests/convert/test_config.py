@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,55 @@ def test_a_base_of_the_old_layout_is_taken_from_the_zoo(tmp_path):
 def test_a_base_that_is_nowhere_is_refused_by_its_name(tmp_path):
     with pytest.raises(ArchiveError, match=r"no_such_base\.py"):
         resolve_config(write(tmp_path, "_base_ = '../no_such_base.py'\n" + PLAIN))
+
+
+@pytest.mark.parametrize("name", ["mmfoo::a/b.py", "mm.det::a/b.py", "::a/b.py"])
+def test_a_base_of_an_unknown_package_is_refused_by_its_name(tmp_path, name):
+    write(tmp_path, f"_base_ = ['{name}']\n" + PLAIN, "between.py")
+    with pytest.raises(ArchiveError, match=f"between.py has the base {name}, but"):
+        resolve_config(write(tmp_path, "_base_ = 'between.py'\n"))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.py": "_base_ = 'config.py'\n"},
+        {
+            "config.py": "_base_ = ['base.py', 'other.py']\n",
+            "base.py": PLAIN,
+            "other.py": "_base_ = './config.py'\n",
+        },
+        {"config.py": "_base_ = 'a.py'\n", "a.py": "_base_ = 'b.py'\n", "b.py": "_base_ = ['a.py']\n"},
+        {
+            "config.py": "from mmengine.config import read_base\nwith read_base():\n    from .config import *\n"
+        },
+        {"config.json": '{"_base_": "config.json"}'},
+        {"config.yaml": "_base_: [./base.yml]\n", "base.yml": "_base_: config.yaml\n"},
+    ],
+)
+def test_a_config_that_is_its_own_base_is_refused_in_one_sentence(tmp_path, files):
+    folder = tmp_path / "below"
+    folder.mkdir()
+    first, *_ = [write(folder, text, name) for name, text in files.items()]
+    with pytest.raises(ArchiveError, match=r"is its own base") as caught:
+        resolve_config(first)
+    assert "\n" not in str(caught.value)
+
+
+# mmengine leaves its copies of the files open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_config_that_computes_itself_as_its_base_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(ArchiveError, match="is its own base"):
+        resolve_config(write(tmp_path / "below", "_base_ = '../below/' + 'config.py'\n"))
+    gc.collect()
+
+
+def test_two_configs_may_share_a_base(tmp_path):
+    write(tmp_path, PLAIN, "shared.py")
+    write(tmp_path, "_base_ = 'shared.py'\n", "one.py")
+    write(tmp_path, "_base_ = ['one.py']\nother = {{_base_.default_scope}}\n", "two.py")
+    write(tmp_path, "_base_ = ['./two.py']\n", "config.py")
+    assert resolve_config(tmp_path / "config.py").config["model"]["type"] == "FCOS"
 
 
 def test_a_dictionary_replaces_none_in_a_base(tmp_path):
