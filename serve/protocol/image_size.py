@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from serve.errors import UndecodableFrame
 from serve.protocol.batch import Bytes
+from serve.protocol.pam import read_pam_header
 
 __all__ = [
     "PNG_SIGNATURE",
@@ -48,6 +49,7 @@ _SIGNATURES = (
     ("JPEG2000", re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51")),
     ("GIF", re.compile(rb"GIF8[79]a")),
     ("PNM", re.compile(rb"P[1-6]\s")),
+    ("PAM", re.compile(rb"P7\n")),
     ("SUN", re.compile(rb"\x59\xa6\x6a\x95")),
     ("AVIF", re.compile(rb".{4}ftyp", re.DOTALL)),
     ("HDR", re.compile(rb"#\?R(?:ADIANCE|GBE)")),
@@ -174,6 +176,11 @@ def _pnm_size(body: memoryview) -> tuple[int, int]:
     return _found_size(_PNM_SIZE.match(body[:_MAX_HEADER_BYTES]))
 
 
+def _pam_size(body: memoryview) -> tuple[int, int]:
+    header = read_pam_header(body)
+    return header.width, header.height
+
+
 def _pfm_size(body: memoryview) -> tuple[int, int]:
     return _found_size(_PFM_SIZE.match(body[:64]))
 
@@ -280,6 +287,7 @@ _SIZES: dict[str, Callable[[memoryview], tuple[int, int]]] = {
     "JPEG2000": _jpeg2000_size,
     "GIF": _gif_size,
     "PNM": _pnm_size,
+    "PAM": _pam_size,
     "SUN": _sun_size,
     "AVIF": _avif_size,
     "HDR": _hdr_size,

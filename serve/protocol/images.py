@@ -21,6 +21,7 @@ from serve.protocol.batch import Bytes
 from serve.protocol.image_process import decode_with_opencv, decode_with_pillow
 from serve.protocol.image_size import UNREADABLE, format_of, image_size
 from serve.protocol.image_work import Jpeg, check_png, check_tiff, process_seconds, read_jpeg
+from serve.protocol.pam import check_pam
 
 __all__ = ["COLOR_TYPES", "Decoder", "decode_image"]
 
@@ -105,6 +106,8 @@ def _check_complete(
                 raise UndecodableFrame("not a complete image (a scan ends early); send the file unchanged")
         case "WEBP" | "BMP":
             _load(body)
+        case "PAM":
+            check_pam(memoryview(body))
         case "PNG":
             check_png(body)
             if decoder == "pillow":  # which passes over missing rows

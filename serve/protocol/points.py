@@ -288,6 +288,9 @@ def check_layout(body: Bytes, width: int) -> None:
     stride apart are of the same column and mostly of neighbouring points: they differ far less than numbers any
     other distance apart.
 
+    Of columns one after another, numbers of one point have nothing in common with those of another but
+    the part of the file that they are in.
+
     Raises:
         UndecodableFrame: the message names the likely layout, and how to declare another.
     """
@@ -302,12 +305,67 @@ def check_layout(body: Bytes, width: int) -> None:
                 f"the body looks like {name}, not float32 little-endian; convert it, or send .npy, "
                 "which declares its type"
             )
+    if _is_by_column(np.frombuffer(body, "<f4"), width):
+        raise UndecodableFrame(
+            f"the body looks like {width} columns one after another (all x, then all y, …), not like points of "
+            f"{width} numbers; write the transposed array, or declare load_dim={width} if that is what they are"
+        )
     best = _likely_stride(np.frombuffer(sample, "<f4"), width)
     if best is not None and (len(body) // 4) % best == 0:
         raise UndecodableFrame(
             f"the body looks like points of {best} numbers, this model takes {width}; name the columns, as in "
             f"columns=x,y,z,…, or declare load_dim={width} if that is what they are"
         )
+
+
+_SAMPLE_PER_PART = 256
+#: Share of the variance between groups: noise of a sample of that size is below the first.
+_NOTHING, _MUCH = 0.02, 0.2
+# Difference of means at the border of two columns, in standard deviations.
+_JUMP = 0.45
+
+
+def _is_by_column(numbers: npt.NDArray[np.float32], width: int) -> bool:
+    """Whether a cloud is stored column by column.
+
+    Each of `width` parts of the file is then of another quantity: sizes differ between parts, at once where one part
+    ends, and do not differ between the places of a point.
+    """
+    head = _sizes(numbers[: _SAMPLE_FLOATS // width * width])
+    if max(_between(values, np.arange(len(values)) % width, width) for values in head) >= _NOTHING:
+        return False  # of most clouds: their first points show it
+    count = len(numbers) // width
+    rng = np.random.default_rng(0)  # evenly spaced places could keep step with the points
+    parts = np.repeat(np.arange(width), _SAMPLE_PER_PART)
+    sample = parts * count + rng.integers(0, count, len(parts))
+    near = min(count, max(64, count // 64))  # a border is sharp
+    before = count * np.arange(1, width)[:, None] - 1 - rng.integers(0, near, _SAMPLE_PER_PART)
+    after = before + near
+    differs = jumps = False
+    for values, left, right in zip(
+        *map(_sizes, (numbers[sample], numbers[before], numbers[after])), strict=True
+    ):
+        if _between(values, sample % width, width) >= _NOTHING:
+            return False
+        differs |= _between(values, parts, width) > _MUCH
+        jumps |= float(np.abs(left.mean(1) - right.mean(1)).max()) > _JUMP * float(values.std())
+    return differs and jumps
+
+
+def _sizes(numbers: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], ...]:
+    """Two quantities in which columns differ: the value, and its order of magnitude."""
+    values = np.clip(np.nan_to_num(numbers), -1e3, 1e3)
+    return values, np.log2(np.abs(values) + 1e-3)
+
+
+def _between(values: npt.NDArray[np.float32], groups: npt.NDArray[np.int64], count: int) -> float:
+    """Share of the variance that lies between groups (eta squared), 0 to 1."""
+    spread = float(values.var())
+    if not spread:
+        return 0.0
+    members = np.bincount(groups, minlength=count)
+    means = np.bincount(groups, values, count) / np.maximum(members, 1)
+    return float((members * (means - values.mean()) ** 2).sum() / (len(values) * spread))
 
 
 def _plausible_share(numbers: npt.NDArray[np.floating]) -> float:

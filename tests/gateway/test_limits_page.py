@@ -42,6 +42,7 @@ PARTS_OF_OTHERS = {
     "archive.bounds:_MAX_BYTES", "archive.bounds:_MAX_BYTES_BELOW", "protocol.image_size:_MAX_HEADER_BYTES",
     "protocol.image_size:_MAX_BOXES", "protocol.image_size:_MAX_META_BYTES", "gateway.form:_MAX_CONTENT_TYPE_BYTES",
     "protocol.calibration:_MAX_ENTRY", "protocol.image_size:_MAX_TIFF_TAGS", "worker.server:_MAX_CONNECTIONS",
+    "protocol.pam:_MAX_HEADER_BYTES",
 }  # fmt: skip
 
 

@@ -106,6 +106,19 @@ def png_with(chunk: bytes) -> bytes:
     return plain[:33] + chunk + plain[33:]  # after the header chunk
 
 
+COLOURS = np.random.default_rng(2).integers(0, 256, (64, 96, 3), np.uint8)
+
+
+def pam(
+    pixels: np.ndarray, kind: str = "", maxval: int = 0, depth: int | None = None, more: str = ""
+) -> bytes:
+    depth = depth or (1 if pixels.ndim == 2 else pixels.shape[2])
+    lines = [f"WIDTH {pixels.shape[1]}", f"HEIGHT {pixels.shape[0]}", f"DEPTH {depth}"]
+    lines += [f"MAXVAL {maxval or np.iinfo(pixels.dtype).max}", *([f"TUPLTYPE {kind}"] if kind else [])]
+    header = "\n".join(["P7", *lines, *([more] if more else []), "ENDHDR", ""])
+    return header.encode() + pixels.astype(pixels.dtype.newbyteorder(">")).tobytes()
+
+
 def rotated(suffix: str) -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
@@ -151,6 +164,11 @@ NATIVE = {
     "bmp alpha": with_pillow("RGBA", "bmp"),
     "ppm": with_pillow("RGB", "ppm"),
     "pgm": with_pillow("L", "ppm"),
+    "pam": pam(COLOURS, "RGB"),
+    "pam of opencv": with_opencv(".pam", np.uint8),
+    "pam grey": pam(COLOURS[:, :, 0], "GRAYSCALE", more="# by hand\n"),
+    "pam of 16 bits": pam(COLOURS.astype(np.uint16) * 257, "RGB"),
+    "pam grey of 12 bits": pam(COLOURS[:, :, 0].astype(np.uint16) * 16, "GRAYSCALE", maxval=4095),
     "sun raster": with_opencv(".ras", np.uint8),
     "radiance": with_opencv(".hdr", np.float32),
     "pfm": with_opencv(".pfm", np.float32),
@@ -167,6 +185,29 @@ def test_images_of_every_kind_have_mmcvs_pixels(name: str, color_type: str) -> N
         expected = imfrombytes(NATIVE[name], flag=color_type)
     found = decode_image(NATIVE[name], color_type, "cv2", 96 * 64)
     assert found.dtype == expected.dtype and np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pam(COLOURS[:, :, :2], "GRAYSCALE_ALPHA"),
+        pam(np.dstack([COLOURS, COLOURS[:, :, 0]]), "RGB_ALPHA"),
+        pam(COLOURS[:, :, 0], "RGB"),  # of which OpenCV reads three bytes a pixel
+        pam(COLOURS, "GRAYSCALE"),
+        pam(COLOURS.astype(np.uint16)),  # a third of each row is written
+        pam(COLOURS[:, :, 0].astype(np.uint16) * 16, maxval=4095),
+        pam(COLOURS[:, :, 0], "GRAYSCALE", depth=100_000_000),
+        pam(COLOURS[:, :, 0] // 255, "BLACKANDWHITE", maxval=1),
+        pam(COLOURS, "RGB", more="DEPTH 1"),
+        pam(COLOURS, "RGB", more="# a comment\rDEPTH 1"),
+        pam(COLOURS, "RGB", more=" DEPTH 1"),
+        pam(COLOURS, "RGB").replace(b"\n", b"\r\n", 6),
+    ],
+)
+def test_a_pam_whose_header_opencv_would_trust_too_far_is_refused(body: bytes) -> None:
+    for color_type in COLOR_TYPES:
+        with pytest.raises(UndecodableFrame):
+            decode_image(body, color_type, "cv2", 96 * 64)
 
 
 def test_an_unchanged_image_with_an_infinite_sample_is_refused() -> None:

@@ -49,6 +49,40 @@ def test_a_stride_that_divides_the_models_is_refused():
         decode(SAMPLE[:, :3], PointLayout.default(6, is_depth=True))
 
 
+def by_column() -> list[tuple[str, np.ndarray, PointLayout]]:
+    """Clouds (N, C) of sensors, right but for the order in which their numbers are written."""
+    rng = np.random.default_rng(0)
+    nuscenes = wider(RING)
+    nuscenes[:, 3] *= 255
+    room = np.column_stack(
+        [rng.uniform(-2, 2, (5000, 2)), rng.uniform(0, 3, 5000), rng.uniform(0, 255, (5000, 3))]
+    )
+    return [
+        ("sample", SAMPLE, LIDAR),
+        ("shuffled", SAMPLE[rng.permutation(len(SAMPLE))], LIDAR),
+        ("no intensity", np.column_stack([SAMPLE[:, :3], ZEROS]), LIDAR),
+        ("few points", SAMPLE[:: len(SAMPLE) // 200], LIDAR),
+        ("x, y, z", SAMPLE[:, :3], PointLayout.default(3, is_depth=False)),
+        ("nuScenes", nuscenes, PointLayout.default(5, is_depth=False)),
+        ("room", room, PointLayout.default(6, is_depth=True)),
+    ]
+
+
+@pytest.mark.parametrize(("name", "array", "layout"), by_column(), ids=[name for name, *_ in by_column()])
+def test_columns_one_after_another_are_refused(name, array, layout):
+    planes = array.astype("<f4").T
+    with pytest.raises(UndecodableFrame, match="columns one after another"):
+        decode(planes, layout)
+    declared = decode(planes, layout, load_dim=len(planes))
+    assert declared.shape == array.shape
+
+
+def test_intensities_behind_all_coordinates_are_refused():
+    cloud = SAMPLE[:-1]  # of a number of points that three does not divide
+    with pytest.raises(UndecodableFrame):
+        decode(np.concatenate([cloud[:, :3].ravel(), cloud[:, 3]]))
+
+
 @pytest.mark.parametrize("dtype", [">f4", "<f8", ">f8"])
 def test_another_type_or_byte_order_is_refused(dtype):
     with pytest.raises(UndecodableFrame):
@@ -83,6 +117,8 @@ def clouds() -> list[tuple[str, np.ndarray, PointLayout]]:
     nuscenes = wider(RING)
     nuscenes[:, 3] *= 255
     room = np.column_stack([rng.uniform(-2, 2, (5000, 3)), rng.uniform(0, 255, (5000, 3))]).astype("<f4")
+    room_of_3 = PointLayout.default(3, is_depth=True)
+    isotropic = rng.normal(0, 3, (3000, 3)) * rng.uniform(0.1, 9, (3000, 1))
     across = np.linspace(0, 60, 6000)
     surface = np.column_stack([np.sin(across), np.cos(across), across / 30])
     colours = np.column_stack([np.cos(across / 7), np.sin(across / 5), np.cos(across / 3)]) / 2 + 0.5
@@ -103,6 +139,13 @@ def clouds() -> list[tuple[str, np.ndarray, PointLayout]]:
         ("normal", rng.normal(0, 1, (3000, 3)).astype("<f4"), PointLayout.default(3, is_depth=True)),
         ("one point, repeated", np.tile(SAMPLE[:1], (3000, 1)), LIDAR),
         ("zeros", np.zeros((3000, 4), "<f4"), LIDAR),
+        (
+            "far and near",
+            isotropic[np.argsort(np.linalg.norm(isotropic, axis=1))],
+            room_of_3,
+        ),
+        ("two sensors", np.concatenate([isotropic, 9 * isotropic[:1400]]), room_of_3),
+        ("by height", SAMPLE[np.argsort(SAMPLE[:, 2])], LIDAR),
         (
             "a wall",
             np.column_stack([np.full(3000, 9.0), np.linspace(-9, 9, 3000), np.zeros((3000, 2))]),
