@@ -158,8 +158,13 @@ def exists(uri: str | Path) -> bool:
     return True
 
 
-def list_files(uri: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """URIs of the files directly in a folder, bucket or container, sorted, with one of `suffixes`.
+def list_files(uri: str | Path, suffixes: tuple[str, ...] = (), *, recursive: bool = False) -> list[str]:
+    """URIs of the files in a folder, bucket or container, sorted, with one of `suffixes`.
+
+    Args:
+        uri: of the folder, bucket or container.
+        suffixes: ends of names; any name without.
+        recursive: list the folders below it too; an LMDB database has no folders and is always listed whole.
 
     Raises:
         ObjectNotFound: no such folder, bucket or container.
@@ -170,10 +175,11 @@ def list_files(uri: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
         from serve.storage import s3
 
         store = s3.connect(where.cluster)
-        found = [str(where.join(one.name)) for one in store.list(where) if not one.is_folder]
+        entries = store.list(where, recursive=recursive)
+        found = [str(where.join(one.name)) for one in entries if not one.is_folder]
     elif where.scheme == "ffrecord":
-        inside = f"{where.member}/" if where.member else ""
-        names = open_packed_folder(where.path).list(where.member, list_dir=False)
+        inside = f"{where.member.rstrip('/')}/" if where.member else ""
+        names = open_packed_folder(where.path).list(where.member, list_dir=False, recursive=recursive)
         found = [f"ffrecord://{where.path}#{inside}{name}" for name in names]
     elif where.scheme == "lmdb":
         from serve.storage import lmdb_file
@@ -183,7 +189,8 @@ def list_files(uri: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
         folder = Path(where.path).expanduser()
         if not folder.is_dir():
             raise ObjectNotFound(f"folder {folder} does not exist")
-        found = [str(file) for file in folder.iterdir() if file.is_file()]
+        files = folder.rglob("*") if recursive else folder.iterdir()
+        found = [str(file) for file in files if file.is_file()]
     else:
         raise UriError(f"{where} cannot be listed; name one file")
     return sorted(one for one in found if not suffixes or one.lower().endswith(suffixes))

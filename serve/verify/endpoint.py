@@ -21,10 +21,10 @@ from serve.protocol.frames import Modality
 from serve.torchserve.management import read_tokens
 from serve.verify.reference import FRAME_SUFFIXES, filter_by_score
 
-__all__ = ["FrameReport", "Reference", "find_frames", "frame_parts", "read_token", "verify"]
+__all__ = ["FRAME_MARKERS", "FrameReport", "Reference", "find_frames", "frame_parts", "read_token", "verify"]
 
-# Marks a folder as a frame of several sweeps.
-_SWEEPS = "sweeps.json"
+# Mark a folder as a frame of several sweeps, and of several sensors.
+_SWEEPS, _CALIBRATION = FRAME_MARKERS = ("sweeps.json", "calibration.json")
 _CONTENT_TYPES = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
@@ -82,11 +82,11 @@ def find_frames(path: str | Path, modality: Modality) -> list[Path]:
     path = Path(path)
     if modality not in ("lidar", "depth", "image"):
         folders = sorted(
-            {file.parent for file in [*path.glob("calibration.json"), *path.glob("*/calibration.json")]}
+            {file.parent for file in [*path.glob(_CALIBRATION), *path.glob(f"*/{_CALIBRATION}")]}
         )
         if not folders:
             raise UndecodableFrame(
-                f"{path} has no frame for a {modality} model: a folder with calibration.json and one file per part"
+                f"{path} has no frame for a {modality} model: a folder with {_CALIBRATION} and one file per part"
             )
         return folders
     endings = FRAME_SUFFIXES["image" if modality == "image" else "points"]

@@ -6,7 +6,7 @@
     frames_at("ffrecord:///data/packed.ffr#velodyne/000008.bin", "lidar")
 
 Frames at a URI are copied to a temporary folder, in which `serve.verify.endpoint.find_frames` selects them as in any
-folder. Folders below a folder are not searched.
+folder: a frame of several parts is a folder. Other folders below a folder are not searched.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
 from serve import storage
 from serve.errors import UndecodableFrame
 from serve.protocol.frames import Modality
-from serve.verify.endpoint import find_frames
+from serve.verify.endpoint import FRAME_MARKERS, find_frames
 from serve.verify.reference import FRAME_SUFFIXES
 
 __all__ = ["frames_at"]
@@ -46,13 +46,45 @@ def frames_at(source: str | Path, modality: Modality) -> Iterator[list[Path]]:
         return
     where = storage.parse(source)
     single = where.scheme == "http" or where.name.lower().endswith(_ENDINGS)
-    uris = [str(source)] if single else storage.list_files(source, _ENDINGS)
-    if not uris:
-        raise UndecodableFrame(f"{where} has no frame ({', '.join(_ENDINGS)})")
-    with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-frames-") as folder:
-        paths = [Path(folder, storage.parse(uri).name) for uri in uris]
-        for uri, path in zip(
-            tqdm(uris, desc="fetching", unit="file", disable=single or None, leave=False), paths, strict=True
+    wanted = {str(source): PurePosixPath(where.name)} if single else _list(where)
+    if not wanted:
+        raise UndecodableFrame(
+            f"{where} has no frame ({', '.join(_ENDINGS)}, or folders with {' or '.join(FRAME_MARKERS)})"
+        )
+    with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-frames-") as scratch:
+        folder = Path(scratch, _name(where) or "frames")
+        for uri, name in tqdm(
+            wanted.items(), desc="fetching", unit="file", disable=single or None, leave=False
         ):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(storage.read_bytes(uri))
-        yield find_frames(paths[0] if single else folder, modality)
+        yield find_frames(folder / where.name if single else folder, modality)
+
+
+def _list(where: storage.Location) -> dict[str, PurePosixPath]:
+    """List the files of frames in a folder: URI → path below the folder, of one or two parts."""
+    uris = storage.list_files(str(where), (*_ENDINGS, *FRAME_MARKERS), recursive=True)
+    names = {uri: _below(where, storage.parse(uri)) for uri in uris if not {".", ".."} & {*uri.split("/")}}
+    whole = {name.parent for name in names.values() if name.name in FRAME_MARKERS}
+    found: dict[str, PurePosixPath] = {}
+    for uri, name in names.items():
+        if len(name.parts) == 1 or (len(name.parts) == 2 and name.parent in whole):
+            found[uri] = name
+        elif where.scheme == "lmdb":  # which has no folders: a slash is part of the key
+            found[uri] = PurePosixPath(name.name)
+    return found
+
+
+def _below(where: storage.Location, file: storage.Location) -> PurePosixPath:
+    """Path of a file relative to the folder in which it was listed."""
+    if where.scheme == "lmdb":
+        return PurePosixPath(file.member.strip("/"))
+    folder, path = (where.member, file.member) if where.scheme == "ffrecord" else (where.path, file.path)
+    return PurePosixPath(path.lstrip("/")).relative_to(folder.strip("/"))
+
+
+def _name(where: storage.Location) -> str:
+    """Name of a folder for tables of frames; empty for a bucket or container."""
+    name = PurePosixPath(where.member or where.path).name
+    return "" if name == ".." else name

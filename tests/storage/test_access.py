@@ -191,6 +191,33 @@ def test_frames_are_read_from_folders_packed_files_and_buckets(packed, tmp_path,
     assert not folder.exists()
 
 
+def test_frames_of_several_parts_are_read_from_folders_of_buckets_and_packed_files(bucket, tmp_path):
+    tree = tmp_path / "tree"
+    parts = {
+        "swept/000": ("points.bin", "sweep.0.bin", "sweeps.json"),
+        "fused/007": ("points.bin", "image.png", "calibration.json"),
+        "other/raw": ("9.bin",),
+    }
+    for folder, names_of in parts.items():
+        (tree / folder).mkdir(parents=True)
+        for name in names_of:
+            (tree / folder / name).write_bytes(folder.encode())
+            storage.write_bytes(f"s3://{bucket}/{folder}/{name}", folder.encode())
+    pack_folder(tree, tmp_path / "tree.ffr")
+
+    def frames(source, modality):
+        with frames_at(source, modality) as found:
+            return [(each.name, *sorted(file.name for file in each.iterdir())) for each in found]
+
+    for root in (f"s3://{bucket}/", f"ffrecord://{tmp_path}/tree.ffr#"):
+        for kind, modality in (("swept", "lidar"), ("fused", "fusion")):
+            (name,) = (Path(folder).name for folder in parts if folder.startswith(kind))
+            expected = [(name, *sorted(parts[f"{kind}/{name}"]))]
+            assert frames(f"{root}{kind}", modality) == frames(f"{root}{kind}/{name}", modality) == expected
+        with pytest.raises(UndecodableFrame):
+            frames(f"{root}other", "lidar")  # a folder that is no frame
+
+
 def test_config_is_fetched_with_its_bases(bucket, tmp_path):
     from mmengine.config import Config
 
