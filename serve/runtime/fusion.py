@@ -4,7 +4,7 @@ Batch norms are folded into weights; then convolutions with one-pass kernels are
 (`serve.runtime.fused_conv`, `serve.runtime.fused_sparse_conv`).
 
 The order of attributes does not determine the order of calls, so pairs are observed in a forward run: a norm is fusable
-if in every call its input is the very tensor that one convolution returned.
+if in every call its input is the very tensor that one convolution returned, and its output that of a batch norm.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def find_fusable(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, .
         return hook
 
     def norm_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            source = outputs.get(id(inputs[0]))
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            source = outputs.get(id(inputs[0])) if _is_only_norm(module, inputs[0], output) else None
             fed_by.setdefault(name, set()).add(source[0] if source else None)
             norm_calls[name] += 1
 
@@ -53,7 +53,7 @@ def find_fusable(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, .
         if _is_convolution(module):
             hooks.append(module.register_forward_hook(conv_hook(name)))
         elif isinstance(module, _BatchNorm) and module.running_mean is not None:
-            hooks.append(module.register_forward_pre_hook(norm_hook(name)))
+            hooks.append(module.register_forward_hook(norm_hook(name)))
     try:
         run()
     finally:
@@ -66,6 +66,14 @@ def find_fusable(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, .
         if conv is not None and not others and users[conv] == 1 and conv_calls[conv] == norm_calls[norm]:
             pairs.append((conv, norm))
     return tuple(sorted(pairs))
+
+
+def _is_only_norm(norm: Any, features: Any, output: Any) -> bool:
+    """Whether a layer normalised and did nothing else: timm's batch norms hold an activation as well."""
+    plain = nn.functional.batch_norm(
+        features, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+    )
+    return isinstance(output, Tensor) and torch.allclose(output, plain)
 
 
 def fuse(network: nn.Module, pairs: Iterable[Pair]) -> None:

@@ -117,3 +117,20 @@ def test_fused_backbone_equals_the_unfused_one_and_other_sequences_are_unchanged
     assert kinds.count(FusedConv) == 1 and kinds.count(nn.ReLU) == 2
     assert not any(isinstance(module, FusedConv) for module in folded[1])
     torch.testing.assert_close(folded(x), plain(x), atol=1e-4, rtol=1e-4)
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    """A batch norm that does more, as timm's ``BatchNormAct2d``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(super().forward(x), inplace=True)
+
+
+def test_a_norm_that_holds_an_activation_is_not_fused_and_others_beside_it_are():
+    plain = prepare(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), NormWithActivation(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        )
+    )
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    assert fusion.find_fusable(plain, lambda: plain(x)) == (("2", "3"),)
