@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -59,6 +60,15 @@ RESULTS = [
 ]
 
 
+def test_page_names_the_commits_of_its_rows():
+    rows = [
+        replace(each, commit="abc1234" if each.family in ("mmdet/a", "mmdet/b") else "") for each in RESULTS
+    ]
+    rows[-1] = replace(rows[-1], commit="def5678+")
+    named = next(line for line in page(FAMILIES, rows, {"torch": "2"}).splitlines() if "`abc1234`" in line)
+    assert "`abc1234` 2, not recorded 2, `def5678+` 1" in named
+
+
 def test_row_reports_status_and_reason():
     rows = [line for line in page(FAMILIES, RESULTS, {"torch": "2"}).splitlines() if line.startswith("| ")][
         1:
@@ -111,7 +121,8 @@ def test_sweep_writes_two_families_to_a_page(tmp_path, capsys):
         if line.startswith(("| atss", "| common"))
     ]
     assert "| works |" in rows[0] and "not a model" in rows[1]
-    assert len(load_results(tmp_path / "r.jsonl")) >= 2
+    found = load_results(tmp_path / "r.jsonl")
+    assert len(found) >= 2 and all(re.fullmatch(r"[0-9a-f]{7,40}\+?", each.commit) for each in found)
     assert zoo_coverage([*arguments, "--page", str(tmp_path / "again.md")]) == 0
     assert (tmp_path / "again.md").read_text() == (tmp_path / "page.md").read_text()
 

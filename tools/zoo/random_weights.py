@@ -2,7 +2,8 @@
 
 Freshly initialised detectors are poor test subjects: activations vanish or explode, all scores are equal, and rounding
 decides which boxes survive. So one forward pass over a golden frame sets each batch norm to the observed statistics and
-scales each output layer to a useful spread (layer-sequential unit variance, Mishkin and Matas, ICLR 2016).
+scales each output layer to a useful spread, each before the layers behind it see anything (layer-sequential unit
+variance, Mishkin and Matas, ICLR 2016).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ __all__ = ["write_random_checkpoint"]
 
 # Of a channel, as a share of its layer's mean.
 LEAST_VARIANCE = 0.1
-_NO_EPS = 1e-30
 # Layers whose output is a score, a box or a place, by name: how far it reaches from its median, and that median.
 # Scores come out between some hundredths and eight tenths without saturating, boxes stay near their anchors.
 OUTPUT_LAYERS: tuple[tuple[re.Pattern[str], float, float], ...] = (
@@ -43,7 +43,7 @@ OUTPUT_LAYERS: tuple[tuple[re.Pattern[str], float, float], ...] = (
 )
 # The last norm of a residual branch (ResNet's bottlenecks, Darknet's), and its weight: with branches as strong as
 # what they are added to, every block of a hundred would make more of a rounding.
-RESIDUAL = re.compile(r"(\.bn3|\.blocks\.\d+\.conv2\.bn)$")
+RESIDUAL = re.compile(r"(\.bn3|\.blocks\.\d+\.conv2(\.pointwise_conv)?\.bn)$")
 RESIDUAL_WEIGHT = 0.3
 
 
@@ -98,16 +98,13 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any], frame: Path | None
         # An image: norms set on one alone do not fit its mirror image.
         views.append({**copy.deepcopy(sample), "inputs": sample["inputs"].flip(-1)})
     hooks = []
+    network.eval()
     for name, module in network.named_modules():
         if isinstance(module, _BatchNorm):
-            # A single value has no variance: such a norm (ResNeSt's, after a mean over the image) keeps its own.
-            hooks.append(module.register_forward_pre_hook(_train_where_there_is_spread))
-            module.momentum = 1.0  # running statistics become those of this run
+            hooks.append(module.register_forward_pre_hook(_standardize(len(views))))
             # ResNets initialise the last norm of a branch with zero, which switches the branch off.
             if module.affine and (RESIDUAL.search(name) or not module.weight.any()):
                 module.weight.data.fill_(RESIDUAL_WEIGHT)
-            if module.eps == 0:  # NAS-FCOS: valid in evaluation, rejected by torch in training
-                module.eps = _NO_EPS
         elif isinstance(module, nn.Conv2d | nn.Linear):
             target = next(((std, bias) for pattern, std, bias in OUTPUT_LAYERS if pattern.search(name)), None)
             if target:
@@ -116,17 +113,28 @@ def _calibrate(network: nn.Module, config: Mapping[str, Any], frame: Path | None
         network.test_step(pseudo_collate(views))  # type: ignore[operator]
     for handle in hooks:
         handle.remove()
-    for module in network.modules():
-        if isinstance(module, _BatchNorm) and module.eps == _NO_EPS:
-            module.eps = 0.0
-        if isinstance(module, _BatchNorm) and module.running_var is not None:
-            # A channel that hardly moves on this frame would blow up another's, and every rounding with it.
-            module.running_var.clamp_(min=float(module.running_var.mean()) * LEAST_VARIANCE)
-    network.eval()
 
 
-def _train_where_there_is_spread(norm: Any, inputs: tuple[Tensor, ...]) -> None:
-    norm.train(inputs[0].numel() > inputs[0].shape[1])
+def _standardize(frames: int) -> Callable[[Any, tuple[Tensor, ...]], None]:
+    """Create a hook that sets a batch norm, on its first call, to the statistics of what it is given.
+
+    The norm itself computes with them as in evaluation, so that the layers behind it are set on what they will get: of
+    a hundred norms that standardise exactly here and with bounded variances later, the last would be far off.
+    """
+    done: set[int] = set()
+
+    def hook(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].transpose(0, 1).flatten(1)  # channels first
+        # One value of a frame has no variance: such a norm (ResNeSt's, after a mean over the image) keeps its own.
+        if norm.running_var is None or id(norm) in done or values.shape[1] <= frames:
+            return
+        done.add(id(norm))
+        variance, mean = torch.var_mean(values, 1)
+        norm.running_mean.copy_(mean)
+        # A channel that hardly moves on this frame would blow up another's, and every rounding with it.
+        norm.running_var.copy_(variance.clamp(min=float(variance.mean()) * LEAST_VARIANCE))
+
+    return hook
 
 
 def _spread(reach: float, median: float) -> Callable[[Any, Any, Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from tools.zoo.families import Family
@@ -25,7 +26,7 @@ Images inside the networks are limited to {inside} pixels, the image sent is {im
 masks are at most {masked}, so that the sweep ends on a small machine; nothing else of a config is changed. Random
 weights do not measure how well a model detects, only that the predictions are equal.
 
-Versions: {versions}.
+Versions: {versions}. Rows by the commit of the sources they were tried with: {commits}.
 """
 _FOOT = """\
 *answers* are detections (segments, labelled points) of the golden frame; *deviation* is the largest between what
@@ -45,7 +46,9 @@ def page(families: Sequence[Family], results: Sequence[Result], versions: Mappin
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     image, inside = (f"{width} x {height}" for width, height in (IMAGE_PX, SHRUNK_PX))
     lines = [
-        _HEAD.format(inside=inside, image=image, masked=MAX_MASKS, versions=named),
+        _HEAD.format(
+            inside=inside, image=image, masked=MAX_MASKS, versions=named, commits=_commits(families, results)
+        ),
         *counts(families, results),
         "",
         _FOOT,
@@ -83,6 +86,13 @@ def counts(families: Sequence[Family], results: Sequence[Result]) -> list[str]:
             + (f"; {untried} are not tried yet." if untried else ".")
         )
     return lines
+
+
+def _commits(families: Sequence[Family], results: Sequence[Result]) -> str:
+    """Format how many rows are of which commit, the most first."""
+    best = [_best(_of(family, results)) for family in families]
+    rows = Counter(f"`{row.commit}`" if row.commit else "not recorded" for row in best if row is not None)
+    return ", ".join(f"{commit} {count}" for commit, count in rows.most_common()) or "none"
 
 
 def _of(family: Family, results: Sequence[Result]) -> list[Result]:

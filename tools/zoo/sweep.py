@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Result:
         extra: whether the packages of the ``zoo`` extra were installed.
         probe: see `tools.zoo.probe.ProbeResult`.
         peak_mb: most memory its process held, MiB.
+        commit: of the sources that it was probed with; empty if unknown.
     """
 
     family: str
@@ -48,6 +49,7 @@ class Result:
     extra: bool
     probe: ProbeResult
     peak_mb: int = 0
+    commit: str = ""
 
 
 def load_results(path: Path) -> list[Result]:
@@ -75,6 +77,7 @@ class Sweep:
         memory_mb: MiB its process may hold.
         jobs: configs tried at the same time.
         served: see `tools.zoo.probe.try_config`.
+        commit: recorded with the results.
     """
 
     def __init__(
@@ -86,8 +89,10 @@ class Sweep:
         memory_mb: int = 8192,
         jobs: int = 1,
         served: bool = False,
+        commit: str = "",
     ) -> None:
         """Start nothing yet."""
+        self._commit = commit
         self._path = results
         self._extra = extra
         self._timeout_s = timeout_s
@@ -124,7 +129,7 @@ class Sweep:
         for position, config in enumerate(family.configs[:MAX_CONFIGS]):
             if self._stop.is_set():
                 break
-            result = self._probe(family, position, config)
+            result = replace(self._probe(family, position, config), commit=self._commit)
             if self._stop.is_set():
                 break
             with self._writing, self._path.open("a") as file:

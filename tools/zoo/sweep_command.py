@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None) -> int:
         memory_mb=args.memory_mb,
         jobs=args.jobs,
         served=args.served,
+        commit=_commit(),
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops the probes, like Ctrl-C
     bar: tqdm[Any]
@@ -121,3 +123,19 @@ def main(argv: Sequence[str] | None) -> int:
     print("\n".join(counts(known, found)))
     print(f"wrote {args.page}")
     return 0
+
+
+def _commit() -> str:
+    """Short hash of the checked-out commit, with ``+`` if sources differ from it; empty without git."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    try:
+        commit, changed = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (
+                ("rev-parse", "--short", "HEAD"),
+                ("status", "--porcelain", "--", ":/serve", ":/tools"),
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{commit}+" if changed else commit
