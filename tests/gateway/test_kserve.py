@@ -179,6 +179,7 @@ def tensor(**changes):
         ({"inputs": [tensor(datatype="FP99")]}, 400, "bad_request"),
         ({"inputs": [tensor(datatype="UINT8", data=[300, 0, 0, 0])]}, 400, "bad_request"),
         ({"inputs": [tensor(datatype="INT64", data=[1e300, 0, 0, 0])]}, 400, "bad_request"),
+        ({"inputs": [tensor(data=[1e45, 0, 0, 0])]}, 400, "bad_request"),
         ({"inputs": [tensor(data=[1, 2, 3])]}, 400, "bad_request"),
         ({"inputs": [tensor(data=["a", "b", "c", "d"])]}, 400, "bad_request"),
         ({"inputs": [tensor(data=[[1, 2], 3, 4])]}, 400, "bad_request"),

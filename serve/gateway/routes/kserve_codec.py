@@ -237,8 +237,9 @@ def _read_tensor(
         coded = parameters.get("content_type") == "base64"
         return [_encode_text(name, value, coded, bounds.json.max_bytes) for value in values], rest
     try:
-        return np.array(values, dtype=_NUMPY[datatype]).reshape(shape), rest
-    except (TypeError, ValueError, OverflowError) as error:
+        with np.errstate(over="raise"):  # a float that its type cannot hold
+            return np.array(values, dtype=_NUMPY[datatype]).reshape(shape), rest
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise BadRequest(f"input {name} is no tensor of {datatype}: {str(error)[:200]}") from None
 
 
