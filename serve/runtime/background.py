@@ -8,7 +8,7 @@ skipping, for any input: the background is an expectation that is compared with,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +46,12 @@ def install(network: nn.Module) -> BackgroundModel | None:
         sequences = [MaskedSequence(layers) for layers in blocks if layers is not None]
         backbone.blocks = nn.ModuleList(sequences)
         setattr(network, f"{prefix}neck", neck)
-        heads = _replace_heads(
-            *(getattr(network, name, None) for name in ("bbox_head", "pts_bbox_head", "rpn_head"))
-        )
+        found = [getattr(network, name, None) for name in ("bbox_head", "pts_bbox_head", "rpn_head")]
+        heads, heads_are_masked = _replace_heads([head for head in found if head is not None])
+        if _passes_maps_on(network):
+            for sequence in sequences:
+                sequence.writes_background = False
+            neck.writes_background = not heads_are_masked
         _scatter_channels_last(network, f"{prefix}middle_encoder")
         model = BackgroundModel(sequences, neck, heads)
         object.__setattr__(network, "background", model)  # not a module
@@ -91,38 +94,59 @@ def background_skipped(network: nn.Module) -> bool:
     return model is not None and bool(model.skipping)
 
 
-def _replace_heads(*heads: Any) -> list[list[MaskedSequence]]:
+def _passes_maps_on(network: nn.Module) -> bool:
+    """Return whether only the neck of a network reads its backbone's maps, and only the head those of the neck."""
+    from mmdet3d.models import detectors
+
+    names = ("VoxelNet", "DynamicVoxelNet", "CenterPoint", "MVXFasterRCNN", "DynamicMVXFasterRCNN", "PartA2")
+    return type(network) in {getattr(detectors, name) for name in names}
+
+
+def _replace_heads(heads: Sequence[Any]) -> tuple[list[list[MaskedSequence]], bool]:
+    """Replace convolutions of heads; returns their chains, and whether only these read the neck's map."""
     from mmdet3d.models.dense_heads import Anchor3DHead, CenterHead
 
     chains = []
+    are_masked = True
     for head in heads:
         if isinstance(head, Anchor3DHead) and type(head).forward_single is Anchor3DHead.forward_single:
             for name in ("conv_cls", "conv_reg", "conv_dir_cls"):
-                layers = _packed([layer]) if (layer := getattr(head, name, None)) is not None else None
+                layer = getattr(head, name, None)
+                layers = None if layer is None else _packed([layer])
                 if layers is not None:
                     setattr(head, name, MaskedSequence(layers))
                     chains.append([getattr(head, name)])
+                are_masked &= layer is None or layers is not None
+            are_masked &= type(head).forward is Anchor3DHead.forward
         elif isinstance(head, CenterHead):
-            chains += _replace_center_head(head)
-    return chains
+            replaced = _replace_center_head(head)
+            chains += replaced
+            are_masked &= bool(replaced) and type(head).forward_single is CenterHead.forward_single
+        else:
+            are_masked = False
+    return chains, are_masked
 
 
 def _replace_center_head(head: Any) -> list[list[MaskedSequence]]:
-    from mmdet3d.models.dense_heads.centerpoint_head import SeparateHead
+    from mmdet3d.models.dense_heads.centerpoint_head import CenterHead, SeparateHead
 
     shared = _packed([head.shared_conv])
     if shared is None:
         return []
     head.shared_conv = MaskedSequence(shared)
     chains = []
+    are_masked = type(head).forward_single is CenterHead.forward_single
     for task in head.task_heads:
         if type(task) is not SeparateHead:
+            are_masked = False
             continue
         for name in task.heads:
             layers = _packed(getattr(task, name).children())
             if layers is not None:
                 setattr(task, name, MaskedSequence(layers))
                 chains.append([head.shared_conv, getattr(task, name)])
+            are_masked &= layers is not None
+    head.shared_conv.writes_background = not are_masked
     return chains or [[head.shared_conv]]
 
 

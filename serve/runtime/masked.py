@@ -1,8 +1,9 @@
 """Modules that skip background: convolutions that compute the cells which differ from the answer to no points.
 
 Each module knows the backgrounds of its layers for some sizes of map (`record`), and passes on where its output differs
-from the last of them as an attribute `changed` of the tensor, so that the next module need not compare. With
-skipping turned off, or without a background, all cells are computed, by the same loops and to the same bits.
+from the last of them as an attribute `changes` of the tensor, so that the next module need not compare. A module of
+which only such modules read the output does not even write the background (`writes_background`). With skipping
+turned off, or without a background, all cells are computed, by the same loops and to the same bits.
 """
 
 from __future__ import annotations
@@ -43,21 +44,23 @@ class MaskedSequence(nn.Module):
         self.layers = tuple(layers)
         self.model: BackgroundModel | None = None
         self.backgrounds: dict[tuple[int, int], list[Background]] = {}
+        self.writes_background = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, Cin, H, W) to (B, Cout, H', W'), channels-last in memory."""
-        cells = _cells(x)
         known = self._known(x)
         if known is None:
+            cells, _ = _read(x)
             for layer in self.layers:
                 cells = _run(cells, layer)[0]
             return _tensor(cells)
-        changed: Mask | None = _changed(x, cells, known[0])
+        cells, changed = _read(x, known[0])
         for layer, before, after in zip(self.layers, known, known[1:], strict=False):
             cells, changed = _run(cells, layer, changed, before, after)
         assert changed is not None
-        fill(cells, changed, known[-1], 0, cells.shape[3])
-        return _tensor(cells, changed, known[-1])
+        if self.writes_background:
+            fill(cells, changed, known[-1], 0, cells.shape[3])
+        return _tensor(cells, Changes(changed, known[-1], self.writes_background))
 
     def record(self, before: Background) -> Background:
         """Keep the backgrounds behind a map without points; return that of the output."""
@@ -88,44 +91,48 @@ class MaskedNeck(nn.Module):
         self.outputs = sum(layer.outputs for layer in layers)
         self.model: BackgroundModel | None = None
         self.backgrounds: dict[tuple[tuple[int, int], ...], tuple[list[Background], Background]] = {}
+        self.writes_background = True
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
         """Merge maps (B, Ci, Hi, Wi) to one of (B, sum of Cout, H, W), channels-last in memory."""
-        maps = [_cells(one) for one in x]
         skipping = self.model is not None and self.model.skipping
-        known = self.backgrounds.get(_sizes(maps)) if skipping else None
-        out = self._empty(maps)
+        known = self.backgrounds.get(_sizes(x)) if skipping else None
         if known is None:
-            channel = 0
-            for cells, layer in zip(maps, self.layers, strict=True):
-                masked_conv.convolve(cells, layer, out, channel)
-                channel += layer.outputs
-            return [_tensor(out)]
+            return [_tensor(self._merge([_read(one)[0] for one in x]))]
         befores, after = known
-        total: Mask | None = None
+        read = [_read(one, before) for one, before in zip(x, befores, strict=True)]
+        out = self._empty([cells for cells, _ in read])
+        masks: list[Mask] = []
         channel = 0
-        for one, cells, layer, before in zip(x, maps, self.layers, befores, strict=True):
-            changed = masked_conv.convolve(
-                cells, layer, out, channel,
-                changed=_changed(one, cells, before), before=before, after=after,
-            )  # fmt: skip
-            assert changed is not None
-            fill(out, changed, after, channel, layer.outputs)
-            total = changed if total is None else total | changed
+        for (cells, changed), layer, before in zip(read, self.layers, befores, strict=True):
+            marks = masked_conv.convolve(
+                cells, layer, out, channel, changed=changed, before=before, after=after
+            )
+            assert marks is not None
+            masks.append(marks)
             channel += layer.outputs
-        return [_tensor(out, total, after)]
+        total = np.logical_or.reduce(masks)
+        channel = 0
+        for marks, layer in zip(masks, self.layers, strict=True):
+            # A cell that one scale has changed is read in all channels.
+            fill(out, marks if self.writes_background else marks | ~total, after, channel, layer.outputs)
+            channel += layer.outputs
+        return [_tensor(out, Changes(total, after, self.writes_background))]
 
     def record(self, befores: Sequence[Background]) -> list[Background]:
         """Keep the background behind scales without points; return that of the output, in a list."""
-        maps = [before.expand()[None] for before in befores]
+        after = compress(self._merge([before.expand()[None] for before in befores])[0])
+        self.backgrounds[_background_sizes(befores)] = (list(befores), after)
+        return [after]
+
+    def _merge(self, maps: Sequence[F32]) -> F32:
+        """Compute all cells."""
         out = self._empty(maps)
         channel = 0
         for cells, layer in zip(maps, self.layers, strict=True):
             masked_conv.convolve(cells, layer, out, channel)
             channel += layer.outputs
-        after = compress(out[0])
-        self.backgrounds[_sizes(maps)] = (list(befores), after)
-        return [after]
+        return out
 
     def _empty(self, maps: Sequence[F32]) -> F32:
         shapes = {layer.out_shape(*cells.shape[1:3]) for layer, cells in zip(self.layers, maps, strict=True)}
@@ -144,17 +151,17 @@ class MaskedPyramid(nn.Module):
         self.layers = (*self.laterals, *self.outputs)
         self.model: BackgroundModel | None = None
         self.backgrounds: dict[tuple[tuple[int, int], ...], tuple[_Level, ...]] = {}
+        self.writes_background = True
 
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
         """Merge maps (B, Ci, Hi, Wi), finest first, to as many (B, Cout, Hi, Wi), channels-last in memory."""
-        maps = [_cells(one) for one in x]
         skipping = self.model is not None and self.model.skipping
-        known = self.backgrounds.get(_sizes(maps)) if skipping else None
+        known = self.backgrounds.get(_sizes(x)) if skipping else None
         if known is None:
-            return [_tensor(cells) for cells in self._run(maps)[1]]
+            return [_tensor(cells) for cells in self._merge([_read(one)[0] for one in x])[1]]
         levels: list[tuple[F32, Mask]] = []
-        for one, cells, layer, level in zip(x, maps, self.laterals, known, strict=True):
-            changed = _changed(one, cells, level.before)
+        for one, layer, level in zip(x, self.laterals, known, strict=True):
+            cells, changed = _read(one, level.before)
             lateral, marks = _run(cells, layer, changed, level.before, level.lateral)
             assert marks is not None
             levels.append((lateral, marks))
@@ -170,11 +177,12 @@ class MaskedPyramid(nn.Module):
             assert marks is not None
             levels[i - 1] = fine, marks
         results = []
-        for (cells, changed), layer, level in zip(levels, self.outputs, known, strict=True):
-            out, marks = _run(cells, layer, changed, level.merged, level.after)
+        for (cells, fine_changed), layer, level in zip(levels, self.outputs, known, strict=True):
+            out, marks = _run(cells, layer, fine_changed, level.merged, level.after)
             assert marks is not None
-            fill(out, marks, level.after, 0, out.shape[3])
-            results.append(_tensor(out, marks, level.after))
+            if self.writes_background:
+                fill(out, marks, level.after, 0, out.shape[3])
+            results.append(_tensor(out, Changes(marks, level.after, self.writes_background)))
         return results
 
     def record(self, befores: Sequence[Background]) -> list[Background]:
@@ -183,14 +191,15 @@ class MaskedPyramid(nn.Module):
         laterals = [
             compress(_run(cells, layer)[0][0]) for cells, layer in zip(maps, self.laterals, strict=True)
         ]
-        merged, outputs = self._run(maps)
-        self.backgrounds[_sizes(maps)] = tuple(
+        merged, outputs = self._merge(maps)
+        levels = tuple(
             _Level(before, lateral, compress(sums[0]), compress(out[0]))
             for before, lateral, sums, out in zip(befores, laterals, merged, outputs, strict=True)
         )
-        return [level.after for level in self.backgrounds[_sizes(maps)]]
+        self.backgrounds[_background_sizes(befores)] = levels
+        return [level.after for level in levels]
 
-    def _run(self, maps: Sequence[F32]) -> tuple[list[F32], list[F32]]:
+    def _merge(self, maps: Sequence[F32]) -> tuple[list[F32], list[F32]]:
         """Compute all cells; returns the merged laterals and the outputs."""
         merged = [_run(cells, layer)[0] for cells, layer in zip(maps, self.laterals, strict=True)]
         for i in range(len(merged) - 1, 0, -1):
@@ -253,29 +262,60 @@ def _run(
     return out, masked_conv.convolve(cells, layer, out, changed=changed, before=before, after=after)
 
 
-def _cells(x: Tensor) -> F32:
-    """Return (B, C, H, W) as an array (B, H, W, C), a copy unless channels-last in memory."""
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise TypeError(f"x must be float32 on the CPU, got {x.dtype} on {x.device}")
-    array: F32 = x.detach().permute(0, 2, 3, 1).contiguous().numpy()
-    return array
+@dataclass
+class Changes:
+    """Where a map differs from its background.
+
+    Attributes:
+        mask: (B, H, W), cells that differ.
+        background: background of the map.
+        is_written: whether the other cells hold the background in memory, too.
+        version: torch's count of modifications at which this held.
+    """
+
+    mask: Mask
+    background: Background
+    is_written: bool
+    version: int = 0
 
 
-def _tensor(cells: F32, changed: Mask | None = None, background: Background | None = None) -> Tensor:
+def _tensor(cells: F32, changes: Changes | None = None) -> Tensor:
     """Return an array (B, H, W, C) as a tensor (B, C, H, W) that remembers where it differs from its background."""
     x = torch.from_numpy(cells).permute(0, 3, 1, 2)
-    if changed is not None:
-        x.changed = (changed, background, x._version)  # type: ignore[attr-defined]
+    if changes is not None:
+        changes.version = x._version
+        x.changes = changes  # type: ignore[attr-defined]
     return x
 
 
-def _changed(x: Tensor, cells: F32, background: Background) -> Mask:
-    """Return where a map differs from `background`: as remembered, unless the tensor was modified, or compared."""
-    mask, known, version = getattr(x, "changed", (None, None, None))
-    if mask is not None and known is background and version == x._version:
-        return mask  # type: ignore[no-any-return]
-    return find_changed(cells, background)
+def _read(x: Tensor, background: Background | None = None) -> tuple[F32, Mask | None]:
+    """Return a map (B, C, H, W) as an array (B, H, W, C), a copy unless channels-last in memory, and its changes.
+
+    Args:
+        x: map on the CPU, float32.
+        background: background to name the changes from: as remembered, unless the tensor was modified, or compared.
+
+    Raises:
+        TypeError: `x` has another type or device.
+        RuntimeError: `x` was modified by a part that cannot know that its background is not in memory.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise TypeError(f"x must be float32 on the CPU, got {x.dtype} on {x.device}")
+    cells: F32 = x.detach().permute(0, 2, 3, 1).contiguous().numpy()
+    changes: Changes | None = getattr(x, "changes", None)
+    if changes is not None and changes.version == x._version:
+        if changes.background is background:
+            return cells, changes.mask
+        if not changes.is_written:
+            fill(cells, changes.mask, changes.background, 0, cells.shape[3])
+    elif changes is not None and not changes.is_written:
+        raise RuntimeError("a map was modified of which the background is not in memory")
+    return cells, None if background is None else find_changed(cells, background)
 
 
-def _sizes(maps: Sequence[F32]) -> tuple[tuple[int, int], ...]:
-    return tuple((cells.shape[1], cells.shape[2]) for cells in maps)
+def _sizes(x: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((one.shape[2], one.shape[3]) for one in x)
+
+
+def _background_sizes(backgrounds: Sequence[Background]) -> tuple[tuple[int, int], ...]:
+    return tuple((one.index.shape[0], one.index.shape[1]) for one in backgrounds)

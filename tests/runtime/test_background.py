@@ -125,13 +125,16 @@ def run_both(network: Detector, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return skipped, full
 
 
+@pytest.mark.parametrize("inside", ["written", "unwritten"])
 @pytest.mark.parametrize(
     ("head", "neck"),
     [(anchor_head(), "SECONDFPN"), (center_head(), "SECONDFPN"), (anchor_head(), "mmdet.FPN")],
     ids=["anchors", "centers", "pyramid"],
 )
-def test_skipping_keeps_every_bit_from_an_empty_cloud_to_a_full_one(head, neck):
+def test_skipping_keeps_every_bit_from_an_empty_cloud_to_a_full_one(head, neck, inside, monkeypatch):
+    monkeypatch.setattr(background, "_passes_maps_on", lambda network: inside == "unwritten")
     plain, fused = build(head, neck)
+    assert fused.neck.writes_background == (inside == "written")
     for seed in range(50):
         x = canvas(seed, share=(seed / 49) ** 3, batch=1 + seed % 3)
         skipped, full = run_both(fused, x)
@@ -166,8 +169,7 @@ def test_one_point_leaves_most_cells_uncomputed(neck):
     with torch.no_grad():
         fused(x)
         merged, *_ = fused.neck(fused.backbone(x))
-    changed, _, _ = merged.changed
-    assert 0 < changed.mean() < 0.2
+    assert 0 < merged.changes.mask.mean() < 0.2
 
 
 def test_modified_map_between_two_parts_is_compared_again():
@@ -183,6 +185,24 @@ def test_modified_map_between_two_parts_is_compared_again():
         skipped = run()
         background.set_skipping(fused, enabled=False)
         assert bits(skipped) == bits(run())
+
+
+def test_unwritten_background_is_written_for_a_part_that_does_not_know_it(monkeypatch):
+    monkeypatch.setattr(background, "_passes_maps_on", lambda network: True)
+    _, fused = build(anchor_head())
+    x = canvas(1, 0.05)
+    with torch.no_grad():
+        fused(x)
+        skipped = fused.neck(fused.backbone(x))
+        known = fused.bbox_head.conv_cls.backgrounds
+        for size, (before, after) in known.items():
+            known[size] = [copy.deepcopy(before), after]
+        with pytest.raises(RuntimeError):
+            skipped[0][:, :, 0, 0] += 1.0
+            fused.bbox_head(skipped)
+        found = flatten(fused.bbox_head(fused.neck(fused.backbone(x))))
+        background.set_skipping(fused, enabled=False)
+        assert bits(found) == bits(flatten(fused.bbox_head(fused.neck(fused.backbone(x)))))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])

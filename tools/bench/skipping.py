@@ -157,7 +157,7 @@ def _outputs(detector: Detector, body: bytes) -> list[bytes]:
     parts = [
         module
         for name, module in detector.network.named_modules()
-        if isinstance(module, masked.MaskedSequence) and "head" in name
+        if isinstance(module, masked.MaskedSequence) and "head" in name and module.writes_background
     ]
     handles = [part.register_forward_hook(keep) for part in parts]
     try:
