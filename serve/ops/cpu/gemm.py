@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
+import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
@@ -42,8 +43,16 @@ __all__ = [
 # 6 x 2 sums, two weights and one value fit the 16 vector registers of AVX2, 6 x 4 sums the 32 of AVX-512.
 ROWS = 6
 _VECTORS, _WIDE_VECTORS = 2, 4
-# Whether the CPU has vectors of 16 floats.
-HAS_AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+
+
+def _compiles_avx512() -> bool:
+    """Return whether numba compiles for vectors of 16 floats: on this CPU, unless NUMBA_CPU_FEATURES names another."""
+    if numba.config.CPU_FEATURES is not None:
+        return "+avx512f" in numba.config.CPU_FEATURES.split(",")
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+
+
+HAS_AVX512 = _compiles_avx512()
 LANES = 16 if HAS_AVX512 else 8
 # Output channels per panel, and per wide panel for AVX-512, which has twice the weights per value read.
 CHANNELS, _WIDE_CHANNELS = _VECTORS * LANES, _WIDE_VECTORS * LANES
