@@ -279,6 +279,8 @@ _SAMPLE_FLOATS = 1 << 11
 _MIN_FLOATS = 512
 _STRIDES: tuple[int, ...] = (*range(3, 11), 12)  # 12: the longest of PCL's points
 _FAR_BETTER = 0.35
+# Of all numbers, those that may be coordinates, and those that are of no sensor but integers' bytes.
+_MIN_PLAUSIBLE, _MAX_TINY, _TINY = 0.5, 0.1, 1e-20
 
 
 def check_layout(body: Bytes, width: int) -> None:
@@ -298,19 +300,27 @@ def check_layout(body: Bytes, width: int) -> None:
     sample = sample[: len(sample) // 8 * 8]
     if len(sample) < 4 * _MIN_FLOATS:
         return
-    plausible = _plausible_share(np.frombuffer(sample, "<f4"))
+    numbers = np.frombuffer(sample, "<f4")
+    plausible = _plausible_share(numbers)
     for kind, name in ((">f4", "big-endian float32"), ("<f8", "float64"), (">f8", "big-endian float64")):
         if plausible < 0.9 and _plausible_share(np.frombuffer(sample, kind)) > 0.98:
             raise UndecodableFrame(
                 f"the body looks like {name}, not float32 little-endian; convert it, or send .npy, "
                 "which declares its type"
             )
+    tiny = float(((numbers != 0) & (np.abs(numbers) < _TINY)).mean())
+    if plausible < _MIN_PLAUSIBLE or tiny > _MAX_TINY:
+        raise UndecodableFrame(
+            f"the body does not look like float32 points: {1 - plausible:.0%} of its numbers are neither 0 nor of the "
+            "size of a coordinate or intensity, as are integers, float16, packed colours or compressed bytes; "
+            f"convert it, send .npy, which declares its type, or declare load_dim={width} if that is what they are"
+        )
     if _is_by_column(np.frombuffer(body, "<f4"), width):
         raise UndecodableFrame(
             f"the body looks like {width} columns one after another (all x, then all y, …), not like points of "
             f"{width} numbers; write the transposed array, or declare load_dim={width} if that is what they are"
         )
-    best = _likely_stride(np.frombuffer(sample, "<f4"), width)
+    best = _likely_stride(numbers, width)
     if best is not None and (len(body) // 4) % best == 0:
         raise UndecodableFrame(
             f"the body looks like points of {best} numbers, this model takes {width}; name the columns, as in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,24 @@ def test_intensities_behind_all_coordinates_are_refused():
 def test_another_type_or_byte_order_is_refused(dtype):
     with pytest.raises(UndecodableFrame):
         decode(SAMPLE.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", "<i2", "<u2", "<i4", ">i4", "<i8", "<u4", "u1"])
+@pytest.mark.parametrize("scale", [1, 100])
+def test_numbers_of_another_kind_are_refused_as_such(dtype, scale):
+    with pytest.raises(UndecodableFrame, match="does not look like float32"):
+        decode(np.abs(SAMPLE * scale).astype(dtype))
+
+
+def test_colours_packed_into_the_bits_of_a_float_are_refused():
+    packed = (np.arange(len(SAMPLE)) % 0xFFFFFF).astype("<u4").view("<f4")
+    with pytest.raises(UndecodableFrame, match="packed colours"):
+        decode(np.column_stack([SAMPLE[:, :3], packed]))
+
+
+def test_bytes_that_are_compressed_are_refused():
+    with pytest.raises(UndecodableFrame, match="compressed"):
+        decode(np.frombuffer(zlib.compress(SAMPLE.tobytes())[: len(SAMPLE) // 4 * 16], np.uint8))
 
 
 def test_declared_columns_are_taken_by_name():
