@@ -139,6 +139,7 @@ def _reduce(whole: FullConfig, path: Path) -> ResolvedConfig:
 
     full, notes = whole
     full = {**full, "model": dict(full["model"])}
+    notes += unwrap_augmented(full)
     scope = scope_of(full)
     if scope not in ("mmdet", "mmdet3d"):
         raise ArchiveError(f"config {path} is for {scope}; supported: mmdet, mmdet3d")
@@ -181,6 +182,21 @@ def _inline_teacher(model: dict[str, Any], path: Path) -> None:
             model["teacher_config"] = {"model": Config.fromfile(str(root / named)).to_dict()["model"]}
             return
     raise ArchiveError(f"config {path} names a teacher config {named}, which does not exist")
+
+
+def unwrap_augmented(config: dict[str, Any]) -> tuple[str, ...]:
+    """Replace a wrapper that averages over test-time augmentations by the model in it; in place.
+
+    Upstream's ``test.py --tta`` dumps such a config.
+
+    Returns:
+        A note, if there was one.
+    """
+    kind, inner = str(config["model"].get("type", "")).rpartition(".")[2], config["model"].get("module")
+    if not kind.endswith("TTAModel") or not isinstance(inner, Mapping):
+        return ()
+    config["model"] = dict(inner)
+    return (f"test-time augmentation ({kind}) is left out: the model that it wraps is served",)
 
 
 def keep_one_view(config: dict[str, Any]) -> tuple[str, ...]:

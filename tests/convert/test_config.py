@@ -127,6 +127,14 @@ def test_test_time_augmentation_in_the_pipeline_is_left_out_and_noted(tmp_path):
     assert any("TestTimeAug" in note for note in resolved.notes)
 
 
+@pytest.mark.parametrize("kind", ["DetTTAModel", "mmdet.DetTTAModel", "mmdet.models.DetTTAModel"])
+def test_a_model_wrapped_for_test_time_augmentation_is_unwrapped_and_noted(tmp_path, kind):
+    wrapped = f"{PLAIN}model = dict(type='{kind}', module=model, tta_cfg=dict(max_per_img=10))\n"
+    resolved = resolve_config(write(tmp_path, wrapped))
+    assert resolved.config["model"] == resolve_config(write(tmp_path, PLAIN, "plain.py")).config["model"]
+    assert any("DetTTAModel" in note for note in resolved.notes)
+
+
 def test_a_base_of_the_old_layout_is_taken_from_the_zoo(tmp_path):
     text = (
         "_base_ = ['../_base_/models/faster_rcnn_r50_fpn.py', '../_base_/datasets/coco_detection.py']\n"
