@@ -31,6 +31,7 @@ __all__ = ["PackedCode", "add_named_modules", "collect_custom_code", "names_unre
 
 MAX_DATA_FILE_BYTES = 16 << 20
 MAX_CODE_BYTES = 64 << 20
+# Unless they are packages.
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", "build", "dist", "work_dirs"})
 _NAMED_IN_NOTE = 5
 
@@ -244,7 +245,10 @@ def _files_below(root: Path) -> list[Path]:
             continue
         visited.add(real)
         folders[:] = sorted(
-            name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith(".")
+            name
+            for name in folders
+            if (name not in _SKIPPED_FOLDERS or Path(folder, name, "__init__.py").is_file())
+            and not name.startswith(".")
         )
         found += [
             Path(folder, name)

@@ -53,6 +53,11 @@ def test_a_package_is_packed_with_its_data_and_without_caches(code):
     assert packed("own") == ["own/__init__.py", "own/sub/settings.json"]
 
 
+def test_a_package_called_build_is_packed_and_a_folder_of_that_name_is_not(code):
+    write(code, {"whole/__init__.py": "", "whole/build/__init__.py": "", "whole/dist/wheel.txt": ""})
+    assert packed("whole") == ["whole/__init__.py", "whole/build/__init__.py"]
+
+
 def test_neighbours_that_a_module_imports_are_packed(code):
     write(
         code,
