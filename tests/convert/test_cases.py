@@ -22,12 +22,12 @@ from serve.compare.detections import compare_answers
 from serve.compare.tolerances import tolerances_for
 from serve.convert.config import resolve_config
 from serve.convert.golden import golden_image
+from serve.convert.random_weights import write_random_checkpoint
 from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime import load_detector
 from serve.verify.reference import load_reference
 from serve.verify.report import comparison_table
 from tests.convert.test_config import LAZY, PLAIN
-from tools.zoo.random_weights import write_random_checkpoint
 
 ops.install()
 

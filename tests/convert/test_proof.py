@@ -12,9 +12,9 @@ import torch
 
 from serve import ops
 from serve.convert import Conversion, convert, resolve_config
+from serve.convert.random_weights import write_random_checkpoint
 from serve.errors import ArchiveError, SelfTestError, SetupError
 from tests.convert.test_config import LAZY, PLAIN
-from tools.zoo.random_weights import write_random_checkpoint
 
 ops.install()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from serve import archive, ops, zoo
 from serve.convert import Conversion, configured_classes, convert, resolve_config
-from tools.zoo.random_weights import write_random_checkpoint
+from serve.convert.random_weights import write_random_checkpoint
 
 ops.install()
 

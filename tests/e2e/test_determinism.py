@@ -51,8 +51,8 @@ def second(folder: Path, demo_mar: Path) -> tuple[Path, bytes]:
 
 
 def image_detector(folder: Path, demo_mar: Path) -> tuple[Path, bytes]:
+    from serve.convert.random_weights import write_random_checkpoint
     from serve.runtime.pipeline import frame_spec
-    from tools.zoo.random_weights import write_random_checkpoint
 
     config = zoo.resolve("yolox_tiny_8xb8-300e_coco").config_path
     resolved = convert.resolve_config(config).config

@@ -19,16 +19,16 @@ from serve import convert, zoo
 from serve.cli import run, verify
 from serve.convert import Conversion, configured_classes, resolve_config
 from serve.convert.golden import golden_image
+from serve.convert.random_weights import write_random_checkpoint
 from serve.errors import BackendStartError
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, pick_free_ports
-from tools.zoo.random_weights import write_random_checkpoint
 
 pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(600)]
 
 TOOL = Path(__file__).parents[2] / "tools" / "deployment" / "test_torchserver.py"
-# Random weights that behave (tools.zoo.random_weights); pictures below the zoo's size, for the clock's sake, and of
+# Random weights that behave (serve.convert.random_weights); pictures below the zoo's size, for the clock's sake, and of
 # sizes that need no padding: on constant regions a random network's candidates tie, and rounding decides between them.
 RANDOM = ("pointpillars", "faster-rcnn", "mask-rcnn", "retinanet")
 

@@ -9,13 +9,13 @@ import pytest
 from serve.client import Client
 from serve.convert import Conversion, configured_classes, convert, resolve_config
 from serve.convert.golden import golden_frame
+from serve.convert.random_weights import write_random_checkpoint
 from serve.runtime.pipeline import frame_spec
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from serve.verify.endpoint import verify
 from serve.verify.reference import load_reference
 from serve.verify.report import frame_table
 from tests.conftest import pick_free_ports
-from tools.zoo.random_weights import write_random_checkpoint
 
 CONFIGS = Path(__file__).parent / "old_configs"
 SERVED = (

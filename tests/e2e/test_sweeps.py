@@ -17,6 +17,7 @@ from serve import archive, zoo
 from serve.client import Client
 from serve.compare.detections import Tolerances, compare_answers
 from serve.convert import Conversion, configured_classes, convert, resolve_config
+from serve.convert.random_weights import write_random_checkpoint
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from serve.verify.endpoint import find_frames, verify
@@ -26,7 +27,6 @@ from tests.conftest import pick_free_ports
 from tests.gateway.conftest import running_gateway
 from tests.gateway.running import Background, eventually
 from tests.worker.context import Context
-from tools.zoo.random_weights import write_random_checkpoint
 
 MODEL = "centerpoint_pillar02_second_secfpn_8xb4-cyclic-20e_nus-3d"
 CLOSE = Tolerances(box_m=1e-3, yaw_rad=1e-3, score=1e-4)

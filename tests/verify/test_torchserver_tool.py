@@ -254,7 +254,7 @@ def test_summary_notes_constant_predictions(server: FakeTorchServe, tmp_path: Pa
 def _random_weights(config: str, path: Path) -> Path:
     from serve import ops, zoo
     from serve.convert import configured_classes, resolve_config
-    from tools.zoo.random_weights import write_random_checkpoint
+    from serve.convert.random_weights import write_random_checkpoint
 
     ops.install()
     parsed = resolve_config(zoo.resolve(config).config_path).config

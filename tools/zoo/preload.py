@@ -21,4 +21,4 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import mmdet3d.apis  # noqa: F401
 
-from tools.zoo import random_weights  # noqa: E402, F401
+from serve.convert import random_weights  # noqa: E402, F401

@@ -159,12 +159,12 @@ def _try(path: Path, folder: Path, properties: dict[str, Any], *, served: bool) 
     from serve.compare.detections import compare_answers
     from serve.compare.ties import VARIANTS, confirm_ties
     from serve.convert import golden
+    from serve.convert.random_weights import write_random_checkpoint
     from serve.protocol.frames import FrameOptions, Limits
     from serve.runtime import load_detector
     from serve.runtime.pipeline import frame_spec
     from serve.runtime.rounding import variants
     from serve.verify.reference import load_reference
-    from tools.zoo.random_weights import write_random_checkpoint
     from tools.zoo.served import verify_served
 
     # 1. Shrink the config.

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None) -> int:
     report = stage_reporter()
     report("loading torch and the model zoo")
     from serve.convert import configured_classes, resolve_config
-    from tools.zoo.random_weights import write_random_checkpoint
+    from serve.convert.random_weights import write_random_checkpoint
 
     report(f"reading the config {args.config}")
     config = resolve_config(zoo.resolve(args.config).config_path).config

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None) -> int:
 
 def _archive(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, dict[str, Any], Path]:
     """Archive a model and unpack it in ``folder/opened``; return config, resolved config and checkpoint."""
-    from tools.zoo.random_weights import write_random_checkpoint
+    from serve.convert.random_weights import write_random_checkpoint
 
     config = zoo.resolve(name).config_path
     resolved = convert.resolve_config(config).config
