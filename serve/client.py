@@ -16,7 +16,14 @@ from urllib.parse import quote
 
 import httpx
 
-from serve.errors import BackendBroken, BadRequest, DeadlineExceeded, NotReady, error_from_response
+from serve.errors import (
+    BackendBroken,
+    BadRequest,
+    DeadlineExceeded,
+    ModelNotFound,
+    NotReady,
+    error_from_response,
+)
 
 __all__ = ["Client"]
 
@@ -101,9 +108,6 @@ class Client:
             BackendBroken: the connection was lost, or the answer is not detections.
             ServeError: the error in the server's answer, as the class of its code.
         """
-        path = f"/predictions/{quote(model, safe='')}"
-        if version is not None:
-            path += f"/{quote(version, safe='')}"
         options = {
             "score_thr": score_thr,
             "max_detections": max_detections,
@@ -111,6 +115,44 @@ class Client:
             "columns": columns,
             "sweeps": sweeps,
         }
+        answer, _ = self._predict(frame_bytes, model, version, options, content_type, timeout_s)
+        return answer
+
+    def predict_encoded(
+        self,
+        frame_bytes: bytes | Mapping[str, bytes],
+        model: str,
+        version: str | None = None,
+        *,
+        options: Mapping[str, Any],
+        content_type: str = "application/octet-stream",
+    ) -> tuple[dict[str, Any], bytes]:
+        """Send one frame and return its detections, parsed and as the bytes that the server sent.
+
+        Args:
+            frame_bytes: as for `predict`.
+            model: name of the served model.
+            version: its version; the server's default if None.
+            options: options of `predict` by name; None leaves one out.
+            content_type: media type of ``frame_bytes``; ignored for several parts.
+
+        Raises:
+            ServeError: as `predict`.
+        """
+        return self._predict(frame_bytes, model, version, options, content_type, None)
+
+    def _predict(
+        self,
+        frame_bytes: bytes | Mapping[str, bytes],
+        model: str,
+        version: str | None,
+        options: Mapping[str, Any],
+        content_type: str,
+        timeout_s: float | None,
+    ) -> tuple[dict[str, Any], bytes]:
+        path = f"/predictions/{quote(model, safe='')}"
+        if version is not None:
+            path += f"/{quote(version, safe='')}"
         # TorchServe drops the query string of /predictions, so options travel as headers.
         option_headers = {
             f"X-{name.replace('_', '-').title()}": str(value)
@@ -139,7 +181,36 @@ class Client:
             )
         if "error" in answer:  # an error with status 200 violates the contract
             raise error_from_response(502, answer, response.text)
-        return answer
+        return answer, response.content
+
+    def describe(self, model: str, version: str | None = None) -> dict[str, Any] | None:
+        """Return the gateway's description of a model: modality, parts, classes and so on.
+
+        Args:
+            model: name of the served model.
+            version: its version; the default one if None.
+
+        Returns:
+            One entry of ``GET /models``; None if the server is TorchServe, which has no such route.
+
+        Raises:
+            ModelNotFound: the gateway has no such model or version.
+            ServeError: as `predict`.
+        """
+        with self._map_errors(self._timeout_s):
+            response = self._http.get(f"/models/{quote(model, safe='')}")
+        answer = _json(response)
+        if response.status_code in (404, 405) and not _is_own_error(answer):
+            return None
+        if response.status_code != 200:
+            raise error_from_response(response.status_code, answer, response.text)
+        if not isinstance(answer, list) or not all(isinstance(each, dict) for each in answer):
+            raise BackendBroken(f"unexpected answer of {self._address}, not a list of models")
+        entries: list[dict[str, Any]] = answer
+        for each in entries:
+            if each.get("version") == version if version is not None else each.get("default"):
+                return each
+        raise ModelNotFound(f"{self._address} has no version {version} of model '{model}'")
 
     @contextmanager
     def _map_errors(self, limit_s: float) -> Iterator[None]:
@@ -156,6 +227,11 @@ class Client:
             raise NotReady(message) from error
         except httpx.TransportError as error:
             raise BackendBroken(f"lost the connection to {where}: {error}") from error
+
+
+def _is_own_error(answer: Any) -> bool:
+    """Whether a body is an error of this project's gateway."""
+    return isinstance(answer, dict) and isinstance(answer.get("error"), dict)
 
 
 def _json(response: httpx.Response) -> Any:

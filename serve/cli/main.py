@@ -24,6 +24,7 @@ COMMANDS = {
         "serve.cli.archive",
         "create a .mar archive of a zoo model or of your own config and checkpoint",
     ),
+    "predict": ("serve.cli.predict", "predict images, clouds, videos or buckets, with or without a server"),
     "serve": ("serve.cli.serve", "serve archives with TorchServe and the gateway in the foreground"),
     "stop": ("serve.cli.stop", "stop what 'serve' or 'demo' left running"),
     "verify": ("serve.cli.verify", "compare a served model with native mmdet / mmdet3d inference"),

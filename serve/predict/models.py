@@ -1,0 +1,344 @@
+"""Models that predictions come from: in this process, or behind a server.
+
+Both take frames in two steps, so that reading and decoding go on while the network computes: `prepare`, which any
+thread may call, and `submit`, which queues a batch and returns at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from serve import archive, ops
+from serve.archive import Archive
+from serve.client import Client
+from serve.errors import (
+    BackendBroken,
+    InferenceFailed,
+    NotReady,
+    Overloaded,
+    ServeError,
+    UndecodableFrame,
+    error_of_frame,
+)
+from serve.protocol.batch import Body
+from serve.protocol.frames import FrameOptions, Modality
+from serve.protocol.worker import Outcome
+from serve.settings import Settings
+
+if TYPE_CHECKING:
+    from serve.runtime import Detector
+
+__all__ = ["LocalModel", "Model", "RemoteModel", "ServedAnswer", "connect", "open_archive"]
+
+_RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+class Model(Protocol):
+    """What `serve.predict` needs of a model."""
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What tells this model from another, for the record of a run."""
+
+    @property
+    def modality(self) -> Modality | None:
+        """Kind of frames that it takes; None if the server does not tell."""
+
+    @property
+    def load_dim(self) -> int | None:
+        """Float32 numbers per point in a ``.bin``; None without a point cloud, or if the server does not tell."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether frames travel over a network."""
+
+    def prepare(self, body: Body, options: FrameOptions) -> Any:
+        """Check and decode one frame; may be called by several threads.
+
+        Raises:
+            ClientError: not a frame of this model.
+        """
+
+    def submit(self, prepared: Sequence[Future[Any]]) -> Future[list[Outcome]]:
+        """Queue a batch of what `prepare` returned; gives one outcome per frame, in order.
+
+        The future raises only what concerns every frame, such as a server that is gone.
+        """
+
+    def close(self) -> None:
+        """Release the model."""
+
+
+class _Closing:
+    """Context that closes at its end."""
+
+    def __enter__(self) -> Self:
+        """Keep it open for the block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class LocalModel(_Closing):
+    """A detector in this process; loads and computes in one thread of its own, as a server's worker does."""
+
+    is_remote = False
+
+    def __init__(
+        self, detector: Detector, engine: ThreadPoolExecutor, folder: contextlib.ExitStack, sha256: str
+    ) -> None:
+        """Take over what `open_archive` made."""
+        self.detector = detector
+        self._engine, self._folder = engine, folder
+        self._limits = Settings.from_environment().limits
+        metadata = detector.metadata
+        self.identity = {"name": metadata.name, "version": metadata.version, "sha256": sha256}
+
+    @property
+    def modality(self) -> Modality:
+        """Kind of frames that it takes."""
+        return self.detector.describe()["modality"]  # type: ignore[no-any-return]
+
+    @property
+    def load_dim(self) -> int | None:
+        """Float32 numbers per point in a ``.bin``."""
+        return self.detector.metadata.load_dim
+
+    def prepare(self, body: Body, options: FrameOptions) -> Any:
+        """Decode a frame, with the limits of a server."""
+        return self.detector.decode(body, options, self._limits)
+
+    def submit(self, prepared: Sequence[Future[Any]]) -> Future[list[Outcome]]:
+        """Queue a batch for the thread that computes."""
+        return self._engine.submit(self._run, prepared)
+
+    def _run(self, prepared: Sequence[Future[Any]]) -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        frames: dict[int, Any] = {}
+        for i, each in enumerate(prepared):
+            found = outcome_of(each)
+            (outcomes if isinstance(found, ServeError) else frames)[i] = found
+        if frames:
+            outcomes.update(zip(frames, self.detector.run(list(frames.values())), strict=True))
+        return [outcomes[i] for i in range(len(prepared))]
+
+    def close(self) -> None:
+        """Wait for the batch that runs, and remove the unpacked archive."""
+        self._engine.shutdown(wait=True, cancel_futures=True)
+        self._folder.close()
+
+
+def open_archive(path: Path, device: str | None = None, *, trust_code: bool = False) -> LocalModel:
+    """Load an archive into this process and run its golden frame, as a server's worker does.
+
+    Args:
+        path: the ``.mar``.
+        device: ``cpu`` or ``cuda:N``; the first GPU if None, else the CPU.
+        trust_code: allow code packed in the archive.
+
+    Raises:
+        SetupError: it cannot be loaded, or its golden frame has other predictions here.
+    """
+    settings = Settings.from_environment()
+    ops.install(settings.ops, cache_dir=settings.cache_dir)
+    import torch
+
+    from serve.runtime.malloc import disable_malloc_trim
+    from serve.runtime.model import parse_device
+    from serve.storage.hashes import sha256_of
+
+    chosen = parse_device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cpu" and settings.keep_heap:
+        disable_malloc_trim()  # before a second thread starts
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmdet3d-serve-predict-")))
+        opened = archive.extract(path, folder)
+        engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        stack.callback(engine.shutdown)
+        detector = engine.submit(_load, opened, chosen, settings, trust_code).result()
+        return LocalModel(detector, engine, stack.pop_all(), sha256_of(path))
+
+
+def _load(opened: Archive, device: Any, settings: Settings, trust_code: bool) -> Detector:
+    import torch
+
+    from serve.runtime import load_detector
+    from serve.runtime.selftest import self_test
+    from serve.worker.cpu_quota import available_cores
+
+    torch.set_num_threads(settings.threads or min(torch.get_num_threads(), available_cores()))
+    detector = load_detector(
+        opened,
+        device,
+        trust_code=trust_code or settings.trust_archive_code,
+        skip_background=settings.skip_background,
+    )
+    self_test(detector, opened)
+    return detector
+
+
+class RemoteModel(_Closing):
+    """A model behind a gateway or TorchServe, over ``/predictions``."""
+
+    is_remote = True
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        version: str | None = None,
+        *,
+        token: str | None = None,
+        timeout_s: float = 120.0,
+        connections: int = 1,
+    ) -> None:
+        """See `connect`."""
+        self._url, self._name, self._version = url, name, version
+        self._token, self._timeout_s = token, timeout_s
+        self._threads = ThreadPoolExecutor(connections, thread_name_prefix="client")
+        self._own = threading.local()
+        self._clients: list[Client] = []
+        self.description: Mapping[str, Any] = self._client().describe(name, version) or {}
+        self.identity = {
+            "url": url,
+            "name": name,
+            "version": version or str(self.description.get("version", "")),
+        }
+
+    @property
+    def modality(self) -> Modality | None:
+        """Kind of frames that it takes; None if the server does not tell."""
+        return self.description.get("modality")
+
+    @property
+    def load_dim(self) -> int | None:
+        """Float32 numbers per point in a ``.bin``; None if the server does not tell."""
+        return self.description.get("load_dim")
+
+    def prepare(self, body: Body, options: FrameOptions) -> Any:
+        """Keep the bytes; the server decodes them."""
+        return body, options
+
+    def submit(self, prepared: Sequence[Future[Any]]) -> Future[list[Outcome]]:
+        """Send the frames of a batch side by side; the server batches them itself."""
+        answers = [self._threads.submit(self._ask, each) for each in prepared]
+        done: Future[list[Outcome]] = Future()
+        left = [len(answers)]
+        lock = threading.Lock()
+
+        def count(_: Future[Outcome]) -> None:
+            with lock:
+                left[0] -= 1
+                if left[0]:
+                    return
+            try:
+                done.set_result([answer.result() for answer in answers])
+            except BaseException as error:
+                done.set_exception(error)
+
+        for answer in answers:
+            answer.add_done_callback(count)
+        return done
+
+    def _ask(self, prepared: Future[Any]) -> Outcome:
+        found = outcome_of(prepared)
+        if isinstance(found, ServeError):
+            return found
+        body, options = found
+        for pause_s in (*_RETRIES_S, None):
+            try:
+                answer, encoded = self._client().predict_encoded(
+                    body, self._name, self._version, options=_given(options)
+                )
+                return ServedAnswer(answer, encoded)
+            except (Overloaded, NotReady, BackendBroken) as error:
+                if pause_s is None:
+                    if isinstance(error, Overloaded):
+                        return error
+                    raise
+                time.sleep(pause_s)
+            except ServeError as error:
+                if error.status in (401, 403, 404):  # so it would be for every frame
+                    raise
+                return error
+        raise AssertionError("unreachable")
+
+    def _client(self) -> Client:
+        client: Client | None = getattr(self._own, "client", None)
+        if client is None:
+            client = self._own.client = Client(self._url, token=self._token, timeout_s=self._timeout_s)
+            self._clients.append(client)
+        return client
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for client in self._clients:
+            client.close()
+
+
+def connect(
+    url: str,
+    name: str,
+    version: str | None = None,
+    *,
+    token: str | None = None,
+    timeout_s: float = 120.0,
+    connections: int = 1,
+) -> RemoteModel:
+    """Take predictions from a server.
+
+    Args:
+        url: address of the gateway (port 8000) or of TorchServe (port 8080).
+        name: name of the served model.
+        version: its version; the server's default if None.
+        token: bearer token or API key.
+        timeout_s: timeout of one answer, seconds.
+        connections: requests at a time.
+
+    Raises:
+        NotReady: nothing listens there.
+        ModelNotFound: the gateway has no such model.
+    """
+    return RemoteModel(url, name, version, token=token, timeout_s=timeout_s, connections=connections)
+
+
+class ServedAnswer(dict[str, Any]):
+    """An answer with the bytes in which a server sent it."""
+
+    def __init__(self, answer: Mapping[str, Any], encoded: bytes) -> None:
+        """See the class."""
+        super().__init__(answer)
+        self.encoded = encoded
+
+
+def _given(options: FrameOptions) -> dict[str, Any]:
+    """Return the options that differ from their defaults."""
+    return {
+        each.name: value for each in fields(options) if (value := getattr(options, each.name)) != each.default
+    }
+
+
+def outcome_of(prepared: Future[Any]) -> Any:
+    """Return what a frame was decoded to, or the error of its outcome."""
+    try:
+        return prepared.result()
+    except Exception as error:
+        kind = InferenceFailed if isinstance(error, MemoryError) else UndecodableFrame
+        return error_of_frame(error, kind, "the frame cannot be read")
