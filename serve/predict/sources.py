@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from serve import storage
 from serve.errors import UndecodableFrame
@@ -27,7 +27,8 @@ from serve.predict.frames import Clip, Frame, read_path
 from serve.protocol.batch import Body
 from serve.protocol.frames import Modality
 from serve.settings import Settings
-from serve.verify.endpoint import find_frames
+from serve.verify.endpoint import FRAME_MARKERS, find_frames
+from serve.verify.frame_source import list_frame_files
 from serve.verify.reference import FRAME_SUFFIXES
 
 __all__ = ["Source", "open_source"]
@@ -151,13 +152,12 @@ def _of_uri(text: str, modality: Modality | None, cache: storage.Cache | None) -
         return _of_uris(text, [text])
     folder, pattern = text, ""
     if where.name and _WILD & set(where.name):
-        folder, pattern = text[: -len(where.name)], where.name
-    listed = storage.list_files(folder.rstrip("/") if where.scheme == "s3" else folder.rstrip("#"))
-    if pattern:
-        listed = [uri for uri in listed if fnmatch.fnmatchcase(storage.parse(uri).name, pattern)]
+        folder, pattern = text[: -len(where.name)].rstrip("#/"), where.name
+    found = list_frame_files(storage.parse(folder))
+    if any(path.name in FRAME_MARKERS for path in found.values()):
+        return _of_parts(text, found)
+    listed = [uri for uri, path in found.items() if not pattern or fnmatch.fnmatchcase(path.name, pattern)]
     names = {storage.parse(uri).name for uri in listed}
-    if names & {"calibration.json", "sweeps.json"}:
-        return _of_parts(text, listed)
     kinds = _kinds(modality, [_suffix(name) for name in names])
     if chosen := [uri for uri in listed if uri.lower().endswith(kinds)]:
         return _of_uris(text, chosen)
@@ -175,9 +175,7 @@ def _of_uri(text: str, modality: Modality | None, cache: storage.Cache | None) -
 
 def _of_uris(text: str, uris: Sequence[str]) -> Source:
     names = [storage.parse(uri).name for uri in uris]
-    where = storage.parse(text)
-    folder = (where.member or where.path or where.bucket).rstrip("/").rsplit("/", 1)[-1]
-    clip = Clip(_bare(names[0]) if len(uris) == 1 else _bare(folder))
+    clip = Clip(_bare(names[0] if len(uris) == 1 else _last_name(text)))
     frames = tuple(
         Frame(name, stem, clip, partial(storage.read_bytes, uri))
         for name, stem, uri in zip(names, _stems(names), uris, strict=True)
@@ -185,16 +183,24 @@ def _of_uris(text: str, uris: Sequence[str]) -> Source:
     return Source(text, len(frames), False, (clip,), (frames,))
 
 
-def _of_parts(text: str, uris: Sequence[str]) -> Source:
-    """One frame of several parts, each an object."""
+def _of_parts(text: str, files: Mapping[str, PurePosixPath]) -> Source:
+    """Frames of several parts: a folder each, or one frame if the parts are in the folder itself."""
+    own = _last_name(text)
+    parts: dict[str, dict[str, str]] = {}
+    for uri, path in files.items():
+        parts.setdefault(path.parent.name or own, {})[path.stem] = uri
+    clip = Clip(own)
 
-    def read() -> Body:
-        return {Path(storage.parse(uri).name).stem: storage.read_bytes(uri) for uri in uris}
+    def read(wanted: Mapping[str, str]) -> Body:
+        return {part: storage.read_bytes(uri) for part, uri in wanted.items()}
 
+    frames = tuple(Frame(name, name, clip, partial(read, uris)) for name, uris in sorted(parts.items()))
+    return Source(text, len(frames), False, (clip,), (frames,))
+
+
+def _last_name(text: str) -> str:
     where = storage.parse(text)
-    name = (where.member or where.path or where.bucket).rstrip("/").rsplit("/", 1)[-1]
-    clip = Clip(name)
-    return Source(text, 1, False, (clip,), ((Frame(name, name, clip, read),),))
+    return (where.member or where.path or where.bucket).rstrip("/").rsplit("/", 1)[-1] or "frames"
 
 
 def _modality_at(path: Path) -> Modality:

@@ -24,7 +24,7 @@ from serve.protocol.frames import Modality
 from serve.verify.endpoint import FRAME_MARKERS, find_frames
 from serve.verify.reference import FRAME_SUFFIXES
 
-__all__ = ["frames_at"]
+__all__ = ["frames_at", "list_frame_files"]
 
 _ENDINGS = tuple(ending for endings in FRAME_SUFFIXES.values() for ending in endings)
 
@@ -46,7 +46,7 @@ def frames_at(source: str | Path, modality: Modality) -> Iterator[list[Path]]:
         return
     where = storage.parse(source)
     single = where.scheme == "http" or where.name.lower().endswith(_ENDINGS)
-    wanted = {str(source): PurePosixPath(where.name)} if single else _list(where)
+    wanted = {str(source): PurePosixPath(where.name)} if single else list_frame_files(where)
     if not wanted:
         raise UndecodableFrame(
             f"{where} has no frame ({', '.join(_ENDINGS)}, or folders with {' or '.join(FRAME_MARKERS)})"
@@ -62,7 +62,7 @@ def frames_at(source: str | Path, modality: Modality) -> Iterator[list[Path]]:
         yield find_frames(folder / where.name if single else folder, modality)
 
 
-def _list(where: storage.Location) -> dict[str, PurePosixPath]:
+def list_frame_files(where: storage.Location) -> dict[str, PurePosixPath]:
     """List the files of frames in a folder: URI → path below the folder, of one or two parts."""
     uris = storage.list_files(str(where), (*_ENDINGS, *FRAME_MARKERS), recursive=True)
     names = {uri: _below(where, storage.parse(uri)) for uri in uris if not {".", ".."} & {*uri.split("/")}}

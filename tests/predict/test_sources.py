@@ -101,6 +101,23 @@ def test_a_packed_file_is_a_folder(tmp_path: Path) -> None:
         open_source(tmp_path / "packed.ffr", "lidar")
 
 
+def test_frames_of_several_parts_in_a_packed_file(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "frames" / name).mkdir(parents=True)
+        for part in ("points.bin", "sweep.0.bin", "sweeps.json"):
+            (tmp_path / "frames" / name / part).write_bytes(f"{name} {part}".encode())
+    pack_folder(tmp_path / "frames", tmp_path / "packed.ffr")
+    source = open_source(tmp_path / "packed.ffr", "lidar")
+    assert names(source) == ["one", "two"]
+    body: Any = list(source)[1].read()
+    assert {part: bytes(content) for part, content in body.items()} == {
+        "points": b"two points.bin",
+        "sweep.0": b"two sweep.0.bin",
+        "sweeps": b"two sweeps.json",
+    }
+    assert names(open_source(f"ffrecord://{tmp_path}/packed.ffr#one", "lidar")) == ["one"]
+
+
 def test_videos_are_a_source_of_images(tmp_path: Path, drive: Path) -> None:
     source = open_source(drive, "image")
     assert source.count == 6 and not source.live
