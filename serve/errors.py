@@ -31,7 +31,7 @@ ServeError                          500  internal_error
     │   ├── AccessDenied                 access_denied          no credentials, or not allowed
     │   └── UriError                     bad_uri                unsupported URI, or one with credentials
     ├── SelfTestError                    self_test_failed       the golden frame does not match
-    ├── MissingPackage                   missing_package        a package that upstream's code imports
+    ├── MissingPackage                   missing_package        a package that only some uses need
     ├── DataSetError                     bad_data_set           missing, of another layout or other classes
     ├── UpstreamError                    upstream_failed        upstream's own program stopped
     └── BackendStartError                backend_not_started    TorchServe, Java or the gateway did not start
@@ -295,7 +295,7 @@ class SelfTestError(SetupError):
 
 
 class MissingPackage(SetupError, ImportError):
-    """A package that upstream's code imports is not installed."""
+    """A package is not installed that only some uses need: upstream's code for one data set, videos."""
 
     code = "missing_package"
 

@@ -38,8 +38,11 @@ class FakeServer(ThreadingHTTPServer):
 class Answering(BaseHTTPRequestHandler):
     server: FakeServer
 
+    def do_GET(self) -> None:
+        self.do_POST()
+
     def do_POST(self) -> None:
-        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.seen = {"path": self.path, "headers": dict(self.headers), "body": sent}
         self.server.gate.wait(30)
         if self.server.status:
@@ -198,3 +201,45 @@ def test_token_is_in_no_message_or_repr() -> None:
         with pytest.raises(errors.NotReady) as caught:
             client.predict(b"", "second")
         assert "secret-token" not in str(caught.value) + repr(client)
+
+
+DESCRIBED = [
+    {"name": "second", "version": "1.0", "default": False, "modality": "image"},
+    {"name": "second", "version": "2.0", "default": True, "modality": "lidar"},
+]
+
+
+@pytest.mark.parametrize(("version", "modality"), [(None, "lidar"), ("1.0", "image")])
+def test_a_model_is_described_by_the_gateway(version: str | None, modality: str) -> None:
+    with running() as server, Client(server.address) as client:
+        server.body = json.dumps(DESCRIBED).encode()
+        found = client.describe("second", version)
+        assert found is not None and found["modality"] == modality
+        assert server.seen["path"] == "/models/second"
+        with pytest.raises(errors.ModelNotFound):
+            client.describe("second", "3.0")
+
+
+@pytest.mark.parametrize("status", [404, 405])
+def test_torchserves_predictions_port_describes_no_model(status: int) -> None:
+    with running() as server, Client(server.address) as client:
+        server.status = status
+        server.body = b'{"code": 404, "type": "ResourceNotFoundException", "message": "not found"}'
+        assert client.describe("second") is None
+
+
+def test_a_model_that_the_gateway_does_not_have_is_an_error() -> None:
+    with running() as server, Client(server.address) as client:
+        server.status = 404
+        server.body = b'{"error": {"code": "model_not_found", "message": "model \'x\' not found"}}'
+        with pytest.raises(errors.ModelNotFound):
+            client.describe("x")
+
+
+def test_the_bytes_of_an_answer_can_be_had() -> None:
+    body = b'{"bboxes_3d":[[0.0000036159506]],"scores_3d":[0.5],"labels_3d":[0]}'
+    with running() as server, Client(server.address) as client:
+        server.body = body
+        answer, encoded = client.predict_encoded(b"frame", "second", options={"score_thr": 0.25})
+        assert encoded == body and answer == json.loads(body)
+        assert server.seen["headers"]["X-Score-Thr"] == "0.25"

@@ -214,12 +214,31 @@ class RemoteModel(_Closing):
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="client")
         self._own = threading.local()
         self._clients: list[Client] = []
-        self.description: Mapping[str, Any] = self._client().describe(name, version) or {}
+        try:
+            self.description = self._describe()
+        except BaseException:
+            self.close()
+            raise
         self.identity = {
             "url": url,
             "name": name,
             "version": version or str(self.description.get("version", "")),
         }
+
+    def _describe(self) -> Mapping[str, Any]:
+        """Read the gateway's description, and wait for a model that is loading; empty of a TorchServe."""
+        for pause_s in (*_RETRIES_S, None):
+            found = self._client().describe(self._name, self._version)
+            if found is None:
+                return {}
+            if "modality" in found:
+                return found
+            if pause_s is None or found.get("reason"):
+                break
+            time.sleep(pause_s)
+        raise NotReady(
+            f"model '{self._name}' of {self._url} is {found.get('status')}: {found.get('reason', 'try again later')}"
+        )
 
     @property
     def modality(self) -> Modality | None:

@@ -74,7 +74,7 @@ def open_source(
     Raises:
         UndecodableFrame: nothing there, or nothing that such a model reads.
         StorageError: a URI cannot be read.
-        SettingsError: a video, without PyAV.
+        MissingPackage: a video, without PyAV.
     """
     text = str(source)
     if text.isdecimal() and not Path(text).exists():

@@ -19,7 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from serve.errors import SettingsError, UndecodableFrame
+from serve.errors import MissingPackage, UndecodableFrame
 from serve.predict.frames import Clip, Frame, Image, Moment, encode_pixels
 
 __all__ = ["SUFFIXES", "Reader", "camera", "file", "load_av", "stream"]
@@ -50,12 +50,12 @@ def load_av() -> Any:
     """Import PyAV.
 
     Raises:
-        SettingsError: it is not installed.
+        MissingPackage: it is not installed.
     """
     try:
         import av
     except ImportError as error:
-        raise SettingsError(_INSTALL) from error
+        raise MissingPackage(_INSTALL) from error
     av.logging.set_level(av.logging.PANIC)  # FFmpeg prints lines about damage that errors report anyway
     return av
 
@@ -124,7 +124,7 @@ def file(path: Path, name: str | None = None) -> Reader:
 
     Raises:
         UndecodableFrame: not a video, or one without pictures.
-        SettingsError: PyAV is not installed.
+        MissingPackage: PyAV is not installed.
     """
     found = path.stat()
     bare = Reader(

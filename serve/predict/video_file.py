@@ -42,7 +42,8 @@ class VideoFile:
             rate: frames per second, of frames without times.
 
         Raises:
-            SettingsError: PyAV or an encoder is missing, or no container has this suffix.
+            MissingPackage: PyAV is not installed.
+            SettingsError: no container has this suffix, or PyAV lacks its encoder.
         """
         self._av = load_av()
         if path.suffix.lower() not in CONTAINERS:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from serve.errors import SettingsError, UndecodableFrame
+from serve.errors import MissingPackage, UndecodableFrame
 from serve.predict import video
 from serve.predict.frames import Moment
 from serve.predict.video_file import VideoFile
@@ -122,7 +122,7 @@ def test_an_aborted_video_leaves_no_file(tmp_path: Path) -> None:
 
 def test_without_pyav_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, drive: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(SettingsError, match=r"mmdet3d-serve\[video\]"):
+    with pytest.raises(MissingPackage, match=r"mmdet3d-serve\[video\]"):
         video.file(drive)
 
 
