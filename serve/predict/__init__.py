@@ -27,6 +27,7 @@ __all__ = [
     "AsyncPredictor",
     "Frame",
     "FrameInput",
+    "FrameOptions",
     "LocalModel",
     "Model",
     "Prediction",

@@ -227,18 +227,17 @@ class RemoteModel(_Closing):
 
     def _describe(self) -> Mapping[str, Any]:
         """Read the gateway's description, and wait for a model that is loading; empty of a TorchServe."""
-        for pause_s in (*_RETRIES_S, None):
+        for pause_s in (*_RETRIES_S, 0.0):
             found = self._client().describe(self._name, self._version)
             if found is None:
                 return {}
             if "modality" in found:
                 return found
-            if pause_s is None or found.get("reason"):
+            why = f"{found.get('status')}: {found.get('reason', 'try again later')}"
+            if "reason" in found:
                 break
             time.sleep(pause_s)
-        raise NotReady(
-            f"model '{self._name}' of {self._url} is {found.get('status')}: {found.get('reason', 'try again later')}"
-        )
+        raise NotReady(f"model '{self._name}' of {self._url} is {why}")
 
     @property
     def modality(self) -> Modality | None:

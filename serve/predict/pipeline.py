@@ -119,10 +119,10 @@ def _prediction(entry: _Entry) -> Prediction:
     if isinstance(outcome, ServedAnswer):
         return Prediction(entry.frame, outcome.encoded, outcome, None, entry.body)
     status, encoded = encode_outcome(outcome)
-    if status != 200:
-        error = (
-            outcome if isinstance(outcome, ServeError) else error_from_response(status, orjson.loads(encoded))
-        )
+    if isinstance(outcome, ServeError):
+        return Prediction(entry.frame, encoded, None, outcome, entry.body)
+    if status != 200:  # JSON lacks something that is in the answer
+        error = error_from_response(status, orjson.loads(encoded))
         return Prediction(entry.frame, encoded, None, error, entry.body)
     return Prediction(entry.frame, encoded, outcome, None, entry.body)
 

@@ -133,14 +133,20 @@ def test_boxes_in_camera_coordinates_are_kept() -> None:
 
 
 def test_boxes_in_images_leave_the_rest_unknown() -> None:
-    flat = {"bboxes": [[1, 2, 30, 40]], "scores": [0.25], "labels": [9], "names": ["traffic light"]}
+    flat: dict[str, Any] = {
+        "bboxes": [[1, 2, 30, 40]],
+        "scores": [0.25],
+        "labels": [9],
+        "names": ["traffic light"],
+    }
     assert format_labels(flat, None) == (
         "traffic_light -1 -1 -10 1.0000 2.0000 30.0000 40.0000 -1 -1 -1 -1000 -1000 -1000 -10 0.250000\n"
     )
 
 
 def test_other_predictions_are_refused() -> None:
-    for other in (answer([1, 2, 3, 4, 5, 6, 0], kind="Depth"), {"pts_semantic_mask": {}, "classes": []}):
+    labels: dict[str, Any] = {"pts_semantic_mask": {}, "classes": []}
+    for other in (answer([1, 2, 3, 4, 5, 6, 0], kind="Depth"), labels):
         with pytest.raises(BadRequest):
             format_labels(other, plain_camera())
 

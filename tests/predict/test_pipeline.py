@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -146,7 +147,7 @@ def test_a_task_that_is_cancelled_frees_its_place_and_its_frame_is_dropped(model
 
 
 def test_a_bad_frame_of_a_task_fails_that_task_only(model: EchoModel) -> None:
-    async def ask() -> list[object]:
+    async def ask() -> list[Any]:
         async with AsyncPredictor(model) as predictor:
             tasks = [predictor.predict(body) for body in (b"frame 0", b"bad", b"frame 2")]
             return await asyncio.gather(*tasks, return_exceptions=True)

@@ -27,7 +27,7 @@ def pixels(path: Path) -> list[Any]:
 
 def seen_by_opencv(path: Path) -> list[Any]:
     capture = cv2.VideoCapture(str(path))
-    found = []
+    found: list[Any] = []
     while True:
         there, image = capture.read()
         if not there:
