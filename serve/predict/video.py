@@ -47,7 +47,10 @@ _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTA
 
 
 def load_av() -> Any:
-    """Import PyAV.
+    """Import PyAV, which keeps FFmpeg's own messages to itself.
+
+    To set a level of these is a trap: then the threads that decode wait for Python's lock to report, while Python
+    holds it and waits for them to end.
 
     Raises:
         MissingPackage: it is not installed.
@@ -56,7 +59,6 @@ def load_av() -> Any:
         import av
     except ImportError as error:
         raise MissingPackage(_INSTALL) from error
-    av.logging.set_level(av.logging.PANIC)  # FFmpeg prints lines about damage that errors report anyway
     return av
 
 
