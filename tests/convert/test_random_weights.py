@@ -11,9 +11,9 @@ from torch import Tensor
 
 from serve import ops
 from serve.convert.config import resolve_config
+from serve.convert.random_weights import LEAST_VARIANCE, write_random_checkpoint
 from serve.runtime.model import build_network
 from tests.convert.test_proof import SMALL
-from tools.zoo.random_weights import LEAST_VARIANCE, write_random_checkpoint
 
 ops.install()
 
