@@ -23,7 +23,7 @@ __all__ = ["Log", "main", "plot_curve", "print_train_time", "read_log", "takes"]
 _PLACES = ("mode", "epoch", "iter", "step", "exp_name", "env_info", "seed")
 
 
-def takes(package: str) -> bool:
+def takes(package: str, arguments: Sequence[str]) -> bool:
     """Whether this replaces the program of `package`: of both."""
     return True
 

@@ -19,7 +19,7 @@ _PARTS = ("meta", "state_dict")
 _HASH_CHARS = 8
 
 
-def takes(package: str) -> bool:
+def takes(package: str, arguments: Sequence[str]) -> bool:
     """Whether this replaces the program of `package`: of both."""
     return True
 

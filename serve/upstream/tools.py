@@ -21,7 +21,7 @@ from typing import Any
 
 from serve.errors import CheckpointError, DataSetError, MissingPackage, ServeError, UpstreamError
 from serve.settings.environment import variable_set
-from serve.upstream import patches
+from serve.upstream import corrections, patches
 from serve.upstream.config_argument import config_file
 from serve.upstream.former_flags import Translation, translate
 from serve.upstream.missing_packages import explain_missing_package
@@ -32,10 +32,14 @@ __all__ = ["run"]
 # Programs of this project in place of upstream's, by short name: module with main(arguments, program).
 _OWN: dict[str, str] = {
     "analyze_logs": "serve.upstream.log_analysis",
+    "get_flops": "serve.upstream.complexity",
     "publish_model": "serve.upstream.publish",
 }
 # Corrections of a program's own functions, by its short name: called with the loaded module.
-_CORRECTED: dict[str, Callable[[ModuleType], None]] = {}
+_CORRECTED: dict[str, Callable[[ModuleType], None]] = {
+    "download_dataset": corrections.correct_download,
+    "images2coco": corrections.correct_images2coco,
+}
 _RUNNERS = ("train", "test", "test_tracking")
 _LAUNCHERS = ("dist_train", "dist_test", "slurm_train", "slurm_test")
 
@@ -77,8 +81,9 @@ def run(name: str, argv: Sequence[str], *, package: str | None = None) -> int:
         stack.enter_context(_import_from_here())
         if tool.short_name in _OWN:
             program = importlib.import_module(_OWN[tool.short_name])
-            if program.takes(chosen):
-                return int(program.main(now.arguments, f"mmdet3d-serve tools {tool.short_name}"))
+            if program.takes(chosen, now.arguments):
+                with _configs_resolved(training=False), _explained(tool.short_name):
+                    return int(program.main(now.arguments, f"mmdet3d-serve tools {tool.short_name}"))
         return _run_file(tool, chosen, now, own, stack)
 
 
