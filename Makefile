@@ -21,6 +21,7 @@ NAME ?= $(patsubst %.py,%,$(notdir $(MODEL)))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
 BENCH_STAMP := .venv-bench/.stamp
+TRAIN_STAMP := $(VENV)/.train-stamp
 SETUP_INPUTS := pyproject.toml setup.py tools/setup_env.py serve/ops/autoload.py $(wildcard requirements/*.lock)
 CODE := serve handlers tools tests
 # How `make test` divides the tests (docs/testing.md): JOBS processes side by side.
@@ -30,7 +31,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max
 # Run a command for a task that will go, after a warning that names the command to use.
 deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
 
-.PHONY: help setup lint format docs test test-quick test-attack test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check compose-up k8s-render k8s-check sbom check-range lock clean distclean
+.PHONY: help setup setup-train lint format docs test test-quick test-attack test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check compose-up k8s-render k8s-check sbom check-range lock clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +44,13 @@ $(STAMP): $(SETUP_INPUTS)
 
 setup: $(STAMP) ## Make .venv with everything in it (wheels only; keeps a torch that fits)
 	@echo "setup: $(VENV) is up to date"
+
+setup-train: $(TRAIN_STAMP) ## Add to .venv what some data sets need for training, testing and conversion
+	@echo "setup-train: $(VENV) is up to date"
+
+$(TRAIN_STAMP): $(STAMP) requirements/train.lock
+	@$(PY) tools/setup_env.py --venv $(VENV) --train
+	@touch $@
 
 lint: $(STAMP) docs ## Check style, types, layers of imports, Dockerfile, links and names in the documentation
 	$(VENV)/bin/ruff check $(CODE)
@@ -146,6 +154,8 @@ lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for t
 		$(COMPILE) --group $$name -c requirements/runtime.lock -o requirements/$$name.lock; done
 	for name in sbom bench; do \
 		$(COMPILE) --group $$name --excludes requirements/torch.exclude -o requirements/$$name.lock; done
+	$(COMPILE) --no-config --group train --excludes requirements/train.exclude --overrides requirements/train.override \
+		-c requirements/runtime.lock -o requirements/train.lock
 
 clean: ## Remove caches and build outputs; keeps the environment, archives and downloads
 	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -81,6 +81,14 @@ print(f"torch {torch.__version__}, numpy {numpy.__version__}, mmengine {mmengine
       f"torchserve {ts.__version__}")
 """
 
+# After `make setup-train`: the packages that upstream imports for single data sets.
+TRAIN_CHECK = """
+import cityscapesscripts.helpers.labels, lvis, lyft_dataset_sdk.lyftdataset, nuimages, nuscenes, pandas, skimage.io
+import sklearn, tensorboard, trimesh
+import mmdet3d.evaluation
+print(f"nuscenes-devkit, trimesh {trimesh.__version__}, pandas {pandas.__version__}")
+"""
+
 
 class SetupFailed(Exception):
     """A step failed; the text is a sentence for the user."""
@@ -291,7 +299,8 @@ def _install_by_uv(venv: Path, arguments: list[str]) -> str:
             [python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
         )
         ran = subprocess.run(
-            [str(program), "pip", "install", "--quiet", "--python", python, *arguments],
+            # Without pyproject.toml, whose exclude-dependencies uv would apply to the files of a lock too.
+            [str(program), "pip", "install", "--no-config", "--quiet", "--python", python, *arguments],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -385,15 +394,25 @@ def install_project(venv: Path, wheel: Path | None = None) -> str:
     return "editable"
 
 
-def self_check(venv: Path) -> str:
+def self_check(venv: Path, code: str = SELF_CHECK) -> str:
     """Import everything once, with nothing on PATH but the environment: no compiler, no Java."""
     python = venv_python(venv)
     environment = {**_compiling(), "PATH": str(python.parent)}
-    command = [str(python), "-c", SELF_CHECK]
+    command = [str(python), "-c", code]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     if ran.returncode:
         raise SetupFailed(f"the environment is installed but does not import:\n{ran.stdout}{ran.stderr}")
     return ran.stdout.strip().splitlines()[-1]
+
+
+def add_training(venv: Path) -> None:
+    """Add what testing, training and data conversion by upstream's programs import (`make setup-train`)."""
+    if not usable(venv):
+        raise SetupFailed(f"{venv} is no environment; run `make setup` first")
+    steps = Steps(2)
+    lock = ROOT / "requirements" / "train.lock"
+    steps.run("packages for training and data conversion", lambda: install_lock(venv, [lock]))
+    steps.run("import of them", lambda: self_check(venv, TRAIN_CHECK))
 
 
 def _compiling() -> dict[str, str]:
@@ -479,6 +498,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--fresh-torch", action="store_true", help="do not use a torch that the running Python already has"
     )
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="add what testing, training and data conversion import to an environment that is there",
+    )
     parser.add_argument("--force", action="store_true", help="go through all steps even if nothing changed")
     args = parser.parse_args(argv)
     began = time.monotonic()
@@ -488,6 +512,9 @@ def main(argv: list[str] | None = None) -> int:
         if not args.no_dev:
             locks.append(ROOT / "requirements" / "dev.lock")
         venv = args.venv.resolve()
+        if args.train:
+            add_training(venv)
+            return 0
         stamp = venv / STAMP_NAME
         wanted = "" if args.dependencies_only or args.wheel else fingerprint(args, locks)
         if (

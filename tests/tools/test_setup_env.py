@@ -100,7 +100,7 @@ def test_every_lock_holds_what_pyproject_asks_for() -> None:
         "gateway": asked_by("gateway"),
         "dev": groups["lint"] + groups["test"] + groups["docs"],
         "otel": pyproject()["project"]["optional-dependencies"]["otel"],
-        **{name: groups[name] for name in ("bench", "image", "sbom", "installer", "torch-cuda")},
+        **{name: groups[name] for name in ("bench", "image", "sbom", "installer", "torch-cuda", "train")},
     }
     for name, lines in asked.items():
         pinned = {
@@ -111,8 +111,16 @@ def test_every_lock_holds_what_pyproject_asks_for() -> None:
                 assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), (name, str(wanted))
 
 
-def test_the_group_otel_is_the_extra_otel() -> None:
-    assert pyproject()["dependency-groups"]["otel"] == pyproject()["project"]["optional-dependencies"]["otel"]
+@pytest.mark.parametrize("name", ["otel", "train"])
+def test_the_group_is_the_extra_of_its_name(name: str) -> None:
+    assert pyproject()["dependency-groups"][name] == pyproject()["project"]["optional-dependencies"][name]
+
+
+def test_what_training_adds_leaves_the_packages_of_serving_as_they_are() -> None:
+    runtime = {(one.name, str(one.marker)): str(one.specifier) for one in locked(LOCKS[0])}
+    train = locked(REQUIREMENTS / "train.lock")
+    assert [one for one in train if runtime.get((one.name, str(one.marker)), str(one.specifier)) != str(one.specifier)] == []
+    assert {"opencv-python", "open3d", "torch"} & {one.name for one in train} == set()
 
 
 @pytest.mark.parametrize("extra", ["models", "ops"])
