@@ -111,10 +111,10 @@ def _sparse_operations(module: Any, given: Any, output: Any) -> int:
     """Multiply-adds of a sparse convolution: one product of channels for every pair of voxels."""
     channels = module.in_channels * module.out_channels
     if module.conv1x1:
-        return int(output.features.shape[0]) * channels
+        return int(output.features.shape[0] * channels)
     found = given.indice_dict.get(module.indice_key)
     pairs: Tensor = found[3]
-    return int(pairs.sum()) * channels
+    return int(pairs.sum().item() * channels)
 
 
 def count_operations(

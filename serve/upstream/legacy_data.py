@@ -7,6 +7,7 @@ their meaning, not only their names.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,6 +76,8 @@ def modernize_whole(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         today, notes = modernize(full, package)
         scope = str(today["default_scope"])
         split = _test_split(full)
+        if scope == "mmdet3d":
+            _relate_annotations(split)
         _add_files(today["test_dataloader"]["dataset"], split)
         _add_annotation_loader(today["test_dataloader"]["dataset"], scope)
         today["test_dataloader"].update(_loader(full))
@@ -106,6 +109,13 @@ def _test_split(full: Mapping[str, Any]) -> dict[str, Any]:
     while "pipeline" not in found and isinstance(found.get("dataset"), Mapping):
         found = found["dataset"]
     return dict(found)
+
+
+def _relate_annotations(split: dict[str, Any]) -> None:
+    """Write the annotation file relative to the root, as today; mmdet3d 0.x did not prepend the root to it."""
+    root, file = str(split.get("data_root") or ""), split.get("ann_file")
+    if root and isinstance(file, str) and not Path(file).is_absolute():
+        split["ann_file"] = os.path.relpath(file, root)
 
 
 def _add_files(dataset: dict[str, Any], split: Mapping[str, Any]) -> None:
@@ -156,7 +166,9 @@ def _metric(full: Mapping[str, Any], split: Mapping[str, Any]) -> dict[str, Any]
         metric["metric"] = asked
     root, file = str(split.get("data_root") or ""), str(split.get("ann_file", ""))
     if metric["type"] not in _WITHOUT_FILE:
-        metric["ann_file"] = file if not root or Path(file).is_absolute() else str(Path(root, file))
+        metric["ann_file"] = (
+            file if not root or Path(file).is_absolute() else os.path.normpath(os.path.join(root, file))
+        )
     if metric["type"] in _WITH_ROOT:
         metric["data_root"] = root
     return metric

@@ -145,6 +145,8 @@ def find_tool(name: str, package: str | None = None) -> Tool:
     wanted = _path_below_tools(name)
     known = list(all_tools())
     found = [tool for tool in known if tool.name in (wanted, _RENAMED.get(wanted))]
+    if not found and "/" in wanted:
+        found = [tool for tool in known if tool.name.endswith(f"/{wanted}")]
     if not found:
         found = [tool for tool in known if tool.short_name == PurePosixPath(wanted).name]
         if len(found) > 1:  # of browse_dataset the one for detectors

@@ -119,7 +119,11 @@ def test_the_group_is_the_extra_of_its_name(name: str) -> None:
 def test_what_training_adds_leaves_the_packages_of_serving_as_they_are() -> None:
     runtime = {(one.name, str(one.marker)): str(one.specifier) for one in locked(LOCKS[0])}
     train = locked(REQUIREMENTS / "train.lock")
-    assert [one for one in train if runtime.get((one.name, str(one.marker)), str(one.specifier)) != str(one.specifier)] == []
+    assert [
+        one
+        for one in train
+        if runtime.get((one.name, str(one.marker)), str(one.specifier)) != str(one.specifier)
+    ] == []
     assert {"opencv-python", "open3d", "torch"} & {one.name for one in train} == set()
 
 

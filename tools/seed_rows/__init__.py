@@ -1,0 +1,1 @@
+"""Lines of upstream's documentation beside this project's commands, and what came of running them."""
