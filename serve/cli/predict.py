@@ -76,7 +76,7 @@ def _run(task: Run, source: Source) -> int:
         done += 1
         if prediction.is_new:
             bar.update()
-        else:  # not counted in the rate
+        elif not bar.disable:  # not counted in the rate
             bar.initial += 1
             bar.n += 1
 

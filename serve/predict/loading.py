@@ -137,6 +137,8 @@ def _archive(wanted: _Wanted, kept: Path, device: str | None, report: Callable[[
             report=report,
         )
     )
+    for note in made.notes:
+        report(f"note: {note}")
     if made.needs_trust:
         path = path.replace(path.with_name(f"{wanted.name}.own-code.mar"))
     return _Made(path, made.needs_trust)

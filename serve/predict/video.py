@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from serve.errors import MissingPackage, UndecodableFrame
 from serve.predict.frames import Clip, Frame, Image, Moment, encode_pixels
 
 __all__ = ["SUFFIXES", "Reader", "camera", "file", "load_av", "stream"]
+
+logger = logging.getLogger(__name__)
 
 #: File name suffixes that are read as videos.
 SUFFIXES = (
@@ -105,11 +108,19 @@ class Reader:
         with _opened(self) as container:
             pictures = container.streams.video[0]
             pictures.thread_type = "AUTO"
-            for packet in container.demux(pictures):
+            packets = container.demux(pictures)
+            while True:
                 try:
-                    decoded = packet.decode()
+                    decoded = next(packets).decode()
+                except StopIteration:
+                    break
                 except av.error.InvalidDataError:
                     continue  # a damaged packet; players pass over it too
+                except av.error.FFmpegError as error:
+                    if not (found and self.clip.live):
+                        raise
+                    logger.warning("%s ended: %s", self.address, error.strerror or error)
+                    break
                 for picture in decoded:
                     found = True
                     yield picture

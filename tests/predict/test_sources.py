@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +185,34 @@ def test_a_camera_that_is_not_there_is_an_error_when_it_is_read() -> None:
     assert source.live and source.count is None
     with pytest.raises(UndecodableFrame, match="/dev/video47"):
         next(iter(source))
+
+
+def test_a_stream_is_read_until_it_ends(tmp_path: Path) -> None:
+    body = write_video(tmp_path / "live.mkv", 40).read_bytes()
+
+    class Sending(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the reader may close first
+                self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Sending) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            source = open_source(f"http://127.0.0.1:{server.server_port}/live", "image")
+            assert source.live and source.count is None
+            frames = list(source)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert 0 < len(frames) <= 40  # those that nobody was ready for are dropped
+    moments = [frame.moment.pts for frame in frames if frame.moment]
+    assert moments == sorted(moments) and len(moments) == len(frames)
+    assert frames[-1].pixels is not None and frames[-1].pixels().shape == (120, 160, 3)
 
 
 def test_a_stream_that_nobody_sends_is_an_error(free_ports: Callable[[int], list[int]]) -> None:
