@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from serve.cli.entry import CLASSES_HELP, bounded, command_parser, open_cache, stage_reporter
 from serve.cli.serve import stoppable
-from serve.convert.classes import read_class_names
 from serve.errors import ServeError, SettingsError
 from serve.predict.frames import Prediction
 from serve.predict.loading import load_model
@@ -135,6 +134,8 @@ def _model(args: argparse.Namespace) -> LocalModel | RemoteModel:
             timeout_s=args.timeout_s,
             connections=args.batch_size,
         )
+    from serve.convert.classes import read_class_names  # imports torch, which a client does without
+
     return load_model(
         args.model,
         args.checkpoint,

@@ -168,7 +168,7 @@ def read_kitti_calibration(text: str, camera: str = "P2") -> tuple[Matrix, Matri
 
 
 class CameraFinder:
-    """Finds the camera of a frame: as told, among the frame's parts, or beside it as in KITTI's folders.
+    """Finds the camera of a frame: in a given file, among the frame's parts, or beside it as in KITTI's folders.
 
     Args:
         calibration: file for all frames, or folder with ``NAME.txt`` or ``NAME.json`` for each.

@@ -47,15 +47,15 @@ class Model(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What tells this model from another, for the record of a run."""
+        """Name, version and hash or address of the model, for the record of a run."""
 
     @property
     def modality(self) -> Modality | None:
-        """Kind of frames that it takes; None if the server does not tell."""
+        """Kind of frames that it takes; None if the server does not describe its models."""
 
     @property
     def load_dim(self) -> int | None:
-        """Float32 numbers per point in a ``.bin``; None without a point cloud, or if the server does not tell."""
+        """Float32 numbers per point in a ``.bin``; None without a point cloud, or if the server does not describe its models."""
 
     @property
     def is_remote(self) -> bool:
@@ -241,12 +241,12 @@ class RemoteModel(_Closing):
 
     @property
     def modality(self) -> Modality | None:
-        """Kind of frames that it takes; None if the server does not tell."""
+        """Kind of frames that it takes; None if the server does not describe its models."""
         return self.description.get("modality")
 
     @property
     def load_dim(self) -> int | None:
-        """Float32 numbers per point in a ``.bin``; None if the server does not tell."""
+        """Float32 numbers per point in a ``.bin``; None if the server does not describe its models."""
         return self.description.get("load_dim")
 
     def prepare(self, body: Body, options: FrameOptions) -> Any:

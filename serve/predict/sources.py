@@ -44,7 +44,7 @@ class Source:
 
     Attributes:
         what: the source as it was named.
-        count: number of frames; None if only reading it tells.
+        count: number of frames; None if it is known at the end only.
         live: a camera or stream, which cannot be read again.
         clips: the sequences that its frames belong to.
     """
@@ -213,7 +213,7 @@ def _modality_at(path: Path) -> Modality:
         images, clouds = _has_frames(path, _IMAGES), _has_frames(path, _CLOUDS)
         if images and clouds:
             raise UndecodableFrame(
-                f"{path} has images and point clouds, and this server does not tell which the model takes; name them "
+                f"{path} has images and point clouds, and this server does not describe its models; name the frames "
                 f"by a pattern ('{path}/*.bin'), or ask the gateway (port 8000)"
             )
         return "image" if images else "lidar"

@@ -41,7 +41,7 @@ __all__ = [
     "Writer",
 ]
 
-#: Lowest score in pictures and videos, unless told otherwise; that of upstream's demos.
+#: Default of the lowest score in pictures and videos; that of upstream's demos.
 PICTURE_SCORE_THR = 0.3
 _JPEG_QUALITY = 95
 _CSV_2D = ("x1", "y1", "x2", "y2")
@@ -242,7 +242,7 @@ class CsvWriter(Writer):
             text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
             rows = csv.writer(text)
             columns: tuple[str, ...] = ()
-            for line in record:  # the first box tells whether there are velocities
+            for line in record:  # the first box has velocities or has none
                 answer = line.get("answer")
                 if answer is None:
                     continue

@@ -209,7 +209,7 @@ def test_a_stream_is_read_until_it_ends(tmp_path: Path) -> None:
         finally:
             server.shutdown()
             thread.join()
-    assert 0 < len(frames) <= 40  # those that nobody was ready for are dropped
+    assert 0 < len(frames) <= 40  # those that came too fast are dropped
     moments = [frame.moment.pts for frame in frames if frame.moment]
     assert moments == sorted(moments) and len(moments) == len(frames)
     assert frames[-1].pixels is not None and frames[-1].pixels().shape == (120, 160, 3)
