@@ -55,7 +55,7 @@ class Model(Protocol):
 
     @property
     def load_dim(self) -> int | None:
-        """Float32 numbers per point in a ``.bin``; None without a point cloud, or if the server does not describe its models."""
+        """Float32 numbers per point in a ``.bin``; None without a point cloud or a description by the server."""
 
     @property
     def is_remote(self) -> bool:
