@@ -5,6 +5,7 @@ Reading a config runs its Python, as OpenMMLab does.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -107,6 +108,7 @@ def read_config(path: Path) -> FullConfig:
             ) from error
         except (Exception, SystemExit) as error:  # a config is a program
             shown = str(error) if isinstance(error, ConfigParsingError | SyntaxError) else describe(error)
+            shown = _explain_lazy_call(error) or shown
             raise ArchiveError(f"config {path} cannot be read: {shown}") from error
         if not isinstance(full.get("model"), Mapping):
             raise ArchiveError(f"config {path} describes no model")
@@ -118,6 +120,17 @@ def read_config(path: Path) -> FullConfig:
             else:
                 full["default_scope"] = package
     return FullConfig(full, notes)
+
+
+def _explain_lazy_call(error: BaseException) -> str | None:
+    """Explain mmengine's error without words for a call in a pure-Python config; None for other errors."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, RuntimeError) or str(error) or not frames[-1].filename.endswith("lazy.py"):
+        return None
+    return (
+        f"line {frames[-2].lineno} calls what the config imports; in a config that starts with imports mmengine takes "
+        "them for names of classes and functions only; write the value itself, or put _base_ = [] first"
+    )
 
 
 def reduce_config(whole: FullConfig, path: Path) -> ResolvedConfig:

@@ -187,7 +187,7 @@ def _test_dataset(config: Mapping[str, Any]) -> Mapping[str, Any]:
         wrapped = next(
             (found[name] for name in _WRAPPED if isinstance(found.get(name), Mapping | list)), None
         )
-        if wrapped is None or "pipeline" in found:
+        if wrapped is None or found.get("pipeline"):
             return as_plain(found)  # type: ignore[no-any-return]
         found = wrapped
 

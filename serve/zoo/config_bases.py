@@ -19,13 +19,16 @@ def config_bases(tree: ast.Module) -> Iterator[str]:
         are written (``mmdet3d::second/….py``).
 
     Raises:
-        ValueError: `_base_` is computed, not a literal.
+        ValueError: `_base_` is computed, not a literal, or holds something else than text.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and any(
             getattr(target, "id", "") == "_base_" for target in node.targets
         ):
             value = ast.literal_eval(node.value)
-            yield from [value] if isinstance(value, str) else value
+            bases = [value] if isinstance(value, str) else value
+            if not isinstance(bases, list | tuple) or not all(isinstance(base, str) for base in bases):
+                raise ValueError(f"_base_ is {value!r}, no path and no list of paths")
+            yield from bases
         elif isinstance(node, ast.ImportFrom) and node.level and node.module:
             yield "../" * (node.level - 1) + node.module.replace(".", "/") + ".py"

@@ -337,6 +337,13 @@ def test_a_wrapper_that_mixes_images_is_refused_by_its_step(tmp_path):
         resolve_config(write(tmp_path, text))
 
 
+def test_a_call_of_an_import_in_a_lazy_config_is_refused_by_its_line(tmp_path):
+    text = "import numpy\n" + PLAIN + "other = dict(a=1,\n    mean=numpy.zeros(3).tolist())\n"
+    with pytest.raises(ArchiveError, match=r"line 1\d calls what the config imports"):
+        resolve_config(write(tmp_path, text))
+    assert resolve_config(write(tmp_path, "_base_ = []\n" + text)).config["model"]["type"] == "FCOS"
+
+
 def test_a_config_without_scope_is_of_the_package_of_its_model(tmp_path):
     from mmengine.config import Config
 
@@ -367,6 +374,9 @@ DATASET = "test_dataloader['dataset']"
         "import sys; sys.exit(3)",
         "import no_such_module_of_mine",
         "_base_ = 'config.py'",
+        "_base_ = 3",
+        "_base_ = [None]",
+        "_base_ = {'a': 1}",
         "caf\xe9 = 1 \0",
         f"{PLAIN}\ntest_dataloader = [1]",
         f"{PLAIN}\ntest_dataloader = dict(dataset='x')",

@@ -99,12 +99,14 @@ def test_a_0x_second_becomes_todays_with_its_anchors_in_todays_frame():
     assert any("anchors" in note for note in result.notes)
 
 
-@pytest.mark.parametrize("wrapper", ["RepeatDataset", "ConcatDataset", "ClassBalancedDataset"])
+@pytest.mark.parametrize(
+    "wrapper", ["RepeatDataset", "ConcatDataset", "ClassBalancedDataset", "MultiImageMixDataset"]
+)
 def test_wrapped_data_sets_give_their_pipeline_and_class_names(wrapper):
     config = old_2d(classes=("cat", "dog"))
     inner = config["data"]["test"]
     member = {"datasets": [inner]} if wrapper == "ConcatDataset" else {"dataset": inner}
-    config["data"]["test"] = {"type": wrapper, **member}
+    config["data"]["test"] = {"type": wrapper, "pipeline": [], **member}
     dataset = modernize(config, "mmdet").config["test_dataloader"]["dataset"]
     assert dataset["metainfo"] == {"classes": ("cat", "dog")}
     assert dataset["pipeline"][0]["type"] == "LoadImageFromFile"
