@@ -63,9 +63,11 @@ def read_class_names(text: str) -> tuple[str, ...]:
 
 
 def _check_unique(source: str, names: Sequence[str]) -> None:
-    """Raise if a name stands for two labels: an answer names its detections, which no client could tell apart."""
+    """Raise if a name stands for two labels, or is blank: clients could not tell the detections apart."""
     first: dict[str, int] = {}
     for label, name in enumerate(names):
+        if not name.strip():
+            raise ArchiveError(f"{source} gives label {label} no name but {name!r}; {_HOW}")
         if first.setdefault(name, label) != label:
             raise ArchiveError(
                 f"{source} names '{name}' twice, as label {first[name]} and {label}; give every class a name of its "

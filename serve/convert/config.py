@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from serve.archive.config_json import ObjectPath
 from serve.convert.blame import blaming, describe
 from serve.convert.custom_code import add_named_modules
-from serve.convert.data_sets import drop_unused_objects, unwrap_dataset
+from serve.convert.data_sets import drop_unused_objects, note_random_steps, unwrap_dataset
 from serve.convert.legacy_config import is_legacy, modernize, package_of
 from serve.convert.local_bases import check_bases, local_bases
 from serve.errors import ArchiveError
@@ -109,6 +109,8 @@ def read_config(path: Path) -> FullConfig:
         except (Exception, SystemExit) as error:  # a config is a program
             shown = str(error) if isinstance(error, ConfigParsingError | SyntaxError) else describe(error)
             shown = _explain_lazy_call(error) or shown
+            if "U+FEFF" in shown:
+                shown += "; it starts with a byte order mark: save it as UTF-8 without one"
             raise ArchiveError(f"config {path} cannot be read: {shown}") from error
         if not isinstance(full.get("model"), Mapping):
             raise ArchiveError(f"config {path} describes no model")
@@ -163,6 +165,7 @@ def _reduce(whole: FullConfig, path: Path) -> ResolvedConfig:
     notes += unwrap_dataset(config)
     drop_unused_objects(config)
     notes += keep_one_view(config)
+    notes += note_random_steps(config["test_dataloader"]["dataset"]["pipeline"])
     _check_imports(config)
     with suppress_warnings():
         add_named_modules(config)

@@ -6,16 +6,42 @@ pipeline, the class names and the type of what is wrapped matter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from serve.archive.config_json import ObjectPath, to_json
+from serve.convert.legacy_pipeline import is_still
 from serve.errors import ArchiveError
 from serve.runtime.pipeline import dataset_of
 
-__all__ = ["check_pipeline", "drop_unused_objects", "unwrap_dataset"]
+__all__ = ["check_pipeline", "drop_unused_objects", "note_random_steps", "unwrap_dataset"]
 
 _MIXING = "MultiImageMixDataset"
+# Steps of training that alter a frame at random, whatever their members; and what others need for that.
+_RANDOM = frozenset(
+    (
+        "Albu",
+        "AutoAugment",
+        "CutOut",
+        "Expand",
+        "MinIoURandomCrop",
+        "ObjectNoise",
+        "PhotoMetricDistortion",
+        "PhotoMetricDistortion3D",
+        "RandAugment",
+        "RandomAffine",
+        "RandomChoiceResize",
+        "RandomCrop",
+        "RandomErasing",
+        "RandomJitterPoints",
+        "RandomResize",
+        "RandomResize3D",
+        "RandomShift",
+        "RandomShiftScale",
+        "YOLOXHSVRandomAug",
+    )
+)
+_FLIPS = ("prob", "flip_ratio", "flip_ratio_bev_horizontal", "flip_ratio_bev_vertical")
 # Members of a data set that say how a frame is prepared and what the classes are.
 _USED = ("type", "pipeline", "metainfo", "box_type_3d", "data_prefix", "modality")
 
@@ -47,9 +73,44 @@ def unwrap_dataset(config: dict[str, Any]) -> tuple[str, ...]:
         notes = (f"the steps of {_MIXING} follow those of the data set that it wraps",)
     else:
         inner = dataset_of(config)
-        check_pipeline(inner["pipeline"])
+        if mixing := [_kind(step) for step in check_pipeline(inner["pipeline"]) if _mixes(step)]:
+            raise ArchiveError(
+                f"the test pipeline has {', '.join(mixing)}, which mixes several images, as in training; set "
+                "test_dataloader.dataset.pipeline to a test pipeline"
+            )
     config["test_dataloader"] = {**(loader or {}), "dataset": inner}
     return notes
+
+
+def note_random_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Note the steps of a pipeline that alter a frame at random, as upstream runs them too; empty without any."""
+    found = [_kind(step) for step in _flat(steps) if _is_random(step)]
+    if not found:
+        return ()
+    return (
+        f"the test pipeline alters frames at random, as in training ({', '.join(dict.fromkeys(found))}): objects may "
+        "be missing, and boxes beside them; leave these steps out of the test pipeline",
+    )
+
+
+def _flat(steps: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for step in steps:
+        yield step
+        if _kind(step).startswith("MultiScaleFlipAug"):
+            # Its own flip decides for those in it.
+            yield from (
+                one for one in step.get("transforms") or () if not _kind(one).startswith("RandomFlip")
+            )
+
+
+def _is_random(step: Mapping[str, Any]) -> bool:
+    kind = _kind(step)
+    if kind.startswith("RandomFlip"):
+        ratios = [step.get(name) for name in _FLIPS]
+        return any(any(ratio) if isinstance(ratio, list | tuple) else bool(ratio) for ratio in ratios)
+    if kind == "GlobalRotScaleTrans":
+        return not is_still(step)
+    return kind in _RANDOM
 
 
 def check_pipeline(steps: Any) -> list[dict[str, Any]]:

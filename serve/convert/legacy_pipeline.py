@@ -11,7 +11,7 @@ from typing import Any
 
 from serve.errors import ArchiveError
 
-__all__ = ["Step", "as_plain", "modernize_pipeline", "packed_keys", "packed_meta_keys"]
+__all__ = ["Step", "as_plain", "is_still", "modernize_pipeline", "packed_keys", "packed_meta_keys"]
 
 Step = dict[str, Any]
 
@@ -121,10 +121,15 @@ def _is_identity(kind: str, step: Step) -> bool:
     """Whether a random step does nothing at test time: no flip, no turn, no change of scale."""
     if kind in ("RandomFlip", "RandomFlip3D"):
         return True  # flips were decided by the augmenter around it
-    if kind == "GlobalRotScaleTrans":
-        still = not any(step.get("rot_range") or (0,)) and set(step.get("scale_ratio_range") or (1,)) == {1}
-        return still and not any(step.get("translation_std") or (0,))
-    return False
+    return kind == "GlobalRotScaleTrans" and is_still(step)
+
+
+def is_still(step: Mapping[str, Any]) -> bool:
+    """Whether a ``GlobalRotScaleTrans`` neither turns, scales nor moves a frame."""
+    turns, scales, moves = (step.get(name) for name in ("rot_range", "scale_ratio_range", "translation_std"))
+    turn = turns if isinstance(turns, list | tuple) else (turns or 0,)
+    move = moves if isinstance(moves, list | tuple) else (moves or 0,)
+    return not any(turn) and set(scales or (1,)) == {1} and not any(move)
 
 
 def _pad(step: Step, normalization: Step | None) -> Step:

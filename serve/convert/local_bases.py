@@ -42,7 +42,11 @@ def _follow(path: Path, children: tuple[Path, ...]) -> None:
             f"config {children[0]} cannot be read: {chain[0]} is its own base ({' → '.join(chain)}); "
             "remove one of these from _base_"
         )
-    for base in _bases(path):
+    try:
+        bases = _bases(path)
+    except TypeError as error:
+        raise ArchiveError(f"config {path} cannot be read: {error}") from None
+    for base in bases:
         package, is_named, _ = base.partition("::")
         if not is_named:
             _follow(path.parent / base, (*children, own))

@@ -19,7 +19,8 @@ def config_bases(tree: ast.Module) -> Iterator[str]:
         are written (``mmdet3d::second/….py``).
 
     Raises:
-        ValueError: `_base_` is computed, not a literal, or holds something else than text.
+        ValueError: `_base_` is computed, not a literal.
+        TypeError: `_base_` holds something else than text.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and any(
@@ -28,7 +29,7 @@ def config_bases(tree: ast.Module) -> Iterator[str]:
             value = ast.literal_eval(node.value)
             bases = [value] if isinstance(value, str) else value
             if not isinstance(bases, list | tuple) or not all(isinstance(base, str) for base in bases):
-                raise ValueError(f"_base_ is {value!r}, no path and no list of paths")
+                raise TypeError(f"_base_ is {value!r}, neither a path nor a list of paths")
             yield from bases
         elif isinstance(node, ast.ImportFrom) and node.level and node.module:
             yield "../" * (node.level - 1) + node.module.replace(".", "/") + ".py"

@@ -89,5 +89,5 @@ def _read_bases(text: bytes, uri: str) -> list[str]:
         raise ArchiveError(f"config {uri} is not readable Python: {error}") from None
     try:
         return list(config_bases(tree))
-    except ValueError:
+    except (TypeError, ValueError):
         raise ArchiveError(f"config {uri} computes _base_; write a literal string or list") from None

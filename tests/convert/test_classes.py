@@ -66,6 +66,12 @@ def test_one_name_for_two_classes_is_refused_with_both_labels(given):
         check_against_head(find_class_names(described, **given), head(2))
 
 
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_blank_name_is_refused_with_its_label(blank):
+    with pytest.raises(ArchiveError, match=r"label 1 no name.*--classes"):
+        check_against_head(find_class_names(config({"classes": ["cat", blank]})), head(2))
+
+
 def test_no_names_at_all_are_refused():
     with pytest.raises(ArchiveError, match="--classes"):
         check_against_head(find_class_names(config()), head(2))

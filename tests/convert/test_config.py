@@ -344,6 +344,42 @@ def test_a_call_of_an_import_in_a_lazy_config_is_refused_by_its_line(tmp_path):
     assert resolve_config(write(tmp_path, "_base_ = []\n" + text)).config["model"]["type"] == "FCOS"
 
 
+def test_a_step_that_mixes_images_is_refused_in_a_plain_pipeline_too(tmp_path):
+    text = PLAIN.replace("dict(type='Resize'", "dict(type='Mosaic'), dict(type='Resize'")
+    with pytest.raises(ArchiveError, match="Mosaic, which mixes several images"):
+        resolve_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("step", "named"),
+    [
+        ("dict(type='RandomCrop', crop_size=(8, 8))", "RandomCrop"),
+        ("dict(type='mmdet.PhotoMetricDistortion')", "PhotoMetricDistortion"),
+        ("dict(type='RandomFlip', prob=0.5)", "RandomFlip"),
+        ("dict(type='RandomFlip', prob=[0.2, 0.3], direction=['horizontal', 'vertical'])", "RandomFlip"),
+        ("dict(type='RandomFlip')", ""),
+        ("dict(type='RandomFlip', prob=0.0)", ""),
+        ("dict(type='RandomCenterCropPad', test_mode=True, test_pad_mode=['logical_or', 31])", ""),
+    ],
+)
+def test_a_step_that_alters_frames_at_random_is_noted(tmp_path, step, named):
+    text = PLAIN.replace("dict(type='Resize'", f"{step}, dict(type='Resize'")
+    notes = [note for note in resolve_config(write(tmp_path, text)).notes if "at random" in note]
+    assert bool(notes) == bool(named) and all(named in note for note in notes)
+
+
+def test_no_3d_model_of_the_zoo_is_noted_as_random(tmp_path):
+    from serve import zoo
+
+    for name in ("second", "centerpoint", "votenet", "mvxnet"):
+        assert not [n for n in resolve_config(zoo.resolve(name).config_path).notes if "at random" in n]
+
+
+def test_a_byte_order_mark_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ArchiveError, match="byte order mark"):
+        resolve_config(write(tmp_path, "\ufeff" + PLAIN))
+
+
 def test_a_config_without_scope_is_of_the_package_of_its_model(tmp_path):
     from mmengine.config import Config
 
