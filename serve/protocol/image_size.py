@@ -55,6 +55,29 @@ _SIGNATURES = (
     ("HDR", re.compile(rb"#\?R(?:ADIANCE|GBE)")),
     ("PFM", re.compile(rb"P[Ff]")),
 )
+# Files that are sent in place of a picture that OpenCV reads.
+_OTHERS = (
+    ("HEIC", re.compile(rb".{4}ftyp(?:hei[a-z]|hevc|mif1|msf1)", re.DOTALL)),
+    (
+        "a video",
+        re.compile(rb".{4}ftyp(?:isom|iso[2-9]|mp4|M4V|avc1|qt  )|\x1aE\xdf\xa3|RIFF.{4}AVI ", re.DOTALL),
+    ),
+    ("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ")),
+    ("OpenEXR", re.compile(rb"v/1\x01")),
+    ("an icon (ICO)", re.compile(rb"\0\0[\x01\x02]\0")),
+    ("Photoshop (PSD)", re.compile(rb"8BPS")),
+    ("DDS", re.compile(rb"DDS ")),
+    ("PDF", re.compile(rb"%PDF")),
+    ("PostScript", re.compile(rb"%!PS")),
+    ("SVG or XML", re.compile(rb"\s*<(?:\?xml|svg)")),
+    ("HTML", re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)),
+    ("base64 text", re.compile(rb"/9j/|iVBORw0KG|R0lGOD|UklGR|data:image|SUkqA|TU0AK")),
+    ("gzip", re.compile(rb"\x1f\x8b")),
+    ("a zip", re.compile(rb"PK\x03\x04")),
+    ("a numpy array", re.compile(rb"\x93NUMPY")),
+    ("a point cloud", re.compile(rb"# \.PCD|VERSION|ply\r?\n|LASF")),
+    ("JSON", re.compile(rb"\s*[{\[]")),
+)
 _PNM_SIZE = re.compile(rb"P[1-6](?:\s|#[^\r\n]*[\r\n])+(\d{1,10})(?:\s|#[^\r\n]*[\r\n])+(\d{1,10})\s")
 _HDR_SIZE = re.compile(rb"\n-Y +(\d{1,10}) +\+X +(\d{1,10})\n")
 _PFM_SIZE = re.compile(rb"P[Ff]\s+(\d{1,10})\s+(\d{1,10})\s")
@@ -86,9 +109,15 @@ def image_size(body: Bytes) -> tuple[int, int]:
             raise ValueError(f"a size of {width} x {height}")
         return width, height
     except UNREADABLE as error:
+        head = bytes(body[:16])
+        other = next((name for name, signature in _OTHERS if signature.match(head)), None)
+        found = (
+            f"the body is {other}, not an image that is read"
+            if other
+            else f"not an image of a known format ({error})"
+        )
         raise UndecodableFrame(
-            f"not an image of a known format ({error}); send a JPEG, PNG, WebP, BMP, TIFF, JPEG 2000 or GIF "
-            "file unchanged"
+            f"{found}; send a JPEG, PNG, WebP, BMP, TIFF, JPEG 2000 or GIF file unchanged"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import warnings
@@ -208,6 +209,29 @@ def test_a_pam_whose_header_opencv_would_trust_too_far_is_refused(body: bytes) -
     for color_type in COLOR_TYPES:
         with pytest.raises(UndecodableFrame):
             decode_image(body, color_type, "cv2", 96 * 64)
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypisom\0\0\2\0isomiso2", "video"),
+        (b"\xff\x0a\xfa\x1f", "JPEG XL"),
+        (b"v/1\x01\2\0\0\0", "OpenEXR"),
+        (b"\0\0\1\0\1\0", "ICO"),
+        (b"%PDF-1.7", "PDF"),
+        (b"<?xml version='1.0'?><svg/>", "SVG"),
+        (b"\n<!DOCTYPE html>", "HTML"),
+        (base64.b64encode(with_pillow("RGB", "jpeg")), "base64"),
+        (base64.b64encode(with_pillow("RGB", "png")), "base64"),
+        (b"data:image/png;base64,iVBORw0KGgo=", "base64"),
+        (b'{"instances": []}', "JSON"),
+        (b"\x93NUMPY\1\0", "numpy"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_by_its_name(body: bytes, named: str) -> None:
+    with pytest.raises(UndecodableFrame, match=named):
+        decode_image(body, "color", "cv2", 10_000)
 
 
 def test_an_unchanged_image_with_an_infinite_sample_is_refused() -> None:
