@@ -96,12 +96,13 @@ def fuse(network: nn.Module, pairs: Iterable[Pair]) -> None:
 
 
 def _skip_background(network: nn.Module) -> None:
-    """Let the dense part behind a point cloud skip background, on the CPU."""
+    """Let networks of voxels skip padding and, behind the encoder, background; on the CPU."""
     if any(hasattr(network, f"{prefix}middle_encoder") for prefix in ("", "pts_")):
         with suppress_warnings():
-            from serve.runtime import background
+            from serve.runtime import background, point_rows
 
             background.install(network)
+            point_rows.install(network)
 
 
 def _fuse_dense(network: nn.Module, folded: set[int]) -> None:

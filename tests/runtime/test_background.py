@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from serve import ops
@@ -90,7 +91,8 @@ def build(head: dict[str, Any], neck: str = "SECONDFPN") -> tuple[Detector, Dete
     """Return a detector as mmdet3d has it, and one that skips background."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        plain = Detector(head, neck)
+        with DefaultScope.overwrite_default_scope("mmdet3d"):
+            plain = Detector(head, neck)
         for module in plain.modules():
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.normal_(module.bias)
