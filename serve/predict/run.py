@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from serve.errors import BadRequest
+from serve.errors import BadRequest, UndecodableFrame
 from serve.predict.frames import Prediction
 from serve.predict.journal import Journal, line_of
 from serve.predict.kitti import CameraFinder
@@ -218,7 +218,10 @@ def _predict(
                 for prediction in predictions:
                     found = _keep_classes(prediction, task.only)
                     for writer in writers:
-                        writer.write(found, is_new=found.is_new or redraw)
+                        try:
+                            writer.write(found, is_new=found.is_new or redraw)
+                        except UndecodableFrame as error:
+                            summary.failed.append((found.frame.name, str(error)))
                     if journal is not None and found.is_new:
                         journal.append(found)
                     _count(summary, found)

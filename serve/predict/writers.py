@@ -19,7 +19,7 @@ from typing import IO, Any
 import cv2
 import orjson
 
-from serve.errors import BadRequest, ServeError
+from serve.errors import BadRequest, ServeError, UndecodableFrame
 from serve.predict.coco import CocoIds, results_of
 from serve.predict.frames import Clip, Image, Prediction
 from serve.predict.kitti import CameraFinder, format_labels
@@ -58,7 +58,12 @@ class Writer:
     needs_body: bool = False
 
     def write(self, prediction: Prediction, *, is_new: bool) -> None:
-        """Take the next frame; `is_new` unless a former run has written its files already."""
+        """Take the next frame; `is_new` unless a former run has written its files already.
+
+        Raises:
+            UndecodableFrame: this frame cannot be written in this format.
+            BadRequest: something is missing for every frame.
+        """
 
     def finish(self, record: Iterable[Mapping[str, Any]]) -> list[Path]:
         """Write what is left, from the record of the run if need be; returns the files or folders written."""
@@ -323,7 +328,7 @@ def _drawing_errors(prediction: Prediction) -> Iterator[None]:
     try:
         yield
     except (ServeError, ValueError) as error:
-        raise BadRequest(f"{prediction.frame.name} cannot be drawn: {error}") from error
+        raise UndecodableFrame(f"cannot be drawn: {error}") from error
 
 
 def _body(prediction: Prediction) -> Body:

@@ -156,6 +156,15 @@ def test_a_format_that_is_added_is_written_without_predicting_again(echo: EchoMo
         assert sum(1 for _ in container.decode(video=0)) == 3
 
 
+def test_a_frame_that_cannot_be_drawn_fails_alone(echo: EchoModel, tmp_path: Path) -> None:
+    folder, out = images(tmp_path / "in", 3), tmp_path / "out"
+    (folder / "001.png").write_bytes(b"no image, and yet the model took it")
+    summary = run(task(echo, folder, out, "picture"))
+    assert [name for name, _ in summary.failed] == ["001.png"]
+    assert files(out / "pictures") == ["000.jpg", "002.jpg"]
+    assert [line["frame"] for line in lines(out / "predictions.jsonl")] == ["000.png", "001.png", "002.png"]
+
+
 def test_another_drawing_threshold_draws_again_without_predicting(echo: EchoModel, tmp_path: Path) -> None:
     folder, out = images(tmp_path / "in", 1), tmp_path / "out"
     run(task(echo, folder, out, "picture"))
