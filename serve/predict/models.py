@@ -7,6 +7,7 @@ thread may call, and `submit`, which queues a batch and returns at once.
 from __future__ import annotations
 
 import contextlib
+import queue
 import tempfile
 import threading
 import time
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalModel", "Model", "RemoteModel", "ServedAnswer", "connect", "open_archive"]
 
+_LAST_REQUEST_S = 1.0  # that closing waits for
 _RETRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
@@ -211,7 +213,13 @@ class RemoteModel(_Closing):
         """See `connect`."""
         self._url, self._name, self._version = url, name, version
         self._token, self._timeout_s = token, timeout_s
-        self._threads = ThreadPoolExecutor(connections, thread_name_prefix="client")
+        self._asked: queue.SimpleQueue[tuple[Future[Outcome], Future[Any]] | None] = queue.SimpleQueue()
+        # Not of an executor, whose threads the interpreter waits for: Ctrl-C would wait for a server that hangs.
+        self._threads = [
+            threading.Thread(target=self._work, name=f"client{k}", daemon=True) for k in range(connections)
+        ]
+        for thread in self._threads:
+            thread.start()
         self._own = threading.local()
         self._clients: list[Client] = []
         try:
@@ -255,7 +263,9 @@ class RemoteModel(_Closing):
 
     def submit(self, prepared: Sequence[Future[Any]]) -> Future[list[Outcome]]:
         """Send the frames of a batch side by side; the server batches them itself."""
-        answers = [self._threads.submit(self._ask, each) for each in prepared]
+        answers: list[Future[Outcome]] = [Future() for _ in prepared]
+        for answer, each in zip(answers, prepared, strict=True):
+            self._asked.put((answer, each))
         done: Future[list[Outcome]] = Future()
         left = [len(answers)]
         lock = threading.Lock()
@@ -273,6 +283,15 @@ class RemoteModel(_Closing):
         for answer in answers:
             answer.add_done_callback(count)
         return done
+
+    def _work(self) -> None:
+        """Send one frame after the other."""
+        while (asked := self._asked.get()) is not None:
+            answer, prepared = asked
+            try:
+                answer.set_result(self._ask(prepared))
+            except BaseException as error:
+                answer.set_exception(error)
 
     def _ask(self, prepared: Future[Any]) -> Outcome:
         found = outcome_of(prepared)
@@ -305,8 +324,11 @@ class RemoteModel(_Closing):
         return client
 
     def close(self) -> None:
-        """Close the connections."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Close the connections; a request that takes longer than a second is left alone."""
+        for _ in self._threads:
+            self._asked.put(None)
+        for thread in self._threads:
+            thread.join(_LAST_REQUEST_S)
         for client in self._clients:
             client.close()
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,8 +23,7 @@ from serve.predict import LocalModel, open_source, predict
 from serve.predict.frames import Prediction
 from serve.predict.run import Run, formats_of, run
 from serve.protocol.frames import FrameOptions
-from tests.conftest import ROOT, accept_ctrl_c
-from tests.gateway.running import eventually
+from tests.conftest import ROOT
 from tests.predict.conftest import write_video
 from tests.predict.fake_model import EchoModel
 from tests.predict.test_kitti import KITTI
@@ -293,62 +288,6 @@ def test_labels_that_lack_a_calibration_stop_the_run_before_anything_is_written(
 
 
 # The command, as its user runs it.
-
-
-class Command:
-    """``mmdet3d-serve predict`` as a process."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "serve", "predict", *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=accept_ctrl_c,
-        )
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out.decode(), err.decode()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_command_that_is_ended_goes_on_with_what_is_missing(
-    demo_mar: Path, clouds: Path, turned: Callable[[int], bytes], tmp_path: Path, number: int
-) -> None:
-    for k in range(3, 30):
-        (clouds / f"{k:06d}.bin").write_bytes(turned(k))
-    arguments = (
-        clouds,
-        "--model",
-        demo_mar,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "out",
-        "--score-thr",
-        "0.4",
-    )
-    first = Command(*arguments)
-    part = tmp_path / "out" / ".predictions.jsonl.part"
-    eventually(lambda: part.exists() and part.read_bytes().count(b"\n") >= 2, timeout_s=60)
-    first.process.send_signal(number)
-    code, _, text = first.end()
-    assert code == {signal.SIGKILL: -signal.SIGKILL}.get(number, 130)
-    done = part.read_bytes().count(b"\n")
-    assert 2 <= done < 30 and not (tmp_path / "out" / "predictions.jsonl").exists()
-    if number != signal.SIGKILL:
-        assert f"{done} of 30 frames are finished" in text
-    assert len(list((tmp_path / "out" / "json").glob("*"))) - done in (0, 1)
-    code, _, text = Command(*arguments).end()
-    assert code == 0, text
-    assert f"{30 - done} frames predicted, {done} kept from before" in text
-    assert [line["frame"] for line in lines(tmp_path / "out" / "predictions.jsonl")] == [
-        f"{k:06d}.bin" for k in range(30)
-    ]
-    assert len(list((tmp_path / "out" / "json").glob("*"))) == 30
 
 
 def test_the_command_reports_a_bad_frame_and_exits_with_1(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from serve.errors import BackendBroken, ModelNotFound, NotReady, ServeError
 from serve.predict import connect, open_source, predict
 from serve.predict.run import Run, run
 from serve.protocol.frames import FrameOptions
+from tests.conftest import ROOT, accept_ctrl_c
 from tests.gateway.conftest import RunningGateway
 from tests.gateway.fake_torchserve import IMAGES, FakeModel, FakeTorchServe
+from tests.gateway.running import eventually
 
 
 @pytest.fixture
@@ -126,3 +131,60 @@ def test_lines_on_standard_output_name_the_frames(gateway: RunningGateway, frame
         run(Run(open_source(frames, model.modality), model, None, ("jsonl",)), output=output)
     lines = [orjson.loads(line) for line in output.getvalue().splitlines()]
     assert [line["frame"] for line in lines] == [f"{k}.bin" for k in range(5)]
+
+
+# The command as a process, stopped in the middle: the backend holds the fourth frame.
+
+
+class Command:
+    """``mmdet3d-serve predict``, with Ctrl-C switched on."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "serve", "predict", *map(str, arguments)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=accept_ctrl_c,
+        )
+
+    def end(self) -> tuple[int, str]:
+        _, text = self.process.communicate(timeout=60)
+        return self.process.returncode, text.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_command_that_is_ended_goes_on_with_what_is_missing(
+    gateway: RunningGateway,
+    backend: Any,
+    torchserve: FakeTorchServe,
+    cloud: Callable[[int], bytes],
+    frames: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+) -> None:
+    out = tmp_path / "out"
+    arguments = (frames, "--model", "second", "--url", gateway.url, "--out", out, "--format", "json,csv")
+    backend.hold(cloud(3))
+    first = Command(*arguments)
+    part = out / ".predictions.jsonl.part"
+    eventually(lambda: part.exists() and part.read_bytes().count(b"\n") == 3, timeout_s=60)
+    first.process.send_signal(number)
+    code, text = first.end()
+    assert code == (-number if number == signal.SIGKILL else 130)
+    assert "Traceback" not in text
+    assert ("3 of 5 frames are finished" in text) == (number != signal.SIGKILL)
+    assert sorted(path.name for path in out.iterdir()) == [part.name, "json", "run.json"]
+    backend.release()
+    sent = len(torchserve.calls)
+    code, text = Command(*arguments).end()
+    assert code == 0, text
+    assert "2 frames predicted, 3 kept from before" in text
+    assert sum(len(call) for call in torchserve.calls[sent:]) == 2
+    lines = [orjson.loads(line) for line in (out / "predictions.jsonl").read_bytes().splitlines()]
+    assert [line["frame"] for line in lines] == [f"{k}.bin" for k in range(5)]
+    assert sorted(path.name for path in (out / "json").iterdir()) == [f"{k}.json" for k in range(5)]
+    assert not list(out.glob(".*"))
+    code, text = Command(*arguments).end()
+    assert (code, len(torchserve.calls[sent:])) == (0, 2) and "5 kept from before" in text
