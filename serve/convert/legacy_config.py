@@ -29,9 +29,10 @@ _TRAINING_ONLY = ("pretrained", "input_size", "random_size_range", "random_size_
 _MEMBERS: Mapping[str, Mapping[str, str | None]] = {
     "CTResNetNeck": {"in_channel": "in_channels"},
     "CenterNetHead": {"in_channel": "in_channels", "feat_channel": "feat_channels"},
+    "FCAF3DHead": {"n_classes": "num_classes", "n_reg_outs": "num_reg_outs"},
     "H3DBboxHead": {"feat_channels": None},
     "ImVoxelNet": {"anchor_generator": "prior_generator"},
-    "MinkSingleStage3DDetector": {"voxel_size": None},
+    "MinkSingleStage3DDetector": {"voxel_size": None, "head": "bbox_head"},
     "NASFPN": {"add_extra_convs": None},
     "PartAggregationROIHead": {"part_roi_extractor": "bbox_roi_extractor"},
     "PointRCNNRoIHead": {"point_roi_extractor": "bbox_roi_extractor"},
