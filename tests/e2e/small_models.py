@@ -38,6 +38,14 @@ def _resnet18(backbone: Any) -> None:
     backbone["norm_cfg"] = {"type": "BN", "requires_grad": False}
 
 
+def _few_proposals(config: Any) -> None:
+    """Of a second stage: its layers for a thousand regions take most of the time of such small pictures."""
+    limits = config.model.test_cfg
+    if "rpn" in limits:
+        limits.rpn.update(nms_pre=200, max_per_img=200)
+        limits.rcnn["max_per_img"] = min(50, limits.rcnn.max_per_img)
+
+
 def mono3d(config: Any) -> None:
     _resnet18(config.model.backbone)
     config.model.neck["in_channels"] = [64, 128, 256, 512]
@@ -73,6 +81,7 @@ def panoptic(config: Any) -> None:
     _resnet18(config.model.backbone)
     config.model.neck["in_channels"] = [64, 128, 256, 512]
     _pipeline(config)[1]["scale"] = (192, 144)
+    _few_proposals(config)
 
 
 MODELS = {
@@ -96,6 +105,7 @@ def picture(config: Any) -> None:
         for key in ("scale", "size"):
             if key in step:
                 step[key] = (192, 160)
+    _few_proposals(config)
 
 
 def transformer(config: Any) -> None:

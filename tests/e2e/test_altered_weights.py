@@ -69,7 +69,7 @@ def altered(weights: Path, part: str) -> dict[str, torch.Tensor]:
     state = load_file(weights)
     name = next(name for name in state if name.startswith(part) and state[name].dim() > 1)
     # Labels are those of the largest logit, and all logits scaled alike keep them.
-    step = 2 if part.endswith("conv_seg") else 1
+    step = 2 if part.endswith(("conv_seg", "conv_logits")) else 1
     state[name][::step] *= FACTOR
     return state
 
