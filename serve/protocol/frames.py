@@ -34,6 +34,7 @@ from serve.protocol.sweeps import (
     SweepSpec,
     check_sweeps_option,
     decode_sweeps,
+    describe_lags,
     is_sweep_part,
     list_sweeps,
     parse_sweeps,
@@ -290,7 +291,9 @@ def decode_frame(body: Body, spec: FrameSpec, options: FrameOptions, limits: Lim
                 load_dim=None if options.load_dim is None else spec.sweeps.load_dim,
             )
             warnings += _warn_of_sweeps(body, spec)
-        elif not options.sweeps:
+        elif options.sweeps:
+            warnings += _warn("sweep_times", describe_lags(decoded["points"][:, spec.sweeps.time_column]))
+        else:
             warnings += spec.warnings
     if len(decoded) == 1:
         return Frame(decoded[spec.parts[0]], options, warnings, is_image=not spec.has_points)
@@ -299,15 +302,23 @@ def decode_frame(body: Body, spec: FrameSpec, options: FrameOptions, limits: Lim
 
 def _warn_of_sweeps(body: Mapping[str, Bytes], spec: FrameSpec) -> tuple[FrameWarning, ...]:
     assert spec.sweeps is not None
-    given = len(parse_sweeps(body["sweeps"]))
-    if not given:
+    poses = parse_sweeps(body["sweeps"])
+    if not poses:
         return spec.warnings
-    if given <= spec.sweeps.number:
-        return ()
     used = spec.sweeps.number
-    return (
-        FrameWarning("sweeps_ignored", f"the model uses {used} sweeps; the latest of the {given} are used"),
+    ignored = (
+        f"the model uses {used} sweeps; the latest of the {len(poses)} are used"
+        if len(poses) > used
+        else None
     )
+    return (
+        *_warn("sweeps_ignored", ignored),
+        *_warn("sweep_times", describe_lags(np.array([pose.time_lag_s for pose in poses]))),
+    )
+
+
+def _warn(code: str, message: str | None) -> tuple[FrameWarning, ...]:
+    return () if message is None else (FrameWarning(code, message),)
 
 
 def _check_parts(body: Mapping[str, Bytes], spec: FrameSpec) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "SweepSpec",
     "check_sweeps_option",
     "decode_sweeps",
+    "describe_lags",
     "is_sweep_part",
     "list_sweeps",
     "nearest",
@@ -42,6 +43,8 @@ _BOUNDS = JsonBounds(max_values=100 * MAX_SWEEPS, max_bytes=1 << 20, max_depth=6
 # Microseconds, nanoseconds and absolute times exceed it; a sweep is at most seconds old.
 MAX_LAG_S = 3600.0
 MAX_SHIFT_M = 10_000.0
+# Data sets have sweeps of one second at most: longer ago is likely in milliseconds, or the time of day.
+USUAL_LAG_S = 10.0
 # Largest deviation of R R^T from the identity: matrices are often printed with few digits.
 ROTATION_TOLERANCE = 1e-2
 # mmdet3d writes the time into this column of a sweep.
@@ -254,6 +257,16 @@ def _pose_matrix(place: str, rows: Any) -> Matrix:
             f"{place} shifts by {np.abs(shift).max():.3g} m; it must be relative to the key frame's LiDAR, in metres"
         )
     return matrix
+
+
+def describe_lags(lags: npt.NDArray[Any]) -> str | None:
+    """Say what is unusual about times before the key frame (N,), seconds; None if nothing is."""
+    if not len(lags) or (lags.min() >= 0 and lags.max() <= USUAL_LAG_S):
+        return None
+    return (
+        f"times are {lags.min():g} to {lags.max():g} s before the key frame; models are trained on a second at most, "
+        "and none later: are they in milliseconds, or of a clock?"
+    )
 
 
 def nearest(poses: Sequence[SweepPose], number: int) -> list[int]:

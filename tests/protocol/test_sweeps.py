@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.errors import BadRequest, ClientError, UndecodableFrame, UnknownOption
-from serve.protocol.frames import decode_json_request, parse_options
-from serve.protocol.sweeps import MAX_SWEEPS, SweepPose, is_sweep_part, nearest, parse_sweeps
+from serve.protocol.frames import FrameOptions, FrameSpec, decode_frame, decode_json_request, parse_options
+from serve.protocol.sweeps import MAX_SWEEPS, SweepPose, SweepSpec, is_sweep_part, nearest, parse_sweeps
+from serve.settings import Limits
 
 IDENTITY = np.eye(4).tolist()
 SHIFTED = [[1, 0, 0, 2], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
@@ -138,3 +139,28 @@ def test_more_listed_clouds_than_the_limit_are_refused():
     listed = [{"points": {"b64": ""}}] * (MAX_SWEEPS + 1)
     with pytest.raises(BadRequest):
         decode_json_request(json.dumps({"points": {"b64": ""}, "sweeps": listed}).encode())
+
+
+def swept(lags: list[float], *, accumulated: bool = False) -> list[str]:
+    """Codes of the warnings about a frame whose sweeps, or points, are so many seconds old."""
+    cloud = np.random.default_rng(0).uniform(1, 9, (len(lags) or 9, 5)).astype("<f4")
+    spec = FrameSpec("lidar", load_dim=5, sweeps=SweepSpec(number=9))
+    body = {"points": cloud.tobytes()}
+    if accumulated:
+        cloud[:, 4] = lags
+        body["points"] = cloud.tobytes()
+    else:
+        body["sweeps"] = json.dumps([entry(time_lag_s=lag) for lag in lags]).encode()
+        body |= {f"sweep.{k}": cloud.tobytes() for k in range(len(lags))}
+    options = FrameOptions(sweeps="accumulated" if accumulated else None)
+    return [warning.code for warning in decode_frame(body, spec, options, Limits()).warnings]
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_times_in_milliseconds_are_answered_with_a_warning(accumulated):
+    assert "sweep_times" in swept([50, 100, 150], accumulated=accumulated)
+    assert "sweep_times" not in swept([0, 0.05, 0.45], accumulated=accumulated)
+
+
+def test_points_after_their_key_frame_are_answered_with_a_warning():
+    assert "sweep_times" in swept([0, -0.05], accumulated=True)
