@@ -2,6 +2,7 @@
 
 from serve.archive.format import Archive, extract, open_directory, verify, write
 from serve.archive.metadata import FORMAT, InferenceOptions, Metadata, check_identity
+from serve.archive.parts import check_parts_folder, write_parts
 
 __all__ = [
     "FORMAT",
@@ -9,8 +10,10 @@ __all__ = [
     "InferenceOptions",
     "Metadata",
     "check_identity",
+    "check_parts_folder",
     "extract",
     "open_directory",
     "verify",
     "write",
+    "write_parts",
 ]

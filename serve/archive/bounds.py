@@ -16,6 +16,8 @@ from serve.errors import ArchiveError, ServeError
 __all__ = [
     "CONFIG",
     "EXPECTED",
+    "HANDLER_FILE",
+    "HANDLER_FILES",
     "MANIFEST",
     "MAX_COMPRESSION",
     "MAX_DIRECTORY_BYTES",
@@ -36,6 +38,9 @@ MANIFEST, METADATA, CONFIG, WEIGHTS = (
     "weights.safetensors",
 )
 EXPECTED = "golden/expected.json"
+# What torch-model-archiver packs for the handlers (`serve.archive.parts`); no import finds a name with a dot.
+HANDLER_FILES = frozenset({"handlers.mmdet3d_handler.py", "handlers.mmdet_handler.py"})
+HANDLER_FILE = b"# The handler is a module of the installed package mmdet3d-serve; nothing reads this file.\n"
 
 MAX_ENTRIES = 20_000
 MAX_DIRECTORY_BYTES = 8 << 20
@@ -99,6 +104,13 @@ def check_entry_name(name: str) -> None:
     check_plain_name(name)
     parts = PurePosixPath(name).parts
     shown = repr(name[:_MAX_QUOTED_CHARS])
+    if name in HANDLER_FILES:
+        return
+    if f"handlers.{name}" in HANDLER_FILES:
+        raise ArchiveError(
+            f"entry {shown} is a copy of a handler, which is never run; give torch-model-archiver the one that "
+            f"`mmdet3d-serve archive --parts FOLDER` writes: --handler FOLDER/handlers.{name.removesuffix('.py')}"
+        )
     if name not in {MANIFEST, METADATA, CONFIG, WEIGHTS} and (parts[0] not in _FOLDERS or len(parts) < 2):
         raise ArchiveError(f"entry {shown} is not a part of an mmdet3d-serve archive")
     if parts[0] == "code":

@@ -10,6 +10,7 @@ An archive is a zip that TorchServe can serve and that holds data only:
     golden/expected.json      the predictions for that frame
     code/…                    modules named in the config's custom_imports, if any
     extra/…                   the user's extra files
+    handlers.….py             one fixed line, in archives by torch-model-archiver only (`serve.archive.parts`)
 
 Equal contents give equal bytes: entries are sorted, times and modes fixed. TorchServe's archiver is not used, because
 it works in a shared temporary folder, deletes the files there, and records times.
@@ -23,7 +24,7 @@ import os
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from serve.archive import config_json
 from serve.archive.bounds import (
     CONFIG,
     EXPECTED,
+    HANDLER_FILE,
+    HANDLER_FILES,
     MANIFEST,
     METADATA,
     WEIGHTS,
@@ -175,7 +178,7 @@ def verify(path: Path) -> Metadata:
     """
     with open_zip(path) as archive:
         metadata = _read_header(archive)
-        for name, expected in metadata.files.items():
+        for name, expected in (metadata.files | _handler_files(archive.namelist())).items():
             with archive.open(name) as stream:
                 _compare(name, _digest(stream), expected)
         return metadata
@@ -216,13 +219,19 @@ def open_directory(root: Path) -> Archive:
         metadata = Metadata.parse((root / METADATA).read_bytes())
         if missing := sorted({*metadata.files, MANIFEST} - set(sizes)):
             raise ArchiveError(f"{missing[0]} is missing from the archive; convert the model again")
-        if odd := sorted(set(sizes) - {*metadata.files, METADATA, MANIFEST}):
+        known = metadata.files | _handler_files(sizes)
+        if odd := sorted(set(sizes) - {*known, METADATA, MANIFEST}):
             raise ArchiveError(
                 f"{odd[0]} is in the archive's folder, but not declared; convert the model again"
             )
-        for name, expected in metadata.files.items():
+        for name, expected in known.items():
             _compare(name, _sha256(root / name), expected)
         return Archive(root, metadata)
+
+
+def _handler_files(names: Iterable[str]) -> dict[str, str]:
+    """Hashes of the entries that torch-model-archiver adds for the handler."""
+    return {name: _sha256(HANDLER_FILE) for name in HANDLER_FILES.intersection(names)}
 
 
 def _list_files(root: Path) -> dict[str, int]:
@@ -255,8 +264,7 @@ def _read_header(archive: zipfile.ZipFile) -> Metadata:
             )
     metadata = Metadata.parse(archive.read(METADATA))
     manifest = orjson.loads(archive.read(MANIFEST))
-    if names != {*metadata.files, METADATA, MANIFEST}:
-        odd = sorted(names ^ {*metadata.files, METADATA, MANIFEST})
+    if odd := sorted(names ^ {*metadata.files, *_handler_files(names), METADATA, MANIFEST}):
         raise ArchiveError(
             f"the entries differ from {METADATA}: {', '.join(odd[:5])}; convert the model again"
         )
@@ -268,8 +276,13 @@ def _read_header(archive: zipfile.ZipFile) -> Metadata:
             "handler": HANDLERS[metadata.package],
         },
     }
-    # TorchServe takes more from a manifest, such as another interpreter or a file of requirements.
-    found = {key: value for key, value in dict(manifest).items() if key != "archiverVersion"}
+    # TorchServe takes more from a manifest, such as another interpreter or a file of requirements. What
+    # torch-model-archiver adds to it changes nothing.
+    found = {
+        key: value for key, value in dict(manifest).items() if key not in ("archiverVersion", "createdOn")
+    }
+    if isinstance(found.get("model"), dict) and found["model"].get("serializedFile") == WEIGHTS:
+        del found["model"]["serializedFile"]
     if found != expected:
         raise ArchiveError(
             f"the manifest has {str(found)[:200]}, expected {expected}; convert the model again"

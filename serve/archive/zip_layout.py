@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -103,7 +104,8 @@ def _check_entries(
 ) -> None:
     names = [info.filename for info in infos]
     if len(set(names)) != len(names):
-        raise ArchiveError("the archive has duplicate entries; convert the model again")
+        ((twice, _),) = Counter(names).most_common(1)
+        raise ArchiveError(f"the archive has several entries {twice[:200]!r}; convert the model again")
     for info in infos:
         check_name(info.filename)
         if info.flag_bits & ~_ALLOWED_FLAGS or info.compress_type not in _METHODS:

@@ -6,6 +6,7 @@ Config, checkpoint and output folder may be URIs (`serve.storage`).
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -109,6 +110,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extra-files", default="", metavar="A,B", help="files to pack under extra/, separated by commas"
     )
+    parser.add_argument(
+        "--parts",
+        type=Path,
+        metavar="FOLDER",
+        help="also write what the archive is made of into an empty folder, for torch-model-archiver",
+    )
     parser.add_argument("--device", default="cpu", help="device of the golden frame: cpu or cuda:N")
     parser.add_argument(
         "--golden-frame",
@@ -149,6 +156,8 @@ def _fetch(source: str, args: argparse.Namespace, sha256_prefix: str | None = No
 
 def _convert(config: Path, checkpoint: Path, name: str, store: str, args: argparse.Namespace) -> int:
     """Convert into a folder, or through a temporary folder into a bucket."""
+    if args.parts is not None:
+        archive.check_parts_folder(args.parts, name)
     if not storage.is_remote(store):
         return _convert_into(config, checkpoint, name, Path(store), args)
     target = archive_uri(store, name)
@@ -184,6 +193,8 @@ def _convert_into(config: Path, checkpoint: Path, name: str, folder: Path, args:
     )
     report("done")
     _print_result(result)
+    if args.parts is not None:
+        print(f"parts     {shlex.join(archive.write_parts(result.path, args.parts))}")
     return 0 if result.golden_detections else NOTHING_PROVED
 
 
