@@ -221,6 +221,15 @@ WHEEL_SOURCES = ("pyproject.toml", "setup.py", "LICENSE", "README.md", "tools/se
 WHEEL_FOLDERS = ("serve", "handlers", "requirements")
 
 
+def copy_sources_of_wheel(copy: Path) -> None:
+    """Copy all that a wheel is built of, so that nothing is written into the checkout."""
+    for name in WHEEL_FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in WHEEL_SOURCES:
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+
+
 @pytest.fixture(scope="session")
 def wheel(pytestconfig, tmp_path_factory) -> Path:
     """The project's wheel, built of a copy of its sources; made anew only if they changed."""
@@ -229,11 +238,7 @@ def wheel(pytestconfig, tmp_path_factory) -> Path:
     with FileLock(kept / "lock"):
         if not list(kept.glob("*.whl")):
             copy = tmp_path_factory.mktemp("sources")
-            for name in WHEEL_FOLDERS:
-                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-            for name in WHEEL_SOURCES:
-                (copy / name).parent.mkdir(exist_ok=True)
-                shutil.copy(ROOT / name, copy / name)
+            copy_sources_of_wheel(copy)
             command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
             command += ["--no-build-isolation", "--wheel-dir", str(kept / "unfinished"), str(copy)]
             subprocess.run(command, check=True, cwd=copy, capture_output=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import copy_sources_of_wheel
+
 ROOT = Path(__file__).resolve().parents[2]
 USE = "import mmcv._ext as e; print('portable' if hasattr(e, 'PORTABLE') else 'compiled')"
 
@@ -27,6 +29,22 @@ def environment(tmp_path_factory, wheel) -> Path:
         file.extractall(packages, names)
     assert len(names) == 2
     return folder
+
+
+def test_editable_wheel_holds_the_finder_too(tmp_path, wheel):
+    copy_sources_of_wheel(tmp_path / "sources")
+    code = "from setuptools import build_meta; build_meta.build_editable('..')"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path / "sources",
+        capture_output=True,
+        check=True,
+    )
+    (editable,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(editable) as second:
+        for name in ("mmdet3d_serve_autoload.py", "mmdet3d_serve_autoload.pth"):
+            assert first.read(name) == second.read(name)
+        assert not [name for name in second.namelist() if name.startswith("serve/")]
 
 
 @pytest.fixture(scope="module")
