@@ -137,7 +137,7 @@ def test_the_wheel_alone_asks_for_numpy_alone() -> None:
 
 
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
-    declared = {Requirement(line).name for line in asked_by("models", "otel")}
+    declared = {Requirement(line).name for line in asked_by("models", "otel", "video")}
     brought = {
         "botocore": "boto3",
         "llvmlite": "numba",
@@ -256,8 +256,8 @@ def test_bytecode_is_kept_where_the_environment_would_have_none(
     """Else every worker compiles all of torch and mmdet3d at its start."""
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
-    monkeypatch.setattr(setup_env, "SELF_CHECK", "import orjson, httpx; print('imported')")
-    assert setup_env.self_check(Path(sys.prefix)) == "imported"
+    code = "import orjson, httpx; print('imported')"
+    assert setup_env.self_check(Path(sys.prefix), code) == "imported"
     assert [path.parent.name for path in tmp_path.rglob("_client.*.pyc")] == ["httpx"]
 
 
