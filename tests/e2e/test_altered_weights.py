@@ -36,7 +36,7 @@ PARTS = {
     "depth": ("backbone", "bbox_head.vote_module.conv_out", "bbox_head.conv_pred.conv_reg"),
     "mono3d": ("backbone.layer2", "neck.lateral", "bbox_head.conv_cls."),
     "fusion": ("img_backbone.layer2", "img_neck.lateral", "pts_backbone", "pts_bbox_head.conv_cls"),
-    "multiview": ("backbone.layer2", "neck.lateral", "bbox_head.conv_cls"),
+    "multiview": ("backbone.layer2", "neck.lateral", "bbox_head_3d.conv_cls"),
     "segments": ("backbone", "decode_head.conv_seg"),
     "panoptic": ("backbone.layer2", "neck.lateral", "semantic_head.conv_logits"),
 }
