@@ -101,6 +101,10 @@ class Journal:
         """Return the number of frames that former runs finished."""
         return len(self._former)
 
+    def is_empty(self) -> bool:
+        """Return whether nothing is recorded."""
+        return os.fstat(self._file.fileno()).st_size == 0
+
     def find(self, frame: Frame) -> Prediction | None:
         """Return the prediction of a frame that a former run finished; None if there is none, or the file changed."""
         if frame.name not in self._former:
@@ -152,7 +156,9 @@ class Journal:
         if overwrite:
             for former in (self._final, self._part):
                 former.unlink(missing_ok=True)
-        elif path.is_file():
+        elif path.is_file() and any(
+            file.exists() and file.stat().st_size for file in (self._final, self._part)
+        ):
             self._compare(path, orjson.loads(orjson.dumps(run)))
         elif self._final.exists():
             raise BadRequest(

@@ -187,7 +187,12 @@ def run(
     # One file: the record is in a hidden folder beside it until the run is finished.
     hidden = task.out.with_name(f".{task.out.name}.unfinished")
     with Journal(hidden, predictions, outputs, overwrite=task.overwrite or task.source.live) as journal:
-        summary = _predict(task, journal, _writers(task, hidden, task.out), progress)
+        try:
+            summary = _predict(task, journal, _writers(task, hidden, task.out), progress)
+        except BaseException:
+            if journal.is_empty():
+                shutil.rmtree(hidden)
+            raise
         if task.formats == ("jsonl",):
             shutil.copyfile(journal.finish(), hidden / "copy")
             (hidden / "copy").replace(task.out)

@@ -287,6 +287,20 @@ def test_labels_that_lack_a_calibration_stop_the_run_before_anything_is_written(
     assert (tmp_path / "out" / ".predictions.jsonl.part").read_bytes() == b""
 
 
+def test_a_run_that_stops_before_its_first_frame_leaves_nothing_that_matters(
+    echo: EchoModel, tmp_path: Path
+) -> None:
+    folder = images(tmp_path / "in", 2)
+    (folder / "000.png").write_bytes(b"gone")
+    for out in (tmp_path / "seen.csv", tmp_path / "seen"):
+        with pytest.raises(NotReady):
+            run(task(echo, folder, out))
+    assert not list(tmp_path.glob(".*"))
+    (folder / "000.png").write_bytes(b"back")
+    summary = run(task(echo, folder, tmp_path / "seen", options=FrameOptions(score_thr=0.5)))
+    assert summary.predicted == 2
+
+
 # The command, as its user runs it.
 
 
