@@ -149,6 +149,7 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
             UndecodableFrame,
             "BYTES",
         ),
+        Limit("protocol.point_formats:MAX_NPZ_ENTRIES", "entries of an npz", UndecodableFrame, "N"),
         Limit("protocol.point_table:MAX_COLUMNS", "most columns of a point cloud", UndecodableFrame, "N"),
         Limit("protocol.point_table:MAX_BYTES_PER_POINT", "largest point of a file", FrameTooLarge, "BYTES"),
         Limit("protocol.points:MAX_COORDINATE_M", "largest coordinate", UndecodableFrame, "M"),

@@ -38,6 +38,9 @@ __all__ = ["NPY_MAGIC", "read_point_file"]
 
 NPY_MAGIC = b"\x93NUMPY"
 MAX_HEADER_BYTES = 64 << 10
+# Entries of an npz; Python's reader makes an object of each.
+MAX_NPZ_ENTRIES = 1000
+_NPZ_DIRECTORY_ENTRY = b"PK\x01\x02"
 
 
 def read_point_file(body: Bytes, name: str, limits: Limits) -> PointTable:
@@ -109,7 +112,10 @@ def _plain_array(
 
 def _read_npz(body: Bytes, limits: Limits) -> PointTable:
     """One array of an npz: the only one, or the one called ``points``."""
-    with zipfile.ZipFile(io.BytesIO(bytes(body))) as archive:
+    packed = bytes(body)
+    if (count := packed.count(_NPZ_DIRECTORY_ENTRY)) > MAX_NPZ_ENTRIES:
+        raise UndecodableFrame(f"the npz has {count} entries, the limit is {MAX_NPZ_ENTRIES}")
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         entries = {
             entry.filename.removesuffix(".npy"): entry
             for entry in archive.infolist()
@@ -125,6 +131,12 @@ def _read_npz(body: Bytes, limits: Limits) -> PointTable:
         bound = min(limits.max_frame_bytes, limits.max_points * MAX_BYTES_PER_POINT)
         if entry.file_size > bound:
             raise FrameTooLarge(f"the array has {entry.file_size} bytes unpacked, the limit is {bound}")
+        # Python's reader unpacks all of bzip2 and LZMA at once, whatever is asked for: gigabytes from a kilobyte.
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UndecodableFrame(
+                f"the npz is compressed by method {entry.compress_type}; send what numpy.savez or "
+                "numpy.savez_compressed write"
+            )
         with archive.open(entry) as file:
             data = file.read(bound + 1)
         if len(data) > bound:

@@ -91,6 +91,10 @@ FILES: Mapping[str, Callable[[], bytes]] = {
     "npz-of-the-largest-cloud": lambda: zipped(npy(NPY % "(2000000, 4)", bytes(32_000_000))),
     "npz-bzip2": lambda: zipped(bytes(30 * MIB), zipfile.ZIP_BZIP2),
     "npz-lzma": lambda: zipped(bytes(30 * MIB), zipfile.ZIP_LZMA),
+    # Python's reader unpacks these two whole, whatever size the header claims.
+    "npz-bzip2-array": lambda: zipped(npy(NPY % "(1, 4)", bytes(16)), zipfile.ZIP_BZIP2),
+    "npz-lzma-array": lambda: zipped(npy(NPY % "(1, 4)", bytes(16)), zipfile.ZIP_LZMA),
+    "npz-entries-beside-an-array": lambda: zipped(npy(NPY % "(1, 4)", bytes(16)), entries=1500),
     "npz-entries": lambda: zipped(b"", entries=20_000),
     "pcd-1e18": lambda: pcd("1" + "0" * 18, bytes(16)),
     "pcd-digits": lambda: pcd("9" * 20_000, bytes(16)),
