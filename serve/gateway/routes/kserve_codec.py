@@ -17,7 +17,8 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,16 +230,23 @@ def _read_tensor(
             return _split_bytes(name, data, count), rest
         if size != nbytes:
             raise BadRequest(f"input {name} of shape {shape} and {datatype} cannot have {size} bytes")
-        return np.frombuffer(data, _NUMPY[datatype]).reshape(shape), rest
+        with _errors_of_tensor(name, datatype):
+            return np.frombuffer(data, _NUMPY[datatype]).reshape(shape), rest
     values = _flatten(name, tensor.get("data"), len(shape))
     if len(values) != count:
         raise BadRequest(f"input {name} of shape {shape} has {len(values)} values")
     if datatype == "BYTES":
         coded = parameters.get("content_type") == "base64"
         return [_encode_text(name, value, coded, bounds.json.max_bytes) for value in values], rest
+    with _errors_of_tensor(name, datatype), np.errstate(over="raise"):  # a float that its type cannot hold
+        return np.array(values, dtype=_NUMPY[datatype]).reshape(shape), rest
+
+
+@contextmanager
+def _errors_of_tensor(name: str, datatype: str) -> Iterator[None]:
+    """Map what numpy raises for values or a shape that no array has: even an empty one may be too large for it."""
     try:
-        with np.errstate(over="raise"):  # a float that its type cannot hold
-            return np.array(values, dtype=_NUMPY[datatype]).reshape(shape), rest
+        yield
     except (TypeError, ValueError, ArithmeticError) as error:
         raise BadRequest(f"input {name} is no tensor of {datatype}: {str(error)[:200]}") from None
 

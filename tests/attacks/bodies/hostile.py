@@ -207,6 +207,7 @@ ATTACKS: Mapping[str, Attack] = {
         lambda: rb'{"inputs":[{"name":"\ud800","datatype":"FP32","shape":[1],"data":[1]}]}',
         "/v2/models/second/infer",
     ),
+    "v2-binary-empty-too-large": _binary("FP32", [0, *[2147483647] * 7], b"", 400),
     "v2-bytes-empty-elements": _binary("BYTES", [MILLION], bytes(4 * MILLION), 413),
     "v2-bytes-more-than-declared": _binary("BYTES", [1], bytes(LARGE), 400),
     "v2-bytes-json-many": Attack(
