@@ -291,6 +291,12 @@ ATTACKS: Mapping[str, Attack] = {
     "form-boundary-quotes": _form(
         lambda: b"--b--\r\n", 400, kind='multipart/form-data; boundary="' + ";" * 60_000
     ),
+    # framing
+    "chunks-of-one-byte": Attack(
+        lambda: b"1\r\nx\r\n" * MILLION + b"0\r\n\r\n",
+        headers={"transfer-encoding": "chunked"},
+        statuses=(200,),
+    ),
     # headers and queries
     "accept-commas": _request({"accept": "," * 60_000}, 400),
     "accept-weights": _request({"accept": "*/*;q=0.1," * 6000}, 200, 400, 406),
