@@ -56,7 +56,7 @@ async def read_frames(
         FrameTooLarge: more than `max_frames` frames, or beyond `bounds`.
         ServeError: the error of the frame if it is the only one.
     """
-    drafts, many = await run_beside_loop(len(body), _read_drafts, body, max_frames, bounds)
+    drafts, many = await run_beside_loop(len(body), _read_drafts, len(body), body, max_frames, bounds)
     if not many:
         (only,) = drafts
         if isinstance(only, ServeError):

@@ -268,14 +268,15 @@ async def receive_frames(
     frames: Sequence[RawFrame | ServeError]
     if kind == "multipart/form-data":
         frames, own = await run_beside_loop(
-            len(body), _parse_form_frames, body, content_type, max_frames, parts
+            len(body), _parse_form_frames, len(body), body, content_type, max_frames, parts
         )
         # Shared by all frames, so an invalid one fails the request rather than each frame.
         base, many = parse_options(own, base), len(frames) > 1
     elif kind == "application/json":
         frames, many = await read_frames(body, references, permit, max_frames, options.json_bounds)
     else:
-        frames, many = await run_beside_loop(header_bytes(body), unpack_frames, body, max_frames), True
+        nbytes = header_bytes(body)
+        frames, many = await run_beside_loop(nbytes, unpack_frames, nbytes, body, max_frames), True
     if len(frames) > max_frames:
         raise FrameTooLarge(
             f"the request has {len(frames)} frames, the limit is {options.max_frames_per_request}"

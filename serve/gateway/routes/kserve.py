@@ -21,7 +21,13 @@ from serve.gateway.options import GatewayOptions
 from serve.gateway.request import check_frames, parse_request_options, read_body, read_query
 from serve.gateway.response import Timing
 from serve.gateway.router import FrameRoute
-from serve.gateway.routes.kserve_codec import InferBounds, decode_infer, encode_infer, model_metadata
+from serve.gateway.routes.kserve_codec import (
+    InferBounds,
+    decode_infer,
+    encode_infer,
+    json_bytes,
+    model_metadata,
+)
 
 __all__ = ["infer_route", "router"]
 
@@ -107,7 +113,9 @@ def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
         permit.check(items=1)
         body = await read_body(request, permit, options)
         header_length = request.headers.get(_HEADER_LENGTH)
-        infer_request = await run_beside_loop(len(body), decode_infer, body, header_length, spec, bounds)
+        infer_request = await run_beside_loop(
+            len(body), decode_infer, json_bytes(body, header_length), body, header_length, spec, bounds
+        )
         parameters = {**read_query(request), **infer_request.parameters}
         request_options = parse_request_options(parameters, request.headers, options)
         if len(infer_request.frames) > options.max_frames_per_request:

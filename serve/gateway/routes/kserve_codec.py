@@ -32,7 +32,7 @@ from serve.protocol.batch import MAX_NAME_CHARS, MAX_PARTS, Body, Bytes, RawFram
 from serve.protocol.json_reader import JsonBounds, LongText, decode_base64, decode_text, read_json
 from serve.protocol.sweeps import is_sweep_part
 
-__all__ = ["InferBounds", "InferRequest", "decode_infer", "encode_infer", "model_metadata"]
+__all__ = ["InferBounds", "InferRequest", "decode_infer", "encode_infer", "json_bytes", "model_metadata"]
 
 _BOXES = {
     3: ("bboxes_3d", "scores_3d", "labels_3d"),
@@ -111,6 +111,19 @@ def model_metadata(name: str, versions: Sequence[str], spec: Mapping[str, Any]) 
     }
 
 
+def json_bytes(body: bytes | bytearray, header_length: str | None) -> int:
+    """Return how many bytes of a body are JSON; tensors in binary follow.
+
+    Raises:
+        BadRequest: the ``Inference-Header-Content-Length`` header is not such a number.
+    """
+    if header_length is None:
+        return len(body)
+    if not re.fullmatch("[0-9]{1,12}", header_length) or int(header_length) > len(body):
+        raise BadRequest(f"Inference-Header-Content-Length {quote(header_length)} does not fit the body")
+    return int(header_length)
+
+
 def decode_infer(
     body: bytes | bytearray,
     header_length: str | None,
@@ -132,12 +145,8 @@ def decode_infer(
         UndecodableFrame: a tensor is not a frame of this model.
     """
     bounds = bounds or InferBounds()
-    if header_length is None:
-        header, rest = body, memoryview(b"")
-    elif re.fullmatch("[0-9]{1,12}", header_length) and int(header_length) <= len(body):
-        header, rest = body[: int(header_length)], memoryview(body)[int(header_length) :]
-    else:
-        raise BadRequest(f"Inference-Header-Content-Length {quote(header_length)} does not fit the body")
+    at = json_bytes(body, header_length)
+    header, rest = body if header_length is None else body[:at], memoryview(body)[at:]
     document = _object(read_json(header, bounds.json), "the request")
     tensors: dict[str, npt.NDArray[Any] | list[Bytes]] = {}
     for tensor in _objects(document, "inputs"):
