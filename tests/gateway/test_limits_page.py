@@ -283,6 +283,7 @@ ELSEWHERE = {
     "gateway.form:_MAX_TEXT_BYTES": "tests/attacks/bodies",
     "gateway.routes.kserve_codec:_MAX_TEXT_CHARS": "tests/attacks/bodies",
     "protocol.point_table:MAX_BYTES_PER_POINT": "tests/protocol/test_point_formats.py",
+    "protocol.point_formats:MAX_NPZ_ENTRIES": "tests/attacks/bodies",
     "protocol.las:LAZ_SECONDS": "tests/protocol/test_point_formats.py",
     "protocol.las:MAX_RECORDS": "tests/attacks/bodies",
     "protocol.las:LAZ_PROCESS_BYTES": "tests/protocol/test_point_formats.py",
