@@ -109,9 +109,10 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.01),
     clip_grad=dict(max_norm=10, norm_type=2),
 )
-param_scheduler = dict(
-    type="OneCycleLR", eta_max=2e-3, total_steps=max_epochs, pct_start=0.2, convert_to_iter_based=True
-)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=50),
+    dict(type="CosineAnnealingLR", T_max=max_epochs, eta_min=1e-5, convert_to_iter_based=True),
+]
 default_hooks = dict(
     logger=dict(type="LoggerHook", interval=10), checkpoint=dict(type="CheckpointHook", interval=max_epochs)
 )

@@ -1,6 +1,7 @@
 """Training and test of the demonstration SECOND on the data set that this file lies in.
 
-Written by ``mmdet3d-serve sample-data kitti``. The schedule fits a CPU and some minutes: it is short for this network.
+Written by ``mmdet3d-serve sample-data kitti``. The training goes on from the demonstration's weights, so that some
+minutes of a CPU are enough; ``--cfg-options load_from=None`` starts from scratch, which takes many more frames.
 """
 
 _base_ = ["second_demo.py"]
@@ -9,7 +10,8 @@ data_root = "{{ fileDirname }}/"
 class_names = ["Pedestrian", "Cyclist", "Car"]
 metainfo = dict(classes=class_names)
 point_cloud_range = [0, -32, -3, 51.2, 32, 1]
-max_epochs = 4
+max_epochs = 2
+load_from = data_root + "second_demo.pth"
 
 train_pipeline = [
     dict(type="LoadPointsFromFile", coord_type="LIDAR", load_dim=4, use_dim=4),
@@ -66,12 +68,13 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=2.5e-3, betas=(0.95, 0.99), weight_decay=0.01),
+    optimizer=dict(type="AdamW", lr=3e-4, betas=(0.95, 0.99), weight_decay=0.01),
     clip_grad=dict(max_norm=10, norm_type=2),
 )
-param_scheduler = dict(
-    type="OneCycleLR", eta_max=2.5e-3, total_steps=max_epochs, pct_start=0.25, convert_to_iter_based=True
-)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=20),
+    dict(type="CosineAnnealingLR", T_max=max_epochs, eta_min=1e-5, convert_to_iter_based=True),
+]
 default_hooks = dict(
     logger=dict(type="LoggerHook", interval=10), checkpoint=dict(type="CheckpointHook", interval=max_epochs)
 )

@@ -28,6 +28,7 @@ COMMANDS = {
     "serve": ("serve.cli.serve", "serve archives with TorchServe and the gateway in the foreground"),
     "stop": ("serve.cli.stop", "stop what 'serve' or 'demo' left running"),
     "verify": ("serve.cli.verify", "compare a served model with native mmdet / mmdet3d inference"),
+    "evaluate": ("serve.cli.evaluate", "average precision of a served model on a data set, beside native"),
     "sample-data": ("serve.cli.sample_data", "write a small synthetic data set in KITTI's or COCO's layout"),
     "draw": ("serve.cli.draw", "draw detections on a point cloud or an image"),
     "zoo": ("serve.cli.zoo", "list the models of the zoo by name"),
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     if name not in COMMANDS:
-        listed = "\n".join(f"  {known:<9} {summary}" for known, (_, summary) in COMMANDS.items())
+        listed = "\n".join(f"  {known:<11} {summary}" for known, (_, summary) in COMMANDS.items())
         usage = f"usage: {PROGRAM} COMMAND [OPTION …]\n\ncommands:\n{listed}\n\n"
         usage += f"{PROGRAM} COMMAND --help lists the options."
         asked = name in ("-h", "--help")

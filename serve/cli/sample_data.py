@@ -20,9 +20,9 @@ from serve.synthetic.kitti import write_kitti
 __all__ = ["main"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
-# Kind → numbers of training and validation frames, and the configs that go with it; the last one is to be used.
+# Kind → numbers of training and validation frames, and the files that go with it; the last is the config to use.
 KINDS = {
-    "kitti": (80, 40, ("second_demo.py", "second_sample.py")),
+    "kitti": (80, 40, ("second_demo.pth", "second_demo.py", "second_sample.py")),
     "coco": (400, 100, ("fcos_sample.py",)),
 }
 

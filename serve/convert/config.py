@@ -20,7 +20,7 @@ from serve.errors import ArchiveError
 from serve.runtime.custom_code import import_modules
 from serve.runtime.pipeline import dataset_of
 
-__all__ = ["FullConfig", "ResolvedConfig", "read_config", "reduce_config", "resolve_config"]
+__all__ = ["FullConfig", "ResolvedConfig", "parse_config", "read_config", "reduce_config", "resolve_config"]
 
 # Training, evaluation and logging keys stay outside the archive.
 KEPT_KEYS = (
@@ -81,6 +81,27 @@ def read_config(path: Path) -> FullConfig:
     Raises:
         ArchiveError: missing, unreadable, or without a model.
     """
+    from serve.runtime.model import suppress_warnings
+
+    full = parse_config(path)
+    if not isinstance(full.get("model"), Mapping):
+        raise ArchiveError(f"config {path} describes no model")
+    notes: tuple[str, ...] = ()
+    with suppress_warnings(), blaming(f"config {path}"):
+        package = package_of(full)
+        if is_legacy(full):
+            full, notes = modernize(full, package)
+        else:
+            full["default_scope"] = package
+    return FullConfig(full, notes)
+
+
+def parse_config(path: Path) -> dict[str, Any]:
+    """Read a config with its bases by mmengine, whatever it describes, as plain data.
+
+    Raises:
+        ArchiveError: missing or unreadable.
+    """
     from serve import ops
     from serve.runtime.model import suppress_warnings
 
@@ -97,7 +118,7 @@ def read_config(path: Path) -> FullConfig:
         try:
             with local_bases(path) as whole:
                 parsed = Config.fromfile(str(whole), import_custom_modules=False)
-                full = {
+                return {
                     key: _as_data(value, key, build=key in KEPT_KEYS)
                     for key, value in parsed._to_lazy_dict().items()
                 }
@@ -112,16 +133,6 @@ def read_config(path: Path) -> FullConfig:
             if "U+FEFF" in shown:
                 shown += "; it starts with a byte order mark: save it as UTF-8 without one"
             raise ArchiveError(f"config {path} cannot be read: {shown}") from error
-        if not isinstance(full.get("model"), Mapping):
-            raise ArchiveError(f"config {path} describes no model")
-        notes: tuple[str, ...] = ()
-        with blaming(f"config {path}"):
-            package = package_of(full)
-            if is_legacy(full):
-                full, notes = modernize(full, package)
-            else:
-                full["default_scope"] = package
-    return FullConfig(full, notes)
 
 
 def _explain_lazy_call(error: BaseException) -> str | None:

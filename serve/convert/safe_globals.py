@@ -166,6 +166,8 @@ def _list_allowed() -> list[tuple[Any, str]]:
     inert = [
         *("mmengine.logging.message_hub.MessageHub", "mmcv.runner.log_buffer.LogBuffer"),
         *("argparse.Namespace", "types.SimpleNamespace"),
+        # A scheduler that keeps one of its own functions in its state.
+        "mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler",
         *(f"builtins.{name}" for name in ("list", "tuple", "int", "float", "str", "bool", "object", "range")),
         *(f"numpy.{name}" for name in ("float16", "float32", "float64", "int32", "int64", "uint8", "bool_")),
     ]

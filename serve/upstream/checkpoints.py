@@ -15,6 +15,8 @@ from serve.convert.safe_globals import History, Inert, safe_globals_for_openmmla
 __all__ = ["load_whole_checkpoint", "trust_checkpoints"]
 
 _HUB = ("log_scalars", "runtime_info", "resumed_keys")
+# What a scheduler keeps of its own code comes back as a stand-in; a new scheduler has it already.
+_SCHEDULERS = {"param_schedulers"}
 _trusted = False
 
 
@@ -45,6 +47,8 @@ def load_whole_checkpoint(file: str | IO[bytes], map_location: Any = None, **_: 
         raw["message_hub"] = {
             name: _rebuild(hub.get(name, {})) if isinstance(hub, Mapping) else {} for name in _HUB
         }
+    for name in _SCHEDULERS & set(raw) if isinstance(raw, dict) else ():
+        raw[name] = _rebuild(raw[name])
     # mmengine runs this text as Python when a training is resumed.
     if isinstance(raw, dict) and isinstance(raw.get("meta"), dict):
         raw["meta"].pop("config", None)
@@ -58,6 +62,8 @@ def _rebuild(value: Any) -> Any:
     if isinstance(value, Mapping):
         kept = {name: _rebuild(inner) for name, inner in value.items()}
         return {name: inner for name, inner in kept.items() if not _is_empty(inner)}
+    if isinstance(value, list):
+        return [_rebuild(inner) for inner in value]
     return value
 
 

@@ -15,7 +15,14 @@ import torch
 from serve.errors import CheckpointError, DataSetError
 from serve.storage import is_remote
 
-__all__ = ["check_classes", "check_files", "checked_runner"]
+__all__ = [
+    "categories_checked",
+    "check_annotations",
+    "check_classes",
+    "check_files",
+    "checked_runner",
+    "leaf_datasets",
+]
 
 # Heads of detectors whose number of classes is that of the data set.
 _HEADS = ("bbox_head", "pts_bbox_head")
@@ -62,7 +69,7 @@ def checked_runner(
 
     Runner.from_cfg = classmethod(from_cfg)
     trust_checkpoints(trust)
-    with scratch, _categories_checked():
+    with scratch, categories_checked():
         try:
             yield
         except (CheckpointError, DataSetError, FileNotFoundError, pickle.UnpicklingError):
@@ -90,12 +97,7 @@ def _check_config(cfg: Any, *, training: bool) -> None:
             check_classes(dataset, cfg["model"])
         evaluators = cfg.get(f"{split}_evaluator") or []
         for evaluator in [evaluators] if isinstance(evaluators, Mapping) else evaluators:
-            file = evaluator.get("ann_file")
-            if isinstance(file, str) and not evaluator.get("backend_args") and not _exists(file):
-                raise DataSetError(
-                    f"{split}_evaluator.ann_file {file} does not exist; set it with --cfg-options "
-                    f"{split}_evaluator.ann_file=FILE"
-                )
+            check_annotations(evaluator, f"{split}_evaluator")
     load_from = cfg.get("load_from")
     if isinstance(load_from, str) and "://" not in load_from and not Path(load_from).expanduser().is_file():
         raise CheckpointError(f"checkpoint {load_from} does not exist; check the path")
@@ -144,6 +146,23 @@ def check_files(dataset: Mapping[str, Any], where: str) -> None:
         raise DataSetError(
             f"the data set has another layout: there is no {folders[0]} ({_list_folder(Path(root or '.'))}); move the "
             f"files, or name their folder with --cfg-options {where}.data_prefix"
+        )
+
+
+def check_annotations(metric: Mapping[str, Any], where: str) -> None:
+    """Check that the annotations of a metric exist; remote ones are left to the metric.
+
+    Args:
+        metric: in the form of a config.
+        where: its place in the config, for the message.
+
+    Raises:
+        DataSetError: they do not.
+    """
+    file = metric.get("ann_file")
+    if isinstance(file, str) and not metric.get("backend_args") and not _exists(file):
+        raise DataSetError(
+            f"{where}.ann_file {file} does not exist; set it with --cfg-options {where}.ann_file=FILE"
         )
 
 
@@ -219,7 +238,7 @@ def _counts(model: Mapping[str, Any], where: str = "model") -> Iterator[tuple[st
 
 
 @contextmanager
-def _categories_checked() -> Iterator[None]:
+def categories_checked() -> Iterator[None]:
     """Check that COCO annotations have all classes: upstream shifts the labels of those behind a missing one."""
     from mmdet.datasets import CocoDataset
 

@@ -68,6 +68,13 @@ def _find_float(module: ModuleType) -> None:
     module.__dict__["np"] = ModuleOverlay(module.__dict__["np"], float=float)
 
 
+def _use_threads(module: ModuleType) -> None:
+    """Give VOC's metric threads: it forks a process that runs torch's threads, and does not wait for its pool."""
+    from multiprocessing.dummy import Pool
+
+    module.__dict__["Pool"] = Pool
+
+
 def _replace_rotated_iou(module: ModuleType) -> None:
     from serve.upstream.rotated_iou import rotate_iou_gpu_eval
 
@@ -76,6 +83,7 @@ def _replace_rotated_iou(module: ModuleType) -> None:
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "mmcv.ops.pixel_group": _find_float,
+    "mmdet.evaluation.functional.mean_ap": _use_threads,
     "mmdet.evaluation.functional.ytviseval": _find_float,
     "mmdet3d.evaluation.functional.scannet_utils.evaluate_semantic_instance": _find_in1d,
     "mmengine.dist.utils": _init_without_cuda,

@@ -21,11 +21,23 @@ from serve.protocol.frames import Modality
 from serve.torchserve.management import read_tokens
 from serve.verify.reference import FRAME_SUFFIXES, filter_by_score
 
-__all__ = ["FRAME_MARKERS", "FrameReport", "Reference", "find_frames", "frame_parts", "read_token", "verify"]
+__all__ = [
+    "CONTENT_TYPES",
+    "FRAME_MARKERS",
+    "Expected",
+    "FrameReport",
+    "Reference",
+    "find_frames",
+    "frame_parts",
+    "read_token",
+    "require_same_model",
+    "verify",
+]
 
 # Mark a folder as a frame of several sweeps, and of several sensors.
 _SWEEPS, _CALIBRATION = FRAME_MARKERS = ("sweeps.json", "calibration.json")
-_CONTENT_TYPES = {
+#: Media types of image files, by suffix.
+CONTENT_TYPES = {
     ".jpg": "image/jpeg",
     ".jpeg": "image/jpeg",
     ".png": "image/png",
@@ -34,12 +46,8 @@ _CONTENT_TYPES = {
 }
 
 
-class Reference(Protocol):
-    """Interface of the reference side, which `serve.verify.reference.ReferenceModel` implements."""
-
-    @property
-    def modality(self) -> Modality:
-        """Kind of frame, one of `serve.protocol.frames.MODALITIES`."""
+class Expected(Protocol):
+    """What the answers of a model are recognized by."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -48,6 +56,14 @@ class Reference(Protocol):
     @property
     def box_type_3d(self) -> str | None:
         """``LiDAR``, ``Camera`` or ``Depth``; None for 2D boxes and for labels."""
+
+
+class Reference(Expected, Protocol):
+    """Interface of the reference side, which `serve.verify.reference.ReferenceModel` implements."""
+
+    @property
+    def modality(self) -> Modality:
+        """Kind of frame, one of `serve.protocol.frames.MODALITIES`."""
 
     @property
     def load_dim(self) -> int | None:
@@ -141,10 +157,10 @@ def verify(
             {name: file.read_bytes() for name, file in parts.items()} if parts else path.read_bytes(),
             model,
             version,
-            content_type=_CONTENT_TYPES.get(path.suffix.lower(), "application/octet-stream"),
+            content_type=CONTENT_TYPES.get(path.suffix.lower(), "application/octet-stream"),
             score_thr=score_thr,
         )
-        _require_same_model(reference, served, model)
+        require_same_model(reference, served, model)
         found = compare_answers(expected, served, tolerances, score_thr)
         variants = (
             filter_by_score(reference.detect(parts or path, variant), score_thr)
@@ -176,8 +192,18 @@ def read_token(path: str | Path) -> str:
     return text
 
 
-def _require_same_model(reference: Reference, served: Mapping[str, Any], model: str) -> None:
-    """Raise if the served model has other boxes or other classes than the reference."""
+def require_same_model(reference: Expected, served: Mapping[str, Any], model: str) -> None:
+    """Check that an answer has the boxes and the classes of the reference.
+
+    Args:
+        reference: classes and type of boxes that are expected.
+        served: an answer of the served model.
+        model: its name.
+
+    Raises:
+        ModelNotFound: other boxes or other classes.
+        BackendBroken: the answer holds no detections.
+    """
     if not (is_3d(served) or "bboxes" in served or has_labels(served)):
         raise BackendBroken(f"'{model}' returned {', '.join(sorted(served)[:6])} instead of detections")
     kinds = ["3D" if three else "2D" for three in (reference.box_type_3d is not None, is_3d(served))]

@@ -39,7 +39,7 @@ from serve.verify import upstream
 if TYPE_CHECKING:
     from serve.convert.checkpoint import Checkpoint
 
-__all__ = ["FRAME_SUFFIXES", "ReferenceModel", "filter_by_score", "load_reference"]
+__all__ = ["FRAME_SUFFIXES", "ReferenceModel", "choose_device", "filter_by_score", "load_reference"]
 
 #: File name suffixes of each part of a frame.
 FRAME_SUFFIXES: Mapping[str, tuple[str, ...]] = {
@@ -282,7 +282,7 @@ def load_reference(
     """
     if not Path(checkpoint).is_file():
         raise CheckpointError(f"checkpoint {checkpoint} does not exist; check the path")
-    device = _choose_device(device)
+    device = choose_device(device)
 
     import torch
 
@@ -398,7 +398,12 @@ def _adapt_weights(module: Any, read: Checkpoint, *, fits: bool, allow_partial: 
     return notes
 
 
-def _choose_device(device: str | None) -> str:
+def choose_device(device: str | None) -> str:
+    """Check the name of a device; None stands for ``cuda:0`` if there is one, or else the CPU.
+
+    Raises:
+        SetupError: no such device.
+    """
     import torch
 
     if device is None:

@@ -1,0 +1,156 @@
+"""Where answers come from: a running server, or an archive that is run in this process."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from serve.client import Client
+from serve.errors import Overloaded
+from serve.evaluate.frames import DataFrame
+from serve.protocol.frames import FrameOptions, Limits, encode_json
+from serve.verify.endpoint import CONTENT_TYPES
+
+__all__ = ["ArchiveEndpoint", "Endpoint", "ServerEndpoint"]
+
+_RETRIES = 6
+_FIRST_PAUSE_S = 0.25
+
+
+class Endpoint(Protocol):
+    """Something that answers frames, several of them at a time; a context manager."""
+
+    @property
+    def name(self) -> str:
+        """Name of the model, for messages."""
+
+    @property
+    def concurrency(self) -> int:
+        """Number of frames that it works on at a time."""
+
+    def submit(self, frame: DataFrame) -> Future[Mapping[str, Any]]:
+        """Start on a frame; the result is an answer with all detections of the model."""
+
+    def __enter__(self) -> Self:
+        """Keep what it needs open."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        """Give up frames that are not begun, and close."""
+
+
+class ServerEndpoint:
+    """A running server, with a connection per frame in progress."""
+
+    def __init__(
+        self,
+        address: str,
+        model: str,
+        version: str | None = None,
+        *,
+        token: str | None = None,
+        timeout_s: float = 120.0,
+        concurrency: int = 4,
+    ) -> None:
+        """Check the address without connecting; the arguments are those of `serve.client.Client`."""
+        self.name, self.concurrency = model, concurrency
+        self._version = version
+        self._clients = [Client(address, token=token, timeout_s=timeout_s) for _ in range(concurrency)]
+        self._free = list(self._clients)
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="evaluate")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for client in self._clients:
+            client.close()
+
+    def submit(self, frame: DataFrame) -> Future[Mapping[str, Any]]:
+        """Send a frame on a free connection."""
+        return self._threads.submit(self._predict, frame)
+
+    def _predict(self, frame: DataFrame) -> Mapping[str, Any]:
+        with self._lock:
+            client = self._free.pop()
+        try:
+            return self._predict_by(client, frame)
+        finally:
+            with self._lock:
+                self._free.append(client)
+
+    def _predict_by(self, client: Client, frame: DataFrame) -> Mapping[str, Any]:
+        single = next(iter(frame.parts.values())) if len(frame.parts) == 1 else None
+        kind = CONTENT_TYPES.get(Path(frame.name).suffix.lower(), "application/octet-stream")
+        for attempt in range(_RETRIES + 1):
+            try:
+                return client.predict(
+                    frame.parts if single is None else single,
+                    self.name,
+                    self._version,
+                    content_type=kind,
+                    # The model's own threshold, test_cfg.score_thr, is the only one.
+                    score_thr=0.0,
+                )
+            except Overloaded:
+                if attempt == _RETRIES:
+                    raise
+                time.sleep(_FIRST_PAUSE_S * 2**attempt)
+        raise AssertionError("unreachable")
+
+
+class ArchiveEndpoint:
+    """An archive, opened and run in this process as a worker runs it."""
+
+    concurrency = 1
+
+    def __init__(self, path: Path, folder: Path, device: str, *, trust_code: bool = False) -> None:
+        """Verify and open an archive.
+
+        Args:
+            path: the ``.mar``.
+            folder: empty folder for its content.
+            device: ``cpu`` or ``cuda:N``.
+            trust_code: allow an archive that carries code.
+
+        Raises:
+            ArchiveError, CheckpointError: as `serve.runtime.load_detector`.
+        """
+        import torch
+
+        from serve import archive
+        from serve.runtime import load_detector
+
+        opened = archive.extract(path, folder)
+        self.name = opened.metadata.name
+        self._detector = load_detector(opened, torch.device(device), trust_code=trust_code)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Do nothing: the model goes with this object."""
+
+    def submit(self, frame: DataFrame) -> Future[Mapping[str, Any]]:
+        """Run a frame at once."""
+        future: Future[Mapping[str, Any]] = Future()
+        body = frame.parts if len(frame.parts) > 1 else next(iter(frame.parts.values()))
+        (outcome,) = self._detector.run([self._detector.decode(body, FrameOptions(), Limits())])
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(json.loads(encode_json(outcome)))
+        return future
