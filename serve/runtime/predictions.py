@@ -64,7 +64,7 @@ def postprocess(
     boxes, scores, labels = (t[order].cpu().numpy() for t in (boxes.float(), scores.float(), labels))
     answer = _assemble(boxes, scores, labels, classes, box_type_3d, model)
     if box_type_3d is None and "masks" in found:
-        answer["masks"] = _run_lengths(found.masks[order].cpu().numpy())
+        answer["masks"] = _run_lengths(_reorder(found.masks, order).cpu().numpy())
     return answer
 
 
@@ -123,13 +123,15 @@ def _assemble(
     return answer
 
 
+def _reorder(masks: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Reorder masks, on the CPU without a copy if they are in order, as most heads return them."""
+    in_order = order.device.type == "cpu" and torch.equal(order, torch.arange(len(masks)))
+    return masks if in_order else masks[order]
+
+
 def _run_lengths(masks: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
     """Encode (N, H, W) bool masks as compressed COCO run lengths."""
-    from pycocotools import mask as coco
+    from serve.ops.cpu.run_lengths import encode_masks
 
-    if len(masks) == 0:
-        return []
-    encoded = coco.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
-    return [
-        {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in encoded
-    ]
+    size = [int(n) for n in masks.shape[1:]]
+    return [{"size": size, "counts": counts} for counts in encode_masks(masks)]
