@@ -79,6 +79,9 @@ def _overlap_and_union(boxes: Tensor, offset: float) -> tuple[Tensor, Tensor]:
 @jit
 def _nms_cpu(boxes: F32, threshold: np.float32, offset: np.float32) -> I64:  # pragma: no cover - compiled
     n = boxes.shape[0]
+    left, top = boxes[:, 0].copy(), boxes[:, 1].copy()
+    right, bottom = boxes[:, 2].copy(), boxes[:, 3].copy()
+    area = (right - left + offset) * (bottom - top + offset)
     dropped = np.zeros(n, dtype=np.bool_)
     keep = np.empty(n, dtype=np.int64)
     zero = np.float32(0)
@@ -88,17 +91,13 @@ def _nms_cpu(boxes: F32, threshold: np.float32, offset: np.float32) -> I64:  # p
             continue
         keep[kept] = i
         kept += 1
-        x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
-        area = (x2 - x1 + offset) * (y2 - y1 + offset)
+        x1, y1, x2, y2, own = left[i], top[i], right[i], bottom[i], area[i]
+        # Without branches, also for boxes that are dropped already: vectors compute eight or sixteen at a time.
         for j in range(i + 1, n):
-            if dropped[j]:
-                continue
-            w = max(zero, min(x2, boxes[j, 2]) - max(x1, boxes[j, 0]) + offset)
-            h = max(zero, min(y2, boxes[j, 3]) - max(y1, boxes[j, 1]) + offset)
+            w = max(zero, min(x2, right[j]) - max(x1, left[j]) + offset)
+            h = max(zero, min(y2, bottom[j]) - max(y1, top[j]) + offset)
             overlap = w * h
-            other = (boxes[j, 2] - boxes[j, 0] + offset) * (boxes[j, 3] - boxes[j, 1] + offset)
-            if overlap / (area + other - overlap) > threshold:
-                dropped[j] = True
+            dropped[j] |= overlap / (own + area[j] - overlap) > threshold
     return keep[:kept]
 
 
