@@ -77,6 +77,16 @@ def test_detector_benchmark_times_stages_and_compares_detections(
     assert set(psutil.Process().children()) <= others
 
 
+@pytest.mark.slow
+def test_a_batch_is_measured_per_frame(workload: detector.Workload) -> None:
+    result = detector.run(workload, rounds=1, batch=3)
+    assert result.batch == 3 and result.equal
+    assert "3 frames at once, per frame" in result.table()
+    assert json.loads(result.json_line())["batch"] == 3
+    # Three frames take longer than one; per frame they do not take longer than three alone.
+    assert 0 < result.ours["total"] < 3 * result.native["total"]
+
+
 def test_reference_process_survives_a_failed_command(tmp_path: Path) -> None:
     with ReferenceProcess(PYTHON, 1) as native:
         for _ in range(2):
@@ -169,6 +179,7 @@ def test_synthetic_cloud_is_reproducible_and_within_range() -> None:
         (["second", "pointpillars", "--checkpoint", "x.pth"], "--checkpoint"),
         (["--rounds", "0"], "--rounds"),
         (["--scaling", "--native-python", "python"], "--scaling"),
+        (["--scaling", "--batch", "8"], "--batch"),
     ],
 )
 def test_conflicting_arguments_exit_with_2_and_name_the_flag(

@@ -42,6 +42,12 @@ def main(argv: Sequence[str] | None) -> int:
         "--rounds", type=bounded(int, 1), help="counted rounds (default: 7; with --scaling: 3)"
     )
     parser.add_argument(
+        "--batch",
+        type=bounded(int, 1),
+        help="frames that our runtime gets at once, the same one several times (default: 1); times are per frame, and "
+        "upstream's inference_detector takes one at a time",
+    )
+    parser.add_argument(
         "--native-python",
         type=Path,
         metavar="PYTHON",
@@ -66,6 +72,8 @@ def main(argv: Sequence[str] | None) -> int:
         parser.error("--skipping accepts neither --scaling nor --native-python, and runs on the cpu")
     if args.checkpoint and len(models) != 1:
         parser.error("--checkpoint requires exactly one model")
+    if args.batch and (args.scaling or args.skipping):
+        parser.error("--batch accepts neither --scaling nor --skipping")
     if args.scaling and (args.native_python or args.frame):
         parser.error("--scaling accepts neither --native-python nor --frame: it generates its frames")
     parse_device(args.device)
@@ -109,6 +117,7 @@ def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
             detector.Workload(opened, config, checkpoint, frame, args.device),
             native_python=args.native_python,
             rounds=rounds,
+            batch=args.batch or 1,
             progress=lambda done: _tick(bar, done),
         )
 
