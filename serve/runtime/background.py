@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from serve.ops.cpu.masked_conv import ConvLayer, pack_layer
-from serve.runtime.fused_conv import FusedConv
 from serve.runtime.masked import BackgroundModel, MaskedNeck, MaskedPyramid, MaskedSequence
 
 __all__ = ["background_skipped", "install", "set_skipping"]
@@ -198,8 +197,8 @@ def _packed(modules: Iterable[nn.Module]) -> list[ConvLayer] | None:
     for module in flat:
         if type(module) is nn.ReLU and layers:
             layers[-1] = (layers[-1][0], True)
-        elif isinstance(module, FusedConv) or _is_supported(module):
-            layers.append((module, isinstance(module, FusedConv) and module.layer.relu))
+        elif _is_supported(module):
+            layers.append((module, False))
         elif not isinstance(module, nn.Identity):
             return None
     return [_pack(module, relu=relu) for module, relu in layers]
@@ -223,9 +222,6 @@ def _is_supported(module: Any) -> bool:
 
 
 def _pack(module: Any, *, relu: bool) -> ConvLayer:
-    if isinstance(module, FusedConv):
-        layer: ConvLayer = module.layer
-        return layer
     return pack_layer(
         module.weight,
         module.bias,
@@ -233,4 +229,5 @@ def _pack(module: Any, *, relu: bool) -> ConvLayer:
         padding=module.padding[0],
         relu=relu,
         transposed=isinstance(module, nn.ConvTranspose2d),
+        tile=2,
     )

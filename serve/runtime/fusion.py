@@ -9,8 +9,10 @@ if in every call its input is the very tensor that one convolution returned, and
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from serve import ops
 from serve.runtime.model import suppress_warnings
 
-__all__ = ["find_fusable", "fuse"]
+__all__ = ["find_fusable", "fuse", "plain_convolutions"]
 
 Pair = tuple[str, str]
 
@@ -59,12 +61,20 @@ def find_fusable(network: nn.Module, run: Callable[[], object]) -> tuple[Pair, .
     finally:
         for handle in hooks:
             handle.remove()
-    pairs = []
-    users = Counter(conv for sources in fed_by.values() for conv in sources)
+    fed_only_by = {norm: next(iter(sources)) for norm, sources in fed_by.items() if len(sources) == 1}
+    users: dict[str, list[str]] = {}
     for norm, sources in fed_by.items():
-        (conv, *others) = sources
-        if conv is not None and not others and users[conv] == 1 and conv_calls[conv] == norm_calls[norm]:
-            pairs.append((conv, norm))
+        for conv in sources - {None}:
+            users.setdefault(str(conv), []).append(norm)
+    pairs = []
+    for conv, norms in users.items():
+        calls_agree = conv_calls[conv] == sum(norm_calls[norm] for norm in norms)
+        if not calls_agree or any(fed_only_by.get(norm) != conv for norm in norms):
+            continue
+        if len(norms) == 1:
+            pairs.append((conv, norms[0]))
+        else:
+            pairs += _pairs_of_shared(network, conv, norms)
     return tuple(sorted(pairs))
 
 
@@ -76,23 +86,63 @@ def _is_only_norm(norm: Any, features: Any, output: Any) -> bool:
     return isinstance(output, Tensor) and torch.allclose(output, plain)
 
 
+def _pairs_of_shared(network: nn.Module, conv: str, norms: Sequence[str]) -> list[Pair]:
+    """Pair each norm of a shared convolution with the attribute of the convolution beside it, if every norm has one.
+
+    RTMDet's levels share convolutions and have norms of their own.
+    """
+    modules = dict(network.named_modules())
+    pairs = []
+    for norm in norms:
+        parent = norm.rpartition(".")[0]
+        beside = [name for name, child in modules[parent]._modules.items() if child is modules[conv]]
+        if len(beside) != 1:
+            return []
+        pairs.append((f"{parent}.{beside[0]}" if parent else beside[0], norm))
+    return pairs
+
+
 def fuse(network: nn.Module, pairs: Iterable[Pair]) -> None:
-    """Fuse each pair in place; the norm becomes an identity.
+    """Fuse each pair in place; the norm becomes an identity. A convolution of several pairs becomes several.
 
     Raises:
         KeyError: a name is not in the network.
     """
-    modules = dict(network.named_modules())
+    modules = dict(network.named_modules(remove_duplicate=False))
+    pairs = tuple(pairs)
+    users = Counter(id(modules[conv_name]) for conv_name, _ in pairs)
+    folded: set[int] = set()
     for conv_name, norm_name in pairs:
         conv, norm = modules[conv_name], modules[norm_name]
+        if users[id(conv)] > 1:
+            conv = copy.deepcopy(conv)
+            _replace(modules, conv_name, conv)
         _fuse_norm(conv, norm)
-        parent, _, child = norm_name.rpartition(".")
-        setattr(modules[parent], child, nn.Identity())
-    _fuse_dense(network, {id(modules[conv_name]) for conv_name, _ in pairs})
-    if pairs and ops.kernels_in_use() == "portable":  # a compiled extension has its own sparse kernels
+        folded.add(id(conv))
+        _replace(modules, norm_name, nn.Identity())
+    if not pairs:
+        return
+    _skip_background(network)
+    _fuse_dense(network, folded)
+    _fuse_blocks(network)
+    if ops.kernels_in_use() == "portable":  # a compiled extension has its own sparse kernels
         _fuse_sparse(network)
-    if pairs:
-        _skip_background(network)
+
+
+def _fuse_blocks(network: nn.Module) -> None:
+    """Compute convolution, bias, residual and ReLU of known parts in one pass, and select boxes by the best logits."""
+    with suppress_warnings():
+        from serve.runtime import dense_selection, fused_blocks, region_features
+
+        fused_blocks.fuse_blocks(network)
+        if all(weight.device.type == "cpu" for weight in network.parameters()):
+            dense_selection.install(network)
+            region_features.install(network)
+
+
+def _replace(modules: Mapping[str, nn.Module], name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(modules[parent], child, module)
 
 
 def _skip_background(network: nn.Module) -> None:
@@ -185,10 +235,12 @@ def _is_convolution(module: nn.Module) -> bool:
     """Return whether `module` is a plain convolution; a subclass may transform its weight (standardisation)."""
     from mmcv.ops.sparse_conv import SparseConvolution
 
-    return type(module) in _plain_convolutions() or isinstance(module, SparseConvolution)
+    return type(module) in plain_convolutions() or isinstance(module, SparseConvolution)
 
 
-def _plain_convolutions() -> tuple[type[nn.Module], ...]:
+@cache
+def plain_convolutions() -> tuple[type[nn.Module], ...]:
+    """Return the classes of convolutions that use their weight as it is."""
     from mmcv.cnn.bricks import wrappers
 
     return nn.Conv2d, nn.ConvTranspose2d, wrappers.Conv2d, wrappers.ConvTranspose2d

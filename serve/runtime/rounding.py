@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from serve.compare.ties import VARIANTS
 from serve.runtime.background import background_skipped, set_skipping
-from serve.runtime.fused_conv import FusedConv
+from serve.runtime.fused_conv import FusedConv, FusedLinear
 from serve.runtime.masked import MaskedNeck, MaskedPyramid, MaskedSequence
 
 __all__ = ["changed_weights", "variants"]
@@ -68,7 +68,7 @@ def _weights(network: nn.Module) -> Iterator[Tensor]:
     """Parameters, and the packed weights of fused layers, which are no parameters."""
     yield from (weight for weight in network.parameters() if weight.is_floating_point())
     for module in network.modules():
-        if isinstance(module, FusedConv):
+        if isinstance(module, FusedConv | FusedLinear):
             packed = [module.layer]
         else:
             packed = (

@@ -17,13 +17,17 @@ from serve.ops.cpu.gemm import CHANNELS, LANES
 LAYERS = {
     "winograd": (3, 1, 1, False, LANES, 2 * CHANNELS),
     "winograd, one panel": (3, 1, 1, False, 2 * LANES, CHANNELS),
+    "winograd, part of a vector": (3, 1, 1, False, LANES, CHANNELS + 5),
+    "winograd, 2 x 2": (3, 1, 1, False, LANES, 2 * CHANNELS),
+    "winograd, 2 x 2, part of a vector": (3, 1, 1, False, LANES, CHANNELS + 5),
     "direct, stride": (3, 2, 1, False, 10, 2 * CHANNELS),
     "direct, odd channels": (3, 1, 0, False, 5, 9),
     "direct, kernel of the stride": (2, 2, 0, False, 7, 33),
-    "direct, stride over cells": (1, 2, 0, False, 6, 4),
     "narrow": (3, 1, 1, False, 6, 1),
     "narrow, no padding": (3, 1, 0, False, LANES, 1),
     "cellwise": (1, 1, 0, False, 10, 18),
+    "cellwise, stride over cells": (1, 2, 0, False, 6, 4),
+    "cellwise, several depths": (1, 1, 0, False, 600, 2 * CHANNELS + 3),
     "cellwise, transposed": (2, 2, 0, True, 10, 20),
     "cellwise, transposed by 1": (1, 1, 0, True, 10, CHANNELS),
     "cellwise, transposed by 4": (4, 4, 0, True, 3, 5),
@@ -38,8 +42,9 @@ def pack(name: str, seed: int, *, relu: bool = False) -> tuple[masked_conv.ConvL
     weight = torch.randn(*shape, kernel, kernel, generator=generator) / (kernel * inputs**0.5)
     bias = torch.randn(outputs, generator=generator)
     layer = masked_conv.pack_layer(
-        weight, bias, stride=stride, padding=padding, relu=relu, transposed=transposed
-    )
+        weight, bias, stride=stride, padding=padding, relu=relu, transposed=transposed,
+        tile=2 if "2 x 2" in name else 4,
+    )  # fmt: skip
     assert layer.kind == name.split(",")[0]
 
     def reference(x: np.ndarray) -> np.ndarray:
@@ -158,3 +163,31 @@ def test_errors_name_the_wrong_argument():
         masked_conv.pack_layer(
             torch.zeros(4, 4, 3, 3), None, stride=2, padding=0, relu=False, transposed=True
         )
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("narrow")])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_an_addend_is_added_before_the_relu(name, relu, scale):
+    layer, _ = pack(name, 7, relu=relu)
+    _, reference = pack(name, 7)
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((2, 14, 27, LAYERS[name][4])).astype(np.float32)
+    out = empty_out(layer, x, room=2)
+    height, width = out.shape[1:3]
+    rows, columns = (np.arange(size) * -(-size // scale) // size for size in (height, width))
+    added = rng.standard_normal((2, rows[-1] + 1, columns[-1] + 1, layer.outputs)).astype(np.float32)
+    masked_conv.convolve(x, layer, out, 1, addend=added)
+    expected = reference(x) + added[:, rows][:, :, columns]
+    np.testing.assert_allclose(
+        out[..., 1:-1], np.maximum(expected, 0) if relu else expected, atol=2e-5, rtol=1e-5
+    )
+    assert np.isnan(out[..., 0]).all() and np.isnan(out[..., -1]).all()
+
+
+def test_an_addend_is_refused_where_it_would_be_ignored():
+    layer, _ = pack("narrow", 1)
+    x = np.zeros((1, 4, 4, 6), np.float32)
+    addend = np.zeros((1, 4, 4, 1), np.float32)
+    with pytest.raises(ValueError, match="narrow"):
+        masked_conv.convolve(x, layer, empty_out(layer, x), addend=addend)

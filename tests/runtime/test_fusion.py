@@ -13,7 +13,6 @@ from serve import ops
 
 ops.install("portable")
 
-from serve.ops.cpu import winograd  # noqa: E402
 from serve.runtime import fusion  # noqa: E402
 
 
@@ -25,7 +24,8 @@ def prepare(network: nn.Module, seed: int = 0) -> nn.Module:
             for tensor in (module.running_mean, module.weight.data, module.bias.data):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
             module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
-    return network.eval().requires_grad_(False)
+    network.eval()  # returns nothing in some of upstream's classes
+    return network.requires_grad_(False)
 
 
 def sparse_input(shape: tuple[int, int, int], channels: int):
@@ -96,7 +96,6 @@ class Tapped(nn.Sequential):
         return self[1](self[0](x))
 
 
-@pytest.mark.skipif(not winograd.PREFERRED, reason="only where vectors are wide")
 def test_fused_backbone_equals_the_unfused_one_and_other_sequences_are_unchanged():
     from serve.runtime.fused_conv import FusedConv
 
@@ -113,8 +112,8 @@ def test_fused_backbone_equals_the_unfused_one_and_other_sequences_are_unchanged
     x = torch.randn(2, 32, 17, 22, generator=torch.Generator().manual_seed(0))
     fusion.fuse(folded, fusion.find_fusable(plain, lambda: plain(x)))
     kinds = [type(module) for module in folded[0]]
-    # The kernel does not support stride 2 or 48 channels; the second layer is supported.
-    assert kinds.count(FusedConv) == 1 and kinds.count(nn.ReLU) == 2
+    # The first layer has stride 2.
+    assert kinds.count(FusedConv) == 2 and kinds.count(nn.ReLU) == 1
     assert not any(isinstance(module, FusedConv) for module in folded[1])
     torch.testing.assert_close(folded(x), plain(x), atol=1e-4, rtol=1e-4)
 

@@ -8,7 +8,7 @@ high-performance matrix multiplication", ACM TOMS 34, 2008). A row's result does
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import llvmlite.binding
@@ -26,6 +26,11 @@ from serve.ops.cpu.jit import jit
 
 __all__ = [
     "CHANNELS",
+    "FROM_ADDEND",
+    "FROM_BIAS",
+    "FROM_OUT",
+    "FROM_ZERO",
+    "FUSED",
     "HAS_AVX512",
     "I64",
     "LANES",
@@ -36,6 +41,7 @@ __all__ = [
     "compress_neighbours",
     "load_vector",
     "pack_panels",
+    "set_products",
     "splat",
     "vector_pointer",
 ]
@@ -58,10 +64,13 @@ LANES = 16 if HAS_AVX512 else 8
 CHANNELS, _WIDE_CHANNELS = _VECTORS * LANES, _WIDE_VECTORS * LANES
 _CACHE_LINE_FLOATS = 16
 
+# What `set_products` begins with.
+FROM_ZERO, FROM_BIAS, FROM_ADDEND, FROM_OUT = range(4)
+
 I64, _I32 = ir.IntType(64), ir.IntType(32)
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 # Allow fused multiply-add: one rounding instead of two.
-_FUSED = ("contract",)
+FUSED = ("contract",)
 
 
 def pack_panels(weight: Tensor) -> Tensor:
@@ -102,15 +111,56 @@ def add_products(
 
     Args:
         typing_context: passed by numba; the caller passes the rest.
-        features: (N, Cin) float32, C-contiguous.
+        features: (N, Cin) float32, its rows contiguous.
         panel: (Cin, C) float32, C-contiguous, one of `pack_panels`.
-        sums: (M, >= channel + C) float32, C-contiguous.
+        sums: (M, >= channel + C) float32, its rows contiguous.
         sources: int32, rows of `features`.
         targets: int32, rows of `sums`, distinct within the `ROWS`.
         row: first index into `sources` and `targets`.
         channel: first column of `sums`.
     """
     return types.void(features, panel, sums, sources, targets, row, channel), _generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def set_products(
+    typing_context: Any,
+    features: Any,
+    panel: Any,
+    out: Any,
+    sources: Any,
+    targets: Any,
+    row: Any,
+    channel: Any,
+    begin: Any,
+    bias: Any,
+    addend: Any,
+    origins: Any,
+    column: Any,
+    relu: Any,
+) -> tuple[Any, Callable[..., Any]]:
+    """Compute ``out[targets[j], channel + c] = before + features[sources[j]] @ panel[:, c]``, like `add_products`.
+
+    For compiled code only; without checks. What follows `channel`:
+
+    Args:
+        typing_context: passed by numba; the caller passes the rest.
+        features: as in `add_products`.
+        panel: as in `add_products`.
+        out: as the sums of `add_products`.
+        sources: as in `add_products`.
+        targets: as in `add_products`, but may repeat with their sources and origins.
+        row: as in `add_products`.
+        channel: as in `add_products`.
+        begin: what is before: `FROM_ZERO`, `FROM_BIAS`, `FROM_ADDEND` (the bias and an addend) or `FROM_OUT`.
+        bias: (>= column + C,) float32, C-contiguous.
+        addend: (K, >= column + C) float32, its rows contiguous.
+        origins: int32, rows of `addend`.
+        column: first column of `bias` and `addend`.
+        relu: whether to cut at zero; NaN stays NaN.
+    """
+    kinds = (features, panel, out, sources, targets, row, channel, begin, bias, addend, origins, column, relu)
+    return types.void(*kinds), _generate_setting
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -175,63 +225,121 @@ def splat(builder: Any, value: Any) -> Any:
 
 
 def _generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    features, panel, sums, sources, targets = (
-        context.make_array(kind)(context, builder, value)
-        for kind, value in zip(signature.args[:5], arguments[:5], strict=True)
-    )
+    features, panel, sums, sources, targets = _arrays(context, builder, signature, arguments, range(5))
     row, channel = arguments[5:]
-    if not HAS_AVX512:
-        _products(builder, features, panel, sums, sources, targets, row, channel, _VECTORS)
-        return context.get_dummy_value()
-    is_wide = builder.icmp_signed("==", builder.extract_value(panel.shape, 1), I64(_WIDE_CHANNELS))
-    with builder.if_else(is_wide) as (wide, narrow):
-        with wide:
-            _products(builder, features, panel, sums, sources, targets, row, channel, _WIDE_VECTORS)
-        with narrow:
-            _products(builder, features, panel, sums, sources, targets, row, channel, _VECTORS)
+
+    def generate(vectors: int) -> None:
+        rows = _Rows(builder, sums, targets, row, channel, vectors)
+        rows.store(_products(builder, features, panel, sources, row, rows.load(), vectors))
+
+    _for_width(builder, panel, generate)
     return context.get_dummy_value()
 
 
-def _products(
-    builder: Any,
-    features: Any,
-    panel: Any,
-    sums: Any,
-    sources: Any,
-    targets: Any,
-    row: Any,
-    channel: Any,
-    vectors: int,
-) -> None:
-    """Generate the loop for panels of `vectors` vectors: read the sums, keep them in registers, write them."""
-    inputs = builder.extract_value(features.shape, 1)
-    width = builder.extract_value(sums.shape, 1)
-    steps = [I64(v * LANES) for v in range(vectors)]
+def _generate_setting(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    features, panel, out, sources, targets, bias, addend, origins = _arrays(
+        context, builder, signature, arguments, (0, 1, 2, 3, 4, 8, 9, 10)
+    )
+    row, channel, begin = arguments[5:8]
+    column, relu = arguments[11:]
+    zero = splat(builder, context.get_constant(types.float32, 0.0))
 
-    values, places = [], []
+    def generate(vectors: int) -> None:
+        rows = _Rows(builder, out, targets, row, channel, vectors)
+        added = _Rows(builder, addend, origins, row, column, vectors)
+        after = builder.append_basic_block("begin.end")
+        starts = {number: builder.append_basic_block(f"begin.{number}") for number in range(4)}
+        switch = builder.switch(begin, starts[FROM_OUT])
+        values: dict[Any, list[Any]] = {}
+        for number, block in starts.items():
+            if number != FROM_OUT:
+                switch.add_case(I64(number), block)
+            builder.position_at_end(block)
+            offsets = [
+                load_vector(builder, bias.data, builder.add(column, I64(v * LANES))) for v in range(vectors)
+            ] * ROWS
+            if number == FROM_ADDEND:
+                offsets = [builder.fadd(x, y) for x, y in zip(offsets, added.load(), strict=True)]
+            before = {FROM_ZERO: [zero] * ROWS * vectors, FROM_OUT: rows.load()}.get(number, offsets)
+            values[builder.block] = before
+            builder.branch(after)
+        builder.position_at_end(after)
+        chosen = [builder.phi(VECTOR) for _ in range(ROWS * vectors)]
+        for block, before in values.items():
+            for phi, value in zip(chosen, before, strict=True):
+                phi.add_incoming(value, block)
+        totals = _products(builder, features, panel, sources, row, chosen, vectors)
+        # Ordered comparison: NaN stays NaN.
+        cut = [builder.select(builder.fcmp_ordered("<", total, zero), zero, total) for total in totals]
+        rows.store([builder.select(relu, x, y) for x, y in zip(cut, totals, strict=True)])
+
+    _for_width(builder, panel, generate)
+    return context.get_dummy_value()
+
+
+def _arrays(context: Any, builder: Any, signature: Any, arguments: Any, indices: Iterable[int]) -> list[Any]:
+    return [context.make_array(signature.args[i])(context, builder, arguments[i]) for i in indices]
+
+
+def _for_width(builder: Any, panel: Any, generate: Callable[[int], None]) -> None:
+    """Generate code for panels of either width."""
+    if not HAS_AVX512:
+        generate(_VECTORS)
+        return
+    is_wide = builder.icmp_signed("==", builder.extract_value(panel.shape, 1), I64(_WIDE_CHANNELS))
+    with builder.if_else(is_wide) as (wide, narrow):
+        with wide:
+            generate(_WIDE_VECTORS)
+        with narrow:
+            generate(_VECTORS)
+
+
+class _Rows:
+    """`ROWS` rows of a matrix, by number, from a column on, in generated code."""
+
+    def __init__(self, builder: Any, matrix: Any, numbers: Any, row: Any, column: Any, vectors: int) -> None:
+        self._builder, self._data = builder, matrix.data
+        pitch = builder.sdiv(builder.extract_value(matrix.strides, 0), I64(4))
+        self._places = []
+        for j in range(ROWS):
+            number = builder.sext(builder.load(builder.gep(numbers.data, [builder.add(row, I64(j))])), I64)
+            first = builder.add(builder.mul(number, pitch), column)
+            self._places += [builder.add(first, I64(v * LANES)) for v in range(vectors)]
+
+    def load(self) -> list[Any]:
+        return [load_vector(self._builder, self._data, at) for at in self._places]
+
+    def store(self, values: list[Any]) -> None:
+        for value, at in zip(values, self._places, strict=True):
+            self._builder.store(value, vector_pointer(self._builder, self._data, at), align=4)
+
+
+def _products(
+    builder: Any, features: Any, panel: Any, sources: Any, row: Any, before: list[Any], vectors: int
+) -> list[Any]:
+    """Generate the loop over input channels for panels of `vectors` vectors; return the sums, kept in registers."""
+    inputs = builder.extract_value(features.shape, 1)
+    pitch = builder.sdiv(builder.extract_value(features.strides, 0), I64(4))
+    steps = [I64(v * LANES) for v in range(vectors)]
+    values = []
     for j in range(ROWS):
-        at = builder.add(row, I64(j))
-        source = builder.sext(builder.load(builder.gep(sources.data, [at])), I64)
-        target = builder.sext(builder.load(builder.gep(targets.data, [at])), I64)
-        values.append(builder.gep(features.data, [builder.mul(source, inputs)]))
-        first = builder.add(builder.mul(target, width), channel)
-        places += [builder.add(first, step) for step in steps]
-    before = [load_vector(builder, sums.data, at) for at in places]
+        source = builder.sext(builder.load(builder.gep(sources.data, [builder.add(row, I64(j))])), I64)
+        values.append(builder.gep(features.data, [builder.mul(source, pitch)]))
     begin = builder.block
     loop, end = builder.append_basic_block("products"), builder.append_basic_block("products.end")
     builder.cbranch(builder.icmp_signed(">", inputs, I64(0)), loop, end)
 
     builder.position_at_end(loop)
     a = builder.phi(I64)
-    running = [builder.phi(VECTOR) for _ in places]
+    running = [builder.phi(VECTOR) for _ in before]
     first = builder.mul(a, I64(vectors * LANES))
     weights = [load_vector(builder, panel.data, builder.add(first, step)) for step in steps]
     after: list[Any] = []
     for j in range(ROWS):
         value = splat(builder, builder.load(builder.gep(values[j], [a])))
         for one in weights:
-            product = builder.fmul(value, one, flags=_FUSED)
-            after.append(builder.fadd(running[len(after)], product, flags=_FUSED))
+            product = builder.fmul(value, one, flags=FUSED)
+            after.append(builder.fadd(running[len(after)], product, flags=FUSED))
     a_next = builder.add(a, I64(1))
     a.add_incoming(I64(0), begin)
     a.add_incoming(a_next, loop)
@@ -241,9 +349,8 @@ def _products(
     builder.cbranch(builder.icmp_signed("<", a_next, inputs), loop, end)
 
     builder.position_at_end(end)
-    totals = [builder.phi(VECTOR) for _ in places]
+    totals = [builder.phi(VECTOR) for _ in before]
     for total, old, new in zip(totals, before, after, strict=True):
         total.add_incoming(old, begin)
         total.add_incoming(new, loop)
-    for total, at in zip(totals, places, strict=True):
-        builder.store(total, vector_pointer(builder, sums.data, at), align=4)
+    return totals

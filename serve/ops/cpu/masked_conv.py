@@ -13,6 +13,7 @@ its mask is true; elsewhere the background is read in its place.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class ConvLayer:
     Attributes:
         kind: ``winograd`` (3 x 3, stride 1, padding 1); ``direct``; ``narrow`` (few outputs: the products of an input
             cell with all places of the kernel fit a panel); ``cellwise``, of which an input cell alone determines
-            its outputs: 1 x 1, or transposed with a kernel of its stride.
+            its outputs: 1 x 1 without padding, or transposed with a kernel of its stride.
         weight: panels of `serve.ops.cpu.gemm.pack_panels` by place of the kernel, (K, P, Cin, C); all places in one
             panel, (1, 1, Cin, C), if narrow.
         bias: (Cout,) float32.
@@ -78,6 +79,7 @@ class ConvLayer:
         stride: stride, cells.
         padding: padding with zeros, cells.
         relu: whether a ReLU follows.
+        tile: extent of a tile of outputs if winograd, else 0.
     """
 
     kind: str
@@ -88,17 +90,35 @@ class ConvLayer:
     stride: int
     padding: int
     relu: bool
+    tile: int = 0
+
+    @property
+    def step(self) -> int:
+        """Cells of the input from one of which outputs depend to the next, if cellwise."""
+        return self.stride if self.kernel == 1 else 1
+
+    @property
+    def growth(self) -> int:
+        """Extent in the output of such a cell of the input, if cellwise."""
+        return self.kernel
 
     def out_shape(self, height: int, width: int) -> tuple[int, int]:
         """Return the extents of the output for an input of `height` x `width` cells."""
-        if self.kind == "cellwise":
-            return height * self.stride, width * self.stride
+        if self.kind == "cellwise" and self.kernel > 1:
+            return height * self.kernel, width * self.kernel
         grown = 2 * self.padding - self.kernel
         return (height + grown) // self.stride + 1, (width + grown) // self.stride + 1
 
 
 def pack_layer(
-    weight: Tensor, bias: Tensor | None, *, stride: int, padding: int, relu: bool, transposed: bool = False
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    relu: bool,
+    transposed: bool = False,
+    tile: int = 4,
 ) -> ConvLayer:
     """Pack a convolution with a square kernel, one group and no dilation.
 
@@ -109,6 +129,8 @@ def pack_layer(
         padding: padding of both axes.
         relu: whether to fuse a ReLU.
         transposed: whether it is a transposed convolution, whose stride must be k and whose padding 0.
+        tile: extent of Winograd's tiles, 4 or 2. Larger ones take fewer products; with a mask, a changed cell reaches
+            more cells of them, if only by a rounding.
 
     Raises:
         ValueError: the kernel is not square, or a transposed convolution overlaps itself.
@@ -122,18 +144,28 @@ def pack_layer(
     outputs = int(weight.shape[1] if transposed else weight.shape[0])
     offset = np.zeros(outputs, np.float32) if bias is None else bias.detach().float().cpu().numpy().copy()
     inputs = int(weight.shape[0] if transposed else weight.shape[1])
-    fits = not (inputs % LANES or outputs % CHANNELS)
+    fits = not inputs % LANES and 2 * outputs >= CHANNELS
     if not transposed and (kernel, stride, padding) == (3, 1, 1) and fits:
-        kind, packed = "winograd", winograd.transform_weight(weight)
+        kind, packed = "winograd", winograd.transform_weight(weight, tile)
     elif not transposed and kernel > 1 and stride == 1 and kernel * kernel * outputs <= CHANNELS:
         kind = "narrow"
         packed = pack_panels(weight.permute(1, 2, 3, 0).reshape(1, inputs, kernel * kernel * outputs))
     else:
-        cellwise = transposed or (kernel, stride, padding) == (1, 1, 0)
+        cellwise = transposed or (kernel, padding) == (1, 0)
         kind = "cellwise" if cellwise else "direct"
         order = (2, 3, 0, 1) if transposed else (2, 3, 1, 0)
         packed = pack_panels(weight.permute(order).reshape(kernel * kernel, inputs, outputs))
-    return ConvLayer(kind, packed.numpy(), offset, outputs, kernel, stride, padding, relu)
+    return ConvLayer(
+        kind,
+        packed.numpy(),
+        offset,
+        outputs,
+        kernel,
+        stride,
+        padding,
+        relu,
+        tile if kind == "winograd" else 0,
+    )
 
 
 def compress(cells: F32) -> Background:
@@ -175,6 +207,7 @@ def convolve(
     changed: Mask | None = None,
     before: Background | None = None,
     after: Background | None = None,
+    addend: F32 | None = None,
 ) -> Mask | None:
     """Convolve `x` into channels of `out`; with a mask, only where an input has changed.
 
@@ -186,6 +219,9 @@ def convolve(
         changed: (B, H, W), cells of `x` that differ from `before`; None to compute all cells.
         before: background of `x`; needed with `changed`.
         after: background of `out`; needed with `changed`.
+        addend: (B, H'', W'', Cout), added before the ReLU; resampled to the nearest cell, as
+            `torch.nn.functional.interpolate` does it, if of another size. Not with `changed`, of whose backgrounds it
+            is no part, nor for a ``narrow`` layer.
 
     Returns:
         Mask (B, H', W') of the cells that differ from `after` in these channels; `out` is written there (and at some
@@ -193,6 +229,8 @@ def convolve(
     """
     batch, height, width, _ = x.shape
     masked = changed is not None
+    if addend is not None and (masked or layer.kind == "narrow"):
+        raise ValueError(f"an addend is not supported with a mask, nor by a layer of kind {layer.kind}")
     if changed is None:
         changed = _NO_MASK
     rows, index = (before.rows, before.index) if masked and before else (_NO_ROWS, _NO_INDEX)
@@ -217,15 +255,20 @@ def convolve(
         parallel_for(add, len(tiles), min_per_thread=_MIN_CELLS)
         return marks if masked else None
 
+    if addend is None:
+        added: Any = (False, _NO_CELLS, _NO_SOURCES, _NO_SOURCES)
+    else:
+        added = (True, addend, *(_nearest(out.shape[axis], addend.shape[axis]) for axis in (1, 2)))
+
     def work(first: int, last: int) -> None:
         weights = (tiles, layer.weight, layer.bias, layer.relu, out, channel)
-        result = (out_bits, marks, after_bits, after_index, first, last)
+        result = (*added, out_bits, marks, after_bits, after_index, first, last)
         arguments: Any
         if layer.kind == "cellwise":  # the cells of its tiles have changed, so none is of the background
-            arguments = (x, *weights, layer.stride, masked, *result)
+            arguments = (x, *weights, layer.step, layer.growth, masked, *result)
             masked_loops.convolve_cellwise(*arguments)
         elif layer.kind == "winograd":
-            arguments = (x, masked, changed, rows, index, *weights, *result)
+            arguments = (x, masked, changed, rows, index, *weights, layer.tile, *result)
             masked_loops.convolve_winograd(*arguments)
         else:
             geometry = (layer.kernel, layer.stride, layer.padding)
@@ -274,6 +317,7 @@ def add_upsampled(
     return marks if masked else None
 
 
+@lru_cache(maxsize=256)
 def _nearest(count: int, sources: int) -> I64:
     """Return which of `sources` cells each of `count` cells along an axis is closest to, by torch's own rounding."""
     cells = torch.arange(sources, dtype=torch.float32)[None, None]
@@ -306,6 +350,8 @@ def _narrow_products(
     return products
 
 
+_NO_CELLS: F32 = np.zeros((1, 1, 1, 1), np.float32)
+_NO_SOURCES: I64 = np.zeros(1, np.int64)
 _NO_MASK: Mask = np.zeros((1, 1, 1), np.bool_)
 _NO_ROWS: F32 = np.zeros((1, 1), np.float32)
 _NO_INDEX: I32 = np.zeros((1, 1), np.int32)
@@ -314,8 +360,10 @@ _NO_INDEX: I32 = np.zeros((1, 1), np.int32)
 def _tiling(layer: ConvLayer, height: int, width: int) -> tuple[int, int, int, tuple[int, int, int]]:
     """Return rows and columns of tiles, cells per tile, and (step, offset, extent) of a tile's window of inputs."""
     if layer.kind == "cellwise":
-        return height, width, layer.stride**2, (1, 0, 1)
+        step = layer.step
+        return -(-height // step), -(-width // step), layer.growth**2, (step, 0, 1)
     rows, columns = layer.out_shape(height, width)
     if layer.kind == "winograd":
-        return (rows + 1) // 2, (columns + 1) // 2, 4, (2, -1, 4)
+        tile = layer.tile
+        return -(-rows // tile), -(-columns // tile), tile * tile, (tile, -1, tile + 2)
     return rows, columns, 1, (layer.stride, -layer.padding, layer.kernel)

@@ -1,9 +1,12 @@
 """Compiled loops of `serve.ops.cpu.masked_conv`.
 
-Maps are (B, H, W, C) float32, masks (B, H, W). `tiles` numbers output tiles (2 x 2 cells for Winograd's filtering, else
-one cell, of the input if cellwise) through all images of a batch, and a call computes those from `first` to `last`.
-With `masked`, cells of `x` that have not `changed` are read from the background (`rows`, `index`), and the computed
-cells that differ from the output's background (`after`, `after_index`, compared as integers) are marked.
+Maps are (B, H, W, C) float32, masks (B, H, W). `tiles` numbers output tiles (2 x 2 or 4 x 4 cells for Winograd's
+filtering, else one cell, of the input if cellwise) through all images of a batch, and a call computes those from
+`first` to `last`. With `masked`, cells of `x` that have not `changed` are read from the background (`rows`, `index`),
+and the computed cells that differ from the output's background (`after`, `after_index`, compared as integers) are
+marked.
+
+With `adds`, cell (y, x) gets the cell (`source_rows`[y], `source_columns`[x]) of the map `addend` before its ReLU.
 """
 
 from __future__ import annotations
@@ -12,7 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.ops.cpu import winograd
-from serve.ops.cpu.gemm import ROWS, add_products, aligned_zeros
+from serve.ops.cpu.gemm import (
+    FROM_ADDEND,
+    FROM_BIAS,
+    FROM_OUT,
+    FROM_ZERO,
+    LANES,
+    ROWS,
+    add_products,
+    aligned_zeros,
+    set_products,
+)
 from serve.ops.cpu.jit import jit, jit_contracted
 
 __all__ = [
@@ -34,6 +47,8 @@ Mask = npt.NDArray[np.bool_]
 
 # Cells per block, a multiple of ROWS.
 _BLOCK = 192
+# Input channels that are multiplied at a time, so that a panel stays in the L2 cache.
+_DEPTH = 256
 
 
 @jit
@@ -128,10 +143,19 @@ def _finish(sums: F32, bias: F32, relu: bool, out: F32, channel: int) -> None:  
         out[channel + c] = np.float32(0) if relu and total < 0 else total
 
 
+@jit
+def _add(addend: F32, relu: bool, out: F32, channel: int) -> None:  # pragma: no cover - compiled
+    """Add a cell to an output, cut at zero if `relu`; NaN stays NaN."""
+    for c in range(addend.shape[0]):
+        total = out[channel + c] + addend[c]
+        out[channel + c] = np.float32(0) if relu and total < 0 else total
+
+
 @jit_contracted
 def convolve_directly(
     x: F32, masked: bool, changed: Mask, rows: F32, index: I32, tiles: I64, weight: F32, bias: F32, relu: bool,
     out: F32, channel: int, kernel: int, stride: int, padding: int,
+    adds: bool, addend: F32, source_rows: I64, source_columns: I64,
     bits: I32, marks: Mask, after: I32, after_index: I32, first: int, last: int,
 ) -> None:  # fmt: skip  # pragma: no cover - compiled
     """Compute output cells `first` to `last` of `tiles`, one place of the kernel after the other."""
@@ -161,7 +185,9 @@ def convolve_directly(
         for t in range(count):
             image = corners[t, 0]
             y, z = (corners[t, 1] + padding) // stride, (corners[t, 2] + padding) // stride
-            _finish(sums[t], bias, relu, out[image, y, z], channel)
+            _finish(sums[t], bias, relu and not adds, out[image, y, z], channel)
+            if adds:
+                _add(addend[image, source_rows[y], source_columns[z]], relu, out[image, y, z], channel)
             if masked:
                 _mark(bits, after, after_index, marks, image, y, z, channel, bias.shape[0])
 
@@ -242,84 +268,136 @@ def add_nearest(
 
 @jit_contracted
 def convolve_cellwise(
-    x: F32, tiles: I64, weight: F32, bias: F32, relu: bool, out: F32, channel: int, stride: int, masked: bool,
+    x: F32, tiles: I64, weight: F32, bias: F32, relu: bool, out: F32, channel: int, step: int, stride: int,
+    masked: bool, adds: bool, addend: F32, source_rows: I64, source_columns: I64,
     bits: I32, marks: Mask, after: I32, after_index: I32, first: int, last: int,
 ) -> None:  # fmt: skip  # pragma: no cover - compiled
-    """Compute the outputs of input cells `first` to `last` of `tiles`, `stride` x `stride` each."""
+    """Compute the outputs of cells `first` to `last` of `tiles`, `stride` x `stride` each.
+
+    Tiles are cells of every `step`-th row and column of the input.
+    """
     batch, height, width, inputs = x.shape
     cells = x.reshape(batch * height * width, inputs)
-    wide = weight.shape[1] * weight.shape[3]
-    sums = aligned_zeros(_BLOCK * wide).reshape(_BLOCK, wide)
+    flat, added = out.reshape(-1, out.shape[3]), addend.reshape(-1, addend.shape[3])
+    down, across, outputs = -(-height // step), -(-width // step), bias.shape[0]
+    wide, depth = weight.shape[3], max(inputs, 1)
+    offsets = np.zeros(weight.shape[1] * wide, np.float32)
+    offsets[:outputs] = bias
+    partial = aligned_zeros(_BLOCK * wide).reshape(_BLOCK, wide)
     order = np.arange(_BLOCK).astype(np.int32)
-    sources = np.zeros(_BLOCK, np.int32)
+    sources, targets, origins = (
+        np.zeros(_BLOCK, np.int32),
+        np.zeros(_BLOCK, np.int32),
+        np.zeros(_BLOCK, np.int32),
+    )
     for begin in range(first, last, _BLOCK):
         count = min(_BLOCK, last - begin)
-        for t in range(_BLOCK):  # rows beyond `count` are computed and dropped
-            sources[t] = tiles[begin + min(t, count - 1)]
         for place in range(stride * stride):
-            sums[:] = 0
-            for p in range(weight.shape[1]):
-                panel = weight[place, p]
-                for r in range(0, count, ROWS):
-                    add_products(cells, panel, sums, sources, order, r, p * panel.shape[1])
-            for t in range(count):
-                tile = tiles[begin + t]
-                image = tile // (width * height)
-                y = tile // width % height * stride + place // stride
-                z = tile % width * stride + place % stride
-                _finish(sums[t], bias, relu, out[image, y, z], channel)
-                if masked:
-                    _mark(bits, after, after_index, marks, image, y, z, channel, bias.shape[0])
+            for t in range(_BLOCK):  # rows beyond `count` repeat the last one
+                tile = tiles[begin + min(t, count - 1)]
+                image, row, column = tile // (across * down), tile // across % down, tile % across
+                sources[t] = (image * height + row * step) * width + column * step
+                y, z = row * stride + place // stride, column * stride + place % stride
+                targets[t] = (image * out.shape[1] + y) * out.shape[2] + z
+                if adds:
+                    origins[t] = (image * addend.shape[1] + source_rows[y]) * addend.shape[
+                        2
+                    ] + source_columns[z]
+            for start in range(0, depth, _DEPTH):
+                part = cells[:, start : start + _DEPTH]
+                ends = start + _DEPTH >= inputs
+                for p in range(weight.shape[1]):
+                    panel = weight[place, p, start : start + _DEPTH]
+                    if (p + 1) * wide <= outputs:
+                        how = FROM_OUT if start else FROM_ADDEND if adds else FROM_BIAS
+                        for r in range(0, count, ROWS):
+                            set_products(
+                                part, panel, flat, sources, targets, r, channel + p * wide,
+                                how, offsets, added, origins, p * wide, relu and ends,
+                            )  # fmt: skip
+                        continue
+                    how = FROM_OUT if start else FROM_BIAS
+                    for r in range(0, count, ROWS):
+                        set_products(
+                            part, panel, partial, sources, order, r, 0,
+                            how, offsets, partial, order, p * wide, relu and ends and not adds,
+                        )  # fmt: skip
+                    if ends:
+                        for t in range(count):
+                            cell = flat[targets[t], channel + p * wide : channel + outputs]
+                            for c in range(cell.shape[0]):
+                                cell[c] = partial[t, c]
+                            if adds:
+                                _add(added[origins[t], p * wide :], relu, cell, 0)
+            if masked:
+                for t in range(count):
+                    image, cell = targets[t] // (out.shape[1] * out.shape[2]), targets[t]
+                    y, z = cell // out.shape[2] % out.shape[1], cell % out.shape[2]
+                    _mark(bits, after, after_index, marks, image, y, z, channel, outputs)
 
 
 @jit_contracted
 def convolve_winograd(
     x: F32, masked: bool, changed: Mask, rows: F32, index: I32, tiles: I64, weight: F32, bias: F32, relu: bool,
-    out: F32, channel: int,
+    out: F32, channel: int, extent: int,
+    adds: bool, addend: F32, source_rows: I64, source_columns: I64,
     bits: I32, marks: Mask, after: I32, after_index: I32, first: int, last: int,
 ) -> None:  # fmt: skip  # pragma: no cover - compiled
-    """Compute tiles of 2 x 2 outputs by the transforms of `serve.ops.cpu.winograd`."""
+    """Compute tiles of `extent` x `extent` outputs, 2 or 4, by the transforms of `serve.ops.cpu.winograd`."""
     _, height, width, inputs = x.shape
-    outputs = bias.shape[0]
-    down, across = (height + 1) // 2, (width + 1) // 2
-    size = winograd.BLOCK
-    patch, corner = np.empty((4, 4, inputs), np.float32), np.empty((2, 2, outputs), np.float32)
-    seen = np.zeros((16, size, inputs), np.float32)
-    sums = aligned_zeros(16 * size * outputs).reshape(16, size, outputs)
+    outputs, window = bias.shape[0], extent + 2
+    places = window * window
+    down, across = -(-height // extent), -(-width // extent)
+    size, wide = winograd.BLOCK, weight.shape[1] * weight.shape[3]
+    offsets = np.zeros(-(-outputs // LANES) * LANES, np.float32)
+    offsets[:outputs] = bias
+    patch = np.empty((window, window, inputs), np.float32)
+    corner = np.empty((extent, extent, offsets.shape[0]), np.float32)
+    # A line more per place, so that the places of a channel do not share a set of the cache.
+    seen = aligned_zeros(places * (size * inputs + LANES)).reshape(places, size * inputs + LANES)
+    sums = aligned_zeros(places * (size * wide + LANES)).reshape(places, size * wide + LANES)
     order = np.arange(size).astype(np.int32)
     for begin in range(first, last, size):
         count = min(size, last - begin)
         for t in range(count):
             tile = tiles[begin + t]
-            image, top, left = tile // (down * across), tile // across % down * 2 - 1, tile % across * 2 - 1
-            inside = top >= 0 and left >= 0 and top + 3 < height and left + 3 < width
+            image = tile // (down * across)
+            top, left = tile // across % down * extent - 1, tile % across * extent - 1
+            inside = top >= 0 and left >= 0 and top + window <= height and left + window <= width
             if inside and masked:
-                for i in range(4):
-                    for j in range(4):
+                for i in range(window):
+                    for j in range(window):
                         inside &= changed[image, top + i, left + j]
             if inside:
-                winograd.transform_inputs(x[image, top:, left:], seen[:, t:])
+                winograd.transform_inputs(x[image, top:, left:], extent, seen[:, t * inputs :])
             else:
-                for i in range(4):
-                    for j in range(4):
+                for i in range(window):
+                    for j in range(window):
                         _gather(x, masked, changed, rows, index, image, top + i, left + j, patch[i, j])
-                winograd.transform_inputs(patch, seen[:, t:])
-        for place in range(16):
-            sums[place] = 0
-            here, there = seen[place], sums[place]
+                winograd.transform_inputs(patch, extent, seen[:, t * inputs :])
+        for place in range(places):
+            here = seen[place][: size * inputs].reshape(size, inputs)
+            there = sums[place][: size * wide].reshape(size, wide)
             for p in range(weight.shape[1]):
                 panel = weight[place, p]
                 for r in range(0, count, ROWS):
-                    add_products(here, panel, there, order, order, r, p * panel.shape[1])
+                    set_products(
+                        here, panel, there, order, order, r, p * panel.shape[1],
+                        FROM_ZERO, offsets, there, order, 0, False,
+                    )  # fmt: skip
         for t in range(count):
             tile = tiles[begin + t]
-            image, top, left = tile // (down * across), tile // across % down * 2, tile % across * 2
-            inside = top + 1 < height and left + 1 < width
+            image = tile // (down * across)
+            top, left = tile // across % down * extent, tile % across * extent
+            inside = top + extent <= height and left + extent <= width and outputs == offsets.shape[0]
             into = out[image, top:, left:, channel:] if inside else corner
-            winograd.transform_outputs(sums[:, t:], bias, relu, into)
-            for i in range(min(2, height - top)):
-                for j in range(min(2, width - left)):
+            winograd.transform_outputs(sums[:, t * wide :], extent, offsets, relu and not adds, into)
+            for i in range(min(extent, height - top)):
+                for j in range(min(extent, width - left)):
                     if not inside:
-                        out[image, top + i, left + j, channel : channel + outputs] = corner[i, j]
+                        out[image, top + i, left + j, channel : channel + outputs] = corner[i, j, :outputs]
+                    if adds:
+                        row, column = source_rows[top + i], source_columns[left + j]
+                        _add(addend[image, row, column], relu, out[image, top + i, left + j], channel)
                     if masked:
                         _mark(bits, after, after_index, marks, image, top + i, left + j, channel, outputs)

@@ -16,7 +16,7 @@ from serve.ops.cpu.jit import jit
 from serve.ops.cpu.threads import parallel_for
 from serve.ops.roi.sampling import Places, check_pooling
 
-__all__ = ["roi_align_forward"]
+__all__ = ["average_into", "roi_align_forward"]
 
 F32 = npt.NDArray[np.float32]
 MAX_POOL, AVERAGE_POOL = 0, 1
@@ -181,32 +181,81 @@ def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Te
     return low, (low + 1).clamp(max=size - 1), clamped - low, inside
 
 
-def _average_cpu(input: Tensor, where: Tensor, samples: Tensor, output: Tensor) -> None:
+def average_into(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    spatial_scale: float,
+    sampling_ratio: int,
+    *,
+    aligned: bool,
+) -> None:
+    """Average-pool `rois` out of `input` into rows of `output`, on the CPU, as `roi_align_forward` does.
+
+    Args:
+        input: (B, C, H, W) float32.
+        rois: (R, 5), as in `roi_align_forward`.
+        output: (N, C, bins down, bins across) float32, contiguous or channels-last; its `rows` are written.
+        rows: (R,) int64.
+        spatial_scale: map pixels per image pixel.
+        sampling_ratio: samples per bin and axis; 0 for one per map pixel.
+        aligned: shift by half a pixel.
+    """
+    bins = (output.shape[2], output.shape[3])
+    where, samples = _sampling(rois, bins, spatial_scale, sampling_ratio, aligned, torch.float32)
+    _average_cpu(input, where, samples, output, as_numpy(rows))
+
+
+def _average_cpu(
+    input: Tensor, where: Tensor, samples: Tensor, output: Tensor, rows: npt.NDArray[np.int64] | None = None
+) -> None:
     # Channels-last: the inner loop and its four neighbours are contiguous in memory.
     maps = as_numpy(input.float().permute(0, 2, 3, 1))
     regions, grids = as_numpy(where), as_numpy(samples)
-    pooled = np.zeros((output.shape[0], output.shape[2], output.shape[3], output.shape[1]), dtype=np.float32)
+    rows = np.arange(len(regions)) if rows is None else rows
+    ends = output.permute(0, 2, 3, 1)
+    last = ends.is_contiguous()
+    direct = output.dtype == torch.float32 and (last or output.is_contiguous())
+    pooled = (ends if last else output) if direct else torch.empty(ends.shape)
+    target = pooled.detach().numpy().reshape(len(pooled), -1)
+    bins_y, bins_x = output.shape[2], output.shape[3]
 
-    def work(first: int, last: int) -> None:
-        _average_kernel(maps, regions[first:last], grids[first:last], pooled[first:last])
+    def work(first: int, end: int) -> None:
+        _average_kernel(
+            maps,
+            regions[first:end],
+            grids[first:end],
+            rows[first:end],
+            bins_y,
+            bins_x,
+            last or not direct,
+            target,
+        )
 
-    parallel_for(work, output.shape[0])
-    output.copy_(torch.from_numpy(pooled).permute(0, 3, 1, 2))
+    parallel_for(work, len(regions))
+    if not direct:
+        output.copy_(pooled.permute(0, 3, 1, 2))
 
 
 @jit
 def _average_kernel(
-    maps: F32, regions: F32, grids: npt.NDArray[np.int64], pooled: F32
-) -> None:  # pragma: no cover - compiled
+    maps: F32, regions: F32, grids: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], bins_y: int, bins_x: int,
+    channels_last: bool, target: F32,
+) -> None:  # fmt: skip  # pragma: no cover - compiled
+    """Write each region to its row of `target`: bins by channels if `channels_last`, else channels by bins."""
     height, width, channels = maps.shape[1], maps.shape[2], maps.shape[3]
     one = np.float32(1)
+    pooled = np.empty((bins_y, bins_x, channels), np.float32)
+    cells = pooled.reshape(bins_y * bins_x, channels)
     for r in range(regions.shape[0]):
         image = maps[np.int64(regions[r, 0])]
         grid_x, grid_y = grids[r, 0], grids[r, 1]
         share = one / np.float32(max(grid_x * grid_y, 1))
-        for by in range(pooled.shape[1]):
-            for bx in range(pooled.shape[2]):
-                out = pooled[r, by, bx]
+        pooled[:] = 0
+        for by in range(bins_y):
+            for bx in range(bins_x):
+                out = pooled[by, bx]
                 for iy in range(grid_y):
                     y = regions[r, 2] + np.float32(by) * regions[r, 4]
                     y += (np.float32(iy) + np.float32(0.5)) * regions[r, 4] / np.float32(grid_y)
@@ -232,3 +281,12 @@ def _average_kernel(
                         a, b, c, d = image[y0, x0], image[y0, x1], image[y1, x0], image[y1, x1]
                         for ch in range(channels):
                             out[ch] += w00 * a[ch] + w01 * b[ch] + w10 * c[ch] + w11 * d[ch]
+        into = target[rows[r]]
+        if channels_last:
+            for i in range(cells.shape[0]):
+                for ch in range(channels):
+                    into[i * channels + ch] = cells[i, ch]
+        else:
+            for ch in range(channels):
+                for i in range(cells.shape[0]):
+                    into[ch * cells.shape[0] + i] = cells[i, ch]
