@@ -69,7 +69,7 @@ def checked_runner(
 
     Runner.from_cfg = classmethod(from_cfg)
     trust_checkpoints(trust)
-    with scratch, categories_checked():
+    with scratch, categories_checked(), _instances_forgotten():
         try:
             yield
         except (CheckpointError, DataSetError, FileNotFoundError, pickle.UnpicklingError):
@@ -79,6 +79,29 @@ def checked_runner(
         finally:
             Runner.from_cfg = make
             trust_checkpoints(False)
+
+
+@contextmanager
+def _instances_forgotten() -> Iterator[None]:
+    """Forget mmengine's named loggers, hubs and visualizers after the block: a second run would write to them."""
+    from mmengine.registry import DefaultScope
+    from mmengine.utils import ManagerMixin
+
+    def kinds(parent: Any) -> Iterator[Any]:
+        for kind in parent.__subclasses__():
+            if kind is not DefaultScope:
+                yield kind
+                yield from kinds(kind)
+
+    before = {kind: set(kind._instance_dict) for kind in kinds(ManagerMixin)}
+    try:
+        yield
+    finally:
+        for kind in kinds(ManagerMixin):
+            for name in set(kind._instance_dict) - before.get(kind, set()):
+                instance = kind._instance_dict.pop(name)
+                for handler in getattr(instance, "handlers", ()):
+                    handler.close()
 
 
 def _check_config(cfg: Any, *, training: bool) -> None:

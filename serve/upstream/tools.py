@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from serve.errors import CheckpointError, DataSetError, MissingPackage, ServeError, UpstreamError
 from serve.settings.environment import variable_set
 from serve.upstream import corrections, patches
-from serve.upstream.config_argument import config_file
 from serve.upstream.former_flags import Translation, translate
 from serve.upstream.missing_packages import explain_missing_package
+from serve.upstream.parsed_arguments import completed_arguments
 from serve.upstream.tool_list import Tool, find_tool, package_of_arguments, tools_folder
 
 __all__ = ["run"]
@@ -82,7 +81,7 @@ def run(name: str, argv: Sequence[str], *, package: str | None = None) -> int:
         if tool.short_name in _OWN:
             program = importlib.import_module(_OWN[tool.short_name])
             if program.takes(chosen, now.arguments):
-                with _configs_resolved(training=False), _explained(tool.short_name):
+                with completed_arguments(training=False), _explained(tool.short_name):
                     return int(program.main(now.arguments, f"mmdet3d-serve tools {tool.short_name}"))
         return _run_file(tool, chosen, now, own, stack)
 
@@ -116,7 +115,7 @@ def _own_flags(tool: str, argv: Sequence[str]) -> tuple[argparse.Namespace, list
 def _run_file(tool: Tool, package: str, now: Translation, own: argparse.Namespace, stack: ExitStack) -> int:
     path = tool.path(package)
     stack.enter_context(_arguments([f"mmdet3d-serve {_title(tool)}", *now.arguments]))
-    stack.enter_context(_configs_resolved(training=tool.short_name == "train"))
+    stack.enter_context(completed_arguments(training=tool.short_name == "train"))
     stack.enter_context(_tools_of(package))
     if tool.short_name in _RUNNERS:
         from serve.upstream.checks import checked_runner
@@ -175,25 +174,6 @@ def _import_from_here() -> Iterator[None]:
     finally:
         if added:
             sys.path.remove(here)
-
-
-@contextmanager
-def _configs_resolved(*, training: bool) -> Iterator[None]:
-    """Have every parser's ``config`` be a file that upstream can read, however it was named."""
-    parse = argparse.ArgumentParser.parse_args
-    with ExitStack() as files:
-
-        def parse_args(self: argparse.ArgumentParser, *args: Any, **named: Any) -> Any:
-            found = parse(self, *args, **named)
-            if isinstance(config := getattr(found, "config", None), str):
-                found.config = files.enter_context(config_file(config, training=training))
-            return found
-
-        argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign]
 
 
 @contextmanager

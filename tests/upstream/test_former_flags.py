@@ -56,6 +56,15 @@ def test_training_flags_become_todays(given, arguments):
     assert translate("train", "mmdet", ["c.py", *given]).arguments == ["c.py", *arguments]
 
 
+def test_cityscapes_is_an_evaluator_of_its_own():
+    now = translate("test", "mmdet", ["c.py", "w.pth", "--eval", "bbox", "cityscapes"])
+    assert now.arguments[-1] == "test_evaluator.metric=bbox"
+    assert translate("test", "mmdet", ["c.py", "w.pth", "--eval", "cityscapes"]).arguments == [
+        "c.py",
+        "w.pth",
+    ]
+
+
 def test_flags_of_today_are_left_alone_without_a_note():
     given = [
         "c.py",
