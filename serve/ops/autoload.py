@@ -24,9 +24,11 @@ class _Autoload:
         self.done = True
         try:
             from serve import ops
+            from serve.upstream import patches
         except ImportError:
             # The project is gone, or another `serve` comes first on the path; mmcv reports what it lacks.
             return None
+        patches.apply()
         return ops.install().find_spec(fullname, path, target)
 
 

@@ -72,6 +72,23 @@ def python(environment: Path, code: str, *paths: Path, **variables: str) -> subp
 HERE = [Path(sysconfig.get_path("purelib")), *(Path(p) for p in sys.path if p.endswith("-packages"))]
 
 
+@pytest.mark.slow
+def test_plain_python_has_kittis_metric_without_cuda_and_without_the_kits_of_other_data_sets():
+    code = """
+import sys
+from serve.ops import autoload
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "_Autoload"]
+autoload.register()  # as the .pth file does
+import numpy as np
+from mmdet3d.evaluation import NuScenesMetric
+from mmdet3d.evaluation.functional.kitti_utils.eval import bev_box_overlap
+box = np.array([[0.0, 0.0, 2.0, 2.0, 0.0]])
+print(f"{bev_box_overlap(box, box + [1.0, 0, 0, 0, 0])[0, 0]:.4f}")
+"""
+    ran = python(Path(sys.prefix), code, ROOT, *HERE)
+    assert (ran.stdout, ran.returncode) == ("0.3333\n", 0), ran.stderr
+
+
 def test_fresh_environment_without_a_compiler_imports_mmcv_ops(environment):
     ran = python(environment, f"import mmcv.ops; {USE}", ROOT, *HERE)
     assert (ran.stdout, ran.returncode) == ("portable\n", 0), ran.stderr

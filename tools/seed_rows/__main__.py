@@ -26,7 +26,7 @@ _PARTS = {
     33: "MMDetection: inference, test, train",
     72: "MMDetection3D: useful tools",
 }
-_TIMEOUT_S = 240
+_TIMEOUT_S = 600
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,9 +73,9 @@ def run(row: Row, folder: Path) -> dict[str, Any]:
             check=False,
         )
         output = ran.stdout
-    except subprocess.TimeoutExpired as error:
-        output = f"{(error.stdout or b'').decode(errors='replace')}\nstopped after {_TIMEOUT_S} s"
-    found = re.search(row.expect, output, re.MULTILINE)
+        found = re.search(row.expect, output, re.MULTILINE)
+    except subprocess.TimeoutExpired:
+        output, found = f"stopped after {_TIMEOUT_S} s", None
     seconds = time.monotonic() - began
     print(f"{row.number:>3} {'ran' if found else 'FAILED'} {seconds:5.1f} s  {row.line}", flush=True)
     if not found:
