@@ -105,25 +105,6 @@ def det_inferencer() -> None:
     inferencer("coco/val2017/000000000007.jpg", out_dir="inferred", no_save_pred=False)
 
 
-def lidar_inferencer() -> None:
-    """Detect in one cloud by mmdet3d's inferencer, without drawing."""
-    from serve.upstream import patches
-
-    patches.apply()
-    from mmdet3d.apis import LidarDet3DInferencer
-
-    import serve
-
-    assets = Path(serve.__file__).parent / "assets"
-    inferencer = LidarDet3DInferencer(
-        str(assets / "second_demo.py"), str(assets / "second_demo.pth"), device="cpu"
-    )
-    found = inferencer(
-        {"points": str(assets / "sample.bin")}, return_vis=False, no_save_vis=True, no_save_pred=True
-    )
-    print(f"{len(found['predictions'][0]['bboxes_3d'])} boxes")
-
-
 def regnet() -> None:
     """Write a file with the names of pycls' RegNet."""
     import torch
@@ -209,7 +190,6 @@ CHECKS: dict[str, Callable[[], None]] = {
         storage,
         inference,
         det_inferencer,
-        lidar_inferencer,
         regnet,
         detectron,
         voc,

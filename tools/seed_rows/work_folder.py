@@ -147,7 +147,7 @@ def _write_configs(folder: Path) -> None:
         "mask_extractor": "mask_roi_extractor=dict(out_channels=32),",
         "mask_head": f", mask_head=dict(in_channels=32, num_classes={len(SHAPES)})",
     }
-    packed = plain | {"backend": {"backend": "ffrecord", "fname": "p.ffr"}}
+    packed = plain | {"backend": {"backend": "ffrecord", "fname": "coco/coco.ffr"}}
     imports = "custom_imports = dict(imports=['serve.storage.backends'])\n"
     configs = {
         "frcnn": _HEAD.format(base=faster, **plain) + _COCO,
