@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from importlib.machinery import all_suffixes
 from pathlib import PurePosixPath
+from typing import Any
 
 from serve.errors import ArchiveError, ServeError
 
@@ -29,6 +30,7 @@ __all__ = [
     "check_entry_size",
     "check_plain_name",
     "failures_as_archive_errors",
+    "unique_members",
 ]
 
 MANIFEST, METADATA, CONFIG, WEIGHTS = (
@@ -74,6 +76,18 @@ def failures_as_archive_errors(what: str) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:_MAX_QUOTED_CHARS]
         raise ArchiveError(f"{what} cannot be read ({reason}); copy or convert it again") from error
+
+
+def unique_members(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of a manifest, as `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ArchiveError: two of its members have one name: TorchServe might take the other one.
+    """
+    found = dict(members)
+    if len(found) != len(members):
+        raise ArchiveError("the manifest has two members of one name; convert the model again")
+    return found
 
 
 def check_plain_name(name: str) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import stat
 import tempfile
@@ -44,6 +45,7 @@ from serve.archive.bounds import (
     check_entry_name,
     check_entry_size,
     failures_as_archive_errors,
+    unique_members,
 )
 from serve.archive.metadata import HANDLERS, Metadata, check_identity
 from serve.archive.python_path import keep_off_path
@@ -263,7 +265,8 @@ def _read_header(archive: zipfile.ZipFile) -> Metadata:
                 f"the archive was not written by mmdet3d-serve (it has no {needed}); convert the model"
             )
     metadata = Metadata.parse(archive.read(METADATA))
-    manifest = orjson.loads(archive.read(MANIFEST))
+    # Of two members of one name, another reader might take the first.
+    manifest = json.loads(archive.read(MANIFEST), object_pairs_hook=unique_members)
     if odd := sorted(names ^ {*metadata.files, *_handler_files(names), METADATA, MANIFEST}):
         raise ArchiveError(
             f"the entries differ from {METADATA}: {', '.join(odd[:5])}; convert the model again"

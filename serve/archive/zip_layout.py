@@ -13,7 +13,7 @@ import struct
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from serve.archive.bounds import (
@@ -106,6 +106,9 @@ def _check_entries(
     if len(set(names)) != len(names):
         ((twice, _),) = Counter(names).most_common(1)
         raise ArchiveError(f"the archive has several entries {twice[:200]!r}; convert the model again")
+    folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+    if both := sorted(folders.intersection(names)):
+        raise ArchiveError(f"entry {both[0]!r} is a file and a folder; convert the model again")
     for info in infos:
         check_name(info.filename)
         if info.flag_bits & ~_ALLOWED_FLAGS or info.compress_type not in _METHODS:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass as options_class
 
-from serve.archive.bounds import MANIFEST, check_plain_name
+from serve.archive.bounds import MANIFEST, check_plain_name, unique_members
 from serve.archive.zip_layout import open_zip
 from serve.errors import ArchiveError, SettingsError
 from serve.settings import CONFIG, Flag, OptionalCount, OptionalPath, Options, option
@@ -228,7 +228,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         with open_zip(path, check_plain_name) as archive:
             document = archive.read(MANIFEST)
-        model = json.loads(document)["model"]
+        model = json.loads(document, object_pairs_hook=unique_members)["model"]
         manifest = Manifest(
             name=str(model["modelName"]), version=str(model["modelVersion"]), handler=str(model["handler"])
         )

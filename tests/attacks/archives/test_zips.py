@@ -61,6 +61,14 @@ def add_directory_entry(path: Path) -> None:
     pack(path, {**entries_of(path), "extra/": b""})
 
 
+def add_member(path: Path, after: str, member: str) -> None:
+    """Write a member into the manifest twice; of two, Python's readers take the last."""
+    entries = entries_of(path)
+    text = json.dumps(json.loads(entries["MAR-INF/MANIFEST.json"]), separators=(",", ":"))
+    assert after in text
+    pack(path, {**entries, "MAR-INF/MANIFEST.json": text.replace(after, after + member, 1).encode()})
+
+
 ZIPS: dict[str, Callable[[Path], object]] = {
     "empty file": lambda path: path.write_bytes(b""),
     "end record alone": lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)),
@@ -85,6 +93,9 @@ ZIPS: dict[str, Callable[[Path], object]] = {
     "60,000 entries claimed": claim_many_entries,
     "20,001 entries": add_many_entries,
     "folder as an entry": add_directory_entry,
+    "an entry that is a file and a folder": lambda path: add_declared(path, {"extra/a": b"", "extra/a/b": b""}),
+    "two handlers in the manifest": lambda path: add_member(path, '"model":{', '"handler":"/tmp/evil.py",'),
+    "two interpreters in the manifest": lambda path: add_member(path, "{", '"runtime":"/bin/sh",'),
 }  # fmt: skip
 
 
