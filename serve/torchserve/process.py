@@ -376,7 +376,9 @@ class TorchServe:
                 try:
                     workers = self.workers(name, version)
                 except ModelNotFound:
-                    raise BackendStartError(f"TorchServe rejected model {name}: {self._explain()}") from None
+                    refused = ModelNotLoaded(f"TorchServe rejected model {name}: {self._explain()}")
+                    refused.archive = self._archives.get(name, "")
+                    raise refused from None
                 if sum(worker.ready for worker in workers) >= count:
                     break
                 self._pause(names, deadline, f"model {name} was not ready", name)

@@ -18,10 +18,12 @@ import httpx
 import psutil
 import pytest
 
-from serve.errors import ArchiveError, BackendStartError, SettingsError
+from serve.errors import ArchiveError, BackendStartError, ModelNotFound, ModelNotLoaded, SettingsError
 from serve.gateway.listener import bind
 from serve.synthetic.scenes import sample_frame
-from serve.torchserve import ServedModel, TorchServeOptions
+from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+from serve.torchserve.log import WorkerLog
+from serve.torchserve.management import Worker
 from serve.torchserve.supervisor import Service, archives_of, examine, gateway_options
 from tests.conftest import pick_free_ports
 
@@ -282,3 +284,18 @@ def test_archives_are_examined_one_by_one(demo_store: Path, tmp_path: Path) -> N
     assert [(model.archive, model.workers) for model in good] == [("a.mar", 2)]
     assert [each.archive for each in rejected] == ["b.mar"]
     assert json.dumps(rejected[0].reason)
+
+
+def test_model_that_torchserve_does_not_register_is_known_by_its_archive(tmp_path, monkeypatch):
+    """So that the supervisor can serve the others without it."""
+
+    def workers(model: str, version: str) -> list[Worker]:
+        raise ModelNotFound(model)
+
+    server = TorchServe(TorchServeOptions(tmp_path, [ServedModel("other.mar")]))
+    monkeypatch.setattr(server, "workers", workers)
+    monkeypatch.setattr(server, "_archives", {"odd": "odd.mar"})
+    monkeypatch.setattr(server, "_log", WorkerLog(tmp_path / "log"))
+    with pytest.raises(ModelNotLoaded, match="rejected model odd") as raised:
+        server._await_workers([("odd", "1.0", 1)], deadline=float("inf"))
+    assert raised.value.archive == "odd.mar"
