@@ -110,6 +110,14 @@ def test_the_chinese_readme_has_the_same_commands_links_and_figures():
     assert figures(english) == figures(chinese)
 
 
+def test_the_chinese_page_of_the_life_has_the_same_commands_links_and_output():
+    english, chinese = ((ROOT / "docs" / name).read_text() for name in ("lifecycle.md", "lifecycle.zh-CN.md"))
+    for language in ("console", "text"):
+        assert fenced(english, language) == fenced(chinese, language)
+    apart = {"lifecycle.md", "lifecycle.zh-CN.md"}
+    assert set(links(english)) - apart == set(links(chinese)) - apart
+
+
 def figures(readme: str) -> list[str]:
     """Numbers in the first column of the table of figures, in order of size."""
     rows = re.findall(r"^\| (.*?) \| .*(?:`|same|同上) \|$", readme, re.MULTILINE)
