@@ -23,10 +23,10 @@ from serve.errors import ServeError
 from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime import load_detector
 from serve.verify.reference import load_reference
+from serve.verify.stages import STAGES, Stopwatch, time_stages
 from tools.bench.reference import nondeterminism
 from tools.bench.reference.nondeterminism import Nondeterminism
 from tools.bench.reference.process import ReferenceProcess
-from tools.bench.stages import STAGES, Stopwatch, time_stages
 
 __all__ = ["DetectorBenchmark", "Workload", "run"]
 

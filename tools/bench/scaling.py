@@ -19,7 +19,7 @@ import torch
 from serve.errors import SetupError
 from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime.detector import Detector
-from tools.bench.stages import Stopwatch, time_stages
+from serve.verify.stages import Stopwatch, time_stages
 
 __all__ = ["BATCHES", "POINTS", "Row", "Scaling", "run", "synthetic_cloud"]
 

@@ -17,7 +17,7 @@ from serve.convert import golden
 from serve.runtime.model import parse_device
 from serve.settings import Settings
 
-__all__ = ["main"]
+__all__ = ["archive_model", "main", "read_frame"]
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _archive(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, dict[str, Any], Path]:
+def archive_model(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, dict[str, Any], Path]:
     """Archive a model and unpack it in ``folder/opened``; return config, resolved config and checkpoint."""
     from serve.convert.random_weights import write_random_checkpoint
 
@@ -107,8 +107,8 @@ def _archive(name: str, folder: Path, args: argparse.Namespace) -> tuple[Path, d
 def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
     from tools.bench import detector
 
-    config, resolved, checkpoint = _archive(name, folder, args)
-    frame = _frame(folder, resolved, args)
+    config, resolved, checkpoint = archive_model(name, folder, args)
+    frame = read_frame(folder, resolved, args)
     opened = archive.open_directory(folder / "opened")
     rounds = args.rounds or 7
     bar: tqdm[Any]
@@ -122,7 +122,7 @@ def _bench_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
         )
 
 
-def _frame(folder: Path, resolved: dict[str, Any], args: argparse.Namespace) -> Path:
+def read_frame(folder: Path, resolved: dict[str, Any], args: argparse.Namespace) -> Path:
     """Return the file of the frame to measure: the given one, or the golden frame of the model's kind."""
     from serve.runtime.pipeline import frame_spec
 
@@ -139,8 +139,8 @@ def _skip_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
     from serve.runtime import load_detector
     from tools.bench import skipping
 
-    _, resolved, _ = _archive(name, folder, args)
-    frame = _frame(folder, resolved, args)
+    _, resolved, _ = archive_model(name, folder, args)
+    frame = read_frame(folder, resolved, args)
     detector = load_detector(archive.open_directory(folder / "opened"), torch.device("cpu"))
     rounds = args.rounds or 7
     bar: tqdm[Any]
@@ -156,7 +156,7 @@ def _scale_one(name: str, folder: Path, args: argparse.Namespace) -> Any:
     from serve.runtime import load_detector
     from tools.bench import scaling
 
-    _archive(name, folder, args)
+    archive_model(name, folder, args)
     detector = load_detector(archive.open_directory(folder / "opened"), torch.device(args.device))
     bar: tqdm[Any]
     with tqdm(total=len(scaling.POINTS) + len(scaling.BATCHES), unit="size", file=sys.stderr) as bar:

@@ -164,8 +164,10 @@ def _plain(found: Any) -> dict[str, Any]:
 
 
 def _load_stages() -> Any:
-    """Load `tools.bench.stages` by path: this Python may not have the package."""
-    spec = importlib.util.spec_from_file_location("bench_stages", Path(__file__).parents[1] / "stages.py")
+    """Load `serve.verify.stages` by path: this Python may not have the package."""
+    spec = importlib.util.spec_from_file_location(
+        "bench_stages", Path(__file__).parents[3] / "serve" / "verify" / "stages.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
