@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import shapely
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.ops.boxes import iou3d, nms, rotated
+from serve.ops.checks import torch_only
 from serve.ops.roi import align as roi_align
 
 
@@ -201,14 +204,7 @@ def test_roi_align_equals_its_definition(mode, ratio, aligned, path):
     rois[0, 3:] = rois[0, 1:3]  # a region of no extent
     output = torch.zeros(13, 5, 3, 4)
     argmax = [torch.zeros_like(output), torch.zeros_like(output)] if mode == 0 else [torch.zeros(0)] * 2
-    if path == "torch":
-        box = rois[:, 1:] * 0.25 - (0.5 if aligned else 0)
-        extent = (box[:, 2:] - box[:, :2]).clamp(min=0.0 if aligned else 1.0)
-        bins = torch.tensor([4, 3])
-        samples = torch.full_like(extent, ratio).long() if ratio else torch.ceil(extent / bins).long()
-        where = torch.cat((rois[:, :1], box[:, :2], extent / bins), 1)
-        roi_align._pool_torch(maps, where, samples, output, *argmax, mode)
-    else:
+    with torch_only() if path == "torch" else nullcontext():
         roi_align.roi_align_forward(maps, rois, output, *argmax, 3, 4, 0.25, ratio, mode, aligned)
     expected = naive_roi_align(maps, rois, (3, 4), 0.25, ratio, mode, aligned)
     np.testing.assert_allclose(output.numpy(), expected, atol=1e-5)

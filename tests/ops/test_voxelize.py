@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve.ops.checks import torch_only
 from serve.ops.points import scatter, voxelize
+from serve.ops.points.grouped_voxels import voxelize_clouds
 
 SIZE, RANGE = (0.5, 0.5, 1.0), (0.0, -2.0, -1.0, 4.0, 2.0, 2.0)
 
@@ -35,17 +39,12 @@ def run(points: torch.Tensor, max_points: int, max_voxels: int, path: str):
     voxels = points.new_zeros((max_voxels, max_points, points.shape[1]))
     coors = torch.zeros((max_voxels, 3), dtype=torch.int32)
     counts = torch.zeros(max_voxels, dtype=torch.int32)
-    size, bounds = torch.tensor(SIZE), torch.tensor(RANGE)
-    if path == "numba":
-        made = torch.zeros((), dtype=torch.long)
+    size, bounds, made = torch.tensor(SIZE), torch.tensor(RANGE), torch.zeros((), dtype=torch.long)
+    with torch_only() if path == "torch" else nullcontext():
         voxelize.hard_voxelize_forward(
             points, size, bounds, voxels, coors, counts, made, max_points=max_points, max_voxels=max_voxels
         )
-        n = int(made)
-    else:
-        n = voxelize._hard_voxelize_torch(
-            points, *voxelize._grid(size, bounds), voxels, coors, counts, max_points, max_voxels
-        )
+    n = int(made)
     return voxels[:n], coors[:n], counts[:n]
 
 
@@ -69,6 +68,24 @@ def test_hard_voxelization_keeps_the_first_points_and_voxels(path, seed, n, max_
         assert count == len(members)
         np.testing.assert_array_equal(voxel[:count].numpy(), np.stack(members))
         assert not voxel[count:].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    sizes=st.lists(st.integers(0, 90), min_size=1, max_size=4),
+    max_points=st.integers(1, 4),
+    max_voxels=st.integers(1, 40),
+)
+def test_clouds_voxelized_together_are_those_voxelized_alone(seed, sizes, max_points, max_voxels):
+    rng = np.random.default_rng(seed)
+    clouds = [torch.from_numpy(rng.uniform(-3, 5, (n, 4)).astype(np.float32)) for n in sizes]
+    voxels, coordinates, counts = voxelize_clouds(clouds, SIZE, RANGE[:3], (8, 8, 3), max_points, max_voxels)
+    alone = [run(cloud, max_points, max_voxels, "numba") for cloud in clouds]
+    assert torch.equal(voxels, torch.cat([one[0] for one in alone]))
+    assert torch.equal(coordinates[:, 1:], torch.cat([one[1] for one in alone]))
+    assert torch.equal(counts, torch.cat([one[2] for one in alone]))
+    assert coordinates[:, 0].tolist() == [i for i, one in enumerate(alone) for _ in one[1]]
 
 
 @pytest.mark.parametrize("path", ["numba", "torch"])

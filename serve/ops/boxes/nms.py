@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from serve.ops.checks import as_numpy, check_floating, check_tensor, check_width, uses_numba
+from serve.ops.constants import constant
 from serve.ops.cpu.jit import jit
 
-__all__ = ["nms", "nms_match", "softnms"]
+__all__ = ["hits_above", "nms", "nms_match", "pack_bits", "scan", "scan_bits", "softnms"]
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -38,14 +40,34 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     if uses_numba(boxes):
         keep = torch.from_numpy(_nms_cpu(as_numpy(ordered), np.float32(iou_threshold), np.float32(offset)))
     else:
-        keep = scan(_above(ordered, float(offset), iou_threshold))
+        keep = scan(hits_above(ordered, float(offset), iou_threshold))
     return order[keep]
 
 
 def scan(hits: Tensor) -> Tensor:
     """Select rows greedily (int64), given (N, N) bool "row i, if kept, drops row j > i"."""
-    keep = _scan_cpu(hits.to("cpu", torch.uint8).numpy())
+    keep = scan_bits(pack_bits(hits).cpu(), len(hits))
     return torch.from_numpy(keep).to(hits.device)
+
+
+def pack_bits(hits: Tensor) -> Tensor:
+    """Pack (..., M) bool to (..., W) uint8 with W a multiple of 8: bit j of byte i is element 8 i + j."""
+    width = -(-hits.shape[-1] // 64) * 64
+    padded = functional.pad(hits, (0, width - hits.shape[-1])).view(*hits.shape[:-1], width // 8, 8)
+    weights = constant(tuple(1 << bit for bit in range(8)), torch.uint8, hits.device)
+    return (padded * weights).sum(dim=-1, dtype=torch.uint8)
+
+
+def scan_bits(bits: Tensor, count: int, limit: int | None = None) -> I64:
+    """Select rows greedily, given (N, W) bits of `pack_bits` on the CPU: "row i, if kept, drops row j > i".
+
+    Args:
+        bits: rows by descending score.
+        count: look at the first `count` rows only.
+        limit: stop at so many selected rows.
+    """
+    words = bits.contiguous().numpy().view(np.uint64)
+    return _scan_words(words, count, count if limit is None else limit)
 
 
 def _check_cpu(name: str, tensor: Tensor) -> None:
@@ -53,7 +75,7 @@ def _check_cpu(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be on cpu, got {tensor.device}")
 
 
-def _above(boxes: Tensor, offset: float, threshold: float) -> Tensor:
+def hits_above(boxes: Tensor, offset: float, threshold: float) -> Tensor:
     """(N, N) bool: IoU above `threshold`, by division as mmcv does on the CPU, by multiplication as it does on CUDA."""
     overlap, union = _overlap_and_union(boxes, offset)
     if boxes.device.type == "cpu":
@@ -102,19 +124,19 @@ def _nms_cpu(boxes: F32, threshold: np.float32, offset: np.float32) -> I64:  # p
 
 
 @jit
-def _scan_cpu(hits: npt.NDArray[np.uint8]) -> I64:  # pragma: no cover - compiled
-    n = hits.shape[0]
-    dropped = np.zeros(n, dtype=np.bool_)
-    keep = np.empty(n, dtype=np.int64)
+def _scan_words(words: npt.NDArray[np.uint64], count: int, limit: int) -> I64:  # pragma: no cover - compiled
+    dropped = np.zeros(words.shape[1], dtype=np.uint64)
+    keep = np.empty(count, dtype=np.int64)
     kept = 0
-    for i in range(n):
-        if dropped[i]:
+    for i in range(count):
+        if kept >= limit:
+            break
+        if (dropped[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
             continue
         keep[kept] = i
         kept += 1
-        for j in range(i + 1, n):
-            if hits[i, j]:
-                dropped[j] = True
+        for w in range(i >> 6, words.shape[1]):
+            dropped[w] |= words[i, w]
     return keep[:kept]
 
 

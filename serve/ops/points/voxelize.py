@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import (
-    as_compute_dtype,
     as_numpy,
     check_grid,
     check_integer,
@@ -25,6 +24,7 @@ from serve.ops.checks import (
 )
 from serve.ops.cpu.hashing import find_or_insert, table_size
 from serve.ops.cpu.jit import jit
+from serve.ops.points.grouped_voxels import cells_of, voxelize_clouds
 
 __all__ = ["dynamic_voxelize_forward", "hard_voxelize_forward"]
 
@@ -74,9 +74,12 @@ def hard_voxelize_forward(
             num_points_per_voxel.numpy(), max_points, max_voxels, keys, slots,
         )  # fmt: skip
     else:
-        count = _hard_voxelize_torch(
-            points, size, low, grid, voxels, coors, num_points_per_voxel, max_points, max_voxels
+        grouped, where, counts = voxelize_clouds(
+            [points], *_as_tuples(size, low, grid), max_points, max_voxels
         )
+        count = len(grouped)
+        voxels[:count, :max_points], coors[:count] = grouped, where[:, 1:].to(coors.dtype)
+        num_points_per_voxel[:count] = counts.to(num_points_per_voxel.dtype)
     voxel_num.fill_(int(count))
 
 
@@ -88,8 +91,7 @@ def dynamic_voxelize_forward(
     check_shape("coors", coors, points.shape[0], 3)
     check_integer(coors=coors)
     check_same_device(points=points, coors=coors)
-    size, low, grid = _grid(voxel_size, coors_range)
-    cell, inside = _cells(points, size, low, grid)
+    cell, inside = cells_of(points, *_as_tuples(*_grid(voxel_size, coors_range)))
     coors.copy_(torch.where(inside[:, None], cell.flip(1), torch.full_like(cell, -1)))
 
 
@@ -110,56 +112,10 @@ def _grid(voxel_size: Tensor, coors_range: Tensor) -> tuple[F32, F32, I64]:
     return size, bounds[:3].copy(), grid
 
 
-def _cells(points: Tensor, size: F32, low: F32, grid: I64) -> tuple[Tensor, Tensor]:
-    """(N, 3) int32 cells in x y z, and (N,) bool inside. NaN and inf are outside."""
-    xyz = as_compute_dtype(points[:, :3])
-    scaled = (xyz - xyz.new_tensor(low.tolist())) / xyz.new_tensor(size.tolist())
-    # Of float64 mmcv takes the floor in float64 on the CPU, in float32 on CUDA.
-    scaled = torch.floor(scaled if points.device.type == "cpu" else scaled.float())
-    limit = torch.tensor(grid.tolist(), device=points.device)
-    inside = ((scaled >= 0) & (scaled < limit)).all(dim=1)
-    cell = torch.where(inside[:, None], scaled, torch.zeros_like(scaled)).to(torch.int32)
-    return cell, inside
-
-
-def _hard_voxelize_torch(
-    points: Tensor,
-    size: F32,
-    low: F32,
-    grid: I64,
-    voxels: Tensor,
-    coors: Tensor,
-    counts: Tensor,
-    max_points: int,
-    max_voxels: int,
-) -> int:
-    """Voxelize by sorting, on any device; without atomics the order is that of the CPU."""
-    cell, inside = _cells(points, size, low, grid)
-    kept = inside.nonzero().squeeze(1)
-    if kept.numel() == 0:
-        return 0
-    cell = cell[kept].long()
-    key = (cell[:, 2] * int(grid[1]) + cell[:, 1]) * int(grid[0]) + cell[:, 0]
-    # 1. Number the voxels by their first point: a stable sort groups equal keys in order.
-    ordered, order = torch.sort(key, stable=True)
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    group = torch.cumsum(new, 0) - 1
-    first = order[new]
-    rank_of_group = torch.empty_like(first)
-    rank_of_group[torch.argsort(first)] = torch.arange(first.numel(), device=first.device)
-    # 2. A point's position in its voxel is its distance to the first of the group.
-    start = new.nonzero().squeeze(1)
-    place = torch.arange(group.numel(), device=group.device) - start[group]
-    voxel = rank_of_group[group]
-    # 3. Apply both caps and write.
-    keep = (voxel < max_voxels) & (place < max_points)
-    voxel, place, source = voxel[keep], place[keep], order[keep]
-    voxels[voxel, place] = points[kept[source]]
-    counts.index_add_(0, voxel, torch.ones_like(voxel, dtype=counts.dtype))
-    head = place == 0
-    coors[voxel[head]] = cell[source[head]].flip(1).to(coors.dtype)
-    return min(int(first.numel()), max_voxels)
+def _as_tuples(
+    size: F32, low: F32, grid: I64
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
+    return tuple(size.tolist()), tuple(low.tolist()), tuple(grid.tolist())
 
 
 @jit

@@ -14,6 +14,7 @@ from torch import Tensor
 from serve.ops.checks import as_numpy, check_tensor, compute_dtype, uses_float32_kernel
 from serve.ops.cpu.jit import jit
 from serve.ops.cpu.threads import parallel_for
+from serve.ops.roi.pyramid import align_pyramid
 from serve.ops.roi.sampling import Places, check_pooling
 
 __all__ = ["average_into", "roi_align_forward"]
@@ -61,10 +62,17 @@ def roi_align_forward(
         return
     dtype = compute_dtype(input)
     where, samples = _sampling(rois, bins, spatial_scale, sampling_ratio, aligned, dtype)
-    if uses_float32_kernel(input) and pool_mode == AVERAGE_POOL:
+    if pool_mode == MAX_POOL:
+        _pool_maxima(input, where, samples, output, argmax_y, argmax_x)
+    elif uses_float32_kernel(input):
         _average_cpu(input, where, samples, output)
     else:
-        _pool_torch(input, where, samples, output, argmax_y, argmax_x, pool_mode)
+        output.copy_(
+            align_pyramid(
+                [input], rois.to(dtype), torch.zeros_like(rois[:, 0], dtype=torch.int64), [spatial_scale], bins,
+                sampling_ratio=sampling_ratio, aligned=aligned, dtype=dtype,
+            )
+        )  # fmt: skip
 
 
 def check_mode(pool_mode: int) -> None:
@@ -101,14 +109,8 @@ def upright_places(
     return samples.flip(1), places
 
 
-def _pool_torch(
-    input: Tensor,
-    where: Tensor,
-    samples: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    pool_mode: int,
+def _pool_maxima(
+    input: Tensor, where: Tensor, samples: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor
 ) -> None:
     """Any device: regions with the same sampling grid are done together, in blocks of bounded memory."""
     # mmcv starts its maxima here on the CPU, at the least float32 on CUDA.
@@ -117,9 +119,7 @@ def _pool_torch(
     for grid_x, grid_y in torch.unique(samples, dim=0).tolist():
         rows = (samples == samples.new_tensor([grid_x, grid_y])).all(dim=1).nonzero().squeeze(1)
         if grid_x * grid_y == 0:
-            output[rows] = 0 if pool_mode == AVERAGE_POOL else lowest
-            if pool_mode == MAX_POOL:
-                argmax_y[rows], argmax_x[rows] = -1, -1
+            output[rows], argmax_y[rows], argmax_x[rows] = lowest, -1, -1
             continue
         per_region = channels * bins_y * grid_y * bins_x * grid_x
         for block in torch.split(rows, max(1, SAMPLES_PER_BLOCK // per_region)):
@@ -127,9 +127,6 @@ def _pool_torch(
             x = _sample_positions(where[block, 1], where[block, 3], bins_x, grid_x)
             values = _bilinear(input, where[block, 0].long(), y, x)
             values = values.view(-1, channels, bins_y, grid_y, bins_x, grid_x).transpose(3, 4)
-            if pool_mode == AVERAGE_POOL:
-                output[block] = values.mean(dim=(4, 5)).to(output.dtype)
-                continue
             # What is no number, or not above the least, is never the largest.
             values = values.flatten(4)
             best, at = torch.where(values > lowest, values, torch.full_like(values, lowest)).max(dim=4)
