@@ -32,6 +32,8 @@ from serve.protocol.calibration import MATRICES
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
 from serve.protocol.worker import Outcome
 from serve.runtime import fusion
+from serve.runtime.accelerator.install import install as install_for_accelerator
+from serve.runtime.accelerator.transfer import pin
 from serve.runtime.background import background_skipped, set_skipping
 from serve.runtime.build_guard import BuildGuard
 from serve.runtime.custom_code import import_archived_code
@@ -123,8 +125,11 @@ class Detector:
         from mmengine.dataset import pseudo_collate
 
         with torch.no_grad(), self._precision(), suppress_warnings():
+            batch: Any = pseudo_collate(list(samples))
+            if self.device.type == "cuda":
+                batch["inputs"] = pin(batch["inputs"])
             step: Any = self.network.test_step
-            results: list[Any] = step(pseudo_collate(list(samples)))
+            results: list[Any] = step(batch)
         return results
 
     def prepare(self, frame: Frame) -> dict[str, Any]:
@@ -240,6 +245,8 @@ def load_detector(
         load_state_dict_strict(network, weights)
         network.to(device)
         apply_options(network, archive.metadata.inference)
+        if device.type != "cpu":
+            install_for_accelerator(network)
         set_skipping(network, enabled=skip_background)
         detector = Detector(network, config, archive.metadata, device)
         detector._guard = guard

@@ -2,8 +2,11 @@
 
 mmcv's layer adds the bias, and another layer the ReLU: two more passes over all features. It also repacks its weights
 on every call and converts the shared pairs to a table in every layer. `serve.runtime.fusion` replaces all sparse
-convolutions of a network by this one. Layers share their geometry through ``indice_dict`` like mmcv's, but on the CPU
-as a neighbour table. This module imports mmcv.
+convolutions of a network by this one. Layers share their geometry through ``indice_dict`` like mmcv's, but as a
+neighbour table. This module imports mmcv.
+
+On an accelerator all voxels of all layers are found when the first strided layer runs, so that the processor waits
+once: a `VoxelPlan` remembers from earlier runs which layers follow.
 """
 
 from __future__ import annotations
@@ -22,10 +25,21 @@ from torch import Tensor, nn
 
 from serve.ops.checks import uses_numba
 from serve.ops.sparse.conv import PackedFilters, convolve, convolve_table, pack_filters
+from serve.ops.sparse.device_table import (
+    ConvGeometry,
+    gather_convolve,
+    invert_rows,
+    neighbour_rows,
+    reached_voxels,
+)
 from serve.ops.sparse.neighbour_table import invert_table, submanifold_table
 from serve.ops.sparse.strided_table import strided_table
 
-__all__ = ["FusedSparseConv", "SparseMap"]
+__all__ = ["FusedSparseConv", "SparseMap", "VoxelPlan"]
+
+Chain = tuple[ConvGeometry, ...]
+# Chains that a plan keeps; a network has as many as it has strided layers.
+MAX_CHAINS = 32
 
 
 class SparseMap(SparseConvTensor):  # type: ignore[misc]
@@ -57,6 +71,7 @@ class _Geometry:
         inputs: (N, 1 + D) input voxels.
         in_shape: D input extents, the output extents of an inverse layer.
         table: (K, M) neighbour table (`serve.ops.sparse.neighbour_table`) on the CPU, else None.
+        partners: (M, K) neighbour table (`serve.ops.sparse.device_table`) on other devices, else None.
         pairs: (K, 2, N) pairs of mmcv's rulebook, if there is no table.
         counts: (K,) counts of mmcv's rulebook, if there is no table.
     """
@@ -65,16 +80,80 @@ class _Geometry:
     inputs: Tensor
     in_shape: Any
     table: npt.NDArray[np.int32] | None = None
+    partners: Tensor | None = None
     pairs: Tensor | None = None
     counts: Tensor | None = None
+
+
+class VoxelPlan:
+    """Chains of strided layers of one network, by which their voxels are found with one synchronisation.
+
+    In the first run each strided layer waits for its own; then all chains are known.
+    """
+
+    def __init__(self) -> None:
+        """Know no chain."""
+        self.chains: dict[Chain, None] = {}
+
+
+class _Voxels:
+    """Voxels of all layers of one run, kept in its ``indice_dict``."""
+
+    def __init__(self, root: Tensor, batch_size: int) -> None:
+        self._root, self._batch_size = root, batch_size
+        self._rows: dict[Chain, Tensor] = {(): root}
+        self._chains: dict[int, Chain] = {id(root): ()}
+        self._tables: dict[tuple[int, ConvGeometry], Tensor] = {}
+
+    def around(self, voxels: Tensor, geometry: ConvGeometry) -> Tensor:
+        """Return the neighbour table of a submanifold layer; layers without a key share it too."""
+        if id(voxels) not in self._chains:  # its id may become another's
+            return self.table(voxels, voxels, geometry)
+        key = id(voxels), geometry
+        if key not in self._tables:
+            self._tables[key] = self.table(voxels, voxels, geometry)
+        return self._tables[key]
+
+    def table(self, inputs: Tensor, outputs: Tensor, geometry: ConvGeometry) -> Tensor:
+        """Return the neighbour table between two sets of voxels."""
+        found_here = bool(self._chains.get(id(inputs)))  # then they ascend
+        return neighbour_rows(inputs, outputs, geometry, ascending=found_here)
+
+    def behind(self, voxels: Tensor, geometry: ConvGeometry, plan: VoxelPlan) -> Tensor:
+        """Return the output voxels (M, 1 + D) of a strided layer with input `voxels`."""
+        known = self._chains.get(id(voxels))
+        if known is None:  # made by a layer of another kind
+            return reached_voxels(voxels, self._batch_size, [(geometry,)])[0]
+        chain = (*known, geometry)
+        if chain not in self._rows:
+            shape = chain[0].in_shape
+            missing = [one for one in plan.chains if one[0].in_shape == shape and one not in self._rows]
+            if chain not in missing:
+                missing.append(chain)
+                if len(plan.chains) < MAX_CHAINS:
+                    plan.chains[chain] = None
+            for one, rows in zip(missing, reached_voxels(self._root, self._batch_size, missing), strict=True):
+                self._rows[one] = rows
+                self._chains[id(rows)] = one
+        return self._rows[chain]
+
+
+_VOXELS = object()  # key of `_Voxels`, which no layer has
 
 
 class FusedSparseConv(SparseModule):  # type: ignore[misc]
     """Fused sparse convolution with an optional ReLU. Not trainable."""
 
-    def __init__(self, layer: Any, *, relu: bool) -> None:
-        """Share the parameters of `layer`, a ``SparseConvolution`` with a kernel of more than one voxel."""
+    def __init__(self, layer: Any, *, relu: bool, plan: VoxelPlan | None = None) -> None:
+        """Share the parameters of `layer`, a ``SparseConvolution`` with a kernel of more than one voxel.
+
+        Args:
+            layer: layer to replace.
+            relu: apply a ReLU.
+            plan: plan of the network, shared by its layers.
+        """
         super().__init__()
+        self.plan = plan or VoxelPlan()
         self.weight: nn.Parameter = layer.weight
         self.bias: nn.Parameter | None = layer.bias
         self.relu = relu
@@ -108,6 +187,8 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
             rows, shape = geometry.inputs, geometry.in_shape
         if geometry.table is not None:
             features = self._convolve_table(x.features, geometry, len(rows))
+        elif geometry.partners is not None:
+            features = self._gather(x.features, geometry, len(rows))
         else:
             assert geometry.pairs is not None and geometry.counts is not None
             features = convolve(
@@ -118,14 +199,24 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
         out.indice_dict, out.grid = x.indice_dict, x.grid
         return out
 
-    def _convolve_table(self, features: Tensor, geometry: _Geometry, outputs: int) -> Tensor:
-        assert geometry.table is not None
+    def _gather(self, features: Tensor, geometry: _Geometry, outputs: int) -> Tensor:
+        assert geometry.partners is not None
+        self._check_inputs(features, geometry)
+        partners = invert_rows(geometry.partners, outputs) if self.inverse else geometry.partners
+        weight = self.weight.reshape(-1, *self.weight.shape[-2:])
+        return gather_convolve(features, weight, self.bias, partners, relu=self.relu)
+
+    def _check_inputs(self, features: Tensor, geometry: _Geometry) -> None:
         inputs = geometry.rows if self.inverse else geometry.inputs
         if len(features) != len(inputs):
             raise ValueError(
                 f"{len(features)} rows of features for {len(inputs)} voxels of {self.indice_key!r}: layers that share "
                 "a key must have the same input voxels"
             )
+
+    def _convolve_table(self, features: Tensor, geometry: _Geometry, outputs: int) -> Tensor:
+        assert geometry.table is not None
+        self._check_inputs(features, geometry)
         if self._filters is None:
             weight = self.weight.detach().reshape(-1, *self.weight.shape[-2:])
             self._filters = pack_filters(weight, None if self.bias is None else self.bias.detach())
@@ -141,6 +232,8 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
             return known
         if on_table:
             geometry = self._table(x, out_shape)
+        elif not self.transposed and len(x.indices) > 0:
+            geometry = self._partners(x, out_shape)
         else:
             rows, pairs, counts = sparse_ops.get_indice_pairs(
                 x.indices, x.batch_size, x.spatial_shape, self.kernel_size, self.stride, self.padding,
@@ -160,6 +253,22 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
             self.dilation, self.transposed,
         )  # fmt: skip
         return _Geometry(rows, x.indices, in_shape, table)
+
+    def _partners(self, x: Any, out_shape: Any) -> _Geometry:
+        voxels: _Voxels = x.indice_dict.setdefault(_VOXELS, _Voxels(x.indices, int(x.batch_size)))
+        ksize, dilation = tuple(self.kernel_size), tuple(self.dilation)
+        stride, padding = tuple(self.stride), tuple(self.padding)
+        if self.subm:
+            stride = (1,) * len(ksize)
+            padding = tuple(k // 2 for k in ksize)
+        in_shape, out = tuple(map(int, x.spatial_shape)), tuple(map(int, out_shape))
+        geometry = ConvGeometry(ksize, stride, padding, dilation, in_shape, out)
+        if self.subm:
+            partners = voxels.around(x.indices, geometry)
+            return _Geometry(x.indices, x.indices, in_shape, partners=partners)
+        rows = voxels.behind(x.indices, geometry, self.plan)
+        partners = voxels.table(x.indices, rows, geometry)
+        return _Geometry(rows, x.indices, in_shape, partners=partners)
 
     def _out_shape(self, shape: Any) -> Any:
         if self.subm or self.inverse:

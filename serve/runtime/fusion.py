@@ -177,13 +177,14 @@ def _fuse_sparse(network: nn.Module) -> None:
     with suppress_warnings():
         from mmdet3d.models.middle_encoders import SparseEncoder, SparseUNet
 
-    from serve.runtime.fused_sparse_conv import FusedSparseConv
+    from serve.runtime.fused_sparse_conv import FusedSparseConv, VoxelPlan
 
+    plan = VoxelPlan()
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, SparseConvolution) and not layer.conv1x1:
                 relu = type(parent).forward is SparseSequential.forward and _take_next_relu(parent, name)
-                setattr(parent, name, FusedSparseConv(layer, relu=relu))
+                setattr(parent, name, FusedSparseConv(layer, relu=relu, plan=plan))
     for encoder in network.modules():
         # The output of these encoders is only viewed as a bird's-eye-view map.
         if isinstance(encoder, SparseEncoder | SparseUNet):

@@ -7,6 +7,10 @@ from tools.commands import dispatch
 COMMANDS = {
     "detector": ("tools.bench.commands.detector", "upstream's inference against ours, stage by stage"),
     "ops": ("tools.bench.commands.ops", "each kernel on its own"),
+    "operators": (
+        "tools.bench.commands.operators",
+        "what one frame asks of a GPU: operators, synchronisations; needs no GPU",
+    ),
     "serving": (
         "tools.bench.commands.serving",
         "the gateway against TorchServe alone, LitServe, mosec, BentoML",
