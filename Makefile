@@ -31,7 +31,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max
 # Run a command for a task that will go, after a warning that names the command to use.
 deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
 
-.PHONY: help setup setup-train lint format docs test test-quick test-attack test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check compose-up k8s-render k8s-check sbom check-range lock clean distclean
+.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check compose-up k8s-render k8s-check sbom check-range lock clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,9 @@ test-quick: $(STAMP) ## Run the tests that need no server and no large model (mi
 
 test-soak: $(STAMP) ## Run chaos at length, benchmarks, the bounds-checked fuzz, the zoo sweep; TESTS picks some
 	$(PY) -m pytest -m soak $(TESTS)
+
+test-gpu: $(STAMP) ## Run the tests that need a CUDA device, and name those skipped without one; TESTS picks some
+	$(PY) -m pytest -m gpu $(TESTS)
 
 test-attack: $(STAMP) ## Run every attack of tests/attacks, the long ones too; TESTS picks some
 	$(PY) -m pytest $(or $(TESTS),tests/attacks)

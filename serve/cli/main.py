@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": ("serve.cli.verify", "compare a served model with native mmdet / mmdet3d inference"),
     "evaluate": ("serve.cli.evaluate", "average precision of a served model on a data set, beside native"),
     "sample-data": ("serve.cli.sample_data", "write a small synthetic data set in KITTI's or COCO's layout"),
+    "check-device": ("serve.cli.check_device", "compare and measure models on a GPU and on the CPU"),
     "draw": ("serve.cli.draw", "draw detections on a point cloud or an image"),
     "zoo": ("serve.cli.zoo", "list the models of the zoo by name"),
     "fetch": ("serve.cli.fetch", "fetch the archives of a bucket into a folder"),
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     if name not in COMMANDS:
-        listed = "\n".join(f"  {known:<11} {summary}" for known, (_, summary) in COMMANDS.items())
+        listed = "\n".join(f"  {known:<12} {summary}" for known, (_, summary) in COMMANDS.items())
         usage = f"usage: {PROGRAM} COMMAND [OPTION …]\n\ncommands:\n{listed}\n\n"
         usage += f"{PROGRAM} COMMAND --help lists the options."
         asked = name in ("-h", "--help")
