@@ -28,6 +28,7 @@ MAX_CANDIDATES = 4096
 # Bytes of pasted masks at a time, as in mmdet.
 MAX_PASTED = 1 << 30
 MAX_PRIORS = 8
+FAR = -4.0  # outside of any mask, whose width reaches from -1 to 1
 
 
 def install(network: nn.Module) -> None:
@@ -364,7 +365,10 @@ def _paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     def grid(size: int, low: Tensor, high: Tensor) -> Tensor:
         pixels = torch.arange(size, device=masks.device, dtype=torch.float32) + 0.5
         places = (pixels - low[:, None]) / (high - low)[:, None] * 2 - 1
-        return places.masked_fill(places.isinf(), 0.0)  # a box without extent
+        places = places.masked_fill(places.isinf(), 0.0)  # a box without extent
+        # On the CPU mmdet pastes into the box and one pixel around it.
+        near = (pixels > low.floor()[:, None] - 1) & (pixels < high.ceil()[:, None] + 1)
+        return places.masked_fill(~near, FAR)
 
     x, y = grid(width, boxes[:, 0], boxes[:, 2]), grid(height, boxes[:, 1], boxes[:, 3])
     shape = (len(masks), height, width)
