@@ -19,6 +19,7 @@ from typing import Any
 
 from serve import errors
 from serve.errors import ArchiveError, SelfTestError, SetupError
+from serve.settings import Settings
 from serve.settings.environment import child_environment
 
 __all__ = ["FrameCost", "ProofProcess", "start_proof"]
@@ -100,6 +101,8 @@ def start_proof(package: str) -> Iterator[ProofProcess]:
     """Start a process that will prove an archive of a model of `package`; it ends with the block."""
     environment = child_environment(inherit_path=False)
     environment.pop("MMDET3D_SERVE_WORKER_SOCKETS", None)
+    if not Settings.from_environment().trust_archive_code:
+        environment["MMDET3D_SERVE_CONFINE"] = "1"  # as the process that starts TorchServe sets it
     with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-proof-") as folder:
         log, elsewhere = Path(folder, "log"), Path(folder, "empty")
         elsewhere.mkdir()

@@ -80,6 +80,14 @@ class Settings(Options):
         private=True,
     )
 
+    confine: Flag = option(
+        False,
+        "",
+        "let a worker write only its machine code and its record of the start, by Landlock; set by the process that "
+        "starts TorchServe, unless code of archives is trusted",
+        private=True,
+    )
+
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read all ``MMDET3D_SERVE_*`` variables except those of the gateway.

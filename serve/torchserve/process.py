@@ -301,6 +301,7 @@ class TorchServe:
         environment = {**child_environment(), f"{PREFIX}WORKER_SOCKETS": str(self.worker_sockets)}
         python = Path(sys.executable)
         if not Settings.from_environment().trust_archive_code:
+            environment[f"{PREFIX}CONFINE"] = "1"
             python = worker_python(run_dir, environment)
         java_log = "-" if self.options.log_level else str(logs.resolve() / "java.log")
         self._guard = subprocess.Popen(

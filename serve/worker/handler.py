@@ -9,6 +9,7 @@ with one frame is the outcome of that frame.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from serve.protocol.frames import encode_json
 from serve.protocol.start_record import record_start
 from serve.protocol.worker import Batch, EncodedFrame, Outcome, read_batch, write_outcomes
 from serve.settings import Settings
+from serve.worker.confinement import confine_writes
 from serve.worker.cpu_quota import available_cores
 from serve.worker.log_filters import install_log_filters
 from serve.worker.rows import Row, answer_row, read_row
@@ -94,6 +96,9 @@ class Handler:
     def prepare_process(self, context: Any) -> None:
         """Set up the process before a second thread starts."""
 
+    def prepare_thread(self) -> None:
+        """Set up a thread before it computes; called again for every batch."""
+
     def handle(self, data: Sequence[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer every row of TorchServe's batch; an invalid row does not affect the others."""
         if context.get_request_header(0, "describe") == "True":
@@ -124,6 +129,7 @@ class Handler:
             One outcome per frame, in order, and the seconds of each stage.
         """
         started = time.perf_counter()
+        self.prepare_thread()
         outcomes: dict[int, Outcome] = {}
         frames: dict[int, Any] = {}
         with watchdog(batch.compute_s):
@@ -175,6 +181,10 @@ class Handler:
         return dict(zip(frames, found, strict=True))
 
 
+# Whether a thread has been confined: TorchServe loads a model in one and calls its handler in another.
+_confined = threading.local()
+
+
 class DetectionHandler(Handler):
     """Handler for archives of one OpenMMLab package: opens, checks and self-tests the archive, runs its detector."""
 
@@ -209,6 +219,7 @@ class DetectionHandler(Handler):
                 f"the archive has a {archive.metadata.modality} model of {archive.metadata.package}, but this handler "
                 f"serves {self.package}"
             )
+        self.prepare_thread()
         self.detector = load_detector(
             archive,
             self._device,
@@ -220,6 +231,18 @@ class DetectionHandler(Handler):
             "%s %s is ready on %s with %s kernels; its golden frame matched after %.2f s",
             archive.metadata.name, archive.metadata.version, self._device, ops.kernels_in_use(), self.self_test_s,
         )  # fmt: skip
+
+    def prepare_thread(self) -> None:
+        """Let the thread write only its machine code, the record of the start, and devices, if settings say so."""
+        if not self.settings.confine or getattr(_confined, "tried", False):
+            return
+        _confined.tried = True
+        from serve.ops.cpu import jit_cache
+
+        folders = [*jit_cache.possible_folders(), Path("/dev")]
+        folders += [self.settings.worker_sockets] if self.settings.worker_sockets is not None else []
+        if not confine_writes(folders):
+            logger.info("the kernel has no Landlock: writing by libraries in C is not refused")
 
     def describe(self) -> dict[str, Any]:
         """Describe archive and runtime."""

@@ -240,6 +240,7 @@ def test_private_option_is_read_but_neither_suggested_nor_documented() -> None:
     private = [each for cls in CLASSES for each in cls.options() if each.private]
     assert [each.variable for each in private] == [
         "MMDET3D_SERVE_WORKER_SOCKETS",
+        "MMDET3D_SERVE_CONFINE",
         "MMDET3D_SERVE_GATEWAY_WORKER_SOCKETS",
     ]
     assert Settings.from_environment({"MMDET3D_SERVE_WORKER_SOCKETS": "/run/w"}).worker_sockets == Path(

@@ -22,7 +22,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-__all__ = ["choose_folder", "fallback", "folder"]
+__all__ = ["choose_folder", "fallback", "folder", "possible_folders"]
 
 SOURCES = Path(__file__).resolve().parents[1]
 # The names are in parentheses, over several lines, or end with the line.
@@ -39,6 +39,14 @@ def folder(module: str) -> Path | None:
         places.append(_own_temporary_folder())
     from_wheel = any(SOURCES.parents[1].glob("mmdet3d_serve-*.dist-info"))
     return choose_folder(module, None if from_wheel else SOURCES / "__pycache__", places)
+
+
+def possible_folders() -> list[Path]:
+    """Return every folder in or beneath which machine code may be kept, whether or not it is writable."""
+    found = [fallback] if fallback is not None else []
+    with contextlib.suppress(OSError):
+        found.append(_own_temporary_folder())
+    return [*found, *SOURCES.rglob("__pycache__")]
 
 
 def choose_folder(module: str, own: Path | None, places: list[Path]) -> Path | None:
