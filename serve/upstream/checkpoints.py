@@ -36,12 +36,14 @@ def load_whole_checkpoint(file: str | IO[bytes], map_location: Any = None, **_: 
         map_location: as in `torch.load`.
 
     Raises:
-        pickle.UnpicklingError: the file carries another type, and `trust_checkpoints` was not called.
+        pickle.UnpicklingError: the file carries another type; `trust_checkpoints` was not called, and torch's own
+            variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is not set.
     """
     if _trusted:
         return torch.load(file, map_location=map_location, weights_only=False)
+    # Since torch 2.6 without `weights_only` the same as with it, but for TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
     with safe_globals_for_openmmlab():
-        raw = torch.load(file, map_location=map_location, weights_only=True)
+        raw = torch.load(file, map_location=map_location)
     if isinstance(raw, dict) and "message_hub" in raw:
         hub = raw["message_hub"]
         raw["message_hub"] = {

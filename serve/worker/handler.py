@@ -210,6 +210,7 @@ class DetectionHandler(Handler):
 
         from serve.archive import open_directory
         from serve.runtime import load_detector
+        from serve.runtime.model import import_package
         from serve.runtime.selftest import self_test
 
         torch.set_num_threads(self.settings.threads or min(torch.get_num_threads(), available_cores()))
@@ -219,6 +220,9 @@ class DetectionHandler(Handler):
                 f"the archive has a {archive.metadata.modality} model of {archive.metadata.package}, but this handler "
                 f"serves {self.package}"
             )
+        import_package(
+            self.package
+        )  # before it is confined: matplotlib, for one, makes a folder when it is imported
         self.prepare_thread()
         self.detector = load_detector(
             archive,

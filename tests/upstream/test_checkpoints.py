@@ -56,6 +56,15 @@ def test_a_checkpoint_that_names_code_is_refused_and_runs_nothing(tmp_path, monk
     assert not (tmp_path / "made-by-a-checkpoint").exists()
 
 
+def test_torchs_own_variable_lets_a_checkpoint_be_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "meta": {"x": Hostile()}}, "own.pth")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.warns(UserWarning):
+        load_whole_checkpoint("own.pth")
+    assert (tmp_path / "made-by-a-checkpoint").exists()
+
+
 def test_a_trusted_checkpoint_is_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"meta": {"x": Hostile()}}, "own.pth")
