@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -104,8 +105,10 @@ class _Group:
         """Pass SIGTERM on: the first drains the processes, the second stops them at once."""
         self._stopping.set()
         for process in self._running.values():
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+            # Not by `send_signal`, which would reap a process that has ended, and leave its exit code unknown.
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGTERM)
 
     async def _keep(self, index: int) -> int:
         """Start a process again whenever it ends, until the group stops; returns its exit code as a shell's."""

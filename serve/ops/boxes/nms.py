@@ -16,7 +16,8 @@ from serve.ops.checks import as_numpy, check_floating, check_tensor, check_width
 from serve.ops.constants import constant
 from serve.ops.cpu.jit import jit
 
-__all__ = ["hits_above", "nms", "nms_match", "pack_bits", "scan", "scan_bits", "softnms"]
+# Kernels only, as `serve.ops.extension` exports them; `serve.runtime.accelerator` uses the parts for devices, too.
+__all__ = ["nms", "nms_match", "softnms"]
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
