@@ -17,7 +17,8 @@ from serve.ops.cpu.threads import parallel_for
 from serve.ops.roi.pyramid import align_pyramid
 from serve.ops.roi.sampling import Places, check_pooling
 
-__all__ = ["average_into", "roi_align_forward"]
+# The kernel only, as `serve.ops.extension` exports it; `serve.runtime.region_features` uses `average_into`, too.
+__all__ = ["roi_align_forward"]
 
 F32 = npt.NDArray[np.float32]
 MAX_POOL, AVERAGE_POOL = 0, 1
