@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from serve import ops
@@ -27,7 +28,8 @@ def build(kind: str, **settings: Any) -> nn.Module:
         import mmdet.models  # noqa: F401
         from mmdet.registry import MODELS
 
-        with torch.random.fork_rng():
+        # A test of mmdet3d's parts may have left its scope as the default.
+        with torch.random.fork_rng(), DefaultScope.overwrite_default_scope("mmdet"):
             torch.manual_seed(0)
             network = MODELS.build({"type": kind, **settings})
             for module in network.modules():
