@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,40 @@ def test_confined_process_writes_only_beneath_what_is_allowed(folder, way):
     assert sorted(folder.iterdir()) == before
     assert (folder / "old").read_text() == "old"
     assert run(folder / ALLOWED, way, folder / ALLOWED) == 0
+
+
+HANDLER = """
+import sys
+from types import SimpleNamespace
+from serve.errors import ServeError
+from serve.protocol.worker import Batch, EncodedFrame
+from serve.worker.handler import DetectionHandler
+
+class Writing(DetectionHandler):
+    def prepare_process(self, context):
+        pass
+
+    def load(self, context):
+        self.prepare_thread()
+
+    def decode(self, frame):
+        open(sys.argv[1] + "/decoded", "w")
+        return frame
+
+    def infer(self, frames):
+        open(sys.argv[1] + "/inferred", "w")
+        return [{} for _ in frames]
+
+handler = Writing()
+handler.initialize(SimpleNamespace(model_name="writing"))
+(outcome,), _ = handler.answer(Batch([EncodedFrame(b"frame")]))
+raise SystemExit(isinstance(outcome, ServeError))
+"""
+
+
+@pytest.mark.parametrize(("confine", "wrote"), [("1", []), ("0", ["decoded", "inferred"])])
+def test_handler_writes_while_it_decodes_or_infers_only_if_it_is_not_confined(tmp_path, confine, wrote):
+    environment = {**os.environ, "MMDET3D_SERVE_CONFINE": confine}
+    ended = subprocess.run([sys.executable, "-c", HANDLER, str(tmp_path)], env=environment, check=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == wrote
+    assert ended.returncode == (0 if wrote else 1)
