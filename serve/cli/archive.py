@@ -15,7 +15,7 @@ from pathlib import Path
 from serve import archive, convert, storage, zoo
 from serve.archive.store import archive_uri, publish
 from serve.cli import zoo as zoo_command
-from serve.cli.entry import CLASSES_HELP, command_parser, open_cache, stage_reporter
+from serve.cli.entry import add_checkpoint_flags, command_parser, open_cache, stage_reporter
 from serve.convert.classes import read_class_names
 from serve.errors import ArchiveError
 from serve.zoo.config_source import local_config
@@ -123,15 +123,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="prove the archive on this frame instead of a synthetic one; for a frame of several parts a folder with "
         "one file per part",
     )
-    parser.add_argument("--classes", metavar="A,B|FILE", help=CLASSES_HELP)
-    parser.add_argument(
-        "--allow-partial", action="store_true", help="continue when weights are missing or unexpected"
-    )
-    parser.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="unpickle any type in the checkpoint, which can run code",
-    )
+    add_checkpoint_flags(parser)
     parser.add_argument("--no-fold", action="store_true", help="do not fold batch norms into convolutions")
     parser.add_argument(
         "--no-channels-last", action="store_true", help="keep convolutions in NCHW memory order"

@@ -20,10 +20,9 @@ from serve.errors import ServeError
 if TYPE_CHECKING:
     from serve.storage import Cache
 
-__all__ = ["CLASSES_HELP", "bounded", "command_parser", "open_cache", "run", "stage_reporter"]
+__all__ = ["add_checkpoint_flags", "bounded", "command_parser", "open_cache", "run", "stage_reporter"]
 
 PROGRAM = "mmdet3d-serve"
-CLASSES_HELP = "class names by label, or a file with one per line (default: those of checkpoint or config)"
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -44,6 +43,23 @@ def command_parser(name: str, description: str, examples: Sequence[str] = ()) ->
         description=textwrap.fill(description, 100),
         epilog=f"examples:\n{shown}" if shown else None,
         formatter_class=_HelpFormatter,
+    )
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every command that reads a checkpoint: class names, and what of the file is accepted."""
+    parser.add_argument(
+        "--classes",
+        metavar="A,B|FILE",
+        help="class names by label, or a file with one per line (default: those of checkpoint or config)",
+    )
+    parser.add_argument(
+        "--allow-partial", action="store_true", help="continue when weights are missing or unexpected"
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="unpickle any type in the checkpoint, which can run code",
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from serve.cli.entry import CLASSES_HELP, bounded, command_parser, open_cache, stage_reporter
+from serve.cli.entry import add_checkpoint_flags, bounded, command_parser, open_cache, stage_reporter
 from serve.convert.classes import read_class_names
 from serve.evaluate.data_set import data_settings, open_data_set
 from serve.evaluate.endpoints import ArchiveEndpoint, Endpoint, ServerEndpoint
@@ -189,15 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         help="timeout of a request, seconds (default: %(default)g)",
     )
     parser.add_argument("--token-file", help="file with the server's token, or TorchServe's key_file.json")
-    parser.add_argument("--classes", metavar="A,B|FILE", help=CLASSES_HELP)
-    parser.add_argument(
-        "--allow-partial", action="store_true", help="continue when weights are missing or unexpected"
-    )
-    parser.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="unpickle any type in the checkpoint, which can run code",
-    )
+    add_checkpoint_flags(parser)
     parser.add_argument(
         "--trust-archive-code", action="store_true", help="run an archive that carries modules of its own"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from serve.cli.entry import CLASSES_HELP, bounded, command_parser, open_cache, stage_reporter
+from serve.cli.entry import add_checkpoint_flags, bounded, command_parser, open_cache, stage_reporter
 from serve.cli.serve import stoppable
 from serve.errors import ServeError, SettingsError
 from serve.predict.frames import Prediction
@@ -267,15 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--random-weights", action="store_true", help="try a model without weights; finds nothing real"
     )
-    parser.add_argument("--classes", metavar="A,B|FILE", help=CLASSES_HELP)
-    parser.add_argument(
-        "--allow-partial", action="store_true", help="continue when weights are missing or unexpected"
-    )
-    parser.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="unpickle any type in the checkpoint, which can run code",
-    )
+    add_checkpoint_flags(parser)
     parser.add_argument("--token-file", help="file with the server's token or API key")
     parser.add_argument(
         "--timeout-s",

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from serve.cli.entry import CLASSES_HELP, bounded, command_parser, open_cache, stage_reporter
+from serve.cli.entry import add_checkpoint_flags, bounded, command_parser, open_cache, stage_reporter
 from serve.client import Client
 from serve.compare.tolerances import Tolerances, tolerances_for
 from serve.convert.classes import read_class_names
@@ -128,15 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         type=bounded(float, 0, 1),
         help=f"least IoU of two masks, 0 to 1 (default: {defaults.mask_iou:g})",
     )
-    parser.add_argument("--classes", metavar="A,B|FILE", help=CLASSES_HELP)
-    parser.add_argument(
-        "--allow-partial", action="store_true", help="continue when weights are missing or unexpected"
-    )
-    parser.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="unpickle any type in the checkpoint, which can run code",
-    )
+    add_checkpoint_flags(parser)
     parser.add_argument(
         "--rows", type=bounded(int, 0), default=20, help="rows per table (default: %(default)s)"
     )

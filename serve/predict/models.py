@@ -11,6 +11,7 @@ import queue
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
@@ -80,7 +81,7 @@ class Model(Protocol):
         """Release the model."""
 
 
-class _Closing:
+class _Closing(ABC):
     """Context that closes at its end."""
 
     def __enter__(self) -> Self:
@@ -93,8 +94,9 @@ class _Closing:
         """Close it."""
         self.close()
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Release the model."""
 
 
 class LocalModel(_Closing):

@@ -195,7 +195,7 @@ def _tools_of(package: str) -> Iterator[None]:
 
 @contextmanager
 def _explained(program: str) -> Iterator[None]:
-    """Turn the exceptions of a program into sentences; those nobody expected are preceded by their traceback."""
+    """Turn the exceptions of a program into sentences; a traceback precedes those of unknown types."""
     try:
         yield
     except ServeError:
