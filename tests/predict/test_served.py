@@ -103,8 +103,6 @@ def test_images_of_a_video_travel_as_png(
 def test_a_server_that_goes_away_ends_the_run_which_goes_on_later(
     gateway: RunningGateway, backend: Any, frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.predict.models._RETRIES_S", (0.01,))
-
     def task(model: Any) -> Run:
         return Run(open_source(frames, model.modality), model, tmp_path / "out", ("json",), FrameOptions())
 
@@ -115,8 +113,11 @@ def test_a_server_that_goes_away_ends_the_run_which_goes_on_later(
         if len(done) == 2:
             backend.go()
 
-    with connect(gateway.url, "second") as model, pytest.raises(ServeError) as raised:
-        run(task(model), progress=go)
+    # Only the run gives up at once: connecting waits for the gateway to have met its model.
+    with connect(gateway.url, "second") as model, monkeypatch.context() as hurried:
+        hurried.setattr("serve.predict.models._RETRIES_S", (0.01,))
+        with pytest.raises(ServeError) as raised:
+            run(task(model), progress=go)
     assert isinstance(raised.value, NotReady | BackendBroken)
     assert 2 <= len(done) < 5
     backend.come_back()
