@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.compare.tolerances import MAX_TIE_SHARE
+from serve.formats.labels import LABEL_DTYPES, decode_labels
 
 __all__ = [
     "LabelComparison",
@@ -30,36 +31,19 @@ __all__ = [
     "label_differences",
 ]
 
-_DTYPES = ("uint8", "uint16", "uint32")
 PANOPTIC_OFFSET = 1000  # mmdet's INSTANCE_OFFSET: a pixel is label + 1000 × number of the instance
 
 
 def encode_labels(labels: npt.NDArray[Any]) -> dict[str, Any]:
     """Encode labels (N,), integers >= 0, in the smallest of uint8, uint16, uint32 that holds them."""
     largest = int(labels.max(initial=0))
-    dtype = next(name for name in _DTYPES if largest <= np.iinfo(name).max)
+    dtype = next(name for name in LABEL_DTYPES if largest <= np.iinfo(name).max)
     packed = np.ascontiguousarray(labels, dtype=np.dtype(dtype).newbyteorder("<"))
     return {
         "dtype": dtype,
         "shape": [int(n) for n in packed.shape],
         "b64": base64.b64encode(packed.tobytes()).decode(),
     }
-
-
-def decode_labels(encoded: Mapping[str, Any]) -> npt.NDArray[np.int64]:
-    """Decode the output of `encode_labels`.
-
-    Raises:
-        ValueError: malformed.
-    """
-    try:
-        if encoded["dtype"] not in _DTYPES:
-            raise ValueError(f"dtype {encoded['dtype']!r} is not one of {', '.join(_DTYPES)}")
-        raw = base64.b64decode(encoded["b64"], validate=True)
-        labels = np.frombuffer(raw, dtype=np.dtype(encoded["dtype"]).newbyteorder("<"))
-        return labels.reshape(tuple(encoded["shape"])).astype(np.int64)
-    except (KeyError, TypeError, binascii.Error) as error:
-        raise ValueError(f"malformed labels of points: {error!r}") from None
 
 
 def encode_segments(panoptic: npt.NDArray[Any], classes: Sequence[str]) -> dict[str, Any]:

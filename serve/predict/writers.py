@@ -6,7 +6,6 @@ formats of one file for all frames (jsonl, csv, coco) from the record of the run
 
 from __future__ import annotations
 
-import csv
 import io
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +18,12 @@ from typing import IO, Any
 import cv2
 import orjson
 
-from serve.errors import BadRequest, ServeError, UndecodableFrame
-from serve.predict.coco import CocoIds, results_of
+from serve.errors import ServeError, UndecodableFrame
+from serve.formats.coco import CocoIds, results_of
+from serve.formats.kitti import format_labels
+from serve.formats.table import write_table
 from serve.predict.frames import Clip, Image, Prediction
-from serve.predict.kitti import CameraFinder, format_labels
+from serve.predict.kitti import CameraFinder
 from serve.predict.video_file import VideoFile
 from serve.protocol.batch import Body
 from serve.storage import write_bytes
@@ -44,8 +45,6 @@ __all__ = [
 #: Default of the lowest score in pictures and videos; that of upstream's demos.
 PICTURE_SCORE_THR = 0.3
 _JPEG_QUALITY = 95
-_CSV_2D = ("x1", "y1", "x2", "y2")
-_CSV_3D = ("x", "y", "z", "dx", "dy", "dz", "yaw", "vx", "vy")
 
 
 class Writer:
@@ -245,28 +244,8 @@ class CsvWriter(Writer):
         """
         with replacing(self._target) as file:
             text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
-            rows = csv.writer(text)
-            columns: tuple[str, ...] = ()
-            for line in record:  # the first box has velocities or has none
-                answer = line.get("answer")
-                if answer is None:
-                    continue
-                suffix = "_3d" if "bboxes_3d" in answer else ""
-                if f"bboxes{suffix}" not in answer:
-                    raise BadRequest(
-                        "a table has one row per box, and this model gives labels; choose json or picture"
-                    )
-                boxes = answer[f"bboxes{suffix}"]
-                if not columns and len(boxes):
-                    columns = (_CSV_3D if suffix else _CSV_2D)[: len(boxes[0])]
-                    rows.writerow(("frame", "name", "label", "score", *columns))
-                for name, label, score, box in zip(
-                    answer["names"], answer[f"labels{suffix}"], answer[f"scores{suffix}"], answer[f"bboxes{suffix}"],
-                    strict=True,
-                ):  # fmt: skip
-                    rows.writerow((line["frame"], name, label, score, *box))
-            if not columns:
-                rows.writerow(("frame", "name", "label", "score"))
+            named = ((line["frame"], line["answer"]) for line in record if line.get("answer") is not None)
+            write_table(text, named)
             text.detach()
         return [self._target]
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from serve.errors import BadRequest, UndecodableFrame
+from serve.formats.kitti import Camera, format_labels, read_calibration
 from serve.predict.frames import Clip, Frame
-from serve.predict.kitti import Camera, CameraFinder, format_labels, read_kitti_calibration
+from serve.predict.kitti import CameraFinder
 
 # Of the form and scale of KITTI's: the camera looks along the LiDAR's x, turned by some hundredths.
 KITTI = """P0: 721.5377 0 609.5593 0 0 721.5377 172.854 0 0 0 1 0
@@ -24,7 +25,7 @@ SIZE = (1242, 375)
 
 
 def camera() -> Camera:
-    return Camera(*read_kitti_calibration(KITTI), SIZE)
+    return Camera(*read_calibration(KITTI), SIZE)
 
 
 def plain_camera() -> Camera:
@@ -204,4 +205,4 @@ def test_what_is_missing_is_named(layout: Path, spoil: Any, missing: str) -> Non
 
 def test_a_calibration_of_another_length_is_an_error() -> None:
     with pytest.raises(UndecodableFrame):
-        read_kitti_calibration(KITTI.replace(" -0.27178", ""))
+        read_calibration(KITTI.replace(" -0.27178", ""))

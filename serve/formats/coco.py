@@ -7,11 +7,10 @@ from 0, as mmdet's labels do, except COCO's own 80 classes, which have COCO's ow
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from serve.errors import BadRequest
 
@@ -44,7 +43,7 @@ class CocoIds:
         if annotations is None:
             return
         try:
-            document = orjson.loads(annotations.read_bytes())
+            document = json.loads(annotations.read_bytes())
             self._images = {Path(image["file_name"]).name: image["id"] for image in document["images"]}
             self._categories = {each["name"]: each["id"] for each in document["categories"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
