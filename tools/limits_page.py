@@ -107,6 +107,13 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
             BadRequest,
             "CHARACTERS",
         ),
+        Limit(
+            "protocol.selection:_MAX_TEXT_CHARS",
+            "text of `classes`, `class_thr`, `fields`",
+            UnknownOption,
+            "CHARACTERS",
+        ),
+        Limit("protocol.selection:_MAX_NAMES", "names in one of them", UnknownOption, "N"),
         Limit("gateway.request:MAX_QUERY_BYTES", "longest query", BadRequest, "BYTES"),
         Limit("gateway.response:_MAX_ACCEPT_CHARS", "longest Accept header", BadRequest, "CHARACTERS"),
         Limit(

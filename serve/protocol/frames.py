@@ -29,6 +29,7 @@ from serve.protocol.frame_warnings import FrameWarning, PointExpectations, check
 from serve.protocol.images import Decoder, decode_image
 from serve.protocol.json_reader import JsonBounds, LongText, decode_base64, decode_text, read_json
 from serve.protocol.points import PointLayout, decode_points, parse_columns
+from serve.protocol.selection import parse_classes, parse_fields, parse_thresholds
 from serve.protocol.sweeps import (
     Sweep,
     SweepSpec,
@@ -137,6 +138,9 @@ class FrameOptions:
         columns: columns of a point as declared by the caller, such as ``x,y,z,intensity=0``
             (`serve.protocol.points.parse_columns`).
         sweeps: ``accumulated`` if the points are several sweeps with their times already.
+        classes: names of the classes whose detections are kept; None keeps all.
+        class_thr: minimum score by class, in place of `score_thr`.
+        fields: names of the fields that the answer has; None for all.
     """
 
     score_thr: float = 0.0
@@ -145,6 +149,9 @@ class FrameOptions:
     num_points: int | None = None
     columns: str | None = None
     sweeps: str | None = None
+    classes: tuple[str, ...] | None = None
+    class_thr: tuple[tuple[str, float], ...] = ()
+    fields: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,12 @@ def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -
                 changes[name] = _check_columns(name, value)
             case "sweeps":
                 changes[name] = check_sweeps_option(value)
+            case "classes":
+                changes[name] = parse_classes(name, value)
+            case "class_thr":
+                changes[name] = parse_thresholds(name, value)
+            case "fields":
+                changes[name] = parse_fields(name, value)
             case _:
                 changes[name] = _parse_count(name, value)
     return replace(base or FrameOptions(), **changes)

@@ -155,9 +155,14 @@ def read_batch(body: Bytes) -> list[EncodedFrame | ServeError]:
 
 def _read_frame(body: Body, options: Mapping[str, Any]) -> EncodedFrame | ServeError:
     try:
-        return EncodedFrame(body, FrameOptions(**options))
+        return EncodedFrame(body, FrameOptions(**{name: _freeze(value) for name, value in options.items()}))
     except (ServeError, TypeError) as error:
         return error if isinstance(error, ServeError) else BadRequest(f"unknown options: {quote(options)}")
+
+
+def _freeze(value: Any) -> Any:
+    """Return a value of an option as it was before it was JSON."""
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
 def encode_outcome(outcome: Outcome, request_id: str | None = None) -> tuple[int, bytes]:

@@ -30,6 +30,7 @@ from serve.errors import (
 from serve.protocol.batch import Body
 from serve.protocol.calibration import MATRICES
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
+from serve.protocol.selection import check_selection, select
 from serve.protocol.worker import Outcome
 from serve.runtime import fusion
 from serve.runtime.accelerator.install import install as install_for_accelerator
@@ -45,7 +46,7 @@ from serve.runtime.model import (
     suppress_warnings,
 )
 from serve.runtime.pipeline import InputPipeline
-from serve.runtime.predictions import empty_detections, empty_labels, filter_detections, postprocess
+from serve.runtime.predictions import empty_detections, empty_labels, postprocess
 from serve.runtime.random_state import fixed_seed
 
 __all__ = ["Detector", "Outcome", "load_detector"]
@@ -95,7 +96,8 @@ class Detector:
         }
 
     def decode(self, body: Body, options: FrameOptions, limits: Limits) -> Frame:
-        """Decode one frame for this model; raises like `serve.protocol.frames.decode_frame`."""
+        """Decode one frame for this model; raises like `decode_frame` and `check_selection`."""
+        check_selection(options, self.metadata.classes)
         return decode_frame(body, self._samples.spec, options, limits)
 
     def expect_intensities_of(self, frame: Frame) -> None:
@@ -174,14 +176,12 @@ class Detector:
         return [*self._run_batch(samples[:half]), *self._run_batch(samples[half:])]
 
     def _finish(self, outcome: Outcome, frame: Frame) -> Outcome:
-        """Filter an answer by the options of its frame, and add the warnings about the frame."""
+        """Add the warnings about a frame to its answer, and select what its options ask for."""
         if isinstance(outcome, ServeError):
             return outcome
         try:
-            answer = filter_detections(outcome, frame.options)
-            if frame.warnings:
-                answer = {**answer, "warnings": [warning.document() for warning in frame.warnings]}
-            return answer
+            warnings = [warning.document() for warning in frame.warnings]
+            return select({**outcome, "warnings": warnings} if warnings else outcome, frame.options)
         except Exception as error:
             return self._to_error(error)
 

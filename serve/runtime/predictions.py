@@ -14,9 +14,8 @@ import numpy.typing as npt
 import torch
 
 from serve.compare.labels import encode_labels, encode_segments
-from serve.protocol.frames import FrameOptions
 
-__all__ = ["empty_detections", "empty_labels", "filter_detections", "postprocess"]
+__all__ = ["empty_detections", "empty_labels", "postprocess"]
 
 UNITS_3D = {
     "LiDAR": {"length": "m", "angle": "rad", "frame": "x forward, y left, z up", "origin": "bottom centre"},
@@ -80,20 +79,6 @@ def empty_detections(
 def empty_labels(classes: Sequence[str], model: dict[str, str]) -> dict[str, Any]:
     """Return the answer of a segmentor to a point cloud without points."""
     return _labels(np.zeros(0, dtype=np.uint8), classes, model)
-
-
-def filter_detections(answer: dict[str, Any], options: FrameOptions) -> dict[str, Any]:
-    """Filter the detections of an answer, sorted by score, by `options`; labels are unchanged."""
-    scores = answer.get("scores", answer.get("scores_3d"))
-    if scores is None:
-        return answer
-    count = len(scores)
-    if options.score_thr > 0:  # scores may be negative, as in Part-A2
-        count = int(np.count_nonzero(np.asarray(scores) >= options.score_thr))
-    if options.max_detections is not None:
-        count = min(count, options.max_detections)
-    per_detection = ("bboxes_3d", "scores_3d", "labels_3d", "bboxes", "scores", "labels", "masks", "names")
-    return {key: value[:count] if key in per_detection else value for key, value in answer.items()}
 
 
 def _labels(labels: npt.NDArray[Any], classes: Sequence[str], model: dict[str, str]) -> dict[str, Any]:

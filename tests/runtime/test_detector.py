@@ -172,10 +172,10 @@ def test_failing_pipeline_affects_its_frame_only(detector, street, caplog):
     assert outcomes[0]["names"] == outcomes[2]["names"] != []
 
 
-@pytest.mark.parametrize("seam", ["prepare", "_is_empty", "filter_detections"])
+@pytest.mark.parametrize("seam", ["prepare", "_is_empty", "select"])
 @pytest.mark.parametrize("kind", [TypeError, RecursionError, ArchiveError, StopIteration, MemoryError])
 def test_whatever_is_raised_for_a_frame_is_its_outcome(detector, street, monkeypatch, caplog, seam, kind):
-    owner = detector_module if seam == "filter_detections" else detector
+    owner = detector_module if seam == "select" else detector
     real, calls = getattr(owner, seam), []
 
     def fail_at_the_second(*arguments):
