@@ -23,10 +23,10 @@ from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.metrics import Metrics
 from serve.gateway.middleware import RequestMiddleware, error_response
 from serve.gateway.models import ModelRegistry
-from serve.gateway.openapi import DESCRIPTION, frame_paths
+from serve.gateway.openapi import DESCRIPTION, complete
 from serve.gateway.options import GatewayOptions
 from serve.gateway.router import FrameRouter, internal_error
-from serve.gateway.routes import health, kserve, predictions
+from serve.gateway.routes import health, kserve, kserve_state, predictions
 from serve.gateway.siblings import Siblings
 from serve.gateway.tracing import Tracing
 from serve.storage.references import ReferenceLimits, References
@@ -92,6 +92,7 @@ def create_app(
         redirect_slashes=False,
     )
     for routes in (
+        kserve_state.router(options, registry, rejected or {}),  # /v2/models/stats before /v2/models/{model}
         kserve.router(registry, lifecycle),
         health.router(registry, metrics, lifecycle, rejected or {}, siblings),
     ):
@@ -129,8 +130,7 @@ def _openapi(app: FastAPI, options: GatewayOptions) -> dict[str, Any]:
         document = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
-        document["paths"] |= frame_paths(options)
-        app.openapi_schema = document
+        app.openapi_schema = complete(document, options)
     return app.openapi_schema
 
 

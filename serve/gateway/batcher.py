@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from serve.errors import BackendBroken, FrameTooLarge, ServeError, SettingsError
 from serve.gateway.latency import LatencyModel
@@ -80,6 +80,7 @@ class BatchReport:
         queue_s: seconds that each item waited.
         run_s: seconds from sending the batch to its answer.
         failed: whether the batch failed as a whole.
+        outcomes: outcome of each item; none if the batch failed.
     """
 
     items: int
@@ -87,6 +88,7 @@ class BatchReport:
     queue_s: tuple[float, ...]
     run_s: float
     failed: bool
+    outcomes: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -331,7 +333,8 @@ class Batcher(Generic[In, Out]):
             else:
                 job.answer.set_result(BatchResult(outcome, queue_s[i], run_s, len(batch)))
         # Deferred until the next batch was sent, for which a device may be waiting.
-        report = BatchReport(len(batch), cost, queue_s, run_s, failed is not None)
+        is_failed = failed is not None
+        report = BatchReport(len(batch), cost, queue_s, run_s, is_failed, () if is_failed else outcomes)
         asyncio.get_running_loop().call_soon(self._observe, report)
 
     def _start_batch(self, now: float, cost: int) -> _SentBatch:

@@ -43,7 +43,7 @@ __all__ = ["RequestMiddleware", "error_response", "permit_of", "request_id_of"]
 RETRY_AFTER_S = 1
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/_.~-]*")
-_OPEN_PATHS = ("/health/", "/v2/health/", "/metrics")
+_OPEN_PATHS = ("/health/", "/v2/health/", "/metrics", "/ping")
 _CLOSING = (408, 413)  # close instead of draining the body
 _LINGERING_CLOSE_S = 2.0
 # Bytes of an answer that are given to the transport at a time; a shorter answer is not counted by the permit.

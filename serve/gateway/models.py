@@ -17,6 +17,7 @@ from serve.errors import BackendBroken, ModelNotFound, NotReady, ServeError
 from serve.gateway.backend import Answer, ModelState, TorchServeBackend
 from serve.gateway.batcher import Batcher, BatchLimits, BatchReport, padded, ragged
 from serve.gateway.options import GatewayOptions
+from serve.gateway.statistics import ModelStatistics
 from serve.protocol.worker import EncodedFrame
 
 __all__ = ["Health", "ModelRegistry", "ModelVersion"]
@@ -37,6 +38,7 @@ class ModelVersion:
         rejected: the reason if the gateway does not serve it, else None.
         described_by: process ids of the workers when `spec` was read.
         batcher: its queue; created from `spec`, which determines the cost of a batch.
+        statistics: of its batches.
     """
 
     state: ModelState
@@ -44,6 +46,7 @@ class ModelVersion:
     rejected: str | None = None
     described_by: frozenset[int] = frozenset()
     batcher: Batcher[EncodedFrame, Answer] | None = field(default=None, repr=False)
+    statistics: ModelStatistics = field(default_factory=ModelStatistics, repr=False)
 
     @property
     def status(self) -> Literal["ready", "loading", "refused"]:
@@ -164,10 +167,11 @@ class ModelRegistry:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _observe_batch(self, name: str, report: BatchReport) -> None:
+    def _observe_batch(self, model: ModelVersion, report: BatchReport) -> None:
         if report.failed:
             self._refreshed_at = float("-inf")  # the next request refreshes
-        self.on_batch(name, report)
+        model.statistics.observe(report)
+        self.on_batch(model.state.name, report)
 
     def _not_found(self, name: str, version: str | None = None) -> ModelNotFound:
         known = ", ".join(sorted({key[0] for key in self._models})) or "none"
@@ -256,7 +260,7 @@ class ModelRegistry:
             slots=max(1, state.ready),
             prefetch=options.prefetch_batches,
             lead_time_s=options.lead_time_s,
-            observe=partial(self._observe_batch, state.name),
+            observe=partial(self._observe_batch, model),
         )
 
 

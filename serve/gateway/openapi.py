@@ -1,46 +1,25 @@
-"""Descriptions, parameters and error responses for the OpenAPI document."""
+"""The OpenAPI document: FastAPI's, with the routes that FastAPI does not know, and schemas of all answers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from serve.gateway.openapi_schemas import (
+    COMPONENTS,
+    INFER_EXAMPLES,
+    JSON_EXAMPLES,
+    QUERY_PARAMETERS,
+    ref,
+)
 from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import FRAMES_CONTENT_TYPE
-from serve.protocol.sweeps import ACCUMULATED, MAX_SWEEPS
 
-__all__ = ["DESCRIPTION", "errors", "frame_paths"]
+__all__ = ["DESCRIPTION", "complete", "errors"]
 
 DESCRIPTION = """\
 3D and 2D object detection for point clouds and images: `curl -T frame.bin http://HOST:8000/predictions/second`.
 Compatible with TorchServe's predictions API; adds batching across requests, deadlines, several frames per request
 and the Open Inference Protocol (`/v2`)."""
-
-_SCORE_THR = {"type": "number", "minimum": 0, "maximum": 1}
-_MAX_DETECTIONS = {"type": "integer", "minimum": 0, "maximum": 2**31}
-_LOAD_DIM = {"type": "integer", "minimum": 1, "maximum": 2**31, "description": "Declared numbers per point"}
-_NUM_POINTS = {"type": "integer", "minimum": 0, "maximum": 2**31, "description": "Declared number of points"}
-_COLUMNS = {"type": "string", "examples": ["x,y,z,ring", "x,y,z,intensity=0"]}
-_SWEEPS = {"type": "string", "enum": [ACCUMULATED]}
-_QUERY_PARAMETERS = [
-    {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
-    for name, description, schema in (
-        ("score_thr", "Minimum score of a detection", _SCORE_THR),
-        ("max_detections", "Maximum number of detections, best first", _MAX_DETECTIONS),
-        ("load_dim", "Declared float32 numbers per point of a .bin", _LOAD_DIM),
-        ("num_points", "Declared number of points; 0 for an empty body", _NUM_POINTS),
-        ("columns", "Columns of the point cloud in order, and values of those that it lacks", _COLUMNS),
-        (
-            "sweeps",
-            "The point cloud has the points and times of several sweeps, and is used as it is",
-            _SWEEPS,
-        ),
-        (
-            "timeout_ms",
-            "Deadline of the request, milliseconds; frames still queued then are answered 504 and not computed",
-            {"type": "number", "minimum": 1},
-        ),
-    )
-]
 
 _PATH_PARAMETERS = {
     name: {
@@ -49,62 +28,36 @@ _PATH_PARAMETERS = {
         "required": True,
         "description": description,
         "schema": {"type": "string", "maxLength": length},
+        "example": example,
     }
-    for name, description, length in (
-        ("model", "Name of the model", 128),
-        ("version", "Version of the model", 64),
+    for name, description, length, example in (
+        ("model", "Name of the model", 128, "second"),
+        ("version", "Version of the model", 64, "1.0"),
     )
 }
 _PREDICT = "Detect objects in one or several frames"
 _INFER = "Run inference; returns detections as tensors"
-
-_CLOUD = {
-    "type": "object",
-    "properties": {"b64": {"type": "string", "contentEncoding": "base64"}, "uri": {"type": "string"}},
-}
-_SWEEP_LIST = {
-    "type": "array",
-    "maxItems": MAX_SWEEPS,
-    "items": {
-        "type": "object",
-        "required": ["points"],
-        "properties": {
-            "points": _CLOUD,
-            "time_lag_s": {"type": "number", "minimum": 0},
-            "timestamp_s": {"type": "number"},
-            "transform": {"type": "array", "description": "4 x 4, sweep to key frame, metres"},
-            "lidar2sensor": {"type": "array", "description": "4 x 4, as in mmdet3d's infos"},
-        },
-    },
-}
-_WARNINGS = {
-    "type": "array",
-    "description": "Likely mistakes of the client; absent if there are none",
-    "items": {
-        "type": "object",
-        "required": ["code", "message"],
-        "properties": {"code": {"type": "string"}, "message": {"type": "string"}},
-    },
-}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["code", "message"],
-            "properties": {
-                "code": {"type": "string"},
-                "message": {"type": "string"},
-                "request_id": {"type": "string"},
-            },
-        }
-    },
-}
-_PROTOCOL_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {"error": {"type": "string"}, "code": {"type": "string"}},
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+# Path and method of the other routes → schema of the answer.
+_ANSWERS = {
+    ("/health/live", "get"): "Live",
+    ("/health/ready", "get"): "Ready",
+    ("/ping", "get"): "Ping",
+    ("/models", "get"): "Models",
+    ("/models/{model}", "get"): "Models",
+    ("/v2", "get"): "ServerMetadata",
+    ("/v2/health/live", "get"): "Live",
+    ("/v2/health/ready", "get"): "Ready",
+    ("/v2/models/{model}/ready", "get"): "ModelReady",
+    ("/v2/models/{model}/versions/{version}/ready", "get"): "ModelReady",
+    ("/v2/models/{model}", "get"): "ModelMetadata",
+    ("/v2/models/{model}/versions/{version}", "get"): "ModelMetadata",
+    ("/v2/models/{model}/config", "get"): "ModelConfig",
+    ("/v2/models/{model}/versions/{version}/config", "get"): "ModelConfig",
+    ("/v2/models/stats", "get"): "Statistics",
+    ("/v2/models/{model}/stats", "get"): "Statistics",
+    ("/v2/models/{model}/versions/{version}/stats", "get"): "Statistics",
+    ("/v2/repository/index", "post"): "Index",
 }
 _REASONS = {
     400: "Malformed request, or an unknown option",
@@ -127,23 +80,49 @@ _REASONS = {
 
 def errors(*statuses: int, protocol: bool = False) -> dict[int | str, dict[str, Any]]:
     """Document error responses for `statuses`, with the error body of the Open Inference Protocol if `protocol`."""
-    schema = _PROTOCOL_ERROR if protocol else _ERROR
+    schema = ref("ProtocolError" if protocol else "Error")
     return {
         status: {"description": _REASONS[status], "content": {"application/json": {"schema": schema}}}
         for status in statuses
     }
 
 
-def frame_paths(options: GatewayOptions) -> dict[str, Any]:
-    """Document the routes that take frames (`serve.gateway.router`), as ``paths`` of an OpenAPI document."""
-    predict = {"tags": ["predictions"], **_predict(options)}
-    infer = {
-        "tags": ["open inference protocol"],
-        "responses": {
-            "200": {"description": "Detections as tensors", "content": {"application/json": {"schema": {}}}},
-            **_by_text(errors(400, 404, 408, 413, 422, 429, 500, 502, 503, 504, 507, protocol=True)),
+def complete(document: dict[str, Any], options: GatewayOptions) -> dict[str, Any]:
+    """Add to FastAPI's document the routes of frames (`serve.gateway.router`), all schemas and examples.
+
+    Args:
+        document: FastAPI's; changed in place.
+        options: options of the gateway, for limits.
+
+    Returns:
+        The document.
+    """
+    paths = document["paths"]
+    for operations in paths.values():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                parameter |= _PATH_PARAMETERS.get(parameter["name"], {})
+    for (path, method), schema in _ANSWERS.items():
+        content = {"application/json": {"schema": ref(schema)}}
+        paths[path][method]["responses"]["200"] = {"description": "Successful response", "content": content}
+    for path in ("/health/ready", "/v2/health/ready", "/ping", "/v2/models/{model}/ready",
+                 "/v2/models/{model}/versions/{version}/ready"):  # fmt: skip
+        found = paths[path]["get"]["responses"]
+        found["503"]["content"] = found["200"]["content"]
+    paths["/v2/repository/index"]["post"]["requestBody"] = {
+        "required": False,
+        "content": {
+            "application/json": {"schema": ref("IndexRequest"), "example": {"ready": True}},
         },
     }
+    document["paths"] = paths | _frame_paths(options)
+    document.setdefault("components", {}).setdefault("schemas", {}).update(COMPONENTS)
+    return document
+
+
+def _frame_paths(options: GatewayOptions) -> dict[str, Any]:
+    predict = {"tags": ["predictions"], **_predict(options)}
+    infer = {"tags": ["open inference protocol"], **_infer()}
     queries = predict.pop("parameters")
     return {
         path: {
@@ -188,80 +167,58 @@ def _by_text(responses: dict[int | str, Any]) -> dict[str, Any]:
     return {str(status): response for status, response in responses.items()}
 
 
-def _predict(options: GatewayOptions) -> dict[str, Any]:
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    frame_options = {
-        "score_thr": _SCORE_THR,
-        "max_detections": _MAX_DETECTIONS,
-        "load_dim": _LOAD_DIM,
-        "num_points": _NUM_POINTS,
-        "columns": _COLUMNS,
-    }
-    cloud_options = {**frame_options, "sweeps": _SWEEPS}
-    inline = {
-        "type": "object",
-        "required": ["b64"],
-        "properties": {"b64": {"type": "string", "contentEncoding": "base64"}, **cloud_options},
-    }
-    named = {
-        "type": "object",
-        "required": ["uri"],
-        "properties": {
-            "uri": {"type": "string", "description": "Must start with a prefix that the operator allows"},
-            **cloud_options,
-        },
-    }
-    with_sweeps = {
-        "type": "object",
-        "required": ["points", "sweeps"],
-        "properties": {
-            "points": _CLOUD,
-            "sweeps": _SWEEP_LIST,
-            "timestamp_s": {"type": "number"},
-            **frame_options,
-        },
-    }
-    one = {"oneOf": [inline, named, with_sweeps, {"type": "string", "contentEncoding": "base64"}]}
-    frame = {
-        "oneOf": [
-            *one["oneOf"],
-            {
-                "type": "object",
-                "required": ["frames"],
-                "properties": {"frames": {"type": "array", "items": one}},
+def _infer() -> dict[str, Any]:
+    return {
+        "responses": {
+            "200": {
+                "description": "Detections as tensors; in binary if the request asks for it",
+                "content": {
+                    "application/json": {"schema": ref("InferResponse")},
+                    "application/octet-stream": _BINARY,
+                },
             },
-        ]
+            **_by_text(errors(400, 404, 408, 413, 422, 429, 500, 502, 503, 504, 507, protocol=True)),
+        },
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": ref("InferRequest"), "examples": INFER_EXAMPLES},
+                "application/octet-stream": _BINARY,
+            },
+        },
     }
-    form = {"type": "object", "properties": {"data": {"type": "array", "items": binary["schema"]}}}
-    answer = {
-        "type": "object",
-        "description": "Detections with OpenMMLab's field names; see docs/answers.md",
-        "properties": {"warnings": _WARNINGS},
-    }
+
+
+def _predict(options: GatewayOptions) -> dict[str, Any]:
+    form = {"type": "object", "properties": {"data": {"type": "array", "items": _BINARY["schema"]}}}
+    text = {"schema": {"type": "string"}}
     return {
         "responses": {
             "200": {
                 "description": f"Detections, best first. Several frames (up to {options.max_frames_per_request}) are "
                 "answered with an array in order, or with lines as they finish (Accept: application/x-ndjson).",
                 "content": {
-                    "application/json": {"schema": {"oneOf": [answer, {"type": "array", "items": answer}]}},
-                    "application/x-ndjson": {"schema": {"type": "string"}},
-                    "application/x-msgpack": binary,
-                    "image/png": binary,
+                    "application/json": {"schema": ref("Answers")},
+                    "application/x-ndjson": text,
+                    "application/x-msgpack": _BINARY,
+                    "image/png": _BINARY,
+                    "text/x-kitti": text,
+                    "application/vnd.coco+json": {"schema": ref("CocoResults")},
+                    "text/csv": text,
                 },
             },
             **_by_text(errors(*_REASONS)),
         },
-        "parameters": _QUERY_PARAMETERS,
+        "parameters": QUERY_PARAMETERS,
         "requestBody": {
             "required": True,
             "content": {
-                "application/octet-stream": binary,
-                "image/jpeg": binary,
-                "image/png": binary,
+                "application/octet-stream": _BINARY,
+                "image/jpeg": _BINARY,
+                "image/png": _BINARY,
                 "multipart/form-data": {"schema": form},
-                "application/json": {"schema": frame},
-                FRAMES_CONTENT_TYPE: binary,
+                "application/json": {"schema": ref("FrameRequest"), "examples": JSON_EXAMPLES},
+                FRAMES_CONTENT_TYPE: _BINARY,
             },
         },
     }

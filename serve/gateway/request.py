@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import orjson
 from starlette.requests import Request
 
 from serve.errors import (
@@ -18,9 +19,11 @@ from serve.errors import (
     FrameTooLarge,
     ServeError,
     SlowRequest,
+    UndecodableFrame,
     UnknownOption,
     quote,
 )
+from serve.formats.kitti import Camera, camera_of
 from serve.gateway.admission import Permit
 from serve.gateway.form import read_form
 from serve.gateway.json_frames import read_frames
@@ -55,17 +58,26 @@ logger = logging.getLogger(__name__)
 OPTION_NAMES = tuple(field.name for field in fields(FrameOptions))
 # Pieces of a body below the first are added to the one before, unless that has the second.
 _PIECE_BYTES, _LONG_PIECE_BYTES = 64 * 1024, 256 * 1024
-_HEADER_OPTIONS = {"x-" + name.replace("_", "-"): name for name in OPTION_NAMES}
+# Options of the request as a whole, beside those of its frames.
+_REQUEST_OPTIONS = ("timeout_ms", "camera")
+_HEADER_OPTIONS = {"x-" + name.replace("_", "-"): name for name in (*OPTION_NAMES, *_REQUEST_OPTIONS)}
 MAX_QUERY_BYTES = 8192
 FRAME_FIELDS = frozenset(("body", "data", "file", "frame", "image", "points"))
 
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """Options of a request: those of its frames, unless a frame has its own, and its deadline in seconds."""
+    """Options of a request.
+
+    Attributes:
+        frame: options of its frames, unless a frame has its own.
+        timeout_s: its deadline, seconds.
+        camera: the camera of its frames, for KITTI's labels.
+    """
 
     frame: FrameOptions
     timeout_s: float
+    camera: Camera | None = None
 
 
 @dataclass(frozen=True)
@@ -110,15 +122,36 @@ def parse_request_options(
         for header, value in reversed(list(headers.items()))  # the first of several counts
         if header.startswith("x-") and (name := _HEADER_OPTIONS.get(header))
     }
-    text = query.get("timeout_ms", headers.get("x-timeout-ms"))
-    given |= {name: value for name, value in query.items() if name != "timeout_ms"}
+    given |= query
+    timeout_ms, camera = given.pop("timeout_ms", None), given.pop("camera", None)
     try:
         parsed = parse_options(given)
     except UnknownOption as error:
-        raise UnknownOption(str(error).replace("known: ", "known: timeout_ms, ")) from None
+        message = str(error)
+        if message.startswith("unknown option"):
+            message = message.replace("known: ", f"known: {', '.join(_REQUEST_OPTIONS)}, ")
+        raise UnknownOption(message) from None
     return RequestOptions(
-        parsed, options.timeout_s if text is None else _timeout_s(text, options.max_timeout_s)
+        parsed,
+        options.timeout_s if timeout_ms is None else _timeout_s(timeout_ms, options.max_timeout_s),
+        None if camera is None else _camera(camera),
     )
+
+
+def _camera(text: str) -> Camera:
+    try:
+        document = orjson.loads(text)
+        width, height = document["image_size"]
+        if not all(isinstance(n, int) and 0 < n < 1 << 16 for n in (width, height)):
+            raise ValueError("image_size")
+        return camera_of(document, (width, height))
+    except UndecodableFrame as error:
+        raise UnknownOption(f"camera: {error}") from None
+    except (ValueError, TypeError, KeyError):
+        raise UnknownOption(
+            'camera must be JSON, {"cam2img": [[…]], "lidar2cam": [[…]], "image_size": [width, height]}, got '
+            + quote(text)
+        ) from None
 
 
 def _timeout_s(text: str, max_s: float) -> float:

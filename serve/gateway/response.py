@@ -1,4 +1,4 @@
-"""Response encoding: JSON, MessagePack, a PNG image, a list, or lines as frames finish.
+"""Response encoding: JSON, MessagePack, a PNG image, KITTI, COCO, CSV, a list, or lines as frames finish.
 
 The worker's JSON is passed through unchanged if JSON is accepted.
 """
@@ -6,7 +6,7 @@ The worker's JSON is passed through unchanged if JSON is accepted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -14,15 +14,27 @@ from typing import Any, Literal
 import orjson
 import ormsgpack
 
-from serve.errors import BackendBroken, BadRequest, NotAcceptable, ServeError, error_body, quote
+from serve.errors import (
+    BackendBroken,
+    BadRequest,
+    NotAcceptable,
+    ServeError,
+    UnknownOption,
+    error_body,
+    quote,
+)
+from serve.formats.kitti import Camera
 from serve.gateway.backend import Answer
 from serve.gateway.batcher import BatchResult
 from serve.gateway.dispatch import Outcome
+from serve.gateway.formats import COCO, KITTI, TABLE, FormatMedia, find_camera, format_answers
+from serve.gateway.offload import run_beside_loop
 from serve.protocol.worker import EncodedFrame
 
 __all__ = [
     "Media",
     "Timing",
+    "check_fields",
     "choose_media",
     "encode_error",
     "encode_line",
@@ -31,9 +43,12 @@ __all__ = [
 ]
 
 _MAX_ACCEPT_CHARS = 4096
-Media = Literal["application/json", "application/x-msgpack", "application/x-ndjson", "image/png"]
+DocumentMedia = Literal["application/json", "application/x-msgpack", "application/x-ndjson"]
+Media = DocumentMedia | Literal["image/png"] | FormatMedia
 
-_MEDIA: tuple[Media, ...] = ("application/json", "application/x-msgpack", "application/x-ndjson", "image/png")
+_DOCUMENTS: tuple[DocumentMedia, ...] = ("application/json", "application/x-msgpack", "application/x-ndjson")
+_FORMATS: tuple[FormatMedia, ...] = (KITTI, COCO, TABLE)
+_MEDIA: tuple[Media, ...] = (*_DOCUMENTS, "image/png", *_FORMATS)
 _ALIASES: Mapping[str, Media] = {
     "*/*": "application/json",
     "application/*": "application/json",
@@ -98,10 +113,37 @@ def choose_media(accept: str | None) -> Media:
     return min(offers)[2]
 
 
+def check_fields(frames: Sequence[EncodedFrame | ServeError], media: Media) -> None:
+    """Check that no frame leaves out fields that a picture or a format is made of.
+
+    Raises:
+        UnknownOption: a frame has the option `fields`.
+    """
+    if media not in _DOCUMENTS and any(
+        isinstance(frame, EncodedFrame) and frame.options.fields is not None for frame in frames
+    ):
+        raise UnknownOption(f"fields is for JSON and MessagePack; {media} has its own, leave fields out")
+
+
 async def encode_one(
-    outcome: BatchResult[Answer], frame: EncodedFrame, media: Media, load_dim: int | None
+    outcome: BatchResult[Answer],
+    frame: EncodedFrame,
+    media: Media,
+    load_dim: int | None,
+    camera: Camera | None = None,
 ) -> bytes:
-    """Encode the answer to one frame as `media`; `load_dim` is needed to draw a point cloud."""
+    """Encode the answer to one frame.
+
+    Args:
+        outcome: the answer.
+        frame: its frame.
+        media: what to encode it as.
+        load_dim: numbers per point, to draw a point cloud.
+        camera: that the request names, for KITTI's labels.
+
+    Raises:
+        BadRequest: the answer cannot be drawn, or the format cannot hold it.
+    """
     body = bytes(outcome.value.body)
     if media == "application/json":
         return body
@@ -109,7 +151,16 @@ async def encode_one(
         return ormsgpack.packb(_document(body))
     if media == "application/x-ndjson":
         return encode_line(0, outcome, None)
-    return await asyncio.to_thread(_draw_image, frame, _document(body), load_dim)
+    if media == "image/png":
+        return await asyncio.to_thread(_draw_image, frame, _document(body), load_dim)
+    return await run_beside_loop(len(body), _format_one, len(body), frame, body, media, camera)
+
+
+def _format_one(frame: EncodedFrame, body: bytes, media: FormatMedia, camera: Camera | None) -> bytes:
+    answer = _document(body)
+    if media == KITTI:
+        camera = find_camera(frame.join(), answer, camera)
+    return format_answers([answer], media, camera)
 
 
 def _draw_image(frame: EncodedFrame, answer: dict[str, Any], load_dim: int | None) -> bytes:
@@ -128,17 +179,26 @@ def encode_list(outcomes: list[Outcome], media: Media, request_id: str, *, frame
     """Encode several results as an array of answers and ``{"error": …}``; in the handler's format if `framed`.
 
     Raises:
-        BadRequest: a list cannot be drawn as an image.
+        BadRequest: a list cannot be drawn as an image, nor be one label file.
+        ServeError: of formats without a place for errors, that of the first frame that failed.
     """
     if media == "image/png":
         raise BadRequest(
             "cannot draw several frames as one image; send one frame, or accept application/json"
         )
+    if media in (KITTI, COCO, TABLE):
+        return format_answers([_answer_of(i, outcome) for i, outcome in enumerate(outcomes)], media)
     if media == "application/x-msgpack":
         documents = [_document_or_error(outcome, request_id, framed) for outcome in outcomes]
         return ormsgpack.packb({"outcomes": documents} if framed else documents)
     joined = b"[" + b",".join(_encode_item(outcome, request_id, framed) for outcome in outcomes) + b"]"
     return b'{"outcomes":' + joined + b"}" if framed else joined
+
+
+def _answer_of(index: int, outcome: Outcome) -> dict[str, Any]:
+    if isinstance(outcome, ServeError):
+        raise type(outcome)(f"frame {index}: {outcome}")
+    return _document(bytes(outcome.value.body))
 
 
 def _encode_item(outcome: Outcome, request_id: str, framed: bool) -> bytes:

@@ -17,6 +17,7 @@ from tritonclient.utils import InferenceServerException
 from serve.errors import ClientError
 from serve.gateway.routes.kserve_codec import decode_infer
 from tests.gateway.fake_torchserve import CLOUDS, FUSION, IMAGES, SWEEPS, FakeModel, answer_for
+from tests.gateway.running import eventually
 
 INFER = "/v2/models/second/infer"
 
@@ -26,6 +27,7 @@ def client(start_gateway, torchserve):
     torchserve.models["faster-rcnn"] = {"1.0": FakeModel(IMAGES)}
     torchserve.models["centerpoint"] = {"1.0": FakeModel(SWEEPS)}
     gateway = start_gateway()
+    eventually(lambda: gateway.client.get("/v2/health/ready").status_code == 200)
     with triton.InferenceServerClient(gateway.url.removeprefix("http://")) as made:
         made.gateway = gateway
         yield made

@@ -33,7 +33,7 @@ ROWS = {each.source: each for limits in SECTIONS.values() for each in limits}
 # Constants that are named like bounds and are none on what is sent.
 NO_LIMITS = {
     "archive.bounds:_MAX_QUOTED_CHARS", "archive.metadata:_MAX_QUOTED_CHARS", "errors:_MAX_QUOTED_CHARS",
-    "client:_MAX_QUOTED_CHARS", "gateway.models:MAX_AGE_S", "gateway.openapi:_MAX_DETECTIONS",
+    "gateway.models:MAX_AGE_S",
     "gateway.backend:_MAX_POLLS", "protocol.start_record:_MAX_REASON_CHARS",
     "protocol.start_record:_MAX_FILE_BYTES", "settings.process:MAX_FRAME_BYTES",
 }  # fmt: skip
@@ -209,6 +209,14 @@ REQUESTS: dict[str, Callable[[], bytes]] = {
     "gateway.response:_MAX_ACCEPT_CHARS": lambda: raw.request(
         "/predictions/second", bytes(16), accept="a" * 5000
     ),
+    "protocol.selection:_MAX_TEXT_CHARS": lambda: raw.request(
+        "/predictions/second", bytes(16), x_classes="a" * (1 + value("protocol.selection:_MAX_TEXT_CHARS"))
+    ),
+    "protocol.selection:_MAX_NAMES": lambda: raw.request(
+        "/predictions/second",
+        json.dumps({"b64": "", "classes": ["a"] * (1 + value("protocol.selection:_MAX_NAMES"))}).encode(),
+        **JSON,
+    ),
     "max_timeout_s": lambda: raw.request("/predictions/second?timeout_ms=5001", bytes(16)),
     "max_json_values": lambda: raw.request(
         "/predictions/second", b'{"b64": "", "x": [' + b"1," * 1100 + b"1]}", **JSON
@@ -231,7 +239,7 @@ OWN = {
 }
 LARGE = (
     "max_json_bytes", "protocol.batch:MAX_PARTS", "gateway.routes.kserve_codec:_MAX_PARAMETERS", "max_json_values",
-    "storage.references:_MAX_URI",
+    "storage.references:_MAX_URI", "protocol.selection:_MAX_NAMES",
 )  # fmt: skip
 
 

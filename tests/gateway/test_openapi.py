@@ -59,7 +59,7 @@ def test_responses_conform_to_the_openapi_document(document):
 def test_every_option_of_a_frame_is_a_query_parameter_of_predictions(running):
     documented = running.client.get("/openapi.json").json()["paths"]["/predictions/{model}"]["post"]
     queries = {each["name"] for each in documented["parameters"] if each["in"] == "query"}
-    assert queries == {field.name for field in fields(FrameOptions)} | {"timeout_ms"}
+    assert queries == {field.name for field in fields(FrameOptions)} | {"timeout_ms", "camera"}
 
 
 def conforms(operation) -> None:

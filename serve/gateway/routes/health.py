@@ -53,6 +53,12 @@ def router(
         body = {"ready": not reasons, "reasons": reasons}
         return JSONResponse(body, 503 if reasons else 200)
 
+    @routes.get("/ping", responses={503: {"description": "Frames cannot be answered"}})
+    async def ping() -> Response:
+        """Return TorchServe's own answer: 200 with ``Healthy`` if frames can be answered."""
+        is_ready = not lifecycle.draining and (await registry.health()).ready
+        return JSONResponse({"status": "Healthy" if is_ready else "Unhealthy"}, 200 if is_ready else 503)
+
     @routes.get("/models")
     async def models() -> list[dict[str, Any]]:
         """List models that are ready, loading or rejected, with the reason for the latter."""

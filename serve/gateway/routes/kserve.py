@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve import __version__
-from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError, quote
+from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError, UnknownOption, quote
 from serve.gateway.dispatch import run_frames
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.middleware import permit_of
@@ -31,6 +31,7 @@ from serve.gateway.routes.kserve_codec import (
 
 __all__ = ["infer_route", "router"]
 
+_EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 _HEADER_LENGTH = "inference-header-content-length"
 
 
@@ -41,7 +42,7 @@ def router(registry: ModelRegistry, lifecycle: Lifecycle) -> APIRouter:
     @routes.get("")
     async def server() -> dict[str, Any]:
         """Return name, version and protocol extensions of the server."""
-        return {"name": "mmdet3d-serve", "version": __version__, "extensions": ["binary_tensor_data"]}
+        return {"name": "mmdet3d-serve", "version": __version__, "extensions": list(_EXTENSIONS)}
 
     @routes.get("/health/live")
     async def live() -> dict[str, Any]:
@@ -118,6 +119,8 @@ def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
         )
         parameters = {**read_query(request), **infer_request.parameters}
         request_options = parse_request_options(parameters, request.headers, options)
+        if request_options.frame.fields is not None:
+            raise UnknownOption("fields is for /predictions; here, name the wanted tensors in outputs")
         if len(infer_request.frames) > options.max_frames_per_request:
             raise FrameTooLarge(
                 f"the request has {len(infer_request.frames)} frames, the limit is {options.max_frames_per_request}"

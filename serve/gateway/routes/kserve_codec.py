@@ -3,16 +3,15 @@
 Source: kserve/open-inference-protocol, ``specification/protocol/inference_rest.md``, and Triton's
 ``extension_binary_data.md``.
 
-The inputs of a model are its parts: ``points`` FP32 [N, load_dim], ``image`` BYTES [1] (an encoded image) or UINT8
-[H, W, 3] RGB, ``calibration`` BYTES [1] (JSON). A model with one part also accepts ``frame`` BYTES [n]: n encoded
-frames in one request. Optional inputs of a model of several sweeps are ``sweep.0``, ``sweep.1``, … FP32 [N, load_dim],
-of which the metadata lists the first, and ``sweeps`` BYTES [1] (JSON). Outputs are concatenated over all frames;
-`num_detections` holds the number of each frame.
+The inputs of a model are its parts: ``points`` FP32 [N, load_dim], ``image`` BYTES [1] (an encoded image) or RGB pixels
+(`serve.gateway.routes.pixels`), ``calibration`` BYTES [1] (JSON). A model with one part also accepts ``frame`` BYTES
+[n]: n encoded frames in one request. Optional inputs of a model of several sweeps are ``sweep.0``, ``sweep.1``, … FP32
+[N, load_dim], of which the metadata lists the first, and ``sweeps`` BYTES [1] (JSON). Outputs are concatenated over all
+frames; `num_detections` holds the number of each frame.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import re
@@ -25,9 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import orjson
-from PIL import Image
 
 from serve.errors import BackendBroken, BadRequest, FrameTooLarge, UndecodableFrame, UnknownOption, quote
+from serve.gateway.routes.pixels import encode_pixels
 from serve.protocol.batch import MAX_NAME_CHARS, MAX_PARTS, Body, Bytes, RawFrame
 from serve.protocol.json_reader import JsonBounds, LongText, decode_base64, decode_text, read_json
 from serve.protocol.sweeps import is_sweep_part
@@ -361,11 +360,9 @@ def _build_part(name: str, tensor: npt.NDArray[Any] | list[Bytes], spec: Mapping
                 f"{name[:80]} must be FP32 [N, {load_dim}], not {tensor.dtype} {list(tensor.shape)}"
             )
         return np.ascontiguousarray(tensor).tobytes()
-    if name.startswith("image") and tensor.dtype == np.uint8 and tensor.ndim == 3 and tensor.shape[2] == 3:
-        stream = io.BytesIO()
-        Image.fromarray(tensor).save(stream, "PNG", compress_level=1)
-        return stream.getvalue()
-    raise UndecodableFrame(f"{name} must be BYTES [1]{', or UINT8 [H, W, 3] RGB' * name.startswith('image')}")
+    if name.startswith("image"):
+        return encode_pixels(name, tensor)
+    raise UndecodableFrame(f"{name} must be BYTES [1]")
 
 
 def _output_kinds(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

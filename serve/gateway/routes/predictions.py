@@ -11,12 +11,21 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serve.errors import Overloaded, ServeError
+from serve.formats.kitti import Camera
 from serve.gateway.dispatch import Outcome, run_frames, stream_frames
 from serve.gateway.middleware import permit_of, request_id_of
 from serve.gateway.models import ModelRegistry, ModelVersion
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import ParsedRequest, parse_request_options, read_query, receive_frames
-from serve.gateway.response import Media, Timing, choose_media, encode_line, encode_list, encode_one
+from serve.gateway.response import (
+    Media,
+    Timing,
+    check_fields,
+    choose_media,
+    encode_line,
+    encode_list,
+    encode_one,
+)
 from serve.gateway.router import FrameRoute
 from serve.protocol.worker import EncodedFrame
 from serve.storage.references import References
@@ -39,13 +48,14 @@ def predict_route(options: GatewayOptions, registry: ModelRegistry, references: 
         parsed = await receive_frames(
             request, permit, options, request_options.frame, _parts(served), references
         )
+        check_fields(parsed.frames, media)
         timing.decode_s = time.perf_counter() - arrived
         request.scope["state"]["frames"] = len(parsed.frames)
         remaining_s = request_options.timeout_s - timing.decode_s
         if media == "application/x-ndjson":
             return _LinesResponse(_lines(request, served, parsed.frames, remaining_s))
         outcomes = await run_frames(request, served, parsed.frames, remaining_s)
-        return await _answer(request, served, parsed, outcomes, media, timing)
+        return await _answer(request, served, parsed, outcomes, media, timing, request_options.camera)
 
     return predict
 
@@ -61,6 +71,7 @@ async def _answer(
     outcomes: list[Outcome],
     media: Media,
     timing: Timing,
+    camera: Camera | None,
 ) -> Response:
     for outcome in outcomes:
         if not isinstance(outcome, ServeError):
@@ -73,7 +84,7 @@ async def _answer(
     else:
         (frame,) = parsed.frames
         assert isinstance(frame, EncodedFrame)
-        body = await encode_one(outcomes[0], frame, media, _load_dim(served))
+        body = await encode_one(outcomes[0], frame, media, _load_dim(served), camera)
     timing.encode_s = time.perf_counter() - began
     request.scope["state"]["timing"] = timing
     return Response(body, media_type=media, headers={"server-timing": timing.header()})
