@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from serve import errors
-from serve.client import Client
+from serve.client import Client, Retry
 from serve.errors import error_from_response
 
 DETECTIONS = {"bboxes_3d": [[1, 2, 3, 4, 5, 6, 0.5]], "scores_3d": [0.75], "labels_3d": [0]}
@@ -166,7 +166,7 @@ def test_error_body_raises_the_class_of_its_code(
     server: FakeServer, status: int, body: Any, kind: type[errors.ServeError], quoted: str
 ) -> None:
     server.status, server.body = status, json.dumps(body).encode()
-    with Client(server.address) as client, pytest.raises(kind, match=quoted) as caught:
+    with Client(server.address, retry=Retry(())) as client, pytest.raises(kind, match=quoted) as caught:
         client.predict(b"", "second")
     assert type(caught.value) is kind
 
@@ -240,6 +240,6 @@ def test_the_bytes_of_an_answer_can_be_had() -> None:
     body = b'{"bboxes_3d":[[0.0000036159506]],"scores_3d":[0.5],"labels_3d":[0]}'
     with running() as server, Client(server.address) as client:
         server.body = body
-        answer, encoded = client.predict_encoded(b"frame", "second", options={"score_thr": 0.25})
-        assert encoded == body and answer == json.loads(body)
+        result = client.predict(b"frame", "second", score_thr=0.25)
+        assert result.encoded == body and result == json.loads(body)
         assert server.seen["headers"]["X-Score-Thr"] == "0.25"

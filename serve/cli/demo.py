@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from serve.cli.serve import KNOWN_TO_SERVE, STATE_DIR, archive_demo, serve_until
 from serve.client import Client
 from serve.errors import ArchiveError
 from serve.gateway.options import GatewayOptions
-from serve.protocol.frames import encode_json
 from serve.settings import Settings
 from serve.storage.hashes import sha256_of
 from serve.torchserve import ServedModel, TorchServeOptions
@@ -98,7 +97,7 @@ def _show(service: Service, seconds: float, frame: Path) -> None:
     address = service.gateway_url or service.torchserve.inference_url
     with Client(address) as client:
         answer = client.predict(body, "second", score_thr=SCORE_THR)
-    frame.with_suffix(".json").write_bytes(encode_json(answer))
+    frame.with_suffix(".json").write_bytes(answer.encoded)
     frame.with_suffix(".png").write_bytes(encode_png(draw_frame(body, answer, load_dim=4)))
     print(
         f"ready after {seconds:.1f} s; the sample frame has {len(answer['names'])} detections of {SCORE_THR} or more:"
@@ -112,7 +111,7 @@ def _show(service: Service, seconds: float, frame: Path) -> None:
     print("Ctrl-C stops it.", flush=True)
 
 
-def _table(answer: dict[str, Any], most: int = 12) -> str:
+def _table(answer: Mapping[str, Any], most: int = 12) -> str:
     rows = ["  class        score     x m     y m     z m  length  width  height  yaw rad"]
     for name, score, box in list(zip(answer["names"], answer["scores_3d"], answer["bboxes_3d"], strict=True))[
         :most

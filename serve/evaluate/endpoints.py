@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from serve.client import Client
+from serve.client import Client, Retry
+from serve.client.frames import CONTENT_TYPES
 from serve.errors import Overloaded
 from serve.evaluate.frames import DataFrame
 from serve.protocol.frames import FrameOptions, Limits, encode_json
-from serve.verify.endpoint import CONTENT_TYPES
 
 __all__ = ["ArchiveEndpoint", "Endpoint", "ServerEndpoint"]
 
-_RETRIES = 6
-_FIRST_PAUSE_S = 0.25
+_RETRY = Retry(tuple(0.25 * 2**attempt for attempt in range(6)), kinds=(Overloaded,))
 
 
 class Endpoint(Protocol):
@@ -62,9 +59,7 @@ class ServerEndpoint:
         """Check the address without connecting; the arguments are those of `serve.client.Client`."""
         self.name, self.concurrency = model, concurrency
         self._version = version
-        self._clients = [Client(address, token=token, timeout_s=timeout_s) for _ in range(concurrency)]
-        self._free = list(self._clients)
-        self._lock = threading.Lock()
+        self._client = Client(address, token=token, timeout_s=timeout_s, retry=_RETRY)
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="evaluate")
 
     def __enter__(self) -> Self:
@@ -74,40 +69,22 @@ class ServerEndpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._threads.shutdown(cancel_futures=True)
-        for client in self._clients:
-            client.close()
+        self._client.close()
 
     def submit(self, frame: DataFrame) -> Future[Mapping[str, Any]]:
         """Send a frame on a free connection."""
         return self._threads.submit(self._predict, frame)
 
     def _predict(self, frame: DataFrame) -> Mapping[str, Any]:
-        with self._lock:
-            client = self._free.pop()
-        try:
-            return self._predict_by(client, frame)
-        finally:
-            with self._lock:
-                self._free.append(client)
-
-    def _predict_by(self, client: Client, frame: DataFrame) -> Mapping[str, Any]:
         single = next(iter(frame.parts.values())) if len(frame.parts) == 1 else None
-        kind = CONTENT_TYPES.get(Path(frame.name).suffix.lower(), "application/octet-stream")
-        for attempt in range(_RETRIES + 1):
-            try:
-                return client.predict(
-                    frame.parts if single is None else single,
-                    self.name,
-                    self._version,
-                    content_type=kind,
-                    # The model's own threshold, test_cfg.score_thr, is the only one.
-                    score_thr=0.0,
-                )
-            except Overloaded:
-                if attempt == _RETRIES:
-                    raise
-                time.sleep(_FIRST_PAUSE_S * 2**attempt)
-        raise AssertionError("unreachable")
+        return self._client.predict(
+            frame.parts if single is None else single,
+            self.name,
+            self._version,
+            content_type=CONTENT_TYPES.get(Path(frame.name).suffix.lower()),
+            # The model's own threshold, test_cfg.score_thr, is the only one.
+            score_thr=0.0,
+        )
 
 
 class ArchiveEndpoint:

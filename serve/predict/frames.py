@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from serve.client.frames import encode_points, frame_parts
 from serve.errors import ServeError, UndecodableFrame
 from serve.protocol.batch import Body
 
@@ -124,16 +124,8 @@ def as_body(frame: FrameInput) -> Body:
     if isinstance(frame, str | Path):
         return read_path(Path(frame))
     if isinstance(frame, np.ndarray):
-        if frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3:
-            return encode_pixels(frame)
-        if frame.ndim == 2 and frame.dtype.kind == "f":
-            file = io.BytesIO()
-            np.save(file, np.ascontiguousarray(frame, np.float32))
-            return file.getvalue()
-        raise UndecodableFrame(
-            f"an array of {frame.dtype} and shape {frame.shape} is no frame; give an image as (height, width, 3) uint8 "
-            "BGR, or a point cloud as (points, columns) float32"
-        )
+        is_image = frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
+        return encode_pixels(frame) if is_image else encode_points(frame)
     return frame
 
 
@@ -143,8 +135,6 @@ def read_path(path: Path) -> Body:
     Raises:
         UndecodableFrame: it cannot be read.
     """
-    from serve.verify.endpoint import frame_parts
-
     try:
         if parts := frame_parts(path):
             return {part: file.read_bytes() for part, file in parts.items()}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from serve import archive, ops
 from serve.archive import Archive
-from serve.client import Client
+from serve.client import Client, PredictOptions, Retry
 from serve.errors import (
     BackendBroken,
     InferenceFailed,
@@ -214,7 +214,6 @@ class RemoteModel(_Closing):
     ) -> None:
         """See `connect`."""
         self._url, self._name, self._version = url, name, version
-        self._token, self._timeout_s = token, timeout_s
         self._asked: queue.SimpleQueue[tuple[Future[Outcome], Future[Any]] | None] = queue.SimpleQueue()
         # Not of an executor, whose threads the interpreter waits for: Ctrl-C would wait for a server that hangs.
         self._threads = [
@@ -222,8 +221,7 @@ class RemoteModel(_Closing):
         ]
         for thread in self._threads:
             thread.start()
-        self._own = threading.local()
-        self._clients: list[Client] = []
+        self._client = Client(url, token=token, timeout_s=timeout_s)
         try:
             self.description = self._describe()
         except BaseException:
@@ -238,7 +236,7 @@ class RemoteModel(_Closing):
     def _describe(self) -> Mapping[str, Any]:
         """Read the gateway's description, and wait for a model that is loading; empty of a TorchServe."""
         for pause_s in (*_RETRIES_S, 0.0):
-            found = self._client().describe(self._name, self._version)
+            found = self._client.describe(self._name, self._version)
             if found is None:
                 return {}
             if "modality" in found:
@@ -300,30 +298,17 @@ class RemoteModel(_Closing):
         if isinstance(found, ServeError):
             return found
         body, options = found
-        for pause_s in (*_RETRIES_S, None):
-            try:
-                answer, encoded = self._client().predict_encoded(
-                    body, self._name, self._version, options=_given(options)
-                )
-                return ServedAnswer(answer, encoded)
-            except (Overloaded, NotReady, BackendBroken) as error:
-                if pause_s is None:
-                    if isinstance(error, Overloaded):
-                        return error
-                    raise
-                time.sleep(pause_s)
-            except ServeError as error:
-                if error.status in (401, 403, 404):  # so it would be for every frame
-                    raise
-                return error
-        raise AssertionError("unreachable")
-
-    def _client(self) -> Client:
-        client: Client | None = getattr(self._own, "client", None)
-        if client is None:
-            client = self._own.client = Client(self._url, token=self._token, timeout_s=self._timeout_s)
-            self._clients.append(client)
-        return client
+        # Frames of an overloaded or restarting server are worth more patience than a single call of a user.
+        retry = Retry(_RETRIES_S, kinds=(Overloaded, NotReady, BackendBroken), connection_failures=True)
+        try:
+            result = self._client.predict(body, self._name, self._version, retry=retry, **_given(options))
+        except (NotReady, BackendBroken):
+            raise
+        except ServeError as error:
+            if error.status in (401, 403, 404):  # so it would be for every frame
+                raise
+            return error
+        return ServedAnswer(result, result.encoded)
 
     def close(self) -> None:
         """Close the connections; a request that takes longer than a second is left alone."""
@@ -331,8 +316,7 @@ class RemoteModel(_Closing):
             self._asked.put(None)
         for thread in self._threads:
             thread.join(_LAST_REQUEST_S)
-        for client in self._clients:
-            client.close()
+        self._client.close()
 
 
 def connect(
@@ -370,11 +354,15 @@ class ServedAnswer(dict[str, Any]):
         self.encoded = encoded
 
 
-def _given(options: FrameOptions) -> dict[str, Any]:
+def _given(options: FrameOptions) -> PredictOptions:
     """Return the options that differ from their defaults."""
-    return {
+    given: Any = {
         each.name: value for each in fields(options) if (value := getattr(options, each.name)) != each.default
     }
+    if options.class_thr:
+        given["class_thr"] = dict(options.class_thr)
+    found: PredictOptions = given
+    return found
 
 
 def outcome_of(prepared: Future[Any]) -> Any:

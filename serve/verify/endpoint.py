@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from serve.client import Client
+from serve.client import Client, frame_parts
 from serve.compare.detections import Comparison, compare_answers, is_3d
 from serve.compare.labels import LabelComparison, has_labels
 from serve.compare.ties import VARIANTS, confirm_ties
@@ -22,13 +22,11 @@ from serve.torchserve.management import read_tokens
 from serve.verify.reference import FRAME_SUFFIXES, filter_by_score
 
 __all__ = [
-    "CONTENT_TYPES",
     "FRAME_MARKERS",
     "Expected",
     "FrameReport",
     "Reference",
     "find_frames",
-    "frame_parts",
     "read_token",
     "require_same_model",
     "verify",
@@ -36,14 +34,6 @@ __all__ = [
 
 # Mark a folder as a frame of several sweeps, and of several sensors.
 _SWEEPS, _CALIBRATION = FRAME_MARKERS = ("sweeps.json", "calibration.json")
-#: Media types of image files, by suffix.
-CONTENT_TYPES = {
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".png": "image/png",
-    ".bmp": "image/bmp",
-    ".webp": "image/webp",
-}
 
 
 class Expected(Protocol):
@@ -153,13 +143,7 @@ def verify(
     for path in frames:
         parts = frame_parts(path)
         expected = filter_by_score(reference.detect(parts or path), score_thr)
-        served = client.predict(
-            {name: file.read_bytes() for name, file in parts.items()} if parts else path.read_bytes(),
-            model,
-            version,
-            content_type=CONTENT_TYPES.get(path.suffix.lower(), "application/octet-stream"),
-            score_thr=score_thr,
-        )
+        served = client.predict(path, model, version, score_thr=score_thr)
         require_same_model(reference, served, model)
         found = compare_answers(expected, served, tolerances, score_thr)
         variants = (
@@ -168,11 +152,6 @@ def verify(
         )
         found = confirm_ties(found, expected, served, variants)
         yield FrameReport(path, expected, served, found)
-
-
-def frame_parts(path: Path) -> dict[str, Path]:
-    """Files of a frame of several parts, by part; empty for a frame that is one file."""
-    return {file.stem: file for file in sorted(path.iterdir()) if file.is_file()} if path.is_dir() else {}
 
 
 def read_token(path: str | Path) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from serve.client import frame_parts
 from serve.compare.detections import Comparison, compare_answers, detection_count
 from serve.compare.labels import LabelComparison
-from serve.verify.endpoint import FrameReport, frame_parts
+from serve.verify.endpoint import FrameReport
 from serve.visualize.detections import draw_frame, encode_png
 
 __all__ = ["comparison_table", "draw_report", "frame_table", "summary"]

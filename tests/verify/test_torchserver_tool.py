@@ -22,8 +22,8 @@ import pytest
 
 from serve import errors
 from serve.cli import run
-from serve.client import Client
-from serve.verify.endpoint import find_frames, frame_parts, read_token, verify
+from serve.client import Client, frame_parts
+from serve.verify.endpoint import find_frames, read_token, verify
 from serve.verify.reference import ReferenceModel, filter_by_score, load_reference
 from serve.verify.report import draw_report, frame_table, summary
 

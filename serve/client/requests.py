@@ -1,0 +1,370 @@
+"""The protocol without a network: what a call sends, and what its answer means.
+
+A call is a generator. It yields what somebody else has to do (`Work`, `Send`, `Wait`), gets the result back, or the
+error thrown in, and returns the value of the call. `serve.client.blocking` and `serve.client.asynchronous` drive the
+same generators.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, Protocol, TypedDict, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from serve.client.frames import EncodedBody, FrameInput, encode_frame
+from serve.client.results import Result
+from serve.client.retry import Retry
+from serve.errors import (
+    BackendBroken,
+    BadRequest,
+    DeadlineExceeded,
+    ModelNotFound,
+    NotReady,
+    ServeError,
+    UnknownOption,
+    error_from_response,
+)
+
+__all__ = ["Calls", "PredictOptions", "Reply", "Send", "Steps", "Wait", "Window", "Work"]
+
+CONNECT_S = 10.0  # enough for any server that runs
+_MAX_QUOTED_CHARS = 200  # of an unexpected answer in an error message
+# Longest deadline that is passed on: the gateway's default of the longest that a request may name.
+_MAX_PASSED_ON_S = 300.0
+T = TypeVar("T")
+
+
+class PredictOptions(TypedDict, total=False):
+    """Options of a prediction; what is left out is as the server has it.
+
+    Attributes:
+        score_thr: minimum score of a detection, 0 to 1.
+        max_detections: maximum number of detections, best first.
+        classes: names of the classes to keep.
+        class_thr: minimum score by class, in place of `score_thr`.
+        fields: names of the fields that the answer has.
+        columns: columns of the point cloud, as in ``x,y,z,intensity=0``.
+        load_dim: numbers per point, which the server checks.
+        num_points: number of points, which the server checks; required for an empty ``.bin``.
+        sweeps: ``accumulated`` if the point cloud has the points and times of several sweeps.
+    """
+
+    score_thr: float | None
+    max_detections: int | None
+    classes: list[str] | tuple[str, ...] | str | None
+    class_thr: Mapping[str, float] | str | None
+    fields: list[str] | tuple[str, ...] | str | None
+    columns: str | None
+    load_dim: int | None
+    num_points: int | None
+    sweeps: str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One HTTP request."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: EncodedBody = b""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of httpx: the parts of a frame are the files of a form."""
+        found: dict[str, Any] = {"method": self.method, "url": self.path, "headers": dict(self.headers)}
+        if isinstance(self.body, dict):
+            files = {
+                name: (name, bytes(part), "application/octet-stream") for name, part in self.body.items()
+            }
+            return {**found, "files": files}
+        return {**found, "content": bytes(self.body)}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One HTTP response, read to its end."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    def document(self) -> Any:
+        """Return the parsed body, None if it is not JSON."""
+        try:
+            return json.loads(self.content)
+        except ValueError:
+            return None
+
+    def error(self) -> ServeError:
+        """Return the error that the response stands for."""
+        return error_from_response(self.status, self.document(), self.content.decode(errors="replace"))
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send a request, and give back its `Reply` within `timeout_s` seconds."""
+
+    request: Request
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Wait for so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Call, where it blocks nobody, and give back what it returns."""
+
+    call: Callable[[], Any]
+
+
+Steps = Generator[Send | Wait | Work, Any, T]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Calls of one server.
+
+    Args:
+        address: ``host:port`` or a full ``http(s)://`` URL.
+        timeout_s: deadline of a call that names none, seconds.
+        retry: rule of repetition.
+
+    Raises:
+        BadRequest: the address is none.
+    """
+
+    address: str
+    timeout_s: float
+    retry: Retry
+
+    @property
+    def url(self) -> httpx.URL:
+        """The server's address as a URL."""
+        try:
+            parsed = httpx.URL(self.address if "://" in self.address else f"http://{self.address}")
+            if parsed.scheme not in ("http", "https") or not parsed.host:
+                raise httpx.InvalidURL("no host")
+        except (httpx.InvalidURL, ValueError) as error:
+            message = f"invalid server address {self.address!r}; use host:port, for example 127.0.0.1:8080"
+            raise BadRequest(message) from error
+        return parsed
+
+    # Calls
+
+    def predict(
+        self,
+        frame: FrameInput,
+        model: str,
+        version: str | None,
+        options: PredictOptions,
+        *,
+        content_type: str | None = None,
+        timeout_s: float | None = None,
+        retry: Retry | None = None,
+    ) -> Steps[Result]:
+        """Send a frame; returns its result."""
+        request = self._predict(frame, model, version, options, content_type, timeout_s)
+        return (yield from self._exchange(request, self._read_result, timeout_s, retry))
+
+    def draw(
+        self,
+        frame: FrameInput,
+        model: str,
+        version: str | None,
+        options: PredictOptions,
+        *,
+        content_type: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Steps[bytes]:
+        """Send a frame; returns its picture with the detections."""
+        request = self._predict(frame, model, version, options, content_type, timeout_s, accept="image/png")
+        return (yield from self._exchange(request, self._read_picture, timeout_s))
+
+    def models(self, model: str | None = None) -> Steps[list[dict[str, Any]] | None]:
+        """Ask for the descriptions of all models, or of the versions of one; returns None for TorchServe."""
+        path = "/models" if model is None else f"/models/{quote(model, safe='')}"
+        request = Work(lambda: Request("GET", path))
+        return (yield from self._exchange(request, self._read_models))
+
+    def describe(self, model: str, version: str | None) -> Steps[dict[str, Any] | None]:
+        """Ask for the description of one version of a model; returns None for TorchServe."""
+        entries = yield from self.models(model)
+        if entries is None:
+            return None
+        for each in entries:
+            if each.get("version") == version if version is not None else each.get("default"):
+                return each
+        raise ModelNotFound(f"{self.address} has no version {version} of model '{model}'")
+
+    # Requests
+
+    def _predict(
+        self,
+        frame: FrameInput,
+        model: str,
+        version: str | None,
+        options: PredictOptions,
+        content_type: str | None,
+        timeout_s: float | None,
+        accept: str = "application/json",
+    ) -> Work:
+        path = f"/predictions/{quote(model, safe='')}"
+        if version is not None:
+            path += f"/{quote(version, safe='')}"
+        headers = {"Accept": accept, **_option_headers(options)}
+        if timeout_s is not None and timeout_s <= _MAX_PASSED_ON_S:  # so that nothing late is computed
+            headers["X-Timeout-Ms"] = f"{max(1.0, timeout_s * 1000):.0f}"
+        return Work(partial(_with_body, Request("POST", path, headers), frame, content_type))
+
+    def _exchange(
+        self,
+        request: Work,
+        read: Callable[[Reply], T],
+        timeout_s: float | None = None,
+        retry: Retry | None = None,
+    ) -> Steps[T]:
+        """Make a request, send it, again if need be, and return what `read` makes of the answer."""
+        limit_s, retry = self.timeout_s if timeout_s is None else timeout_s, retry or self.retry
+        end = time.monotonic() + limit_s
+        made: Request = yield request
+        attempt = 0
+        while True:
+            attempt += 1
+            reply: Reply | None = None
+            try:
+                reply = yield Send(made, max(0.001, end - time.monotonic()))
+                return read(reply)
+            except ServeError as error:
+                pause_s = retry.pause_s(error, attempt, None if reply is None else reply.headers)
+                if pause_s is None or time.monotonic() + pause_s >= end:
+                    raise
+            yield Wait(pause_s)
+
+    # Answers
+
+    def _read_result(self, reply: Reply) -> Result:
+        answer = reply.document()
+        if reply.status != 200:
+            raise reply.error()
+        if not isinstance(answer, dict):
+            shown = reply.content[:_MAX_QUOTED_CHARS].decode(errors="replace")
+            raise BackendBroken(
+                f"unexpected answer of {self.address}, not the detections of one frame: {shown}"
+            )
+        if "error" in answer:  # an error with status 200 violates the contract
+            raise error_from_response(502, answer)
+        return Result(answer, reply.content, reply.headers)
+
+    def _read_picture(self, reply: Reply) -> bytes:
+        if reply.status != 200:
+            raise reply.error()
+        if reply.headers.get("content-type") != "image/png":
+            raise BadRequest(f"{self.address} draws no pictures; use the gateway's address (port 8000)")
+        return reply.content
+
+    def _read_models(self, reply: Reply) -> list[dict[str, Any]] | None:
+        answer = reply.document()
+        is_own = isinstance(answer, dict) and isinstance(answer.get("error"), dict)
+        if reply.status in (404, 405) and not is_own:
+            return None  # TorchServe has no such route
+        if reply.status != 200:
+            raise reply.error()
+        if not isinstance(answer, list) or not all(isinstance(each, dict) for each in answer):
+            raise BackendBroken(f"unexpected answer of {self.address}, not a list of models")
+        return answer
+
+    @contextmanager
+    def map_errors(self, timeout_s: float) -> Iterator[None]:
+        """Map exceptions of httpx to errors of `serve.errors`."""
+        where = self.address
+        try:
+            yield
+        except httpx.ConnectTimeout as error:
+            shown = min(timeout_s, CONNECT_S)
+            raise NotReady(f"cannot connect to {where} within {shown:g} s; check the address") from error
+        except (httpx.TimeoutException, TimeoutError) as error:
+            raise DeadlineExceeded(f"{where} did not answer within {timeout_s:.3g} s") from error
+        except httpx.ConnectError as error:
+            message = f"cannot connect to {where} ({error}); start the server, or pass its address"
+            raise NotReady(message) from error
+        except httpx.DecodingError as error:
+            raise BackendBroken(f"unexpected answer of {where}: {error}") from error
+        except httpx.TransportError as error:
+            raise BackendBroken(f"lost the connection to {where}: {error}") from error
+
+
+def _with_body(request: Request, frame: FrameInput, content_type: str | None) -> Request:
+    body, found = encode_frame(frame)
+    headers = (
+        request.headers
+        if isinstance(body, dict)
+        else {"Content-Type": content_type or found, **request.headers}
+    )
+    return Request(request.method, request.path, headers, body)
+
+
+def _option_headers(options: PredictOptions) -> dict[str, str]:
+    """Return options as headers, because TorchServe drops the query string of ``/predictions``."""
+    known = PredictOptions.__annotations__
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise UnknownOption(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    return {
+        f"X-{name.replace('_', '-').title()}": _option_text(value)
+        for name, value in options.items()
+        if value is not None
+    }
+
+
+def _option_text(value: object) -> str:
+    if isinstance(value, str):
+        return value if value.isascii() else json.dumps(value.split(","))
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value))
+    return json.dumps(list(value)) if isinstance(value, list | tuple) else str(value)
+
+
+class _Task(Protocol):
+    def done(self) -> bool: ...
+
+
+Started = TypeVar("Started", bound=_Task)
+
+
+class Window(Generic[Started]):
+    """Tasks of a sequence that are under way, taken in the order in which they were added.
+
+    Args:
+        size: tasks at a time, waiting for their turn included.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._tasks: deque[Started] = deque()
+
+    def add(self, task: Started) -> None:
+        """Add the next task."""
+        self._tasks.append(task)
+
+    def take(self, *, ended: bool = False) -> Iterator[Started]:
+        """Take the first tasks while they are done, too many, or all that is left if the sequence has `ended`."""
+        while self._tasks and (ended or len(self._tasks) >= self._size or self._tasks[0].done()):
+            yield self._tasks.popleft()
+
+    def rest(self) -> Iterator[Started]:
+        """Take all that is left, to give it up."""
+        while self._tasks:
+            yield self._tasks.popleft()
