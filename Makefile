@@ -21,6 +21,7 @@ NAME ?= $(patsubst %.py,%,$(notdir $(MODEL)))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
 BENCH_STAMP := .venv-bench/.stamp
+UI_STAMP := .venv-ui/.stamp
 TRAIN_STAMP := $(VENV)/.train-stamp
 SETUP_INPUTS := pyproject.toml setup.py tools/setup_env.py serve/ops/autoload.py $(wildcard requirements/*.lock)
 CODE := serve handlers tools tests
@@ -31,7 +32,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max
 # Run a command for a task that will go, after a warning that names the command to use.
 deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
 
-.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check compose-up k8s-render k8s-check sbom check-range lock clean distclean
+.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check compose-up k8s-render k8s-check sbom check-range lock ui test-ui clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +82,18 @@ test-gpu: $(STAMP) ## Run the tests that need a CUDA device, and name those skip
 
 test-attack: $(STAMP) ## Run every attack of tests/attacks, the long ones too; TESTS picks some
 	$(PY) -m pytest $(or $(TESTS),tests/attacks)
+
+test-ui: $(UI_STAMP) #: Run the tests of the page in this machine's Chromium; TESTS picks some
+	.venv-ui/bin/python -m pytest $(or $(TESTS),tests/ui)
+
+# Behind its own packages it sees the project's.
+$(UI_STAMP): $(STAMP) requirements/ui.lock
+	$(PY) -m venv --clear .venv-ui
+	.venv-ui/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
+		--only-binary=:all: -r requirements/ui.lock
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$(.venv-ui/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	@touch $@
 
 demo: $(STAMP) ## Serve the demo SECOND and print a curl line that works; Ctrl-C stops it
 	@exec $(PY) -m serve demo $(ARGS)
@@ -155,17 +168,23 @@ lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for t
 	$(COMPILE) pyproject.toml --extra gateway -c requirements/runtime.lock -o requirements/gateway.lock
 	for name in dev otel video image installer torch-cuda; do \
 		$(COMPILE) --group $$name -c requirements/runtime.lock -o requirements/$$name.lock; done
-	for name in sbom bench; do \
+	for name in sbom bench ui; do \
 		$(COMPILE) --group $$name --excludes requirements/torch.exclude -o requirements/$$name.lock; done
 	$(COMPILE) --no-config --group train --excludes requirements/train.exclude --overrides requirements/train.override \
 		-c requirements/runtime.lock -o requirements/train.lock
+
+# What it makes is in git, so that neither `make setup` nor an image needs Node (docs/ui.md).
+ui: #: Build the page's scripts of serve/gateway/ui/source into serve/gateway/ui/built; needs Node 20 or newer
+	@mkdir -p build/ui && find build/ui -mindepth 1 -maxdepth 1 ! -name node_modules -exec rm -rf {} +
+	@cp -R serve/gateway/ui/source/. build/ui
+	cd build/ui && npm ci --ignore-scripts --no-audit --no-fund && npm run build -- ../../serve/gateway/ui/built
 
 clean: ## Remove caches and build outputs; keeps the environment, archives and downloads
 	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean #: Also remove the environment
-	rm -rf $(VENV) .venv-bench
+	rm -rf $(VENV) .venv-bench .venv-ui
 
 # Until 0.3: tasks that wrap one command. Each prints the command to use instead.
 demo-evaluate: $(STAMP) #- python -m tools.demo evaluate

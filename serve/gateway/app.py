@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ from serve.gateway.router import FrameRouter, internal_error
 from serve.gateway.routes import health, kserve, kserve_state, predictions
 from serve.gateway.siblings import Siblings
 from serve.gateway.tracing import Tracing
+from serve.gateway.ui import pages, points
+from serve.settings import Settings
 from serve.storage.references import ReferenceLimits, References
 
 __all__ = ["create_app"]
@@ -88,13 +91,17 @@ def create_app(
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's loads its scripts from the internet
         redoc_url=None,
         redirect_slashes=False,
     )
+    limits = replace(Settings.from_environment().limits, max_frame_bytes=options.max_frame_bytes)
     for routes in (
         kserve_state.router(options, registry, rejected or {}),  # /v2/models/stats before /v2/models/{model}
         kserve.router(registry, lifecycle),
         health.router(registry, metrics, lifecycle, rejected or {}, siblings),
+        pages.router(is_ui=options.ui),
+        *((points.router(options, limits),) if options.ui else ()),
     ):
         app.include_router(routes)
     app.openapi = partial(_openapi, app, options)  # type: ignore[method-assign]
@@ -110,7 +117,14 @@ def create_app(
         infer=kserve.infer_route(options, registry),
     )
     wrapped = RequestMiddleware(
-        routed, keys=options.keys(), admission=admission, metrics=metrics, tracing=tracing
+        routed,
+        keys=options.keys(),
+        admission=admission,
+        metrics=metrics,
+        tracing=tracing,
+        documents={
+            path: partial(pages.document_response, path) for path in pages.document_paths(is_ui=options.ui)
+        },
     )
     if not options.cors_origins:
         return wrapped

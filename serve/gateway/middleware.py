@@ -15,8 +15,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -43,11 +44,16 @@ __all__ = ["RequestMiddleware", "error_response", "permit_of", "request_id_of"]
 RETRY_AFTER_S = 1
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/_.~-]*")
-_OPEN_PATHS = ("/health/", "/v2/health/", "/metrics", "/ping")
+# The assets are files of the package: they hold nothing of this server.
+_OPEN_PATHS = ("/health/", "/v2/health/", "/metrics", "/ping", "/ui/assets/", "/docs/assets/")
+_CHALLENGE = {"www-authenticate": "Bearer"}
 _CLOSING = (408, 413)  # close instead of draining the body
 _LINGERING_CLOSE_S = 2.0
 # Bytes of an answer that are given to the transport at a time; a shorter answer is not counted by the permit.
 _PIECE_BYTES = 64 * 1024
+
+# Creates a response of a status, with additional headers.
+DocumentResponse = Callable[[int, Mapping[str, str]], Response]
 
 logger = logging.getLogger("serve.gateway.access")
 
@@ -56,14 +62,31 @@ class RequestMiddleware:
     """ASGI middleware around the whole application."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: Sequence[str], admission: Admission, metrics: Metrics, tracing: Tracing
+        self,
+        app: ASGIApp,
+        *,
+        keys: Sequence[str],
+        admission: Admission,
+        metrics: Metrics,
+        tracing: Tracing,
+        documents: Mapping[str, DocumentResponse] = MappingProxyType({}),
     ) -> None:
-        """Accept any of the API `keys`; without keys, requests need none."""
+        """Accept any of the API `keys`; without keys, requests need none.
+
+        Args:
+            app: the application.
+            keys: API keys.
+            admission: gives each request its permit.
+            metrics: count each request.
+            tracing: traces each request.
+            documents: HTML documents by path, which ask for the key: the body of the 401 that a browser gets there.
+        """
         self._app = app
         self._admission = admission
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._metrics = metrics
         self._tracing = tracing
+        self._documents = documents
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -109,7 +132,7 @@ class RequestMiddleware:
                     permit.client = key
                 await self._app(scope, receive, send_answer)
             except ServeError as error:
-                await error_response(error, scope)(scope, receive, send_answer)
+                await self._refuse(error, scope, headers)(scope, receive, send_answer)
             except Exception:
                 # Already answered with a generic message; only the log has the reason.
                 logger.exception("unexpected error", extra={"request_id": request_id})
@@ -138,6 +161,13 @@ class RequestMiddleware:
                 **({"error": state["error"]} if "error" in state else {}),
             },
         )
+
+    def _refuse(self, error: ServeError, scope: Scope, headers: Headers) -> Response:
+        document = self._documents.get(scope["path"]) if isinstance(error, Unauthorized) else None
+        if document is None or scope["method"] != "GET" or "text/html" not in headers.get("accept", ""):
+            return error_response(error, scope)
+        scope["state"]["error"] = error.code
+        return document(error.status, _CHALLENGE)
 
     def _check_key(self, path: str, headers: Headers) -> str | None:
         """Reject a request without a valid API key; compares with every key in constant time.
@@ -200,7 +230,7 @@ def error_response(
     if isinstance(error, Overloaded | NotReady):
         response_headers["retry-after"] = str(RETRY_AFTER_S)
     if isinstance(error, Unauthorized):
-        response_headers["www-authenticate"] = "Bearer"
+        response_headers |= _CHALLENGE
     if status in _CLOSING:
         response_headers["connection"] = "close"
         return _LingeringClose(orjson.dumps(body), status, response_headers, media_type="application/json")

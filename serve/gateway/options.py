@@ -190,6 +190,7 @@ class GatewayOptions(Options):
     uri_private_hosts: Flag = option(
         False, "", "let web addresses below uri_prefixes lead to private networks"
     )
+    ui: Flag = option(True, "", "serve the page at /, which shows frames and detections", common=True)
     require_models: Names = option((), "NAME", "ready only when these models are", common=True)
     log_format: Literal["json", "text"] = option("json", "", "format of log lines", common=True)
     log_level: Literal["debug", "info", "warning", "error"] = option(

@@ -1,0 +1,123 @@
+/** Calls of the gateway; the key is held in memory only and sent as X-API-Key. */
+
+import { Answer, Model, PageError, Timing } from "./model";
+
+let key = "";
+
+export interface Prediction {
+  answer: Answer;
+  timing: Timing;
+  requestId: string;
+}
+
+/** Use another key from now on; an empty one sends none. */
+export function setKey(value: string): void {
+  key = value.trim();
+}
+
+export function hasKey(): boolean {
+  return key !== "";
+}
+
+/** Resolve a path of the gateway; relative, so that a proxy may serve it below a prefix. */
+function address(path: string): string {
+  return new URL(path, document.baseURI).href;
+}
+
+async function call(path: string, request: RequestInit = {}, alsoFine = 200): Promise<Response> {
+  const headers = new Headers(request.headers);
+  if (key) headers.set("X-API-Key", key);
+  let answer: Response;
+  try {
+    answer = await fetch(address(path), { ...request, headers, credentials: "omit", cache: "no-store" });
+  } catch (error) {
+    if (request.signal?.aborted) throw error;
+    throw new PageError("the server cannot be reached; check that it runs, and send the frame again", "unreachable");
+  }
+  if (!answer.ok && answer.status !== alsoFine) throw await errorOf(answer);
+  return answer;
+}
+
+async function errorOf(answer: Response): Promise<PageError> {
+  const requestId = answer.headers.get("x-request-id") ?? "";
+  const text = await answer.text();
+  try {
+    const { code, message } = JSON.parse(text).error;
+    return new PageError(message, code, answer.status, requestId);
+  } catch {
+    return new PageError(text.slice(0, 300) || answer.statusText, "", answer.status, requestId);
+  }
+}
+
+export async function listModels(): Promise<Model[]> {
+  const listed: Model[] = await (await call("models")).json();
+  return listed.filter((model) => model.name);
+}
+
+/** Reasons why the server is not ready; none if it is. */
+export async function readiness(): Promise<string[]> {
+  const { ready, reasons } = await (await call("health/ready", {}, 503)).json();
+  return ready ? [] : reasons;
+}
+
+export async function metricsText(): Promise<string> {
+  return (await call("metrics")).text();
+}
+
+/** Send one frame; tries again if the server has too much to do (429). */
+export async function predict(
+  model: Model,
+  parts: Map<string, File>,
+  options: Record<string, string>,
+  signal: AbortSignal,
+): Promise<Prediction> {
+  const query = new URLSearchParams(Object.entries(options).filter(([, value]) => value !== ""));
+  const path = `predictions/${encodeURIComponent(model.name)}/${encodeURIComponent(model.version)}?${query}`;
+  for (let tries = 1; ; tries++) {
+    const began = performance.now();
+    try {
+      const answer = await call(path, { method: "POST", body: bodyOf(parts), signal });
+      const prediction: Answer = await answer.json();
+      const timing = readTiming(answer.headers.get("server-timing") ?? "");
+      timing.total = performance.now() - began;
+      return { answer: prediction, timing, requestId: answer.headers.get("x-request-id") ?? "" };
+    } catch (error) {
+      if (!(error instanceof PageError) || error.status !== 429 || tries === 5) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+      signal.throwIfAborted();
+    }
+  }
+}
+
+/** A frame of one part is the body itself, which needs no form. */
+function bodyOf(parts: Map<string, File>): BodyInit {
+  if (parts.size === 1) return new Blob([[...parts.values()][0]], { type: "application/octet-stream" });
+  const form = new FormData();
+  for (const [name, file] of parts) form.append(name, file, file.name);
+  return form;
+}
+
+export interface DecodedPoints {
+  columns: string[];
+  values: Float32Array;
+}
+
+/** Let the server decode a cloud that the page has no reader for. */
+export async function decodePoints(file: Blob, signal?: AbortSignal): Promise<DecodedPoints> {
+  const answer = await call("ui/points", {
+    method: "POST",
+    body: new Blob([file], { type: "application/octet-stream" }),
+    signal,
+  });
+  const columns = (answer.headers.get("x-columns") ?? "x,y,z").split(",");
+  return { columns, values: new Float32Array(await answer.arrayBuffer()) };
+}
+
+/** Read a Server-Timing header: `decode;dur=0.3, queue;dur=…`. */
+export function readTiming(header: string): Timing {
+  const timing: Timing = {};
+  for (const [, stage, milliseconds] of header.matchAll(/([\w-]+);dur=([\d.]+)/g)) {
+    timing[stage] = Number(milliseconds);
+  }
+  return timing;
+}

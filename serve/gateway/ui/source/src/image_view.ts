@@ -1,0 +1,262 @@
+/** Images of a frame, side by side, with boxes, masks and segments; 3D boxes by the frame's calibration. */
+
+import { Calibration } from "./calibration";
+import { Detection } from "./detections";
+import { cornersOf, EDGES, headingOf, project } from "./geometry";
+import { drawChips, Label, prepare } from "./labels";
+import { decodeMask, Mask, SegmentMap } from "./masks";
+import { BoxKind } from "./model";
+import { classColour, css, Rgb } from "./palette";
+
+export interface Picture {
+  /** Name of the camera, "" of the only one. */
+  camera: string;
+  bitmap: ImageBitmap;
+}
+
+export interface Overlay {
+  detections: Detection[];
+  selected: Detection | null;
+  kind: BoxKind;
+  calibration: Calibration | null;
+  segments: SegmentMap | null;
+  hidden: Set<string>;
+}
+
+export class ImageView {
+  onPick: (detection: Detection | null) => void = () => {};
+  showLabels = true;
+  private pictures: Picture[] = [];
+  private overlay: Overlay | null = null;
+  private masks = new WeakMap<Detection, Layer>();
+  private segmentLayer: ImageBitmap | null = null;
+  private zoomed = 1;
+  private shift: [number, number] = [0, 0];
+  private isDue = false;
+
+  constructor(readonly canvas: HTMLCanvasElement) {
+    new ResizeObserver(() => this.redraw()).observe(canvas.parentElement!);
+    canvas.addEventListener("wheel", (event) => {
+      event.preventDefault();
+      this.zoom(Math.exp(-event.deltaY / 400), event.offsetX, event.offsetY);
+    });
+    let last: [number, number] | null = null;
+    let moved = 0;
+    canvas.addEventListener("pointerdown", (event) => {
+      last = [event.clientX, event.clientY];
+      moved = 0;
+      canvas.setPointerCapture(event.pointerId);
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      if (!last) return;
+      const [x, y] = [event.clientX - last[0], event.clientY - last[1]];
+      moved += Math.hypot(x, y);
+      last = [event.clientX, event.clientY];
+      this.move(x, y);
+    });
+    canvas.addEventListener("pointerup", (event) => {
+      last = null;
+      if (moved < 4) this.onPick(this.pick(event.offsetX, event.offsetY));
+    });
+    canvas.addEventListener("keydown", (event) => this.onKey(event));
+  }
+
+  setPictures(pictures: Picture[]): void {
+    const isSame = pictures.length === this.pictures.length;
+    this.pictures = pictures;
+    if (!isSame) this.reset();
+    this.redraw();
+  }
+
+  setOverlay(overlay: Overlay): void {
+    if (overlay.segments !== this.overlay?.segments) this.segmentLayer = null;
+    this.overlay = overlay;
+    void this.prepareLayers(overlay);
+    this.redraw();
+  }
+
+  reset(): void {
+    this.zoomed = 1;
+    this.shift = [0, 0];
+    this.redraw();
+  }
+
+  /** Zoom about a pixel of the canvas. */
+  zoom(factor: number, x = this.canvas.clientWidth / 2, y = this.canvas.clientHeight / 2): void {
+    const next = Math.min(Math.max(this.zoomed * factor, 1), 40);
+    this.shift = [x - ((x - this.shift[0]) * next) / this.zoomed, y - ((y - this.shift[1]) * next) / this.zoomed];
+    this.zoomed = next;
+    if (next === 1) this.shift = [0, 0];
+    this.redraw();
+  }
+
+  redraw(): void {
+    if (this.isDue) return;
+    this.isDue = true;
+    requestAnimationFrame(() => this.render());
+  }
+
+  render(): void {
+    this.isDue = false;
+    const { clientWidth: width, clientHeight: height } = this.canvas;
+    if (!width || !height) return;
+    const context = prepare(this.canvas, width, height);
+    for (const tile of this.tiles()) {
+      context.drawImage(tile.picture.bitmap, tile.left, tile.top, tile.width, tile.height);
+      if (this.overlay) this.drawOverlay(context, tile, this.overlay);
+      if (tile.picture.camera) {
+        context.font = "12px system-ui, sans-serif";
+        context.fillStyle = "#e6edf3";
+        context.fillText(tile.picture.camera, tile.left + 6, tile.top + 14);
+      }
+    }
+  }
+
+  /** Decode masks and segments to layers that are drawn like images. */
+  private async prepareLayers(overlay: Overlay): Promise<void> {
+    const wanted = overlay.detections.filter((each) => each.mask && !this.masks.has(each));
+    for (const detection of wanted) {
+      const mask = decodeMask(detection.mask!);
+      if (!mask) continue;
+      const { width, height, ones } = mask;
+      const bitmap = await layerOf(width, height, (k) => (ones[k] ? classColour(detection.label) : null));
+      this.masks.set(detection, { ...mask, bitmap });
+    }
+    const { segments, hidden } = overlay;
+    if (segments) {
+      const colours = segments.segments.map(({ name, category_id }) => (hidden.has(name) ? null : classColour(category_id)));
+      const layer = await layerOf(segments.width, segments.height, (k) => colours[segments.indices[k]] ?? null);
+      if (this.overlay === overlay) this.segmentLayer = layer;
+    }
+    if (wanted.length || segments) this.redraw();
+  }
+
+  private tiles(): Tile[] {
+    const { clientWidth: width, clientHeight: height } = this.canvas;
+    const count = this.pictures.length;
+    const columns = count > 1 ? Math.ceil(Math.sqrt((count * width) / height / 1.6)) : 1;
+    const rows = Math.ceil(count / columns);
+    return this.pictures.map((picture, k) => {
+      const [wide, high] = [width / columns, height / rows];
+      const scale = Math.min(wide / picture.bitmap.width, high / picture.bitmap.height);
+      const [w, h] = [picture.bitmap.width * scale, picture.bitmap.height * scale];
+      const left = (k % columns) * wide + (wide - w) / 2;
+      const top = Math.floor(k / columns) * high + (high - h) / 2;
+      return {
+        picture,
+        left: left * this.zoomed + this.shift[0],
+        top: top * this.zoomed + this.shift[1],
+        width: w * this.zoomed,
+        height: h * this.zoomed,
+        scale: scale * this.zoomed,
+      };
+    });
+  }
+
+  private drawOverlay(context: CanvasRenderingContext2D, tile: Tile, overlay: Overlay): void {
+    context.globalAlpha = 0.5;
+    for (const detection of overlay.detections) {
+      const layer = this.masks.get(detection);
+      if (!layer) continue;
+      const [x, y] = [tile.left + layer.left * tile.scale, tile.top + layer.top * tile.scale];
+      context.drawImage(layer.bitmap, x, y, layer.width * tile.scale, layer.height * tile.scale);
+    }
+    if (this.segmentLayer) context.drawImage(this.segmentLayer, tile.left, tile.top, tile.width, tile.height);
+    context.globalAlpha = 1;
+    const labels: Label[] = [];
+    for (const detection of [...overlay.detections].reverse()) {
+      const lines = this.linesOf(detection, tile, overlay);
+      if (!lines.length) continue;
+      const isBold = detection === overlay.selected;
+      context.beginPath();
+      for (const line of lines) line.forEach(([x, y], k) => (k ? context.lineTo(x, y) : context.moveTo(x, y)));
+      context.lineWidth = isBold ? 6 : 4;
+      context.strokeStyle = "rgb(0 0 0 / 0.7)";
+      context.stroke();
+      context.lineWidth = isBold ? 4 : 2;
+      context.strokeStyle = css(classColour(detection.label));
+      context.stroke();
+      const pixels = lines.flat();
+      const x = (Math.min(...pixels.map((p) => p[0])) + Math.max(...pixels.map((p) => p[0]))) / 2;
+      const y = Math.max(Math.min(...pixels.map((p) => p[1])) - 2, tile.top + 18);
+      const text = `${detection.name} ${detection.score.toFixed(2)}`;
+      labels.unshift({ x, y, text, colour: classColour(detection.label), isBold });
+    }
+    if (this.showLabels) drawChips(context, labels, this.canvas.clientWidth, this.canvas.clientHeight);
+  }
+
+  /** The lines of a box in pixels of the canvas; none if the camera does not see it. */
+  private linesOf(detection: Detection, tile: Tile, overlay: Overlay): [number, number][][] {
+    const place = ([u, v]: number[]): [number, number] => [tile.left + u * tile.scale, tile.top + v * tile.scale];
+    if (detection.box2d) {
+      const [x1, y1, x2, y2] = detection.box2d;
+      return [[[x1, y1], [x2, y1], [x2, y2], [x1, y2], [x1, y1]].map(place)];
+    }
+    const matrix = overlay.calibration?.projection(overlay.kind, tile.picture.camera);
+    if (!detection.box3d || !matrix) return [];
+    const corners = cornersOf(detection.box3d, overlay.kind).map((corner) => project(matrix, corner));
+    if (corners.includes(null)) return [];
+    const { width, height } = tile.picture.bitmap;
+    const isSeen = corners.some((corner) => corner![0] >= 0 && corner![0] < width && corner![1] >= 0 && corner![1] < height);
+    if (!isSeen) return [];
+    const lines = EDGES.map(([i, j]) => [place(corners[i]!), place(corners[j]!)]);
+    const heading = headingOf(detection.box3d, overlay.kind).map((point) => project(matrix, point));
+    return heading.includes(null) ? lines : [...lines, heading.map((pixel) => place(pixel!))];
+  }
+
+  private pick(x: number, y: number): Detection | null {
+    for (const tile of this.tiles()) {
+      let best: Detection | null = null;
+      let least = Infinity;
+      for (const detection of this.overlay?.detections ?? []) {
+        const pixels = this.linesOf(detection, tile, this.overlay!).flat();
+        if (!pixels.length) continue;
+        const [xs, ys] = [pixels.map((pixel) => pixel[0]), pixels.map((pixel) => pixel[1])];
+        const [left, right, top, bottom] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+        const area = (right - left) * (bottom - top);
+        const isInside = left <= x && x <= right && top <= y && y <= bottom;
+        if (isInside && area < least) [best, least] = [detection, area];
+      }
+      if (best) return best;
+    }
+    return null;
+  }
+
+  private move(x: number, y: number): void {
+    if (this.zoomed === 1) return;
+    this.shift = [this.shift[0] + x, this.shift[1] + y];
+    this.redraw();
+  }
+
+  private onKey(event: KeyboardEvent): void {
+    const arrows: Record<string, [number, number]> = {
+      ArrowLeft: [40, 0], ArrowRight: [-40, 0], ArrowUp: [0, 40], ArrowDown: [0, -40],
+    };
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (arrows[event.key]) this.move(...arrows[event.key]);
+    else if (event.key === "+" || event.key === "=") this.zoom(1.25);
+    else if (event.key === "-") this.zoom(1 / 1.25);
+    else return;
+    event.preventDefault();
+  }
+}
+
+type Layer = Mask & { bitmap: ImageBitmap };
+
+interface Tile {
+  picture: Picture;
+  left: number;
+  top: number;
+  width: number;
+  height: number;
+  scale: number;
+}
+
+function layerOf(width: number, height: number, colour: (k: number) => Rgb | null): Promise<ImageBitmap> {
+  const pixels = new ImageData(width, height);
+  for (let k = 0; k < width * height; k++) {
+    const found = colour(k);
+    if (found) pixels.data.set([...found, 255], 4 * k);
+  }
+  return createImageBitmap(pixels);
+}

@@ -1,0 +1,237 @@
+/** The page: wires panels, views and the server together. */
+
+import { hasKey, setKey } from "./api";
+import { CloudView } from "./cloud_view";
+import { Layout, layoutOf } from "./clouds/read";
+import { continueDetection, Detection, isShown } from "./detections";
+import { announce, byId, clearErrors, make, showError } from "./dom";
+import { answersAsJson, save, viewsAsPng } from "./export";
+import { FoundPanel } from "./found_panel";
+import { FramesPanel } from "./frames_panel";
+import { Dropped, filesOf, filesOfInput, listFrames } from "./frames";
+import { ImageView } from "./image_view";
+import { Model } from "./model";
+import { Player } from "./player";
+import { ColourBy } from "./point_material";
+import { ServerState } from "./server_state";
+import { Entry, Session } from "./session";
+import { Stage } from "./stage";
+
+/** How far a detection may have moved from one frame to the next: metres, pixels. */
+const REACH = { box3d: 4, box2d: 80 };
+
+const session = new Session();
+const found = new FoundPanel();
+const framesPanel = new FramesPanel();
+const player = new Player();
+const server = new ServerState(byId("server-summary"), byId("server-models"));
+const imageView = new ImageView(byId<HTMLCanvasElement>("images"));
+const cloudView = makeCloudView();
+const stage = new Stage(cloudView, imageView, byId("views"));
+const modelChoice = byId<HTMLSelectElement>("model");
+const colourChoice = byId<HTMLSelectElement>("colour-by");
+let models: Model[] = [];
+let current: Entry | null = null;
+let selected: Detection | null = null;
+
+function makeCloudView(): CloudView | null {
+  try {
+    return new CloudView(byId<HTMLCanvasElement>("cloud"), byId<HTMLCanvasElement>("cloud-labels"));
+  } catch {
+    showError("This browser has no WebGL: clouds are not drawn. Detections and images are shown all the same.");
+    return null;
+  }
+}
+
+function layout(): Layout {
+  return layoutOf(session.model, session.options.columns ?? "");
+}
+
+/** Show a frame with what is known of it. */
+async function show(entry: Entry): Promise<void> {
+  const isNew = entry !== current;
+  const former = isNew ? selected : null;
+  if (isNew) {
+    current = entry;
+    selected = null;
+    framesPanel.setCurrent(entry);
+  }
+  if (former && entry.answer) select(continued(former, entry), former);
+  if (!(await stage.show(entry, layout(), found.filter, selected)) || entry !== current) return;
+  for (const option of colourChoice.options) option.disabled = !stage.colours().includes(option.value as ColourBy);
+  if (isNew) stage.scene?.problems.forEach(showError);
+  refresh();
+}
+
+function continued(former: Detection, entry: Entry): Detection | null {
+  return continueDetection(former, entry.detections, former.box3d ? REACH.box3d : REACH.box2d);
+}
+
+/** Mark a detection; the camera moves with it if it follows. */
+function select(detection: Detection | null, former: Detection | null = null): void {
+  selected = detection;
+  if (former && detection && byId<HTMLInputElement>("follow").checked) stage.follow(former, detection);
+}
+
+/** Draw the present frame anew: another filter, selection or answer. */
+function refresh(): void {
+  if (!current) return;
+  stage.draw(current, found.filter, selected);
+  found.show(current, infoOf(current), selected);
+  const shown = current.detections.filter((each) => isShown(each, found.filter)).length;
+  const count = stage.scene?.cloud?.count;
+  const words = `${shown} detection${shown === 1 ? "" : "s"} shown`;
+  byId("cloud").setAttribute("aria-label", `Point cloud ${current.frame.name}, ${count ?? 0} points, ${words}`);
+  byId("images").setAttribute("aria-label", `Image ${current.frame.name}, ${words}`);
+  byId<HTMLButtonElement>("export-json").disabled = !session.entries.some((entry) => entry.answer);
+  byId<HTMLButtonElement>("export-png").disabled = false;
+}
+
+function infoOf(entry: Entry): string {
+  const { scene } = stage;
+  const lines = [entry.frame.name];
+  if (scene?.cloud) lines.push(`${scene.cloud.count.toLocaleString("en")} points`);
+  for (const { camera, bitmap } of scene?.pictures ?? []) lines.push(`${camera} ${bitmap.width} × ${bitmap.height} pixels`.trim());
+  if (entry.state === "failed") lines.push(entry.error ?? "");
+  else if (entry.state !== "done") lines.push("waits for its answer …");
+  if (entry.timing) {
+    const { total, queue, inference } = entry.timing;
+    const parts = [["queue", queue], ["inference", inference]].filter(([, value]) => value !== undefined);
+    const details = parts.map(([stage, value]) => `${stage} ${(value as number).toFixed(1)} ms`).join(", ");
+    lines.push(`answered in ${total.toFixed(0)} ms${details ? ` (${details})` : ""}`);
+  }
+  return lines.join("\n");
+}
+
+function take(dropped: Dropped[]): void {
+  const frames = listFrames(dropped);
+  clearErrors();
+  if (!frames.length) return showError("There is no frame among these files.");
+  if (!session.model) showError("No model is ready: the frames are sent when one is chosen.");
+  stage.forget();
+  session.setFrames(frames);
+  framesPanel.show(session.entries);
+  player.setCount(session.entries.length);
+  current = selected = null;
+  announce(`${frames.length} frame${frames.length === 1 ? "" : "s"} opened`);
+  void player.moveTo(0);
+}
+
+session.onChange = (entry) => {
+  framesPanel.update(entry);
+  if (entry.state === "failed" && (entry === current || session.entries.length === 1)) showError(`${entry.frame.name}: ${entry.error}`);
+  if (entry === current) {
+    void show(entry);
+    if (entry.state === "done") announce(`${entry.frame.name}: ${entry.detections.length} detections`);
+  }
+};
+
+player.onMove = (index) => show(session.entries[index]);
+player.isReady = (index) => !["waiting", "running"].includes(session.entries[index].state);
+framesPanel.onChoose = (entry) => {
+  player.pause();
+  void player.moveTo(session.entries.indexOf(entry));
+};
+found.onFilter = refresh;
+found.onSelect = (detection) => {
+  select(detection === selected ? null : detection);
+  refresh();
+  if (selected) cloudView?.lookAt(selected);
+};
+for (const view of [cloudView, imageView]) {
+  if (view) view.onPick = (detection) => {
+    select(detection);
+    refresh();
+  };
+}
+
+server.onModels = (listed) => {
+  models = listed;
+  const ready = models.filter((model) => model.status === "ready");
+  const names = ready.map((model) => `${model.name} ${model.version}`);
+  if (names.join() !== [...modelChoice.options].map((option) => option.text).join()) {
+    modelChoice.replaceChildren(...names.map((name) => make("option", { value: name }, name)));
+    modelChoice.disabled = !names.length;
+    if (!names.length) modelChoice.append(make("option", {}, "no model is ready"));
+    const kept = session.model && names.indexOf(`${session.model.name} ${session.model.version}`);
+    modelChoice.selectedIndex = kept && kept >= 0 ? kept : 0;
+    if (kept === null || kept < 0) choose(ready[0] ?? null);
+  }
+  byId("sample").hidden = !ready.some((model) => model.modality === "lidar");
+  byId("key-form").hidden = !hasKey();
+};
+server.onKeyNeeded = () => {
+  byId("key-form").hidden = false;
+  announce("The server needs an API key");
+};
+
+function choose(model: Model | null): void {
+  session.model = model;
+  if (!model || !session.entries.length) return;
+  clearErrors();
+  stage.forget();
+  session.sendAll();
+}
+
+modelChoice.addEventListener("change", () => choose(models.find((model) => `${model.name} ${model.version}` === modelChoice.value) ?? null));
+colourChoice.addEventListener("change", () => {
+  stage.colourBy(colourChoice.value as ColourBy);
+  refresh();
+});
+byId("point-size").addEventListener("input", (event) => cloudView?.setPointSize((event.target as HTMLInputElement).valueAsNumber));
+byId("show-labels").addEventListener("change", (event) => {
+  const { checked } = event.target as HTMLInputElement;
+  if (cloudView) cloudView.showLabels = checked;
+  imageView.showLabels = checked;
+  refresh();
+});
+byId("reset-view").addEventListener("click", () => stage.reset());
+byId("top-view").addEventListener("click", () => stage.top());
+byId("export-json").addEventListener("click", () => {
+  const { entries, model } = session;
+  save(answersAsJson(model, entries), entries.length === 1 ? `${entries[0].frame.name}.json` : "answers.json");
+});
+byId("export-png").addEventListener("click", async () => {
+  const views = byId("views").dataset.views ?? "";
+  save(await viewsAsPng(cloudView, imageView, views), `${current?.frame.name ?? "frame"}.png`);
+});
+byId("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const field = byId<HTMLInputElement>("key");
+  setKey(field.value);
+  field.value = "";
+  void server.refresh();
+});
+byId("options-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const given = new FormData(event.target as HTMLFormElement);
+  session.options = Object.fromEntries([...given].map(([name, value]) => [name, String(value).trim()]));
+  choose(session.model);
+});
+for (const [button, field] of [["choose-files", "files"], ["choose-folder", "folder"]]) {
+  const input = byId<HTMLInputElement>(field);
+  byId(button).addEventListener("click", () => input.click());
+  input.addEventListener("change", () => {
+    take(filesOfInput(input));
+    input.value = "";
+  });
+}
+byId("sample").addEventListener("click", async () => {
+  const sample = await fetch(new URL("ui/assets/sample.bin", document.baseURI));
+  if (sample.ok) take([{ path: "sample.bin", file: new File([await sample.blob()], "sample.bin") }]);
+});
+const views = byId("views");
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  views.classList.add("dropping");
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) views.classList.remove("dropping");
+});
+document.addEventListener("drop", async (event) => {
+  event.preventDefault();
+  views.classList.remove("dropping");
+  if (event.dataTransfer) take(await filesOf(event.dataTransfer));
+});
+byId("key-form").hidden = true;
+void server.refresh();
