@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from serve.predict.run import FORMATS, Run, Summary, formats_of, run
 from serve.predict.sources import Source, open_source
 from serve.predict.writers import PICTURE_SCORE_THR
 from serve.protocol.frames import FrameOptions
+from serve.tracking import TrackOptions
 from serve.verify.endpoint import read_token
 
 __all__ = ["main"]
@@ -32,7 +34,7 @@ _SHOWN_FAILURES = 10
 def main(argv: Sequence[str] | None) -> int:
     """Predict; returns 0, or 1 if frames failed."""
     args = _parser().parse_args(argv)
-    formats = _formats(args.format)
+    formats, tracks = _formats(args.format), _tracks(args)
     with stoppable(), _model(args) as model:
         source = open_source(args.source, model.modality, cache=open_cache())
         out = args.out
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None) -> int:
             annotations=args.annotations,
             rate=args.fps,
             overwrite=args.overwrite,
+            tracks=tracks,
         )
         return _run(task, source)
 
@@ -148,6 +151,26 @@ def _model(args: argparse.Namespace) -> LocalModel | RemoteModel:
     )
 
 
+def _tracks(args: argparse.Namespace) -> TrackOptions | None:
+    given = {
+        field: getattr(args, flag)
+        for flag, field in (
+            ("track_score", "min_score"),
+            ("track_hits", "min_hits"),
+            ("track_age_s", "max_age_s"),
+        )
+        if getattr(args, flag) is not None
+    }
+    if not args.track:
+        if given:
+            raise SettingsError(
+                "--track-score, --track-hits and --track-age-s are rules of --track; add --track"
+            )
+        return None
+    rules = TrackOptions(**given)
+    return replace(rules, low_score=min(rules.low_score, rules.min_score))
+
+
 def _formats(given: Sequence[str]) -> tuple[str, ...]:
     names = [name for text in given for name in text.split(",") if name]
     if unknown := [name for name in names if name not in FORMATS]:
@@ -184,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
             "predict velodyne/ --model second --out seen --format kitti,picture --calib calib --image-size 1242x375",
             "predict s3://bucket/frames --model second --url http://127.0.0.1:8000 --batch-size 8 --out seen.csv",
             "predict 0 --model rtmdet --format video --out camera",
+            "predict velodyne/ --model second --track --format jsonl,video --out seen",
         ],
     )
     parser.add_argument(
@@ -262,6 +286,31 @@ def _parser() -> argparse.ArgumentParser:
         default=Fraction(10),
         metavar="RATE",
         help="frames per second of a video of images or clouds (default: %(default)s)",
+    )
+    rules = TrackOptions()
+    parser.add_argument(
+        "--track",
+        action="store_true",
+        help="give each object of a sequence an id (track_ids): of a folder, video, camera or recording",
+    )
+    parser.add_argument(
+        "--track-score",
+        type=bounded(float, 0, 1),
+        metavar="SCORE",
+        help=f"lowest score of a detection that starts a track (default: {rules.min_score:g})",
+    )
+    parser.add_argument(
+        "--track-hits",
+        type=bounded(int, 1),
+        metavar="N",
+        help=f"detections until a track has an id (default: {rules.min_hits})",
+    )
+    parser.add_argument(
+        "--track-age-s",
+        type=bounded(float, 0, unit="seconds"),
+        metavar="S",
+        help="how long an object may be unseen and keep its id, seconds "
+        f"(default: {rules.max_age_s:g}); frames without times come at --fps",
     )
     parser.add_argument("--columns", help="columns of the point clouds, as in x,y,z,intensity=0")
     parser.add_argument(

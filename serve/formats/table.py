@@ -36,10 +36,17 @@ def write_table(file: TextIO, answers: Iterable[tuple[str, Mapping[str, Any]]]) 
         boxes = answer[f"bboxes{suffix}"]
         if not columns and len(boxes):  # the first box has velocities or has none
             columns = (_COLUMNS_3D if suffix else _COLUMNS_2D)[: len(boxes[0])]
+            columns += ("track_id",) if "track_ids" in answer else ()
             rows.writerow((*_FIRST_COLUMNS, *columns))
-        for name, label, score, box in zip(
-            answer["names"], answer[f"labels{suffix}"], answer[f"scores{suffix}"], boxes, strict=True
+        tracks: list[tuple[int, ...]] = [(track,) for track in answer.get("track_ids", ())]
+        for name, label, score, box, track in zip(
+            answer["names"],
+            answer[f"labels{suffix}"],
+            answer[f"scores{suffix}"],
+            boxes,
+            tracks or [()] * len(boxes),
+            strict=True,
         ):
-            rows.writerow((frame, name, label, score, *box))
+            rows.writerow((frame, name, label, score, *box, *track))
     if not columns:
         rows.writerow(_FIRST_COLUMNS)

@@ -119,7 +119,11 @@ class Journal:
         return Prediction(frame, encoded, orjson.loads(encoded), is_new=False)
 
     def append(self, prediction: Prediction) -> None:
-        """Record a prediction; the line is in the file, whole, when this returns."""
+        """Record a prediction; the line is in the file, whole, when this returns.
+
+        It takes the place of the one that a former run recorded for the frame.
+        """
+        self._kept.discard(self._former.get(prediction.frame.name, (-1, 0))[0])
         line = line_of(prediction)
         end = os.fstat(self._file.fileno()).st_size
         with map_disk_errors(str(self._part)):

@@ -24,6 +24,7 @@ from serve.predict.kitti import CameraFinder
 from serve.predict.models import Model
 from serve.predict.pipeline import predict_frames
 from serve.predict.sources import Source
+from serve.predict.tracks import ClipTracks
 from serve.predict.video import load_av
 from serve.predict.video_file import CONTAINERS
 from serve.predict.writers import (
@@ -38,6 +39,7 @@ from serve.predict.writers import (
     Writer,
 )
 from serve.protocol.frames import FrameOptions, encode_json
+from serve.tracking import TrackOptions
 
 __all__ = ["FORMATS", "Run", "Summary", "formats_of", "run"]
 
@@ -76,6 +78,7 @@ class Run:
         annotations: COCO annotation file with the ids of images and categories.
         rate: frames per second of a video of frames without times.
         overwrite: compute again what the output folder has, of another run too.
+        tracks: give the detections the ids of tracks by these rules; None for no ids.
     """
 
     source: Source
@@ -92,6 +95,7 @@ class Run:
     annotations: Path | None = None
     rate: Fraction = Fraction(10)
     overwrite: bool = False
+    tracks: TrackOptions | None = None
 
 
 @dataclass
@@ -208,6 +212,7 @@ def _predict(
     summary = Summary()
     resumes = journal is not None and not task.source.live
     redraw = journal is not None and not journal.same_outputs
+    tracks = ClipTracks(task.tracks, task.rate) if task.tracks is not None else None
     predictions = predict_frames(
         islice(task.source, task.max_frames),
         task.model,
@@ -222,12 +227,15 @@ def _predict(
             try:
                 for prediction in predictions:
                     found = _keep_classes(prediction, task.only)
+                    # A frame before it may have failed in the former run, and its ids differ then.
+                    followed = found if tracks is None else tracks.follow(found)
+                    changed, found = followed is not found, followed
                     for writer in writers:
                         try:
-                            writer.write(found, is_new=found.is_new or redraw)
+                            writer.write(found, is_new=found.is_new or redraw or changed)
                         except UndecodableFrame as error:
                             summary.failed.append((found.frame.name, str(error)))
-                    if journal is not None and found.is_new:
+                    if journal is not None and (found.is_new or changed):
                         journal.append(found)
                     _count(summary, found)
                     progress(found)
@@ -281,6 +289,8 @@ def _identity(task: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         "only": list(task.only),
         "max_frames": task.max_frames,
     }
+    if task.tracks is not None:
+        predictions["tracks"] = {**asdict(task.tracks), "rate": str(task.rate)}
     if task.source.live:
         predictions["started"] = time.time()  # another minute of a camera is another run
     outputs = {

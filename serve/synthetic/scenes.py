@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.synthetic.layout import CLASSES, draw_layout
+from serve.synthetic.layout import CLASSES, Layout, draw_layout
 from serve.synthetic.raycast import cast
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Scene",
     "generate_scene",
     "held_out_seed",
+    "observe_layout",
     "points_in_boxes",
     "sample_frame",
     "sample_scene",
@@ -104,7 +105,15 @@ def held_out_seed(index: int) -> int:
 def generate_scene(seed: int) -> Scene:
     """Generate the scene of a seed (any integer >= 0), the same on every call."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    layout = draw_layout(rng)
+    return observe_layout(draw_layout(rng), rng)[0]
+
+
+def observe_layout(layout: Layout, rng: np.random.Generator) -> tuple[Scene, NDArray[np.int64]]:
+    """Fire the LiDAR into a layout.
+
+    Returns:
+        The scene, and (M,) the position in `Layout.objects` of the object of each of its boxes.
+    """
     returns = cast(layout.ground, [item.solids for item in layout.objects] + layout.clutter, rng)
     count = len(layout.objects)
     points = returns.points.astype(np.float32)
@@ -120,7 +129,7 @@ def generate_scene(seed: int) -> Scene:
     if not keep.all():
         remap = np.where(keep, np.cumsum(keep) - 1, -2)
         source = np.where(source >= 0, remap[np.maximum(source, 0)], source)
-    return Scene(points, boxes[keep], labels[keep], inside[keep], source)
+    return Scene(points, boxes[keep], labels[keep], inside[keep], source), seen[keep]
 
 
 def sample_scene() -> Scene:

@@ -96,7 +96,7 @@ def draw_birds_eye_view(
     cloud = np.asarray(points, np.float64)
     if cloud.ndim != 2 or cloud.shape[1] < 3:
         raise ValueError(f"points must be (N, >=3), not {cloud.shape}")
-    boxes, scores, labels, names = read_detections(detections, "_3d", 7, score_thr)
+    boxes, scores, labels, names, titles = read_detections(detections, "_3d", 7, score_thr)
     cloud = cloud[np.isfinite(cloud[:, :3]).all(1), :3]
     kind = detections.get("box_type_3d", "LiDAR")
     if kind == "Depth":
@@ -127,7 +127,7 @@ def draw_birds_eye_view(
     ego = view.pixels(np.zeros((1, 2))) / _OVERSAMPLING
     spare = [(*one.min(0), *one.max(0)) for one in (*outlines, ego)]
     for k in order[::-1]:
-        words = f"{names[k]} {scores[k]:.2f}"
+        words = f"{titles[k]} {scores[k]:.2f}"
         if (at := place_label(outlines[k], words, size, taken, spare=spare)) is not None:
             chips.append(Text(at, words, 13, class_colour(labels[k]), chip=True))
     draw_texts(image, [*texts, *chips])
@@ -136,8 +136,12 @@ def draw_birds_eye_view(
 
 def read_detections(
     detections: Mapping[str, Any], suffix: str, columns: int, score_thr: float
-) -> tuple[Floats, Floats, NDArray[np.int64], list[str]]:
-    """Read boxes, scores, labels and names of the finite detections at or above the threshold."""
+) -> tuple[Floats, Floats, NDArray[np.int64], list[str], list[str]]:
+    """Read the finite detections at or above the threshold.
+
+    Returns:
+        Boxes, scores, labels, names, and titles: the names with the id of the track, if there is one.
+    """
     if f"bboxes{suffix}" not in detections:
         raise ValueError(f"not {'3D' if suffix else '2D'} detections: bboxes{suffix} is missing")
     scores = np.asarray(detections[f"scores{suffix}"], np.float64)
@@ -149,7 +153,12 @@ def read_detections(
     if boxes.shape[1] < columns or not len(boxes) == len(labels) == len(names):
         raise ValueError("boxes, scores, labels and names differ in length")
     keep = np.flatnonzero((scores >= score_thr) & np.isfinite(boxes).all(1))
-    return boxes[keep], scores[keep], labels[keep], [str(names[k]) for k in keep]
+    ids = detections.get("track_ids") or [-1] * len(names)
+    if len(ids) != len(names):
+        raise ValueError("boxes and track_ids differ in length")
+    named = [str(names[k]) for k in keep]
+    titles = [f"{name} {ids[k]}" if ids[k] > 0 else name for name, k in zip(named, keep, strict=True)]
+    return boxes[keep], scores[keep], labels[keep], named, titles
 
 
 def _depth_to_lidar(boxes: Floats) -> Floats:

@@ -91,7 +91,7 @@ def draw_image(
     """
     drawn: BgrImage = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
     height, width = drawn.shape[:2]
-    boxes, scores, labels, names = read_detections(detections, "", 4, score_thr)
+    boxes, scores, labels, _, titles = read_detections(detections, "", 4, score_thr)
     kept = [k for k, score in enumerate(detections["scores"]) if score >= score_thr]
     masks: Sequence[Mapping[str, Any]] = detections.get("masks") or ()
     unit = max(1.0, min(width, height) / 720)  # pen width and font size grow with the image
@@ -112,7 +112,7 @@ def draw_image(
     for k in order[::-1]:
         x1, y1, x2, y2 = boxes[k, :4]
         outline = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
-        words = f"{names[k]} {scores[k]:.2f}"
+        words = f"{titles[k]} {scores[k]:.2f}"
         if (at := place_label(outline, words, (width, height), taken, type_size, tight=True)) is not None:
             texts.append(Text(at, words, type_size, class_colour(labels[k]), chip=True))
     if title:
