@@ -1,0 +1,1 @@
+"""Discrete-event simulation of gateways, workers and bursts, for questions that one machine cannot answer."""
