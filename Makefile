@@ -22,6 +22,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
 BENCH_STAMP := .venv-bench/.stamp
 UI_STAMP := .venv-ui/.stamp
+TRITON_STAMP := .venv-triton/.stamp
 TRAIN_STAMP := $(VENV)/.train-stamp
 SETUP_INPUTS := pyproject.toml setup.py tools/setup_env.py serve/ops/autoload.py $(wildcard requirements/*.lock)
 CODE := serve handlers tools tests
@@ -32,7 +33,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max
 # Run a command for a task that will go, after a warning that names the command to use.
 deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
 
-.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check compose-up k8s-render k8s-check sbom check-range lock ui test-ui clean distclean
+.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-triton test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check compose-up k8s-render k8s-check sbom check-range lock ui test-ui clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -80,20 +81,14 @@ test-soak: $(STAMP) ## Run chaos at length, benchmarks, the bounds-checked fuzz,
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device, and name those skipped without one; TESTS picks some
 	$(PY) -m pytest -m gpu $(TESTS)
 
+test-triton: $(TRITON_STAMP) ## Run the tests of the kernels in Triton, interpreted and compiled, without a GPU; TESTS picks some
+	.venv-triton/bin/python -m pytest $(or $(TESTS),tests/ops/test_triton_kernels.py)
+
 test-attack: $(STAMP) ## Run every attack of tests/attacks, the long ones too; TESTS picks some
 	$(PY) -m pytest $(or $(TESTS),tests/attacks)
 
 test-ui: $(UI_STAMP) #: Run the tests of the page in this machine's Chromium; TESTS picks some
 	.venv-ui/bin/python -m pytest $(or $(TESTS),tests/ui)
-
-# Behind its own packages it sees the project's.
-$(UI_STAMP): $(STAMP) requirements/ui.lock
-	$(PY) -m venv --clear .venv-ui
-	.venv-ui/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
-		--only-binary=:all: -r requirements/ui.lock
-	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$(.venv-ui/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
-	@touch $@
 
 demo: $(STAMP) ## Serve the demo SECOND and print a curl line that works; Ctrl-C stops it
 	@exec $(PY) -m serve demo $(ARGS)
@@ -104,13 +99,16 @@ bench: $(STAMP) ## Measure: NAME=detector, ops, serving, fairness, workers, stor
 bench-env: $(BENCH_STAMP) #: Make .venv-bench with LitServe, mosec and BentoML, for NAME=serving
 	@echo "bench-env: .venv-bench is up to date"
 
-# Behind its own packages it sees the project's, so that those servers can serve our models.
-$(BENCH_STAMP): $(STAMP) requirements/bench.lock
-	$(PY) -m venv --clear .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
-		--only-binary=:all: -r requirements/bench.lock
+# Environments with packages of their own that see the project's behind them: those servers can serve our models.
+$(BENCH_STAMP): requirements/bench.lock
+$(TRITON_STAMP): requirements/triton.lock
+$(UI_STAMP): requirements/ui.lock
+$(BENCH_STAMP) $(TRITON_STAMP) $(UI_STAMP): $(STAMP)
+	$(PY) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
+		--only-binary=:all: -r requirements/$(patsubst .venv-%,%,$(@D)).lock
 	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 	@touch $@
 
 archive: $(STAMP) ## Make STORE/NAME.mar of MODEL=name [CONFIG=file CHECKPOINT=file NAME=name STORE=folder]
@@ -166,7 +164,7 @@ lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for t
 		--require-hashes --only-binary=:all: -r requirements/installer.lock
 	$(COMPILE) pyproject.toml --extra models --group torch-needs --excludes requirements/torch.exclude -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --extra gateway -c requirements/runtime.lock -o requirements/gateway.lock
-	for name in dev otel video image installer torch-cuda; do \
+	for name in dev otel video image installer torch-cuda triton; do \
 		$(COMPILE) --group $$name -c requirements/runtime.lock -o requirements/$$name.lock; done
 	for name in sbom bench ui; do \
 		$(COMPILE) --group $$name --excludes requirements/torch.exclude -o requirements/$$name.lock; done
@@ -184,7 +182,7 @@ clean: ## Remove caches and build outputs; keeps the environment, archives and d
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean #: Also remove the environment
-	rm -rf $(VENV) .venv-bench .venv-ui
+	rm -rf $(VENV) .venv-bench .venv-triton .venv-ui
 
 # Until 0.3: tasks that wrap one command. Each prints the command to use instead.
 demo-evaluate: $(STAMP) #- python -m tools.demo evaluate

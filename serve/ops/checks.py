@@ -35,6 +35,7 @@ __all__ = [
     "torch_only",
     "uses_float32_kernel",
     "uses_numba",
+    "uses_torch_only",
 ]
 
 
@@ -68,9 +69,14 @@ def uses_numba(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not _torch_only.get()
 
 
+def uses_torch_only() -> bool:
+    """Return whether the torch versions are used on every device (inside `torch_only`)."""
+    return _torch_only.get()
+
+
 @contextmanager
 def torch_only() -> Iterator[None]:
-    """Use the torch versions on the CPU too inside the block, to compare the two."""
+    """Use the torch versions on every device inside the block, to compare them with the others."""
     before = _torch_only.set(True)
     try:
         yield

@@ -187,7 +187,7 @@ class BuildGuard:
                 yield frame
             frame = frame.f_back
 
-    def _inside(self, place: str) -> bool:
+    def _inside(self, place: str | tuple[str, ...]) -> bool:
         """Whether code of a file, or of a folder that ends with a slash, is at work between the guard and the event."""
         return any(frame.f_code.co_filename.startswith(place) for frame in self._frames())
 
@@ -278,8 +278,8 @@ def _numba_folder() -> str:
 _PROJECT = Path(__file__).resolve().parents[2]
 _ENVIRONMENT = _environment()
 _NUMBA = _numba_folder()
-# Compiles and caches kernels, and runs them in threads; it takes tensors, and no text of a config.
-_KERNELS = str(Path(__file__).parents[1] / "ops" / "cpu") + os.sep
+# They compile and cache kernels, and run them in threads; they take tensors, and no text of a config.
+_KERNELS = tuple(str(Path(__file__).parents[1] / "ops" / name) + os.sep for name in ("cpu", "triton"))
 # They define methods from names that they have checked.
 _CODE_WRITERS = frozenset(
     os.path.realpath(os.path.join(sysconfig.get_path("stdlib"), name))

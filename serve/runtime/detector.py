@@ -27,6 +27,7 @@ from serve.errors import (
     ServeError,
     error_of_frame,
 )
+from serve.ops.device_kernels import device_kernels
 from serve.protocol.batch import Body
 from serve.protocol.calibration import MATRICES
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
@@ -69,6 +70,9 @@ class Detector:
         self._segments = is_segmentor(network)
         # A segmentor labels every point, even outside of its range.
         self._range = None if self._segments else _voxel_range(network)
+        self._device_kernels = (
+            device_kernels(device.index or 0).description if device.type == "cuda" else None
+        )
         self._draws = False
         self._guard: AbstractContextManager[Any] = nullcontext()
 
@@ -92,6 +96,7 @@ class Detector:
             "load_dim": metadata.load_dim,
             "device": str(self.device),
             "skips_background": background_skipped(self.network),
+            "device_kernels": self._device_kernels,
             "serve_version": metadata.serve_version,
         }
 
@@ -238,6 +243,8 @@ def load_detector(
     config = archive.config()
     guard = nullcontext() if trust_code else BuildGuard(archive.root, config)
     weights = _read_weights(archive)
+    if device.type == "cuda":
+        device_kernels(device.index or 0)  # now, because its trial does what a guard refuses
     import_package(archive.metadata.package)  # now, because its modules do what a guard refuses
     with failures_as_archive_errors("the model"), guard:
         import_archived_code(archive, config, trust_code=trust_code)

@@ -8,7 +8,7 @@ from dataclasses import dataclass as plain_dataclass
 
 from pydantic.dataclasses import dataclass
 
-from serve.settings.kernels import DEFAULT_CACHE_DIR, Preference
+from serve.settings.kernels import DEFAULT_CACHE_DIR, Preference, Switch
 from serve.settings.options import CONFIG, FilePath, Flag, OptionalPath, Options, option
 
 __all__ = ["MAX_FRAME_BYTES", "Limits", "Preference", "Settings"]
@@ -31,6 +31,9 @@ class Settings(Options):
 
     ops: Preference = option(
         "auto", "", "kernels: a compiled mmcv if one is installed (auto), or always our own (portable)"
+    )
+    triton: Switch = option(
+        "auto", "", "on a CUDA device, kernels in Triton where Triton works (auto), or torch's own ways (off)"
     )
     trust_archive_code: Flag = option(False, "", "import modules packed in an archive; they can run anything")
     max_frame_bytes: int = option(

@@ -119,7 +119,7 @@ def test_nms_is_greedy_and_stable_for_equal_scores(seed, n, offset):
     expected = greedy(iou_matrix(boxes, offset), order, lambda v: v > np.float32(0.4))
     assert nms.nms(boxes, scores, 0.4, offset).tolist() == expected
     if n:
-        device_way = torch.tensor(order)[nms.scan(nms._iou(boxes[order], float(offset)) > 0.4)]
+        device_way = torch.tensor(order)[nms.scan(nms.pack_bits(nms._iou(boxes[order], float(offset)) > 0.4))]
         assert device_way.tolist() == expected
 
 

@@ -62,6 +62,8 @@ def test_values_are_read_and_typed():
         {"MMDET3D_SERVE_OPS": "fast"},
         {"MMDET3D_SERVE_OPS": ""},
         {"MMDET3D_SERVE_CACHE_DIR": " "},
+        {"MMDET3D_SERVE_TRITON": "off"},
+        {"MMDET3D_SERVE_TRITON": "never"},
     ],
 )
 def test_kernels_read_their_settings_without_pydantic_as_all_others_do(variables):
@@ -70,7 +72,7 @@ def test_kernels_read_their_settings_without_pydantic_as_all_others_do(variables
             found = kind.from_environment(variables)
         except SettingsError as error:
             return str(error)
-        return found.ops, found.cache_dir
+        return found.ops, found.cache_dir, found.triton
 
     assert read(KernelSettings) == read(Settings)
 

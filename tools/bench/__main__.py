@@ -11,6 +11,10 @@ COMMANDS = {
         "tools.bench.commands.operators",
         "what one frame asks of a GPU: operators, synchronisations; needs no GPU",
     ),
+    "triton": (
+        "tools.bench.commands.triton",
+        "the kernels in Triton, compiled for a card: registers, shared memory; needs no GPU",
+    ),
     "serving": (
         "tools.bench.commands.serving",
         "the gateway against TorchServe alone, LitServe, mosec, BentoML",

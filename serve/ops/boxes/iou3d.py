@@ -1,7 +1,8 @@
 """Bird's-eye-view overlap and NMS of upright 3D boxes (x, y, z, dx, dy, dz, heading in radians).
 
 The heights do not enter: mmcv's Python multiplies them in. The arithmetic is that of mmcv's CUDA kernel, in float32
-(`serve.ops.boxes.bev`), on the CPU for every device. Boxes come sorted by score.
+(`serve.ops.boxes.bev`), on the CPU for every device, except that Triton finds the overlaps of a suppression on a GPU.
+Boxes come sorted by score.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from serve.ops.boxes.bev import bev_corners, bev_overlaps, suppress_bev, suppress_unrotated
+from serve.ops.boxes.nms import scan
+from serve.ops.boxes.rotated import rotated_bits
 from serve.ops.checks import (
     as_numpy,
     check_floating,
@@ -21,6 +24,7 @@ from serve.ops.checks import (
     check_tensor,
     check_width,
 )
+from serve.ops.device_kernels import uses_triton
 
 __all__ = ["iou3d_boxes_overlap_bev_forward", "iou3d_nms3d_forward", "iou3d_nms3d_normal_forward"]
 
@@ -80,6 +84,11 @@ def _suppress(boxes: Tensor, keep: Tensor, num_out: Tensor, threshold: float, *,
     for name, tensor in (("boxes", boxes), ("keep", keep), ("num_out", num_out)):
         if tensor.device.type == "meta":
             raise ValueError(f"{name} must be on a device that holds numbers, got {tensor.device}")
+    if turned and threshold >= 0 and uses_triton(boxes):
+        rows = scan(rotated_bits(boxes[:, [0, 1, 3, 4, 6]], threshold, bev=True))
+        keep[: rows.numel()] = rows.to(keep.device)
+        num_out.fill_(rows.numel())
+        return
     sorted_boxes, limit = _on_cpu(boxes), np.float32(threshold)
     if turned:
         found = suppress_bev(sorted_boxes, *_in_bev(sorted_boxes), limit)

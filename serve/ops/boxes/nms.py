@@ -15,6 +15,7 @@ from torch.nn import functional
 from serve.ops.checks import as_numpy, check_floating, check_tensor, check_width, uses_numba
 from serve.ops.constants import constant
 from serve.ops.cpu.jit import jit
+from serve.ops.device_kernels import uses_triton
 
 # Kernels only, as `serve.ops.extension` exports them; `serve.runtime.accelerator` uses the parts for devices, too.
 __all__ = ["nms", "nms_match", "softnms"]
@@ -41,14 +42,23 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     if uses_numba(boxes):
         keep = torch.from_numpy(_nms_cpu(as_numpy(ordered), np.float32(iou_threshold), np.float32(offset)))
     else:
-        keep = scan(hits_above(ordered, float(offset), iou_threshold))
+        keep = scan(suppression_bits(ordered, float(offset), iou_threshold))
     return order[keep]
 
 
-def scan(hits: Tensor) -> Tensor:
-    """Select rows greedily (int64), given (N, N) bool "row i, if kept, drops row j > i"."""
-    keep = scan_bits(pack_bits(hits).cpu(), len(hits))
-    return torch.from_numpy(keep).to(hits.device)
+def suppression_bits(boxes: Tensor, offset: float, threshold: float) -> Tensor:
+    """Find which later boxes each of (N, 4) float32 drops if it is kept: IoU above `threshold`; bits of `pack_bits`."""
+    if uses_triton(boxes):
+        from serve.ops.triton.suppression import overlap_bits
+
+        return overlap_bits(boxes, offset, threshold)  # type: ignore[no-any-return]
+    return pack_bits(hits_above(boxes, offset, threshold))
+
+
+def scan(bits: Tensor) -> Tensor:
+    """Select rows greedily (int64), given (N, W) bits "row i, if kept, drops row j > i" on any device."""
+    keep = scan_bits(bits.cpu(), len(bits))
+    return torch.from_numpy(keep).to(bits.device)
 
 
 def pack_bits(hits: Tensor) -> Tensor:

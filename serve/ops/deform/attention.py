@@ -24,6 +24,7 @@ from serve.ops.checks import (
 )
 from serve.ops.cpu.jit import jit
 from serve.ops.cpu.threads import parallel_for
+from serve.ops.device_kernels import uses_triton
 from serve.ops.roi.bilinear import mix_rows, padded_corners
 
 __all__ = ["ms_deform_attn_backward", "ms_deform_attn_forward"]
@@ -56,9 +57,14 @@ def ms_deform_attn_forward(
         ValueError: a shape does not fit the others, or the levels exceed the keys.
         TypeError: `value` is not floating point.
     """
-    levels = _check(
-        value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights
-    )
+    tensors = (value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
+    if uses_triton(value) and value_spatial_shapes.device == value.device == value_level_start_index.device:
+        from serve.ops.triton.attention import attend_samples
+
+        # The levels' sizes stay on the device: samples outside of `value` are zero there.
+        _check_shapes(*tensors)
+        return attend_samples(*tensors)  # type: ignore[no-any-return]
+    levels = _check(*tensors)
     if not uses_float32_kernel(value) or value.numel() == 0:
         return _attend_torch(value, levels, sampling_locations, attention_weights).to(value.dtype)
     batch, queries, heads = sampling_locations.shape[:3]
@@ -128,6 +134,20 @@ def _check(
     value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
 ) -> list[tuple[int, int, int]]:
     """Check the arguments; return (start, height, width) of each level, in one transfer from the device."""
+    _check_shapes(value, shapes, starts, locations, weights)
+    keys = value.shape[1]
+    levels = torch.cat((starts[:, None].to(shapes.device), shapes), dim=1).tolist()
+    for start, height, width in levels:
+        if start < 0 or height < 1 or width < 1 or start + height * width > keys:
+            raise ValueError(
+                f"value_spatial_shapes: a level of {height} x {width} from key {start} on "
+                f"does not fit into {keys} keys"
+            )
+    return [(start, height, width) for start, height, width in levels]
+
+
+def _check_shapes(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> None:
+    """Check all but the numbers in `shapes` and `starts`."""
     check_rank("value", value, 4)
     check_rank("sampling_locations", locations, 6)
     check_floating(value=value, sampling_locations=locations, attention_weights=weights)
@@ -136,7 +156,7 @@ def _check(
         if table.device.type == "meta":
             raise ValueError(f"{name} must have values, got a tensor on {table.device}")
     check_same_device(value=value, sampling_locations=locations, attention_weights=weights)
-    batch, keys, heads, _ = value.shape
+    batch, _, heads, _ = value.shape
     count = locations.shape[3]
     if tuple(shapes.shape) != (count, 2) or tuple(starts.shape) != (count,):
         raise ValueError(
@@ -152,14 +172,6 @@ def _check(
         raise ValueError(
             f"attention_weights must be {tuple(locations.shape[:5])}, got {tuple(weights.shape)}"
         )
-    levels = torch.cat((starts[:, None].to(shapes.device), shapes), dim=1).tolist()
-    for start, height, width in levels:
-        if start < 0 or height < 1 or width < 1 or start + height * width > keys:
-            raise ValueError(
-                f"value_spatial_shapes: a level of {height} x {width} from key {start} on "
-                f"does not fit into {keys} keys"
-            )
-    return [(start, height, width) for start, height, width in levels]
 
 
 def _attend_torch(

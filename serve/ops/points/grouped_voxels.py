@@ -14,6 +14,7 @@ from torch import Tensor
 
 from serve.ops.checks import as_compute_dtype
 from serve.ops.constants import constant
+from serve.ops.device_kernels import uses_triton
 
 __all__ = ["cells_of", "voxelize_clouds"]
 
@@ -66,6 +67,8 @@ def voxelize_clouds(
         none = points.new_zeros((0, 4), dtype=torch.int32)
         return points.new_zeros((0, max_points, points.shape[1])), none, none[:, 0]
     ends = tuple(accumulate(len(cloud) for cloud in clouds))
+    if uses_triton(points):
+        return _voxelize_by_kernels(points, ends, size, low, grid, max_points, max_voxels)
     volume = grid[0] * grid[1] * grid[2]
     cell, inside = cells_of(points, size, low, grid)
     key = (cell * constant((1, grid[0], grid[0] * grid[1]), torch.int64, device)).sum(dim=1)
@@ -110,3 +113,42 @@ def voxelize_clouds(
     coordinates[torch.where(rank == 0, row, made)] = torch.cat((home[:, None], where), dim=1)
     shape = (made, max_points, points.shape[1])
     return voxels[:-1].view(shape), coordinates[:-1], counts[:-1]
+
+
+def _voxelize_by_kernels(
+    points: Tensor,
+    ends: tuple[int, ...],
+    size: tuple[float, ...],
+    low: tuple[float, ...],
+    grid: tuple[int, ...],
+    max_points: int,
+    max_voxels: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `voxelize_clouds` for points (N, C), N > 0, of clouds that end at the rows `ends`."""
+    from serve.ops.triton.voxels import cell_keys, mark_first_points, write_voxels
+
+    device, clouds = points.device, len(ends)
+    bounds = torch.tensor(ends, device=device)
+    keys = cell_keys(points, bounds, clouds, list(size), list(low), list(grid))
+    ordered, order = torch.sort(keys, stable=True)
+    numbers = torch.cumsum(mark_first_points(ordered, order, clouds * grid[0] * grid[1] * grid[2]), dim=0)
+    room = min(len(points), clouds * max_voxels)
+    voxels = points.new_zeros((room, max_points, points.shape[1]))
+    coordinates = torch.empty((room, 4), dtype=torch.int32, device=device)
+    counts = torch.empty(room, dtype=torch.int32, device=device)
+    number = write_voxels(
+        points,
+        ordered,
+        order,
+        numbers,
+        bounds,
+        clouds,
+        list(grid),
+        max_points,
+        max_voxels,
+        voxels,
+        coordinates,
+        counts,
+    )
+    made = int(number)  # the only synchronisation
+    return voxels[:made], coordinates[:made], counts[:made]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from serve.ops.constants import constant
+from serve.ops.device_kernels import uses_triton
 
 __all__ = ["ConvGeometry", "gather_convolve", "invert_rows", "neighbour_rows", "reached_voxels"]
 
@@ -122,6 +123,10 @@ def gather_convolve(
         dtype = torch.get_autocast_dtype(kind)
         features, weight = features.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if uses_triton(features) and features.dtype == weight.dtype:
+        from serve.ops.triton.sparse_conv import convolve_rows
+
+        return convolve_rows(features, weight, bias, table, relu)  # type: ignore[no-any-return]
     offsets = table.shape[1]
     padded = torch.cat((features, features.new_zeros((1, features.shape[1]))))
     matrix = weight[:offsets].reshape(offsets * weight.shape[1], weight.shape[2])

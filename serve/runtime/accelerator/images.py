@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from serve.ops.boxes.nms import hits_above, pack_bits, scan_bits
+from serve.ops.boxes.nms import pack_bits, scan_bits, suppression_bits
 from serve.ops.constants import constant
 from serve.ops.roi.pyramid import align_pyramid
 from serve.runtime.accelerator.replace import overrides
@@ -199,8 +199,8 @@ class _Proposals:
         # Levels are kept apart as in mmcv's `batched_nms`.
         apart = boxes + (levels * (spread.max() + 1))[:, None]
         ranked, order = torch.sort(scores, descending=True, stable=True)
-        hits = hits_above(apart[order].float(), 0.0, float(cfg.nms.iou_threshold))
-        return [boxes[order], ranked, pack_bits(hits)]
+        bits = suppression_bits(apart[order].float(), 0.0, float(cfg.nms.iou_threshold))
+        return [boxes[order], ranked, bits]
 
 
 class _Regions:

@@ -1,0 +1,79 @@
+"""Choice of the kernels for a device that is not the CPU: Triton where it works, else whole tensors of torch.
+
+Triton comes with torch's builds for CUDA and is not imported for anything else. It compiles a kernel when it is first
+called, for which it needs a C compiler, the headers of Python and a folder to write to; so a small kernel is tried once
+per device, and if anything fails, torch's ways serve and the reason is reported.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from serve.ops.checks import uses_torch_only
+from serve.settings.kernels import KernelSettings
+
+__all__ = ["DeviceKernels", "device_kernels", "uses_triton"]
+
+logger = logging.getLogger(__name__)
+
+# Triton's own minimum for CUDA.
+LEAST_CAPABILITY = (8, 0)
+# What the kernels take; others have torch's ways.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class DeviceKernels(NamedTuple):
+    """Kernels of one device.
+
+    Attributes:
+        triton: whether kernels in Triton are used.
+        description: of the choice, with its reason if they are not.
+    """
+
+    triton: bool
+    description: str
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Return whether the Triton version of a kernel handles `tensor`, not the one of whole tensors."""
+    device = tensor.device
+    return (
+        device.type == "cuda"
+        and tensor.dtype in DTYPES
+        and not uses_torch_only()
+        and device_kernels(device.index or 0).triton
+    )
+
+
+@cache
+def device_kernels(index: int) -> DeviceKernels:
+    """Choose the kernels of CUDA device `index`, once per process."""
+    if KernelSettings.from_environment().triton == "off":
+        return DeviceKernels(False, "torch, as MMDET3D_SERVE_TRITON=off")
+    try:
+        import triton
+
+        from serve.ops.triton import probe
+    except ImportError as error:
+        return DeviceKernels(False, f"torch, as Triton cannot be imported ({error})")
+    name = f"triton {triton.__version__}"
+    if probe.interpreted():
+        return DeviceKernels(True, f"{name}, interpreted")
+    if not torch.cuda.is_available():
+        return DeviceKernels(False, "torch, as there is no CUDA device")
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        least, has = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
+        return DeviceKernels(False, f"torch, as {name} needs compute capability {least}, this is {has}")
+    try:
+        probe.try_kernel(torch.device("cuda", index))
+    except Exception as error:  # of the compiler, the driver, the file system …
+        reason = f"{type(error).__name__}: {error}"[:300]
+        logger.warning("Triton does not work here, torch's own ways are used: %s", reason)
+        return DeviceKernels(False, f"torch, as {name} does not work here ({reason})")
+    return DeviceKernels(True, name)
