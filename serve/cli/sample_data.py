@@ -1,4 +1,4 @@
-"""``mmdet3d-serve sample-data``: write a synthetic data set in KITTI's or COCO's layout, and configs."""
+"""``mmdet3d-serve sample-data``: write a synthetic data set in the layout of a public one, and configs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,71 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from serve.cli.entry import bounded, command_parser
 from serve.errors import BadRequest
+from serve.synthetic.cityscapes import write_cityscapes
 from serve.synthetic.coco import write_coco
 from serve.synthetic.kitti import write_kitti
+from serve.synthetic.nuimages import write_nuimages
+from serve.synthetic.nuscenes import LYFT, write_drives
+from serve.synthetic.voc import write_voc
 
 __all__ = ["main"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
-# Kind → numbers of training and validation frames, and the files that go with it; the last is the config to use.
+Write = Callable[..., dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A layout.
+
+    Attributes:
+        about: what it is, for the help.
+        write: writes the data set.
+        train: default number of training frames.
+        val: default number of validation frames.
+        files: what goes with it; the last is the config to use.
+        renders: whether `write` takes ``images``.
+    """
+
+    about: str
+    write: Write
+    train: int
+    val: int
+    files: tuple[str, ...]
+    renders: bool = False
+
+
+_DEMO = ("second_demo.pth", "second_demo.py")
 KINDS = {
-    "kitti": (80, 40, ("second_demo.pth", "second_demo.py", "second_sample.py")),
-    "coco": (400, 100, ("fcos_sample.py",)),
+    "kitti": Kind("LiDAR scenes", write_kitti, 80, 40, (*_DEMO, "second_sample.py"), renders=True),
+    "nuscenes": Kind(
+        "LiDAR scenes over time", write_drives, 48, 16, (*_DEMO, "nuscenes_sample.py"), renders=True
+    ),
+    "lyft": Kind(
+        "LiDAR scenes over time",
+        partial(write_drives, release=LYFT),
+        48,
+        16,
+        (*_DEMO, "lyft_sample.py"),
+        renders=True,
+    ),
+    "coco": Kind("pictures of shapes", write_coco, 400, 100, ("fcos_sample.py",)),
+    "voc": Kind("pictures of shapes", write_voc, 400, 100, ("fcos_sample.py", "voc_sample.py")),
+    "cityscapes": Kind(
+        "pictures of shapes", write_cityscapes, 400, 100, ("fcos_sample.py", "cityscapes_sample.py")
+    ),
+    "nuimages": Kind(
+        "pictures of shapes", write_nuimages, 400, 100, ("fcos_sample.py", "nuimages_sample.py")
+    ),
 }
 
 
@@ -33,25 +81,23 @@ def main(argv: Sequence[str] | None) -> int:
     folder: Path = args.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadRequest(f"{folder} exists already; name a folder that does not, or is empty")
-    default_train, default_val, configs = KINDS[args.kind]
-    train = default_train if args.train is None else args.train
-    val = default_val if args.val is None else args.val
+    kind = KINDS[args.kind]
+    if args.images and not kind.renders:
+        raise BadRequest(f"{args.kind} has pictures anyway; leave --images out")
+    train = kind.train if args.train is None else args.train
+    val = kind.val if args.val is None else args.val
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         made = Path(scratch, "made")
         made.mkdir()
-        if args.kind == "kitti":
-            counts = write_kitti(
-                made, train=train, val=val, first=args.first, images=args.images, progress=_progress
-            )
-        else:
-            counts = write_coco(made, train=train, val=val, first=args.first, progress=_progress)
-        for name in configs:
+        images = {"images": args.images} if kind.renders else {}
+        counts = kind.write(made, train=train, val=val, first=args.first, progress=_progress, **images)
+        for name in kind.files:
             shutil.copyfile(ASSETS / name, made / name)
         os.replace(made, folder)
     print(f"{args.kind:<10}{folder}: {train} training and {val} validation frames")
     print("objects   " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-    print(f"config    {folder / configs[-1]}")
+    print(f"config    {folder / kind.files[-1]}")
     return 0
 
 
@@ -62,9 +108,9 @@ def _progress(frames: range) -> Iterable[int]:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "sample-data",
-        "Write a small synthetic data set: LiDAR scenes in KITTI's layout, or pictures of shapes in COCO's, with the "
-        "annotation files that mmdet3d and mmdet read, and a config to train and test a detector on it. The same "
-        "arguments give the same files.",
+        "Write a small synthetic data set: LiDAR scenes in the layout of KITTI, nuScenes or Lyft, or pictures of "
+        "shapes in that of COCO, Pascal VOC, Cityscapes or nuImages, with the annotation files that mmdet3d and mmdet "
+        "read, and a config to train and test a detector on it. The same arguments give the same files.",
         ["sample-data kitti data/kitti", "sample-data coco data/coco --train 1000"],
     )
     parser.add_argument("kind", choices=tuple(KINDS), help="layout")
@@ -72,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "folder", metavar="FOLDER", type=Path, help="folder to write; it may not hold anything"
     )
     for split in ("train", "val"):
-        sizes = ", ".join(f"{each[split == 'val']} for {kind}" for kind, each in KINDS.items())
+        sizes = ", ".join(f"{getattr(each, split)} for {kind}" for kind, each in KINDS.items())
         parser.add_argument(
             f"--{split}",
             type=bounded(int, 1, 900_000),
@@ -87,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         help="first scene or picture (default: %(default)s)",
     )
     parser.add_argument(
-        "--images", action="store_true", help="kitti: render the camera's image of every frame, seconds each"
+        "--images",
+        action="store_true",
+        help="of LiDAR scenes: render the front camera's image of every frame, seconds each",
     )
     return parser

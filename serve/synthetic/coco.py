@@ -17,14 +17,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SHAPES", "Picture", "draw_picture", "write_coco"]
+__all__ = ["JPEG_QUALITY", "SHAPES", "Picture", "draw_picture", "picture_seed", "write_coco"]
 
 #: Names of the classes; their ids in the annotation files are 1, 2, 3.
 SHAPES = ("circle", "square", "triangle")
 WIDTH, HEIGHT = 192, 144  # pixels
 _MOST_SHAPES = 5
 _RADIUS_PX = (10.0, 30.0)
-_JPEG_QUALITY = 92
+JPEG_QUALITY = 92
 _HELD_OUT_BASE = 1_000_000
 _LEAST_VISIBLE = 0.4  # share of a shape; what shows less is neither kept nor annotated
 _CORNERS = {"square": 4, "triangle": 3}
@@ -68,6 +68,11 @@ def draw_picture(seed: int) -> Picture:
     return Picture(np.clip(noisy, 0, 255).round().astype(np.uint8), masks, tuple(labels))
 
 
+def picture_seed(index: int, train: int, first: int) -> int:
+    """Seed of a picture of a data set: the first `train` ones are of training, the others held out."""
+    return first + index if index < train else _HELD_OUT_BASE + first + index - train
+
+
 def write_coco(
     folder: Path,
     *,
@@ -103,10 +108,9 @@ def write_coco(
         }
     for index in progress(range(train + val)):
         split = "train2017" if index < train else "val2017"
-        seed = first + index if index < train else _HELD_OUT_BASE + first + index - train
-        picture = draw_picture(seed)
+        picture = draw_picture(picture_seed(index, train, first))
         name = f"{index + 1:012d}.jpg"
-        cv2.imwrite(str(folder / split / name), picture.image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+        cv2.imwrite(str(folder / split / name), picture.image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         into = splits[split]
         into["images"].append({"id": index + 1, "file_name": name, "width": WIDTH, "height": HEIGHT})
         for mask, label in zip(picture.masks, picture.labels, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ from serve.cli import sample_data
 from serve.cli.main import main
 
 
-@pytest.mark.parametrize(("kind", "config"), [("kitti", "second_sample.py"), ("coco", "fcos_sample.py")])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("kitti", "second_sample.py"),
+        ("nuscenes", "nuscenes_sample.py"),
+        ("lyft", "lyft_sample.py"),
+        ("coco", "fcos_sample.py"),
+        ("voc", "voc_sample.py"),
+        ("cityscapes", "cityscapes_sample.py"),
+    ],
+)
 def test_a_data_set_is_written_with_a_config_that_names_it(kind, config, tmp_path, capsys):
     folder = tmp_path / "data" / kind
     assert main(["sample-data", kind, str(folder), "--train", "2", "--val", "1"]) == 0
@@ -35,6 +46,6 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
         (folder / "half").write_text("")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample_data, "write_coco", interrupted)
+    monkeypatch.setitem(sample_data.KINDS, "coco", replace(sample_data.KINDS["coco"], write=interrupted))
     assert main(["sample-data", "coco", str(tmp_path / "data" / "coco")]) == 130
     assert list((tmp_path / "data").iterdir()) == []
