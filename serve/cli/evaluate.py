@@ -111,10 +111,11 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = command_parser(
         "evaluate",
-        "Compute the metrics of a config's test_evaluator (CocoMetric, VOCMetric, KittiMetric) by upstream's own "
-        "code from what a server answers to the frames of its test data set; with --checkpoint beside those of the "
-        "native model on the same frames, with the difference per class. Prints a table and one line of JSON. Exit "
-        "status: 0 no difference above --max-difference, 1 a larger one, 2 error, 3 no detections on either side.",
+        "Compute the metrics of a config's test_evaluator (COCO, Pascal VOC, Cityscapes, KITTI, nuScenes, Lyft) by "
+        "upstream's own code from what a server answers to the frames of its test data set; with --checkpoint beside "
+        "those of the native model on the same frames, with the difference per class. Prints a table and one line of "
+        "JSON. Exit status: 0 no difference above --max-difference, 1 a larger one, 2 error, 3 no detections on either "
+        "side.",
         [
             "evaluate data/kitti/second_sample.py --url http://127.0.0.1:8000 --model second --checkpoint second.pth",
             "evaluate faster-rcnn_r50_fpn_1x_coco --model faster-rcnn --limit 500",

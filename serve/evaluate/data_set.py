@@ -22,7 +22,13 @@ from serve.protocol.frames import FrameSpec
 from serve.runtime.custom_code import import_modules
 from serve.runtime.object_paths import resolve_objects
 from serve.runtime.pipeline import box_type_of, frame_spec, pipeline_of
-from serve.upstream.checks import categories_checked, check_annotations, check_files, leaf_datasets
+from serve.upstream.checks import (
+    categories_checked,
+    check_annotations,
+    check_files,
+    check_tables,
+    leaf_datasets,
+)
 
 __all__ = ["DataSet", "DataSettings", "data_settings", "open_data_set", "upstream_session"]
 
@@ -110,6 +116,7 @@ def data_settings(
         data_set, listed = resolve_objects(loader["dataset"]), resolve_objects(list(metrics))
         if data is not None:
             data_set = _with_pipeline_of(read_config(config).full, data_set)
+        data_set = _with_latest_sweeps(data_set)
         scope = str(own.get("default_scope") or chosen.get("default_scope") or _scope_of(data_set))
         spec = frame_spec({**own, "default_scope": scope, _LOADER: {"dataset": data_set}})
     return DataSettings(source, scope, data_set, tuple(dict(metric) for metric in listed), spec)
@@ -207,8 +214,24 @@ def _with_pipeline_of(full: Mapping[str, Any], data_set: dict[str, Any]) -> dict
     return {**data_set, "pipeline": pipeline}
 
 
+def _with_latest_sweeps(data_set: dict[str, Any]) -> dict[str, Any]:
+    """Let the pipeline take the latest sweeps, as a server does; upstream draws some at random if not told so."""
+    pipeline = data_set.get("pipeline")
+    if not pipeline:
+        return data_set
+    steps = [
+        {**step, "test_mode": True} if _kind(step) == "LoadPointsFromMultiSweeps" else step
+        for step in pipeline
+    ]
+    return {**data_set, "pipeline": steps}
+
+
+def _kind(step: Mapping[str, Any]) -> str:
+    return str(step.get("type", "")).rpartition(".")[2]
+
+
 def _is_loader(step: Mapping[str, Any]) -> bool:
-    return str(step.get("type", "")).rpartition(".")[2].startswith("Load")
+    return _kind(step).startswith("Load")
 
 
 def _merge(full: dict[str, Any], options: Mapping[str, Any], config: Path) -> dict[str, Any]:
@@ -245,3 +268,5 @@ def _check_files(settings: DataSettings) -> None:
         check_files(dataset, f"{_LOADER}.dataset")
     for metric in settings.metrics:
         check_annotations(metric, _EVALUATOR)
+        for dataset in leaf_datasets(settings.data_set):
+            check_tables(metric, dataset, _EVALUATOR)

@@ -16,8 +16,9 @@ from typing import Any
 from serve.errors import DataSetError, InferenceFailed, ServeError
 from serve.evaluate.data_set import DataSet, upstream_session
 from serve.evaluate.endpoints import Endpoint
+from serve.evaluate.figures import Figure
 from serve.evaluate.frames import DataFrame, read_frames
-from serve.evaluate.metrics import Figure, Metrics, open_metrics
+from serve.evaluate.metrics import Metrics, open_metrics
 from serve.evaluate.samples import with_answer
 from serve.verify.endpoint import require_same_model
 from serve.verify.reference import ReferenceModel
@@ -37,7 +38,9 @@ class Row:
     @property
     def difference(self) -> float | None:
         """Served minus native, without what floating-point numbers add to upstream's rounded ones."""
-        return None if self.native is None or self.served is None else round(self.served - self.native, 6)
+        return (
+            None if self.native is None or self.served is None else round(self.served - self.native, 6) + 0.0
+        )
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,11 @@ def evaluate(
                 require_same_model(model, answer, endpoint.name)
                 native.add(_native(model, frame))
             sample = with_answer(
-                frame.sample, answer, len(data.classes), with_masks=served.metrics.with_masks
+                frame.sample,
+                answer,
+                len(data.classes),
+                with_masks=served.metrics.with_masks,
+                with_pixels=served.metrics.with_pixels,
             )
             served.add(sample, keep=predictions is not None)
         figures = served.metrics.compute()

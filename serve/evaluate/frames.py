@@ -75,27 +75,55 @@ class _Entry:
         parts: dict[str, bytes] = {}
         if self._spec.has_points:
             parts["points"] = self._read(self._member("lidar_points", "lidar_path"))
-            if self._spec.sweeps is not None:
-                raise DataSetError("the model takes several sweeps, which no supported metric is for")
+            parts |= self._sweeps()
         for camera in self._spec.cameras:
             parts[f"image.{camera}"] = self._read(self._member("images", camera, "img_path"))
         if "image" in self._spec.parts:
-            parts["image"] = self._read(self._member("img_path"))
+            parts["image"] = self._read(self._image())
         if self._spec.calibration:
             parts["calibration"] = json.dumps(self._calibration()).encode()
         return parts
 
-    def _calibration(self) -> dict[str, Any]:
+    def _sweeps(self) -> dict[str, bytes]:
+        """Return the sweeps before the key frame with their times and poses, the latest ones that the model takes."""
+        listed = self._entry.get("lidar_sweeps")
+        if self._spec.sweeps is None or not listed:
+            return {}
+        chosen = listed[: self._spec.sweeps.number]
+        poses = [
+            {
+                "time_lag_s": self._entry["timestamp"] - sweep["timestamp"],
+                "lidar2sensor": np.asarray(sweep["lidar_points"]["lidar2sensor"]).tolist(),
+            }
+            for sweep in chosen
+        ]
+        clouds = {
+            f"sweep.{k}": self._read(sweep["lidar_points"]["lidar_path"]) for k, sweep in enumerate(chosen)
+        }
+        return {"sweeps": json.dumps(poses).encode(), **clouds}
+
+    def _image(self) -> str:
+        """Return the path of the image, of an entry of its own or of its camera."""
+        if "img_path" in self._entry or "images" not in self._entry:
+            return str(self._member("img_path"))
+        return str(self._member("images", self._camera(), "img_path"))
+
+    def _camera(self) -> str:
+        """Return the name of the camera of a frame with one image."""
         images = self._member("images")
-        if self._spec.cameras:
-            return {camera: _matrices(images[camera]) for camera in self._spec.cameras}
         camera = self._data_set.get("default_cam_key") or next(
             (name for name, image in images.items() if isinstance(image, Mapping) and "img_path" in image),
             None,
         )
         if camera not in images:
             raise DataSetError(f"the data set's entries have no camera {camera}")
-        return _matrices(images[camera])
+        return str(camera)
+
+    def _calibration(self) -> dict[str, Any]:
+        images = self._member("images")
+        if self._spec.cameras:
+            return {camera: _matrices(images[camera]) for camera in self._spec.cameras}
+        return _matrices(images[self._camera()])
 
     def _member(self, *names: str) -> Any:
         found: Any = self._entry

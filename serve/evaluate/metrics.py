@@ -1,46 +1,45 @@
-"""Upstream's metrics, prepared for a comparison: per class, of a part of the data set, without files of their own.
-
-Figures are points (percent) of average precision. Upstream rounds COCO's and VOC's to 0.1 points and KITTI's to 0.0001;
-a figure that has nothing to find is None.
-"""
+"""Upstream's metrics, prepared for a comparison: per class, of a part of the data set, without files of their own."""
 
 from __future__ import annotations
 
 import contextlib
-import math
+import importlib
 import pickle
-import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from serve.convert.blame import blaming
 from serve.errors import DataSetError
 from serve.evaluate.data_set import DataSet
+from serve.evaluate.figures import Figure, figures_of
 
-__all__ = ["Figure", "Metrics", "open_metrics"]
+__all__ = ["SUPPORTED", "Metrics", "open_metrics"]
 
-SUPPORTED = ("CocoMetric", "VOCMetric", "KittiMetric")
+SUPPORTED = ("CocoMetric", "VOCMetric", "CityScapesMetric", "KittiMetric", "NuScenesMetric", "LyftMetric")
 _REASONS = {
-    "NuScenesMetric": "it reads the tables of a whole nuScenes release, and attributes that answers lack",
     "WaymoMetric": "it runs a program of Waymo's",
     "SegMetric": "it takes labels of points, not boxes",
     "CocoPanopticMetric": "it takes segments, not boxes",
 }
 # Members of a metric that make it write files, or write instead of computing.
-_WRITING = ("outfile_prefix", "pklfile_prefix", "submission_prefix", "format_only")
-_KITTI_KEY = re.compile(
-    r"(?P<view>pred_instances(?:_3d)?)/KITTI/(?P<label>.+)_(?P<kind>(?:3D|BEV|2D|AOS)_AP\d+_\w+)$"
+_WRITING = (
+    *(
+        "outfile_prefix",
+        "pklfile_prefix",
+        "submission_prefix",
+        "format_only",
+        "jsonfile_prefix",
+        "csv_savepath",
+    ),
+    "dump_matches",
 )
-
-
-class Figure(NamedTuple):
-    """One figure of a metric: ``label`` is its class (None over all), ``kind`` its name, ``points`` 0 to 100."""
-
-    label: str | None
-    kind: str
-    points: float | None
+# Metrics whose truth is the tables of a release → the function that reads it, by module and name.
+_TRUTH_OF_TABLES = {
+    "NuScenesMetric": ("nuscenes.eval.detection.evaluate", "load_gt"),
+    "LyftMetric": ("mmdet3d.evaluation.functional.lyft_eval", "load_lyft_gts"),
+}
 
 
 class Metrics:
@@ -55,6 +54,9 @@ class Metrics:
         self._evaluator.dataset_meta = data.dataset.metainfo
         self._kinds = [_kind(config) for config in configs]
         self._size = data.size
+        self._tokens: frozenset[str] | None = None
+        if data.is_limited and any(kind in _TRUTH_OF_TABLES for kind in self._kinds):
+            self._tokens = frozenset(data.dataset.get_data_info(k)["token"] for k in range(data.size))
         if data.is_limited:
             ids = [data.dataset.get_data_info(k).get("img_id") for k in range(data.size)]
             for metric, kind in zip(self._evaluator.metrics, self._kinds, strict=True):
@@ -64,7 +66,14 @@ class Metrics:
     @property
     def with_masks(self) -> bool:
         """Whether masks are measured."""
-        return any("segm" in getattr(metric, "metrics", ()) for metric in self._evaluator.metrics)
+        return self.with_pixels or any(
+            "segm" in getattr(metric, "metrics", ()) for metric in self._evaluator.metrics
+        )
+
+    @property
+    def with_pixels(self) -> bool:
+        """Whether a metric takes masks as pixels, not as run lengths."""
+        return "CityScapesMetric" in self._kinds
 
     def add(self, sample: Any) -> None:
         """Take a data sample with predictions."""
@@ -77,11 +86,9 @@ class Metrics:
         for metric, kind in zip(self._evaluator.metrics, self._kinds, strict=True):
             with blaming(f"{kind} of these annotations", DataSetError):
                 results = list(metric.results)
-                found = metric.evaluate(self._size)
-                if kind == "VOCMetric":
-                    figures += _voc(metric, found, results)
-                else:
-                    figures += (_coco if kind == "CocoMetric" else _kitti)(metric, found)
+                with _tables_limited(kind, self._tokens), _classes_kept(kind, metric):
+                    found = metric.evaluate(self._size)
+                figures += figures_of(kind, metric, found, results)
         return figures
 
 
@@ -109,6 +116,8 @@ def open_metrics(data: DataSet) -> Iterator[list[dict[str, Any]]]:
                     classwise = {"classwise": True} if each in ("bbox", "segm") else {}
                     adapted.append({**one, "metric": each, "prefix": f"coco/{each}", **classwise})
                 continue
+            if kind == "CityScapesMetric":
+                one["outfile_prefix"] = None  # a temporary folder of the metric's own
             if kind == "KittiMetric" and data.is_limited:
                 one["ann_file"] = _first_entries(one, data.size, Path(scratch, f"{len(adapted)}.pkl"))
             adapted.append(one)
@@ -129,59 +138,55 @@ def _kind(config: Mapping[str, Any]) -> str:
     return str(config.get("type", "")).rpartition(".")[2]
 
 
-def _coco(metric: Any, found: Mapping[str, float]) -> list[Figure]:
-    figures = []
-    for key, value in found.items():
-        kind = str(metric.prefix).rpartition("/")[2]
-        name = key.removeprefix(f"{metric.prefix}/")
-        label = name.removesuffix("_precision") if name.endswith("_precision") else None
-        # COCO's -1 stands for nothing to find.
-        points = None if value < 0 or math.isnan(value) else 100 * float(value)
-        figures.append(Figure(label, f"{kind} mAP" if label else name.replace("_", " "), points))
-    return figures
+@contextlib.contextmanager
+def _tables_limited(kind: str, tokens: frozenset[str] | None) -> Iterator[None]:
+    """Let a metric find those key frames in its tables only that were predicted: it insists on all others too."""
+    if tokens is None or kind not in _TRUTH_OF_TABLES:
+        yield
+        return
+    module, name = _TRUTH_OF_TABLES[kind]
+    with _replaced(module, name, lambda load: _limited(load, tokens)):
+        yield
 
 
-def _voc(metric: Any, found: Mapping[str, float], results: Sequence[Any]) -> list[Figure]:
-    """Figures of VOCMetric, and those per class, which it prints only, by the function that it calls."""
-    from mmdet.evaluation.functional import eval_map
+def _limited(load: Callable[..., Any], tokens: frozenset[str]) -> Callable[..., Any]:
+    def loaded(*args: Any, **named: Any) -> Any:
+        found = load(*args, **named)
+        if isinstance(found, list):  # Lyft's annotations
+            return [each for each in found if each["sample_token"] in tokens]
+        for token in set(found.sample_tokens) - tokens:
+            del found.boxes[token]
+        return found
 
-    figures = [
-        Figure(None, key.removeprefix(f"{metric.prefix}/"), 100 * float(value))
-        for key, value in found.items()
-    ]
-    if metric.metric != "mAP":
-        return figures
-    truths, predictions = zip(*results, strict=True)
-    meta = metric.dataset_meta
-    names = "voc" if meta.get("dataset_type") in ("VOC2007", "VOC2012") else meta["classes"]
-    for threshold in metric.iou_thrs:
-        _, per_class = eval_map(
-            list(predictions),
-            list(truths),
-            scale_ranges=metric.scale_ranges,
-            iou_thr=threshold,
-            dataset=names,
-            logger="silent",
-            eval_mode=metric.eval_mode,
-            use_legacy_coordinate=True,
-        )
-        for name, result in zip(meta["classes"], per_class, strict=True):
-            points = 100 * float(result["ap"]) if result["num_gts"] else None
-            figures.append(Figure(str(name), f"AP{int(threshold * 100):02d}", points))
-    return figures
+    return loaded
 
 
-def _kitti(metric: Any, found: Mapping[str, float]) -> list[Figure]:
-    figures = []
-    for key, value in found.items():
-        parsed = _KITTI_KEY.search(key)
-        if parsed is None:
-            figures.append(Figure(None, key.removeprefix(f"{metric.prefix}/"), float(value)))
-            continue
-        label = None if parsed["label"] == "Overall" else parsed["label"]
-        image = "image " if parsed["view"] == "pred_instances" else ""
-        figures.append(Figure(label, image + parsed["kind"].replace("_", " "), float(value)))
-    return [
-        figure if figure.points is None or not math.isnan(figure.points) else figure._replace(points=None)
-        for figure in figures
-    ]
+@contextlib.contextmanager
+def _classes_kept(kind: str, metric: Any) -> Iterator[None]:
+    """Keep the figures per class that Cityscapes' own code computes, in ``of_classes`` of the metric."""
+    if kind != "CityScapesMetric":
+        yield
+        return
+
+    def keeping(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluated(*args: Any, **named: Any) -> Any:
+            found = evaluate(*args, **named)
+            metric.of_classes = found["averages"]["classes"]
+            return found
+
+        return evaluated
+
+    with _replaced("mmdet.evaluation.metrics.cityscapes_metric", "evaluateImgLists", keeping):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: str, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Wrap a function of a module within the block."""
+    found = importlib.import_module(module)
+    former = getattr(found, name)
+    setattr(found, name, wrap(former))
+    try:
+        yield
+    finally:
+        setattr(found, name, former)

@@ -10,10 +10,12 @@ from serve.evaluate.evaluation import Evaluation, Row
 __all__ = ["json_line", "table"]
 
 _SHOWN = ("native", "served", "difference")
+# Distance of centres at which nuScenes measures its errors.
+_NUSCENES_SHOWN = "AP 2.0 m"
 
 
 def table(found: Evaluation) -> str:
-    """Format figures per class, then those over all classes; of KITTI's many, the moderate ones at strict overlap."""
+    """Format figures per class, then those over all classes; of KITTI's and nuScenes' many, the usual ones."""
     rows = [row for row in found.rows if _is_shown(row, found.rows)]
     rows.sort(key=lambda row: row.label is None)
     alone = found.detections[0] is None
@@ -60,6 +62,10 @@ def json_line(found: Evaluation, **about: Any) -> str:
 
 
 def _is_shown(row: Row, rows: tuple[Row, ...]) -> bool:
+    if row.label and row.kind.startswith("AP ") and row.kind.endswith(" m"):
+        return row.kind == _NUSCENES_SHOWN
+    if row.label and " error " in row.kind:
+        return False
     if " AP40 " not in row.kind and " AP11 " not in row.kind:
         return True
     return " AP40 moderate" in row.kind and not row.kind.endswith("loose")

@@ -10,7 +10,9 @@ from serve.errors import BackendBroken
 __all__ = ["with_answer"]
 
 
-def with_answer(sample: Any, answer: Mapping[str, Any], classes: int, *, with_masks: bool) -> Any:
+def with_answer(
+    sample: Any, answer: Mapping[str, Any], classes: int, *, with_masks: bool, with_pixels: bool = False
+) -> Any:
     """Copy a data sample with an answer as its predictions.
 
     Args:
@@ -20,6 +22,7 @@ def with_answer(sample: Any, answer: Mapping[str, Any], classes: int, *, with_ma
             are COCO RLE.
         classes: number of classes, above every label.
         with_masks: give the predictions masks, none if the answer has none.
+        with_pixels: give them as a (N, height, width) tensor of bool instead of run lengths.
 
     Raises:
         BackendBroken: the answer is malformed.
@@ -33,6 +36,8 @@ def with_answer(sample: Any, answer: Mapping[str, Any], classes: int, *, with_ma
             copy.pred_instances_3d, copy.pred_instances = _instances_3d(answer)
         else:
             copy.pred_instances = _instances(answer, with_masks=with_masks)
+            if with_pixels:
+                copy.pred_instances.masks = _pixels(copy.pred_instances.masks, sample)
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise BackendBroken(f"the answer holds no detections that can be evaluated: {error!r}") from error
     return copy
@@ -50,6 +55,18 @@ def _instances(answer: Mapping[str, Any], *, with_masks: bool) -> Any:
     if with_masks:
         found.masks = [dict(mask) for mask in answer.get("masks", ())]
     return found
+
+
+def _pixels(masks: list[dict[str, Any]], sample: Any) -> Any:
+    """Decode run lengths; (N, height, width) bool."""
+    import torch
+    from pycocotools import mask as coco
+
+    size = tuple(sample.ori_shape[:2])
+    if any(tuple(mask["size"]) != size for mask in masks):
+        raise ValueError(f"a mask is not of the image's size {size}")
+    pixels = [torch.from_numpy(coco.decode(mask).astype(bool)) for mask in masks]
+    return torch.stack(pixels) if pixels else torch.zeros((0, *size), dtype=torch.bool)
 
 
 def _instances_3d(answer: Mapping[str, Any]) -> tuple[Any, Any]:

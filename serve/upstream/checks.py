@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,12 +21,15 @@ __all__ = [
     "check_annotations",
     "check_classes",
     "check_files",
+    "check_tables",
     "checked_runner",
     "leaf_datasets",
 ]
 
 # Heads of detectors whose number of classes is that of the data set.
 _HEADS = ("bbox_head", "pts_bbox_head")
+# Metrics that read the tables of a release, and upstream's version of it.
+_TABLES = {"NuScenesMetric": "v1.0-trainval", "LyftMetric": "v1.01-train"}
 _MOST_NAMED = 5
 
 
@@ -72,7 +76,7 @@ def checked_runner(
     with scratch, categories_checked(), _instances_forgotten():
         try:
             yield
-        except (CheckpointError, DataSetError, FileNotFoundError, pickle.UnpicklingError):
+        except (CheckpointError, DataSetError, FileNotFoundError, ImportError, pickle.UnpicklingError):
             for work_dir, log_dir, is_new in made:
                 _remove_folders(work_dir, log_dir, is_new=is_new)
             raise
@@ -121,6 +125,8 @@ def _check_config(cfg: Any, *, training: bool) -> None:
         evaluators = cfg.get(f"{split}_evaluator") or []
         for evaluator in [evaluators] if isinstance(evaluators, Mapping) else evaluators:
             check_annotations(evaluator, f"{split}_evaluator")
+            for dataset in leaf_datasets(loader["dataset"]):
+                check_tables(evaluator, dataset, f"{split}_evaluator")
     load_from = cfg.get("load_from")
     if isinstance(load_from, str) and "://" not in load_from and not Path(load_from).expanduser().is_file():
         raise CheckpointError(f"checkpoint {load_from} does not exist; check the path")
@@ -183,10 +189,46 @@ def check_annotations(metric: Mapping[str, Any], where: str) -> None:
         DataSetError: they do not.
     """
     file = metric.get("ann_file")
+    if isinstance(file, str) and _kind(metric) == "LyftMetric":  # which joins them itself
+        file = _join(str(metric.get("data_root") or ""), file)
     if isinstance(file, str) and not metric.get("backend_args") and not _exists(file):
         raise DataSetError(
             f"{where}.ann_file {file} does not exist; set it with --cfg-options {where}.ann_file=FILE"
         )
+    folder = metric.get("seg_prefix")
+    if _kind(metric) == "CityScapesMetric" and isinstance(folder, str) and not _exists(folder):
+        raise DataSetError(
+            f"{where}.seg_prefix {folder} does not exist; set it with --cfg-options {where}.seg_prefix=FOLDER"
+        )
+
+
+def check_tables(metric: Mapping[str, Any], dataset: Mapping[str, Any], where: str) -> None:
+    """Check that the tables of a release exist that a metric reads its truth from.
+
+    Args:
+        metric: in the form of a config; others than nuScenes' and Lyft's have no tables.
+        dataset: in the form of a config; its ``metainfo.version`` names the release.
+        where: place of the metric in the config, for the message.
+
+    Raises:
+        DataSetError: they do not.
+    """
+    if _kind(metric) not in _TABLES:
+        return
+    root = str(metric.get("data_root") or "")
+    version = (dataset.get("metainfo") or {}).get("version", _TABLES[_kind(metric)])
+    folder = Path(root, version, version) if _kind(metric) == "LyftMetric" else Path(root, version)
+    if not _exists(str(folder)):
+        there = _list_folder(Path(root or "."))
+        raise DataSetError(
+            f"the tables {folder} that {_kind(metric)} reads do not exist ({there}); name their folder with "
+            f"--cfg-options {where}.data_root=FOLDER, and another release with metainfo = dict(version=…) of the data "
+            "set in the config"
+        )
+
+
+def _kind(part: Mapping[str, Any]) -> str:
+    return str(part.get("type", "")).rpartition(".")[2]
 
 
 def _is_elsewhere(dataset: Mapping[str, Any]) -> bool:
@@ -268,12 +310,30 @@ def categories_checked() -> Iterator[None]:
     load = CocoDataset.load_data_list
 
     def load_data_list(self: Any) -> Any:
-        found = load(self)
+        opened: list[Any] = []
+
+        def open_annotations(path: str) -> Any:
+            opened.append(type(self).COCOAPI(path))
+            return opened[-1]
+
+        self.COCOAPI = open_annotations  # of this object, which forgets the annotations once they are read
+        try:
+            found = load(self)
+        finally:
+            del self.COCOAPI
         classes = self.metainfo["classes"]
         if len(self.cat_ids) < len(classes):
             raise DataSetError(
                 f"the annotations {self.ann_file} have categories for {len(self.cat_ids)} of the {len(classes)} "
                 f"classes ({_shortened(classes)}); name theirs with metainfo = dict(classes=…) in the config"
+            )
+        ordered = tuple(opened[-1].cats[number]["name"] for number in self.cat_ids)
+        if ordered != tuple(classes):
+            print(
+                f"warning: {self.ann_file} lists its categories as {_shortened(ordered)}, and upstream gives labels in "
+                f"that order, but metainfo has the classes {_shortened(classes)}: names would be mixed up; list them "
+                "as the annotations do",
+                file=sys.stderr,
             )
         return found
 

@@ -58,7 +58,7 @@ def _read_checkpoints_as_data(module: ModuleType) -> None:
 
 
 def _find_in1d(module: ModuleType) -> None:
-    """Give ScanNet's instance metric `numpy.in1d`, which numpy 2.4 removed."""
+    """Give ScanNet's and Cityscapes' instance metrics `numpy.in1d`, which numpy 2.4 removed."""
     numpy = module.__dict__["np"]
     module.__dict__["np"] = ModuleOverlay(numpy, in1d=numpy.isin)
 
@@ -75,6 +75,19 @@ def _use_threads(module: ModuleType) -> None:
     module.__dict__["Pool"] = Pool
 
 
+def _read_no_folder_as_list(module: ModuleType) -> None:
+    """Keep a word of ``metainfo`` that is also the name of a folder here: upstream reads it as a file of names."""
+    read = module.__dict__["list_from_file"]
+
+    def list_from_file(filename: Any, *args: Any, **named: Any) -> Any:
+        try:
+            return read(filename, *args, **named)
+        except IsADirectoryError as error:
+            raise FileNotFoundError(*error.args) from error  # which upstream takes as: this is a word
+
+    module.__dict__["list_from_file"] = list_from_file
+
+
 def _replace_rotated_iou(module: ModuleType) -> None:
     from serve.upstream.rotated_iou import rotate_iou_gpu_eval
 
@@ -82,10 +95,12 @@ def _replace_rotated_iou(module: ModuleType) -> None:
 
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling": _find_in1d,
     "mmcv.ops.pixel_group": _find_float,
     "mmdet.evaluation.functional.mean_ap": _use_threads,
     "mmdet.evaluation.functional.ytviseval": _find_float,
     "mmdet3d.evaluation.functional.scannet_utils.evaluate_semantic_instance": _find_in1d,
+    "mmengine.dataset.base_dataset": _read_no_folder_as_list,
     "mmengine.dist.utils": _init_without_cuda,
     "mmengine.model.wrappers.distributed": _wrap_on_cpu,
     "mmengine.runner.checkpoint": _read_checkpoints_as_data,

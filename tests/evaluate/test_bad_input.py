@@ -37,7 +37,7 @@ def refused(capsys, data: Path, *arguments: str) -> str:
     assert not list(out.parent.iterdir())
     captured = capsys.readouterr()
     assert not captured.out
-    (line,) = [line for line in captured.err.splitlines() if not line.startswith("[")]
+    (line,) = [line for line in captured.err.splitlines() if not line.startswith(("[", "warning: "))]
     assert line.startswith("error: ") and "Traceback" not in line
     return line
 
@@ -90,6 +90,13 @@ def test_another_order_of_classes_is_refused(whole, data, capsys):
     change(data, '("circle", "square", "triangle")', '("square", "circle", "triangle")')
     with answering(whole[1]) as address:
         assert "circle, square, triangle" in refused(capsys, data, "--url", address)
+
+
+def test_classes_in_another_order_than_the_annotations_are_warned_of(data, capsys):
+    change(data, '("circle", "square", "triangle")', '("square", "circle", "triangle")')
+    assert main(["evaluate", str(data / "mine.py"), "--model", "made", "--url", "127.0.0.1:1"]) == 2
+    (warned,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "categories as circle, square, triangle" in warned and "classes square, circle, triangle" in warned
 
 
 def test_boxes_of_another_kind_are_refused(whole, data, capsys):

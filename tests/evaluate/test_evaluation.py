@@ -64,7 +64,7 @@ def upstream_figures(config: Path, predicted: dict) -> dict[str, float]:
         evaluator = Evaluator([dict(metric) for metric in data.settings.metrics])
         evaluator.dataset_meta = data.dataset.metainfo
         for frame in read_frames(data):
-            (body,) = frame.parts.values()
+            body = frame.parts["points"] if "points" in frame.parts else frame.parts["image"]
             sample = frame.sample.clone()
             found = predicted[body]
             sample.pred_instances = found.get("pred_instances", InstanceData())
