@@ -17,6 +17,7 @@ from serve.archive.store import archive_uri, publish
 from serve.cli import zoo as zoo_command
 from serve.cli.entry import add_checkpoint_flags, command_parser, open_cache, stage_reporter
 from serve.convert.classes import read_class_names
+from serve.convert.work_dir import BEST, LAST, is_work_dir, trained_checkpoint, trained_config
 from serve.errors import ArchiveError
 from serve.zoo.config_source import local_config
 
@@ -60,20 +61,26 @@ def main(argv: Sequence[str] | None) -> int:
     parser = command_parser(
         "archive",
         "Create a TorchServe archive of a model by its name (second, pointpillars, faster-rcnn, …, a full or former "
-        "zoo name, or a config path). The zoo's weights are used unless --checkpoint is given. "
-        + _EXIT_CODES,
+        "zoo name, or a config path), or of what a training wrote to its folder. The zoo's weights are used unless "
+        "--checkpoint is given; of a training the best checkpoint, or else the last. " + _EXIT_CODES,
         [
             "archive second",
             "archive my_config.py --checkpoint my.pth --model-name mine",
+            "archive work_dirs/my_config",
             "archive second --output-folder s3://bucket/models",
         ],
     )
     parser.add_argument("--list", nargs="*", metavar="WORD", help=argparse.SUPPRESS)  # until 0.3
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="name of the model, or path or URI of a config"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="name of the model, path or URI of a config, or folder of a training (--work-dir)",
     )
     parser.add_argument(
-        "--checkpoint", help="path or URI (s3://…, https://…) of a checkpoint in place of the zoo's weights"
+        "--checkpoint",
+        help="path or URI (s3://…, https://…) of a checkpoint in place of the zoo's weights; of a training also "
+        "best or last",
     )
     parser.add_argument(
         "--output-folder", default="model-store", help="folder, or s3://bucket/models (default: %(default)s)"
@@ -86,6 +93,8 @@ def main(argv: Sequence[str] | None) -> int:
     if args.model is None:
         parser.error("MODEL is not set; `mmdet3d-serve zoo` lists the names")
     _check_names(args)
+    if is_work_dir(Path(args.model)):
+        return _convert_training(Path(args.model), args)
     with local_config(args.model) as model:
         entry = zoo.resolve(model)
         _print_notes(entry.notes)
@@ -96,6 +105,17 @@ def main(argv: Sequence[str] | None) -> int:
         )
         name = args.model_name or (model if not Path(model).is_file() else entry.name)
         return _convert(entry.config_path, checkpoint, name, args.output_folder, args)
+
+
+def _convert_training(folder: Path, args: argparse.Namespace) -> int:
+    """Convert what a training wrote to its folder, under the name of its config."""
+    config = trained_config(folder)
+    if args.checkpoint in (BEST, LAST, None):
+        checkpoint, reason = trained_checkpoint(folder, args.checkpoint)
+    else:
+        checkpoint, reason = _fetch(args.checkpoint, args), "as named"
+    print(f"config     {config}\ncheckpoint {checkpoint} ({reason})", file=sys.stderr, flush=True)
+    return _convert(config, checkpoint, args.model_name or config.stem, args.output_folder, args)
 
 
 def _check_names(args: argparse.Namespace) -> None:
