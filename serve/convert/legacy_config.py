@@ -104,12 +104,13 @@ def package_of(config: Mapping[str, Any]) -> str:
     return "mmdet3d" if in_3d or _is_only_in_mmdet3d(model) else "mmdet"
 
 
-def modernize(config: Mapping[str, Any], package: str) -> Modernized:
+def modernize(config: Mapping[str, Any], package: str, *, training: bool = False) -> Modernized:
     """Convert a legacy config.
 
     Args:
         config: the resolved config (after ``_base_``).
         package: ``mmdet`` or ``mmdet3d``.
+        training: keep what only training reads of the model: its ``train_cfg`` and initial weights.
 
     Raises:
         ArchiveError: something cannot be converted; the message names it.
@@ -131,11 +132,14 @@ def modernize(config: Mapping[str, Any], package: str) -> Modernized:
     for name in ("train_cfg", "test_cfg"):
         if config.get(name) is not None and model.get(name) is None and not _is_loop(config[name]):
             model[name] = copy.deepcopy(as_plain(config[name]))
-    model["train_cfg"] = None
+    if training:
+        _modernize_training(model)
+    else:
+        model["train_cfg"] = None
     flat, normalization, padding = modernize_pipeline(steps, notes)
     model["data_preprocessor"] = _preprocessor(model, package, normalization, padding)
     for _, part in _parts(model):
-        for name in _TRAINING_ONLY:
+        for name in () if training else _TRAINING_ONLY:
             part.pop(name, None)
         for name, now in _MEMBERS.get(str(part.get("type", "")).rpartition(".")[2], {}).items():
             if name in part:
@@ -171,6 +175,25 @@ def modernize(config: Mapping[str, Any], package: str) -> Modernized:
         "model and test pipeline were converted to today's form",
     )
     return Modernized(today, tuple(notes))
+
+
+def _modernize_training(model: dict[str, Any]) -> None:
+    """Keep what training reads under today's names: initial weights, sizes drawn per batch, assigners of 3D boxes."""
+    for where, part in list(_parts(model)):
+        weights = part.pop("pretrained", None)
+        backbone = part.get("backbone") if not where else part
+        overlaps = part.get("iou_calculator")
+        of_3d = isinstance(overlaps, dict) and str(overlaps.get("type")).endswith("3D")
+        if of_3d and part.get("type") == "MaxIoUAssigner":
+            part["type"] = "Max3DIoUAssigner"
+        if weights and isinstance(backbone, dict):
+            backbone.setdefault("init_cfg", {"type": "Pretrained", "checkpoint": weights})
+    size = model.pop("input_size", None)
+    drawn, interval = model.pop("random_size_range", None), model.pop("random_size_interval", 10)
+    if size is not None and drawn is not None:
+        low, high = (32 * int(side) for side in drawn)
+        augment = {"type": "BatchSyncRandomResize", "random_size_range": (low, high), "size_divisor": 32}
+        model.setdefault("data_preprocessor", {})["batch_augments"] = [{**augment, "interval": interval}]
 
 
 def _is_loop(value: Any) -> bool:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from serve import zoo
-from serve.errors import ArchiveError
 from serve.upstream.legacy_data import is_legacy_file, modernize_whole
 from serve.zoo.config_source import local_config
 
@@ -25,11 +24,11 @@ def config_file(named: str, *, training: bool = False) -> Iterator[str]:
     Args:
         named: name of the zoo, path of a config, or URI. A config of mmdet 2.x or mmdet3d 0.x is converted into a
             temporary file of the same name; what was converted is printed.
-        training: whether the training of an old config is wanted, which is not converted.
+        training: convert the training of an old config too.
 
     Raises:
         ModelLookupError: neither a file nor a name of the zoo.
-        ArchiveError: an old config that cannot be converted, or whose training is wanted.
+        ArchiveError: an old config that cannot be converted.
     """
     with local_config(named) as local:
         path = Path(local).expanduser()
@@ -40,13 +39,7 @@ def config_file(named: str, *, training: bool = False) -> Iterator[str]:
         if path.suffix != ".py" or not is_legacy_file(path):
             yield str(path)
             return
-        if training:
-            raise ArchiveError(
-                f"config {named} is of mmdet 2.x / mmdet3d 0.x; it can be tested, archived and served, but its "
-                "training is not converted: write the changes on top of today's config, such as "
-                "_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'"
-            )
-        converted, notes = modernize_whole(path)
+        converted, notes = modernize_whole(path, training=training)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-config-") as folder:

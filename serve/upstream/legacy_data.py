@@ -1,12 +1,13 @@
 """Data sets and metrics of configs of mmdet 2.x and mmdet3d 0.x in today's form, so that they can be tested.
 
 `serve.convert.legacy_config` converts the model and the test pipeline. Here the files of the test split and the metric
-that 2.x kept in the data set are added. Training is not converted: pipelines, schedules and optimizers changed
-their meaning, not only their names.
+that 2.x kept in the data set are added, and for a training its data (`serve.upstream.legacy_training`) and schedule
+(`serve.upstream.legacy_schedule`).
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import Any
 from serve.errors import ArchiveError
 from serve.zoo.config_bases import config_bases
 
-__all__ = ["is_legacy_file", "modernize_whole"]
+__all__ = ["add_files", "is_legacy_file", "modernize_whole", "relate_annotations"]
 
 _DATA = re.compile(r"^data\s*=", re.MULTILINE)
 _DEPTH = 8
@@ -35,6 +36,29 @@ _METRICS: dict[str, dict[str, Any]] = {
 }
 _WITH_ROOT = ("NuScenesMetric", "LyftMetric")
 _WITHOUT_FILE = ("VOCMetric", "IndoorMetric")
+_PREFIXES = {"CocoMetric": "coco", "VOCMetric": "pascal_voc"}
+_FORMER = (
+    *(
+        "evaluation",
+        "log_config",
+        "checkpoint_config",
+        "runner",
+        "optimizer",
+        "optimizer_config",
+        "lr_config",
+    ),
+    *("workflow", "dist_params", "total_epochs", "resume_from", "momentum_config", "fp16", "custom_hooks"),
+    *(
+        "cudnn_benchmark",
+        "opencv_num_threads",
+        "mp_start_method",
+        "seed",
+        "deterministic",
+        "gpu_ids",
+        "device",
+    ),
+    *("find_unused_parameters", "work_dir"),
+)
 
 
 def is_legacy_file(path: Path, depth: int = _DEPTH) -> bool:
@@ -51,8 +75,12 @@ def is_legacy_file(path: Path, depth: int = _DEPTH) -> bool:
     return depth > 0 and any(is_legacy_file(path.parent / base, depth - 1) for base in bases)
 
 
-def modernize_whole(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def modernize_whole(path: Path, *, training: bool = False) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Convert a config of mmdet 2.x or mmdet3d 0.x with the data set and metric of its test split.
+
+    Args:
+        path: the config.
+        training: convert also what training reads: its data, optimizer, schedules and hooks, and the split ``val``.
 
     Returns:
         The config in today's form, and what was converted.
@@ -72,58 +100,85 @@ def modernize_whole(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
             full = as_plain(Config.fromfile(str(whole), import_custom_modules=False).to_dict())
         if not is_legacy(full):
             raise ArchiveError(f"config {path} has no data.test of mmdet 2.x / mmdet3d 0.x")
-        package = package_of(full)
-        today, notes = modernize(full, package)
+        today, notes = modernize(full, package_of(full), training=training)
         scope = str(today["default_scope"])
-        split = _test_split(full)
-        if scope == "mmdet3d":
-            _relate_annotations(split)
-        _add_files(today["test_dataloader"]["dataset"], split)
-        _add_annotation_loader(today["test_dataloader"]["dataset"], scope)
-        today["test_dataloader"].update(_loader(full))
-        today["test_evaluator"] = _metric(full, split)
-        today["test_cfg"] = {"type": "TestLoop"}
-        for name in (
-            "evaluation",
-            "log_config",
-            "checkpoint_config",
-            "runner",
-            "optimizer",
-            "optimizer_config",
-        ):
-            today.pop(name, None)
-        for name in (
-            "lr_config",
-            "workflow",
-            "dist_params",
-            "total_epochs",
-            "resume_from",
-            "momentum_config",
-        ):
-            today.pop(name, None)
-    return {**_runtime(scope), **today}, notes
+        pattern = today.pop("test_dataloader")
+        for former in _FORMER:
+            today.pop(former, None)
+        made = {
+            **_runtime(scope),
+            **today,
+            **_evaluated(full, pattern, scope, "test"),
+            "test_cfg": {"type": "TestLoop"},
+        }
+        if training:
+            made, more = _with_training(full, made, pattern, scope)
+            notes = (*notes, *more)
+    return made, notes
 
 
-def _test_split(full: Mapping[str, Any]) -> dict[str, Any]:
-    found: Any = full.get("data", {}).get("test") or full.get("data", {}).get("val") or {}
+def _evaluated(full: Mapping[str, Any], pattern: Mapping[str, Any], scope: str, split: str) -> dict[str, Any]:
+    """Return loader and metric of a split, with the converted test pipeline."""
+    found = _split(full, split)
+    if scope == "mmdet3d":
+        relate_annotations(found)
+    loader = copy.deepcopy(dict(pattern))
+    add_files(loader["dataset"], found)
+    _add_annotation_loader(loader["dataset"], scope)
+    loader.update(_loader(full))
+    return {f"{split}_dataloader": loader, f"{split}_evaluator": _metric(full, found)}
+
+
+def _with_training(
+    full: Mapping[str, Any], today: dict[str, Any], pattern: Mapping[str, Any], scope: str
+) -> tuple[dict[str, Any], list[str]]:
+    from serve.upstream.legacy_schedule import modern_schedule
+    from serve.upstream.legacy_training import modern_train_dataloader
+
+    notes: list[str] = []
+    made = {**today, **_evaluated(full, pattern, scope, "val")}
+    made["train_dataloader"] = modern_train_dataloader(full, scope, notes)
+    kind = made["val_evaluator"]["type"]
+    schedule = modern_schedule(full, prefix=_PREFIXES.get(kind, ""))
+    hooks = {**made["default_hooks"], **schedule.members.pop("default_hooks")}
+    made.update(schedule.members)
+    made["default_hooks"] = hooks
+    made["visualizer"] = {**made["visualizer"], "vis_backends": made["vis_backends"]}
+    made["log_processor"] = {
+        **made["log_processor"],
+        "by_epoch": made["train_cfg"]["type"] == "EpochBasedTrainLoop",
+    }
+    if full.get("find_unused_parameters"):
+        made["find_unused_parameters"] = True
+    if not full.get("data", {}).get("val"):
+        for name in ("val_dataloader", "val_evaluator", "val_cfg"):
+            made[name] = None
+        notes.append("without data.val there is no validation during the training")
+    return made, [*notes, *schedule.notes]
+
+
+def _split(full: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a split of 2.x without its wrappers; one that is not there is the other one."""
+    data, other = full.get("data", {}), "val" if name == "test" else "test"
+    found: Any = data.get(name) or data.get(other) or {}
     while "pipeline" not in found and isinstance(found.get("dataset"), Mapping):
         found = found["dataset"]
     return dict(found)
 
 
-def _relate_annotations(split: dict[str, Any]) -> None:
+def relate_annotations(split: dict[str, Any]) -> None:
     """Write the annotation file relative to the root, as today; mmdet3d 0.x did not prepend the root to it."""
     root, file = str(split.get("data_root") or ""), split.get("ann_file")
     if root and isinstance(file, str) and not Path(file).is_absolute():
         split["ann_file"] = os.path.relpath(file, root)
 
 
-def _add_files(dataset: dict[str, Any], split: Mapping[str, Any]) -> None:
+def add_files(dataset: dict[str, Any], split: Mapping[str, Any], *, test: bool = True) -> None:
     """Add root, annotations and folders; a 2.x root is prepended to relative paths, as today's is."""
-    for name in ("data_root", "ann_file", "test_mode"):
+    for name in ("data_root", "ann_file"):
         if split.get(name) is not None:
             dataset[name] = split[name]
-    dataset["test_mode"] = True
+    dataset["test_mode"] = test
     prefixes = {}
     if split.get("img_prefix") is not None:
         key = "sub_data_root" if dataset.get("type") == "VOCDataset" else "img"

@@ -59,8 +59,8 @@ def test_the_converted_file_has_the_name_of_the_config_and_goes_with_the_block(o
     assert not Path(file).exists()
 
 
-def test_the_training_of_an_old_config_is_refused(old):
-    with pytest.raises(ArchiveError), config_file(str(old), training=True):
+def test_the_training_of_an_old_config_without_training_data_is_refused(old):
+    with pytest.raises(ArchiveError, match=r"data\.train"), config_file(str(old), training=True):
         pass
 
 

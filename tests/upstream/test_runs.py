@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.upstream.made_data import detector_config, write_coco
+from tests.upstream.old_training import OLD_2D, OLD_3D
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,3 +159,44 @@ def test_published_weights_are_named_by_their_hash_and_test_alike(folder):
     assert made.stem == f"depth-{sha256_of(made)[:8]}"
     assert made.stat().st_size < (folder / CHECKPOINT).stat().st_size
     passed(command(folder, "test", "tiny.py", made.name, "--work-dir", "published"))
+
+
+@pytest.mark.slow
+def test_a_config_of_2x_trains_and_what_it_wrote_becomes_an_archive(tmp_path):
+    passed(command(tmp_path, "sample-data", "coco", "coco", "--train", "4", "--val", "2"))
+    (tmp_path / "old.py").write_text(OLD_2D)
+    shown = passed(command(tmp_path, "train", "old.py", "--work-dir", "run"))
+    # Four pictures twice, two a batch; the warm-up ends after three iterations.
+    assert "Epoch(train) [1][4/4]" in shown and "coco/bbox_mAP" in shown
+    assert list((tmp_path / "run").glob("best_coco_bbox_mAP_epoch_1.pth"))
+    # Exit code 3: so short a training finds nothing that could prove the archive.
+    made = command(tmp_path, "archive", "run", "--output-folder", "store")
+    assert made.returncode in (0, 3), made.stderr[-2000:]
+    assert "best_coco_bbox_mAP_epoch_1.pth (the best of the training)" in made.stderr
+    assert (tmp_path / "store" / "old.mar").is_file()
+
+
+@pytest.mark.slow
+def test_a_config_of_0x_trains(tmp_path):
+    passed(command(tmp_path, "sample-data", "kitti", "kitti", "--train", "2", "--val", "1"))
+    (tmp_path / "old3d.py").write_text(OLD_3D)
+    shown = passed(command(tmp_path, "train", "old3d.py", "--work-dir", "run"))
+    assert "Epoch(train) [2][2/2]" in shown and "KITTI/Car_3D_AP40_moderate_strict" in shown
+    assert (tmp_path / "run" / "epoch_2.pth").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_test_on_the_cpu_as_one_does(folder):
+    alone = passed(command(folder, "test", "tiny.py", CHECKPOINT, "--work-dir", "one"))
+    shared = passed(command(folder, "test", "tiny.py", CHECKPOINT, "--work-dir", "two-test", "--gpus", "2"))
+    figures = [re.findall(r"coco/bbox_mAP: (-?\d\.\d+)", shown)[-1] for shown in (alone, shared)]
+    assert figures[0] == figures[1]
+    assert "Epoch(test) [2/2]" in shared  # four pictures, two a process
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_that_fails_ends_the_other(folder):
+    ran = command(folder, "test", "tiny.py", "missing.pth", "--work-dir", "none", "--gpus", "2")
+    assert ran.returncode == 2
+    assert "missing.pth" in ran.stderr
+    assert not (folder / "none").exists()
