@@ -7,6 +7,7 @@ ServeError                          500  internal_error
 │   ├── UndecodableFrame            422  undecodable_frame      not a frame of this model
 │   ├── NonFinitePoints             422  non_finite_points      NaN or inf in a point cloud
 │   ├── ModelNotFound               404  model_not_found
+│   ├── SessionNotFound             404  session_not_found      no such track session is open
 │   ├── NotAcceptable               406  not_acceptable         no accepted media type is supported
 │   ├── ReferenceRefused            403  reference_refused      the URI of a frame is not allowed
 │   ├── ReferenceNotFound           404  reference_not_found    no object at the URI of a frame
@@ -74,6 +75,7 @@ __all__ = [
     "ReferenceRefused",
     "SelfTestError",
     "ServeError",
+    "SessionNotFound",
     "SettingsError",
     "SetupError",
     "SlowRequest",
@@ -158,6 +160,13 @@ class FrameTooLarge(ClientError):
 
     status = 413
     code = "frame_too_large"
+
+
+class SessionNotFound(ClientError):
+    """No track session of that name is open."""
+
+    status = 404
+    code = "session_not_found"
 
 
 class NotAcceptable(ClientError):

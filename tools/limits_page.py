@@ -130,6 +130,8 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
     "A client": (
         Limit("max_pending_frames", "frames waiting or running, of all clients", Overloaded),
         Limit("max_pending_bytes", "bytes held for requests and unread answers, of all clients", Overloaded),
+        Limit("track_sessions", "sequences whose objects are tracked", Overloaded),
+        Limit("tracks_per_session", "tracks of a sequence", "further detections have no id"),
         Limit("client_share", "part of these that one client may hold", Overloaded),
         Limit("max_connections", "open connections", NotReady),
         Limit("header_timeout_s", "time for the header of a request", "the connection is closed"),

@@ -30,6 +30,7 @@ from serve.gateway.router import FrameRouter, internal_error
 from serve.gateway.routes import health, kserve, kserve_state, predictions
 from serve.gateway.siblings import Siblings
 from serve.gateway.tracing import Tracing
+from serve.gateway.tracks import TrackSessions
 from serve.gateway.ui import pages, points
 from serve.settings import Settings
 from serve.storage.references import ReferenceLimits, References
@@ -65,7 +66,8 @@ def create_app(
     )
     registry = ModelRegistry(backend, options)
     admission.count_models = registry.count
-    metrics = Metrics(admission, registry.is_registered)
+    sessions = TrackSessions(options, is_only_process=siblings is None)
+    metrics = Metrics(admission, registry.is_registered, sessions)
     registry.on_batch = metrics.observe_batch
     tracing = Tracing(options.otlp_endpoint)
     references = References(
@@ -99,7 +101,7 @@ def create_app(
     for routes in (
         kserve_state.router(options, registry, rejected or {}),  # /v2/models/stats before /v2/models/{model}
         kserve.router(registry, lifecycle),
-        health.router(registry, metrics, lifecycle, rejected or {}, siblings),
+        health.router(registry, metrics, lifecycle, sessions, rejected or {}, siblings),
         pages.router(is_ui=options.ui),
         *((points.router(options, limits),) if options.ui else ()),
     ):
@@ -113,7 +115,7 @@ def create_app(
     app.state.registry = registry
     routed = FrameRouter(
         app,
-        predict=predictions.predict_route(options, registry, references),
+        predict=predictions.predict_route(options, registry, references, sessions),
         infer=kserve.infer_route(options, registry),
     )
     wrapped = RequestMiddleware(

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from serve.gateway.admission import Admission
 from serve.gateway.batcher import BatchReport
+from serve.gateway.tracks import TrackSessions
 
 __all__ = ["CONTENT_TYPE", "DEPRECATED_NAMES", "Metrics"]
 
@@ -29,7 +30,9 @@ _COST = (1e3, 1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8)
 class Metrics:
     """All metrics of one gateway, in a registry of their own."""
 
-    def __init__(self, admission: Admission, is_registered: Callable[[str], bool]) -> None:
+    def __init__(
+        self, admission: Admission, is_registered: Callable[[str], bool], sessions: TrackSessions
+    ) -> None:
         """Create the metrics; requests for a model that is not registered are counted under ``model=""``."""
         registry = self._registry = CollectorRegistry()
         self._is_registered = is_registered
@@ -63,6 +66,13 @@ class Metrics:
                 "pending_ratio",
                 "Share of the pending limits in use, the larger of frames and bytes; scale on this",
                 lambda: max(admission.items / admission.max_items, admission.bytes / admission.max_bytes),
+            ),
+            ("track_sessions", "Sequences whose objects are tracked", lambda: len(sessions)),
+            ("tracks", "Tracks of all sequences", lambda: sessions.tracks),
+            (
+                "track_sessions_expired",
+                "Sequences that ended because they were idle, since the start",
+                lambda: sessions.expired,
             ),
         ):
             Gauge(f"mmdet3d_serve_{name}", text, registry=registry).set_function(value)

@@ -97,6 +97,20 @@ _REQUEST_OPTIONS: dict[str, tuple[str, Schema, Any]] = {
         _CAMERA_EXAMPLE,
     ),
 }
+_TRACK_OPTIONS: dict[str, tuple[str, Schema, Any]] = {
+    "track_session": (
+        "Name of the sequence that the frames continue: detections get track_ids",
+        {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,64}$"},
+        "drive-7",
+    ),
+    "track_start": ("Begin the sequence, anew if it is open", {"type": "boolean"}, True),
+    "track_end": ("Close the sequence after this request", {"type": "boolean"}, True),
+    "frame_time_s": (
+        "Time of each frame in seconds from any origin, rising, with commas between them",
+        {"type": "string", "pattern": "^[0-9]+(\\.[0-9]+)?$"},
+        "12.3",
+    ),
+}
 QUERY_PARAMETERS = [
     {
         "name": name,
@@ -106,7 +120,11 @@ QUERY_PARAMETERS = [
         "schema": schema,
         "example": example,
     }
-    for name, (description, schema, example) in {**FRAME_OPTIONS, **_REQUEST_OPTIONS}.items()
+    for name, (description, schema, example) in {
+        **FRAME_OPTIONS,
+        **_REQUEST_OPTIONS,
+        **_TRACK_OPTIONS,
+    }.items()
 ]
 _JSON_OPTIONS = {
     **{name: schema for name, (_, schema, _) in FRAME_OPTIONS.items()},
@@ -200,6 +218,9 @@ _ANSWER_COMMON: Schema = {
         _object({"code": _TEXT, "message": _TEXT}, required=("code", "message")),
         "Likely mistakes of the client; absent if there are none",
     ),
+    "track_ids": _list({"type": "integer"}, "id of each detection, -1 without one; with track_session only"),
+    "track_session": _TEXT,
+    "track_frame": {**_COUNT, "description": "number of the frame in its sequence, from 0 on"},
 }
 _BOXES_3D = _object(
     {

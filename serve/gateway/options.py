@@ -133,6 +133,11 @@ class GatewayOptions(Options):
         gt=0,
         le=1,
     )
+    track_sessions: int = option(
+        64, "N", "sequences whose objects are tracked at a time; one more is answered 429; 0: none", ge=0
+    )
+    track_idle_s: float = option(60.0, "S", "how long a sequence without a request is kept", ge=0.001)
+    tracks_per_session: int = option(1024, "N", "most tracks of a sequence at a time", ge=1, le=16384)
     trusted_proxies: Names = option(
         ("127.0.0.1",), "IP", "proxies whose X-Forwarded-For names the client; an address or a network each"
     )

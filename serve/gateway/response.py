@@ -40,6 +40,7 @@ __all__ = [
     "encode_line",
     "encode_list",
     "encode_one",
+    "read_document",
 ]
 
 _MAX_ACCEPT_CHARS = 4096
@@ -148,16 +149,16 @@ async def encode_one(
     if media == "application/json":
         return body
     if media == "application/x-msgpack":
-        return ormsgpack.packb(_document(body))
+        return ormsgpack.packb(read_document(body))
     if media == "application/x-ndjson":
         return encode_line(0, outcome, None)
     if media == "image/png":
-        return await asyncio.to_thread(_draw_image, frame, _document(body), load_dim)
+        return await asyncio.to_thread(_draw_image, frame, read_document(body), load_dim)
     return await run_beside_loop(len(body), _format_one, len(body), frame, body, media, camera)
 
 
 def _format_one(frame: EncodedFrame, body: bytes, media: FormatMedia, camera: Camera | None) -> bytes:
-    answer = _document(body)
+    answer = read_document(body)
     if media == KITTI:
         camera = find_camera(frame.join(), answer, camera)
     return format_answers([answer], media, camera)
@@ -198,7 +199,7 @@ def encode_list(outcomes: list[Outcome], media: Media, request_id: str, *, frame
 def _answer_of(index: int, outcome: Outcome) -> dict[str, Any]:
     if isinstance(outcome, ServeError):
         raise type(outcome)(f"frame {index}: {outcome}")
-    return _document(bytes(outcome.value.body))
+    return read_document(bytes(outcome.value.body))
 
 
 def _encode_item(outcome: Outcome, request_id: str, framed: bool) -> bytes:
@@ -212,9 +213,9 @@ def _encode_item(outcome: Outcome, request_id: str, framed: bool) -> bytes:
 def _document_or_error(outcome: Outcome, request_id: str, framed: bool) -> dict[str, Any]:
     """Parse one item of a list; an answer that is not JSON becomes the error of its frame."""
     try:
-        return _document(_encode_item(outcome, request_id, framed))
+        return read_document(_encode_item(outcome, request_id, framed))
     except BackendBroken as error:
-        return _document(_encode_item(error, request_id, framed))
+        return read_document(_encode_item(error, request_id, framed))
 
 
 def encode_line(index: int, outcome: Outcome, request_id: str | None) -> bytes:
@@ -233,7 +234,12 @@ def encode_error(error: ServeError, request_id: str | None) -> bytes:
     return orjson.dumps(error_body(error, request_id))
 
 
-def _document(body: bytes) -> dict[str, Any]:
+def read_document(body: bytes) -> dict[str, Any]:
+    """Parse the answer of a worker.
+
+    Raises:
+        BackendBroken: it is not JSON.
+    """
     try:
         document: dict[str, Any] = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -32,6 +32,7 @@ from serve.gateway.admission import Admission
 from serve.gateway.batcher import BatchReport
 from serve.gateway.metrics import DEPRECATED_NAMES, Metrics
 from serve.gateway.options import GatewayOptions
+from serve.gateway.tracks import TrackSessions
 from serve.settings import PREFIX, Settings
 from serve.torchserve import TorchServeOptions
 from serve.torchserve.process import DRAIN_S
@@ -396,7 +397,7 @@ def test_prometheus_scrapes_ports_that_there_are() -> None:
 @cache
 def exported() -> set[str]:
     """Names of all metrics of the gateway (without deprecated ones), TorchServe and NVIDIA's exporter."""
-    metrics = Metrics(Admission(1, 1), lambda model: True)
+    metrics = Metrics(Admission(1, 1), lambda model: True, TrackSessions(GatewayOptions()))
     metrics.observe_request("m", 200, 0.1)
     metrics.observe_batch("m", BatchReport(items=1, cost=1, queue_s=(0.0,), run_s=0.1, failed=True))
     metrics.set_ready(True)

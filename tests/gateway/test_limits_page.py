@@ -282,6 +282,7 @@ ELSEWHERE = {
     "gateway.request:MAX_QUERY_BYTES": "tests/attacks/bodies",
     "body_timeout_s": "tests/gateway/test_limits.py",
     "max_pending_bytes": "tests/gateway/test_limits.py",
+    "track_sessions": "tests/gateway/test_tracks.py",
     "client_share": "tests/attacks/connections",
     "max_connections": "tests/attacks/connections",
     "uri_timeout_s": "tests/storage/test_references.py",

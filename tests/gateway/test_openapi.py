@@ -24,6 +24,7 @@ from serve.errors import ClientError
 from serve.gateway.admission import Admission
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import receive_frames
+from serve.gateway.tracks import TRACK_OPTIONS
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.protocol.frames import FrameOptions
 from serve.storage.references import References
@@ -59,7 +60,11 @@ def test_responses_conform_to_the_openapi_document(document):
 def test_every_option_of_a_frame_is_a_query_parameter_of_predictions(running):
     documented = running.client.get("/openapi.json").json()["paths"]["/predictions/{model}"]["post"]
     queries = {each["name"] for each in documented["parameters"] if each["in"] == "query"}
-    assert queries == {field.name for field in fields(FrameOptions)} | {"timeout_ms", "camera"}
+    assert queries == {field.name for field in fields(FrameOptions)} | {
+        "timeout_ms",
+        "camera",
+        *TRACK_OPTIONS,
+    }
 
 
 def conforms(operation) -> None:

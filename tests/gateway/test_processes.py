@@ -74,6 +74,17 @@ def test_requests_spread_over_the_processes_and_metrics_name_each(backend, cloud
     assert min(counted.values()) >= 5, counted
 
 
+def test_track_sessions_are_refused_by_each_process(backend, cloud):
+    with gateways(backend) as (url, _):
+        query = "?track_session=drive&track_start=true"
+        answers = [
+            httpx.post(f"{url}/predictions/second{query}", content=cloud(1), trust_env=False, verify=NO_TLS)
+            for _ in range(6)
+        ]
+        assert {answer.status_code for answer in answers} == {400}
+        assert "--gateways 1" in answers[0].json()["error"]["message"]
+
+
 def test_killed_process_is_started_again_and_the_other_answers_meanwhile(backend, cloud):
     with gateways(backend) as (url, process):
         first = {child.pid for child in psutil.Process(process.pid).children()}

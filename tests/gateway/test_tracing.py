@@ -17,8 +17,10 @@ from starlette.responses import PlainTextResponse
 from serve.gateway.admission import Admission
 from serve.gateway.metrics import Metrics
 from serve.gateway.middleware import RequestMiddleware
+from serve.gateway.options import GatewayOptions
 from serve.gateway.response import Timing
 from serve.gateway.tracing import Tracing
+from serve.gateway.tracks import TrackSessions
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -61,7 +63,7 @@ def ask(tracing: Tracing, headers: dict[str, str]) -> httpx.Response:
         app,
         keys=(),
         admission=Admission(1, 1),
-        metrics=Metrics(Admission(1, 1), lambda name: False),
+        metrics=Metrics(Admission(1, 1), lambda name: False, TrackSessions(GatewayOptions())),
         tracing=tracing,
     )
 

@@ -14,6 +14,7 @@ from serve.gateway.metrics import CONTENT_TYPE, Metrics
 from serve.gateway.models import ModelRegistry, ModelVersion
 from serve.gateway.openapi import errors
 from serve.gateway.siblings import OWN, Siblings, merge_metrics
+from serve.gateway.tracks import TrackSessions
 
 __all__ = ["router"]
 
@@ -22,6 +23,7 @@ def router(
     registry: ModelRegistry,
     metrics: Metrics,
     lifecycle: Lifecycle,
+    sessions: TrackSessions,
     rejected: Mapping[str, str],
     siblings: Siblings | None = None,
 ) -> APIRouter:
@@ -31,6 +33,7 @@ def router(
         registry: the served models.
         metrics: of this process.
         lifecycle: whether it drains.
+        sessions: the sequences whose objects are tracked.
         rejected: archives that were not loaded, and the reasons.
         siblings: the other processes of the port, whose readiness and metrics count too.
     """
@@ -64,13 +67,13 @@ def router(
         """List models that are ready, loading or rejected, with the reason for the latter."""
         await registry.refresh()
         unloaded = [{"archive": file, "status": "refused", "reason": why} for file, why in rejected.items()]
-        return [*(_describe(model) for model in registry.all()), *unloaded]
+        return [*(_describe(model, sessions) for model in registry.all()), *unloaded]
 
     @routes.get("/models/{model}", responses=errors(404))
     async def model(model: str) -> list[dict[str, Any]]:
         """List the versions of one model."""
         await registry.refresh()
-        return [_describe(each) for each in registry.versions(model)]
+        return [_describe(each, sessions) for each in registry.versions(model)]
 
     @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def prometheus_metrics(request: Request) -> Response:
@@ -84,7 +87,7 @@ def router(
     return routes
 
 
-def _describe(model: ModelVersion) -> dict[str, Any]:
+def _describe(model: ModelVersion, sessions: TrackSessions) -> dict[str, Any]:
     state = model.state
     description = {
         name: value for name, value in (model.spec or {}).items() if name not in ("name", "version")
@@ -96,6 +99,7 @@ def _describe(model: ModelVersion) -> dict[str, Any]:
         "status": model.status,
         "workers": {"ready": state.ready, "all": len(state.workers)},
         **({"waiting": model.batcher.waiting, "running": model.batcher.running} if model.batcher else {}),
+        **({"track_sessions": open_} if (open_ := sessions.count(state.name, state.version)) else {}),
         **({"reason": model.rejected} if model.rejected else {}),
         **description,
     }

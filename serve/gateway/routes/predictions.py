@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -27,34 +27,44 @@ from serve.gateway.response import (
     encode_one,
 )
 from serve.gateway.router import FrameRoute
+from serve.gateway.tracks import SessionKey, TrackSessions, parse_track_request
 from serve.protocol.worker import EncodedFrame
 from serve.storage.references import References
 
 __all__ = ["predict_route"]
 
 
-def predict_route(options: GatewayOptions, registry: ModelRegistry, references: References) -> FrameRoute:
-    """Create the route."""
+def predict_route(
+    options: GatewayOptions, registry: ModelRegistry, references: References, sessions: TrackSessions
+) -> FrameRoute:
+    """Create the route; `sessions` are the sequences whose objects are tracked."""
 
     async def predict(request: Request, model: str, version: str | None) -> Response:
         arrived = time.perf_counter()
         timing = Timing()
         media = choose_media(request.headers.get("accept"))
-        request_options = parse_request_options(read_query(request), request.headers, options)
+        wanted, query = parse_track_request(read_query(request), request.headers)
+        request_options = parse_request_options(query, request.headers, options)
         request.scope["state"]["model"] = model
         permit = permit_of(request.scope)
         served = await registry.find(model, version)
         permit.model = model
-        parsed = await receive_frames(
-            request, permit, options, request_options.frame, _parts(served), references
-        )
-        check_fields(parsed.frames, media)
-        timing.decode_s = time.perf_counter() - arrived
-        request.scope["state"]["frames"] = len(parsed.frames)
-        remaining_s = request_options.timeout_s - timing.decode_s
-        if media == "application/x-ndjson":
-            return _LinesResponse(_lines(request, served, parsed.frames, remaining_s))
-        outcomes = await run_frames(request, served, parsed.frames, remaining_s)
+        key = SessionKey(permit.client, model, served.state.version, wanted.session) if wanted else None
+        with sessions.enter(key, wanted) if key and wanted else nullcontext() as track:
+            parsed = await receive_frames(
+                request, permit, options, request_options.frame, _parts(served), references
+            )
+            check_fields(parsed.frames, media)
+            timing.decode_s = time.perf_counter() - arrived
+            request.scope["state"]["frames"] = len(parsed.frames)
+            remaining_s = request_options.timeout_s - timing.decode_s
+            if track is not None:
+                track.check(parsed.frames)
+            elif media == "application/x-ndjson":
+                return _LinesResponse(_lines(request, served, parsed.frames, remaining_s))
+            outcomes = await run_frames(request, served, parsed.frames, remaining_s)
+            if track is not None:
+                outcomes = await track.follow(outcomes, arrived + request_options.timeout_s)
         return await _answer(request, served, parsed, outcomes, media, timing, request_options.camera)
 
     return predict
@@ -77,7 +87,10 @@ async def _answer(
         if not isinstance(outcome, ServeError):
             timing.add(outcome)
     began = time.perf_counter()
-    if parsed.many:
+    if media == "application/x-ndjson":  # of a sequence: in order, and so together
+        lines = (encode_line(k, each, request_id_of(request.scope)) for k, each in enumerate(outcomes))
+        body = b"".join(lines)
+    elif parsed.many:
         body = encode_list(outcomes, media, request_id_of(request.scope), framed=parsed.framed)
     elif isinstance(outcomes[0], ServeError):
         raise outcomes[0]
