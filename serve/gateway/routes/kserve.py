@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 
 from serve import __version__
 from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError, UnknownOption, quote
+from serve.gateway.compression import compress
 from serve.gateway.dispatch import run_frames
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.middleware import permit_of
@@ -140,6 +141,9 @@ def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
             bodies.append(outcome.value.body)
         answer, header_bytes = encode_infer(infer_request, bodies, model, served.state.version, spec)
         headers = {"server-timing": timing.header()}
+        answer = await compress(
+            answer, request.headers.get("accept-encoding"), headers, options.compress_from_bytes
+        )
         if header_bytes is None:
             return Response(answer, media_type="application/json", headers=headers)
         headers[_HEADER_LENGTH] = str(header_bytes)

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve.errors import Overloaded, ServeError
 from serve.formats.kitti import Camera
+from serve.gateway.compression import compress
 from serve.gateway.dispatch import Outcome, run_frames, stream_frames
 from serve.gateway.middleware import permit_of, request_id_of
 from serve.gateway.models import ModelRegistry, ModelVersion
@@ -65,7 +66,13 @@ def predict_route(
             outcomes = await run_frames(request, served, parsed.frames, remaining_s)
             if track is not None:
                 outcomes = await track.follow(outcomes, arrived + request_options.timeout_s)
-        return await _answer(request, served, parsed, outcomes, media, timing, request_options.camera)
+        body = await _encode(request, served, parsed, outcomes, media, timing, request_options.camera)
+        headers: dict[str, str] = {}
+        if media != "image/png":  # which is compressed already
+            accepted = request.headers.get("accept-encoding")
+            body = await compress(body, accepted, headers, options.compress_from_bytes)
+        headers["server-timing"] = timing.header()
+        return Response(body, media_type=media, headers=headers)
 
     return predict
 
@@ -74,7 +81,7 @@ def _parts(served: ModelVersion) -> tuple[str, ...]:
     return tuple((served.spec or {}).get("parts") or ())
 
 
-async def _answer(
+async def _encode(
     request: Request,
     served: ModelVersion,
     parsed: ParsedRequest,
@@ -82,7 +89,7 @@ async def _answer(
     media: Media,
     timing: Timing,
     camera: Camera | None,
-) -> Response:
+) -> bytes:
     for outcome in outcomes:
         if not isinstance(outcome, ServeError):
             timing.add(outcome)
@@ -100,7 +107,7 @@ async def _answer(
         body = await encode_one(outcomes[0], frame, media, _load_dim(served), camera)
     timing.encode_s = time.perf_counter() - began
     request.scope["state"]["timing"] = timing
-    return Response(body, media_type=media, headers={"server-timing": timing.header()})
+    return body
 
 
 class _LinesResponse(StreamingResponse):
