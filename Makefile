@@ -33,7 +33,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max
 # Run a command for a task that will go, after a warning that names the command to use.
 deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
 
-.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-triton test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check compose-up k8s-render k8s-check sbom check-range lock ui test-ui clean distclean
+.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-triton test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check wheel-client compose-up k8s-render k8s-check sbom check-range lock ui test-ui clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -130,6 +130,9 @@ wheel: ## Build the project's wheel into docker/serve, for `docker build docker/
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m pip wheel --quiet --no-deps --wheel-dir docker/serve \
 		$(if $(wildcard $(PY)),--no-build-isolation --no-index) .
 	@ls docker/serve/*.whl
+
+wheel-client: $(STAMP) ## Build the client's wheel, mmdet3d-serve-client, into build/client: httpx and numpy, no torch
+	@$(PY) -m tools.client_wheel
 
 image: wheel ## Build the image mmdet3d-serve:latest [TARGET=gateway TORCH_LOCK=requirements/torch-cpu.lock TORCH_INDEX=URL]
 	docker build --target $(TARGET) --tag $(IMAGE):latest --tag $(IMAGE):$(VERSION) \

@@ -112,7 +112,7 @@ class GatewayOptions(Options):
     max_frame_bytes: int = option(MAX_FRAME_BYTES, "BYTES", "largest frame", common=True, ge=1)
     max_body_bytes: int = option(64 * MIB, "BYTES", "largest request body", common=True, ge=1)
     compress_from_bytes: int = option(
-        32 * 1024,
+        64 * 1024,
         "BYTES",
         "shortest answer that is compressed for a client that accepts gzip, or zstd where Python has it; 0: none is",
         ge=0,
