@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from serve.gateway.tracks import TRACK_OPTIONS
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from tests.gateway.conftest import FakeBackend, RunningGateway, running_gateway
 from tests.gateway.fake_torchserve import IMAGES, FakeModel
@@ -102,13 +103,18 @@ def test_example_of_every_option_is_accepted(
     running: RunningGateway, document: dict[str, Any], cloud: Any
 ) -> None:
     for each in document["paths"][PREDICT]["post"]["parameters"]:
-        if each["in"] == "query":
-            found = running.post(
-                "/predictions/second", content=cloud(1), params={each["name"]: each["example"]}
-            )
-            assert found.status_code == 200, found.text
-            by_header = {f"X-{each['name'].replace('_', '-')}": str(each["example"])}
-            assert running.post(content=cloud(1), headers=by_header).content == found.content
+        if each["in"] != "query":
+            continue
+        name, example = (
+            each["name"],
+            str(each["example"]).lower() if each["example"] is True else each["example"],
+        )
+        sequence = {"track_session": "drive-7", "track_start": "true"} if name in TRACK_OPTIONS else {}
+        options = {**sequence, name: example}
+        found = running.post("/predictions/second", content=cloud(1), params=options)
+        assert found.status_code == 200, (name, found.text)
+        by_header = {f"X-{option.replace('_', '-')}": str(value) for option, value in options.items()}
+        assert running.post(content=cloud(1), headers=by_header).content == found.content
 
 
 def test_every_media_type_of_answers_is_given_where_it_can_be(
