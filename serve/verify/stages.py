@@ -14,13 +14,30 @@ from typing import Any
 
 __all__ = ["STAGES", "Stopwatch", "time_stages"]
 
-# Stage → (attribute path, method). A method that is called from within another one is timed in both.
+# Stage → (attributes, methods). A method that is called from within another one is timed in both. mmdet3d's detectors
+# with several branches (CenterPoint, MVX) name their parts `pts_*` and `img_*`.
 STAGES: dict[str, tuple[tuple[str, str], ...]] = {
     "voxelize": (("data_preprocessor", "forward"),),
-    "encode": (("voxel_encoder", "forward"), ("middle_encoder", "forward")),
-    "dense": (("backbone", "forward"), ("neck", "forward"), ("rpn_head", "forward")),
-    "head": (("bbox_head", "forward"),),
-    "select": (("bbox_head", "predict_by_feat"), ("rpn_head", "predict_by_feat")),
+    "encode": tuple(
+        (f"{branch}{part}", "forward")
+        for branch in ("", "pts_")
+        for part in ("voxel_encoder", "middle_encoder")
+    ),
+    "dense": (
+        *((f"{branch}{part}", "forward") for branch in ("", "pts_", "img_") for part in ("backbone", "neck")),
+        ("rpn_head", "forward"),
+    ),
+    "attend": (("encoder", "forward"), ("decoder", "forward")),
+    "head": tuple(
+        (head, method)
+        for head in ("bbox_head", "pts_bbox_head")
+        for method in ("forward", "predict_heatmaps")
+    ),
+    "select": tuple(
+        (head, method)
+        for head in ("bbox_head", "pts_bbox_head", "rpn_head")
+        for method in ("predict_by_feat", "predict_boxes")
+    ),
     "regions": (("roi_head", "predict"),),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 from serve import archive, ops
-from serve.compare.detections import Comparison, Tolerances, compare
+from serve.compare.detections import Comparison, compare
+from serve.compare.ties import confirm_ties
+from serve.compare.tolerances import Tolerances, tolerances_for
 from serve.errors import ServeError
 from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime import load_detector
+from serve.runtime.rounding import variants
 from serve.verify.reference import load_reference
 from serve.verify.stages import STAGES, Stopwatch, time_stages
 from tools.bench.reference import nondeterminism
@@ -31,7 +34,6 @@ from tools.bench.reference.process import ReferenceProcess
 __all__ = ["DetectorBenchmark", "Workload", "run"]
 
 REST, TOTAL = "decode, rest", "total"
-EQUAL = Tolerances(box_m=1e-4, score=1e-4)
 
 Run = tuple[dict[str, float], Any]
 
@@ -62,8 +64,9 @@ class DetectorBenchmark:
     Attributes:
         native: medians of native inference.
         ours: medians of our runtime.
-        equal: whether every detection has a counterpart within 1e-4 (metres, radians, score).
-        largest_box: largest deviation of a box, metres or radians.
+        equal: whether the detections are equal by the one standard (`serve.compare.tolerances`), ties apart.
+        ties: detections that rounding decides (`serve.compare.ties`).
+        largest_box: largest deviation of a box, metres or pixels.
         largest_score: largest deviation of a score.
         nondeterminism: result of `nondeterminism.check`; None if the model has no sparse convolution or native
             inference runs in this process.
@@ -84,6 +87,8 @@ class DetectorBenchmark:
     equal: bool
     largest_box: float
     largest_score: float
+    tolerances: Tolerances
+    ties: int = 0
     nondeterminism: Nondeterminism | None = None
     batch: int = 1
     ratios: dict[str, float] = field(init=False)
@@ -105,11 +110,14 @@ class DetectorBenchmark:
             ratio = f"{self.ratios[stage]:.2f}" if stage in self.ratios else "-"
             ours = self.ours.get(stage, 0.0)
             lines.append(f"{stage:<14}{native * 1e3:>12.1f}{ours * 1e3:>12.1f}{ratio:>8}")
-        verdict = "equal within 1e-4" if self.equal else "NOT equal within 1e-4"
         side = "native with 1 thread" if self.nondeterminism else "native"
+        ties = f", {self.ties} of them ties by rounding" if self.ties else ""
+        limits = (
+            f"{self.tolerances.box_m:g} m, {self.tolerances.box_px:g} px, score {self.tolerances.score:g}"
+        )
         lines.append(
-            f"{self.detections} detections, {verdict} ({side}): largest deviation of a box {self.largest_box:.1e}, "
-            f"of a score {self.largest_score:.1e}"
+            f"{self.detections} detections{ties}, {'equal' if self.equal else 'NOT equal'} to {side} within {limits}: "
+            f"largest deviation of a box {self.largest_box:.1e}, of a score {self.largest_score:.1e}"
         )
         return "\n".join([*lines, *(self.nondeterminism.lines() if self.nondeterminism else ())])
 
@@ -176,7 +184,9 @@ def run(
             seen = nondeterminism.check(
                 native_python, workload.config, workload.checkpoint, workload.frame, torch.get_num_threads()
             )
-    found = _compare(answers["native"], answers["ours"])
+    tolerances = tolerances_for(workload.device, workload.archived.metadata.inference.autocast)
+    changed = variants(ours.network, run_ours)
+    found = _compare(answers["native"], answers["ours"], tolerances, changed)
     return DetectorBenchmark(
         model=workload.archived.metadata.name,
         frame=workload.frame.name,
@@ -187,8 +197,10 @@ def run(
         native_side=description,
         native=_medians(times["native"]),
         ours=_medians(times["ours"]),
-        detections=found.expected_count,
+        detections=found.actual_count,
         equal=found.ok,
+        ties=found.ties,
+        tolerances=tolerances,
         largest_box=found.largest_box,
         largest_score=found.largest_score,
         nondeterminism=seen,
@@ -217,10 +229,16 @@ def _start(stack: ExitStack, python: Path, workload: Workload, threads: int) -> 
     return once, f"{versions}, {loaded['kernels']} kernels of mmcv{sparse}"
 
 
-def _compare(native: Any, ours: Any) -> Comparison:
-    """Compare the fields that both have; ours adds names and model."""
-    shared = {key: value for key, value in ours.items() if key in native}
-    return compare(native, shared, EQUAL, sides=("native", "ours"))
+def _compare(native: Any, ours: Any, tolerances: Tolerances, changed: Iterator[Any]) -> Comparison:
+    """Compare the fields that both have, since ours adds names and model; `changed` are answers of our variants."""
+
+    def shared(answer: Any) -> dict[str, Any]:
+        return {key: value for key, value in answer.items() if key in native}
+
+    found = compare(shared(ours), native, tolerances, sides=("ours", "native"))
+    confirmed = confirm_ties(found, shared(ours), native, map(shared, changed))
+    assert isinstance(confirmed, Comparison)
+    return confirmed
 
 
 def _measure(network: Any, once: Callable[[], Any], device: str) -> Run:
