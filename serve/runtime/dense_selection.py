@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.dense_heads.rpn_head import RPNHead
-from mmdet.structures.bbox import cat_boxes
+from mmdet.structures.bbox import cat_boxes, get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from serve.ops.boxes.nms import nms_within_labels
 from serve.ops.cpu.candidates import select_best
 
 __all__ = ["install"]
@@ -84,9 +85,35 @@ class _DenseSelection:
         results.scores, results.labels = torch.cat(found["scores"]), torch.cat(found["labels"])
         if found["factors"]:
             results.score_factors = torch.cat(found["factors"])
-        return head._bbox_post_process(
-            results=results, cfg=cfg, rescale=rescale, with_nms=with_nms, img_meta=img_meta
+        if not with_nms or not self._suppresses_by_label(cfg):
+            return head._bbox_post_process(
+                results=results, cfg=cfg, rescale=rescale, with_nms=with_nms, img_meta=img_meta
+            )
+        results = head._bbox_post_process(
+            results=results, cfg=cfg, rescale=rescale, with_nms=False, img_meta=img_meta
         )
+        return results[_suppress(results, cfg)] if len(results) else results
+
+    def _suppresses_by_label(self, cfg: Any) -> bool:
+        """Return whether the head suppresses as mmdet's own does, by plain overlap within a class, up to a number."""
+        plain = {*cfg.nms} <= {"type", "iou_threshold", "split_thr"} and cfg.nms.get("type", "nms") == "nms"
+        own = type(self._head)._bbox_post_process is BaseDenseHead._bbox_post_process
+        return bool(plain and own and cfg.max_per_img > 0)
+
+
+def _suppress(results: Any, cfg: Any) -> Tensor:
+    """Return the rows that ``mmcv.ops.batched_nms`` keeps, up to ``max_per_img``."""
+    boxes = get_box_tensor(results.bboxes)
+    # As there: classes are kept apart by shifting their boxes, which rounds them; many are compared class by class.
+    shifted = boxes + (results.labels.to(boxes) * (boxes.max() + 1))[:, None]
+    return nms_within_labels(
+        shifted,
+        results.scores,
+        results.labels,
+        cfg.nms.iou_threshold,
+        cfg.max_per_img,
+        across=len(boxes) < cfg.nms.get("split_thr", 10_000),
+    )
 
 
 class _ProposalSelection:

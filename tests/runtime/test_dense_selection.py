@@ -83,6 +83,23 @@ def test_boxes_are_those_of_upstreams_selection(head, spread, limit):
 
 
 @pytest.mark.usefixtures("reproducible_torch")
+@pytest.mark.parametrize("most", [3, 50, 100000])
+@pytest.mark.parametrize("split_thr", [1, 10_000])
+def test_suppression_by_class_keeps_what_upstreams_keeps(most, split_thr):
+    plain, replaced = heads(RETINA, {**DENSE, "max_per_img": most, "nms": {**NMS, "split_thr": split_thr}})
+    for expected, got in zip(predict(plain, 2.0, 4), predict(replaced, 2.0, 4), strict=True):
+        assert torch.equal(got.labels, expected.labels) and torch.equal(got.bboxes, expected.bboxes)
+        assert 0 < len(got) <= most
+
+
+@pytest.mark.usefixtures("reproducible_torch")
+def test_other_kinds_of_suppression_are_upstreams():
+    plain, replaced = heads(RETINA, {**DENSE, "nms": {"type": "soft_nms", "iou_threshold": 0.3}})
+    for expected, got in zip(predict(plain, 2.0, 5), predict(replaced, 2.0, 5), strict=True):
+        assert torch.equal(got.scores, expected.scores) and torch.equal(got.bboxes, expected.bboxes)
+
+
+@pytest.mark.usefixtures("reproducible_torch")
 def test_no_limit_leaves_out_the_worst_candidate_as_upstream_does():
     plain, replaced = heads(RETINA, {**DENSE, "nms_pre": -1, "max_per_img": 100000})
     for expected, got in zip(predict(plain, 1.0, 2), predict(replaced, 1.0, 2), strict=True):

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.checks import as_numpy, check_floating, check_tensor, check_width, uses_numba
+from serve.ops.checks import (
+    as_numpy,
+    check_floating,
+    check_integer,
+    check_shape,
+    check_tensor,
+    check_width,
+    uses_numba,
+)
 from serve.ops.constants import constant
 from serve.ops.cpu.jit import jit
 from serve.ops.device_kernels import uses_triton
@@ -22,6 +30,8 @@ __all__ = ["nms", "nms_match", "softnms"]
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
+# Candidates, of as many as there are, among which the kept ones are looked for first.
+_CANDIDATES_PER_BOX = 8
 SOFT_METHODS = {0: "naive", 1: "linear", 2: "gaussian"}
 
 
@@ -44,6 +54,46 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     else:
         keep = scan(suppression_bits(ordered, float(offset), iou_threshold))
     return order[keep]
+
+
+def nms_within_labels(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, limit: int, *, across: bool = False
+) -> Tensor:
+    """Suppress boxes greedily among those of the same label; return the first `limit` kept rows by descending score.
+
+    Boxes are looked at in the order of their scores, until `limit` are kept: of some ten thousand candidates a few
+    hundred. Rows and order are those of `nms` label by label, of all boxes, and a stable sort of what it keeps.
+
+    Args:
+        boxes: (N, 4) float32 on the CPU.
+        scores: (N,) float32.
+        labels: (N,) int64, not negative.
+        iou_threshold: a box is dropped if its IoU with a kept one is above this.
+        limit: most rows to return.
+        across: whether boxes of different labels suppress each other, too.
+    """
+    check_width("boxes", boxes, 4)
+    check_tensor(("boxes", boxes), "scores", scores, boxes.shape[0])
+    check_shape("labels", labels, boxes.shape[0])
+    check_integer(labels=labels)
+    count = boxes.shape[0]
+    # First those that are likely to suffice; if they do not, all: what is kept of the best depends on them alone.
+    for first in (_CANDIDATES_PER_BOX * limit, count):
+        rows = torch.arange(count)
+        if first < count:
+            rows = (scores >= scores.kthvalue(count - first + 1).values).nonzero()[:, 0]
+        rows = rows[torch.sort(scores[rows], descending=True, stable=True)[1]]
+        keep = _first_kept(
+            as_numpy(boxes[rows].float()),
+            as_numpy(labels[rows]),
+            int(labels.max()) + 1 if count else 0,
+            np.float32(iou_threshold),
+            limit,
+            across,
+        )
+        if len(keep) == limit or len(rows) == count:
+            break
+    return rows[torch.from_numpy(keep)]
 
 
 def suppression_bits(boxes: Tensor, offset: float, threshold: float) -> Tensor:
@@ -131,6 +181,39 @@ def _nms_cpu(boxes: F32, threshold: np.float32, offset: np.float32) -> I64:  # p
             h = max(zero, min(y2, bottom[j]) - max(y1, top[j]) + offset)
             overlap = w * h
             dropped[j] |= overlap / (own + area[j] - overlap) > threshold
+    return keep[:kept]
+
+
+@jit
+def _first_kept(
+    boxes: F32, labels: I64, kinds: int, threshold: np.float32, limit: int, across: bool
+) -> I64:  # pragma: no cover - compiled
+    """Return the first `limit` kept of `boxes`, by descending score; the kept ones of a label are a linked list."""
+    n = boxes.shape[0]
+    keep, before = np.empty(min(n, limit), np.int64), np.empty(min(n, limit), np.int64)
+    latest = np.full(max(kinds, 1), -1, np.int64)
+    zero = np.float32(0)
+    kept = 0
+    for j in range(n):
+        if kept >= limit:
+            break
+        label = np.int64(0) if across else labels[j]
+        x1, y1, x2, y2 = boxes[j, 0], boxes[j, 1], boxes[j, 2], boxes[j, 3]
+        area = (x2 - x1) * (y2 - y1)
+        dropped = False
+        at = latest[label]
+        while at >= 0 and not dropped:
+            i = keep[at]
+            w = max(zero, min(boxes[i, 2], x2) - max(boxes[i, 0], x1))
+            h = max(zero, min(boxes[i, 3], y2) - max(boxes[i, 1], y1))
+            overlap = w * h
+            own = (boxes[i, 2] - boxes[i, 0]) * (boxes[i, 3] - boxes[i, 1])
+            dropped = overlap / (own + area - overlap) > threshold
+            at = before[at]
+        if not dropped:
+            keep[kept], before[kept] = j, latest[label]
+            latest[label] = kept
+            kept += 1
     return keep[:kept]
 
 
