@@ -9,13 +9,14 @@ skipping, for any input: the background is an expectation that is compared with,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from serve.ops.cpu.masked_conv import ConvLayer, pack_layer
-from serve.runtime.masked import BackgroundModel, MaskedNeck, MaskedPyramid, MaskedSequence
+from serve.runtime.masked import BackgroundModel, MaskedBranches, MaskedNeck, MaskedPyramid, MaskedSequence
 
 __all__ = ["background_skipped", "install", "set_skipping"]
 
@@ -101,11 +102,11 @@ def _passes_maps_on(network: nn.Module) -> bool:
     return type(network) in {getattr(detectors, name) for name in names}
 
 
-def _replace_heads(heads: Sequence[Any]) -> tuple[list[list[MaskedSequence]], bool]:
+def _replace_heads(heads: Sequence[Any]) -> tuple[list[list[MaskedSequence | MaskedBranches]], bool]:
     """Replace convolutions of heads; returns their chains, and whether only these read the neck's map."""
     from mmdet3d.models.dense_heads import Anchor3DHead, CenterHead
 
-    chains = []
+    chains: list[list[MaskedSequence | MaskedBranches]] = []
     are_masked = True
     for head in heads:
         if isinstance(head, Anchor3DHead) and type(head).forward_single is Anchor3DHead.forward_single:
@@ -120,33 +121,78 @@ def _replace_heads(heads: Sequence[Any]) -> tuple[list[list[MaskedSequence]], bo
         elif isinstance(head, CenterHead):
             replaced = _replace_center_head(head)
             chains += replaced
-            are_masked &= bool(replaced) and type(head).forward_single is CenterHead.forward_single
+            are_masked &= bool(replaced) and not head.shared_conv.writes_background
         else:
             are_masked = False
     return chains, are_masked
 
 
-def _replace_center_head(head: Any) -> list[list[MaskedSequence]]:
+def _replace_center_head(head: Any) -> list[list[MaskedSequence | MaskedBranches]]:
     from mmdet3d.models.dense_heads.centerpoint_head import CenterHead, SeparateHead
+
+    from serve.runtime import center_head
 
     shared = _packed([head.shared_conv])
     if shared is None:
         return []
     head.shared_conv = MaskedSequence(shared)
-    chains = []
+    tasks = list(head.task_heads)
+    if center_head.is_known(head):
+        heatmaps = [_packed(task.heatmap.children()) for task in tasks]
+        boxes = [
+            _branches({name: getattr(task, name) for name in task.heads if name != "heatmap"})
+            for task in tasks
+        ]
+        maps = [MaskedSequence(layers) for layers in heatmaps if layers is not None]
+        known = [one for one in boxes if one is not None]
+        if len(maps) == len(known) == len(tasks):
+            head.shared_conv.writes_background = False
+            center_head.replace_tasks(head, maps, known)
+            return [[head.shared_conv, one] for one in (*maps, *known)]
+    chains: list[list[MaskedSequence | MaskedBranches]] = []
     are_masked = type(head).forward_single is CenterHead.forward_single
-    for task in head.task_heads:
+    for task in tasks:
         if type(task) is not SeparateHead:
             are_masked = False
             continue
         for name in task.heads:
             layers = _packed(getattr(task, name).children())
             if layers is not None:
-                setattr(task, name, MaskedSequence(layers))
-                chains.append([head.shared_conv, getattr(task, name)])
+                masked = MaskedSequence(layers)
+                setattr(task, name, masked)
+                chains.append([head.shared_conv, masked])
             are_masked &= layers is not None
     head.shared_conv.writes_background = not are_masked
     return chains or [[head.shared_conv]]
+
+
+def _branches(sequences: dict[str, nn.Module]) -> MaskedBranches | None:
+    """Merge sequences of two convolutions that read one map; None if they are anything else, or differ."""
+    chains = [_convolutions(sequence.children()) for sequence in sequences.values()]
+    pairs = [chain for chain in chains if chain is not None and len(chain) == 2]
+    if not pairs or len(pairs) < len(chains):
+        return None
+    firsts: list[Any] = [first for (first, _), _ in pairs]
+    alike = {
+        (one.in_channels, one.out_channels, one.kernel_size, one.stride, one.padding, relu, one.bias is None)
+        for one, (_, relu) in zip(firsts, (first for first, _ in pairs), strict=True)
+    }
+    seconds = [_pack(second, relu=relu) for _, (second, relu) in pairs]
+    whole = all(isinstance(one, nn.Conv2d) for one in firsts) and firsts[0].bias is not None
+    if len(alike) > 1 or not whole or not {one.kind for one in seconds} <= {"narrow", "direct"}:
+        return None
+    first = pack_layer(
+        torch.cat([one.weight for one in firsts]),
+        torch.cat([one.bias for one in firsts]),
+        stride=firsts[0].stride[0],
+        padding=firsts[0].padding[0],
+        relu=pairs[0][0][1],
+        tile=2,
+    )
+    hidden = firsts[0].out_channels
+    return MaskedBranches(
+        tuple(sequences), first, [replace(one, origin=i * hidden) for i, one in enumerate(seconds)]
+    )
 
 
 def _scatter_channels_last(network: nn.Module, name: str) -> None:
@@ -177,6 +223,12 @@ class ChannelsLastScatter(nn.Module):
 
 def _packed(modules: Iterable[nn.Module]) -> list[ConvLayer] | None:
     """Pack convolutions, each with an optional ReLU behind it; None if there is anything else."""
+    layers = _convolutions(modules)
+    return None if layers is None else [_pack(module, relu=relu) for module, relu in layers]
+
+
+def _convolutions(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, bool]] | None:
+    """List convolutions, each with whether a ReLU is behind it; None if there is anything else."""
     from mmcv.cnn import ConvModule
 
     flat: list[nn.Module] = []
@@ -201,7 +253,7 @@ def _packed(modules: Iterable[nn.Module]) -> list[ConvLayer] | None:
             layers.append((module, False))
         elif not isinstance(module, nn.Identity):
             return None
-    return [_pack(module, relu=relu) for module, relu in layers]
+    return layers
 
 
 def _is_supported(module: Any) -> bool:

@@ -25,14 +25,24 @@ from serve.ops.cpu.masked_conv import (
     compress,
     fill,
     find_changed,
+    inputs_of,
 )
 
-__all__ = ["MAX_SIZES", "BackgroundModel", "MaskedNeck", "MaskedPyramid", "MaskedSequence"]
+__all__ = [
+    "MASKED",
+    "MAX_SIZES",
+    "BackgroundModel",
+    "MaskedBranches",
+    "MaskedNeck",
+    "MaskedPyramid",
+    "MaskedSequence",
+]
 
 # Sizes of maps whose backgrounds are kept; a model has one, or one per scale of test-time augmentation.
 MAX_SIZES = 4
 
 F32 = np.ndarray[Any, np.dtype[np.float32]]
+I64 = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class MaskedSequence(nn.Module):
@@ -72,6 +82,10 @@ class MaskedSequence(nn.Module):
         self.backgrounds[before.index.shape] = found
         return found[-1]
 
+    def known_output(self, size: tuple[int, int]) -> Background | None:
+        """Return the background of the output behind a map of `size`, if it is kept."""
+        return self.backgrounds[size][-1] if size in self.backgrounds else None
+
     def _known(self, x: Tensor) -> list[Background] | None:
         size = x.shape[2], x.shape[3]
         if self.model is None or not self.model.skipping:
@@ -79,6 +93,90 @@ class MaskedSequence(nn.Module):
         if size not in self.backgrounds:
             self.model.record(self, size)
         return self.backgrounds.get(size)
+
+
+class MaskedBranches(nn.Module):
+    """Branches of two convolutions each, side by side behind one map, that skip background.
+
+    The first ones are one convolution of all their outputs, of which each second one reads its own channels.
+    """
+
+    def __init__(self, names: Sequence[str], first: ConvLayer, seconds: Sequence[ConvLayer]) -> None:
+        """Take the name and the second layer of each branch, and the first layer of all."""
+        super().__init__()
+        self.names, self.layers = tuple(names), (first, *seconds)
+        self.model: BackgroundModel | None = None
+        self.backgrounds: dict[tuple[int, int], _Branches] = {}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Convolve (B, Cin, H, W) to a map (B, Cout, H', W') for each branch, channels-last in memory."""
+        known = self._known(x)
+        cells, changed = _read(x, known.before if known else None)
+        first, *seconds = self.layers
+        before, between = (known.before, known.between) if known else (None, None)
+        cells, changed = _run(cells, first, changed, before, between)
+        maps: dict[str, Tensor] = {}
+        for i, (name, layer) in enumerate(zip(self.names, seconds, strict=True)):
+            out, marks = _run(cells, layer, changed, between, known.afters[i] if known else None)
+            if known and marks is not None:
+                fill(out, marks, known.afters[i], 0, out.shape[3])
+            maps[name] = _tensor(out)
+        return maps
+
+    def compute_rows(self, x: Tensor, places: I64) -> dict[str, F32]:
+        """Compute single cells of the outputs, with the bits of `forward`.
+
+        Args:
+            x: (B, Cin, H, W).
+            places: (N, 3), image, row and column of each cell of the outputs.
+
+        Returns:
+            (N, Cout) for each branch.
+        """
+        known = self._known(x)
+        cells, changed = _read(x, known.before if known else None)
+        first, *seconds = self.layers
+        before, between = (known.before, known.between) if known else (None, None)
+        size = first.out_shape(*cells.shape[1:3])
+        wanted = np.zeros((len(cells), *seconds[0].out_shape(*size)), np.bool_)
+        where = tuple(places.T)
+        wanted[where] = True
+        cells, changed = _run(cells, first, changed, before, between, inputs_of(seconds[0], wanted, *size))
+        found: dict[str, F32] = {}
+        for i, (name, layer) in enumerate(zip(self.names, seconds, strict=True)):
+            out, marks = _run(cells, layer, changed, between, known.afters[i] if known else None, wanted)
+            found[name] = out[where]
+            if known and marks is not None:
+                same = ~marks[where]
+                after = known.afters[i]
+                found[name][same] = after.rows[after.index[where[1:]][same]]
+        return found
+
+    def record(self, before: Background) -> Background:
+        """Keep the backgrounds behind a map without points; return that of the last branch."""
+        first, *seconds = self.layers
+        cells = _run(before.expand()[None], first)[0]
+        afters = tuple(compress(_run(cells, layer)[0][0]) for layer in seconds)
+        self.backgrounds[before.index.shape] = _Branches(before, compress(cells[0]), afters)
+        return afters[-1]
+
+    def known_output(self, size: tuple[int, int]) -> Background | None:
+        """Return the background of the last branch behind a map of `size`, if it is kept."""
+        return self.backgrounds[size].afters[-1] if size in self.backgrounds else None
+
+    def _known(self, x: Tensor) -> _Branches | None:
+        if self.model is None or not self.model.skipping:
+            return None
+        return self.backgrounds.get((x.shape[2], x.shape[3]))
+
+
+@dataclass(frozen=True)
+class _Branches:
+    """Backgrounds of branches: the input, what the first convolution answers, and the output of each."""
+
+    before: Background
+    between: Background
+    afters: tuple[Background, ...]
 
 
 class MaskedNeck(nn.Module):
@@ -217,6 +315,10 @@ class _Level:
     after: Background
 
 
+#: Modules with packed `layers`.
+MASKED = (MaskedSequence, MaskedBranches, MaskedNeck, MaskedPyramid)
+
+
 class BackgroundModel:
     """Backgrounds of all parts of one network, recorded for each size of map when it is first seen."""
 
@@ -224,13 +326,14 @@ class BackgroundModel:
         self,
         blocks: Sequence[MaskedSequence],
         neck: MaskedNeck | MaskedPyramid,
-        heads: Sequence[Sequence[MaskedSequence]],
+        heads: Sequence[Sequence[MaskedSequence | MaskedBranches]],
     ) -> None:
         """Connect the blocks of a backbone, the neck behind them, and chains of sequences behind the neck."""
         self.blocks, self.neck, self.heads = tuple(blocks), neck, tuple(tuple(chain) for chain in heads)
         self.skipping = True
         self._seen: list[tuple[int, int]] = []
         neck.model = self
+        part: MaskedSequence | MaskedBranches
         for chain in (self.blocks, *self.heads):
             for part in chain:
                 part.model = self
@@ -247,8 +350,7 @@ class BackgroundModel:
             for chain in self.heads:
                 known = merged
                 for one in chain:
-                    recorded = one.backgrounds.get(known.index.shape)
-                    known = recorded[-1] if recorded else one.record(known)
+                    known = one.known_output(known.index.shape) or one.record(known)
 
 
 def _run(
@@ -257,9 +359,13 @@ def _run(
     changed: Mask | None = None,
     before: Background | None = None,
     after: Background | None = None,
+    wanted: Mask | None = None,
 ) -> tuple[F32, Mask | None]:
     out = np.empty((len(cells), *layer.out_shape(*cells.shape[1:3]), layer.outputs), np.float32)
-    return out, masked_conv.convolve(cells, layer, out, changed=changed, before=before, after=after)
+    marks = masked_conv.convolve(
+        cells, layer, out, changed=changed, before=before, after=after, wanted=wanted
+    )
+    return out, marks
 
 
 @dataclass

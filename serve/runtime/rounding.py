@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from serve.compare.ties import VARIANTS
 from serve.runtime.background import background_skipped, set_skipping
 from serve.runtime.fused_conv import FusedConv, FusedLinear
-from serve.runtime.masked import MaskedNeck, MaskedPyramid, MaskedSequence
+from serve.runtime.masked import MASKED
 
 __all__ = ["changed_weights", "variants"]
 
@@ -71,9 +71,7 @@ def _weights(network: nn.Module) -> Iterator[Tensor]:
         if isinstance(module, FusedConv | FusedLinear):
             packed = [module.layer]
         else:
-            packed = (
-                list(module.layers) if isinstance(module, MaskedSequence | MaskedNeck | MaskedPyramid) else []
-            )
+            packed = list(module.layers) if isinstance(module, MASKED) else []
         for layer in packed:
             yield torch.from_numpy(layer.weight)
             yield torch.from_numpy(layer.bias)

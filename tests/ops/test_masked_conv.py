@@ -120,6 +120,30 @@ def test_masked_convolution_has_the_bits_of_the_full_one(name, seed, batch, heig
     assert not marks[(full == empty).all(-1) | np.isnan(full[..., 2])].any()
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_wanted_cells_have_the_bits_of_the_full_convolution_and_read_no_others(name, masked):
+    layer, _ = pack(name, 11)
+    rng = np.random.default_rng(11)
+    x = rng.standard_normal((2, 12, 17, LAYERS[name][4])).astype(np.float32)
+    before = masked_conv.compress(np.zeros_like(x[0]))
+    full = empty_out(layer, x)
+    masked_conv.convolve(before.expand()[None], layer, full[:1])
+    after = masked_conv.compress(full[0])
+    x[rng.random(x.shape[:3]) < 0.5] = 0
+    masked_conv.convolve(x, layer, full)
+    wanted = rng.random(full.shape[:3]) < 0.05
+    changed = masked_conv.find_changed(x, before) if masked else None
+    read = masked_conv.inputs_of(layer, wanted, *x.shape[1:3])
+    assert 0 < read.mean() < 1
+    x[~read] = np.nan
+    part = empty_out(layer, x)
+    marks = masked_conv.convolve(x, layer, part, changed=changed, before=before, after=after, wanted=wanted)
+    if masked:
+        masked_conv.fill(part, marks, after, 0, layer.outputs)
+    assert part[wanted].tobytes() == full[wanted].tobytes()
+
+
 def test_batch_and_threads_do_not_change_an_images_bits():
     layer, _ = pack("winograd", 3)
     x = np.random.default_rng(3).standard_normal((4, 13, 30, LANES)).astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,14 @@ from serve import ops
 
 ops.install("portable")
 
+from serve.compare.detections import compare  # noqa: E402
 from serve.runtime import background, fusion, masked  # noqa: E402
 from serve.runtime.model import suppress_warnings  # noqa: E402
+
+with suppress_warnings():
+    from mmdet3d.structures import LiDARInstance3DBoxes
+
+    from serve.runtime import center_head as center_head_module
 from tests.runtime.test_fusion import prepare  # noqa: E402
 
 CHANNELS, HEIGHT, WIDTH = 32, 36, 44
@@ -145,6 +152,58 @@ def test_skipping_keeps_every_bit_from_an_empty_cloud_to_a_full_one(head, neck, 
             with torch.no_grad():
                 for ours, theirs in zip(full, plain(x), strict=True):
                     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct")  # upstream's coder
+@pytest.mark.parametrize("threshold", [None, 0.3, 0.9999])
+@pytest.mark.parametrize("kind", ["circle", "rotate"])
+def test_boxes_at_the_best_places_are_those_of_upstreams_head(kind, threshold):
+    plain, _ = build(center_head())
+    with torch.no_grad():  # without scores that round to 1, which tie
+        for task in plain.bbox_head.task_heads:
+            task.heatmap[-1].weight *= 0.1
+            task.heatmap[-1].bias.normal_()
+    fused = copy.deepcopy(plain)
+    fusion.fuse(fused, fusion.find_fusable(plain, lambda: plain(canvas(0, 0.1))))
+    config = {
+        "nms_type": kind, "min_radius": [1, 2], "post_max_size": 20, "pre_max_size": 100, "nms_thr": 0.2,
+        "score_threshold": 0.1, "post_center_limit_range": [-99] * 3 + [99] * 3,
+    }  # fmt: skip
+    for network in (plain, fused):
+        head = network.bbox_head
+        head.test_cfg = config
+        coder = head.bbox_coder
+        coder.max_num, coder.score_threshold, coder.code_size = 60, threshold, 7
+        coder.post_center_range = [-99] * 3 + [99] * 3
+    assert isinstance(fused.bbox_head, center_head_module.SelectiveCenterHead)
+    samples = [SimpleNamespace(metainfo={"box_type_3d": LiDARInstance3DBoxes}) for _ in range(3)]
+    for seed in range(3):
+        # A cloud without background beside two with: cells of the background tie.
+        x = torch.cat((canvas(seed, 1.0), canvas(seed, 0.1, batch=2)))
+        with torch.no_grad():
+            expected = plain.bbox_head.predict(plain.neck(plain.backbone(x)), samples)
+            results = []
+            for enabled in (True, False):
+                background.set_skipping(fused, enabled=enabled)
+                maps = fused.neck(fused.backbone(x))
+                results.append(fused.bbox_head.predict(maps, samples))
+            alone = fused.bbox_head.predict([maps[0][1:2]], samples[:1])
+        for got, full in zip(*results, strict=True):
+            assert torch.equal(got.bboxes_3d.tensor, full.bboxes_3d.tensor)
+            assert torch.equal(got.scores_3d, full.scores_3d) and torch.equal(got.labels_3d, full.labels_3d)
+        found = compare(listed(expected[0]), listed(results[0][0]))
+        assert found.ok, found
+        assert (found.actual_count > 0) == (threshold != 0.9999)
+        assert torch.equal(alone[0].bboxes_3d.tensor, results[0][1].bboxes_3d.tensor)
+
+
+def listed(found: Any) -> dict[str, Any]:
+    return {
+        "bboxes_3d": found.bboxes_3d.tensor.tolist(),
+        "scores_3d": found.scores_3d.tolist(),
+        "labels_3d": found.labels_3d.tolist(),
+        "box_type_3d": "LiDAR",
+    }
 
 
 def test_frame_has_the_same_bits_in_any_batch_and_with_any_number_of_threads():

@@ -34,6 +34,7 @@ __all__ = [
     "convolve",
     "fill",
     "find_changed",
+    "inputs_of",
     "pack_layer",
 ]
 
@@ -80,6 +81,7 @@ class ConvLayer:
         padding: padding with zeros, cells.
         relu: whether a ReLU follows.
         tile: extent of a tile of outputs if winograd, else 0.
+        origin: first channel of the input that is read; 0 unless narrow or direct.
     """
 
     kind: str
@@ -91,6 +93,7 @@ class ConvLayer:
     padding: int
     relu: bool
     tile: int = 0
+    origin: int = 0
 
     @property
     def step(self) -> int:
@@ -208,6 +211,7 @@ def convolve(
     before: Background | None = None,
     after: Background | None = None,
     addend: F32 | None = None,
+    wanted: Mask | None = None,
 ) -> Mask | None:
     """Convolve `x` into channels of `out`; with a mask, only where an input has changed.
 
@@ -222,10 +226,11 @@ def convolve(
         addend: (B, H'', W'', Cout), added before the ReLU; resampled to the nearest cell, as
             `torch.nn.functional.interpolate` does it, if of another size. Not with `changed`, of whose backgrounds it
             is no part, nor for a ``narrow`` layer.
+        wanted: (B, H', W'), cells of `out` to compute; only the cells of `x` that `inputs_of` names are read.
 
     Returns:
-        Mask (B, H', W') of the cells that differ from `after` in these channels; `out` is written there (and at some
-        other cells), and not elsewhere. None without `changed`.
+        Mask (B, H', W') of the cells that differ from `after` in these channels, of the computed ones; `out` is written
+        there (and at some other cells), and not elsewhere. None without `changed`.
     """
     batch, height, width, _ = x.shape
     masked = changed is not None
@@ -242,6 +247,8 @@ def convolve(
         tiles = masked_loops.active_tiles(changed, rows_out, columns_out, *window)
     else:
         tiles = np.arange(batch * rows_out * columns_out, dtype=np.int64)
+    if wanted is not None:
+        tiles = np.intersect1d(tiles, _tiles_with(layer, wanted, rows_out, columns_out), assume_unique=True)
 
     if layer.kind == "narrow":
         products = _narrow_products(x, layer, tiles, changed, before if masked else None, out.shape[1:3])
@@ -271,12 +278,27 @@ def convolve(
             arguments = (x, masked, changed, rows, index, *weights, layer.tile, *result)
             masked_loops.convolve_winograd(*arguments)
         else:
-            geometry = (layer.kernel, layer.stride, layer.padding)
+            geometry = (layer.kernel, layer.stride, layer.padding, layer.origin)
             arguments = (x, masked, changed, rows, index, *weights, *geometry, *result)
             masked_loops.convolve_directly(*arguments)
 
     parallel_for(work, len(tiles), min_per_thread=max(1, _MIN_CELLS // size))
     return marks if masked else None
+
+
+def inputs_of(layer: ConvLayer, wanted: Mask, height: int, width: int) -> Mask:
+    """Return the cells (B, H, W) of an input of `height` x `width` that `convolve` reads to compute `wanted` ones."""
+    rows_out, columns_out, _, window = _tiling(layer, height, width)
+    cells = np.zeros((len(wanted), height, width), np.bool_)
+    tiles = _tiles_with(layer, wanted, rows_out, columns_out)
+    masked_loops.mark_windows(tiles, rows_out, columns_out, *window, cells)
+    return cells
+
+
+def _tiles_with(layer: ConvLayer, wanted: Mask, rows_out: int, columns_out: int) -> I64:
+    """Return the numbers of the tiles that hold a wanted cell of the output, ascending."""
+    extent = layer.growth if layer.kind == "cellwise" else layer.tile or 1
+    return masked_loops.active_tiles(wanted, rows_out, columns_out, extent, 0, extent)
 
 
 def add_upsampled(
@@ -343,7 +365,7 @@ def _narrow_products(
 
     def work(first: int, last: int) -> None:
         masked_loops.multiply_cells(
-            x, masked, changed, rows, index, sources, layer.weight, products, first, last
+            x, layer.origin, masked, changed, rows, index, sources, layer.weight, products, first, last
         )
 
     parallel_for(work, len(sources), min_per_thread=_MIN_CELLS)

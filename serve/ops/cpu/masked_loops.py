@@ -37,6 +37,7 @@ __all__ = [
     "convolve_directly",
     "convolve_winograd",
     "fill_cells",
+    "mark_windows",
     "multiply_cells",
 ]
 
@@ -58,20 +59,38 @@ def active_tiles(
     """Return the numbers of the tiles with a changed cell in their window of inputs, ascending."""
     batch, height, width = changed.shape
     tiles = np.empty(batch * rows * columns, np.int64)
+    # The rows of a window are merged for all columns, by vectors; the places beyond the border stay false.
+    room = max(0, -offset)
+    merged = np.zeros(room + max(width, (columns - 1) * step + offset + extent), np.bool_)
     count = 0
     for image in range(batch):
         for i in range(rows):
             top, bottom = max(0, i * step + offset), min(height, i * step + offset + extent)
+            merged[room : room + width] = False
+            for y in range(top, bottom):
+                for x in range(width):
+                    merged[room + x] |= changed[image, y, x]
             for j in range(columns):
-                left, right = max(0, j * step + offset), min(width, j * step + offset + extent)
                 found = False
-                for y in range(top, bottom):
-                    for x in range(left, right):
-                        found |= changed[image, y, x]
-                if found:
-                    tiles[count] = (image * rows + i) * columns + j
-                    count += 1
+                for x in range(extent):
+                    found |= merged[room + offset + j * step + x]
+                # Always write, count only what is found: no branch to mispredict.
+                tiles[count] = (image * rows + i) * columns + j
+                count += found
     return tiles[:count]
+
+
+@jit
+def mark_windows(
+    tiles: I64, rows: int, columns: int, step: int, offset: int, extent: int, marks: Mask
+) -> None:  # pragma: no cover - compiled
+    """Mark the cells in the windows of inputs of `tiles`."""
+    _, height, width = marks.shape
+    for t in range(tiles.shape[0]):
+        image, i, j = tiles[t] // (rows * columns), tiles[t] // columns % rows, tiles[t] % columns
+        for y in range(max(0, i * step + offset), min(height, i * step + offset + extent)):
+            for x in range(max(0, j * step + offset), min(width, j * step + offset + extent)):
+                marks[image, y, x] = True
 
 
 @jit
@@ -107,20 +126,20 @@ def fill_cells(
 
 @jit
 def _gather(
-    x: F32, masked: bool, changed: Mask, rows: F32, index: I32, image: int, y: int, z: int, into: F32
-) -> None:  # pragma: no cover - compiled
-    """Copy cell (y, z) of a map to `into`: zero beyond the border, from the background where it has not changed."""
+    x: F32, origin: int, masked: bool, changed: Mask, rows: F32, index: I32, image: int, y: int, z: int, into: F32
+) -> None:  # fmt: skip  # pragma: no cover - compiled
+    """Copy channels from `origin` of cell (y, z) of a map: zero beyond the border, of the background if unchanged."""
     if y < 0 or z < 0 or y >= x.shape[1] or z >= x.shape[2]:
         for c in range(into.shape[0]):
             into[c] = 0
     elif masked and not changed[image, y, z]:
         row = rows[index[y, z]]
         for c in range(into.shape[0]):
-            into[c] = row[c]
+            into[c] = row[origin + c]
     else:
         cell = x[image, y, z]
         for c in range(into.shape[0]):
-            into[c] = cell[c]
+            into[c] = cell[origin + c]
 
 
 @jit
@@ -154,13 +173,13 @@ def _add(addend: F32, relu: bool, out: F32, channel: int) -> None:  # pragma: no
 @jit_contracted
 def convolve_directly(
     x: F32, masked: bool, changed: Mask, rows: F32, index: I32, tiles: I64, weight: F32, bias: F32, relu: bool,
-    out: F32, channel: int, kernel: int, stride: int, padding: int,
+    out: F32, channel: int, kernel: int, stride: int, padding: int, origin: int,
     adds: bool, addend: F32, source_rows: I64, source_columns: I64,
     bits: I32, marks: Mask, after: I32, after_index: I32, first: int, last: int,
 ) -> None:  # fmt: skip  # pragma: no cover - compiled
     """Compute output cells `first` to `last` of `tiles`, one place of the kernel after the other."""
     _, height, width, _ = out.shape
-    block = np.zeros((_BLOCK, x.shape[3]), np.float32)
+    block = np.zeros((_BLOCK, weight.shape[2]), np.float32)
     wide = weight.shape[1] * weight.shape[3]
     sums = aligned_zeros(_BLOCK * wide).reshape(_BLOCK, wide)
     order = np.arange(_BLOCK).astype(np.int32)
@@ -177,7 +196,7 @@ def convolve_directly(
             down, right = place // kernel, place % kernel
             for t in range(count):
                 y, z = corners[t, 1] + down, corners[t, 2] + right
-                _gather(x, masked, changed, rows, index, corners[t, 0], y, z, block[t])
+                _gather(x, origin, masked, changed, rows, index, corners[t, 0], y, z, block[t])
             for p in range(weight.shape[1]):
                 panel = weight[place, p]
                 for r in range(0, count, ROWS):
@@ -194,11 +213,12 @@ def convolve_directly(
 
 @jit_contracted
 def multiply_cells(
-    x: F32, masked: bool, changed: Mask, rows: F32, index: I32, sources: I64, weight: F32, products: F32,
-    first: int, last: int,
+    x: F32, origin: int, masked: bool, changed: Mask, rows: F32, index: I32, sources: I64, weight: F32,
+    products: F32, first: int, last: int,
 ) -> None:  # fmt: skip  # pragma: no cover - compiled
-    """Multiply cells `first` to `last` of `sources` with one panel."""
-    _, height, width, inputs = x.shape
+    """Multiply channels from `origin` of the cells `first` to `last` of `sources` with one panel."""
+    _, height, width, _ = x.shape
+    inputs = weight.shape[2]
     wide = weight.shape[3]
     block = np.zeros((_BLOCK, inputs), np.float32)
     sums = aligned_zeros(_BLOCK * wide).reshape(_BLOCK, wide)
@@ -209,7 +229,7 @@ def multiply_cells(
         for t in range(count):
             cell = sources[begin + t]
             y, z = cell // width % height, cell % width
-            _gather(x, masked, changed, rows, index, cell // (width * height), y, z, block[t])
+            _gather(x, origin, masked, changed, rows, index, cell // (width * height), y, z, block[t])
         for r in range(0, count, ROWS):
             add_products(block, weight[0, 0], sums, order, order, r, 0)
         for t in range(count):
@@ -373,7 +393,7 @@ def convolve_winograd(
             else:
                 for i in range(window):
                     for j in range(window):
-                        _gather(x, masked, changed, rows, index, image, top + i, left + j, patch[i, j])
+                        _gather(x, 0, masked, changed, rows, index, image, top + i, left + j, patch[i, j])
                 winograd.transform_inputs(patch, extent, seen[:, t * inputs :])
         for place in range(places):
             here = seen[place][: size * inputs].reshape(size, inputs)
