@@ -1,4 +1,4 @@
-"""Hard voxelization of several clouds by one sort, on any device, with one synchronisation.
+"""Hard voxelization of several clouds: on the CPU cloud by cloud, on a device by one sort, with one synchronisation.
 
 The result is that of `serve.ops.points.voxelize`, cloud by cloud: voxels are numbered by their first point, points keep
 their order, and both caps drop the later ones. Nothing is written by atomics.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from serve.ops.checks import as_compute_dtype
+from serve.ops.checks import as_compute_dtype, uses_numba
 from serve.ops.constants import constant
 from serve.ops.device_kernels import uses_triton
+from serve.ops.points.numbered_voxels import voxelize_cloud
 
 __all__ = ["cells_of", "voxelize_clouds"]
 
@@ -61,6 +63,8 @@ def voxelize_clouds(
         Points by voxel (V, max_points, C), zeros where there are fewer; (V, 4) int32 cloud, z, y, x; points per voxel
         (V,) int32. Voxels of one cloud follow those of the one before.
     """
+    if all(uses_numba(cloud) and cloud.dtype == torch.float32 for cloud in clouds):
+        return _voxelize_one_by_one(clouds, size, low, grid, max_points, max_voxels)
     points = clouds[0] if len(clouds) == 1 else torch.cat(tuple(clouds))
     device, total = points.device, len(points)
     if total == 0 or max_points == 0 or max_voxels == 0:
@@ -152,3 +156,13 @@ def _voxelize_by_kernels(
     )
     made = int(number)  # the only synchronisation
     return voxels[:made], coordinates[:made], counts[:made]
+
+
+def _voxelize_one_by_one(clouds: Sequence[Tensor], *grid: Any) -> tuple[Tensor, Tensor, Tensor]:
+    made = [voxelize_cloud(cloud, *grid) for cloud in clouds]
+    voxels, where, counts = (
+        torch.cat(parts) if len(made) > 1 else parts[0] for parts in zip(*made, strict=True)
+    )
+    frames = torch.arange(len(made), dtype=torch.int32)
+    home = frames.repeat_interleave(torch.tensor([len(one[2]) for one in made]))
+    return voxels, torch.cat((home[:, None], where), dim=1), counts
