@@ -3,7 +3,7 @@
 mmcv's layer adds the bias, and another layer the ReLU: two more passes over all features. It also repacks its weights
 on every call and converts the shared pairs to a table in every layer. `serve.runtime.fusion` replaces all sparse
 convolutions of a network by this one. Layers share their geometry through ``indice_dict`` like mmcv's, but as a
-neighbour table. This module imports mmcv.
+neighbour table. This module imports mmcv and mmdet3d.
 
 On an accelerator all voxels of all layers are found when the first strided layer runs, so that the processor waits
 once: a `VoxelPlan` remembers from earlier runs which layers follow.
@@ -21,6 +21,7 @@ import torch
 from mmcv.ops import sparse_ops
 from mmcv.ops.sparse_modules import SparseModule
 from mmcv.ops.sparse_structure import SparseConvTensor
+from mmdet3d.models.layers import SparseBasicBlock
 from torch import Tensor, nn
 
 from serve.ops.checks import uses_numba
@@ -35,7 +36,7 @@ from serve.ops.sparse.device_table import (
 from serve.ops.sparse.neighbour_table import invert_table, submanifold_table
 from serve.ops.sparse.strided_table import strided_table
 
-__all__ = ["FusedSparseConv", "SparseMap", "VoxelPlan"]
+__all__ = ["FusedSparseBasicBlock", "FusedSparseConv", "SparseMap", "VoxelPlan"]
 
 Chain = tuple[ConvGeometry, ...]
 # Chains that a plan keeps; a network has as many as it has strided layers.
@@ -177,8 +178,13 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
         """Pack the weights anew on the next call; call it after changing them."""
         self._filters = None
 
-    def forward(self, x: Any) -> Any:
-        """Convolve a ``SparseConvTensor``; return another with the same ``indice_dict``."""
+    def forward(self, x: Any, addend: Tensor | None = None) -> Any:
+        """Convolve a ``SparseConvTensor``; return another with the same ``indice_dict``.
+
+        Args:
+            x: input.
+            addend: features of the output voxels, added before the ReLU.
+        """
         on_table = uses_numba(x.features) and x.features.dtype == self.weight.dtype == torch.float32
         shape = self._out_shape(x.spatial_shape)
         geometry = self._geometry(x, shape, on_table=on_table)
@@ -186,25 +192,28 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
         if self.inverse:
             rows, shape = geometry.inputs, geometry.in_shape
         if geometry.table is not None:
-            features = self._convolve_table(x.features, geometry, len(rows))
+            features = self._convolve_table(x.features, geometry, len(rows), addend)
         elif geometry.partners is not None:
-            features = self._gather(x.features, geometry, len(rows))
+            features = self._gather(x.features, geometry, len(rows), relu=self.relu and addend is None)
         else:
             assert geometry.pairs is not None and geometry.counts is not None
             features = convolve(
                 x.features, self.weight, self.bias, geometry.pairs.to(x.features.device), geometry.counts,
-                rows.shape[0], int(self.inverse), int(self.subm), relu=self.relu,
+                rows.shape[0], int(self.inverse), int(self.subm), relu=self.relu and addend is None,
             )  # fmt: skip
+        if addend is not None and geometry.table is None:
+            features += addend
+            features = features.relu_() if self.relu else features
         out = (SparseMap if self.ends_in_map else SparseConvTensor)(features, rows, shape, x.batch_size)
         out.indice_dict, out.grid = x.indice_dict, x.grid
         return out
 
-    def _gather(self, features: Tensor, geometry: _Geometry, outputs: int) -> Tensor:
+    def _gather(self, features: Tensor, geometry: _Geometry, outputs: int, *, relu: bool) -> Tensor:
         assert geometry.partners is not None
         self._check_inputs(features, geometry)
         partners = invert_rows(geometry.partners, outputs) if self.inverse else geometry.partners
         weight = self.weight.reshape(-1, *self.weight.shape[-2:])
-        return gather_convolve(features, weight, self.bias, partners, relu=self.relu)
+        return gather_convolve(features, weight, self.bias, partners, relu=relu)
 
     def _check_inputs(self, features: Tensor, geometry: _Geometry) -> None:
         inputs = geometry.rows if self.inverse else geometry.inputs
@@ -214,14 +223,16 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
                 "a key must have the same input voxels"
             )
 
-    def _convolve_table(self, features: Tensor, geometry: _Geometry, outputs: int) -> Tensor:
+    def _convolve_table(
+        self, features: Tensor, geometry: _Geometry, outputs: int, addend: Tensor | None
+    ) -> Tensor:
         assert geometry.table is not None
         self._check_inputs(features, geometry)
         if self._filters is None:
             weight = self.weight.detach().reshape(-1, *self.weight.shape[-2:])
             self._filters = pack_filters(weight, None if self.bias is None else self.bias.detach())
         table = invert_table(geometry.table, outputs) if self.inverse else geometry.table
-        return convolve_table(features, self._filters, table, relu=self.relu)
+        return convolve_table(features, self._filters, table, relu=self.relu, addend=addend)
 
     def _geometry(self, x: Any, out_shape: Any, *, on_table: bool) -> _Geometry:
         """Look up the geometry of the layer's key, or compute and store it."""
@@ -280,3 +291,12 @@ class FusedSparseConv(SparseModule):  # type: ignore[misc]
         return sparse_ops.get_conv_output_size(
             shape, self.kernel_size, self.stride, self.padding, self.dilation
         )
+
+
+class FusedSparseBasicBlock(SparseBasicBlock):  # type: ignore[misc]
+    """SparseBasicBlock whose ReLUs and residual are part of its convolutions."""
+
+    def forward(self, x: Any) -> Any:
+        """Compute the block for a ``SparseConvTensor``."""
+        identity = x.features if self.downsample is None else self.downsample(x).features
+        return self.conv2(self.conv1(x), identity)

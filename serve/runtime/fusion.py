@@ -146,13 +146,15 @@ def _replace(modules: Mapping[str, nn.Module], name: str, module: nn.Module) -> 
 
 
 def _skip_background(network: nn.Module) -> None:
-    """Let networks of voxels skip padding and, behind the encoder, background; on the CPU."""
+    """Let networks of voxels skip padding and, behind the encoder, background, and voxelize at once; on the CPU."""
     if any(hasattr(network, f"{prefix}middle_encoder") for prefix in ("", "pts_")):
         with suppress_warnings():
-            from serve.runtime import background, point_rows
+            from serve.runtime import background, point_rows, voxelizer
 
             background.install(network)
             point_rows.install(network)
+            if all(weight.device.type == "cpu" for weight in network.parameters()):
+                voxelizer.install(network)
 
 
 def _fuse_dense(network: nn.Module, folded: set[int]) -> None:
@@ -185,12 +187,30 @@ def _fuse_sparse(network: nn.Module) -> None:
             if isinstance(layer, SparseConvolution) and not layer.conv1x1:
                 relu = type(parent).forward is SparseSequential.forward and _take_next_relu(parent, name)
                 setattr(parent, name, FusedSparseConv(layer, relu=relu, plan=plan))
+    _fuse_sparse_blocks(network)
     for encoder in network.modules():
         # The output of these encoders is only viewed as a bird's-eye-view map.
         if isinstance(encoder, SparseEncoder | SparseUNet):
             for layer in encoder.conv_out.children():
                 if isinstance(layer, FusedSparseConv):
                     layer.ends_in_map = True
+
+
+def _fuse_sparse_blocks(network: nn.Module) -> None:
+    """Add the residual of mmdet3d's SparseBasicBlock, and apply its ReLUs, within its convolutions."""
+    from mmdet3d.models.layers import SparseBasicBlock
+
+    from serve.runtime.fused_sparse_conv import FusedSparseBasicBlock, FusedSparseConv
+
+    block: Any
+    for block in network.modules():
+        if type(block) is SparseBasicBlock and type(block.relu) is nn.ReLU:
+            convolutions = (block.conv1, block.conv2)
+            folded = all(type(norm) is nn.Identity for norm in (block.norm1, block.norm2))
+            if folded and all(isinstance(layer, FusedSparseConv) for layer in convolutions):
+                for layer in convolutions:
+                    layer.relu = True
+                block.__class__ = FusedSparseBasicBlock
 
 
 def _take_next_relu(parent: nn.Module, name: str) -> bool:

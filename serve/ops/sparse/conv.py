@@ -268,7 +268,12 @@ def pack_filters(weight: Tensor, bias: Tensor | None) -> PackedFilters:
 
 
 def convolve_table(
-    features: Tensor, kernel: PackedFilters, neighbours: npt.NDArray[np.int32], *, relu: bool = False
+    features: Tensor,
+    kernel: PackedFilters,
+    neighbours: npt.NDArray[np.int32],
+    *,
+    relu: bool = False,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """Convolve `features` over a neighbour table on the CPU.
 
@@ -277,11 +282,15 @@ def convolve_table(
         kernel: weights and bias.
         neighbours: (K, M) int32: input row of each offset and output row, -1 for none. Values are not checked.
         relu: apply a ReLU.
+        addend: (M, Cout) float32, added before the ReLU.
 
     Returns:
         (M, Cout).
     """
     check_shape("features", features, None, kernel.panels.shape[2])
+    if addend is not None:
+        check_tensor(("features", features), "addend", addend, neighbours.shape[1], kernel.channels)
+    added = _NO_ADDEND if addend is None else as_numpy(addend)
     if len(neighbours) > len(kernel.panels):
         raise ValueError(
             f"neighbours has {len(neighbours)} kernel offsets, the weights have {len(kernel.panels)}"
@@ -290,7 +299,18 @@ def convolve_table(
     output = np.empty((neighbours.shape[1], kernel.channels), dtype=np.float32)
 
     def work(first: int, last: int) -> None:
-        _convolve_tiles(rows, kernel.panels, kernel.start, neighbours, relu, output, first, last)
+        _convolve_tiles(
+            rows,
+            kernel.panels,
+            kernel.start,
+            neighbours,
+            addend is not None,
+            added,
+            relu,
+            output,
+            first,
+            last,
+        )
 
     # Threads get whole tiles, so the grouping of rows does not depend on the number of threads.
     parallel_for(work, -(-len(output) // _TILE))
@@ -298,6 +318,7 @@ def convolve_table(
 
 
 _OUT_OF_RANGE, _NOT_UNIQUE = 1, 2
+_NO_ADDEND = np.zeros((1, 1), np.float32)
 
 
 @jit
@@ -334,6 +355,8 @@ def _convolve_tiles(
     weight: npt.NDArray[np.float32],
     start: npt.NDArray[np.float32],
     neighbours: npt.NDArray[np.int32],
+    adds: bool,
+    addend: npt.NDArray[np.float32],
     relu: bool,
     output: npt.NDArray[np.float32],
     first_tile: int,
@@ -364,7 +387,7 @@ def _convolve_tiles(
                     add_products(features, panel, sums, sources, targets, r, p * panel.shape[1])
         for o in range(rows):
             for c in range(output.shape[1]):
-                total = sums[o, c]
+                total = sums[o, c] + addend[begin + o, c] if adds else sums[o, c]
                 output[begin + o, c] = np.float32(0) if relu and total < 0 else total
 
 
