@@ -224,7 +224,8 @@ def test_what_transforms_its_weight_or_is_strided_or_grouped_is_not_supported():
     assert supports(nn.Conv2d(32, 32, 3, padding=1)) and supports(nn.Conv2d(5, 7, 1, stride=2))
     assert supports(nn.ConvTranspose2d(8, 8, 2, stride=2))
     for other in (
-        Standardized(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, groups=2), nn.Conv2d(32, 32, 3),
+        Standardized(32, 32, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1),
+        nn.Conv2d(32, 32, 3, padding=1, groups=2), nn.Conv2d(32, 32, 3),
         nn.Conv2d(32, 32, 3, padding=1, stride=2), nn.Conv2d(32, 32, 3, padding=2, dilation=2),
         nn.Conv2d(32, 32, (3, 1), padding=(1, 0)), nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"),
         nn.ConvTranspose2d(8, 8, 3, stride=2), nn.Conv2d(32, 32, 3, padding=1).double(), nn.ReLU(),
