@@ -148,7 +148,8 @@ def _replace_center_head(head: Any) -> list[list[MaskedSequence | MaskedBranches
         if len(maps) == len(known) == len(tasks):
             head.shared_conv.writes_background = False
             center_head.replace_tasks(head, maps, known)
-            return [[head.shared_conv, one] for one in (*maps, *known)]
+            parts: list[MaskedSequence | MaskedBranches] = [*maps, *known]
+            return [[head.shared_conv, part] for part in parts]
     chains: list[list[MaskedSequence | MaskedBranches]] = []
     are_masked = type(head).forward_single is CenterHead.forward_single
     for task in tasks:

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.ops.checks import torch_only
-from serve.ops.points import scatter, voxelize
+from serve.ops.points import numbered_voxels, scatter, voxelize
 from serve.ops.points.grouped_voxels import voxelize_clouds
 
 SIZE, RANGE = (0.5, 0.5, 1.0), (0.0, -2.0, -1.0, 4.0, 2.0, 2.0)
@@ -70,17 +70,24 @@ def test_hard_voxelization_keeps_the_first_points_and_voxels(path, seed, n, max_
         assert not voxel[count:].any()
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("way", ["rank", "hash", "sort"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**16),
     sizes=st.lists(st.integers(0, 90), min_size=1, max_size=4),
     max_points=st.integers(1, 4),
     max_voxels=st.integers(1, 40),
 )
-def test_clouds_voxelized_together_are_those_voxelized_alone(seed, sizes, max_points, max_voxels):
+def test_clouds_voxelized_together_are_those_voxelized_alone(
+    way, seed, sizes, max_points, max_voxels, monkeypatch
+):
     rng = np.random.default_rng(seed)
     clouds = [torch.from_numpy(rng.uniform(-3, 5, (n, 4)).astype(np.float32)) for n in sizes]
-    voxels, coordinates, counts = voxelize_clouds(clouds, SIZE, RANGE[:3], (8, 8, 3), max_points, max_voxels)
+    monkeypatch.setattr(numbered_voxels, "_WORDS_PER_POINT", 8 if way == "rank" else 0)
+    with torch_only() if way == "sort" else nullcontext():
+        voxels, coordinates, counts = voxelize_clouds(
+            clouds, SIZE, RANGE[:3], (8, 8, 3), max_points, max_voxels
+        )
     alone = [run(cloud, max_points, max_voxels, "numba") for cloud in clouds]
     assert torch.equal(voxels, torch.cat([one[0] for one in alone]))
     assert torch.equal(coordinates[:, 1:], torch.cat([one[1] for one in alone]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from serve import ops
 
 ops.install("portable")
 
+from serve.ops.checks import torch_only  # noqa: E402
 from serve.runtime import fusion  # noqa: E402
+from serve.runtime.model import suppress_warnings  # noqa: E402
 
 
 def prepare(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -64,6 +67,23 @@ def test_fused_sparse_network_equals_the_unfused_one():
     assert kinds.count(FusedSparseConv) == 5 and nn.ReLU not in kinds
     expected, got = plain(sparse_input((9, 8, 7), 4)), folded(sparse_input((9, 8, 7), 4))
     assert torch.equal(got.indices, expected.indices) and list(got.spatial_shape) == [9, 8, 7]
+    torch.testing.assert_close(got.features, expected.features, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["numba", "torch"])
+def test_fused_sparse_block_equals_the_unfused_one(path):
+    with suppress_warnings():
+        from mmdet3d.models.layers import SparseBasicBlock
+
+    from serve.runtime.fused_sparse_conv import FusedSparseBasicBlock
+
+    plain = prepare(nn.Sequential(SparseBasicBlock(16, 16, norm_cfg={"type": "BN1d"}, indice_key="key")))
+    fused = copy.deepcopy(plain)
+    fusion.fuse(fused, fusion.find_fusable(plain, lambda: plain(sparse_input((9, 8, 7), 16))))
+    assert type(fused[0]) is FusedSparseBasicBlock
+    with torch_only() if path == "torch" else nullcontext():
+        expected, got = plain(sparse_input((9, 8, 7), 16)), fused(sparse_input((9, 8, 7), 16))
+    assert (expected.features == 0).any()  # the last ReLU cuts something
     torch.testing.assert_close(got.features, expected.features, atol=1e-4, rtol=1e-4)
 
 
