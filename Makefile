@@ -33,7 +33,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max
 # Run a command for a task that will go, after a warning that names the command to use.
 deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
 
-.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-triton test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check wheel-client compose-up k8s-render k8s-check sbom check-range lock ui test-ui clean distclean
+.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-triton test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check wheel-client compose-up k8s-render k8s-check sbom check-range lock proto ui test-ui clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -167,7 +167,7 @@ lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for t
 		--require-hashes --only-binary=:all: -r requirements/installer.lock
 	$(COMPILE) pyproject.toml --extra models --group torch-needs --excludes requirements/torch.exclude -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --extra gateway -c requirements/runtime.lock -o requirements/gateway.lock
-	for name in dev otel video image installer torch-cuda triton; do \
+	for name in dev grpc otel video image installer torch-cuda triton; do \
 		$(COMPILE) --group $$name -c requirements/runtime.lock -o requirements/$$name.lock; done
 	for name in sbom bench ui; do \
 		$(COMPILE) --group $$name --excludes requirements/torch.exclude -o requirements/$$name.lock; done
@@ -180,12 +180,18 @@ ui: #: Build the page's scripts of serve/gateway/ui/source into serve/gateway/ui
 	@cp -R serve/gateway/ui/source/. build/ui
 	cd build/ui && npm ci --ignore-scripts --no-audit --no-fund && npm run build -- ../../serve/gateway/ui/built
 
+proto: $(STAMP) #: Compile serve/gateway/grpc/*.proto, with grpcio-tools in an environment of its own
+	@test -x .venv-proto/bin/python || $(PY) -m venv .venv-proto
+	@.venv-proto/bin/python -m pip install --quiet --disable-pip-version-check --only-binary=:all: grpcio-tools
+	cd serve/gateway/grpc && for name in open_inference health; do \
+		$(CURDIR)/.venv-proto/bin/python -m grpc_tools.protoc -I. --descriptor_set_out=$$name.binpb $$name.proto; done
+
 clean: ## Remove caches and build outputs; keeps the environment, archives and downloads
 	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean #: Also remove the environment
-	rm -rf $(VENV) .venv-bench .venv-triton .venv-ui
+	rm -rf $(VENV) .venv-bench .venv-proto .venv-triton .venv-ui
 
 # Until 0.3: tasks that wrap one command. Each prints the command to use instead.
 demo-evaluate: $(STAMP) #- python -m tools.demo evaluate

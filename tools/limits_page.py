@@ -114,6 +114,13 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
             "CHARACTERS",
         ),
         Limit("protocol.selection:_MAX_NAMES", "names in one of them", UnknownOption, "N"),
+        Limit(
+            "gateway.grpc.wire:MAX_HEADER_BYTES",
+            "gRPC message, `raw_input_contents` not counted",
+            FrameTooLarge,
+            "BYTES",
+        ),
+        Limit("gateway.grpc.wire:MAX_FIELDS", "fields of a gRPC message", FrameTooLarge, "N"),
         Limit("gateway.request:MAX_QUERY_BYTES", "longest query", BadRequest, "BYTES"),
         Limit("gateway.response:_MAX_ACCEPT_CHARS", "longest Accept header", BadRequest, "CHARACTERS"),
         Limit(
@@ -134,6 +141,13 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
         Limit("tracks_per_session", "tracks of a sequence", "further detections have no id"),
         Limit("client_share", "part of these that one client may hold", Overloaded),
         Limit("max_connections", "open connections", NotReady),
+        Limit("max_grpc_streams", "open streams over gRPC", Overloaded),
+        Limit(
+            "gateway.grpc.reading:MAX_CALLS_PER_CONNECTION",
+            "calls at a time on one connection over gRPC",
+            "the others wait in the client",
+            "N",
+        ),
         Limit("header_timeout_s", "time for the header of a request", "the connection is closed"),
         Limit("body_timeout_s", "time for a body", SlowRequest),
         Limit(

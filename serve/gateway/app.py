@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,9 +17,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from serve import __version__
-from serve.errors import BadRequest, ServeError, UnknownOption
+from serve.errors import BadRequest, ServeError, SettingsError, UnknownOption
 from serve.gateway.admission import Admission
 from serve.gateway.backend import TorchServeBackend
+from serve.gateway.grpc.calls import CallRouter
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.metrics import Metrics
 from serve.gateway.middleware import RequestMiddleware, error_response
@@ -77,10 +78,19 @@ def create_app(
         ),
     )
 
+    listen_grpc = _import_grpc() if options.grpc_port is not None else None
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await registry.refresh()
-        yield
+        if listen_grpc is None:
+            yield
+        else:
+            shared = siblings is not None
+            async with listen_grpc(
+                outermost, options, lifecycle, metrics, shared=shared
+            ) as app.state.grpc_port:
+                yield
         references.close()
         await registry.close()
         await backend.close()
@@ -118,8 +128,8 @@ def create_app(
         predict=predictions.predict_route(options, registry, references, sessions),
         infer=kserve.infer_route(options, registry),
     )
-    wrapped = RequestMiddleware(
-        routed,
+    outermost: ASGIApp = RequestMiddleware(
+        routed if listen_grpc is None else CallRouter(routed),
         keys=options.keys(),
         admission=admission,
         metrics=metrics,
@@ -129,15 +139,25 @@ def create_app(
         },
     )
     if not options.cors_origins:
-        return wrapped
-    # Outermost: a preflight request carries no API key, and the browser must be able to read a 401.
+        return outermost
+    # Around it: a preflight request carries no API key, and the browser must be able to read a 401.
     return CORSMiddleware(
-        wrapped,
+        outermost,
         allow_origins=list(options.cors_origins),
         allow_methods=["GET", "POST", "PUT"],
         allow_headers=["*"],
         expose_headers=["server-timing", "x-request-id"],
     )
+
+
+def _import_grpc() -> Callable[..., AbstractAsyncContextManager[int]]:
+    try:
+        from serve.gateway.grpc.server import listen
+    except ImportError:
+        raise SettingsError(
+            "grpc_port is set, but gRPC is not installed: pip install -r requirements/grpc.lock"
+        ) from None
+    return listen
 
 
 def _openapi(app: FastAPI, options: GatewayOptions) -> dict[str, Any]:

@@ -15,12 +15,13 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+def bind(host: str, port: int, *, shared: bool = False, flag: str = "--port") -> socket.socket:
     """Bind a TCP socket; it does not listen yet.
 
     Args:
         host: IP address.
         port: port; 0 picks a free one.
+        flag: what the command line calls the port.
         shared: let other processes of the same user bind the port as well, if they ask for that too.
 
     Raises:
@@ -37,6 +38,6 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
         listener.close()
         raise SettingsError(
             f"cannot listen on {host} port {port}: {error.strerror}; end what uses it, or choose another with --host "
-            "and --port (of `serve` and `demo`: --gateway-host and --gateway-port)"
+            f"and {flag} (of `serve` and `demo`: --gateway-host and --gateway-{flag.removeprefix('--')})"
         ) from None
     return listener

@@ -76,6 +76,10 @@ class Metrics:
             ),
         ):
             Gauge(f"mmdet3d_serve_{name}", text, registry=registry).set_function(value)
+        self._calls = Counter(
+            "mmdet3d_serve_grpc_calls", "gRPC calls by status", ("method", "status"), registry=registry
+        )
+        self._streams = Gauge("mmdet3d_serve_grpc_streams", "Open streams of frames", registry=registry)
         self._ready = Gauge(
             "mmdet3d_serve_ready", "1 if the latest readiness check passed, else 0", registry=registry
         )
@@ -98,6 +102,14 @@ class Metrics:
         request_s, requests = self._of_request(label, status)
         request_s.observe(seconds)
         requests.inc()
+
+    def observe_call(self, method: str, status: str) -> None:
+        """Count a gRPC call that ended, beside the requests that it was."""
+        self._calls.labels(method, status).inc()
+
+    def count_streams(self, count: Callable[[], int]) -> None:
+        """Show what `count` returns as the number of open streams."""
+        self._streams.set_function(count)
 
     # Looked up once: a look-up takes longer than an observation. The labels are bounded, and so are these.
 

@@ -16,6 +16,7 @@ from serve.settings import (
     MAX_FRAME_BYTES,
     Flag,
     Names,
+    OptionalCount,
     OptionalPath,
     OptionalText,
     Options,
@@ -61,6 +62,14 @@ class GatewayOptions(Options):
 
     host: Text = option("127.0.0.1", "IP", "address to listen on", common=True)
     port: int = option(8000, "PORT", "port to listen on; 0 picks a free one", common=True, ge=0, le=65535)
+    grpc_port: OptionalCount = option(
+        None,
+        "PORT",
+        "port for the Open Inference Protocol over gRPC (needs the grpc extra); 0 picks a free one",
+        common=True,
+        ge=0,
+        le=65535,
+    )
     gateways: int = option(
         1, "N", "gateway processes on the port; limits in total are divided among them", ge=1, le=64
     )
@@ -149,6 +158,13 @@ class GatewayOptions(Options):
     )
     max_connections: int = option(
         4096, "N", "open connections in total; a further one is answered 503 and closed", ge=1
+    )
+
+    max_grpc_streams: int = option(
+        64,
+        "N",
+        "open streams of frames over gRPC in total; a further one is answered RESOURCE_EXHAUSTED",
+        ge=1,
     )
 
     timeout_s: float = option(

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -53,11 +53,16 @@ def run_processes(
     Raises:
         SettingsError: the address is not available.
     """
-    with listener or bind(options.host, options.port, shared=True) as bound:
+    with ExitStack() as stack:
+        bound = stack.enter_context(listener or bind(options.host, options.port, shared=True))
         host, port = bound.getsockname()[:2]
+        options = replace(options, host=host, port=port)
+        if options.grpc_port is not None:
+            reserved = stack.enter_context(bind(host, options.grpc_port, shared=True, flag="--grpc-port"))
+            options = replace(options, grpc_port=reserved.getsockname()[1])
         with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-gateways-") as folder:
             document = {
-                "options": _share(replace(options, host=host, port=port)).dump(),
+                "options": _share(options).dump(),
                 "rejected": dict(rejected or {}),
                 "siblings": folder,
             }
@@ -74,6 +79,7 @@ def _share(options: GatewayOptions) -> GatewayOptions:
         max_pending_frames=max(options.max_pending_frames // count, options.max_frames_per_request),
         max_pending_bytes=max(options.max_pending_bytes // count, options.max_body_bytes),
         max_connections=max(options.max_connections // count, 1),
+        max_grpc_streams=max(options.max_grpc_streams // count, 1),
     )
 
 

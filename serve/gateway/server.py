@@ -114,6 +114,7 @@ class GatewayServer(uvicorn.Server):
         asyncio.get_running_loop().call_later(self._options.shutdown_delay_s, self._stop)
 
     def _stop(self) -> None:
+        self._lifecycle.stop()
         self.should_exit = True
         self._ending.set()
 
@@ -153,6 +154,9 @@ def run(
     listeners = [listener or bind(options.host, options.port, shared=siblings is not None)]
     if siblings is not None:
         listeners.append(siblings.listen())
+    elif options.grpc_port is not None:
+        # gRPC binds its port itself, later, and gives no reason if it cannot.
+        bind(options.host, options.grpc_port, flag="--grpc-port").close()
     server = GatewayServer(app, options, lifecycle, on_listening)
     with ExitStack() as stack:
         for each in listeners:

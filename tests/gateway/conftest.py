@@ -32,6 +32,7 @@ class RunningGateway:
     admission: Admission
     registry: ModelRegistry
     lifecycle: Lifecycle
+    grpc_port: int | None = None
 
     @property
     def url(self) -> str:
@@ -124,6 +125,7 @@ def running_gateway(background: Background, **options: Any) -> Iterator[RunningG
     while not hasattr(inner, "state"):
         inner = getattr(inner, "_app", None) or inner.app
     made = RunningGateway(client, listening, inner.state.admission, inner.state.registry, lifecycle)
+    made.grpc_port = getattr(inner.state, "grpc_port", None)
     try:
         yield made
         eventually(made.idle)
