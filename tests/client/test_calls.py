@@ -7,7 +7,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -274,7 +274,7 @@ def test_one_client_serves_many_threads(gateway: RunningGateway, cloud: Any) -> 
 
 
 def conversation(
-    replies: list[Reply | errors.ServeError], retry: Retry, timeout_s: float = 60.0
+    replies: Sequence[Reply | errors.ServeError], retry: Retry, timeout_s: float = 60.0
 ) -> tuple[Any, list[float]]:
     """Drive a call with these replies; returns its value or error, and the pauses that it asked for."""
     steps = Calls("host:1", timeout_s, retry).predict(b"frame", "second", None, {})
