@@ -10,11 +10,13 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
 from serve import ops
 from serve.ops.patches import ModuleOverlay, PatchingLoader
+from serve.upstream import former_calls
 from serve.upstream.missing_packages import PACKAGES, stand_in
 
 __all__ = ["apply"]
@@ -25,9 +27,9 @@ def _init_without_cuda(module: ModuleType) -> None:
     torch = module.__dict__["torch"]
     if torch.cuda.is_available():
         return
-    module.__dict__["torch"] = ModuleOverlay(
-        torch, cuda=ModuleOverlay(torch.cuda, set_device=lambda device: None)
-    )
+    # Slurm's processes are numbered by it where SLURM_LOCALID is not set.
+    cuda = ModuleOverlay(torch.cuda, set_device=lambda device: None, device_count=lambda: 1)
+    module.__dict__["torch"] = ModuleOverlay(torch, cuda=cuda)
     start = module.__dict__["init_dist"]
 
     def init_dist(launcher: str, backend: str = "nccl", *args: Any, **named: Any) -> None:
@@ -68,6 +70,28 @@ def _find_float(module: ModuleType) -> None:
     module.__dict__["np"] = ModuleOverlay(module.__dict__["np"], float=float)
 
 
+def _load_through_backend(module: ModuleType) -> None:
+    """Read annotations through the ``backend_args`` of their data set, as mmdet3d 0.x read them (mmengine#1090)."""
+    load, data_set = module.__dict__["load"], module.__dict__["BaseDataset"]
+    chosen: ContextVar[Any] = ContextVar("backend_args", default=None)
+    load_data_list = data_set.load_data_list
+
+    def load_from_backend(file: Any, *args: Any, **named: Any) -> Any:
+        if chosen.get() is not None:
+            named.setdefault("backend_args", chosen.get())
+        return load(file, *args, **named)
+
+    def load_chosen(self: Any) -> Any:
+        token = chosen.set(getattr(self, "backend_args", None))
+        try:
+            return load_data_list(self)
+        finally:
+            chosen.reset(token)
+
+    module.__dict__["load"] = load_from_backend
+    data_set.load_data_list = load_chosen
+
+
 def _use_threads(module: ModuleType) -> None:
     """Give VOC's metric threads: it forks a process that runs torch's threads, and does not wait for its pool."""
     from multiprocessing.dummy import Pool
@@ -88,6 +112,11 @@ def _read_no_folder_as_list(module: ModuleType) -> None:
     module.__dict__["list_from_file"] = list_from_file
 
 
+def _read_annotations(module: ModuleType) -> None:
+    _load_through_backend(module)
+    _read_no_folder_as_list(module)
+
+
 def _replace_rotated_iou(module: ModuleType) -> None:
     from serve.upstream.rotated_iou import rotate_iou_gpu_eval
 
@@ -97,10 +126,16 @@ def _replace_rotated_iou(module: ModuleType) -> None:
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling": _find_in1d,
     "mmcv.ops.pixel_group": _find_float,
+    "mmdet.apis.det_inferencer": former_calls.default_visualizer("DetInferencer", "mmdet.DetLocalVisualizer"),
+    "mmdet.apis.inference": former_calls.mend_inference,
     "mmdet.evaluation.functional.mean_ap": _use_threads,
     "mmdet.evaluation.functional.ytviseval": _find_float,
+    "mmdet.models.detectors.base": former_calls.add_show_result,
+    "mmdet3d.apis.inferencers.base_3d_inferencer": former_calls.default_visualizer(
+        "Base3DInferencer", "mmdet3d.Det3DLocalVisualizer"
+    ),
     "mmdet3d.evaluation.functional.scannet_utils.evaluate_semantic_instance": _find_in1d,
-    "mmengine.dataset.base_dataset": _read_no_folder_as_list,
+    "mmengine.dataset.base_dataset": _read_annotations,
     "mmengine.dist.utils": _init_without_cuda,
     "mmengine.model.wrappers.distributed": _wrap_on_cpu,
     "mmengine.runner.checkpoint": _read_checkpoints_as_data,
