@@ -176,15 +176,16 @@ def _let_none_be_replaced(module: ModuleType) -> None:
     """Let a config replace a base's ``None`` by a dictionary, as storage pages do with ``backend_args``."""
     merge = module.Config._merge_a_into_b
 
-    def merge_over_none(
-        a: dict[str, Any], b: dict[str, Any], allow_list_keys: bool = False
-    ) -> dict[str, Any]:
-        """Merge `a` into `b`; None in `b` counts as absent where `a` has a dictionary."""
-        kept = {
-            key: value for key, value in b.items() if value is not None or not isinstance(a.get(key), dict)
-        }
-        merged: dict[str, Any] = merge(a, kept if len(kept) < len(b) else b, allow_list_keys)
-        return merged
+    def merge_over_none(a: dict[str, Any], b: Any, allow_list_keys: bool = False) -> Any:
+        """Merge `a` into `b`, a dictionary or a list; None in `b` counts as absent where `a` has a dictionary."""
+        if not isinstance(b, dict):
+            return merge(a, b, allow_list_keys)
+        replaced = [key for key in b if dict.__getitem__(b, key) is None and isinstance(a.get(key), dict)]
+        if replaced:
+            b = b.copy()  # of its own type: a ConfigDict has its members as attributes
+            for key in replaced:
+                del b[key]
+        return merge(a, b, allow_list_keys)
 
     module.Config._merge_a_into_b = staticmethod(merge_over_none)
 

@@ -74,3 +74,12 @@ def test_masked_convolution_runs_without_deprecation():
         warnings.simplefilter("error")
         masked = layer(image, mask)
     torch.testing.assert_close(masked, torch.nn.Conv2d.forward(layer, image))
+
+
+def test_options_reach_into_lists_and_a_none_of_a_base_can_become_a_dictionary():
+    from mmengine.config import Config
+
+    config = Config({"metrics": [{"type": "A"}, {"type": "B"}], "backend_args": None})
+    config.merge_from_dict({"metrics.1.format_only": True, "backend_args.backend": "petrel"})
+    assert config.metrics == [{"type": "A"}, {"type": "B", "format_only": True}]
+    assert config.backend_args == {"backend": "petrel"}
