@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from serve.cli.serve import stoppable
 from serve.cli.train import show_help
 from serve.upstream import tools
 
@@ -35,4 +36,5 @@ def main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         return show_help("test", HELP)
-    return tools.run("test", arguments)
+    with stoppable():
+        return tools.run("test", arguments)

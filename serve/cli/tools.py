@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from serve.cli.former_programs import FORMER, run_former
+from serve.cli.serve import stoppable
 from serve.upstream import tools
 from serve.upstream.tool_list import all_tools
 
@@ -35,10 +37,17 @@ def main(argv: Sequence[str] | None) -> int:
     """List the programs, or run one; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] not in ("-h", "--help"):
-        return tools.run(arguments[0], arguments[1:])
+        code = run_former(arguments[0], arguments[1:])
+        if code is not None:
+            return code
+        with stoppable():
+            return tools.run(arguments[0], arguments[1:])
     print(HELP, end="")
     for tool in all_tools():
         print(f"  {tool.short_name:<31} {tool.summary} ({', '.join(tool.packages)})")
     for name, summary in LAUNCHERS.items():
         print(f"  {name:<31} {summary}")
+    print("\nUpstream's demo and deployment scripts run too, as the commands that took their place:")
+    for name, command in FORMER.items():
+        print(f"  {name:<31} {command}")
     return 0

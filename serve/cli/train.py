@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from serve.cli.serve import stoppable
 from serve.upstream import tools
 
 __all__ = ["main", "show_help"]
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         return show_help("train", HELP)
-    return tools.run("train", arguments)
+    with stoppable():
+        return tools.run("train", arguments)
 
 
 def show_help(tool: str, text: str) -> int:
