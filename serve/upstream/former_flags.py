@@ -154,7 +154,6 @@ def _options(now: Translation, flag: str, values: list[str]) -> None:
     for value in values:
         if value.startswith("dist_params.port="):
             now.port = value.partition("=")[2]
-            now.notes.append(f"'{value}' is now: --master-port {now.port}")
         else:
             kept.append(value)
     options = [_option(value) for value in kept]
@@ -260,9 +259,23 @@ def translate(tool: str, package: str, arguments: Sequence[str]) -> Translation:
         if found.values == 1 and len(values) != 1:
             raise SettingsError(f"{name} needs a value")
         found.rule(now, name, values)
+    if now.port:
+        _add_port(now)
     if now.options:
         now.arguments += ["--cfg-options", *now.options]
     return now
+
+
+def _add_port(now: Translation) -> None:
+    """Pass the port of the process group on: torchrun takes a flag, mmengine reads Slurm's from the config."""
+    words = " ".join(now.arguments)
+    if "--launcher slurm" in words or "--launcher=slurm" in words:
+        option = f"env_cfg.dist_cfg.port={now.port}"
+        now.options.append(option)
+        form = f"--cfg-options {option}"
+    else:
+        form = f"--master-port {now.port}"
+    now.notes.append(f"'dist_params.port={now.port}' is now: {form}")
 
 
 def _rule(name: str, tool: str, package: str) -> Flag | None:

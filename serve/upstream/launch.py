@@ -14,12 +14,13 @@ import sys
 from collections.abc import Sequence
 
 from serve.errors import SettingsError, UpstreamError
-from serve.settings.environment import child_environment, launcher_variables
+from serve.settings.environment import child_environment, die_with_parent, launcher_variables
 from serve.upstream.former_flags import Translation
 
 __all__ = ["run_processes", "run_script", "slurm_command", "torchrun_command"]
 
 _PORT = "29500"  # torch's and upstream's default
+_STOP_S = 60.0  # torchrun gives its processes half of it
 _OWN = {
     "--nnodes": 1,
     "--node-rank": 1,
@@ -76,7 +77,7 @@ def run_processes(tool: str, argv: Sequence[str], now: Translation, own: argpars
     environment = {"OMP_NUM_THREADS": "1", **child_environment()}
     if now.gpu_ids:
         environment["CUDA_VISIBLE_DEVICES"] = now.gpu_ids
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code = _run(command, environment)
     if code:
         raise UpstreamError(f"{now.processes} processes of '{tool}' ended with exit code {code}; see above")
     return 0
@@ -96,7 +97,7 @@ def run_script(name: str, argv: Sequence[str]) -> int:
             raise SettingsError(
                 f"there is no srun on this machine; on a node of a Slurm cluster run: {shlex.join(command)}"
             )
-        return subprocess.run(command, env=child_environment(), check=False).returncode
+        return _run(command, child_environment())
     wanted = ("CONFIG", "GPUS") if tool == "train" else ("CONFIG", "CHECKPOINT", "GPUS")
     if len(argv) < len(wanted) or not argv[len(wanted) - 1].isdigit():
         raise SettingsError(f"{name} needs {' '.join(wanted)}, then options of '{tool}'")
@@ -108,6 +109,20 @@ def run_script(name: str, argv: Sequence[str]) -> int:
         if variable in variables:
             nodes += [flag, variables[variable]]
     return run(tool, [*files, *argv[len(wanted) :], "--gpus", processes, *nodes])
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run torchrun or srun; it is ended with this process, and it ends the processes that it started."""
+    with subprocess.Popen(command, env=environment, preexec_fn=die_with_parent) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def slurm_command(tool: str, argv: Sequence[str], variables: dict[str, str]) -> list[str]:
