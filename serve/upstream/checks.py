@@ -15,6 +15,7 @@ import torch
 
 from serve.errors import CheckpointError, DataSetError
 from serve.storage import is_remote
+from serve.upstream.data_files import reading_explained
 
 __all__ = [
     "categories_checked",
@@ -65,7 +66,9 @@ def checked_runner(
         is_new = not work_dir.exists()
         runner = make.__func__(cls, cfg)
         made.append((work_dir, Path(runner.log_dir), is_new))
-        if not training:
+        if training:
+            _check_start(runner, allow_partial=allow_partial, trust=trust)
+        else:
             _check_checkpoint(runner, Path(scratch.name), allow_partial=allow_partial, trust=trust)
             if out:
                 _dump_results(runner, out)
@@ -73,7 +76,7 @@ def checked_runner(
 
     Runner.from_cfg = classmethod(from_cfg)
     trust_checkpoints(trust)
-    with scratch, categories_checked(), _instances_forgotten():
+    with scratch, categories_checked(), reading_explained(), _instances_forgotten():
         try:
             yield
         except (CheckpointError, DataSetError, FileNotFoundError, ImportError, pickle.UnpicklingError):
@@ -342,6 +345,32 @@ def categories_checked() -> Iterator[None]:
         yield
     finally:
         CocoDataset.load_data_list = load
+
+
+def _check_start(runner: Any, *, allow_partial: bool, trust: bool) -> None:
+    """Compare the checkpoint from which a training starts with the network.
+
+    Raises:
+        CheckpointError: no weight of it fits, or, where a training is resumed, not every weight does.
+    """
+    from serve.convert.checkpoint import load_checkpoint
+    from serve.convert.legacy_weights import compare_keys, shapes_of
+
+    file = runner._load_from
+    if not isinstance(file, str) or "://" in file or allow_partial:
+        return
+    network = runner.model.module if hasattr(runner.model, "module") else runner.model
+    shapes = shapes_of(network)
+    weights = load_checkpoint(file, trust=trust).state_dict
+    report = compare_keys(weights, shapes)
+    fitting = sum(
+        name in shapes and tuple(value.shape) == tuple(shapes[name]) for name, value in weights.items()
+    )
+    if not fitting or (runner._resume and (report.missing or report.misshapen)):
+        raise CheckpointError(
+            f"checkpoint {file} is of another model: {fitting} of the {len(shapes)} weights of "
+            f"{type(network).__name__} are in it; start from one of this config"
+        )
 
 
 def _check_checkpoint(runner: Any, scratch: Path, *, allow_partial: bool, trust: bool) -> None:

@@ -10,17 +10,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import pickle
+import re
 import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from serve.errors import CheckpointError, DataSetError, MissingPackage, ServeError, UpstreamError
 from serve.settings.environment import variable_set
 from serve.upstream import corrections, patches
+from serve.upstream.data_files import written_whole
 from serve.upstream.former_flags import Translation, translate
 from serve.upstream.missing_packages import explain_missing_package
 from serve.upstream.parsed_arguments import completed_arguments
@@ -39,6 +43,9 @@ _CORRECTED: dict[str, Callable[[ModuleType], None]] = {
     "download_dataset": corrections.correct_download,
     "images2coco": corrections.correct_images2coco,
 }
+_OUTPUT_FLAGS = ("--out-dir", "-o", "--save-dir")
+# How upstream's converters say that a file or folder is not there.
+_ABSENT = re.compile(r"not exist|not found|No images found", re.IGNORECASE)
 _RUNNERS = ("train", "test", "test_tracking")
 _LAUNCHERS = ("dist_train", "dist_test", "slurm_train", "slurm_test")
 
@@ -78,6 +85,8 @@ def run(name: str, argv: Sequence[str], *, package: str | None = None) -> int:
         if now.gpu_ids:
             stack.enter_context(variable_set("CUDA_VISIBLE_DEVICES", now.gpu_ids))
         stack.enter_context(_import_from_here())
+        stack.enter_context(written_whole())
+        stack.enter_context(_empty_folders_removed(now.arguments))
         if tool.short_name in _OWN:
             program = importlib.import_module(_OWN[tool.short_name])
             if program.takes(chosen, now.arguments):
@@ -214,9 +223,33 @@ def _explained(program: str) -> Iterator[None]:
         raise DataSetError(
             f"{error.filename or _first_line(error)} does not exist; check the path"
         ) from error
+    except (AssertionError, ValueError) as error:
+        if not _ABSENT.search(str(error)):
+            _stop(program, error)
+        raise DataSetError(f"{program}: {_first_line(error)}; check the path and the layout") from error
+    except OSError:  # a full disk, a file that may not be read: a sentence of its own
+        raise
     except Exception as error:
-        traceback.print_exc()
-        raise UpstreamError(f"{program} stopped: {type(error).__name__}: {_first_line(error)}") from error
+        _stop(program, error)
+
+
+def _stop(program: str, error: Exception) -> NoReturn:
+    traceback.print_exception(error)
+    raise UpstreamError(f"{program} stopped: {type(error).__name__}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _empty_folders_removed(arguments: Sequence[str]) -> Iterator[None]:
+    """Remove the output folder again if an error ends the block before anything is in it."""
+    named = [Path(after) for flag, after in pairwise(arguments) if flag in _OUTPUT_FLAGS]
+    made = [path for path in named if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _first_line(error: Exception) -> str:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
+from tests.conftest import accept_ctrl_c
 from tests.upstream.made_data import detector_config, write_coco
 from tests.upstream.old_training import OLD_2D, OLD_3D
+from tools.seed_rows.work_folder import SLURM
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,17 +116,52 @@ BAD_INPUT = {
         [CHECKPOINT, "--cfg-options", "test_dataloader.dataset.ann_file=fewer.json"],
         "1 of the 2 classes",
     ),
+    "truncated": (
+        [CHECKPOINT, "--cfg-options", "test_dataloader.dataset.ann_file=truncated.json"],
+        "truncated.json: JSONDecodeError",
+    ),
+    "truncated metric": (
+        [CHECKPOINT, "--cfg-options", "test_evaluator.ann_file=coco/truncated.json"],
+        "metrics of the config",
+    ),
+    "no frames": (
+        [CHECKPOINT, "--cfg-options", "test_dataloader.dataset.ann_file=no_frames.json"],
+        "has no frames",
+    ),
+}
+BAD_TRAINING = {
+    "no load_from": (["--load-from", "missing.pth"], "missing.pth"),
+    "load_from of another model": (["--load-from", "other.pth"], "0 of the"),
+    "resume of another model": (
+        ["--resume-from", CHECKPOINT, "--options", "model.roi_head.bbox_head.fc_out_channels=32"],
+        "another model",
+    ),
+    "truncated": (
+        ["--options", "train_dataloader.dataset.ann_file=truncated.json"],
+        "truncated.json: JSONDecodeError",
+    ),
+    "truncated validation": (
+        ["--options", "val_dataloader.dataset.ann_file=truncated.json"],
+        "truncated.json: JSONDecodeError",
+    ),
 }
 
 
 @pytest.mark.slow
 def test_bad_input_is_one_sentence_and_leaves_nothing(folder):
     content = json.loads((folder / "coco" / "annotations.json").read_text())
-    content["categories"] = content["categories"][1:]
+    whole = content["categories"]
+    content["categories"] = whole[1:]
     (folder / "coco" / "fewer.json").write_text(json.dumps(content))
+    (folder / "coco" / "truncated.json").write_text(json.dumps(content)[:500])
+    (folder / "coco" / "no_frames.json").write_text(
+        json.dumps({**content, "images": [], "annotations": []} | {"categories": whole})
+    )
+    torch.save({"state_dict": {"other.weight": torch.ones(1)}}, folder / "other.pth")
     before = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
     # All in one process, so that each also finds what the one before it has left there.
     lines = [["test", "tiny.py", *arguments, "--work-dir", "bad"] for arguments, _ in BAD_INPUT.values()]
+    lines += [["train", "tiny.py", *arguments, "--work-dir", "bad"] for arguments, _ in BAD_TRAINING.values()]
     lines.append(["test", "tiny.py", CHECKPOINT, "--work-dir", "good"])
     code = "import json, sys; from serve.cli.main import main; print([main(line) for line in json.loads(sys.argv[1])])"
     ran = subprocess.run(
@@ -132,10 +172,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(folder):
         text=True,
         timeout=280,
     )
-    assert ran.stdout.splitlines()[-1] == str([2] * len(BAD_INPUT) + [0]), ran.stderr[-3000:]
+    bad = {**BAD_INPUT, **{f"training: {name}": case for name, case in BAD_TRAINING.items()}}
+    assert ran.stdout.splitlines()[-1] == str([2] * len(bad) + [0]), ran.stderr[-3000:]
     assert "Traceback" not in ran.stderr
     errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
-    for error, (name, (_, named)) in zip(errors, BAD_INPUT.items(), strict=True):
+    for error, (name, (_, named)) in zip(errors, bad.items(), strict=True):
         assert named in error, (name, error)
     after = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
     assert sorted(path for path in after if "good" not in path.relative_to(folder).parts) == before
@@ -148,6 +189,63 @@ def test_two_processes_train_on_the_cpu(folder):
     )
     assert "Epoch(train) [1][1/1]" in shown  # four pictures, two a process
     assert (folder / "two" / "epoch_1.pth").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT], ids=lambda ending: ending.name)
+def test_no_process_outlives_a_training_that_is_ended(folder, ending):
+    training = subprocess.Popen(
+        [sys.executable, "-m", "serve", "train", "tiny.py", "--gpus", "2", "--no-validate",
+         "--work-dir", f"ended-{ending.name}", "--options", "runner.max_epochs=1000"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=accept_ctrl_c, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    with training:
+        assert any("Epoch(train)" in line for line in training.stdout)
+        started = psutil.Process(training.pid).children(recursive=True)
+        assert len(started) >= 3  # torchrun and its two processes
+        training.send_signal(ending)
+        gone, alive = psutil.wait_procs(started, timeout=100)
+        for process in alive:
+            process.kill()
+        assert (len(gone), alive) == (len(started), [])
+    assert training.returncode == (-signal.SIGKILL if ending == signal.SIGKILL else 130)
+    assert not list((folder / f"ended-{ending.name}").glob("*.unfinished"))
+
+
+@pytest.mark.slow
+def test_tasks_of_slurm_meet_at_the_port_of_old_options(folder, tmp_path, free_ports):
+    (port,) = free_ports(1)
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    shown = passed(
+        command(folder, "tools", "slurm_train", "dev", "job", "tiny.py", "slurm", "--no-validate",
+                "--options", f"dist_params.port={port}", GPUS="2", GPUS_PER_NODE="2",
+                PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    )  # fmt: skip
+    assert "Epoch(train) [1][1/1]" in shown  # four pictures, two a task
+    assert (folder / "slurm" / "epoch_1.pth").is_file()
+    assert f"port={port}" in (folder / "slurm" / "tiny.py").read_text()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_nothing_and_a_former_one_stays(folder):
+    limited = (
+        "import resource, sys; from serve.cli.main import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)); sys.exit(main(sys.argv[1:]))"
+    )
+    former = folder / "full" / "epoch_1.pth"
+    former.parent.mkdir()
+    former.write_bytes(b"former")
+    ran = subprocess.run(
+        [sys.executable, "-c", limited, "train", "tiny.py", "--no-validate", "--work-dir", "full"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert ran.returncode == 2, ran.stderr[-3000:]
+    assert ran.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in ran.stderr
+    assert former.read_bytes() == b"former"
+    assert not list((folder / "full").glob("*.unfinished"))
 
 
 @pytest.mark.slow
@@ -200,3 +298,22 @@ def test_one_of_two_processes_that_fails_ends_the_other(folder):
     assert ran.returncode == 2
     assert "missing.pth" in ran.stderr
     assert not (folder / "none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("images2coco nowhere classes.txt out.json", "nowhere"),
+        ("publish_model missing.pth out.pth", "missing.pth"),
+        ("download_dataset --dataset-name coco2017 --save-dir downloads", "not downloaded"),
+    ],
+)
+def test_tools_name_what_is_missing_and_leave_nothing(folder, tmp_path, line, named):
+    # A proxy where nothing listens, so that no download starts.
+    ran = command(
+        tmp_path, "tools", *line.split(), http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9"
+    )
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert named in ran.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["environment", "prepare"]
+__all__ = ["SLURM", "environment", "prepare"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ("circle", "square", "triangle")
@@ -54,6 +54,22 @@ _data = dict(
 test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=_data)
 val_dataloader = test_dataloader
 """
+# Slurm's programs, as far as one machine can stand in for a cluster: srun starts its tasks here.
+SLURM = {
+    "srun": """#!/bin/bash
+while [[ $1 == -* ]]; do
+    case $1 in --ntasks=*) tasks=${1#*=} ;; -p) shift ;; esac
+    shift
+done
+echo "srun: $tasks tasks"
+export SLURM_NTASKS=$tasks SLURM_NODELIST=node[1-1]
+for ((task = 0; task < tasks; task++)); do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done
+code=0
+for pid in $(jobs -p); do wait "$pid" || code=$?; done
+exit $code
+""",
+    "scontrol": "#!/bin/sh\necho 127.0.0.1\n",
+}
 _OLD = """
 # In the form of mmdet 2.x.
 _base_ = []
@@ -121,12 +137,16 @@ def prepare(folder: Path) -> None:
         script = folder / "bin" / name
         script.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, *module])} "$@"\n')
         script.chmod(0o755)
+    for name, text in SLURM.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
     _write_configs(folder)
     (folder / "classes.txt").write_text("\n".join(SHAPES) + "\n")
     commands = [
         "mmdet3d-serve sample-data coco coco --train 6 --val 4",
         "mmdet3d-serve sample-data kitti kitti --train 3 --val 2",
-        "python -m tools.seed_rows.checks voc",
+        "mmdet3d-serve sample-data voc VOCdevkit --train 2 --val 4",
+        "python -m tools.seed_rows.checks video",
     ]
     for name in ("frcnn", "mask"):
         commands += [
@@ -134,6 +154,7 @@ def prepare(folder: Path) -> None:
             f"mv w/{name}/epoch_1.pth w/{name}.pth; mv w/{name}/2*/vis_data/2*.json w/{name}.json",
         ]
     commands.append("cp w/frcnn.pth w/voc.pth")
+    commands.append("mmdet3d-serve pack coco packed.ffr && mv packed.ffr coco/coco.ffr")
     for command in commands:
         subprocess.run(["bash", "-c", command], cwd=folder, env=environment(folder), check=True)
 
