@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import pickle
-import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 import numpy as np
 
+from tools.seed_rows import bucket_checks, data_sets
+from tools.seed_rows.work_folder import ROOT
+
+ASSETS = ROOT / "serve" / "assets"
 _CONFIG_3D = """
 point_cloud_range = [0, -39.68, -3, 69.12, 39.68, 1]
 class_names = ['Pedestrian', 'Cyclist', 'Car']
@@ -129,73 +139,151 @@ def detectron() -> None:
     Path("detectron.pkl").write_bytes(pickle.dumps({"blobs": blobs}))
 
 
-def voc() -> None:
-    """Write the validation pictures of ``coco`` in Pascal VOC's layout."""
-    from pycocotools.coco import COCO
-
-    root = Path("VOCdevkit/VOC2007")
-    for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    coco = COCO("coco/annotations/instances_val2017.json")
-    stems = []
-    for image in coco.imgs.values():
-        stem = Path(image["file_name"]).stem
-        stems.append(stem)
-        shutil.copyfile(Path("coco/val2017", image["file_name"]), root / "JPEGImages" / f"{stem}.jpg")
-        tree = ElementTree.Element("annotation")
-        size = ElementTree.SubElement(tree, "size")
-        for side in ("width", "height"):
-            ElementTree.SubElement(size, side).text = str(image[side])
-        for found in coco.loadAnns(coco.getAnnIds(image["id"])):
-            shape = ElementTree.SubElement(tree, "object")
-            ElementTree.SubElement(shape, "name").text = coco.cats[found["category_id"]]["name"]
-            ElementTree.SubElement(shape, "difficult").text = "0"
-            box = ElementTree.SubElement(shape, "bndbox")
-            x, y, width, height = found["bbox"]
-            for corner, value in zip(
-                ("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + width, y + height), strict=True
-            ):
-                ElementTree.SubElement(box, corner).text = str(round(value))
-        ElementTree.ElementTree(tree).write(root / "Annotations" / f"{stem}.xml")
-    (root / "ImageSets" / "Main" / "test.txt").write_text("\n".join(stems) + "\n")
+PICTURE = "coco/val2017/000000000007.jpg"
+CLOUD = "kitti/training/velodyne/000000.bin"
 
 
-def raw_kitti() -> None:
-    """Copy the made KITTI data without the files that create_data writes, with pictures and four splits."""
-    import cv2
+def show_result() -> None:
+    """Detect and draw as the documentation of 2.x does."""
+    from mmdet.apis import inference_detector, init_detector
 
-    shutil.rmtree("raw", ignore_errors=True)
-    for name in ("velodyne", "calib", "label_2"):
-        shutil.copytree(Path("kitti/training", name), Path("raw/training", name))
-        Path("raw/testing", name).mkdir(parents=True)
-    pictures = Path("raw/training/image_2")
-    pictures.mkdir()
-    stems = sorted(path.stem for path in Path("raw/training/velodyne").glob("*.bin"))
-    for stem in stems:
-        cv2.imwrite(str(pictures / f"{stem}.png"), np.zeros((375, 1242, 3), np.uint8))
-    first = stems[0]
-    Path("raw/testing/image_2").mkdir()
-    for name, suffix in (("velodyne", "bin"), ("calib", "txt"), ("image_2", "png")):
-        shutil.copyfile(f"raw/training/{name}/{first}.{suffix}", f"raw/testing/{name}/{first}.{suffix}")
-    shutil.copytree("kitti/ImageSets", "raw/ImageSets")
-    Path("raw/ImageSets/trainval.txt").write_text("\n".join(stems) + "\n")
-    Path("raw/ImageSets/test.txt").write_text(first + "\n")
+    model = init_detector("frcnn.py", "w/frcnn.pth", device="cpu")
+    model.show_result(PICTURE, inference_detector(model, PICTURE), score_thr=0.01, out_file="result.jpg")
 
 
-CHECKS: dict[str, Callable[[], None]] = {
-    function.__name__: function
-    for function in (
-        legacy3d,
-        pipeline,
-        storage,
-        inference,
-        det_inferencer,
-        regnet,
-        detectron,
-        voc,
-        raw_kitti,
+def video_reader() -> None:
+    """Detect in the frames of a video in a loop, as the documentation of 2.x does."""
+    import mmcv
+    from mmdet.apis import inference_detector, init_detector
+
+    model = init_detector("frcnn.py", "w/frcnn.pth", device="cpu")
+    drawn = 0
+    for frame in mmcv.VideoReader("video.mp4"):
+        result = inference_detector(model, frame)
+        drawn += model.show_result(frame, result).shape == frame.shape
+    print(f"{drawn} frames drawn")
+
+
+def async_detector() -> None:
+    """Detect by the asynchronous calls of 2.x, three at a time."""
+    import torch
+    from mmdet.apis import async_inference_detector, init_detector
+    from mmdet.utils.contextmanagers import concurrent
+
+    async def main() -> None:
+        model = init_detector("frcnn.py", "w/frcnn.pth", device="cpu")
+        streams: asyncio.Queue[Any] = asyncio.Queue()
+        if torch.cuda.is_available():
+            for _ in range(3):
+                streams.put_nowait(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+
+        async def detect(path: Path) -> Any:
+            async with concurrent(streams):
+                return await async_inference_detector(model, str(path))
+
+        found = await asyncio.gather(*map(detect, sorted(Path("coco/val2017").glob("*.jpg"))))
+        print(f"{len(found)} results of {type(found[0]).__name__}")
+
+    asyncio.run(main())
+
+
+def lidar_inferencer() -> None:
+    """Detect in one cloud by mmdet3d's inferencer, with a config that names no visualizer."""
+    from mmdet3d.apis import LidarDet3DInferencer
+
+    inferencer = LidarDet3DInferencer(
+        str(ASSETS / "second_demo.py"), str(ASSETS / "second_demo.pth"), device="cpu"
     )
-}
+    found = inferencer({"points": CLOUD}, out_dir="inferred3d", no_save_vis=True)["predictions"][0]
+    print(f"{len(found['scores_3d'])} boxes")
+
+
+def notebook() -> None:
+    """Run the cells of the notebook, one after the other."""
+    cells = json.loads((ROOT / "docs" / "inference_demo.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names: dict[str, Any] = {}
+    for cell in code:
+        exec(compile(cell, "cell", "exec"), names)
+    print(f"{len(code)} cells ran")
+
+
+def packed_loaders() -> None:
+    """Load a picture from a packed file by ``file_client_args``."""
+    from mmcv.transforms import LoadImageFromFile
+
+    import serve.storage.backends  # noqa: F401
+
+    loader = LoadImageFromFile(file_client_args={"backend": "ffrecord", "fname": "coco/coco.ffr"})
+    print(loader({"img_path": PICTURE})["img"].shape)
+
+
+def served() -> None:
+    """Serve SECOND on the ports of upstream's page, ask each, and compare as ``test_torchserver.py`` does."""
+    model = [str(ASSETS / "second_demo.py"), str(ASSETS / "second_demo.pth")]
+    deployment = str(ROOT / "tools" / "deployment")
+    subprocess.run(
+        [sys.executable, f"{deployment}/mmdet3d2torchserve.py", *model,
+         "--output-folder", "store75", "--model-name", "second", "-f"], check=True,
+    )  # fmt: skip
+    with _server("store75"):
+        for address in ("8080/ping", "8081/models", "8082/metrics"):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{address}", timeout=30) as answer:
+                    print(f"port {address}: {answer.status}", flush=True)
+            except urllib.error.URLError:
+                print(f"port {address}: closed", flush=True)
+        subprocess.run(
+            [sys.executable, f"{deployment}/test_torchserver.py", CLOUD, *model, "second"], check=True
+        )
+
+
+@contextlib.contextmanager
+def _server(store: str) -> Iterator[None]:
+    service = subprocess.Popen(
+        [sys.executable, "-m", "serve", "serve", "--store", store, "--models", "second"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert service.stdout is not None
+        for line in service.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("Ctrl-C"):
+                break
+        else:
+            raise SystemExit(f"the server ended with {service.wait()}")
+        yield
+    finally:
+        service.send_signal(signal.SIGINT)
+        service.communicate(timeout=60)
+
+
+def without_ground_truth() -> None:
+    """Write ``without.py``: the pictures that images2coco listed, for a test that writes a result file only."""
+    Path("without.py").write_text(
+        "_base_ = './frcnn.py'\n"
+        # images2coco writes names with the folder that it was given.
+        "test_dataloader = dict(dataset=dict(\n"
+        "    data_root='', ann_file='coco/annotations/made.json', data_prefix=dict(img='')))\n"
+        "test_evaluator = dict(ann_file='coco/annotations/made.json')\n"
+    )
+
+
+def bundle() -> None:
+    """Write ``bundle_frcnn.py``: the old config with DefaultFormatBundle in place of ImageToTensor."""
+    text = Path("old_frcnn.py").read_text()
+    former = "dict(type='ImageToTensor', keys=['img'])"
+    assert former in text
+    Path("bundle_frcnn.py").write_text(text.replace(former, "dict(type='DefaultFormatBundle')"))
+
+
+_FUNCTIONS: tuple[Callable[[], None], ...] = (
+    *(legacy3d, pipeline, storage, inference, det_inferencer, lidar_inferencer, show_result, video_reader),
+    *(async_detector, notebook, packed_loaders, served, without_ground_truth, bundle, regnet, detectron),
+    *(bucket_checks.upload, bucket_checks.list_bucket, bucket_checks.file_client),
+    *(bucket_checks.petrel_config, bucket_checks.aws_config, data_sets.raw_kitti, data_sets.video),
+)
+CHECKS = {function.__name__: function for function in _FUNCTIONS}
 
 if __name__ == "__main__":
     CHECKS[sys.argv[1]]()

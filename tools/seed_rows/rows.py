@@ -1,8 +1,8 @@
 """The 93 lines of upstream's documentation that the project goes by, with the command of today for each.
 
 `check` is a shell command, run in a folder that `tools.seed_rows.work_folder` prepares; in it ``mmdet3d-serve`` is this
-checkout's, ``python`` the environment's. `expect` is a pattern that its output must have. A row without a check says
-why in `reason`, or names the test that runs it.
+checkout's, ``python`` the environment's. `expect` is a pattern that its output must have; rows with the same check
+share one run. A row without a check says why in `reason`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Row:
         ours: this project's command or setting, as a user writes it; ``same`` for the line itself.
         check: shell command that shows it; empty if it is not run here.
         expect: regular expression that the output must match.
-        reason: why it is not run here, or which test runs it.
+        needs: ``bucket`` for the S3 server with the rows' data, ``train`` for an environment of `make setup-train`.
+        reason: why it is not run here.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Row:
     ours: str
     check: str = ""
     expect: str = ""
+    needs: str = ""
     reason: str = ""
 
 
