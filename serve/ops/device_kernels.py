@@ -8,7 +8,9 @@ per device, and if anything fails, torch's ways serve and the reason is reported
 from __future__ import annotations
 
 import logging
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,14 +19,14 @@ from torch import Tensor
 from serve.ops.checks import uses_torch_only
 from serve.settings.kernels import KernelSettings
 
-__all__ = ["DeviceKernels", "device_kernels", "uses_triton"]
+__all__ = ["DeviceKernels", "device_kernels", "keep_code_in", "uses_triton"]
 
 logger = logging.getLogger(__name__)
 
 # Triton's own minimum for CUDA.
 LEAST_CAPABILITY = (8, 0)
-# What the kernels take; others have torch's ways.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Floats that the kernels take; others have torch's ways.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class DeviceKernels(NamedTuple):
@@ -44,10 +46,29 @@ def uses_triton(tensor: Tensor) -> bool:
     device = tensor.device
     return (
         device.type == "cuda"
-        and tensor.dtype in DTYPES
+        and (tensor.dtype in FLOATS or not tensor.is_floating_point())
         and not uses_torch_only()
         and device_kernels(device.index or 0).triton
     )
+
+
+def keep_code_in(folder: Path, *, confined: bool = False) -> None:
+    """Have Triton keep compiled kernels in `folder`, before the first is compiled.
+
+    Args:
+        folder: made if it does not exist.
+        confined: this process may write nowhere else, so its temporary files belong there, too.
+    """
+    try:
+        import triton
+    except ImportError:
+        return
+    place = folder.expanduser() / "triton"
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if hasattr(triton, "knobs"):  # since 3.4
+        triton.knobs.cache.dir = str(place)
+    if confined:
+        tempfile.tempdir = str(place)
 
 
 @cache

@@ -34,6 +34,7 @@ from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
 from serve.protocol.selection import check_selection, select
 from serve.protocol.worker import Outcome
 from serve.runtime import fusion
+from serve.runtime.accelerator.graphs import release_graphs
 from serve.runtime.accelerator.install import install as install_for_accelerator
 from serve.runtime.accelerator.transfer import pin
 from serve.runtime.background import background_skipped, set_skipping
@@ -131,7 +132,7 @@ class Detector:
         """Run prepared inputs as one batch; return the network's own data samples."""
         from mmengine.dataset import pseudo_collate
 
-        with torch.no_grad(), self._precision(), suppress_warnings():
+        with torch.no_grad(), self._on_device(), self._precision(), suppress_warnings():
             batch: Any = pseudo_collate(list(samples))
             if self.device.type == "cuda":
                 batch["inputs"] = pin(batch["inputs"])
@@ -176,6 +177,7 @@ class Detector:
             # Half of the batch may fit the device, and one bad frame must not fail the others.
             logger.warning("batch of %d frames failed (%s); retrying in halves", len(samples), error)
             if _is_out_of_memory(error) and self.device.type == "cuda":
+                release_graphs(self.network)
                 torch.cuda.empty_cache()
         half = len(samples) // 2
         return [*self._run_batch(samples[:half]), *self._run_batch(samples[half:])]
@@ -217,6 +219,11 @@ class Detector:
         width = 4 if self.metadata.box_type_3d is None else _box_width(self.network)
         return empty_detections(self.metadata.classes, self.metadata.box_type_3d, self._model, width)
 
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Make the device the current one: streams, and kernels that Triton launches, belong to that."""
+        there = self.device.type == "cuda" and torch.cuda.is_available()
+        return torch.cuda.device(self.device) if there else nullcontext()
+
     def _precision(self) -> AbstractContextManager[Any]:
         autocast = self.metadata.inference.autocast
         if self.device.type != "cuda" or autocast == "off":
@@ -225,7 +232,12 @@ class Detector:
 
 
 def load_detector(
-    archive: Archive, device: torch.device, *, trust_code: bool = False, skip_background: bool = True
+    archive: Archive,
+    device: torch.device,
+    *,
+    trust_code: bool = False,
+    skip_background: bool = True,
+    cuda_graphs: bool = False,
 ) -> Detector:
     """Build the model of a verified archive on `device`.
 
@@ -235,6 +247,7 @@ def load_detector(
         trust_code: allow imports of modules packed in the archive, and anything else that its model does. Without it,
             the model is built, and computes, under a `BuildGuard`.
         skip_background: compute only what differs from the answer to an empty cloud (`serve.runtime.background`).
+        cuda_graphs: on a CUDA device, replay recorded launches (`serve.runtime.accelerator.graphs`).
 
     Raises:
         ArchiveError: the archive would run code that is not allowed, or its parts do not fit.
@@ -253,7 +266,7 @@ def load_detector(
         network.to(device)
         apply_options(network, archive.metadata.inference)
         if device.type != "cpu":
-            install_for_accelerator(network)
+            install_for_accelerator(network, cuda_graphs=cuda_graphs)
         set_skipping(network, enabled=skip_background)
         detector = Detector(network, config, archive.metadata, device)
         detector._guard = guard

@@ -35,6 +35,11 @@ class Settings(Options):
     triton: Switch = option(
         "auto", "", "on a CUDA device, kernels in Triton where Triton works (auto), or torch's own ways (off)"
     )
+    cuda_graphs: Switch = option(
+        "off",
+        "",
+        "on a CUDA device, record the launches of backbone, neck and head per size of batch and replay them (auto)",
+    )
     trust_archive_code: Flag = option(False, "", "import modules packed in an archive; they can run anything")
     max_frame_bytes: int = option(
         MAX_FRAME_BYTES, "BYTES", "largest frame, in gateway and workers", common=True, ge=1

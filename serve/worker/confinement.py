@@ -22,8 +22,10 @@ __all__ = ["confine_writes"]
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION, _PATH_BENEATH = 1, 1
 _PR_SET_NO_NEW_PRIVS = 38
-# Access rights, bits of LANDLOCK_ACCESS_FS_*; truncation has been one of its own since version 3.
+# Access rights, bits of LANDLOCK_ACCESS_FS_*; truncation has been one of its own since version 3, and renaming into
+# another folder, by which Triton files its code, since version 2: before, it is refused everywhere.
 _WRITE_FILE, _MAKE_DIR, _MAKE_REG, _MAKE_SYM, _TRUNCATE = 1 << 1, 1 << 7, 1 << 8, 1 << 12, 1 << 14
+_REFER, _REFER_SINCE = 1 << 13, 2
 _TRUNCATE_SINCE = 3
 
 
@@ -45,6 +47,7 @@ def confine_writes(allowed: Iterable[Path]) -> bool:
     if version < 1:
         return False
     rights = _WRITE_FILE | _MAKE_DIR | _MAKE_REG | _MAKE_SYM
+    rights |= _REFER if version >= _REFER_SINCE else 0
     rights |= _TRUNCATE if version >= _TRUNCATE_SINCE else 0
     attributes = struct.pack("=Q", rights)
     ruleset = library.syscall(

@@ -197,6 +197,13 @@ class DetectionHandler(Handler):
         from serve.runtime.malloc import disable_malloc_trim
 
         self._device = device_for(context.system_properties.get("gpu_id"))
+        if self._device.type == "cuda":
+            from serve.ops.device_kernels import device_kernels, keep_code_in
+
+            keep_code_in(self.settings.cache_dir, confined=self.settings.confine)
+            device_kernels(
+                self._device.index or 0
+            )  # before a thread is confined: the trial needs a C compiler
         if self._device.type == "cpu" and self.settings.keep_heap:
             disable_malloc_trim()  # before a second thread starts, which would get its own malloc arena
 
@@ -229,6 +236,7 @@ class DetectionHandler(Handler):
             self._device,
             trust_code=self.settings.trust_archive_code,
             skip_background=self.settings.skip_background,
+            cuda_graphs=self.settings.cuda_graphs == "auto",
         )
         self.self_test_s = self_test(self.detector, archive)
         logger.info(

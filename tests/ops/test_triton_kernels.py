@@ -59,6 +59,29 @@ def test_device_without_a_working_triton_has_the_ways_of_torch_and_says_why(brok
     assert not device_kernels.uses_triton(torch.ones(1))
 
 
+def test_kernel_compiles_in_a_confined_worker_under_the_guard_of_an_archive(tmp_path):
+    pytest.importorskip("triton", reason="Triton comes with torch for CUDA; make test-triton has it")
+    code = f"""
+from pathlib import Path
+import torch
+from serve.ops.device_kernels import keep_code_in
+from serve.ops.triton.suppression import overlap_bits
+from serve.runtime.build_guard import BuildGuard
+from serve.worker.confinement import confine_writes
+from tools.bench.triton_kernels import compiling_only
+folder = Path({str(tmp_path)!r})
+keep_code_in(folder, confined=True)
+with compiling_only(90) as made:
+    print(confine_writes([folder, Path("/dev")]))
+    with BuildGuard(None, {{}}):
+        overlap_bits(torch.rand(9, 4), 0.0, 0.5)
+    print(len(made))
+"""
+    ran = run("-c", code)
+    assert ran.stdout.split()[-1] == "1", ran.stdout + ran.stderr
+    assert any((tmp_path / "triton").rglob("*.cubin"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_a_card_without_spilling_registers(capability):

@@ -19,6 +19,7 @@ from serve.convert.golden import golden_frame  # noqa: E402
 from serve.convert.random_weights import write_random_checkpoint  # noqa: E402
 from serve.protocol.frames import FrameOptions, Limits  # noqa: E402
 from serve.runtime import load_detector  # noqa: E402
+from serve.runtime.accelerator.graphs import CALLS_BEFORE, graphs_of  # noqa: E402
 from serve.runtime.accelerator.stand_in import DEVICE, stand_in_device  # noqa: E402
 from serve.runtime.accelerator.transfer import download  # noqa: E402
 from serve.runtime.pipeline import frame_spec  # noqa: E402
@@ -160,6 +161,28 @@ def test_model_on_an_accelerator_answers_as_on_the_cpu_within_bounds(opened: arc
     assert row.equal and row.detections > 0, row
     most_operators, most_synchronisations = BOUNDS[row.model]
     assert row.operators <= most_operators and row.synchronisations <= most_synchronisations, row
+
+
+@pytest.mark.slow
+def test_replayed_launches_answer_each_frame_as_on_the_cpu(opened: archive.Archive) -> None:
+    bodies = frames_of(opened)
+    loops = load_detector(opened, torch.device("cpu"))
+
+    def run(detector: Any, body: Any) -> Any:
+        return detector.run([detector.decode(body, FrameOptions(), Limits())])[0]
+
+    expected = [run(loops, body) for body in bodies]
+    with stand_in_device() as device:
+        detector = load_detector(opened, DEVICE, cuda_graphs=True)
+        for _ in range(CALLS_BEFORE):
+            run(detector, bodies[0])
+        for body, wanted in zip(bodies, expected, strict=True):
+            device.reset()
+            got = run(detector, body)
+            found = compare_answers(got, wanted, TOLERANCES["float32"], sides=("replayed", "cpu"))
+            assert found.ok, found.verdict()
+            assert device.counts.operators["graph"] == 2 and device.counts.operators["convolution"] <= 10
+        assert graphs_of(detector.network).disabled is None
 
 
 @pytest.mark.slow

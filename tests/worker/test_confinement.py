@@ -17,6 +17,7 @@ WAYS = {
     "truncate": "import os; os.truncate(old, 0)",
     "mkdir": "import os; os.mkdir(folder + '/a')",
     "symlink": "import os; os.symlink('/etc', folder + '/a')",
+    "rename": "import os; os.rename(old, folder + '/other/old')",
     "opencv": "import cv2, numpy; assert cv2.imwrite(folder + '/a.png', numpy.zeros((2, 2, 3), 'uint8'))",
     "torch": "import torch; torch.save({'a': torch.zeros(1)}, folder + '/a.pt')",
     "lmdb": "import lmdb; lmdb.open(folder + '/db')",
@@ -41,6 +42,7 @@ def folder(tmp_path):
     (tmp_path / ALLOWED).mkdir()
     for place in (tmp_path, tmp_path / ALLOWED):
         (place / "old").write_text("old")
+        (place / "other").mkdir()
     return tmp_path
 
 

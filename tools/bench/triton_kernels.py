@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-__all__ = ["Row", "TritonBenchmark", "compile_kernels"]
+__all__ = ["Row", "TritonBenchmark", "compile_kernels", "compiling_only"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def compile_kernels(capability: int) -> TritonBenchmark:
             "TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it"
         )
     result = TritonBenchmark(triton.__version__, capability)
-    with _compiling_only(capability) as made:
+    with compiling_only(capability) as made:
         for case, call in _cases().items():
             made.clear()
             call()
@@ -99,7 +99,7 @@ def compile_kernels(capability: int) -> TritonBenchmark:
 
 
 @contextmanager
-def _compiling_only(capability: int) -> Iterator[list[Any]]:
+def compiling_only(capability: int) -> Iterator[list[Any]]:
     """Have Triton take the CPU for a card: calls of kernels compile and do not run; collects what was compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -150,7 +150,7 @@ def _registers(ptx: str, capability: int) -> tuple[int, int]:
 
 def _cases() -> dict[str, Callable[[], object]]:
     """Return calls of the operators on the CPU, by a name."""
-    from serve.ops.triton import attention, rotated, sparse_conv, suppression, voxels
+    from serve.ops.triton import attention, neighbours, rotated, sparse_conv, suppression, voxels
 
     points, ends = torch.rand(400, 4), torch.tensor([400])
     keys, grid = torch.arange(400), [1408, 1600, 41]
@@ -171,6 +171,7 @@ def _cases() -> dict[str, Callable[[], object]]:
     cases["upright"] = lambda: suppression.overlap_bits(torch.rand(100, 4), 0.0, 0.5)
     cases["rotated"] = lambda: rotated.rotated_overlap_bits(torch.rand(100, 6), 0.5, False)
     cases["upright 3D"] = lambda: rotated.rotated_overlap_bits(torch.rand(100, 6), 0.5, True)
+    cases["voxels of a layer"] = lambda: neighbours.find_rows(keys, keys, keys, keys[:27])
     cases["points"] = lambda: voxels.cell_keys(points, ends, 1, [0.05, 0.05, 0.1], [0.0, -40.0, -3.0], grid)
     cases["keys"] = lambda: voxels.mark_first_points(keys, keys, 1 << 30)
     buffers = (

@@ -50,7 +50,7 @@ def neighbour_rows(inputs: Tensor, outputs: Tensor, geometry: ConvGeometry, *, a
         ascending: whether `inputs` are in lexicographic order.
 
     Returns:
-        (M, K) int64 rows of `inputs`, N for none.
+        (M, K) int64 or int32 rows of `inputs`, N for none.
     """
     device = inputs.device
     multipliers, deltas, stride, shift = _padded_grid(geometry)
@@ -59,6 +59,10 @@ def neighbour_rows(inputs: Tensor, outputs: Tensor, geometry: ConvGeometry, *, a
     if not ascending:
         known, order = torch.sort(known)
     base = (outputs * constant(stride, torch.int64, device)).sum(dim=1)
+    if uses_triton(known):
+        from serve.ops.triton.neighbours import find_rows
+
+        return find_rows(known, order, base, constant(deltas, torch.int64, device))  # type: ignore[no-any-return]
     wanted = base[:, None] + constant(deltas, torch.int64, device)
     place = torch.searchsorted(known, wanted)
     none = len(inputs)
@@ -100,7 +104,7 @@ def invert_rows(table: Tensor, inputs: int) -> Tensor:
     outputs, offsets = table.shape
     inverse = table.new_full((inputs + 1, offsets), outputs)
     rows = torch.arange(outputs, device=table.device)[:, None].expand(-1, offsets)
-    return inverse.scatter_(0, table, rows)[:-1]
+    return inverse.scatter_(0, table.long(), rows.to(table.dtype))[:-1]
 
 
 def gather_convolve(
@@ -112,7 +116,7 @@ def gather_convolve(
         features: (N, Cin) float.
         weight: (K, Cin, Cout).
         bias: (Cout,).
-        table: (M, K) int64 rows of `features`, N for none.
+        table: (M, K) int64 or int32 rows of `features`, N for none.
         relu: apply a ReLU.
 
     Returns:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 __all__ = ["ceil_div", "is_interpreted", "kernel", "operator", "power_of_two"]
@@ -34,14 +35,20 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function that launches one kernel as an operator of torch.
 
     Args:
-        schema: name, arguments and results in torch's notation.
+        schema: name, arguments and results in torch's notation; a tensor comes first.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _LIBRARY.define(schema)
         name = schema.partition("(")[0]
-        for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, function, key)
+
+        def on_device(first: Tensor, *others: Any, **named: Any) -> Any:
+            # Triton launches on the current device, which may be another than the tensors'.
+            with torch.cuda.device(first.device):
+                return function(first, *others, **named)
+
+        _LIBRARY.impl(name, function, "CPU")
+        _LIBRARY.impl(name, on_device, "CUDA")
         found: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
         return found
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from serve.ops.triton.dispatch import ceil_div, kernel, operator, power_of_two
+from serve.ops.triton.search import first_not_below
 
 __all__ = ["cell_keys", "mark_first_points", "write_voxels"]
 
@@ -72,22 +73,6 @@ def _mark_first_points(
 
 
 @kernel
-def _first_above(ordered, key, count: int, steps: int, strict: tl.constexpr):
-    # pragma: no cover - compiled
-    """Find the first place of sorted keys that is not below `key` (`strict`: above it)."""
-    low = tl.zeros_like(key)
-    high = low + count
-    for _ in range(steps):
-        middle = (low + high) // 2
-        open_ = low < high
-        value = tl.load(ordered + middle, mask=open_, other=0)
-        right = (value <= key) if strict else (value < key)
-        low = tl.where(open_ & right, middle + 1, low)
-        high = tl.where(open_ & (right == 0), middle, high)
-    return low
-
-
-@kernel
 def _write_voxels(
     points,
     ordered,
@@ -115,7 +100,7 @@ def _write_voxels(
     key = tl.load(ordered + place, mask=inside, other=0)
     cells = tl.cast(volume, tl.int64)
     taken = inside & (key < cells * clouds)
-    start = _first_above(ordered, key, count, steps, False)
+    start = first_not_below(ordered, key, count, steps, False)
     rank = place - start
     first = tl.load(order + start, mask=taken, other=0)
     number = tl.load(numbers + first, mask=taken, other=1).to(tl.int64) - 1
@@ -146,7 +131,7 @@ def _write_voxels(
     tl.store(voxels + (row * max_points + rank)[:, None] * width + columns[None, :], values, mask=wide)
     # The first point of a voxel writes what the voxel is.
     heads = keep & (rank == 0)
-    end_of_voxel = _first_above(ordered, key, count, steps, True)
+    end_of_voxel = first_not_below(ordered, key, count, steps, True)
     tl.store(counts + row, tl.minimum(end_of_voxel - start, max_points).to(tl.int32), mask=heads)
     cell = key - cloud * cells
     at = coordinates + row * 4

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from serve.ops.constants import constant
+from serve.runtime.accelerator.graphs import GraphCache, record_forward
 from serve.runtime.accelerator.replace import overrides
 from serve.runtime.accelerator.transfer import download
 
 __all__ = ["install"]
 
 
-def install(network: nn.Module) -> None:
-    """Replace the selection of every head of a known kind."""
+def install(network: nn.Module, graphs: GraphCache | None = None) -> None:
+    """Replace the selection of every head of a known kind; with `graphs`, record its convolutions as a CUDA graph."""
     from mmdet3d.models.dense_heads import Anchor3DHead, CenterHead
     from mmdet3d.models.dense_heads.base_3d_dense_head import Base3DDenseHead
     from mmdet3d.models.task_modules.coders import CenterPointBBoxCoder
@@ -33,12 +34,14 @@ def install(network: nn.Module) -> None:
             part, Base3DDenseHead, "predict", "predict_by_feat", "_predict_by_feat_single"
         ):
             part.predict_by_feat = _AnchorSelection(part)
+            record_forward(part, graphs)
         elif (
             isinstance(part, CenterHead)
             and not overrides(part, CenterHead, "predict", "predict_by_feat", "get_task_detections")
             and type(part.bbox_coder) is CenterPointBBoxCoder
         ):
             part.predict_by_feat = _CenterSelection(part)
+            record_forward(part, graphs)
 
 
 class _AnchorSelection:

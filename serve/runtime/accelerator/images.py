@@ -18,6 +18,7 @@ from torch.nn import functional
 from serve.ops.boxes.nms import pack_bits, scan_bits, suppression_bits
 from serve.ops.constants import constant
 from serve.ops.roi.pyramid import align_pyramid
+from serve.runtime.accelerator.graphs import GraphCache, record_forward
 from serve.runtime.accelerator.replace import overrides
 from serve.runtime.accelerator.transfer import download, upload
 
@@ -31,8 +32,11 @@ MAX_PRIORS = 8
 FAR = -4.0  # outside of any mask, whose width reaches from -1 to 1
 
 
-def install(network: nn.Module) -> None:
-    """Replace priors, proposals and regions; boxes and masks too, where nothing between asks for proposals."""
+def install(network: nn.Module, graphs: GraphCache | None = None) -> None:
+    """Replace priors, proposals and regions; boxes and masks too, where nothing between asks for proposals.
+
+    With `graphs`, backbone, neck and the convolutions of heads on anchors are recorded as CUDA graphs.
+    """
     from mmdet.models.dense_heads import RPNHead
     from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
     from mmdet.models.roi_heads import StandardRoIHead
@@ -40,6 +44,7 @@ def install(network: nn.Module) -> None:
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
     from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
+    _record_features(network, graphs)
     part: Any
     for part in list(network.modules()):
         if hasattr(part, "prior_generator") and hasattr(part.prior_generator, "grid_priors"):
@@ -80,6 +85,19 @@ def install(network: nn.Module) -> None:
         head.bbox_head.predict_by_feat = _Boxes(head.bbox_head)
         if head.with_mask:
             head.mask_head.predict_by_feat = _Masks(head.mask_head)
+
+
+def _record_features(network: Any, graphs: GraphCache | None) -> None:
+    from mmdet.models.dense_heads import AnchorHead
+    from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
+
+    for kind in (SingleStageDetector, TwoStageDetector):
+        if graphs is not None and isinstance(network, kind) and not overrides(network, kind, "extract_feat"):
+            network.extract_feat = graphs.wrap(network.extract_feat)
+    for name in ("rpn_head", "bbox_head"):
+        head = getattr(network, name, None)
+        if isinstance(head, AnchorHead) and not overrides(head, AnchorHead, "forward"):
+            record_forward(head, graphs)
 
 
 def _is_plain_nms(config: Any) -> bool:

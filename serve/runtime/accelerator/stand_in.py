@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from serve.runtime.accelerator import graphs
 from serve.runtime.accelerator.operators import INDEXING, OperatorCounts
 
 __all__ = ["DEVICE", "StandInDevice", "stand_in_device"]
@@ -91,10 +93,42 @@ class StandInDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Start with no counts."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts = OperatorCounts()
+        self._tape: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] | None = None
 
     def reset(self) -> None:
         """Start counting anew."""
         self.counts = OperatorCounts()
+
+    def record_launches(
+        self, run: Callable[[], list[Tensor]], device: torch.device, pool: Any
+    ) -> tuple[list[Tensor], Callable[[], None]]:
+        """Record the operators of `run` in the place of `graphs.record_launches`; a replay counts as one.
+
+        Raises:
+            RuntimeError: `run` waits for the device or uploads from pageable memory, which a CUDA graph cannot hold.
+        """
+        counts, self.counts = self.counts, OperatorCounts()
+        tape: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._tape = tape
+        try:
+            outputs = run()
+            kinds, uploads = dict(self.counts.synchronisations), self.counts.uploads
+        finally:
+            self._tape, self.counts = None, counts
+        if kinds or uploads:
+            raise RuntimeError(
+                f"operation not permitted when stream is capturing: {kinds}, {uploads} uploads"
+            )
+
+        def replay() -> None:
+            self.counts.operators["graph"] += 1
+            for function, args, kwargs, before in tape:
+                now = _run(function, args, kwargs)
+                for one, other in zip(tree_leaves(now), tree_leaves(before), strict=True):
+                    if isinstance(other, _DeviceTensor) and one.held.data_ptr() != other.held.data_ptr():
+                        other.held.copy_(one.held)
+
+        return outputs, replay
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -104,7 +138,27 @@ class StandInDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _stays(function, args, kwargs):
             return _DeviceTensor(args[0].held)
         self.counts.record(function, args, kwargs, lambda tensor: isinstance(tensor, _DeviceTensor))
-        return _run(function, args, kwargs)
+        result = _run(function, args, kwargs)
+        if self._tape is not None:
+            self._tape.append((function, args, kwargs, result))
+        return result
+
+
+class _Kind(type):
+    """Class to which tensors of the stand-in device with one of some dtypes belong, as to ``torch.cuda.LongTensor``."""
+
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _DeviceTensor) and value.dtype in cls.dtypes
+
+
+class _BoolTensor(metaclass=_Kind):
+    dtypes = (torch.bool,)
+
+
+class _IndexTensor(metaclass=_Kind):
+    dtypes = (torch.bool, torch.int64)
 
 
 @contextmanager
@@ -116,8 +170,21 @@ def stand_in_device() -> Iterator[StandInDevice]:
     """
     if torch.cuda.is_available():
         raise RuntimeError("a stand-in for CUDA is of no use beside a CUDA device")
+    from mmengine.structures import instance_data
+
     generator = torch.Generator()
     with (
+        # mmengine asks for the classes of tensors that index.
+        mock.patch.object(
+            instance_data,
+            "IndexType",
+            SimpleNamespace(__args__=(*instance_data.IndexType.__args__, _IndexTensor)),
+        ),
+        mock.patch.object(
+            instance_data,
+            "BoolTypeTensor",
+            SimpleNamespace(__args__=(*instance_data.BoolTypeTensor.__args__, _BoolTensor)),
+        ),
         # Otherwise `Module.to` would keep a parameter and give it the metadata of another, without its values.
         mock.patch.object(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True),
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
@@ -127,6 +194,7 @@ def stand_in_device() -> Iterator[StandInDevice]:
         mock.patch.object(torch.cuda, "get_rng_state", lambda device=None: generator.get_state()),
         mock.patch.object(torch.cuda, "set_rng_state", lambda state, device=None: None),
         StandInDevice() as device,
+        mock.patch.object(graphs, "record_launches", device.record_launches),
     ):
         yield device
 
