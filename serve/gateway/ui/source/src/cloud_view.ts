@@ -161,12 +161,13 @@ export class CloudView {
     const { clientWidth: width, clientHeight: height } = this.canvas;
     const labels: Label[] = [];
     if (this.showLabels) {
-      for (const { detection, corners, centre } of this.boxes) {
-        const at = this.pixelOf(centre.clone().setZ(Math.max(...corners.map((corner) => corner.z))));
-        if (!at) continue;
+      for (const { detection, corners } of this.boxes) {
+        const seen = corners.map((corner) => this.pixelOf(corner));
+        if (seen.includes(null)) continue;
+        const at = [seen.reduce((sum, pixel) => sum + pixel![0], 0) / 8, Math.min(...seen.map((pixel) => pixel![1]))];
         const text = `${detection.name} ${detection.score.toFixed(2)}`;
         const isBold = detection === this.selected;
-        labels.push({ x: at[0], y: at[1] - 6, text, colour: classColour(detection.label), isBold });
+        labels.push({ x: at[0], y: at[1] - 4, text, colour: classColour(detection.label), isBold });
       }
     }
     drawLabels(this.overlay, labels, width, height);

@@ -2,6 +2,7 @@
 
 import { hasKey, setKey } from "./api";
 import { CloudView } from "./cloud_view";
+import { extentOf } from "./clouds/cloud";
 import { Layout, layoutOf } from "./clouds/read";
 import { continueDetection, Detection, isShown } from "./detections";
 import { announce, byId, clearErrors, make, showError } from "./dom";
@@ -59,7 +60,6 @@ async function show(entry: Entry): Promise<void> {
   if (former && entry.answer) select(continued(former, entry), former);
   if (!(await stage.show(entry, layout(), found.filter, selected)) || entry !== current) return;
   for (const option of colourChoice.options) option.disabled = !stage.colours().includes(option.value as ColourBy);
-  if (isNew) stage.scene?.problems.forEach(showError);
   refresh();
 }
 
@@ -90,10 +90,11 @@ function refresh(): void {
 function infoOf(entry: Entry): string {
   const { scene } = stage;
   const lines = [entry.frame.name];
-  if (scene?.cloud) lines.push(`${scene.cloud.count.toLocaleString("en")} points`);
+  if (scene?.cloud) lines.push(`${scene.cloud.count.toLocaleString("en")} points`, extentOf(scene.cloud));
   for (const { camera, bitmap } of scene?.pictures ?? []) lines.push(`${camera} ${bitmap.width} × ${bitmap.height} pixels`.trim());
   if (entry.state === "failed") lines.push(entry.error ?? "");
   else if (entry.state !== "done") lines.push("waits for its answer …");
+  if (entry.state !== "failed") lines.push(...(scene?.problems ?? []));
   if (entry.timing) {
     const { total, queue, inference } = entry.timing;
     const parts = [["queue", queue], ["inference", inference]].filter(([, value]) => value !== undefined);
@@ -185,6 +186,7 @@ byId("show-labels").addEventListener("change", (event) => {
   imageView.showLabels = checked;
   refresh();
 });
+byId("server").addEventListener("toggle", () => void server.refresh());
 byId("reset-view").addEventListener("click", () => stage.reset());
 byId("top-view").addEventListener("click", () => stage.top());
 byId("export-json").addEventListener("click", () => {

@@ -116,9 +116,12 @@ export class Stage {
     if (from.box3d && to.box3d) this.cloudView?.follow(from, to, this.kind);
   }
 
-  /** Cloud and images side by side if both are there. */
+  /** Cloud and images side by side, or one above the other, if both are there. */
   private arrange(entry: Entry): void {
     const hasCloud = this.scene!.cloud !== null || entry.detections.some((each) => each.box3d);
+    const aspects = this.scene!.pictures.map(({ bitmap }) => bitmap.width / bitmap.height);
+    // One wide image has its place above the cloud, others beside it.
+    this.root.dataset.images = aspects.length === 1 && aspects[0] > 2 ? "wide" : "";
     this.root.dataset.views = [hasCloud ? "cloud" : "", this.scene!.pictures.length ? "images" : ""].join(" ").trim();
   }
 

@@ -56,6 +56,17 @@ export function arrange(count: number, names: string[], read: Reader): Cloud {
   return { count, positions, intensity, colours };
 }
 
+/** Where the points lie, in words: coordinates in other units or of another frame show at once. */
+export function extentOf({ positions, count }: Cloud): string {
+  const [low, high] = [[Infinity, Infinity, Infinity], [-Infinity, -Infinity, -Infinity]];
+  for (let at = 0; at < 3 * count; at++) {
+    const axis = at % 3;
+    if (positions[at] < low[axis]) low[axis] = positions[at];
+    if (positions[at] > high[axis]) high[axis] = positions[at];
+  }
+  return count ? ["x", "y", "z"].map((name, k) => `${name} ${low[k].toFixed(1)} to ${high[k].toFixed(1)}`).join(", ") + " m" : "";
+}
+
 /** Columns of a file that does not name them: those of the model, else the usual ones of its sensor. */
 export function usualColumns(width: number, isDepth: boolean): string[] {
   const usual = isDepth ? ["x", "y", "z", "red", "green", "blue"] : ["x", "y", "z", "intensity", "ring", "time"];
