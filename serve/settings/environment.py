@@ -15,6 +15,7 @@ __all__ = [
     "child_environment",
     "die_with_parent",
     "filter_python_path",
+    "has_display",
     "launcher_variables",
     "variable_set",
 ]
@@ -65,6 +66,11 @@ def variable_set(name: str, value: str) -> Iterator[None]:
 def launcher_variables() -> dict[str, str]:
     """Variables that upstream's ``dist_train.sh`` and ``slurm_train.sh`` read, those that are set."""
     return {name: os.environ[name] for name in _LAUNCHER_VARIABLES if os.environ.get(name)}
+
+
+def has_display() -> bool:
+    """Whether a window can be opened: X11 or Wayland."""
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def filter_python_path(keep: Callable[[str], bool]) -> None:

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from serve.errors import CheckpointError, DataSetError, MissingPackage, ServeError, UpstreamError
-from serve.settings.environment import variable_set
+from serve.settings.environment import has_display, variable_set
 from serve.upstream import corrections, patches
 from serve.upstream.data_files import written_whole
 from serve.upstream.former_flags import Translation, translate
@@ -76,6 +76,11 @@ def run(name: str, argv: Sequence[str], *, package: str | None = None) -> int:
     now = translate(tool.short_name, chosen, arguments)
     for note in now.notes:
         print(f"note: {note}", file=sys.stderr)
+    if "--show" in now.arguments and not has_display():
+        print(
+            "note: '--show' opens windows, and there is no display; --show-dir FOLDER writes the pictures",
+            file=sys.stderr,
+        )
     if now.processes > 1 or own.nnodes > 1:
         from serve.upstream import launch
 
