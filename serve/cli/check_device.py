@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None) -> int:
     ops.install()
     import torch
 
+    from serve.ops.device_kernels import device_kernels
     from serve.runtime.model import parse_device
     from serve.verify.device_check import DeviceCheck, check_model
 
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None) -> int:
             result.models.append(check_model(archive.open_directory(folder), folder, device, measure=measure))
             print(f"{model}: {'equal' if result.models[-1].ok else 'NOT equal'}", file=sys.stderr)
     result.kernels = ops.kernels_in_use()
+    if device.type == "cuda":
+        result.device_kernels = device_kernels(device.index or 0).description
     print(result.table())
     print(result.json_line(), flush=True)
     return 0 if all(one.ok for one in result.models) else 1

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +22,7 @@ from torch import Tensor
 from serve.ops.checks import uses_torch_only
 from serve.settings.kernels import KernelSettings
 
-__all__ = ["DeviceKernels", "device_kernels", "keep_code_in", "uses_triton"]
+__all__ = ["DeviceKernels", "device_kernels", "keep_code_in", "uses_triton", "without_triton"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,9 @@ logger = logging.getLogger(__name__)
 LEAST_CAPABILITY = (8, 0)
 # Floats that the kernels take; others have torch's ways.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+_without_triton: ContextVar[bool] = ContextVar("without_triton", default=False)
 
 
 class DeviceKernels(NamedTuple):
@@ -47,9 +53,19 @@ def uses_triton(tensor: Tensor) -> bool:
     return (
         device.type == "cuda"
         and (tensor.dtype in FLOATS or not tensor.is_floating_point())
-        and not uses_torch_only()
+        and not (uses_torch_only() or _without_triton.get())
         and device_kernels(device.index or 0).triton
     )
+
+
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Use torch's ways on CUDA devices inside the block; the CPU keeps its own."""
+    before = _without_triton.set(True)
+    try:
+        yield
+    finally:
+        _without_triton.reset(before)
 
 
 def keep_code_in(folder: Path, *, confined: bool = False) -> None:

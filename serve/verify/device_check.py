@@ -26,8 +26,10 @@ from serve.compare.detections import compare_answers, detection_count
 from serve.compare.tolerances import tolerances_for
 from serve.convert.golden import golden_frame
 from serve.errors import ServeError
+from serve.ops.device_kernels import device_kernels, without_triton
 from serve.protocol.frames import FrameOptions, FrameSpec, Limits
 from serve.runtime import load_detector
+from serve.runtime.accelerator.graphs import CALLS_BEFORE, graphs_of
 from serve.runtime.accelerator.operators import OperatorCounter, OperatorCounts
 from serve.runtime.accelerator.stand_in import DEVICE, stand_in_device
 from serve.runtime.detector import Detector
@@ -37,6 +39,12 @@ from serve.verify.stages import Stopwatch, time_stages
 __all__ = ["DeviceCheck", "ModelCheck", "check_model"]
 
 BATCH = 8
+# Below the table.
+LEGEND = (
+    "found: detections on the CPU; repeats: the same bits twice; batch: as alone; self-test: a worker's golden frame;",
+    "alone: ms of one frame; torch: without Triton; graphs: with MMDET3D_SERVE_CUDA_GRAPHS=auto; of 8, fp16: ms of a",
+    "frame in a batch of 8; operators, waits, uploads: of one frame; MiB: most memory with a batch of 8",
+)
 
 
 @dataclass
@@ -56,6 +64,11 @@ class ModelCheck:
         batch_ms: `BATCH` frames at once on the device, per frame.
         half_ms: as `batch_ms` in fp16.
         half_equal: whether the answer in fp16 equals the CPU's within the limits of fp16.
+        torch_ms: one frame on the device with torch's ways in the place of Triton; None without Triton.
+        torch_equal: whether its answer then equals the CPU's.
+        graphs_ms: one frame on the device with CUDA graphs.
+        graphs_equal: whether its answer then equals the CPU's.
+        graphs_refused: why there are no graphs, if there are none.
         stages_ms: the parts of one frame on the device.
         operators: operators of one frame.
         synchronisations: times that the processor waits in one frame.
@@ -76,6 +89,11 @@ class ModelCheck:
     batch_ms: float | None = None
     half_ms: float | None = None
     half_equal: bool | None = None
+    torch_ms: float | None = None
+    torch_equal: bool | None = None
+    graphs_ms: float | None = None
+    graphs_equal: bool | None = None
+    graphs_refused: str | None = None
     stages_ms: dict[str, float] = field(default_factory=dict)
     operators: int | None = None
     synchronisations: int | None = None
@@ -86,7 +104,15 @@ class ModelCheck:
     def ok(self) -> bool:
         """Whether everything that was compared is equal."""
         return self.error is None and all(
-            one is not False for one in (self.equal, self.repeats, self.batch_equal, self.half_equal)
+            one is not False
+            for one in (
+                self.equal,
+                self.repeats,
+                self.batch_equal,
+                self.half_equal,
+                self.torch_equal,
+                self.graphs_equal,
+            )
         )
 
 
@@ -99,25 +125,27 @@ class DeviceCheck:
     torch: str
     kernels: str
     counted_on: str
+    device_kernels: str | None = None
     models: list[ModelCheck] = field(default_factory=list)
 
     def table(self) -> str:
         """Format a table, and what failed below it."""
         columns = (
             ("model", 15), ("equal", 6), ("found", 6), ("repeats", 8), ("batch", 6), ("self-test s", 12),
-            ("CPU ms", 8), ("alone ms", 9), ("of 8 ms", 8), ("fp16 ms", 8), ("operators", 10), ("waits", 6),
-            ("uploads", 8), ("MiB", 7),
+            ("CPU ms", 8), ("alone ms", 9), ("torch ms", 9), ("graphs ms", 10), ("of 8 ms", 8), ("fp16 ms", 8),
+            ("operators", 10), ("waits", 6), ("uploads", 8), ("MiB", 7),
         )  # fmt: skip
         lines = [
-            f"{self.device}: {self.name}, torch {self.torch}, {self.kernels} kernels; "
+            f"{self.device}: {self.name}, torch {self.torch}, {self.kernels} kernels"
+            f"{f', on the device by {self.device_kernels}' if self.device_kernels else ''}; "
             f"operators counted on {self.counted_on}",
             "".join(f"{title:>{width}}" for title, width in columns),
         ]
         for one in self.models:
             cells = (
                 one.model, one.equal, one.detections, one.repeats, one.batch_equal, one.self_test_s, one.cpu_ms,
-                one.alone_ms, one.batch_ms, one.half_ms, one.operators, one.synchronisations, one.uploads,
-                one.peak_mib,
+                one.alone_ms, one.torch_ms, one.graphs_ms, one.batch_ms, one.half_ms,
+                one.operators, one.synchronisations, one.uploads, one.peak_mib,
             )  # fmt: skip
             lines.append(
                 "".join(f"{_cell(cell):>{width}}" for cell, (_, width) in zip(cells, columns, strict=True))
@@ -126,9 +154,11 @@ class DeviceCheck:
             if one.stages_ms:
                 stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in one.stages_ms.items())
                 lines.append(f"{one.model}, ms of one frame: {stages}")
+            if one.graphs_refused:
+                lines.append(f"{one.model}: no CUDA graphs, {one.graphs_refused}")
             if not one.ok:
                 lines.append(f"{one.model}: {one.error or one.verdict}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *LEGEND])
 
     def json_line(self) -> str:
         """Format all fields as one line of JSON."""
@@ -190,6 +220,37 @@ def _check(
         result.synchronisations = counts.synchronisation_count
     if measure:
         _measure(result, loops, there, device, bodies, expected)
+        if device.type == "cuda":
+            _measure_ways(result, archive, there, device, bodies[0], expected[0])
+
+
+def _measure_ways(
+    result: ModelCheck,
+    archive: Archive,
+    there: Detector,
+    device: torch.device,
+    body: Any,
+    expected: dict[str, Any],
+) -> None:
+    """Compare and measure one frame with torch's ways in the place of Triton, and with CUDA graphs."""
+    limits = tolerances_for(device, archive.metadata.inference.autocast)
+
+    def run(detector: Detector) -> tuple[bool, float]:
+        answer = _answers(detector, [body])[0]
+        ok = compare_answers(answer, expected, limits, sides=(str(device), "cpu")).ok
+        return ok, _median_ms(lambda: _answers(detector, [body]), device)
+
+    if device_kernels(device.index or 0).triton:
+        with without_triton():
+            result.torch_equal, result.torch_ms = run(there)
+    graphed = load_detector(archive, device, cuda_graphs=True)
+    for _ in range(CALLS_BEFORE):
+        _answers(graphed, [body])
+    result.graphs_equal, result.graphs_ms = run(graphed)
+    graphs = graphs_of(graphed.network)
+    result.graphs_refused = graphs.disabled or (
+        None if graphs.replays else "this network has no part for them"
+    )
 
 
 def _measure(
@@ -303,7 +364,9 @@ def _same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _wait(device: torch.device) -> Callable[[], None]:
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+    if device.type == "cuda" and torch.cuda.is_available():
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None
 
 
 def _median_ms(call: Callable[[], object], device: torch.device, rounds: int = 5) -> float:

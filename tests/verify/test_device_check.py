@@ -15,6 +15,8 @@ ops.install("portable")
 
 from serve.cli import check_device  # noqa: E402
 from serve.runtime import load_detector  # noqa: E402
+from serve.runtime.accelerator.stand_in import DEVICE, stand_in_device  # noqa: E402
+from serve.runtime.pipeline import frame_spec  # noqa: E402
 from serve.verify import device_check  # noqa: E402
 
 
@@ -52,6 +54,22 @@ def test_device_with_other_answers_is_not_equal(
     assert found.equal is False and not found.ok
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_frame_is_compared_and_measured_with_graphs_too(demo_mar: Path, tmp_path: Path) -> None:
+    opened = archive.extract(demo_mar, tmp_path / "opened")
+    body = device_check._frames(frame_spec(opened.config()))[0]
+    expected = device_check._answers(load_detector(opened, torch.device("cpu")), [body])[0]
+    found = device_check.ModelCheck("demo")
+    with stand_in_device():
+        there = load_detector(opened, DEVICE)
+        device_check._measure_ways(found, opened, there, DEVICE, body, expected)
+        assert found.graphs_equal and found.graphs_ms and found.graphs_refused is None and found.ok
+        wrong = {**expected, "bboxes_3d": expected["bboxes_3d"] + np.float32(0.1)}
+        device_check._measure_ways(found, opened, there, DEVICE, body, wrong)
+        assert found.graphs_equal is False and not found.ok
+
+
 def test_model_that_cannot_run_is_reported_and_the_next_one_checked(tmp_path: Path) -> None:
     class Broken:
         class metadata:
@@ -62,7 +80,7 @@ def test_model_that_cannot_run_is_reported_and_the_next_one_checked(tmp_path: Pa
 
     found = device_check.check_model(Broken(), tmp_path, torch.device("cpu"))  # type: ignore[arg-type]
     assert found.error == "ValueError: no config" and not found.ok
-    result = device_check.DeviceCheck("cpu", "", "", "", "", [found])
+    result = device_check.DeviceCheck("cpu", "", "", "", "", models=[found])
     assert "broken: ValueError: no config" in result.table()
 
 

@@ -8,6 +8,7 @@ about a GPU.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from serve.ops.patches import ModuleOverlay
 from serve.runtime.accelerator import graphs
 from serve.runtime.accelerator.operators import INDEXING, OperatorCounts
 
@@ -161,6 +163,18 @@ class _IndexTensor(metaclass=_Kind):
     dtypes = (torch.bool, torch.int64)
 
 
+class _Allocation:
+    """What mmcv takes of ``torch.cuda`` to allocate."""
+
+    @staticmethod
+    def IntTensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32).to(DEVICE)
+
+    @staticmethod
+    def FloatTensor(*shape: int) -> Tensor:
+        return torch.empty(shape).to(DEVICE)
+
+
 @contextmanager
 def stand_in_device() -> Iterator[StandInDevice]:
     """Make `DEVICE` exist inside the block, for this thread.
@@ -172,8 +186,11 @@ def stand_in_device() -> Iterator[StandInDevice]:
         raise RuntimeError("a stand-in for CUDA is of no use beside a CUDA device")
     from mmengine.structures import instance_data
 
+    sampling = sys.modules.get("mmcv.ops.furthest_point_sample", SimpleNamespace(torch=torch))
     generator = torch.Generator()
     with (
+        # mmcv makes its buffers on the current device.
+        mock.patch.object(sampling, "torch", ModuleOverlay(torch, cuda=_Allocation)),
         # mmengine asks for the classes of tensors that index.
         mock.patch.object(
             instance_data,

@@ -7,7 +7,7 @@ import torch
 
 from serve.ops import extension
 from serve.ops.checks import torch_only
-from serve.ops.device_kernels import device_kernels, uses_triton
+from serve.ops.device_kernels import device_kernels, uses_triton, without_triton
 from serve.runtime.accelerator.stand_in import DEVICE, stand_in_device
 from tests.ops.test_devices import TOLERANCE, tensors_of
 from tools.bench.kernels.inputs import Inputs
@@ -31,8 +31,9 @@ def test_kernels_are_chosen_on_a_device_alone_and_not_for_other_numbers():
     with stand_in_device():
         assert uses_triton(torch.ones(1, device=DEVICE))
         assert not uses_triton(torch.ones(1, device=DEVICE).double())
-        with torch_only():
-            assert not uses_triton(torch.ones(1, device=DEVICE))
+        for context in (torch_only, without_triton):
+            with context():
+                assert not uses_triton(torch.ones(1, device=DEVICE))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
