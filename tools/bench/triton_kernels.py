@@ -150,7 +150,7 @@ def _registers(ptx: str, capability: int) -> tuple[int, int]:
 
 def _cases() -> dict[str, Callable[[], object]]:
     """Return calls of the operators on the CPU, by a name."""
-    from serve.ops.triton import attention, neighbours, rotated, sparse_conv, suppression, voxels
+    from serve.ops.triton import attention, neighbours, rotated, sampling, sparse_conv, suppression, voxels
 
     points, ends = torch.rand(400, 4), torch.tensor([400])
     keys, grid = torch.arange(400), [1408, 1600, 41]
@@ -172,6 +172,9 @@ def _cases() -> dict[str, Callable[[], object]]:
     cases["rotated"] = lambda: rotated.rotated_overlap_bits(torch.rand(100, 6), 0.5, False)
     cases["upright 3D"] = lambda: rotated.rotated_overlap_bits(torch.rand(100, 6), 0.5, True)
     cases["voxels of a layer"] = lambda: neighbours.find_rows(keys, keys, keys, keys[:27])
+    cases["2,048 samples"] = lambda: sampling.sample_furthest(
+        torch.rand(1, 4096, 3), torch.full((1, 4096), 1e10), torch.arange(1024), 2048
+    )
     cases["points"] = lambda: voxels.cell_keys(points, ends, 1, [0.05, 0.05, 0.1], [0.0, -40.0, -3.0], grid)
     cases["keys"] = lambda: voxels.mark_first_points(keys, keys, 1 << 30)
     buffers = (

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from serve.ops.checks import as_numpy, check_floating, check_same_device, check_shape, uses_numba
+from serve.ops.constants import constant
 from serve.ops.cpu.jit import jit
+from serve.ops.device_kernels import uses_triton
 
 __all__ = ["furthest_point_sampling_forward", "furthest_point_sampling_with_dist_forward"]
 
@@ -58,6 +60,12 @@ def furthest_point_sampling_forward(
             temp.view(torch.int32).numpy(),
             out.numpy(),
             _thread_ranks(n),
+        )
+    elif uses_triton(points):
+        from serve.ops.triton.sampling import sample_furthest
+
+        out = sample_furthest(
+            points, temp, constant(tuple(_thread_ranks(n).tolist()), torch.int64, points.device), m
         )
     else:
         out = _sample_torch(points, temp, m)
