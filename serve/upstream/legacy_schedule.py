@@ -334,7 +334,7 @@ def _environment(full: Mapping[str, Any], made: Schedule) -> None:
             "mp_start_method": full.get("mp_start_method", "fork"),
             "opencv_num_threads": full.get("opencv_num_threads", 0),
         },
-        "dist_cfg": {"backend": (full.get("dist_params") or {}).get("backend", "nccl")},
+        "dist_cfg": {"backend": "nccl", **(full.get("dist_params") or {})},  # its port is Slurm's
     }
     made.members["env_cfg"] = environment
     if full.get("seed") is not None:

@@ -22,19 +22,24 @@ from serve.upstream.missing_packages import PACKAGES, stand_in
 __all__ = ["apply"]
 
 
-def _init_without_cuda(module: ModuleType) -> None:
-    """Start process groups on machines without CUDA: upstream selects a GPU even for gloo."""
+def _init_processes(module: ModuleType) -> None:
+    """Start process groups on machines without CUDA, where upstream selects a GPU even for gloo.
+
+    A port in ``env_cfg.dist_cfg`` is for Slurm: torchrun has its own, and upstream stops at the argument.
+    """
     torch = module.__dict__["torch"]
-    if torch.cuda.is_available():
-        return
-    # Slurm's processes are numbered by it where SLURM_LOCALID is not set.
-    cuda = ModuleOverlay(torch.cuda, set_device=lambda device: None, device_count=lambda: 1)
-    module.__dict__["torch"] = ModuleOverlay(torch, cuda=cuda)
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        # Slurm's processes are numbered by it where SLURM_LOCALID is not set.
+        cuda = ModuleOverlay(torch.cuda, set_device=lambda device: None, device_count=lambda: 1)
+        module.__dict__["torch"] = ModuleOverlay(torch, cuda=cuda)
     start = module.__dict__["init_dist"]
 
     def init_dist(launcher: str, backend: str = "nccl", *args: Any, **named: Any) -> None:
         """Initialize the process group; NCCL needs GPUs, gloo does not."""
-        start(launcher, "gloo" if backend == "nccl" else backend, *args, **named)
+        if launcher != "slurm":
+            named.pop("port", None)
+        start(launcher, "gloo" if backend == "nccl" and not has_cuda else backend, *args, **named)
 
     module.__dict__["init_dist"] = init_dist
 
@@ -136,7 +141,7 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     ),
     "mmdet3d.evaluation.functional.scannet_utils.evaluate_semantic_instance": _find_in1d,
     "mmengine.dataset.base_dataset": _read_annotations,
-    "mmengine.dist.utils": _init_without_cuda,
+    "mmengine.dist.utils": _init_processes,
     "mmengine.model.wrappers.distributed": _wrap_on_cpu,
     "mmengine.runner.checkpoint": _read_checkpoints_as_data,
 }

@@ -142,7 +142,7 @@ def _run_file(tool: Tool, package: str, now: Translation, own: argparse.Namespac
                 trust=own.trust_checkpoint,
             )
         )
-    with _explained(f"{package}'s {tool.name}"):
+    with _explained(f"{package}'s {tool.name}", converts=tool.short_name not in _RUNNERS):
         correct = _CORRECTED.get(tool.short_name)
         if correct is None:
             runpy.run_path(str(path), run_name="__main__")
@@ -208,8 +208,13 @@ def _tools_of(package: str) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(program: str) -> Iterator[None]:
-    """Turn the exceptions of a program into sentences; a traceback precedes those of unknown types."""
+def _explained(program: str, *, converts: bool = True) -> Iterator[None]:
+    """Turn the exceptions of a program into sentences; a traceback precedes those of unknown types.
+
+    Args:
+        program: its name.
+        converts: whether it reads data without the checks of `serve.upstream.checks`.
+    """
     try:
         yield
     except ServeError:
@@ -229,7 +234,7 @@ def _explained(program: str) -> Iterator[None]:
             f"{error.filename or _first_line(error)} does not exist; check the path"
         ) from error
     except (AssertionError, ValueError) as error:
-        if not _ABSENT.search(str(error)):
+        if not (converts and _ABSENT.search(str(error))):
             _stop(program, error)
         raise DataSetError(f"{program}: {_first_line(error)}; check the path and the layout") from error
     except OSError:  # a full disk, a file that may not be read: a sentence of its own

@@ -220,3 +220,9 @@ def test_a_whole_config_is_converted_field_by_field(text, scope, tmp_path, capsy
     notes = capsys.readouterr().err
     for former in ("'optimizer'", "'lr_config'", "'runner'", "'data.train'"):
         assert f"note: {former} is now: " in notes
+
+
+def test_the_port_of_slurms_processes_is_kept():
+    made = schedule(dist_params={"backend": "gloo", "port": 29501})
+    assert made["env_cfg"]["dist_cfg"] == {"backend": "gloo", "port": 29501}
+    assert schedule()["env_cfg"]["dist_cfg"] == {"backend": "nccl"}

@@ -184,8 +184,21 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(folder):
 
 @pytest.mark.slow
 def test_two_processes_train_on_the_cpu(folder):
+    # A port in the config is Slurm's.
+    port = ["--cfg-options", "env_cfg.dist_cfg.port=29500"]
     shown = passed(
-        command(folder, "tools", "dist_train", "tiny.py", "2", "--work-dir", "two", "--no-validate", PORT="")
+        command(
+            folder,
+            "tools",
+            "dist_train",
+            "tiny.py",
+            "2",
+            "--work-dir",
+            "two",
+            "--no-validate",
+            *port,
+            PORT="",
+        )
     )
     assert "Epoch(train) [1][1/1]" in shown  # four pictures, two a process
     assert (folder / "two" / "epoch_1.pth").is_file()
