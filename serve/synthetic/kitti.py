@@ -233,6 +233,7 @@ def _info(index: int, labels: list[_Label]) -> dict[str, Any]:
             "Tr_imu_to_velo": np.eye(4).tolist(),
         },
         "instances": [_instance(number, label) for number, label in enumerate(labels)],
+        "cam_instances": {"CAM2": [_in_camera(label) for label in labels]},
     }
 
 
@@ -255,6 +256,22 @@ def _instance(number: int, label: _Label) -> dict[str, Any]:
         "score": 0.0,
         "index": number,
         "group_id": number,
+    }
+
+
+def _in_camera(label: _Label) -> dict[str, Any]:
+    """Instance for detectors of one image: the middle of its box, not the bottom, also in pixels."""
+    kind = _KITTI_CLASSES.index(label.name)
+    x, y, z = label.location
+    y -= label.size[1] / 2
+    return {
+        "bbox": label.bbox,
+        "bbox_label": kind,
+        "bbox_3d": [x, y, z, *label.size, label.rotation_y],
+        "bbox_label_3d": kind,
+        "depth": z,
+        "center_2d": [FOCAL * x / z + CENTRE_U, FOCAL * y / z + CENTRE_V],
+        "velocity": -1,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from serve.errors import MissingPackage
 from serve.upstream.config_argument import config_file
 
-__all__ = ["completed_arguments", "spread_over_evaluators", "task_of"]
+__all__ = ["completed_arguments", "spread_over_evaluators", "task_of", "with_visualization"]
 
 _EVALUATOR = "test_evaluator."
 
@@ -43,7 +43,7 @@ def completed_arguments(*, training: bool) -> Iterator[None]:
 
 def _complete(found: argparse.Namespace) -> None:
     options = getattr(found, "cfg_options", None) or {}
-    draws = "task" in found and (found.show or found.show_dir)
+    draws = bool(getattr(found, "show", False) or getattr(found, "show_dir", None))
     spreads = any(name.startswith(_EVALUATOR) for name in options)
     if not (draws or spreads):
         return
@@ -52,13 +52,28 @@ def _complete(found: argparse.Namespace) -> None:
     config = Config.fromfile(found.config)
     if spreads:
         found.cfg_options = spread_over_evaluators(options, config.get("test_evaluator"))
-    if draws:
+    if draws and "show_dir" in found and "checkpoint" in found:
+        found.cfg_options = {**with_visualization(config), **(found.cfg_options or {})}
+    if draws and "task" in found:
         found.task = found.task or task_of(config)
-        if found.task.startswith("lidar") and importlib.util.find_spec("open3d") is None:
+        if found.show and found.task.startswith("lidar") and importlib.util.find_spec("open3d") is None:
             raise MissingPackage(
-                "upstream draws point clouds with open3d, which is not installed; `mmdet3d-serve draw` makes pictures "
-                "of them without it"
+                "upstream shows point clouds with open3d, which is not installed; --show-dir writes pictures without it"
             )
+
+
+def with_visualization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options that add the hook and the visualizer, which upstream's test.py wants for drawings."""
+    in_3d = str(config.get("default_scope")) == "mmdet3d"
+    options: dict[str, Any] = {}
+    if "visualization" not in (config.get("default_hooks") or {}):
+        hook = "Det3DVisualizationHook" if in_3d else "DetVisualizationHook"
+        options["default_hooks.visualization"] = {"type": hook}
+    if not config.get("visualizer"):
+        kind = "Det3DLocalVisualizer" if in_3d else "DetLocalVisualizer"
+        backends = [{"type": "LocalVisBackend"}]
+        options["visualizer"] = {"type": kind, "vis_backends": backends, "name": "visualizer"}
+    return options
 
 
 def spread_over_evaluators(options: Mapping[str, Any], evaluators: Any) -> dict[str, Any]:

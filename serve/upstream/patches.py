@@ -122,6 +122,13 @@ def _read_annotations(module: ModuleType) -> None:
     _read_no_folder_as_list(module)
 
 
+def _draw_clouds(module: ModuleType) -> None:
+    """Draw clouds from above where open3d is missing, which ``--show-dir`` of mmdet3d wants."""
+    from serve.upstream.cloud_pictures import draw_clouds_from_above
+
+    draw_clouds_from_above(module)
+
+
 def _replace_rotated_iou(module: ModuleType) -> None:
     from serve.upstream.rotated_iou import rotate_iou_gpu_eval
 
@@ -141,6 +148,7 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     ),
     "mmdet3d.evaluation.functional.scannet_utils.evaluate_semantic_instance": _find_in1d,
     "mmengine.dataset.base_dataset": _read_annotations,
+    "mmdet3d.visualization.local_visualizer": _draw_clouds,
     "mmengine.dist.utils": _init_processes,
     "mmengine.model.wrappers.distributed": _wrap_on_cpu,
     "mmengine.runner.checkpoint": _read_checkpoints_as_data,

@@ -54,17 +54,19 @@ def evaluated(config: Path, address: str, capsys, *options: str) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def upstream_figures(config: Path, predicted: dict) -> dict[str, float]:
+def upstream_figures(
+    config: Path, predicted: dict, options: dict[str, str] | None = None
+) -> dict[str, float]:
     """Figures of the config's evaluator as it stands, on the predictions that the answers were made of."""
     from mmengine.evaluator import Evaluator
     from mmengine.structures import InstanceData
 
-    data = open_data_set(data_settings(config))
+    data = open_data_set(data_settings(config, options))
     with upstream_session(data.settings.scope):
         evaluator = Evaluator([dict(metric) for metric in data.settings.metrics])
         evaluator.dataset_meta = data.dataset.metainfo
         for frame in read_frames(data):
-            body = frame.parts["points"] if "points" in frame.parts else frame.parts["image"]
+            body = next(part for part in frame.parts.values() if part in predicted)
             sample = frame.sample.clone()
             found = predicted[body]
             sample.pred_instances = found.get("pred_instances", InstanceData())

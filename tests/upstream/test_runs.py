@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -330,3 +331,21 @@ def test_tools_name_what_is_missing_and_leave_nothing(folder, tmp_path, line, na
     assert ran.returncode == 2 and "Traceback" not in ran.stderr
     assert named in ran.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_test_on_clouds_writes_pictures_and_predictions(tmp_path):
+    passed(command(tmp_path, "sample-data", "kitti", "kitti", "--train", "1", "--val", "2"))
+    # The config has neither a hook nor a visualizer for drawings; open3d is not installed.
+    shown = passed(
+        command(
+            tmp_path, "test", "kitti/second_sample.py", "kitti/second_demo.pth", "--work-dir", "run",
+            "--show-dir", "seen", "--out", "found.pkl",
+        )
+    )  # fmt: skip
+    assert "KITTI/Car_3D_AP40_moderate_strict" in shown
+    pictures = sorted(path.name for path in (tmp_path / "run").glob("*/seen/*.png"))
+    assert pictures == ["000001.png", "000002.png"]
+    with (tmp_path / "found.pkl").open("rb") as stream:
+        found = pickle.load(stream)
+    assert len(found) == 2 and all(len(one["pred_instances_3d"]["scores_3d"]) for one in found)
