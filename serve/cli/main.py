@@ -29,6 +29,7 @@ COMMANDS = {
     "stop": ("serve.cli.stop", "stop what 'serve' or 'demo' left running"),
     "verify": ("serve.cli.verify", "compare a served model with native mmdet / mmdet3d inference"),
     "evaluate": ("serve.cli.evaluate", "average precision of a served model on a data set, beside native"),
+    "bulk": ("serve.cli.bulk", "predict many frames on all cores or GPUs, resumable, in parts"),
     "compare": ("serve.cli.compare", "what changes from one version of a model to another"),
     "sample-data": ("serve.cli.sample_data", "write a small synthetic data set in KITTI's or COCO's layout"),
     "check-device": ("serve.cli.check_device", "compare and measure models on a GPU and on the CPU"),

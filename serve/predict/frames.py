@@ -70,6 +70,8 @@ class Frame:
         etag: changes when the file does; empty if that is not known.
         pixels: returns the image of a frame of a video, (H, W, 3) BGR; None for other frames.
         moment: place in the video.
+        origin: where the bytes are, from which `frame_at` makes the frame again in another process: path or URI, or the
+            URI of each part; None for frames of videos.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Frame:
     etag: str = ""
     pixels: Callable[[], Image] | None = None
     moment: Moment | None = None
+    origin: str | Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from serve.settings import Settings
 from serve.storage.hashes import sha256_of
 from serve.zoo.config_source import local_config
 
-__all__ = ["load_model"]
+__all__ = ["ModelArchive", "archive_of", "load_model"]
 
 _PACKAGES = ("torch", "mmengine", "mmdet", "mmdet3d")
 
@@ -62,6 +62,45 @@ def load_model(
     Raises:
         SetupError: it cannot be found, converted or loaded.
     """
+    found = archive_of(
+        model,
+        checkpoint,
+        device=device,
+        random_weights=random_weights,
+        classes=classes,
+        allow_partial=allow_partial,
+        trust_checkpoint=trust_checkpoint,
+        report=report,
+    )
+    report(f"loading {found.path.name}")
+    return open_archive(found.path, device, trust_code=found.trust)
+
+
+@dataclass(frozen=True)
+class ModelArchive:
+    """An archive on this machine.
+
+    Attributes:
+        path: the ``.mar``.
+        trust: whether the code in it is the caller's own.
+    """
+
+    path: Path
+    trust: bool
+
+
+def archive_of(
+    model: str | Path,
+    checkpoint: str | Path | None = None,
+    *,
+    device: str | None = None,
+    random_weights: bool = False,
+    classes: Sequence[str] = (),
+    allow_partial: bool = False,
+    trust_checkpoint: bool = False,
+    report: Callable[[str], None] = _discard,
+) -> ModelArchive:
+    """Return the archive of a model, which is made if there is none yet; arguments and errors of `load_model`."""
     name = str(model)
     settings = Settings.from_environment()
     cache = storage.Cache(settings.cache_dir, settings.cache_max_bytes)
@@ -70,8 +109,7 @@ def load_model(
             raise SettingsError(
                 f"{name} is an archive with its weights; leave out --checkpoint and --random-weights"
             )
-        report(f"loading {name}")
-        return open_archive(storage.local_path(name, cache), device)
+        return ModelArchive(storage.local_path(name, cache), trust=False)
     if checkpoint is not None and random_weights:
         raise SettingsError("--checkpoint and --random-weights exclude each other")
     with ExitStack() as stack:
@@ -86,14 +124,12 @@ def load_model(
             weights = storage.local_path(
                 source, cache, sha256=entry.sha256_prefix if checkpoint is None else None
             )
-        made = _archive(
+        return _archive(
             _Wanted(entry.config_path, weights, entry.name, tuple(classes), allow_partial, trust_checkpoint),
             settings.cache_dir.expanduser() / "archives",
             device,
             report,
         )
-        report("loading the archive")
-        return open_archive(made.path, device, trust_code=made.trust)
 
 
 @dataclass(frozen=True)
@@ -106,13 +142,7 @@ class _Wanted:
     trust_checkpoint: bool
 
 
-@dataclass(frozen=True)
-class _Made:
-    path: Path
-    trust: bool
-
-
-def _archive(wanted: _Wanted, kept: Path, device: str | None, report: Callable[[str], None]) -> _Made:
+def _archive(wanted: _Wanted, kept: Path, device: str | None, report: Callable[[str], None]) -> ModelArchive:
     """Return the archive of config and checkpoint: a kept one, or a new one.
 
     The caller's own code in it is trusted: it is on this machine. Such an archive is made anew each time, because what
@@ -122,7 +152,7 @@ def _archive(wanted: _Wanted, kept: Path, device: str | None, report: Callable[[
 
     path = kept / _key(wanted) / f"{wanted.name}.mar"
     if path.is_file():
-        return _Made(path, trust=False)
+        return ModelArchive(path, trust=False)
     made = convert(
         Conversion(
             wanted.config,
@@ -141,7 +171,7 @@ def _archive(wanted: _Wanted, kept: Path, device: str | None, report: Callable[[
         report(f"note: {note}")
     if made.needs_trust:
         path = path.replace(path.with_name(f"{wanted.name}.own-code.mar"))
-    return _Made(path, made.needs_trust)
+    return ModelArchive(path, made.needs_trust)
 
 
 def _key(wanted: _Wanted) -> str:

@@ -148,13 +148,16 @@ class LocalModel(_Closing):
         self._folder.close()
 
 
-def open_archive(path: Path, device: str | None = None, *, trust_code: bool = False) -> LocalModel:
+def open_archive(
+    path: Path, device: str | None = None, *, trust_code: bool = False, threads: int = 0
+) -> LocalModel:
     """Load an archive into this process and run its golden frame, as a server's worker does.
 
     Args:
         path: the ``.mar``.
         device: ``cpu`` or ``cuda:N``; the first GPU if None, else the CPU.
         trust_code: allow code packed in the archive.
+        threads: torch threads; 0 for what the settings say.
 
     Raises:
         SetupError: it cannot be loaded, or its golden frame has other predictions here.
@@ -175,18 +178,18 @@ def open_archive(path: Path, device: str | None = None, *, trust_code: bool = Fa
         opened = archive.extract(path, folder)
         engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
         stack.callback(engine.shutdown)
-        detector = engine.submit(_load, opened, chosen, settings, trust_code).result()
+        detector = engine.submit(_load, opened, chosen, settings, trust_code, threads).result()
         return LocalModel(detector, engine, stack.pop_all(), sha256_of(path))
 
 
-def _load(opened: Archive, device: Any, settings: Settings, trust_code: bool) -> Detector:
+def _load(opened: Archive, device: Any, settings: Settings, trust_code: bool, threads: int) -> Detector:
     import torch
 
     from serve.runtime import load_detector
     from serve.runtime.selftest import self_test
     from serve.worker.cpu_quota import available_cores
 
-    torch.set_num_threads(settings.threads or min(torch.get_num_threads(), available_cores()))
+    torch.set_num_threads(threads or settings.threads or min(torch.get_num_threads(), available_cores()))
     detector = load_detector(
         opened,
         device,

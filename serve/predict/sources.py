@@ -31,7 +31,7 @@ from serve.verify.endpoint import FRAME_MARKERS, find_frames
 from serve.verify.frame_source import list_frame_files
 from serve.verify.reference import FRAME_SUFFIXES
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "frame_at", "open_source"]
 
 _STREAMS = ("rtsp://", "rtsps://", "rtmp://", "udp://", "tcp://", "srt://")
 _WILD = frozenset("*?[")
@@ -113,7 +113,7 @@ def _of_paths(text: str, paths: Sequence[Path], root: Path) -> Source:
     clip = Clip(root.resolve().name if len(paths) > 1 else _bare(names[0]))
     stems = _stems(names)
     frames = tuple(
-        Frame(name, stem, clip, partial(read_path, path), path, _etag(path))
+        Frame(name, stem, clip, partial(read_path, path), path, _etag(path), origin=str(path.absolute()))
         for name, stem, path in zip(names, stems, paths, strict=True)
     )
     return Source(text, len(frames), False, (clip,), (frames,))
@@ -177,8 +177,7 @@ def _of_uris(text: str, uris: Sequence[str]) -> Source:
     names = [storage.parse(uri).name for uri in uris]
     clip = Clip(_bare(names[0] if len(uris) == 1 else _last_name(text)))
     frames = tuple(
-        Frame(name, stem, clip, partial(storage.read_bytes, uri))
-        for name, stem, uri in zip(names, _stems(names), uris, strict=True)
+        frame_at(name, stem, uri, clip) for name, stem, uri in zip(names, _stems(names), uris, strict=True)
     )
     return Source(text, len(frames), False, (clip,), (frames,))
 
@@ -190,12 +189,28 @@ def _of_parts(text: str, files: Mapping[str, PurePosixPath]) -> Source:
     for uri, path in files.items():
         parts.setdefault(path.parent.name or own, {})[path.stem] = uri
     clip = Clip(own)
-
-    def read(wanted: Mapping[str, str]) -> Body:
-        return {part: storage.read_bytes(uri) for part, uri in wanted.items()}
-
-    frames = tuple(Frame(name, name, clip, partial(read, uris)) for name, uris in sorted(parts.items()))
+    frames = tuple(frame_at(name, name, uris, clip) for name, uris in sorted(parts.items()))
     return Source(text, len(frames), False, (clip,), (frames,))
+
+
+def frame_at(name: str, stem: str, origin: str | Mapping[str, str], clip: Clip) -> Frame:
+    """Make a frame of what `Frame.origin` says; no file is touched.
+
+    Args:
+        name: see `Frame`.
+        stem: see `Frame`.
+        origin: path of a file or folder, URI, or URI of each part.
+        clip: see `Frame`.
+    """
+    if not isinstance(origin, str):
+        return Frame(name, stem, clip, partial(_read_parts, origin), origin=origin)
+    if storage.is_remote(origin):
+        return Frame(name, stem, clip, partial(storage.read_bytes, origin), origin=origin)
+    return Frame(name, stem, clip, partial(read_path, Path(origin)), Path(origin), origin=origin)
+
+
+def _read_parts(uris: Mapping[str, str]) -> Body:
+    return {part: storage.read_bytes(uri) for part, uri in uris.items()}
 
 
 def _last_name(text: str) -> str:

@@ -1,0 +1,158 @@
+"""What is computed: a job, its frames, and the results of one part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import orjson
+
+from serve.errors import InferenceFailed, error_body
+from serve.predict.frames import Clip, Frame, Prediction
+from serve.predict.journal import line_of
+from serve.predict.models import Model, open_archive
+from serve.predict.pipeline import predict_frames
+from serve.predict.sources import frame_at
+from serve.protocol.frames import FrameOptions
+
+__all__ = ["Counts", "Job", "frames_of", "manifest_line", "predict_part"]
+
+_CLIP = Clip("bulk")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every part needs; goes to the processes that compute.
+
+    Attributes:
+        archive: path of the archive on this machine.
+        trust_code: import modules packed in it.
+        options: of every frame.
+        batch_size: frames per batch.
+        open_model: opens an archive on a device: a function of a module, which each process calls once.
+    """
+
+    archive: str
+    trust_code: bool
+    options: FrameOptions
+    batch_size: int
+    open_model: Callable[..., Model] = open_archive
+
+
+@dataclass
+class Counts:
+    """Counts of a part or of a run.
+
+    Attributes:
+        frames: frames, answered and failed.
+        failed: failed frames by the code of their error.
+        detections: detections by class.
+        warnings: frames by the code of a warning in their answers.
+    """
+
+    frames: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    detections: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
+
+    def add(self, prediction: Prediction) -> None:
+        """Count one frame."""
+        self.frames += 1
+        if prediction.error is not None:
+            self.failed[prediction.error.code] += 1
+            return
+        answer = prediction.answer or {}
+        self.detections.update(answer.get("names", ()))
+        self.warnings.update({warning["code"] for warning in answer.get("warnings", ())})
+
+    def merge(self, other: Counts) -> None:
+        """Add the counts of a part."""
+        self.frames += other.frames
+        self.failed += other.failed
+        self.detections += other.detections
+        self.warnings += other.warnings
+
+    def figures(self) -> dict[str, Any]:
+        """Return the counts for JSON; most frequent first."""
+        return {
+            "frames": self.frames,
+            "answered": self.frames - self.failed.total(),
+            **{
+                name: dict(getattr(self, name).most_common()) for name in ("failed", "detections", "warnings")
+            },
+        }
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> Counts:
+        """Read what `figures` returned."""
+        counters = {name: Counter(figures[name]) for name in ("failed", "detections", "warnings")}
+        return cls(figures["frames"], **counters)
+
+
+def manifest_line(frame: Frame) -> bytes:
+    """Encode where a frame is, from which `frames_of` makes it again."""
+    return orjson.dumps({"frame": frame.name, "stem": frame.stem, "origin": frame.origin}) + b"\n"
+
+
+def frames_of(lines: Iterable[bytes]) -> list[Frame]:
+    """Make frames of lines of the manifest."""
+    found = map(orjson.loads, lines)
+    return [frame_at(each["frame"], each["stem"], each["origin"], _CLIP) for each in found]
+
+
+def predict_part(
+    model: Model,
+    job: Job,
+    lines: Sequence[bytes],
+    out: IO[bytes],
+    *,
+    cautious: bool = False,
+    deadly: frozenset[int] = frozenset(),
+    begun: Callable[[int], None] = lambda index: None,
+) -> Counts:
+    """Predict the frames of a part and write one line for each, in order.
+
+    Args:
+        model: the model.
+        job: options and batch size.
+        lines: the part's lines of the manifest.
+        out: takes the results.
+        cautious: one frame at a time, so that the one that ends the process is known.
+        deadly: indices of frames that have ended a process; they get an error instead.
+        begun: called with the number of frames that are finished, of a cautious run with that of the frames begun.
+    """
+    frames = frames_of(lines)
+    counts = Counts()
+    for prediction in _predictions(model, job, frames, cautious, deadly, begun):
+        out.write(line_of(prediction))
+        counts.add(prediction)
+        if not cautious:
+            begun(counts.frames)
+    return counts
+
+
+def _predictions(
+    model: Model,
+    job: Job,
+    frames: Sequence[Frame],
+    cautious: bool,
+    deadly: frozenset[int],
+    begun: Callable[[int], None],
+) -> Iterator[Prediction]:
+    if not cautious:
+        with closing(predict_frames(frames, model, job.options, batch_size=job.batch_size)) as found:
+            yield from found
+        return
+    for index, frame in enumerate(frames):
+        if index in deadly:
+            error = InferenceFailed(
+                "the process ended while it computed this frame, three times; out of memory, or a fault of the model"
+            )
+            yield Prediction(frame, orjson.dumps(error_body(error)), error=error)
+            continue
+        begun(index + 1)
+        with closing(predict_frames([frame], model, job.options)) as found:
+            yield from found

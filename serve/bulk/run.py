@@ -1,0 +1,191 @@
+"""A run over many frames: its plan, what of it is finished, and its end."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from serve import storage
+from serve.bulk.destination import Destination
+from serve.bulk.parts import Counts, Job, manifest_line
+from serve.bulk.processes import Part, compute_parts
+from serve.errors import BadRequest, SettingsError
+from serve.predict.sources import Source
+from serve.storage.lock import hold_lock
+
+__all__ = ["BulkRun", "Plan", "Summary", "execute", "plan_run"]
+
+_RUN, _MANIFEST, _SUMMARY = "bulk.json", "manifest.jsonl", "summary.json"
+
+
+@dataclass(frozen=True)
+class BulkRun:
+    """What to do.
+
+    Attributes:
+        job: what every part needs.
+        identity: what results depend on: model, source and options.
+        part_frames: frames per part.
+        devices: a process each.
+        threads: torch threads of a process.
+    """
+
+    job: Job
+    identity: dict[str, Any]
+    part_frames: int
+    devices: tuple[str, ...]
+    threads: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The manifest of a run, on this machine, and what of the run is finished."""
+
+    manifest: Path
+    frames: int
+    part_frames: int
+    finished: frozenset[int]
+
+    @property
+    def parts(self) -> int:
+        """Number of parts."""
+        return -(-self.frames // self.part_frames)
+
+    @property
+    def frames_finished(self) -> int:
+        """Number of frames in finished parts."""
+        last = self.frames - (self.parts - 1) * self.part_frames
+        return len(self.finished) * self.part_frames - (self.part_frames - last) * (
+            self.parts - 1 in self.finished
+        )
+
+    def missing(self) -> Iterator[Part]:
+        """Read the parts that are not finished, one after the other."""
+        with self.manifest.open("rb") as file:
+            for number in range(self.parts):
+                lines = [line for _, line in zip(range(self.part_frames), file, strict=False)]
+                if number not in self.finished:
+                    yield Part(number, lines)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of a run and what it took.
+
+    Attributes:
+        counts: of all parts.
+        computed: frames that were computed now; the others were finished before.
+        seconds: time that they took.
+    """
+
+    counts: Counts
+    computed: int
+    seconds: float
+
+
+def plan_run(
+    run: BulkRun,
+    destination: Destination,
+    open_frames: Callable[[], Source],
+    stack: ExitStack,
+    *,
+    overwrite: bool,
+) -> Plan:
+    """Begin a run, or go on with it: the manifest is written when it is begun and holds from then on.
+
+    Args:
+        run: what to do.
+        destination: takes the results.
+        open_frames: lists the frames; not called if the run goes on.
+        stack: keeps the lock of a folder, and a copy of a bucket's manifest.
+        overwrite: forget another run, and begin this one anew.
+
+    Raises:
+        BadRequest: the destination has the results of another run.
+        SettingsError: the frames are those of a video, camera or stream.
+    """
+    if destination.is_local:
+        stack.enter_context(hold_lock(destination.folder / _RUN))
+    if overwrite:
+        destination.clear()
+    destination.sweep()
+    known = destination.read(_RUN)
+    if known is None:
+        return _begin(run, destination, open_frames(), stack)
+    described = orjson.loads(known)
+    if (other := described["run"]) != run.identity:
+        names = [name for name in {*other, *run.identity} if other.get(name) != run.identity.get(name)]
+        raise BadRequest(
+            f"{destination.where} has the results of another run (other {', '.join(sorted(names))}); choose another "
+            "--out, or --overwrite"
+        )
+    manifest = _local_manifest(destination, stack)
+    if _digest(manifest) != described["manifest_sha256"]:
+        raise BadRequest(f"{destination.uri(_MANIFEST)} was altered; --overwrite begins the run anew")
+    finished = frozenset(destination.finished())
+    return Plan(manifest, described["frames"], described["part_frames"], finished)
+
+
+def _begin(run: BulkRun, destination: Destination, source: Source, stack: ExitStack) -> Plan:
+    count = 0
+    with destination.writing(_MANIFEST) as file:
+        for frame in source:
+            if frame.origin is None:
+                raise SettingsError(f"{source.what} is a video, camera or stream; `predict` reads those")
+            file.write(manifest_line(frame))
+            count += 1
+    manifest = _local_manifest(destination, stack)
+    described = {
+        "run": run.identity,
+        "frames": count,
+        "part_frames": run.part_frames,
+        "manifest_sha256": _digest(manifest),
+    }
+    destination.write(_RUN, orjson.dumps(described, option=orjson.OPT_INDENT_2))
+    return Plan(manifest, count, run.part_frames, frozenset())
+
+
+def _local_manifest(destination: Destination, stack: ExitStack) -> Path:
+    if destination.is_local:
+        return destination.folder / _MANIFEST
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bulk-"))
+    path = Path(folder, _MANIFEST)
+    path.write_bytes(storage.read_bytes(destination.uri(_MANIFEST)))
+    return path
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def execute(
+    run: BulkRun, plan: Plan, destination: Destination, advance: Callable[[int], None] = lambda frames: None
+) -> Summary:
+    """Compute what is missing and write the summary.
+
+    Raises:
+        ServeError: the model cannot be loaded, or the destination not be written.
+    """
+    counts = Counts()
+    for number in sorted(plan.finished):
+        found = destination.read(destination.counts_name(number))
+        if found is None:
+            raise BadRequest(
+                f"{destination.uri(destination.counts_name(number))} is missing; --overwrite begins anew"
+            )
+        counts.merge(Counts.of(orjson.loads(found)))
+    kept, started = counts.frames, time.monotonic()
+    for part in compute_parts(plan.missing(), run.job, destination, run.devices, run.threads, advance):
+        counts.merge(part)
+    summary = Summary(counts, counts.frames - kept, time.monotonic() - started)
+    destination.write(_SUMMARY, orjson.dumps(counts.figures(), option=orjson.OPT_INDENT_2))
+    return summary

@@ -1,0 +1,184 @@
+"""``mmdet3d-serve bulk``: predictions of many frames, on all cores or GPUs of this machine, into parts of a folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+from tqdm import tqdm
+
+from serve import archive
+from serve.bulk.destination import Destination
+from serve.bulk.parts import Job
+from serve.bulk.run import BulkRun, Summary, execute, plan_run
+from serve.cli.entry import add_checkpoint_flags, bounded, command_parser, open_cache, stage_reporter
+from serve.cli.serve import stoppable
+from serve.predict.loading import archive_of
+from serve.predict.sources import open_source
+from serve.protocol.frames import FrameOptions, Modality
+from serve.storage.hashes import sha256_of
+from serve.worker.cpu_quota import available_cores
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None) -> int:
+    """Predict; returns 0, or 1 if frames failed."""
+    args = _parser().parse_args(argv)
+    report = stage_reporter()
+    with stoppable(), ExitStack() as stack:
+        destination = Destination(args.out)
+        made = archive_of(
+            args.model,
+            args.checkpoint,
+            allow_partial=args.allow_partial,
+            trust_checkpoint=args.trust_checkpoint,
+            classes=_classes(args.classes),
+            report=report,
+        )
+        options = FrameOptions(
+            score_thr=args.score_thr, max_detections=args.max_detections, columns=args.columns
+        )
+        devices = _devices(args.device, args.processes)
+        run = BulkRun(
+            Job(str(made.path), made.trust, options, args.batch_size),
+            {
+                "source": _named(args.source),
+                "model_sha256": sha256_of(made.path),
+                "options": {name: value for name, value in asdict(options).items() if value},
+            },
+            args.part_frames,
+            devices,
+            threads=max(1, available_cores() // len(devices)),
+        )
+        report("listing the frames")
+        plan = plan_run(
+            run,
+            destination,
+            lambda: open_source(args.source, _modality(made.path), cache=open_cache()),
+            stack,
+            overwrite=args.overwrite,
+        )
+        report(f"{plan.frames:,} frames in {plan.parts:,} parts, {len(plan.finished):,} of them finished")
+        bar = stack.enter_context(
+            tqdm(total=plan.frames, initial=plan.frames_finished, unit="frame", disable=None, smoothing=0.05)
+        )
+
+        def advance(frames: int) -> None:
+            bar.update(frames)
+
+        try:
+            summary = execute(run, plan, destination, advance)
+        except BaseException:
+            bar.close()
+            print("the same command goes on from the parts that are finished", file=sys.stderr, flush=True)
+            raise
+    _print(summary, destination)
+    return 1 if summary.counts.failed else 0
+
+
+def _print(summary: Summary, destination: Destination) -> None:
+    counts = summary.counts
+    rate = f", {summary.computed / summary.seconds:.1f} a second" if summary.computed else ""
+    print(
+        f"{counts.frames:,} frames ({summary.computed:,} now{rate}), {counts.failed.total():,} failed "
+        f"→ {destination.where}",
+        file=sys.stderr,
+    )
+    for name, found in (("failed", counts.failed), ("warning", counts.warnings)):
+        for code, count in found.most_common():
+            print(f"{name}: {code}: {count:,} frames", file=sys.stderr)
+
+
+def _named(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
+
+
+def _classes(text: str | None) -> tuple[str, ...]:
+    if not text:
+        return ()
+    from serve.convert.classes import read_class_names
+
+    return tuple(read_class_names(text))
+
+
+def _modality(path: Path) -> Modality:
+    return cast(Modality, archive.verify(path).modality)
+
+
+def _devices(device: str | None, processes: int | None) -> tuple[str, ...]:
+    """One process per GPU, or on the CPU as many as there are cores: that is how they answer most frames."""
+    import torch
+
+    if device is None and torch.cuda.is_available():
+        names = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+        return tuple(names * (processes or 1))
+    if device is not None and device != "cpu":
+        return (device,) * (processes or 1)
+    return ("cpu",) * (processes or available_cores())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "bulk",
+        "Predict many frames on all cores or GPUs of this machine, and write one line of JSON per frame into parts of "
+        "a folder or bucket. Stopped by Ctrl-C or killed at any moment, the same command goes on with the parts that "
+        "are missing. Exit status: 0 all frames predicted, 1 some failed, 2 error, 130 stopped.",
+        [
+            "bulk velodyne/ --model second.mar --out results",
+            "bulk s3://bucket/drive-17/ --model second --out s3://bucket/results/drive-17",
+            "bulk frames.ffr --model my_config.py --checkpoint my.pth --out results --processes 2",
+        ],
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder, pattern in quotes ('*.jpg'), s3://bucket/prefix or packed file; frames of several parts are "
+        "folders with one file per part",
+    )
+    parser.add_argument("--model", required=True, help="archive (.mar), config, or name of the zoo")
+    parser.add_argument("--checkpoint", help="path or URI of a checkpoint in place of the zoo's weights")
+    parser.add_argument(
+        "--out", required=True, metavar="DEST", help="folder or s3://bucket/prefix of the results"
+    )
+    parser.add_argument(
+        "--part-frames",
+        type=bounded(int, 1, 100_000),
+        default=500,
+        metavar="N",
+        help="frames per part: what a kill costs at most, per process (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=bounded(int, 1, 256),
+        default=8,
+        metavar="N",
+        help="frames per batch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=bounded(int, 1, 256),
+        metavar="N",
+        help="processes, of a GPU each so many (default: one per core, or one per GPU)",
+    )
+    parser.add_argument("--device", help="cpu or cuda:N (default: all GPUs if available)")
+    parser.add_argument(
+        "--score-thr", type=bounded(float, 0, 1), default=0.0, metavar="SCORE", help="lowest score, 0 to 1"
+    )
+    parser.add_argument(
+        "--max-detections", type=bounded(int, 0), metavar="N", help="keep the N best of a frame"
+    )
+    parser.add_argument("--columns", help="columns of the point clouds, as in x,y,z,intensity=0")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove the results that --out has, of any run, and begin anew",
+    )
+    add_checkpoint_flags(parser)
+    return parser
