@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     formats, tracks = _formats(args.format), _tracks(args)
     with stoppable(), _model(args) as model:
-        source = open_source(args.source, model.modality, cache=open_cache())
+        source = open_source(args.source, model.modality, cache=open_cache(), topic=args.topic)
         out = args.out
         if out is None and not formats and source.count != 1:
             out = _DEFAULT_FOLDER
@@ -214,7 +214,8 @@ def _parser() -> argparse.ArgumentParser:
         "source",
         metavar="SOURCE",
         help="image, point cloud or video; folder; pattern in quotes ('*.jpg'); number of a camera; URL of a stream; "
-        "s3://bucket/prefix; packed file (ffrecord:///packed.ffr#folder); frames of several parts are folders with one "
+        "recording (.bag, .mcap, folder of a ROS 2 bag); s3://bucket/prefix; "
+        "packed file (ffrecord:///packed.ffr#folder); frames of several parts are folders with one "
         "file per part",
     )
     parser.add_argument(
@@ -286,6 +287,9 @@ def _parser() -> argparse.ArgumentParser:
         default=Fraction(10),
         metavar="RATE",
         help="frames per second of a video of images or clouds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--topic", metavar="NAME", help="topic of a recording (default: the only one of such messages)"
     )
     rules = TrackOptions()
     parser.add_argument(

@@ -5,6 +5,7 @@
     open_source("drive.mp4", "image")                        the frames of a video
     open_source("0", "image")                                camera 0
     open_source("rtsp://camera/stream", "image")             a stream
+    open_source("drive.bag", "lidar")                        a topic of a recording: ROS 1 and 2, MCAP
     open_source("s3://bucket/frames", "lidar")               a prefix of a bucket, `ffrecord:///packed.ffr#velodyne`
 
 A source is listed at once and read frame by frame: memory does not grow with its length.
@@ -21,9 +22,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from serve import storage
-from serve.errors import UndecodableFrame
+from serve.errors import SettingsError, UndecodableFrame
 from serve.predict import video
 from serve.predict.frames import Clip, Frame, read_path
+from serve.predict.recordings import Recording, is_recording, open_recording
 from serve.protocol.batch import Body
 from serve.protocol.frames import Modality
 from serve.settings import Settings
@@ -53,7 +55,7 @@ class Source:
     count: int | None
     live: bool
     clips: tuple[Clip, ...]
-    _parts: tuple[tuple[Frame, ...] | video.Reader, ...]
+    _parts: tuple[tuple[Frame, ...] | video.Reader | Recording, ...]
 
     def __iter__(self) -> Generator[Frame]:
         """Yield the frames; those of a video are decoded on the way."""
@@ -62,7 +64,11 @@ class Source:
 
 
 def open_source(
-    source: str | Path, modality: Modality | None = None, *, cache: storage.Cache | None = None
+    source: str | Path,
+    modality: Modality | None = None,
+    *,
+    cache: storage.Cache | None = None,
+    topic: str | None = None,
 ) -> Source:
     """List the frames that `source` names.
 
@@ -70,13 +76,21 @@ def open_source(
         source: path, pattern, number of a camera, or URI.
         modality: kind of frames to select in a folder; None selects by what is there.
         cache: for videos in a bucket, which are copied before they are read.
+        topic: of a recording; None if there is one that fits.
 
     Raises:
+        SettingsError: a topic that the recording lacks, or one for a source without topics.
         UndecodableFrame: nothing there, or nothing that such a model reads.
         StorageError: a URI cannot be read.
         MissingPackage: a video, without PyAV.
     """
     text = str(source)
+    local = Path(text).expanduser()
+    if is_recording(local):
+        recording = open_recording(local, modality, topic)
+        return Source(text, recording.count, False, (recording.clip,), (recording,))
+    if topic is not None:
+        raise SettingsError(f"{text} is no recording (.bag, .mcap, folder of a ROS 2 bag); leave out --topic")
     if text.isdecimal() and not Path(text).exists():
         return _of_videos(text, [video.camera(int(text))], modality)
     if text.startswith(_STREAMS) or (

@@ -1,0 +1,252 @@
+"""Recordings as sources: bags of ROS 1 and 2, and MCAP files, message by message.
+
+`rosbags` and `mcap` are optional: ``pip install 'mmdet3d-serve[recordings]'``. Messages are read in the order in which
+they were recorded, one at a time; their header's time is that of the frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from serve.errors import MissingPackage, SettingsError, UndecodableFrame
+from serve.predict.frames import Clip, Frame, Moment, encode_pixels
+from serve.protocol.frames import Modality
+from serve.ros import messages
+
+__all__ = ["Recording", "is_recording", "open_recording"]
+
+_INSTALL = "recordings need {package}, which is not installed: pip install 'mmdet3d-serve[recordings]'"
+_NANOSECOND = Fraction(1, 10**9)
+_MOST_BYTES = 1 << 30  # of one record of a file
+_CLOUDS = (messages.POINT_CLOUD,)
+_IMAGES = (messages.IMAGE, messages.COMPRESSED_IMAGE)
+
+
+@dataclass(frozen=True)
+class _Topic:
+    """A topic of a recording: its message type with ``/msg/``, and the number of its messages if that is known."""
+
+    name: str
+    kind: str
+    count: int | None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Frames of one topic, each time it is iterated from the start.
+
+    Attributes:
+        path: file or folder.
+        clip: what the frames are part of.
+        topic: their topic.
+        count: number of messages, if the file says so.
+        etag: changes when the file does.
+    """
+
+    path: Path
+    clip: Clip
+    topic: _Topic
+    etag: str
+
+    @property
+    def count(self) -> int | None:
+        """Number of messages of the topic; None if the file does not say."""
+        return self.topic.count
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Read message by message."""
+        with _errors_mapped(self.path):
+            for index, (recorded_ns, message) in enumerate(_opened(self.path).messages(self.topic)):
+                yield self._frame(index, recorded_ns, message)
+
+    def _frame(self, index: int, recorded_ns: int, load: Callable[[], Any]) -> Frame:
+        message = lru_cache(1)(load)  # parsed once
+        try:
+            time_ns = messages.stamp_ns(message()) or recorded_ns
+        except UndecodableFrame:  # which reading the frame raises again, for this frame alone
+            time_ns = recorded_ns
+        name = f"{self.path.name}#{index:06d}"
+        moment = Moment(time_ns, _NANOSECOND)
+        make = partial(Frame, name, f"{self.clip.name}.{index:06d}", self.clip, etag=self.etag, moment=moment)
+        if self.topic.kind == messages.POINT_CLOUD:
+            return make(lambda: messages.cloud_bytes(message()))
+        if self.topic.kind == messages.COMPRESSED_IMAGE:
+            return make(lambda: messages.compressed_bytes(message()))
+        pixels = lambda: messages.pixels(message())  # noqa: E731
+        return make(lambda: encode_pixels(pixels()), pixels=pixels)
+
+
+def is_recording(path: Path) -> bool:
+    """Whether a path names a bag or an MCAP file."""
+    if path.is_dir():
+        return (path / "metadata.yaml").is_file() and any(
+            file.suffix in (".db3", ".mcap", ".zstd") for file in path.iterdir()
+        )
+    return path.suffix.lower() in (".bag", ".mcap", ".db3") and path.is_file()
+
+
+def open_recording(path: Path, modality: Modality | None, topic: str | None = None) -> Recording:
+    """Choose the topic of a recording.
+
+    Args:
+        path: ``.bag``, ``.mcap``, ``.db3`` or the folder of a ROS 2 bag.
+        modality: what the model takes; None for what is there.
+        topic: name of the topic; None if there is one that fits.
+
+    Raises:
+        SettingsError: no such topic, or several fit; the message names those there are.
+        UndecodableFrame: the file is damaged, or the model takes frames of several parts.
+        MissingPackage: the package that reads it is not installed.
+    """
+    if modality in ("lidar", "depth"):
+        wanted: tuple[str, ...] = _CLOUDS
+    elif modality in ("image", None):
+        wanted = _IMAGES if modality else (*_CLOUDS, *_IMAGES)
+    else:
+        raise UndecodableFrame(
+            f"{path} is a recording, and the model takes {modality} frames of several parts; those of point clouds or "
+            "of single images are read from recordings"
+        )
+    if path.suffix.lower() == ".db3":  # its folder says what is in it
+        path = path.parent
+    with _errors_mapped(path):
+        topics = _opened(path).topics()
+    fitting = [each for each in topics if each.kind in wanted]
+    kinds = " or ".join(kind.rpartition("/")[2] for kind in wanted)
+    if topic is not None:
+        chosen = next((each for each in topics if each.name == topic), None)
+        if chosen is None:
+            raise SettingsError(f"{path} has no topic {topic}; it has {_listed(topics)}")
+        if chosen not in fitting:
+            raise SettingsError(
+                f"topic {topic} of {path} has messages of {chosen.kind}, and the model takes {kinds}; the topics are "
+                f"{_listed(topics)}"
+            )
+    elif len(fitting) != 1:
+        found = f"{len(fitting)} topics" if fitting else "no topic"
+        raise SettingsError(
+            f"{path} has {found} of {kinds}{'; choose one with --topic' if fitting else ''}: it has {_listed(topics)}"
+        )
+    else:
+        (chosen,) = fitting
+    status = path.stat()
+    return Recording(path, Clip(path.stem), chosen, f"{status.st_size:x}-{status.st_mtime_ns:x}")
+
+
+def _listed(topics: list[_Topic]) -> str:
+    return ", ".join(f"{each.name} ({each.kind})" for each in topics[:20]) or "no topic at all"
+
+
+def _opened(path: Path) -> _Bag | _Mcap:
+    return _Mcap(path) if path.suffix.lower() == ".mcap" else _Bag(path)
+
+
+class _Bag:
+    """A bag of ROS 1 or 2, through `rosbags`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def _reader(self) -> Iterator[Any]:
+        try:
+            from rosbags.highlevel import AnyReader
+            from rosbags.typesys import Stores, get_typestore
+        except ImportError as error:
+            raise MissingPackage(_INSTALL.format(package="rosbags")) from error
+        with AnyReader([self._path], default_typestore=get_typestore(Stores.LATEST)) as reader:
+            yield reader
+
+    def topics(self) -> list[_Topic]:
+        with self._reader() as reader:
+            return [
+                _Topic(name, str(info.msgtype or ""), int(info.msgcount))
+                for name, info in sorted(reader.topics.items())
+            ]
+
+    def messages(self, topic: _Topic) -> Iterator[tuple[int, Callable[[], Any]]]:
+        with self._reader() as reader:
+            connections = [each for each in reader.connections if each.topic == topic.name]
+            for connection, recorded_ns, raw in reader.messages(connections=connections):
+                yield recorded_ns, partial(_parse, reader.deserialize, bytes(raw), connection.msgtype)
+
+
+class _Mcap:
+    """An MCAP file with messages of ROS 1 or 2, through `mcap`, and rosbags' definitions of their types."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def _reader(self) -> Iterator[Any]:
+        try:
+            from mcap.reader import SeekingReader
+        except ImportError as error:
+            raise MissingPackage(_INSTALL.format(package="mcap")) from error
+        with self._path.open("rb") as file:
+            yield SeekingReader(file, validate_crcs=True, record_size_limit=_MOST_BYTES)
+
+    def topics(self) -> list[_Topic]:
+        with self._reader() as reader:
+            summary = reader.get_summary()
+            if summary is None:
+                raise UndecodableFrame(
+                    f"{self._path} has no summary: the recording was cut short; `mcap recover` writes one"
+                )
+            counts: Mapping[int, int] = (
+                summary.statistics.channel_message_counts if summary.statistics else {}
+            )
+            found = []
+            for channel in summary.channels.values():
+                schema = summary.schemas.get(channel.schema_id)
+                kind = _with_msg(schema.name) if schema else ""
+                if channel.message_encoding not in ("cdr", "ros1"):
+                    kind = f"{kind} in {channel.message_encoding}"
+                found.append(_Topic(channel.topic, kind, counts.get(channel.id)))
+            return sorted(found, key=lambda each: each.name)
+
+    def messages(self, topic: _Topic) -> Iterator[tuple[int, Callable[[], Any]]]:
+        try:
+            from rosbags.typesys import Stores, get_typestore
+        except ImportError as error:
+            raise MissingPackage(_INSTALL.format(package="rosbags")) from error
+        types = {"cdr": get_typestore(Stores.LATEST), "ros1": get_typestore(Stores.ROS1_NOETIC)}
+        with self._reader() as reader:
+            for _, channel, message in reader.iter_messages(topics=[topic.name]):
+                store = types[channel.message_encoding]
+                load = store.deserialize_cdr if channel.message_encoding == "cdr" else store.deserialize_ros1
+                yield message.log_time, partial(_parse, load, message.data, topic.kind)
+
+
+def _parse(deserialize: Callable[[bytes, str], Any], raw: bytes, kind: str) -> Any:
+    try:
+        return deserialize(raw, kind)
+    except Exception as error:  # of struct, numpy and the packages, of bytes that are no such message
+        raise UndecodableFrame(
+            f"{len(raw)} bytes are no message of {kind} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _with_msg(name: str) -> str:
+    """Return a type's name as ROS 2 writes it: ROS 1 leaves ``msg`` out."""
+    package, _, kind = name.partition("/")
+    return name if "/" in kind else f"{package}/msg/{kind}"
+
+
+@contextmanager
+def _errors_mapped(path: Path) -> Iterator[None]:
+    """Map what the two packages raise of damaged files."""
+    try:
+        yield
+    except (MissingPackage, SettingsError, UndecodableFrame, GeneratorExit):
+        raise
+    except Exception as error:  # they raise their own, and those of struct, sqlite, zstd and lz4
+        raise UndecodableFrame(
+            f"{path} cannot be read on ({type(error).__name__}: {error}); is the recording complete?"
+        ) from error
