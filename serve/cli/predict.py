@@ -249,8 +249,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="PATH",
-        help="folder, or one file whose name says the format: .jsonl, .csv, .json, .txt, .png, .jpg, .mp4, … (default: "
-        f"standard output for one frame, else ./{_DEFAULT_FOLDER})",
+        help="folder, or one file whose name says the format: .jsonl, .csv, .json, .txt, .png, .jpg, .mp4, .mcap, "
+        f".rrd, … (default: standard output for one frame, else ./{_DEFAULT_FOLDER})",
     )
     parser.add_argument(
         "--format",

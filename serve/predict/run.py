@@ -23,6 +23,7 @@ from serve.predict.journal import Journal, line_of
 from serve.predict.kitti import CameraFinder
 from serve.predict.models import Model
 from serve.predict.pipeline import predict_frames
+from serve.predict.recording_files import McapWriter, RrdWriter
 from serve.predict.sources import Source
 from serve.predict.tracks import ClipTracks
 from serve.predict.video import load_av
@@ -43,11 +44,13 @@ from serve.tracking import TrackOptions
 
 __all__ = ["FORMATS", "Run", "Summary", "formats_of", "run"]
 
-FORMATS = ("json", "jsonl", "kitti", "coco", "csv", "picture", "video")
+FORMATS = ("json", "jsonl", "kitti", "coco", "csv", "picture", "video", "mcap", "rrd")
 _BY_SUFFIX = {
     ".jsonl": "jsonl",
     ".txt": "kitti",
     ".csv": "csv",
+    ".mcap": "mcap",
+    ".rrd": "rrd",
     **dict.fromkeys((".png", ".jpg", ".jpeg"), "picture"),
     **dict.fromkeys(CONTAINERS, "video"),
 }
@@ -316,6 +319,10 @@ def _writers(task: Run, folder: Path, target: Path | None) -> list[Writer]:
             case "video":
                 load_av()
                 writers.append(VideoWriter(folder / "videos", drawing, task.rate, target))
+            case "mcap":
+                writers.append(McapWriter(folder / "recordings", drawing, task.rate, target))
+            case "rrd":
+                writers.append(RrdWriter(folder / "recordings", drawing, task.rate, target))
             case "csv":
                 writers.append(CsvWriter(target or folder / "predictions.csv"))
             case "coco":
@@ -325,7 +332,7 @@ def _writers(task: Run, folder: Path, target: Path | None) -> list[Writer]:
 
 def _clear(folder: Path) -> None:
     """Remove what a former run made in its folder."""
-    for name in ("json", "kitti", "pictures", "videos"):
+    for name in ("json", "kitti", "pictures", "videos", "recordings"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for file in ("predictions.csv", "coco.json", "coco_ids.json"):
         (folder / file).unlink(missing_ok=True)
