@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from serve.errors import MissingPackage, SettingsError, UndecodableFrame
-from serve.predict.frames import Clip, Frame, Moment, encode_pixels
+from serve.predict.frames import Clip, Frame, Image, Moment, encode_pixels
 from serve.protocol.frames import Modality
 from serve.ros import messages
 
 __all__ = ["Recording", "is_recording", "open_recording"]
 
 _INSTALL = "recordings need {package}, which is not installed: pip install 'mmdet3d-serve[recordings]'"
+T = TypeVar("T")
 _NANOSECOND = Fraction(1, 10**9)
 _MOST_BYTES = 1 << 30  # of one record of a file
 _CLOUDS = (messages.POINT_CLOUD,)
@@ -73,13 +74,20 @@ class Recording:
             time_ns = recorded_ns
         name = f"{self.path.name}#{index:06d}"
         moment = Moment(time_ns, _NANOSECOND)
-        make = partial(Frame, name, f"{self.clip.name}.{index:06d}", self.clip, etag=self.etag, moment=moment)
+        pixels: Callable[[], Image] | None = None
         if self.topic.kind == messages.POINT_CLOUD:
-            return make(lambda: messages.cloud_bytes(message()))
-        if self.topic.kind == messages.COMPRESSED_IMAGE:
-            return make(lambda: messages.compressed_bytes(message()))
-        pixels = lambda: messages.pixels(message())  # noqa: E731
-        return make(lambda: encode_pixels(pixels()), pixels=pixels)
+            read = partial(_of, messages.cloud_bytes, message)
+        elif self.topic.kind == messages.COMPRESSED_IMAGE:
+            read = partial(_of, messages.compressed_bytes, message)
+        else:
+            pixels = partial(_of, messages.pixels, message)
+            read = partial(_of, encode_pixels, pixels)
+        stem = f"{self.clip.name}.{index:06d}"
+        return Frame(name, stem, self.clip, read, etag=self.etag, pixels=pixels, moment=moment)
+
+
+def _of(make: Callable[[Any], T], content: Callable[[], Any]) -> T:
+    return make(content())
 
 
 def is_recording(path: Path) -> bool:
