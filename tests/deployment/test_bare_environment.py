@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -61,6 +62,7 @@ class Environment:
         venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
         base = {"base": str(folder), "platbase": str(folder)}
         self.packages = Path(sysconfig.get_path("purelib", vars=base))
+        self.wheel = Path()
 
     def pip(self, *arguments: str) -> None:
         python = str(self.folder / "bin" / "python")
@@ -86,6 +88,8 @@ class Environment:
 def bare(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Iterator[Environment]:
     folder = tmp_path_factory.mktemp("bare")
     environment = Environment(folder / "venv")
+    # A copy: the cached wheel goes when another run finds changed code.
+    environment.wheel = shutil.copy(wheel, folder)
     names = needed_by((*THEIRS, "torch")) - {"torch"}
     (folder / "theirs.txt").write_text(locked_lines(names))
     environment.pip(
@@ -95,7 +99,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Iterator[Envi
     for path in (*(here / name for name in LINKED), *here.glob("torch-*.dist-info")):
         if path.exists():
             (environment.packages / path.name).symlink_to(path)
-    environment.pip("install", "--no-deps", "--no-index", str(wheel))
+    environment.pip("install", "--no-deps", "--no-index", str(environment.wheel))
     yield environment
 
 
@@ -195,7 +199,7 @@ def test_newer_mmcv_is_accepted_by_mmdet_and_mmdet3d(bare: Environment) -> None:
         bare.pip("install", "--no-deps", "--only-binary=:all:", *pinned)
 
 
-def test_nothing_is_left_after_uninstalling(bare: Environment, wheel: Path) -> None:
+def test_nothing_is_left_after_uninstalling(bare: Environment) -> None:
     bare.pip("uninstall", "--yes", "mmdet3d-serve")
     try:
         ran = bare.python("-c", "print('fine'); import mmcv.ops")
@@ -207,4 +211,4 @@ def test_nothing_is_left_after_uninstalling(bare: Environment, wheel: Path) -> N
         ]
         assert left == [] and not (bare.folder / "share" / "mmdet3d-serve").exists()
     finally:
-        bare.pip("install", "--no-deps", "--no-index", str(wheel))
+        bare.pip("install", "--no-deps", "--no-index", str(bare.wheel))
