@@ -96,3 +96,29 @@ def test_masks_are_pasted_as_upstream_pastes_them_one_by_one():
     assert torch.equal(found[0].bboxes, found[1].bboxes)
     assert found[1].masks.shape == (9, 48, 64) and found[1].masks.dtype == torch.bool
     assert torch.equal(found[0].masks, found[1].masks) and found[1].masks.any(dim=(1, 2)).sum() >= 7
+
+
+def test_candidates_of_a_single_stage_head_are_suppressed_in_the_processors_memory():
+    from mmdet.structures.bbox import HorizontalBoxes
+
+    from serve.runtime.accelerator.single_stage import _PostProcess
+    from serve.runtime.accelerator.stand_in import DEVICE, stand_in_device
+
+    seen = []
+
+    def process(results, *args, **named):
+        seen.append((results, args, named))
+        return results
+
+    with stand_in_device() as device:
+        results = InstanceData(metainfo={"kept": 3})
+        results.bboxes = HorizontalBoxes(boxes(6, 1).to(DEVICE))
+        results.scores, results.labels = torch.rand(6).to(DEVICE), torch.arange(6).to(DEVICE)
+        device.reset()
+        found = _PostProcess(process)(results, "config", rescale=True)
+        assert device.counts.synchronisation_count == 1
+        assert found.bboxes.tensor.device.type == found.scores.device.type == "cpu" and found.kept == 3
+        assert torch.equal(found.bboxes.tensor, boxes(6, 1)) and found.labels.tolist() == list(range(6))
+        assert seen[0][1:] == (("config",), {"rescale": True})
+        results.kernels = torch.rand(6, 2).to(DEVICE)  # masks need them on the device
+        assert _PostProcess(process)(results) is results

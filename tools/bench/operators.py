@@ -20,7 +20,7 @@ from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime import load_detector
 from serve.runtime.accelerator.stand_in import DEVICE, stand_in_device
 
-__all__ = ["BOUNDS", "OperatorBenchmark", "Row", "count"]
+__all__ = ["BOUNDS", "WAITING_PER_IMAGE", "OperatorBenchmark", "Row", "count"]
 
 # Most operators and synchronisations of one frame.
 BOUNDS = {
@@ -29,7 +29,11 @@ BOUNDS = {
     "centerpoint": (700, 4),
     "faster-rcnn": (900, 5),
     "mask-rcnn": (1100, 5),
+    "retinanet": (350, 11),
+    "rtmdet-s": (300, 7),
 }
+# Their selection waits image by image, that of the others once per batch.
+WAITING_PER_IMAGE = frozenset({"retinanet", "rtmdet-s"})
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ FAR = -4.0  # outside of any mask, whose width reaches from -1 to 1
 def install(network: nn.Module, graphs: GraphCache | None = None) -> None:
     """Replace priors, proposals and regions; boxes and masks too, where nothing between asks for proposals.
 
-    With `graphs`, backbone, neck and the convolutions of heads on anchors are recorded as CUDA graphs.
+    With `graphs`, backbone, neck and the convolutions that propose are recorded as CUDA graphs.
     """
     from mmdet.models.dense_heads import RPNHead
     from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
@@ -94,10 +94,9 @@ def _record_features(network: Any, graphs: GraphCache | None) -> None:
     for kind in (SingleStageDetector, TwoStageDetector):
         if graphs is not None and isinstance(network, kind) and not overrides(network, kind, "extract_feat"):
             network.extract_feat = graphs.wrap(network.extract_feat)
-    for name in ("rpn_head", "bbox_head"):
-        head = getattr(network, name, None)
-        if isinstance(head, AnchorHead) and not overrides(head, AnchorHead, "forward"):
-            record_forward(head, graphs)
+    head = getattr(network, "rpn_head", None)
+    if isinstance(head, AnchorHead) and not overrides(head, AnchorHead, "forward"):
+        record_forward(head, graphs)
 
 
 def _is_plain_nms(config: Any) -> bool:

@@ -32,6 +32,7 @@ def install(network: nn.Module, *, cuda_graphs: bool = False) -> None:
 
             points.install(network, graphs)
             heads3d.install(network, graphs)
-        from serve.runtime.accelerator import images
+        from serve.runtime.accelerator import images, single_stage
 
         images.install(network, graphs)
+        single_stage.install(network, graphs)
