@@ -61,19 +61,18 @@ def choose_coding(accept_encoding: str) -> str | None:
     return name if best > 0 and best >= wanted.get("identity", 0.0) else None
 
 
-async def compress(body: bytes, accept_encoding: str | None, headers: dict[str, str], shortest: int) -> bytes:
-    """Compress an answer if its client accepts that and it is long enough.
+async def compress(body: bytes, accept_encoding: str | None, headers: dict[str, str]) -> bytes:
+    """Compress a long answer if its client accepts that.
 
     Args:
         body: the answer.
         accept_encoding: the header of the request.
         headers: of the response; those of the coding are added.
-        shortest: shortest answer that is compressed, bytes; 0 for none.
     """
-    if accept_encoding is None or not 0 < shortest <= len(body):
-        return body
     headers["vary"] = "accept-encoding"
-    coding = choose_coding(accept_encoding) if len(accept_encoding) <= _LONGEST_HEADER_CHARS else None
+    if accept_encoding is None or len(accept_encoding) > _LONGEST_HEADER_CHARS:
+        return body
+    coding = choose_coding(accept_encoding)
     if coding is None:
         return body
     packed = await run_beside_loop(len(body), CODINGS[coding], 0, body)

@@ -260,6 +260,10 @@ class GatewayOptions(Options):
         """The bounds on JSON in a request."""
         return JsonBounds(max_values=self.max_json_values, max_bytes=self.max_json_bytes)
 
+    def compresses(self, nbytes: int) -> bool:
+        """Whether an answer of so many bytes is long enough to be compressed."""
+        return 0 < self.compress_from_bytes <= nbytes
+
     @property
     def socket_folder(self) -> Path | None:
         """The folder with the workers' sockets; None sends all batches through TorchServe."""

@@ -43,6 +43,7 @@ from serve.protocol.sweeps import (
 from serve.settings import Limits
 
 __all__ = [
+    "DEFAULT_OPTIONS",
     "MODALITIES",
     "Frame",
     "FrameOptions",
@@ -154,6 +155,10 @@ class FrameOptions:
     fields: tuple[str, ...] | None = None
 
 
+#: Of every frame that has none of its own.
+DEFAULT_OPTIONS = FrameOptions()
+
+
 @dataclass(frozen=True)
 class Frame:
     """One decoded frame with its options.
@@ -199,7 +204,7 @@ def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -
         UnknownOption: an unknown name, for which the message lists the known ones, or an invalid value.
     """
     if not values:  # the common case
-        return base or FrameOptions()
+        return base or DEFAULT_OPTIONS
     known = {each.name for each in fields(FrameOptions)}
     changes: dict[str, Any] = {}
     for name, value in values.items():
@@ -220,7 +225,7 @@ def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -
                 changes[name] = parse_fields(name, value)
             case _:
                 changes[name] = _parse_count(name, value)
-    return replace(base or FrameOptions(), **changes)
+    return replace(base or DEFAULT_OPTIONS, **changes)
 
 
 def _parse_score(name: str, value: Any) -> float:

@@ -36,7 +36,7 @@ from serve.protocol.batch import (
     pack_outcomes,
     unpack_frames,
 )
-from serve.protocol.frames import FrameOptions, encode_json
+from serve.protocol.frames import DEFAULT_OPTIONS, FrameOptions, encode_json
 
 __all__ = [
     "BATCH_HEADER",
@@ -96,17 +96,21 @@ class EncodedFrame:
     """
 
     body: Body
-    options: FrameOptions = field(default_factory=FrameOptions)
+    options: FrameOptions = DEFAULT_OPTIONS
     rest: Sequence[Bytes] = ()
     nbytes: int = field(init=False, repr=False, compare=False)
     entry: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        options = {
-            name: value
-            for name, default in _DEFAULTS.items()
-            if (value := getattr(self.options, name)) != default
-        }
+        options = (
+            {}
+            if self.options is DEFAULT_OPTIONS
+            else {
+                name: value
+                for name, default in _DEFAULTS.items()
+                if (value := getattr(self.options, name)) != default
+            }
+        )
         self.nbytes = body_bytes(self.body) + sum(map(len, self.rest))
         self.entry = frame_entry(self.body, options, self.nbytes)
 

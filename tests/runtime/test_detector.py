@@ -11,7 +11,7 @@ from torch import nn
 
 from serve import archive
 from serve.compare.detections import Tolerances, compare
-from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, SelfTestError, ServeError
+from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, SelfTestError, ServeError, UnknownOption
 from serve.protocol.frames import Frame, FrameOptions, Limits, encode_json
 from serve.runtime import Detector, device_for, load_detector
 from serve.runtime import detector as detector_module
@@ -98,6 +98,23 @@ def test_options_filter_detections(detector, street):
     assert (np.diff(scores) <= 0).all()
     assert len(above["names"]) == (scores >= 0.5).sum() == len(above["bboxes_3d"])
     np.testing.assert_array_equal(three["scores_3d"], scores[:3])
+
+
+def test_classes_and_fields_are_selected(detector, street):
+    (everything,) = detector.run([frame(street)])
+    name = everything["names"][0]
+    options = {"classes": (name,), "class_thr": ((name, 0.3),), "fields": ("names", "scores_3d")}
+    (some,) = detector.run([frame(street, **options)])
+    kept = [
+        k for k, each in enumerate(everything["names"]) if each == name and everything["scores_3d"][k] >= 0.3
+    ]
+    assert list(some) == ["names", "scores_3d"] and some["names"] == [name] * len(kept) != []
+    np.testing.assert_array_equal(some["scores_3d"], everything["scores_3d"][kept])
+
+
+def test_class_that_the_model_lacks_is_refused_before_it_computes(detector, street):
+    with pytest.raises(UnknownOption, match="unicorn"):
+        detector.decode(street.tobytes(), FrameOptions(classes=("unicorn",)), Limits())
 
 
 def test_run_does_not_modify_the_callers_points(detector, street):

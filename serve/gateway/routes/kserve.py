@@ -141,9 +141,8 @@ def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
             bodies.append(outcome.value.body)
         answer, header_bytes = encode_infer(infer_request, bodies, model, served.state.version, spec)
         headers = {"server-timing": timing.header()}
-        answer = await compress(
-            answer, request.headers.get("accept-encoding"), headers, options.compress_from_bytes
-        )
+        if options.compresses(len(answer)):
+            answer = await compress(answer, request.headers.get("accept-encoding"), headers)
         if header_bytes is None:
             return Response(answer, media_type="application/json", headers=headers)
         headers[_HEADER_LENGTH] = str(header_bytes)

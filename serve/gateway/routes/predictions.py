@@ -68,9 +68,8 @@ def predict_route(
                 outcomes = await track.follow(outcomes, arrived + request_options.timeout_s)
         body = await _encode(request, served, parsed, outcomes, media, timing, request_options.camera)
         headers: dict[str, str] = {}
-        if media != "image/png":  # which is compressed already
-            accepted = request.headers.get("accept-encoding")
-            body = await compress(body, accepted, headers, options.compress_from_bytes)
+        if options.compresses(len(body)) and media != "image/png":  # which is compressed already
+            body = await compress(body, request.headers.get("accept-encoding"), headers)
         headers["server-timing"] = timing.header()
         return Response(body, media_type=media, headers=headers)
 
