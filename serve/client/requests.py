@@ -55,6 +55,10 @@ class PredictOptions(TypedDict, total=False):
         load_dim: numbers per point, which the server checks.
         num_points: number of points, which the server checks; required for an empty ``.bin``.
         sweeps: ``accumulated`` if the point cloud has the points and times of several sweeps.
+        track_session: name of the sequence that the frame continues (docs/tracking.md).
+        track_start: begin the sequence.
+        track_end: close the sequence after this frame.
+        frame_time_s: time of the frame, seconds from any origin.
     """
 
     score_thr: float | None
@@ -66,6 +70,10 @@ class PredictOptions(TypedDict, total=False):
     load_dim: int | None
     num_points: int | None
     sweeps: str | None
+    track_session: str | None
+    track_start: bool | None
+    track_end: bool | None
+    frame_time_s: float | str | None
 
 
 @dataclass(frozen=True)

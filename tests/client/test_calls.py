@@ -19,6 +19,7 @@ from serve.client import AsyncClient, Client, PredictOptions, Result, Retry, enc
 from serve.client.requests import Calls, Reply, Send, Wait, Work
 from serve.client.retry import _retry_after_s
 from serve.errors import error_body
+from serve.gateway.tracks import TRACK_OPTIONS
 from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
 from serve.protocol.images import decode_image
 from tests.client.test_protocol import FakeServer, running
@@ -189,7 +190,8 @@ def test_deadline_is_passed_on_if_it_is_named(kind: str, answering: FakeServer) 
 def test_options_of_the_client_are_those_of_the_server() -> None:
     from dataclasses import fields
 
-    assert set(PredictOptions.__annotations__) == {each.name for each in fields(FrameOptions)}
+    of_frames = {each.name for each in fields(FrameOptions)}
+    assert set(PredictOptions.__annotations__) == of_frames | set(TRACK_OPTIONS)
 
 
 # Many frames
