@@ -167,7 +167,7 @@ lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for t
 		--require-hashes --only-binary=:all: -r requirements/installer.lock
 	$(COMPILE) pyproject.toml --extra models --group torch-needs --excludes requirements/torch.exclude -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --extra gateway -c requirements/runtime.lock -o requirements/gateway.lock
-	for name in dev grpc otel video recordings rerun image installer torch-cuda triton; do \
+	for name in dev cvat grpc otel video recordings rerun image installer torch-cuda triton; do \
 		$(COMPILE) --group $$name -c requirements/runtime.lock -o requirements/$$name.lock; done
 	for name in sbom bench ui; do \
 		$(COMPILE) --group $$name --excludes requirements/torch.exclude -o requirements/$$name.lock; done

@@ -14,6 +14,7 @@ from pathlib import Path
 from serve.cli.flags import show_default
 from serve.cli.serve import KNOWN_TO_SERVE
 from serve.gateway.options import GatewayOptions
+from serve.labelling.options import LabelStudioOptions
 from serve.settings import PREFIX, RENAMED, OptionInfo, Options, Settings
 from serve.torchserve import TorchServeOptions
 
@@ -51,6 +52,11 @@ def render() -> str:
                 for each in GatewayOptions.options()
                 if each.flag
             },
+        ),
+        "## Label Studio\n\nFlags of `mmdet3d-serve label-studio` ([Labelling](labelling.md)).\n",
+        _table(
+            LabelStudioOptions,
+            flags={each.name: _flag(each) for each in LabelStudioOptions.options() if each.flag},
         ),
         "## TorchServe\n\nFlags of `mmdet3d-serve serve` and `demo`; they have no variables. Both set `state_dir` "
         "to `.state`, but for `--container`.\n",

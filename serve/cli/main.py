@@ -15,7 +15,7 @@ from serve.cli.entry import PROGRAM, run
 __all__ = ["COMMANDS", "main"]
 
 # Commands that run without torch and models; with the extra `gateway` they have all they import.
-_OF_GATEWAY = frozenset({"fetch", "gateway", "pack", "push", "stop"})
+_OF_GATEWAY = frozenset({"fetch", "gateway", "label-studio", "pack", "push", "stop"})
 
 # Subcommand to module and summary, in the order of first use.
 COMMANDS = {
@@ -41,6 +41,7 @@ COMMANDS = {
     "train": ("serve.cli.train", "train a detector with upstream's own program"),
     "test": ("serve.cli.test", "test a detector on a data set: COCO, VOC, KITTI, nuScenes, …"),
     "tools": ("serve.cli.tools", "run upstream's other programs: logs, complexity, data sets, …"),
+    "label-studio": ("serve.cli.label_studio", "predict for Label Studio: an ML backend for boxes and masks"),
     "gateway": ("serve.cli.gateway", "run the gateway in front of a TorchServe elsewhere"),
 }
 # Former names, accepted for one version.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -72,18 +72,25 @@ class ReferenceLimits:
 class References:
     """Reader of references; created once, used from one event loop, closed by `close`."""
 
-    def __init__(self, allowed: Sequence[str], limits: ReferenceLimits | None = None) -> None:
+    def __init__(
+        self,
+        allowed: Sequence[str],
+        limits: ReferenceLimits | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """Parse the prefixes and create the threads.
 
         Args:
             allowed: prefixes such as ``s3://bucket/frames/``, ``https://host/clouds/`` or
                 ``ffrecord:///data/packed.ffr``; without any, the feature is off.
             limits: the limits.
+            headers: sent to every web host among the prefixes, such as credentials.
 
         Raises:
             SettingsError: a prefix is not a URI, or one of plain files.
         """
         self.limits = limits or ReferenceLimits()
+        self._headers = headers or {}
         self._allowed = [_parse_prefix(text) for text in allowed]
         self._threads = ThreadPoolExecutor(self.limits.parallel, thread_name_prefix="reference")
 
@@ -122,7 +129,7 @@ class References:
         try:
             async with asyncio.timeout(self.limits.timeout_s):
                 if where.scheme == "http":
-                    return await _fetch_web(where.path, self.limits, self._check_redirect)
+                    return await _fetch_web(where.path, self.limits, self._check_redirect, self._headers)
                 loop = asyncio.get_running_loop()
                 return await loop.run_in_executor(self._threads, _read, where, self.limits)
         except TimeoutError:
@@ -232,14 +239,16 @@ def _require_small(size: int, limits: ReferenceLimits) -> None:
         )
 
 
-async def _fetch_web(url: str, limits: ReferenceLimits, check_redirect: Callable[[str], None]) -> bytes:
+async def _fetch_web(
+    url: str, limits: ReferenceLimits, check_redirect: Callable[[str], None], headers: Mapping[str, str]
+) -> bytes:
     """GET a web URL; every redirect is checked, and its host resolved once and connected to by address."""
     import httpx
 
     async with httpx.AsyncClient(trust_env=False, timeout=limits.timeout_s, follow_redirects=False) as client:
         for _ in range(_MAX_REDIRECTS + 1):
             try:
-                answer = await _send(client, httpx.URL(url), limits)
+                answer = await _send(client, httpx.URL(url), limits, headers)
                 try:
                     if not answer.has_redirect_location:
                         return await _read_body(answer, limits)
@@ -256,13 +265,15 @@ async def _fetch_web(url: str, limits: ReferenceLimits, check_redirect: Callable
     raise ReferenceRefused(f"the URI redirects more than {_MAX_REDIRECTS} times")
 
 
-async def _send(client: httpx.AsyncClient, url: httpx.URL, limits: ReferenceLimits) -> httpx.Response:
+async def _send(
+    client: httpx.AsyncClient, url: httpx.URL, limits: ReferenceLimits, headers: Mapping[str, str]
+) -> httpx.Response:
     """Send a GET to a checked IP address; Host header, SNI and certificate use the name."""
     address = await _resolve_public(url.host, url.port or (443 if url.scheme == "https" else 80), limits)
     request = client.build_request(
         "GET",
         url.copy_with(host=address),
-        headers={"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity"},
+        headers={**headers, "Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity"},
         extensions={"sni_hostname": url.host},
     )
     return await client.send(request, stream=True)

@@ -1,0 +1,171 @@
+"""ML backend for Label Studio: the calls that Label Studio makes, in front of a gateway.
+
+Source of the calls: HumanSignal/label-studio, ``label_studio/ml/api_connector.py``, and
+HumanSignal/label-studio-ml-backend, ``label_studio_ml/api.py``. Nothing is trained here: ``/train`` and ``/webhook``
+are answered, and change nothing. The host and token that ``/setup`` brings are not used (`serve.labelling.images`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from serve import __version__
+from serve.client import AsyncClient
+from serve.errors import BadRequest, FrameTooLarge, ServeError, SettingsError, Unauthorized, error_body
+from serve.labelling.images import TaskImages
+from serve.labelling.label_config import Control, read_label_config
+from serve.labelling.options import LabelStudioOptions
+from serve.labelling.predictions import make_prediction
+from serve.protocol.image_size import image_size
+
+__all__ = ["create_backend"]
+
+logger = logging.getLogger(__name__)
+
+
+def create_backend(options: LabelStudioOptions) -> Starlette:
+    """Create the application.
+
+    Raises:
+        SettingsError: no model is named, or a prefix is no URI.
+    """
+    backend = _Backend(options)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with backend.client:
+            yield
+        backend.images.close()
+
+    calls = {"/setup": backend.setup, "/predict": backend.predict, "/validate": backend.validate}
+    routes = [
+        *(Route(path, backend.health, methods=["GET"]) for path in ("/", "/health")),
+        Route("/versions", backend.versions, methods=["GET"]),
+        *(Route(path, call, methods=["POST"]) for path, call in calls.items()),
+        *(Route(path, backend.ignore, methods=["POST"]) for path in ("/train", "/webhook")),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={ServeError: _answer_error})
+
+
+class _Backend:
+    def __init__(self, options: LabelStudioOptions) -> None:
+        if options.model is None:
+            raise SettingsError("no model is named; start the backend with --model NAME")
+        self._options = options
+        self._model = options.model
+        self._name = f"{options.model}:{options.version}" if options.version else options.model
+        self.client = AsyncClient(options.gateway_url, token=options.api_key, timeout_s=options.timeout_s)
+        self.images = TaskImages(options)
+        self._slots = asyncio.Semaphore(options.concurrency)
+
+    async def health(self, request: Request) -> Response:
+        """Answer whether this backend runs, to anyone; the gateway has its own probe."""
+        return JSONResponse({"status": "UP", "model_class": "MMDet3dServe", "version": __version__})
+
+    async def versions(self, request: Request) -> Response:
+        """List the only version that this backend offers."""
+        self._check(request)
+        return JSONResponse({"versions": [self._name]})
+
+    async def setup(self, request: Request) -> Response:
+        """Check a project's label config, if it brings one, and name the model."""
+        document = await self._read(request)
+        if document.get("schema"):
+            read_label_config(document["schema"])
+        return JSONResponse({"model_version": self._name})
+
+    async def validate(self, request: Request) -> Response:
+        """Check a label config."""
+        controls = read_label_config((await self._read(request)).get("config"))
+        return JSONResponse({"controls": [control.from_name for control in controls]})
+
+    async def ignore(self, request: Request) -> Response:
+        """Take an event that would train another backend."""
+        await self._read(request)
+        return JSONResponse({}, 201)
+
+    async def predict(self, request: Request) -> Response:
+        """Predict tasks; one that fails among several has no regions, and its error."""
+        document = await self._read(request)
+        controls = read_label_config(document.get("label_config"))
+        tasks = document.get("tasks")
+        if not isinstance(tasks, list) or not tasks:
+            raise BadRequest("the request has no tasks")
+        if len(tasks) > self._options.max_tasks:
+            raise FrameTooLarge(f"the request has {len(tasks)} tasks, the limit is {self._options.max_tasks}")
+        found = await asyncio.gather(*(self._predict_task(task, controls) for task in tasks))
+        errors = [each for each in found if isinstance(each, ServeError)]
+        if len(errors) == len(found):
+            raise errors[0]
+        results = [self._failed(each) if isinstance(each, ServeError) else each for each in found]
+        return JSONResponse({"results": results, "model_version": self._name})
+
+    def _failed(self, error: ServeError) -> dict[str, Any]:
+        return {"model_version": self._name, "score": 0.0, "result": [], **error_body(error)}
+
+    async def _predict_task(self, task: Any, controls: Sequence[Control]) -> dict[str, Any] | ServeError:
+        try:
+            given = task.get("data") if isinstance(task, dict) else None
+            data = given if isinstance(given, dict) else {}
+            keys = dict.fromkeys(control.data_key for control in controls)
+            key = next((key for key in keys if data.get(key)), None)
+            if key is None:
+                raise BadRequest(f"a task needs data with {' or '.join(keys)}")
+            async with self._slots:
+                image = await self.images.read(data[key])
+                size = image_size(image)
+                result = await self.client.predict(
+                    image, self._model, self._options.version, score_thr=self._options.score_thr
+                )
+            own = [control for control in controls if control.data_key == key]
+            return await asyncio.to_thread(make_prediction, result, own, size, self._name)
+        except ServeError as error:
+            logger.warning("a task was not predicted: %s", error)
+            return error
+
+    async def _read(self, request: Request) -> Mapping[str, Any]:
+        """Read the JSON of a request, within the limit."""
+        self._check(request)
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > self._options.max_request_bytes:
+                raise FrameTooLarge(
+                    f"the request is over {self._options.max_request_bytes} bytes; raise --max-request-bytes"
+                )
+        try:
+            document = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise BadRequest(f"the request is not JSON: {error}") from None
+        if not isinstance(document, dict):
+            raise BadRequest("the request must be an object")
+        return document
+
+    def _check(self, request: Request) -> None:
+        """Reject a request without the agreed user and password."""
+        if self._options.basic_auth is None:
+            return
+        expected = base64.b64encode(self._options.basic_auth.encode())
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "basic" or not hmac.compare_digest(given.strip().encode(), expected):
+            raise Unauthorized(
+                "wrong or missing user and password; set them for this backend in Label Studio"
+            )
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServeError)
+    headers = {"www-authenticate": "Basic"} if isinstance(error, Unauthorized) else None
+    return JSONResponse(error_body(error), error.status, headers)

@@ -1,0 +1,272 @@
+"""The ML backend, called as Label Studio calls it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from serve.errors import SettingsError
+from serve.labelling.masks import brush_rle, cvat_mask
+from serve.labelling.options import LabelStudioOptions
+from serve.labelling.server import create_backend
+from tests.gateway.running import Listening
+from tests.labelling.conftest import HEIGHT, WIDTH, masks
+
+CONFIG = """
+<View>
+  <Image name="picture" value="$image"/>
+  <RectangleLabels name="box" toName="picture"><Label value="Car"/><Label value="Person" predicted_values="Pedestrian"/></RectangleLabels>
+  <BrushLabels name="brush" toName="picture"><Label value="Car"/></BrushLabels>
+  <PolygonLabels name="outline" toName="picture"><Label value="Car"/><Label value="Pedestrian"/></PolygonLabels>
+</View>
+"""  # noqa: E501
+
+
+@pytest.fixture
+def start_backend(background, served) -> Iterator[Callable[..., httpx.Client]]:
+    with ExitStack() as stack:
+
+        def start(**options: Any) -> httpx.Client:
+            app = create_backend(
+                LabelStudioOptions(
+                    **{"gateway_url": served.url, "model": "images", "score_thr": 0.0, **options}
+                )
+            )
+            listening = Listening(background, app)
+            stack.callback(listening.close)
+            return stack.enter_context(httpx.Client(base_url=listening.url, trust_env=False, timeout=20))
+
+        yield start
+
+
+def asked(*images: object, config: str = CONFIG) -> dict[str, Any]:
+    """The request of Label Studio's `make_predictions`."""
+    tasks = [{"id": i, "data": {"image": image}} for i, image in enumerate(images)]
+    params = {"login": "", "password": "", "context": None}
+    return {"tasks": tasks, "model_version": "", "project": "1.2", "label_config": config, "params": params}
+
+
+def inline(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def of_kind(prediction: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [region for region in prediction["result"] if region["type"] == kind]
+
+
+def test_calls_of_label_studio_are_answered(start_backend):
+    client = start_backend()
+    assert client.get("/health").json()["status"] == client.get("/").json()["status"] == "UP"
+    setup = {"project": "1.2", "schema": CONFIG, "hostname": "http://evil", "access_token": "t"}
+    assert client.post("/setup", json=setup).json() == {"model_version": "images"}
+    assert client.post("/validate", json={"config": CONFIG}).json() == {
+        "controls": ["box", "brush", "outline"]
+    }
+    assert client.get("/versions").json() == {"versions": ["images"]}
+    assert client.post("/train", json={}).status_code == client.post("/webhook", json={}).status_code == 201
+
+
+def test_prediction_has_boxes_masks_and_polygons(start_backend, png):
+    answer = start_backend().post("/predict", json=asked(inline(png))).json()
+    (prediction,) = answer["results"]
+    first, second = of_kind(prediction, "rectanglelabels")
+    assert first["value"] == {
+        "x": 10.0, "y": 20.0, "width": 40.0, "height": 40.0, "rotation": 0, "rectanglelabels": ["Car"],
+    }  # fmt: skip
+    assert (first["original_width"], first["original_height"], first["score"]) == (
+        WIDTH,
+        HEIGHT,
+        pytest.approx(0.9),
+    )
+    assert second["value"]["rectanglelabels"] == ["Person"]  # by predicted_values
+    assert second["value"]["x"] + second["value"]["width"] == 100  # clipped
+    (brush,) = of_kind(prediction, "brushlabels")  # the config has no brush for the other class
+    assert brush["value"]["rle"] == brush_rle(masks()[0])
+    outlines = of_kind(prediction, "polygonlabels")
+    assert [each["value"]["polygonlabels"] for each in outlines] == [["Car"], ["Pedestrian"]]
+    assert prediction["model_version"] == answer["model_version"] == "images"
+
+
+def test_prediction_is_valid_for_label_studios_own_sdk(start_backend, png):
+    interface = pytest.importorskip("label_studio_sdk.label_interface", reason="needs label-studio-sdk")
+    brush = pytest.importorskip("label_studio_sdk.converter.brush", reason="needs label-studio-sdk")
+    (prediction,) = start_backend().post("/predict", json=asked(inline(png))).json()["results"]
+    checked = interface.LabelInterface(CONFIG)
+    assert checked.validate_prediction(prediction, return_errors=True) == []
+    (region,) = of_kind(prediction, "brushlabels")
+    decoded = brush.decode_rle(region["value"]["rle"]).reshape(HEIGHT, WIDTH, 4)
+    assert (decoded[..., 3] == 255 * masks()[0]).all()
+
+
+@pytest.mark.parametrize("mask", [np.zeros((3, 5), bool), np.ones((300, 400), bool), masks()[0], masks()[1]])
+def test_brush_is_what_label_studios_own_sdk_decodes(mask):
+    brush = pytest.importorskip("label_studio_sdk.converter.brush", reason="needs label-studio-sdk")
+    decoded = brush.decode_rle(brush_rle(mask)).reshape(*mask.shape, 4)
+    assert (decoded[..., 3] == 255 * mask).all()
+
+
+def test_polygon_encloses_its_mask(start_backend, png):
+    import cv2
+
+    (prediction,) = start_backend().post("/predict", json=asked(inline(png))).json()["results"]
+    region = of_kind(prediction, "polygonlabels")[0]
+    pixels = np.array(region["value"]["points"]) * [WIDTH / 100, HEIGHT / 100] - 0.5
+    drawn = np.zeros((HEIGHT, WIDTH), np.uint8)
+    cv2.fillPoly(drawn, [pixels.round().astype(np.int32)], 1)
+    assert (drawn.astype(bool) == masks()[0]).all()
+
+
+def test_threshold_is_that_of_the_options(start_backend, png):
+    (prediction,) = start_backend(score_thr=0.5).post("/predict", json=asked(inline(png))).json()["results"]
+    assert len(of_kind(prediction, "rectanglelabels")) == 1
+
+
+def test_task_that_fails_does_not_fail_the_others(start_backend, png):
+    answer = start_backend().post("/predict", json=asked(inline(png), "data:image/png;base64,AAAA")).json()
+    good, bad = answer["results"]
+    assert good["result"] and not bad["result"] and bad["error"]["code"] == "undecodable_frame"
+
+
+@pytest.mark.parametrize(
+    ("image", "status", "code"),
+    [
+        ("http://169.254.169.254/latest/meta-data", 403, "reference_refused"),
+        ("http://127.0.0.1:22/", 403, "reference_refused"),
+        ("file:///etc/passwd", 403, "reference_refused"),
+        ("/data/upload/1/x.png", 403, "reference_refused"),
+        ("/data/local-files/?d=/etc/passwd", 403, "reference_refused"),
+        ("../../etc/passwd", 403, "reference_refused"),
+        ("s3://bucket/x.png", 403, "reference_refused"),
+        ("data:image/png,plain", 400, "bad_request"),
+        ("data:image/png;base64,!!", 400, "bad_request"),
+        (5, 400, "bad_request"),
+        (None, 400, "bad_request"),
+    ],
+)
+def test_image_from_elsewhere_is_refused(start_backend, image, status, code):
+    answer = start_backend().post("/predict", json=asked(image))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def test_local_files_are_read_from_their_folder_alone(start_backend, png, tmp_path):
+    folder = tmp_path / "images"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "one.png").write_bytes(png)
+    (tmp_path / "secret.png").write_bytes(png)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    client = start_backend(local_files=folder)
+
+    def status(name: str) -> int:
+        return client.post("/predict", json=asked(f"/data/local-files/?d={name}")).status_code
+
+    assert status("a/one.png") == 200
+    assert status("../secret.png") == status("link.png") == 403
+    assert status("a/../../secret.png") == 403 and status(f"{tmp_path}/secret.png") == 404  # below the folder
+    assert status("none.png") == 404 and status("a") == 403
+    assert (
+        start_backend(local_files=folder, max_image_bytes=10)
+        .post("/predict", json=asked("/data/local-files/?d=a/one.png"))
+        .status_code
+        == 413
+    )
+
+
+class Uploads:
+    """Label Studio's uploads; a redirect leads to another host."""
+
+    def __init__(self, png: bytes) -> None:
+        self.png = png
+        self.asked: list[tuple[str, str]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return
+        headers = dict(scope["headers"])
+        self.asked.append((scope["path"], headers.get(b"authorization", b"").decode()))
+        moved = scope["path"].endswith("moved.png")
+        status, extra = (302, [(b"location", b"http://127.0.0.1:1/data/x.png")]) if moved else (200, [])
+        await send({"type": "http.response.start", "status": status, "headers": extra})
+        await send({"type": "http.response.body", "body": b"" if moved else self.png})
+
+
+def test_uploads_are_read_from_label_studio_with_its_token(start_backend, background, png):
+    uploads = Uploads(png)
+    listening = Listening(background, uploads, lifespan="off")
+    try:
+        client = start_backend(label_studio_url=listening.url, label_studio_token="secret")
+        for image in ("/data/upload/1/x.png", f"{listening.url}/data/upload/1/y.png"):
+            assert client.post("/predict", json=asked(image)).status_code == 200
+        assert uploads.asked == [
+            ("/data/upload/1/x.png", "Token secret"),
+            ("/data/upload/1/y.png", "Token secret"),
+        ]
+        for image in (
+            "/api/projects",
+            "/data/../api/x",
+            "/data/upload/moved.png",
+            "http://127.0.0.1:1/data/x.png",
+        ):
+            answer = client.post("/predict", json=asked(image))
+            assert answer.status_code == 403, image
+        assert len(uploads.asked) == 3  # with the one that redirects
+    finally:
+        listening.close()
+
+
+def test_backend_asks_for_user_and_password(start_backend, png):
+    client = start_backend(basic_auth="user:word")
+    assert client.post("/predict", json=asked(inline(png))).status_code == 401
+    assert client.post("/predict", json=asked(inline(png)), auth=("user", "other")).status_code == 401
+    assert client.post("/predict", json=asked(inline(png)), auth=("user", "word")).status_code == 200
+    assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        "",
+        "<View/>",
+        "<View><Image name='i' value='$image'/><Choices name='c' toName='i'/></View>",
+        "<!DOCTYPE x [<!ENTITY a 'b'>]><View>&a;</View>",
+        "<View>",
+        "x" * 300_000,
+    ],
+)
+def test_config_without_a_control_for_objects_is_rejected(start_backend, config):
+    answer = start_backend().post("/validate", json={"config": config})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_request")
+
+
+def test_requests_have_limits(start_backend, png):
+    client = start_backend(max_tasks=2, max_request_bytes=4096)
+    assert client.post("/predict", json=asked("a", "b", "c")).status_code == 413
+    assert client.post("/predict", content=b"[" * 5000).status_code == 413
+    assert client.post("/predict", content=b"nonsense").status_code == 400
+    assert client.post("/predict", json=[]).status_code == 400
+    assert client.post("/predict", json={**asked(), "tasks": {}}).status_code == 400
+
+
+def test_model_must_be_named():
+    with pytest.raises(SettingsError, match="--model"):
+        create_backend(LabelStudioOptions())
+
+
+@pytest.mark.parametrize("mask", [np.zeros((3, 5), bool), np.ones((4, 6), bool), *masks()])
+def test_mask_of_cvat_is_what_its_own_sdk_encodes(mask):
+    theirs = pytest.importorskip("cvat_sdk.masks", reason="needs cvat-sdk")
+    found = cvat_mask(mask)
+    if not mask.any():
+        assert found == []
+        return
+    assert found == theirs.encode_mask(mask)
+    height, width = mask.shape
+    assert (theirs.decode_mask(found, image_width=width, image_height=height) == mask).all()
+    json.dumps(found)
