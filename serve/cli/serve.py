@@ -185,6 +185,8 @@ def _print_ready(service: Service, seconds: float) -> None:
         print(f"predictions  curl -T FRAME {best}/predictions/{name}")
     if service.gateway_url is not None:
         print(f"gateway      {service.gateway_url}/docs")
+    if service.page_url is not None:
+        print(f"page         {service.page_url}")
     print(f"torchserve   {server.inference_url}/predictions/…")
     address, management = split_url(server.management_url)
     print(f"management   {f'curl --unix-socket {management} ' if management else ''}{address}/models")

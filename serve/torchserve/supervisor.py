@@ -147,6 +147,12 @@ class Service:
         self.gateway_url: str | None = None
         self.rejected: list[Rejected] = []
 
+    @property
+    def page_url(self) -> str | None:
+        """Address of the page; None without a gateway, or if it serves none."""
+        has_page = self._gateway_options is not None and self._gateway_options.ui
+        return f"{self.gateway_url}/" if has_page and self.gateway_url is not None else None
+
     def __enter__(self) -> Service:
         self.start()
         return self

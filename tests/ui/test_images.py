@@ -168,6 +168,18 @@ def test_frame_of_several_parts_is_sent_as_such(scene, torchserve, monkeypatch, 
     assert sorted(map(len, torchserve.calls[0])) == [sum(map(len, parts.values()))]
 
 
+def test_calibration_of_kitti_is_sent_as_json(scene, torchserve, monkeypatch, gateway, open_page):
+    use(torchserve, monkeypatch, FUSION, None)
+    page = opened(gateway, open_page)
+    page.drop(("8.bin", make_cloud().tobytes()), ("8.png", grey_png()), ("8.txt", KITTI.encode()))
+    page.page.locator("#frames [data-state=done]").wait_for()
+    (sent,) = torchserve.calls[0]
+    text = sent[sent.rindex(b'{"cam2img"') :].decode("latin-1")
+    matrices, _ = json.JSONDecoder().raw_decode(text)
+    np.testing.assert_allclose(matrices["lidar2cam"], CALIBRATION["lidar2cam"])
+    np.testing.assert_allclose(np.array(matrices["cam2img"])[:3, :3], CALIBRATION["cam2img"])
+
+
 def test_incomplete_frame_is_sent_with_the_parts_that_there_are(
     scene, torchserve, monkeypatch, gateway, open_page
 ):

@@ -27,6 +27,15 @@ export function parseCalibration(text: string): Calibration {
   };
 }
 
+/** The server reads calibrations as JSON: those of KITTI are rewritten on their way. */
+export async function asJson(parts: Map<string, File>): Promise<Map<string, File>> {
+  const text = await parts.get("calibration")?.text();
+  if (text === undefined || text.trimStart().startsWith("{") || parts.size === 1) return parts;
+  const matrices = readKitti(text);
+  if (!Object.keys(matrices).length) return parts;
+  return new Map([...parts, ["calibration", new File([JSON.stringify(matrices)], "calibration.json")]]);
+}
+
 /** KITTI's lines `P2: 12 numbers`; the cloud's points go through Tr_velo_to_cam and R0_rect to the left colour camera. */
 function readKitti(text: string): Matrices {
   const rows = new Map<string, number[]>();

@@ -8,6 +8,7 @@ import { LineMaterial } from "three/examples/jsm/lines/LineMaterial.js";
 import { LineSegments2 } from "three/examples/jsm/lines/LineSegments2.js";
 import { LineSegmentsGeometry } from "three/examples/jsm/lines/LineSegmentsGeometry.js";
 import { Cloud } from "./clouds/cloud";
+import { Detail } from "./detail";
 import { Detection } from "./detections";
 import { cornersOf, EDGES, headingOf, Point, toScene } from "./geometry";
 import { drawLabels, Label } from "./labels";
@@ -40,6 +41,7 @@ export class CloudView {
   private boxes: SceneBox[] = [];
   private selected: Detection | null = null;
   private isDue = false;
+  private readonly detail = new Detail(() => this.redraw());
   showLabels = true;
 
   constructor(
@@ -51,7 +53,10 @@ export class CloudView {
     this.camera.up.set(0, 0, 1);
     this.controls = new OrbitControls(this.camera, canvas);
     this.controls.enableDamping = false;
-    this.controls.addEventListener("change", () => this.redraw());
+    this.controls.addEventListener("change", () => {
+      this.detail.move();
+      this.redraw();
+    });
     const grid = new PolarGridHelper(100, 8, 10, 96, 0x243242, 0x1b2632);
     grid.rotation.x = Math.PI / 2;
     this.grid = grid;
@@ -79,6 +84,7 @@ export class CloudView {
     }
     this.points.visible = cloud !== null;
     this.points.geometry = geometry;
+    this.detail.use(geometry, cloud?.count ?? 0);
     this.redraw();
   }
 
@@ -157,6 +163,8 @@ export class CloudView {
   /** Draw at once, so that the canvas can be copied. */
   render(): void {
     this.isDue = false;
+    this.detail.measure();
+    this.canvas.dataset.drawn = String(this.detail.drawn);
     this.renderer.render(this.scene, this.camera);
     const { clientWidth: width, clientHeight: height } = this.canvas;
     const labels: Label[] = [];
@@ -176,6 +184,7 @@ export class CloudView {
   redraw(): void {
     if (this.isDue) return;
     this.isDue = true;
+    this.detail.ask();
     requestAnimationFrame(() => this.render());
   }
 

@@ -1,6 +1,7 @@
 /** The frames of the page and their answers: sent a few at a time, each once. */
 
 import { predict } from "./api";
+import { asJson } from "./calibration";
 import { Detection, listDetections } from "./detections";
 import { Frame, partsFor } from "./frames";
 import { decodePointLabels, decodeSegments, SegmentMap } from "./masks";
@@ -59,7 +60,7 @@ export class Session {
       entry.state = "running";
       this.onChange(entry);
       try {
-        const { answer, timing } = await predict(model, partsFor(entry.frame, model), this.options, signal);
+        const { answer, timing } = await predict(model, await asJson(partsFor(entry.frame, model)), this.options, signal);
         const segments = await decodeSegments(answer);
         if (signal.aborted) return;
         const pointLabels = answer.pts_semantic_mask && decodePointLabels(answer.pts_semantic_mask);
