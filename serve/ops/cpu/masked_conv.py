@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.ops.cpu import masked_loops, winograd
+from serve.ops.cpu import cell_masks, masked_loops, winograd
 from serve.ops.cpu.gemm import CHANNELS, LANES, pack_panels
 from serve.ops.cpu.threads import parallel_for
 
@@ -186,7 +186,7 @@ def find_changed(x: F32, background: Background) -> Mask:
     rows, bits = background.rows.view(np.int32), x.view(np.int32)
 
     def work(first: int, last: int) -> None:
-        masked_loops.compare_cells(bits, rows, background.index, changed, first, last)
+        cell_masks.compare_cells(bits, rows, background.index, changed, first, last)
 
     parallel_for(work, x.shape[0] * x.shape[1])
     return changed
@@ -196,7 +196,7 @@ def fill(out: F32, changed: Mask, background: Background, channel: int, count: i
     """Write the background's `count` channels from `channel` on into the cells of `out` that are not `changed`."""
 
     def work(first: int, last: int) -> None:
-        masked_loops.fill_cells(out, changed, background.rows, background.index, channel, count, first, last)
+        cell_masks.fill_cells(out, changed, background.rows, background.index, channel, count, first, last)
 
     parallel_for(work, out.shape[0] * out.shape[1])
 
@@ -244,7 +244,7 @@ def convolve(
     out_bits, after_bits = out.view(np.int32), after_rows.view(np.int32)
     rows_out, columns_out, size, window = _tiling(layer, height, width)
     if masked:
-        tiles = masked_loops.active_tiles(changed, rows_out, columns_out, *window)
+        tiles = cell_masks.active_tiles(changed, rows_out, columns_out, *window)
     else:
         tiles = np.arange(batch * rows_out * columns_out, dtype=np.int64)
     if wanted is not None:
@@ -291,14 +291,14 @@ def inputs_of(layer: ConvLayer, wanted: Mask, height: int, width: int) -> Mask:
     rows_out, columns_out, _, window = _tiling(layer, height, width)
     cells = np.zeros((len(wanted), height, width), np.bool_)
     tiles = _tiles_with(layer, wanted, rows_out, columns_out)
-    masked_loops.mark_windows(tiles, rows_out, columns_out, *window, cells)
+    cell_masks.mark_windows(tiles, rows_out, columns_out, *window, cells)
     return cells
 
 
 def _tiles_with(layer: ConvLayer, wanted: Mask, rows_out: int, columns_out: int) -> I64:
     """Return the numbers of the tiles that hold a wanted cell of the output, ascending."""
     extent = layer.growth if layer.kind == "cellwise" else layer.tile or 1
-    return masked_loops.active_tiles(wanted, rows_out, columns_out, extent, 0, extent)
+    return cell_masks.active_tiles(wanted, rows_out, columns_out, extent, 0, extent)
 
 
 def add_upsampled(
@@ -356,7 +356,7 @@ def _narrow_products(
     if masked:
         wanted = np.zeros((batch, *out_size), np.bool_)
         wanted.ravel()[tiles] = True
-        sources = masked_loops.active_tiles(
+        sources = cell_masks.active_tiles(
             wanted, height, width, 1, layer.padding - layer.kernel + 1, layer.kernel
         )
     else:

@@ -29,15 +29,11 @@ from serve.ops.cpu.gemm import (
 from serve.ops.cpu.jit import jit, jit_contracted
 
 __all__ = [
-    "active_tiles",
     "add_narrow",
     "add_nearest",
-    "compare_cells",
     "convolve_cellwise",
     "convolve_directly",
     "convolve_winograd",
-    "fill_cells",
-    "mark_windows",
     "multiply_cells",
 ]
 
@@ -50,78 +46,6 @@ Mask = npt.NDArray[np.bool_]
 _BLOCK = 192
 # Input channels that are multiplied at a time, so that a panel stays in the L2 cache.
 _DEPTH = 256
-
-
-@jit
-def active_tiles(
-    changed: Mask, rows: int, columns: int, step: int, offset: int, extent: int
-) -> I64:  # pragma: no cover - compiled
-    """Return the numbers of the tiles with a changed cell in their window of inputs, ascending."""
-    batch, height, width = changed.shape
-    tiles = np.empty(batch * rows * columns, np.int64)
-    # The rows of a window are merged for all columns, by vectors; the places beyond the border stay false.
-    room = max(0, -offset)
-    merged = np.zeros(room + max(width, (columns - 1) * step + offset + extent), np.bool_)
-    count = 0
-    for image in range(batch):
-        for i in range(rows):
-            top, bottom = max(0, i * step + offset), min(height, i * step + offset + extent)
-            merged[room : room + width] = False
-            for y in range(top, bottom):
-                for x in range(width):
-                    merged[room + x] |= changed[image, y, x]
-            for j in range(columns):
-                found = False
-                for x in range(extent):
-                    found |= merged[room + offset + j * step + x]
-                # Always write, count only what is found: no branch to mispredict.
-                tiles[count] = (image * rows + i) * columns + j
-                count += found
-    return tiles[:count]
-
-
-@jit
-def mark_windows(
-    tiles: I64, rows: int, columns: int, step: int, offset: int, extent: int, marks: Mask
-) -> None:  # pragma: no cover - compiled
-    """Mark the cells in the windows of inputs of `tiles`."""
-    _, height, width = marks.shape
-    for t in range(tiles.shape[0]):
-        image, i, j = tiles[t] // (rows * columns), tiles[t] // columns % rows, tiles[t] % columns
-        for y in range(max(0, i * step + offset), min(height, i * step + offset + extent)):
-            for x in range(max(0, j * step + offset), min(width, j * step + offset + extent)):
-                marks[image, y, x] = True
-
-
-@jit
-def compare_cells(
-    bits: I32, rows: I32, index: I32, changed: Mask, first: int, last: int
-) -> None:  # pragma: no cover - compiled
-    """Mark the cells of rows `first` to `last` whose bits differ from the background's."""
-    _, height, width, channels = bits.shape
-    for strip in range(first, last):
-        image, y = strip // height, strip % height
-        for x in range(width):
-            row = index[y, x]
-            found = np.int32(0)
-            for c in range(channels):
-                found |= bits[image, y, x, c] ^ rows[row, c]
-            changed[image, y, x] = found != 0
-
-
-@jit
-def fill_cells(
-    out: F32, changed: Mask, rows: F32, index: I32, channel: int, count: int, first: int, last: int
-) -> None:  # pragma: no cover - compiled
-    """Write the background's channels into the cells of rows `first` to `last` that have not changed."""
-    _, height, width, _ = out.shape
-    for strip in range(first, last):
-        image, y = strip // height, strip % height
-        for x in range(width):
-            if not changed[image, y, x]:
-                row = index[y, x]
-                for c in range(channel, channel + count):
-                    out[image, y, x, c] = rows[row, c]
 
 
 @jit
@@ -217,24 +141,34 @@ def multiply_cells(
     products: F32, first: int, last: int,
 ) -> None:  # fmt: skip  # pragma: no cover - compiled
     """Multiply channels from `origin` of the cells `first` to `last` of `sources` with one panel."""
-    _, height, width, _ = x.shape
-    inputs = weight.shape[2]
-    wide = weight.shape[3]
-    block = np.zeros((_BLOCK, inputs), np.float32)
-    sums = aligned_zeros(_BLOCK * wide).reshape(_BLOCK, wide)
-    order = np.arange(_BLOCK).astype(np.int32)
+    batch, height, width, channels = x.shape
+    inputs, wide, panel = weight.shape[2], weight.shape[3], weight[0, 0]
+    cells = x.reshape(batch * height * width, channels)[:, origin : origin + inputs]
+    behind = rows[:, origin : origin + inputs]
+    out = products.reshape(batch * height * width, wide)
+    none = np.zeros(wide, np.float32)
+    # Cells and, of those that have not changed, rows of the background: from, to, and how many.
+    own, other = np.empty((2, _BLOCK + ROWS), np.int32), np.empty((2, _BLOCK + ROWS), np.int32)
     for begin in range(first, last, _BLOCK):
-        count = min(_BLOCK, last - begin)
-        sums[:] = 0
-        for t in range(count):
+        own_count, other_count = 0, 0
+        for t in range(min(_BLOCK, last - begin)):
             cell = sources[begin + t]
-            y, z = cell // width % height, cell % width
-            _gather(x, origin, masked, changed, rows, index, cell // (width * height), y, z, block[t])
-        for r in range(0, count, ROWS):
-            add_products(block, weight[0, 0], sums, order, order, r, 0)
-        for t in range(count):
-            cell = sources[begin + t]
-            products[cell // (width * height), cell // width % height, cell % width] = sums[t]
+            image, y, z = cell // (width * height), cell // width % height, cell % width
+            if masked and not changed[image, y, z]:
+                other[0, other_count], other[1, other_count] = index[y, z], cell
+                other_count += 1
+            else:
+                own[0, own_count], own[1, own_count] = cell, cell
+                own_count += 1
+        for extra in range(ROWS):  # a group that is not full repeats its last row
+            own[:, own_count + extra] = own[:, max(own_count - 1, 0)]
+            other[:, other_count + extra] = other[:, max(other_count - 1, 0)]
+        for r in range(0, own_count, ROWS):
+            set_products(cells, panel, out, own[0], own[1], r, 0, FROM_ZERO, none, out, own[1], 0, False)
+        for r in range(0, other_count, ROWS):
+            set_products(
+                behind, panel, out, other[0], other[1], r, 0, FROM_ZERO, none, out, other[1], 0, False
+            )
 
 
 @jit
