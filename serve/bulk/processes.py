@@ -1,7 +1,7 @@
 """Processes of this machine that compute parts.
 
 A process that ends by itself (out of memory, a fault of a library) takes its part with it. The part is computed again
-one frame at a time; a frame with which a process ends then gets an error, and the rest of the part goes on.
+one frame at a time; a frame with which a process ends twice more gets an error, and the rest of the part goes on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +30,7 @@ __all__ = ["Part", "compute_parts"]
 
 _CONTEXT = get_context("spawn")
 _MOST_STARTS = 3
+_MOST_ENDS = 2
 _SHOW_S = 0.5
 _LOADING = -1
 
@@ -42,13 +43,18 @@ class Part:
         number: its number.
         lines: its lines of the manifest.
         cautious: one frame at a time, because a process has ended with it.
-        deadly: indices of frames with which a process ended.
+        suspects: how often a process ended while it computed a frame alone, by the frame's index.
     """
 
     number: int
     lines: Sequence[bytes]
     cautious: bool = False
-    deadly: set[int] = field(default_factory=set)
+    suspects: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def deadly(self) -> frozenset[int]:
+        """Frames that are given up: once may be chance, such as a kill of the system for another process's memory."""
+        return frozenset(index for index, times in self.suspects.items() if times >= _MOST_ENDS)
 
 
 class _Slot:
@@ -71,9 +77,7 @@ class _Slot:
                 1, _CONTEXT, initializer=_prepare_process, initargs=self._arguments
             )
         self.part, self.shown = part, 0
-        self.future = self._pool.submit(
-            _compute, part.number, part.lines, part.cautious, frozenset(part.deadly)
-        )
+        self.future = self._pool.submit(_compute, part.number, part.lines, part.cautious, part.deadly)
 
     def close(self) -> None:
         """End the process at once."""
@@ -162,7 +166,7 @@ def _blame(slot: _Slot, part: Part) -> None:
             )
         return
     if part.cautious and slot.begun.value > 0:
-        part.deadly.add(slot.begun.value - 1)
+        part.suspects[slot.begun.value - 1] += 1
     part.cautious = True
 
 
