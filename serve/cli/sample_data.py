@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None) -> int:
         for name in kind.files:
             shutil.copyfile(ASSETS / name, made / name)
         os.replace(made, folder)
-    print(f"{args.kind:<10}{folder}: {train} training and {val} validation frames")
+    print(f"{args.kind:<9} {folder}: {train} training and {val} validation frames")
     print("objects   " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     print(f"config    {folder / kind.files[-1]}")
     return 0

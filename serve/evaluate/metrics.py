@@ -76,7 +76,17 @@ class Metrics:
         return "CityScapesMetric" in self._kinds
 
     def add(self, sample: Any) -> None:
-        """Take a data sample with predictions."""
+        """Take a data sample with predictions.
+
+        Raises:
+            DataSetError: the metric asks for more than boxes, scores and labels.
+        """
+        found = sample.get("pred_instances_3d")
+        if "NuScenesMetric" in self._kinds and found is not None and found.bboxes_3d.tensor.shape[1] < 9:
+            raise DataSetError(
+                "NuScenesMetric asks for boxes with velocities, the model's have none "
+                f"({found.bboxes_3d.tensor.shape[1]} numbers, not 9)"
+            )
         with blaming(f"the metric {', '.join(self._kinds)}", DataSetError):
             self._evaluator.process([sample], None)
 
@@ -107,6 +117,11 @@ def open_metrics(data: DataSet) -> Iterator[list[dict[str, Any]]]:
                 reason = _REASONS.get(kind, f"supported are {', '.join(SUPPORTED)}")
                 raise DataSetError(
                     f"{data.settings.source}: {kind} cannot be computed from answers: {reason}"
+                )
+            if kind == "NuScenesMetric" and data.box_type_3d == "Camera":
+                raise DataSetError(
+                    f"{data.settings.source}: NuScenesMetric cannot be computed from answers of boxes in camera "
+                    "coordinates: it asks for attributes such as vehicle.moving, which answers lack"
                 )
             one = {name: value for name, value in config.items() if name not in _WRITING}
             if kind == "CocoMetric":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -94,14 +95,32 @@ def test_a_limit_leaves_the_frames_out_that_were_not_predicted(name, request, ca
 
 def test_a_frame_carries_the_latest_sweeps_with_their_times(nuscenes):
     config, _ = nuscenes
-    data = open_data_set(data_settings(config), 1)
+    data = open_data_set(data_settings(config), 2)
     with upstream_session("mmdet3d"):
-        (frame,) = read_frames(data)
+        _, frame = read_frames(data)
+    assert len(data.dataset.get_data_info(1)["lidar_sweeps"]) > 2
     assert set(frame.parts) == {"points", "sweeps", "sweep.0", "sweep.1"}
-    entry = data.dataset.get_data_info(0)["lidar_sweeps"]
+    entry = data.dataset.get_data_info(1)["lidar_sweeps"]
     poses = parse_sweeps(frame.parts["sweeps"])
     assert [pose.time_lag_s for pose in poses] == pytest.approx([1 / 6, 2 / 6], abs=1e-5)
     assert frame.parts["sweep.1"] == Path(entry[1]["lidar_points"]["lidar_path"]).read_bytes()
+
+
+def test_boxes_without_velocities_are_refused(nuscenes, capsys):
+    config, predictions = nuscenes
+    answers = copy.deepcopy(predictions.answers)
+    for answer in answers.values():
+        answer["bboxes_3d"] = [box[:7] for box in answer["bboxes_3d"]]
+    with answering(answers) as address:
+        assert main(["evaluate", str(config), "--url", address, "--model", "made"]) == 2
+    assert "velocities" in capsys.readouterr().err
+
+
+def test_the_attributes_that_answers_of_images_lack_are_named(nuscenes, capsys):
+    config, _ = nuscenes
+    options = ["--cfg-options", "test_dataloader.dataset.box_type_3d=Camera"]
+    assert main(["evaluate", str(config), "--model", "made", *options]) == 2
+    assert "attributes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "folder"), [("nuscenes", "v1.0-mini"), ("lyft", "v1.01-train")])
