@@ -32,7 +32,9 @@ def test_samples_are_those_of_the_loops(batch, count, samples, block, device, mo
         assert torch.equal(one, other)
 
 
-def test_equal_distances_are_ordered_as_by_the_loops(device):
+@pytest.mark.parametrize("block", [64, 4096])  # many points per lane, or one
+def test_equal_distances_are_ordered_as_by_the_loops(block, device, monkeypatch):
+    monkeypatch.setattr(by_triton, "BLOCK", block)
     axis = torch.arange(6.0)
     points = torch.cartesian_prod(axis, axis, axis)[None].repeat_interleave(2, dim=1)
     for one, other in zip(sampled(points, 60, device), by_loops(points, 60), strict=True):
