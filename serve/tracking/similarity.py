@@ -43,19 +43,23 @@ def space_gious(one: Floats, two: Floats, least: float = -1.0) -> Floats:
     found = np.full((len(one), len(two)), -1.0)
     reach = (np.hypot(one[:, 3], one[:, 4])[:, None] + np.hypot(two[:, 3], two[:, 4])[None]) / 2
     apart = np.hypot(one[:, None, 0] - two[None, :, 0], one[:, None, 1] - two[None, :, 1])
-    # Of two boxes apart, the hull grows with their distance; at several times their size it is mostly empty.
-    near = np.argwhere(apart <= 4 * reach if least > -1 else np.ones(apart.shape, bool))
+    # Boxes apart reach `least` while their hull is at most their volumes over 1 + least, and a hull is no smaller than
+    # the distance of the centres times the shortest side and the greater height.
+    volumes = (one[:, 3:6].prod(1)[:, None] + two[:, 3:6].prod(1)[None]) / max(1 + least, 1e-9)
+    narrow = np.minimum(one[:, 3:5].min(1)[:, None], two[:, 3:5].min(1)[None])
+    high = np.maximum(one[:, 5][:, None], two[:, 5][None])
+    near = np.argwhere(apart <= np.maximum(reach, volumes / np.maximum(narrow * high, 1e-9)))
     if not len(near):
         return found
     corners, others = _corners(one), _corners(two)
     for i, j in near.tolist():
         top = min(one[i, 2] + one[i, 5], two[j, 2] + two[j, 5])
-        high = max(one[i, 2] + one[i, 5], two[j, 2] + two[j, 5]) - min(one[i, 2], two[j, 2])
+        span = max(one[i, 2] + one[i, 5], two[j, 2] + two[j, 5]) - min(one[i, 2], two[j, 2])
         shared = 0.0
         if (tall := top - max(one[i, 2], two[j, 2])) > 0 and apart[i, j] < reach[i, j]:
             shared = cv2.intersectConvexConvex(corners[i], others[j])[0] * tall
         union = one[i, 3:6].prod() + two[j, 3:6].prod() - shared
-        hull = cv2.contourArea(cv2.convexHull(np.concatenate([corners[i], others[j]]))) * high
+        hull = cv2.contourArea(cv2.convexHull(np.concatenate([corners[i], others[j]]))) * span
         found[i, j] = shared / max(union, 1e-9) - max(hull - union, 0.0) / max(hull, 1e-9)
     return found
 

@@ -66,6 +66,17 @@ def test_far_pairs_are_not_computed() -> None:
     assert space_gious(UNIT, far)[0, 0] == pytest.approx(-99 / 101)
 
 
+def test_pairs_that_are_not_computed_would_not_have_reached_the_least() -> None:
+    rng = np.random.default_rng(0)
+    low = [-30, -30, -2, 0.3, 0.3, 0.5, -4]
+    one, two = (rng.uniform(low, [30, 30, 2, 12, 3, 3, 4], (80, 7)) for _ in range(2))
+    whole, part = space_gious(one, two), space_gious(one, two, -0.2)
+    left_out = part == -1
+    assert left_out.mean() > 0.3
+    assert whole[left_out].max() < -0.2
+    np.testing.assert_array_equal(part[~left_out], whole[~left_out])
+
+
 def test_iou_in_images_by_hand() -> None:
     one = np.array([[5.0, 5, 10, 10]])
     two = np.array([[5.0, 5, 10, 10], [10, 5, 10, 10], [50, 50, 10, 10]])
