@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-import zipfile
 from pathlib import Path
 
 import laspy
@@ -19,15 +18,6 @@ BUILT = ROOT / "serve" / "gateway" / "ui" / "built"
 KEY = "correct horse battery"
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 ASSETS = sorted(path.name.removesuffix(".gz") for path in BUILT.iterdir())
-
-
-@pytest.mark.slow
-def test_wheel_has_the_assets_and_not_their_sources(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    folder = "serve/gateway/ui/"
-    inside = {name.removeprefix(f"{folder}built/") for name in names if name.startswith(f"{folder}built/")}
-    assert inside == {path.name for path in BUILT.iterdir()}
-    assert not [name for name in names if name.startswith(f"{folder}source")]
 
 
 def lines_of(names: list[str]) -> bytes:
