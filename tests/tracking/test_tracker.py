@@ -119,6 +119,14 @@ def test_a_heading_mistaken_by_half_a_turn_keeps_track_and_size() -> None:
     assert follow(Tracker(), change=flip).score.switches == 0
 
 
+def test_a_flipped_heading_does_not_turn_the_track_across() -> None:
+    tracker = Tracker()
+    for k in range(8):
+        tracker.update(one_box(10, yaw=3.0 if k in (2, 5) else -0.1))
+        assert tracker._filters is not None
+        assert abs(np.sin(tracker._filters.boxes[0, 6])) < 0.2, k
+
+
 def test_a_heading_about_the_full_turn_is_not_averaged_across() -> None:
     tracker = Tracker()
     for k in range(10):
