@@ -231,6 +231,10 @@ def test_cancelled_call_frees_its_frames(start_grpc, backend, cloud):
     call.cancel()
     eventually(lambda: not client.gateway.admission.items)
     assert ended.wait(10)
+    line = (
+        'mmdet3d_serve_requests_total{model="second",status="499"} 1.0'  # as a client over HTTP that hangs up
+    )
+    eventually(lambda: line in client.gateway.client.get("/metrics").text)
     backend.release()
 
 
