@@ -33,6 +33,8 @@ def draw_clouds_from_above(module: ModuleType) -> None:
         if task not in _OF_CLOUDS or options.get("show"):
             drawn_by_upstream(self, name, data_input, data_sample, o3d_save_path=path, **options)
             return
+        if path is not None and path == options.get("out_file"):  # KITTI's image has the name of its cloud
+            path = str(Path(path).with_stem(f"{Path(path).stem}_cloud"))
         if path is not None:
             _write(self, data_input["points"], data_sample, options.get("pred_score_thr", 0.3), Path(path))
         if task == "multi-modality_det" and options.get("out_file") is not None:
