@@ -137,13 +137,14 @@ def test_the_wheel_alone_asks_for_numpy_alone() -> None:
 
 
 # Extras whose packages the environment of the tests may lack: imports are looked up by the names in `brought` then.
-OPTIONAL = ("models", "otel", "video", "grpc", "recordings", "rerun")
+OPTIONAL = ("models", "otel", "video", "grpc", "recordings", "rerun", "cvat")
 
 
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     declared = {Requirement(line).name for line in asked_by(*OPTIONAL)}
     brought = {
         "botocore": "boto3",
+        "cvat_sdk": "cvat-sdk",
         "google": "protobuf",
         "grpc": "grpcio",
         "llvmlite": "numba",
