@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -28,3 +29,8 @@ def test_the_page_is_the_one_that_the_script_writes() -> None:
 def test_no_row_that_was_run_has_failed() -> None:
     results = json.loads(RESULTS.read_text())
     assert [number for number, kept in results.items() if kept["result"] == "failed"] == []
+
+
+def test_the_command_of_archives_gets_its_checkpoint_by_the_flag() -> None:
+    commands = [found for row in ROWS for found in re.findall(r"mmdet3d-serve archive ([^`]+)`", row.ours)]
+    assert commands and all(re.fullmatch(r"\S+( --\S+ \S+)*", command) for command in commands), commands
