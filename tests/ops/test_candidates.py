@@ -56,3 +56,17 @@ def test_order_and_ties_are_those_of_a_stable_sort(order):
 def test_nan_is_no_candidate():
     logits = torch.tensor([0.0, float("nan"), 2.0])
     assert select_best(logits, 0.1, 3)[1].tolist() == [2, 0]
+
+
+def test_scores_have_the_same_bits_with_any_number_of_threads():
+    logits = torch.linspace(-6, 6, 100096)  # a third of them does not fill its vectors
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(select_best(logits, -1.0, len(logits)))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

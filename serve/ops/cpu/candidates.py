@@ -26,6 +26,8 @@ I64 = npt.NDArray[np.int64]
 _STRIDE = 64
 # Relative error of a sigmoid that is allowed for; that of torch is a few roundings of 6e-8.
 _MARGIN = 2e-6
+# Sigmoids at a time, whole vectors: torch gives fewer than 32,768 numbers to one thread.
+_PIECE = 1 << 14
 
 
 def select_best(logits: Tensor, threshold: float, count: int) -> tuple[Tensor, Tensor]:
@@ -52,9 +54,9 @@ def select_best(logits: Tensor, threshold: float, count: int) -> tuple[Tensor, T
 
 
 def _sigmoid(logits: Tensor) -> Tensor:
-    """Compute sigmoids in full vectors: torch rounds what does not fill one by another function."""
+    """Compute sigmoids in full vectors: torch rounds what does not fill one, of each thread, by another function."""
     padded = functional.pad(logits, (0, -len(logits) % _STRIDE))
-    return padded.sigmoid()[: len(logits)]
+    return torch.cat([piece.sigmoid() for piece in torch.split(padded, _PIECE)])[: len(logits)]
 
 
 def _lowest_logit(threshold: float) -> np.float32:
