@@ -126,3 +126,21 @@ def test_released_recordings_are_made_anew(device):
     assert len(cache) == 0 and graphs.graphs_of(network) is cache
     warm(call, image(0).to(DEVICE))
     assert len(cache) == 1
+
+
+def test_recordings_share_memory_with_those_of_their_own_function_alone(monkeypatch):
+    pools = []
+
+    def record(run, device, pool):
+        pools.append(pool)
+        return run(), lambda: None
+
+    monkeypatch.setattr(graphs, "record_launches", record)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    cache = GraphCache()
+    first, second = cache.wrap(lambda x: x + 1), cache.wrap(lambda x: x * 2)
+    with torch.no_grad():
+        for batch in (1, 2):
+            warm(lambda x: second(first(x)), image(0, batch))
+    assert len(cache) == 4 and pools[0] is pools[2] and pools[1] is pools[3] and pools[0] is not pools[1]

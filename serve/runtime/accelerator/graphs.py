@@ -1,10 +1,11 @@
 """CUDA graphs for the parts of a network whose shapes do not depend on the frame: backbone, neck, head.
 
 Their launches are recorded for each shape of the input, hence for each size of batch, and replayed as one. A recording
-has input and output buffers of its own; all recordings of a network share the memory between. The first calls with a
-shape run as before, because libraries choose their algorithms in them. A recording is used only if it gives, replayed,
-what the call gave; whatever cannot be recorded (it waits, or memory is short) runs as before, and a warning says so
-once.
+has input and output buffers of its own; all recordings of a function share the memory between. Those of two functions
+do not: a replay may overwrite the outputs of what was recorded after it, and these may still be read. The first calls
+with a shape run as before, because libraries choose their algorithms in them. A recording is used only if it gives,
+replayed, what the call gave; whatever cannot be recorded (it waits, or memory is short) runs as before, and a warning
+says so once.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class GraphCache:
         self.disabled: str | None = None
         self._recordings: OrderedDict[Any, tuple[Recording, Any]] = OrderedDict()
         self._calls: OrderedDict[Any, int] = OrderedDict()
-        self._pool: Any = None
+        self._pools: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -89,7 +90,7 @@ class GraphCache:
         """Free the memory of all recordings; they are made anew when they are called for."""
         self._recordings.clear()
         self._calls.clear()
-        self._pool = None
+        self._pools.clear()
 
     def _count_and_run(self, key: Any, function: Callable[..., Any], arguments: Any) -> Any:
         result = function(*arguments)
@@ -125,9 +126,9 @@ class GraphCache:
             found: list[Tensor] = tree_flatten(function(*tree_unflatten(inputs, structure)))[0]
             return found
 
-        if self._pool is None and torch.cuda.is_available():
-            self._pool = torch.cuda.graph_pool_handle()
-        outputs, replay = record_launches(run, inputs[0].device, self._pool)
+        if id(function) not in self._pools and torch.cuda.is_available():
+            self._pools[id(function)] = torch.cuda.graph_pool_handle()
+        outputs, replay = record_launches(run, inputs[0].device, self._pools.get(id(function)))
         replay()
         return Recording(inputs, outputs, replay)
 
