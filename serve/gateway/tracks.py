@@ -131,8 +131,13 @@ class _Session:
     used: float
     waiting: deque[Track] = field(default_factory=deque)
     turn: asyncio.Event = field(default_factory=asyncio.Event)
-    last_time_s: float = -math.inf  # of the requests that came, tracked or not yet
     timed: bool | None = None
+
+    @property
+    def last_time_s(self) -> float:
+        """Latest time that was followed or waits; not that of a request that failed, which may be sent again."""
+        times = [track.wanted.times_s[-1] for track in self.waiting if track.wanted.times_s]
+        return max(-math.inf if self.tracker.time_s is None else self.tracker.time_s, *times, -math.inf)
 
 
 class TrackSessions:
@@ -222,13 +227,11 @@ class TrackSessions:
                 else "frame_time_s was not given with the request before; send it with every request of a session or "
                 "with none"
             )
-        if wanted.times_s is not None:
-            if wanted.times_s[0] <= session.last_time_s:
-                raise BadRequest(
-                    f"frame_time_s {wanted.times_s[0]:.15g} is not after {session.last_time_s:.15g}, that of the "
-                    "request before; send the frames of a session in order, each once"
-                )
-            session.last_time_s = wanted.times_s[-1]
+        if wanted.times_s is not None and wanted.times_s[0] <= (last_s := session.last_time_s):
+            raise BadRequest(
+                f"frame_time_s {wanted.times_s[0]:.15g} is not after {last_s:.15g}, that of the request before; send "
+                "the frames of a session in order, each once"
+            )
         session.timed = timed
 
     def _leave(self, track: Track) -> None:

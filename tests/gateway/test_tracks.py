@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from serve.client import Client
 from serve.errors import BadRequest, Overloaded, SessionNotFound
 from serve.gateway.options import GatewayOptions
 from serve.gateway.tracks import SessionKey, TrackRequest, TrackSessions
@@ -140,6 +141,38 @@ def test_times_come_with_every_request_or_none_and_one_per_frame(gateway, cloud)
     assert gateway.post(f"{PATH}&frame_time_s=6,7", content=cloud(1)).status_code == 400
     assert gateway.post(f"{PATH}&frame_time_s=8", content=cloud(1)).status_code == 200
     assert gateway.post(f"{PATH}&frame_time_s=8", content=cloud(1)).status_code == 400
+
+
+def test_a_request_that_failed_may_be_sent_again_with_its_time():
+    sessions = TrackSessions(GatewayOptions())
+    start, again, later = (
+        TrackRequest("drive", start=k == 0, times_s=(time_s,)) for k, time_s in enumerate((1.0, 1.0, 2.0))
+    )
+    with pytest.raises(Overloaded), sessions.enter(key(), start):
+        raise Overloaded("as in receive_frames")
+    with sessions.enter(key(), again) as one:
+        with pytest.raises(BadRequest, match="not after 1"):
+            sessions.enter(key(), again)  # while it may still be followed
+        with pytest.raises(Overloaded), sessions.enter(key(), later):
+            raise Overloaded("as in receive_frames")
+        with sessions.enter(key(), later):
+            assert one.session.last_time_s == 2
+    assert one.session.last_time_s == float("-inf")  # nothing was followed
+
+
+def test_the_client_repeats_a_timed_request_of_a_session(start_gateway, backend, cloud):
+    gateway = start_gateway(max_pending_frames=1, max_frames_per_request=1, client_share=1)
+    with Client(gateway.url) as client, ThreadPoolExecutor(1) as others:
+        options = {"track_session": "drive", "frame_time_s": 1.0}
+        client.predict(cloud(1), "second", **{**options, "frame_time_s": 0.5}, track_start=True)
+        backend.hold()
+        first = others.submit(gateway.post, content=cloud(2))
+        eventually(lambda: gateway.admission.items == 1)
+        refused = gateway.post(f"{PATH}&frame_time_s=1.0", content=cloud(1))
+        assert refused.status_code == 429
+        backend.release()
+        assert first.result().status_code == 200
+        assert client.predict(cloud(1), "second", **options)["track_frame"] == 1
 
 
 @pytest.fixture
