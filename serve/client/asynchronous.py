@@ -12,7 +12,17 @@ import httpx
 
 from serve.client.connection import connection_arguments, read_headers
 from serve.client.frames import FrameInput
-from serve.client.requests import CONNECT_S, Calls, PredictOptions, Reply, Send, Steps, Wait, Window
+from serve.client.requests import (
+    CONNECT_S,
+    Calls,
+    PredictOptions,
+    Reply,
+    Send,
+    Steps,
+    Wait,
+    Window,
+    check_order,
+)
 from serve.client.results import Result
 from serve.client.retry import Retry
 from serve.errors import ServeError
@@ -85,6 +95,7 @@ class AsyncClient:
         **options: Unpack[PredictOptions],
     ) -> AsyncIterator[Result | ServeError]:
         """Send many frames side by side; yields their results in order, as `Client.predict_many` does."""
+        check_order(options, concurrency)
         turns = asyncio.Semaphore(concurrency)
         window: Window[asyncio.Task[Result]] = Window(2 * concurrency)
 

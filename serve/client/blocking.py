@@ -13,7 +13,17 @@ import httpx
 
 from serve.client.connection import connection_arguments, read_headers
 from serve.client.frames import FrameInput
-from serve.client.requests import CONNECT_S, Calls, PredictOptions, Reply, Send, Steps, Wait, Window
+from serve.client.requests import (
+    CONNECT_S,
+    Calls,
+    PredictOptions,
+    Reply,
+    Send,
+    Steps,
+    Wait,
+    Window,
+    check_order,
+)
 from serve.client.results import Result
 from serve.client.retry import Retry
 from serve.errors import ServeError
@@ -126,8 +136,10 @@ class Client:
             options: see `PredictOptions`.
 
         Raises:
+            UnknownOption: the frames are of a track session and would arrive in any order.
             ServeError: as `predict`, for the first frame that fails, unless `return_errors`.
         """
+        check_order(options, concurrency)
         pool = ThreadPoolExecutor(concurrency, thread_name_prefix="client")
         window: Window[Future[Result]] = Window(2 * concurrency)
 

@@ -33,7 +33,7 @@ from serve.errors import (
     error_from_response,
 )
 
-__all__ = ["Calls", "PredictOptions", "Reply", "Send", "Steps", "Wait", "Window", "Work"]
+__all__ = ["Calls", "PredictOptions", "Reply", "Send", "Steps", "Wait", "Window", "Work", "check_order"]
 
 CONNECT_S = 10.0  # enough for any server that runs
 _MAX_QUOTED_CHARS = 200  # of an unexpected answer in an error message
@@ -322,6 +322,19 @@ def _with_body(request: Request, frame: FrameInput, content_type: str | None) ->
         else {"Content-Type": content_type or found, **request.headers}
     )
     return Request(request.method, request.path, headers, body)
+
+
+def check_order(options: PredictOptions, concurrency: int) -> None:
+    """Check that frames which are sent `concurrency` at a time need not arrive in order.
+
+    Raises:
+        UnknownOption: they belong to a track session, whose frames are followed as they arrive.
+    """
+    if concurrency > 1 and options.get("track_session") is not None:
+        raise UnknownOption(
+            f"track_session needs its frames in order, and predict_many sends {concurrency} side by side; "
+            "use concurrency=1, or predict"
+        )
 
 
 def _option_headers(options: PredictOptions) -> dict[str, str]:

@@ -237,6 +237,18 @@ def test_error_of_a_frame_is_raised_or_in_its_place(kind: str, gateway: RunningG
         call("predict_many", frames, "second")
 
 
+def test_frames_of_a_track_session_are_sent_in_order_or_not(
+    kind: str, gateway: RunningGateway, cloud: Any
+) -> None:
+    call = Driven(kind, gateway.url)
+    call("predict", cloud(1), "second", track_session="drive", track_start=True)
+    with pytest.raises(errors.UnknownOption, match="order"):
+        call("predict_many", [cloud(1)], "second", track_session="drive")
+    frames = [cloud(1) for _ in range(5)]
+    found = call("predict_many", frames, "second", track_session="drive", concurrency=1)
+    assert [each["track_frame"] for each in found] == [1, 2, 3, 4, 5]
+
+
 def test_results_that_are_not_taken_leave_nothing_behind(gateway: RunningGateway, cloud: Any) -> None:
     with Client(gateway.url) as client:
         results = client.predict_many((cloud(k) for k in range(100)), "second", concurrency=2)
