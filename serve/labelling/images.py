@@ -8,18 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
+import io
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from PIL import Image
+
 from serve.errors import BadRequest, FrameTooLarge, ReferenceNotFound, ReferenceRefused, quote
 from serve.labelling.options import LabelStudioOptions
+from serve.protocol.image_size import UNREADABLE, image_size
 from serve.storage.references import ReferenceLimits, References
 
-__all__ = ["TaskImages"]
+__all__ = ["TaskImages", "shown_size"]
 
 _UPLOADS = "/data/"
 _LOCAL_FILES = "/data/local-files/"
+_ORIENTATION = 0x0112  # EXIF's tag; from 5 on width and height change places
+_TURNED = ("JPEG", "PNG", "WEBP", "TIFF")  # formats that OpenCV turns by EXIF
+
+
+def shown_size(image: bytes) -> tuple[int, int]:
+    """Return width and height as browsers show the image and models see it: turned by EXIF.
+
+    Raises:
+        UndecodableFrame: no image of a known format.
+    """
+    width, height = image_size(image)
+    try:
+        with Image.open(io.BytesIO(image), formats=_TURNED) as opened:  # reads the header
+            has_exif = "exif" in opened.info or opened.format == "TIFF"  # else a PNG would be decoded for it
+            is_turned = has_exif and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except (*UNREADABLE, Image.DecompressionBombError):
+        is_turned = False
+    return (height, width) if is_turned else (width, height)
 
 
 class TaskImages:
@@ -91,7 +112,7 @@ class TaskImages:
             raise FrameTooLarge(f"the image is larger than {self._options.max_image_bytes} bytes")
         try:
             return base64.b64decode(data, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii.Error, or letters beyond ASCII
             raise BadRequest(f"the data: URI is not base64: {error}") from None
 
     def _read_file(self, folder: Path, name: str) -> bytes:

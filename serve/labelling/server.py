@@ -24,11 +24,10 @@ from starlette.routing import Route
 from serve import __version__
 from serve.client import AsyncClient
 from serve.errors import BadRequest, FrameTooLarge, ServeError, SettingsError, Unauthorized, error_body
-from serve.labelling.images import TaskImages
+from serve.labelling.images import TaskImages, shown_size
 from serve.labelling.label_config import Control, read_label_config
 from serve.labelling.options import LabelStudioOptions
 from serve.labelling.predictions import make_prediction
-from serve.protocol.image_size import image_size
 
 __all__ = ["create_backend"]
 
@@ -125,7 +124,7 @@ class _Backend:
                 raise BadRequest(f"a task needs data with {' or '.join(keys)}")
             async with self._slots:
                 image = await self.images.read(data[key])
-                size = image_size(image)
+                size = shown_size(image)
                 result = await self.client.predict(
                     image, self._model, self._options.version, score_thr=self._options.score_thr
                 )

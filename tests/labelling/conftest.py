@@ -40,7 +40,7 @@ def masks() -> np.ndarray:
 
 
 def answer_for(frame: Any, options: dict[str, Any]) -> bytes:
-    if isinstance(frame, bytes) and frame.startswith(b"\x89PNG"):
+    if isinstance(frame, bytes) and frame.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF")):
         threshold = options.get("score_thr", 0)
         kept = [i for i, score in enumerate((0.9, 0.4)) if score >= threshold]
         packed = [coco.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks()]

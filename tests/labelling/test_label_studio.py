@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -123,6 +124,19 @@ def test_polygon_encloses_its_mask(start_backend, png):
     assert (drawn.astype(bool) == masks()[0]).all()
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_picture_that_exif_turns_has_the_size_as_it_is_shown(start_backend, kind):
+    from PIL import Image
+
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # a quarter turn: a camera that was held upright
+    Image.new("RGB", (HEIGHT, WIDTH)).save(file, kind, exif=exif)
+    (prediction,) = start_backend().post("/predict", json=asked(inline(file.getvalue()))).json()["results"]
+    box = of_kind(prediction, "rectanglelabels")[0]
+    assert (box["original_width"], box["original_height"]) == (WIDTH, HEIGHT)
+    assert (box["value"]["x"], box["value"]["y"], box["value"]["width"]) == (10.0, 20.0, 40.0)
+
+
 def test_threshold_is_that_of_the_options(start_backend, png):
     (prediction,) = start_backend(score_thr=0.5).post("/predict", json=asked(inline(png))).json()["results"]
     assert len(of_kind(prediction, "rectanglelabels")) == 1
@@ -146,6 +160,7 @@ def test_task_that_fails_does_not_fail_the_others(start_backend, png):
         ("s3://bucket/x.png", 403, "reference_refused"),
         ("data:image/png,plain", 400, "bad_request"),
         ("data:image/png;base64,!!", 400, "bad_request"),
+        ("data:image/png;base64,é", 400, "bad_request"),
         (5, 400, "bad_request"),
         (None, 400, "bad_request"),
     ],
@@ -252,6 +267,12 @@ def test_requests_have_limits(start_backend, png):
     assert client.post("/predict", content=b"nonsense").status_code == 400
     assert client.post("/predict", json=[]).status_code == 400
     assert client.post("/predict", json={**asked(), "tasks": {}}).status_code == 400
+
+
+def test_text_that_is_no_base64_fails_its_task_alone(start_backend, png):
+    answer = start_backend().post("/predict", json=asked(inline(png), "data:image/png;base64,é"))
+    good, bad = answer.json()["results"]
+    assert good["result"] and bad["error"]["code"] == "bad_request"
 
 
 def test_model_must_be_named():
