@@ -105,26 +105,31 @@ def cloud_bytes(message: Any) -> bytes:
             f"the PointCloud2 has {len(data)} bytes of data, and {height} x {width} points take "
             f"{(height - 1) * row + width * step}; is the recording complete?"
         )
+    packed_kind = np.dtype([(name, "<" + kind) for name, (kind, _) in fields.items()])
+    if not points:  # whose layout may be one that numpy cannot have
+        return _npy(np.empty(0, packed_kind))
     order = ">" if message.is_bigendian else "<"
     laid_out = np.dtype(
         {
             "names": list(fields),
             "formats": [order + kind for kind, _ in fields.values()],
             "offsets": [offset for _, offset in fields.values()],
-            "itemsize": max(step, last),
+            "itemsize": step,
         }
     )
-    found = np.empty(0, laid_out)
-    if points:
-        found = np.ndarray((height, width), laid_out, data.data, 0, (row, step)).reshape(-1)
+    found = np.ndarray((height, width), laid_out, data.data, 0, (row, step)).reshape(-1)
     finite = np.ones(len(found), bool)
     for name in "xyz":
         finite &= np.isfinite(found[name])
-    packed = np.empty(int(finite.sum()), np.dtype([(name, "<" + kind) for name, (kind, _) in fields.items()]))
+    packed = np.empty(int(finite.sum()), packed_kind)
     for name in fields:
         packed[name] = found[name][finite]
+    return _npy(packed)
+
+
+def _npy(points: NDArray[Any]) -> bytes:
     file = io.BytesIO()
-    np.save(file, packed, allow_pickle=False)
+    np.save(file, points, allow_pickle=False)
     return file.getvalue()
 
 

@@ -97,6 +97,13 @@ def test_an_empty_cloud_has_its_columns() -> None:
     assert len(found) == 0 and found.dtype.names == velodyne().dtype.names
 
 
+def test_an_empty_cloud_is_read_whatever_its_layout() -> None:
+    message = altered(cloud(velodyne(0)), point_step=(1 << 32) - 1)
+    for field in message.fields:
+        field.offset = (1 << 32) - 8
+    assert len(read(message)) == 0
+
+
 def test_a_field_of_several_values_is_left_out() -> None:
     message = cloud(velodyne())
     message.fields.append(SimpleNamespace(name="normal", offset=24, datatype=7, count=3))
