@@ -3,7 +3,8 @@
 After `register`, which importing this module calls, configs written for Ceph's closed SDK, for mmcv's AWS backend and
 for High-Flyer's FFRecordClient find their backends, by name and by the prefix ``s3://``, in the old ``FileClient`` and
 in the functions of ``mmengine.fileio``. A training config registers them with
-``custom_imports = dict(imports=['serve.storage.backends'])``.
+``custom_imports = dict(imports=['serve.storage.backends'])``; its parts then get its ``backend_args`` too
+(`serve.storage.config_backend`).
 
 mmengine's own backends for local files, http, LMDB and memcached stay unchanged. Reads return bytes that also have
 ``tobytes``, so that callers of either interface work.
@@ -23,6 +24,7 @@ from mmengine.fileio.backends import BaseStorageBackend, register_backend
 
 from serve.errors import ObjectNotFound, StorageError, UriError
 from serve.storage import s3
+from serve.storage.config_backend import apply_to_configs
 from serve.storage.packed_folder import PackedFolder
 from serve.storage.uri import Location, map_path, parse
 
@@ -351,7 +353,7 @@ def _ends(name: str, suffix: str | tuple[str, ...] | None) -> bool:
 
 
 def register() -> None:
-    """Register the backends with mmengine, replacing its own of the same names. Idempotent."""
+    """Register the backends with mmengine, replacing its own, and apply `config_backend` to configs. Idempotent."""
     for name, backend, prefixes in (
         ("petrel", ObjectBackend, ["s3", "petrel", "ceph"]),
         ("aws", ObjectBackend, []),
@@ -361,6 +363,7 @@ def register() -> None:
         FileClient.register_backend(name, backend, force=True)
         # mmengine 0.10.7 does not replace a known prefix, even with force.
         FileClient._prefix_to_backends.update(dict.fromkeys(prefixes, backend))
+    apply_to_configs()
 
 
 register()

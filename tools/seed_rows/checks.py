@@ -71,24 +71,24 @@ def pipeline() -> None:
 
 
 def storage() -> None:
-    """Put the snippet of docs/storage.md on a config of the zoo and print what its loaders read from."""
-    Path("stored.py").write_text(
-        "_base_ = 'mmdet3d::second/second_hv_secfpn_8xb6-80e_kitti-3d-3class.py'\n"
-        "custom_imports = dict(imports=['serve.storage.backends'])\n"
-        "backend_args = dict(backend='petrel', path_mapping={'data/kitti/': 's3://bucket/kitti/'})\n"
-        "train_dataloader = dict(dataset=dict(dataset=dict(backend_args=backend_args)))\n"
-        "val_evaluator = dict(backend_args=backend_args)\n"
-    )
+    """Read the config for Ceph on docs/storage.md, as printed there, and print which backends its parts read by."""
+    page = (ROOT / "docs" / "storage.md").read_text()
+    block = page.partition("### Ceph")[2].partition("```python\n")[2].partition("```")[0]
+    Path("stored.py").write_text(block)
     from serve.upstream import patches
 
     patches.apply()
     from mmengine.config import Config
 
     config = Config.fromfile("stored.py")
-    print(
-        config.train_dataloader.dataset.dataset.backend_args.backend,
-        config.val_evaluator.backend_args.backend,
-    )
+    train = config.train_dataloader.dataset.dataset
+    loader = next(step for step in train.pipeline if step.type == "LoadPointsFromFile")
+    sampler = next(step for step in train.pipeline if step.type == "ObjectSample").db_sampler
+    parts = [train, loader, sampler, sampler.points_loader]
+    for split in ("val", "test"):
+        dataset = config[f"{split}_dataloader"].dataset
+        parts += [dataset, dataset.pipeline[0], config[f"{split}_evaluator"]]
+    print(*(part.backend_args.backend if part.backend_args else None for part in parts))
 
 
 def inference() -> None:
