@@ -63,7 +63,7 @@ class GraphCache:
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of nested tensors that records `function` and replays it.
 
-        The result is valid until the next call with the same shapes. Calls with anything but tensors and None, or with
+        The result is valid until the next call, of any shapes. Calls with anything but tensors and None, or with
         gradients, run as they are.
         """
 
