@@ -26,7 +26,7 @@ from serve.ops.checks import (
 )
 from serve.ops.device_kernels import uses_triton
 
-__all__ = ["box_iou_rotated", "nms_rotated", "rotated_bits"]
+__all__ = ["box_iou_rotated", "nms_rotated"]
 
 
 def box_iou_rotated(
