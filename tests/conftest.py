@@ -137,6 +137,17 @@ def share_the_cores() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
 
 
+@pytest.fixture(autouse=True)
+def the_default_scope_is_restored() -> Iterator[None]:
+    """Keep mmengine's default scope, which is one of the process, from deciding how the next test builds."""
+    registries = sys.modules.get("mmengine.registry")
+    before = dict(registries.DefaultScope._instance_dict) if registries else {}
+    yield
+    if registries := sys.modules.get("mmengine.registry"):
+        registries.DefaultScope._instance_dict.clear()
+        registries.DefaultScope._instance_dict.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail the session if a process started by a test outlives all tests (of this process of a parallel run)."""
