@@ -411,8 +411,6 @@ def _dump_results(runner: Any, out: str) -> None:
     """Have the runner write its predictions to a pickle file, as mmdet's program does for ``--out``."""
     from mmengine.evaluator import DumpResults
 
-    if not out.endswith((".pkl", ".pickle")):
-        raise DataSetError(f"--out takes a .pkl file, got {out}")
     runner.test_evaluator.metrics.append(DumpResults(out_file_path=out))
 
 

@@ -47,9 +47,47 @@ _KEYS = {
     "optimizer_config.grad_clip": "optim_wrapper.clip_grad",
     "dist_params.backend": "env_cfg.dist_cfg.backend",
     "cudnn_benchmark": "env_cfg.cudnn_benchmark",
-    "resume_from": "load_from",
+    "mp_start_method": "env_cfg.mp_cfg.mp_start_method",
+    "opencv_num_threads": "env_cfg.mp_cfg.opencv_num_threads",
+    "seed": "randomness.seed",
+    "deterministic": "randomness.deterministic",
+    "optimizer.constructor": "optim_wrapper.constructor",
+    "optimizer_config.cumulative_iters": "optim_wrapper.accumulative_counts",
+    "evaluation.start": "train_cfg.val_begin",
+    "evaluation.out_dir": "default_hooks.checkpoint.out_dir",
+    "evaluation.rule": "default_hooks.checkpoint.rule",
+    "checkpoint_config.by_epoch": "default_hooks.checkpoint.by_epoch",
+    "checkpoint_config.save_optimizer": "default_hooks.checkpoint.save_optimizer",
+    "checkpoint_config.save_last": "default_hooks.checkpoint.save_last",
 }
-_KEY_PREFIXES = {"optimizer.": "optim_wrapper.optimizer."}
+# The first that fits applies.
+_KEY_PREFIXES = {
+    "optimizer.paramwise_cfg.": "optim_wrapper.paramwise_cfg.",
+    "optimizer.": "optim_wrapper.optimizer.",
+    "optimizer_config.grad_clip.": "optim_wrapper.clip_grad.",
+}
+# Members that are several today, by key; `{}` is the value.
+_SEVERAL = {
+    "resume_from": ("load_from={}", "resume=True"),
+    "fp16.loss_scale": ("optim_wrapper.type=AmpOptimWrapper", "optim_wrapper.loss_scale={}"),
+}
+# Members of 2.x that today's runner does not read, and where theirs are today.
+_UNREAD = {
+    "checkpoint_config": "default_hooks.checkpoint",
+    "data": "train_dataloader, val_dataloader and test_dataloader",
+    "dist_params": "env_cfg.dist_cfg",
+    "evaluation": "val_evaluator",
+    "fp16": "--amp, or optim_wrapper.type=AmpOptimWrapper",
+    "log_config": "default_hooks.logger and vis_backends",
+    "lr_config": "the list param_scheduler (for steps: --cfg-options param_scheduler.1.milestones=[8,11], 1 being "
+    "the place of MultiStepLR in it)",
+    "momentum_config": "the list param_scheduler",
+    "optimizer_config": "optim_wrapper",
+    "resume_from": "load_from and resume",
+    "runner": "train_cfg",
+    "workflow": "nothing: losses of validation data are not computed, and figures of it are val_evaluator's",
+}
+_RUNNERS = ("train", "test", "test_tracking")
 # Arguments of dataset.evaluate() and format_results(), now of the metric.
 _METRIC_KEYS = {"jsonfile_prefix": "outfile_prefix", "txtfile_prefix": "outfile_prefix"}
 _NO_VALIDATION = ("val_cfg=None", "val_dataloader=None", "val_evaluator=None")
@@ -105,13 +143,11 @@ class Flag:
         tools: programs that had it.
         values: how many values follow: a number, ``*`` for all up to the next flag.
         rule: called with the translation, the flag as written, and its values.
-        package: if only one package's program needs the rule.
     """
 
     tools: tuple[str, ...]
     values: int | str
     rule: Rule
-    package: str = ""
 
 
 def _metric(now: Translation, flag: str, values: list[str]) -> None:
@@ -132,21 +168,34 @@ def _metric_options(now: Translation, flag: str, values: list[str]) -> None:
         if not equals:
             key, text = "outfile_prefix", value
         if "." in key:
-            options.append(_option(f"{key}={text}"))
+            options += _todays(f"{key}={text}", now.tool)
         else:
             options.append(f"test_evaluator.{_METRIC_KEYS.get(key, key)}={text}")
     now.replace(f"{flag} {' '.join(values)}", (), *options)
 
 
-def _option(option: str) -> str:
-    """Today's key of ``key=value``."""
+def _todays(option: str, tool: str) -> list[str]:
+    """Today's options for ``key=value``.
+
+    Raises:
+        SettingsError: the runner of today does not read the key, and there is no option for it.
+    """
     key, equals, value = option.partition("=")
+    if key in _SEVERAL and value not in ("", "None"):
+        return [each.replace("{}", value) for each in _SEVERAL[key]]
     if key in _KEYS:
-        return f"{_KEYS[key]}{equals}{value}"
+        return [f"{_KEYS[key]}{equals}{value}"]
     for former, now in _KEY_PREFIXES.items():
         if key.startswith(former):
-            return f"{now}{key.removeprefix(former)}{equals}{value}"
-    return option
+            return [f"{now}{key.removeprefix(former)}{equals}{value}"]
+    if key == "resume_from":
+        return ["load_from=None", "resume=False"]
+    member = key.partition(".")[0]
+    if member in _UNREAD and tool in _RUNNERS:
+        raise SettingsError(
+            f"{option} is of mmdet 2.x / mmdet3d 0.x, and today's runner does not read it; today's is {_UNREAD[member]}"
+        )
+    return [option]
 
 
 def _options(now: Translation, flag: str, values: list[str]) -> None:
@@ -156,11 +205,15 @@ def _options(now: Translation, flag: str, values: list[str]) -> None:
             now.port = value.partition("=")[2]
         else:
             kept.append(value)
-    options = [_option(value) for value in kept]
+    todays = {value: _todays(value, now.tool) for value in kept}
+    options = [option for each in todays.values() for option in each]
     if flag == "--cfg-options":
-        changed = [(one, other) for one, other in zip(kept, options, strict=True) if one != other]
         now.options += options
-        now.notes += [f"'{one}' is now: --cfg-options {_quoted(other)}" for one, other in changed]
+        now.notes += [
+            f"'{former}' is now: --cfg-options {' '.join(map(_quoted, each))}"
+            for former, each in todays.items()
+            if each != [former]
+        ]
     elif options:
         now.replace(f"{flag} {' '.join(kept)}", (), *options)
 
@@ -181,8 +234,13 @@ def _gpu_ids(now: Translation, flag: str, values: list[str]) -> None:
     now.replace(f"{flag} {' '.join(values)}", note=f"CUDA_VISIBLE_DEVICES={now.gpu_ids}")
 
 
-def _out_3d(now: Translation, flag: str, values: list[str]) -> None:
-    now.out = values[0]
+def _out(now: Translation, flag: str, values: list[str]) -> None:
+    if not values[0].endswith((".pkl", ".pickle")):
+        raise SettingsError(f"{flag} takes a .pkl file, got {values[0]}")
+    if now.package == "mmdet3d":  # whose program has no such flag
+        now.out = values[0]
+    else:
+        now.arguments += [flag, values[0]]
 
 
 def _draw_threshold(now: Translation, flag: str, values: list[str]) -> None:
@@ -214,7 +272,7 @@ FLAGS: dict[str, Flag] = {
     "--eval-options": Flag(("test",), "*", _metric_options),
     "--format-only": Flag(("test",), 0, _becomes(options=("test_evaluator.format_only=True",))),
     "-format-only": Flag(("test",), 0, _becomes(options=("test_evaluator.format_only=True",))),
-    "--out": Flag(("test",), 1, _out_3d, "mmdet3d"),
+    "--out": Flag(("test",), 1, _out),
     "--show-score-thr": Flag(("test",), 1, _draw_threshold),
     "--fuse-conv-bn": Flag(("test",), 0, _becomes(note="nothing; `mmdet3d-serve archive` fuses norms")),
     "--gpu-collect": Flag(("test",), 0, _becomes(options=("test_evaluator.collect_device=gpu",))),
@@ -244,7 +302,7 @@ def translate(tool: str, package: str, arguments: Sequence[str]) -> Translation:
         arguments: as given.
 
     Raises:
-        SettingsError: a former flag lacks its value.
+        SettingsError: a former flag lacks its value, or a member of the config is read no more.
     """
     now = Translation(tool, package)
     words = list(arguments)
@@ -285,7 +343,7 @@ def _rule(name: str, tool: str, package: str) -> Flag | None:
             return None
         return Flag((tool,), "*", _metric_options if tool == "test" else _options)
     found = FLAGS.get(name)
-    if found is None or found.package not in ("", package):
+    if found is None:
         return None
     return found if tool in found.tools or "*" in found.tools else None
 

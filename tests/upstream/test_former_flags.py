@@ -47,6 +47,24 @@ def test_testing_flags_become_config_options(given, options):
             ["--seed", "3", "--deterministic"],
             ["--cfg-options", "randomness.seed=3", "randomness.deterministic=True"],
         ),
+        (["--options", "resume_from=a.pth"], ["--cfg-options", "load_from=a.pth", "resume=True"]),
+        (["--cfg-options", "resume_from=None"], ["--cfg-options", "load_from=None", "resume=False"]),
+        (
+            [
+                "--options",
+                "optimizer.paramwise_cfg.norm_decay_mult=0",
+                "optimizer_config.grad_clip.max_norm=35",
+            ],
+            [
+                "--cfg-options",
+                "optim_wrapper.paramwise_cfg.norm_decay_mult=0",
+                "optim_wrapper.clip_grad.max_norm=35",
+            ],
+        ),
+        (
+            ["--options", "fp16.loss_scale=512."],
+            ["--cfg-options", "optim_wrapper.type=AmpOptimWrapper", "optim_wrapper.loss_scale=512."],
+        ),
         (["--samples-per-gpu=4"], ["--cfg-options", "train_dataloader.batch_size=4"]),
         (["--autoscale-lr"], ["--auto-scale-lr"]),
         (["--work-dir", "w", "--amp"], ["--work-dir", "w", "--amp"]),
@@ -93,6 +111,28 @@ def test_the_port_of_old_options_becomes_the_port_of_the_process_group():
 
 def test_a_results_file_of_mmdet3d_is_kept_for_the_runner():
     assert translate("test", "mmdet3d", ["c.py", "w.pth", "--out", "r.pkl"]).out == "r.pkl"
+
+
+@pytest.mark.parametrize("flag", ["--options", "--cfg-options"])
+@pytest.mark.parametrize(
+    ("option", "today"),
+    [
+        ("workflow=[('train',1),('val',1)]", "val_evaluator"),
+        ("lr_config.step=[8,11]", "param_scheduler"),
+        ("momentum_config.policy=cyclic", "param_scheduler"),
+        ("runner.type=IterBasedRunner", "train_cfg"),
+        ("data.train.times=2", "train_dataloader"),
+    ],
+)
+def test_a_member_that_is_read_no_more_is_an_error_with_the_place_of_today(flag, option, today):
+    with pytest.raises(SettingsError, match=today):
+        translate("train", "mmdet", ["c.py", flag, option])
+
+
+@pytest.mark.parametrize("package", ["mmdet", "mmdet3d"])
+def test_a_results_file_of_another_format_is_an_error_before_anything_is_made(package):
+    with pytest.raises(SettingsError, match="takes a"):
+        translate("test", package, ["c.py", "w.pth", "--out", "r.json"])
 
 
 @pytest.mark.parametrize("flag", ["--gpus", "--resume-from"])
