@@ -14,7 +14,9 @@ from serve.errors import DataSetError, ServeError
 
 __all__ = ["reading_explained", "written_whole"]
 
-_SPOILED = (ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
+_SPOILED = (AssertionError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
+# An assertion of upstream on --format-only.
+_WITHOUT_PREFIX = "outfile_prefix must be not"
 # Of an info file before mmdet3d 1.1, as mmengine reports it.
 _FORMER_INFOS = "should be a dict, but got <class 'list'>"
 
@@ -37,6 +39,11 @@ def reading_explained() -> Iterator[None]:
         try:
             return build(self, evaluator)
         except _SPOILED as error:
+            if _WITHOUT_PREFIX in str(error):
+                raise DataSetError(
+                    "format_only (--format-only) writes files and has no name for them; add --cfg-options "
+                    "test_evaluator.outfile_prefix=FOLDER/NAME"
+                ) from error
             raise DataSetError(f"the metrics of the config cannot be made: {describe(error)}") from error
 
     for kind, load in zip(kinds, loads, strict=True):

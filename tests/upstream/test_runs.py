@@ -125,6 +125,8 @@ BAD_INPUT = {
         [CHECKPOINT, "--cfg-options", "test_evaluator.ann_file=coco/truncated.json"],
         "metrics of the config",
     ),
+    "no name for files": ([CHECKPOINT, "--format-only"], "outfile_prefix"),
+    "predictions of another format": ([CHECKPOINT, "--out", "r.json"], ".pkl"),
     "no frames": (
         [CHECKPOINT, "--cfg-options", "test_dataloader.dataset.ann_file=no_frames.json"],
         "has no frames",
