@@ -352,6 +352,7 @@ def _check_start(runner: Any, *, allow_partial: bool, trust: bool) -> None:
 
     Raises:
         CheckpointError: no weight of it fits, or, where a training is resumed, not every weight does.
+        DataSetError: a training is resumed with the classes in another order.
     """
     from serve.convert.checkpoint import load_checkpoint
     from serve.convert.legacy_weights import compare_keys, shapes_of
@@ -361,7 +362,13 @@ def _check_start(runner: Any, *, allow_partial: bool, trust: bool) -> None:
         return
     network = runner.model.module if hasattr(runner.model, "module") else runner.model
     shapes = shapes_of(network)
-    weights = load_checkpoint(file, trust=trust).state_dict
+    checkpoint = load_checkpoint(file, trust=trust)
+    mixed = _compare_order(checkpoint, runner._train_dataloader, file)
+    if mixed and runner._resume:
+        raise DataSetError(mixed)
+    if mixed:
+        print(f"warning: {mixed}; its heads are learned anew", file=sys.stderr)
+    weights = checkpoint.state_dict
     report = compare_keys(weights, shapes)
     fitting = sum(
         name in shapes and tuple(value.shape) == tuple(shapes[name]) for name, value in weights.items()
@@ -378,6 +385,7 @@ def _check_checkpoint(runner: Any, scratch: Path, *, allow_partial: bool, trust:
 
     Raises:
         CheckpointError: it is of another model.
+        DataSetError: it has the data set's classes in another order.
     """
     from serve.convert.checkpoint import load_checkpoint
     from serve.convert.legacy_weights import adapt_and_load, compare_keys, shapes_of
@@ -386,6 +394,8 @@ def _check_checkpoint(runner: Any, scratch: Path, *, allow_partial: bool, trust:
     if not isinstance(file, str) or "://" in file:
         return
     checkpoint = load_checkpoint(file, trust=trust)
+    if mixed := _compare_order(checkpoint, runner._test_dataloader, file):
+        raise DataSetError(mixed)
     network = runner.model.module if hasattr(runner.model, "module") else runner.model
     shapes = shapes_of(network)
     report = compare_keys(checkpoint.state_dict, shapes)
@@ -405,6 +415,27 @@ def _check_checkpoint(runner: Any, scratch: Path, *, allow_partial: bool, trust:
     copy = scratch / Path(file).name
     torch.save({"state_dict": network.state_dict(), "meta": dict(checkpoint.meta)}, copy)
     runner._load_from = str(copy)
+
+
+def _compare_order(checkpoint: Any, loader: Any, file: str) -> str | None:
+    """Return a sentence if a checkpoint has the classes of the data in another order, so that labels would be mixed up.
+
+    Other names are no error: some data sets spell theirs in several ways.
+    """
+    names = None
+    with suppress(CheckpointError):  # a list of classes that cannot be read is not compared
+        names = checkpoint.classes
+    if names is None or not isinstance(loader, Mapping):
+        return None
+    for dataset in leaf_datasets(loader["dataset"]):
+        classes = _classes_of(dataset)
+        if classes is not None and classes != tuple(names) and sorted(classes) == sorted(names):
+            return (
+                f"checkpoint {file} has the classes {', '.join(names)}, the data set {dataset.get('type')} "
+                f"{', '.join(classes)}: labels would be mixed up; name them in the checkpoint's order "
+                "with metainfo = dict(classes=…) in the config"
+            )
+    return None
 
 
 def _dump_results(runner: Any, out: str) -> None:
