@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from serve.cli.entry import add_checkpoint_flags, bounded, command_parser, open_cache, stage_reporter
 from serve.convert.classes import read_class_names
+from serve.errors import SettingsError
 from serve.evaluate.data_set import data_settings, open_data_set
 from serve.evaluate.endpoints import ArchiveEndpoint, Endpoint, ServerEndpoint
 from serve.evaluate.evaluation import Evaluation, evaluate
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if (args.archive is None) == (args.model is None):
         parser.error("name a served model (--url, --model NAME) or an archive (--archive FILE), one of them")
+    if args.out is not None:
+        _check_writable(args.out)
     report = stage_reporter()
     with ExitStack() as stack:
         config = Path(stack.enter_context(config_file(args.config)))
@@ -59,13 +63,25 @@ def main(argv: Sequence[str] | None) -> int:
     return _verdict(found, args.max_difference)
 
 
+def _check_writable(out: Path) -> None:
+    """Check that a file can be written before hours of frames are evaluated for it."""
+    if out.is_dir():
+        raise SettingsError(f"--out {out} is a folder; name a file in it")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        state = "cannot be written to" if out.parent.is_dir() else "does not exist"
+        raise SettingsError(f"--out {out}: the folder {out.parent} {state}; name a file in another")
+
+
 def _verdict(found: Evaluation, max_difference: float) -> int:
     """Exit code of an evaluation."""
-    if found.largest_difference is None:
+    if found.detections[0] is None:
         print("note: without --checkpoint there is no native model to compare with", file=sys.stderr)
         return 0
     if found.detections == (0, 0):
         print("note: neither side has detections, so that nothing is compared", file=sys.stderr)
+        return 3
+    if found.largest_difference is None:
+        print("note: no figure has a value on both sides, so that nothing is compared", file=sys.stderr)
         return 3
     return 1 if found.largest_difference > max_difference else 0
 
@@ -114,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         "Compute the metrics of a config's test_evaluator (COCO, Pascal VOC, Cityscapes, KITTI, nuScenes, Lyft) by "
         "upstream's own code from what a server answers to the frames of its test data set; with --checkpoint beside "
         "those of the native model on the same frames, with the difference per class. Prints a table and one line of "
-        "JSON. Exit status: 0 no difference above --max-difference, 1 a larger one, 2 error, 3 no detections on either "
-        "side.",
+        "JSON. Exit status: 0 no difference above --max-difference, 1 a larger one, 2 error, 3 nothing to compare: no "
+        "detections on either side, or no figure with a value on both.",
         [
             "evaluate data/kitti/second_sample.py --url http://127.0.0.1:8000 --model second --checkpoint second.pth",
             "evaluate faster-rcnn_r50_fpn_1x_coco --model faster-rcnn --limit 500",

@@ -31,7 +31,12 @@ def main(argv: Sequence[str] | None) -> int:
     bar: tqdm[Any]
     stage_reporter()(f"packing {args.folder}")
     with tqdm(unit="file", desc="packing", disable=None, leave=False) as bar:
-        count = pack_folder(args.folder, args.out, progress=lambda done, total: _update(bar, done, total))
+        count = pack_folder(
+            args.folder,
+            args.out,
+            progress=lambda done, total: _update(bar, done, total),
+            require_files=True,
+        )
     print(f"packed {count} files into {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
     return 0
 

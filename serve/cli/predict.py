@@ -19,7 +19,7 @@ from serve.predict.frames import Prediction
 from serve.predict.loading import load_model
 from serve.predict.models import LocalModel, RemoteModel, connect
 from serve.predict.run import FORMATS, Run, Summary, formats_of, run
-from serve.predict.sources import Source, open_source
+from serve.predict.sources import Source, check_exists, open_source
 from serve.predict.writers import PICTURE_SCORE_THR
 from serve.protocol.frames import FrameOptions
 from serve.tracking import TrackOptions
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None) -> int:
     """Predict; returns 0, or 1 if frames failed."""
     args = _parser().parse_args(argv)
     formats, tracks = _formats(args.format), _tracks(args)
+    check_exists(args.source)
     with stoppable(), _model(args) as model:
         source = open_source(args.source, model.modality, cache=open_cache(), topic=args.topic)
         out = args.out

@@ -33,7 +33,7 @@ from serve.verify.endpoint import FRAME_MARKERS, find_frames
 from serve.verify.frame_source import list_frame_files
 from serve.verify.reference import FRAME_SUFFIXES
 
-__all__ = ["Source", "frame_at", "open_source"]
+__all__ = ["Source", "check_exists", "frame_at", "open_source"]
 
 _STREAMS = ("rtsp://", "rtsps://", "rtmp://", "udp://", "tcp://", "srt://")
 _WILD = frozenset("*?[")
@@ -111,6 +111,21 @@ def open_source(
     found = find_frames(path, modality or _modality_at(path))
     root = path if path.is_dir() and found != [path] else path.parent
     return _of_paths(text, found, root)
+
+
+def check_exists(source: str | Path) -> None:
+    """Check a local path before a model is loaded for it; the others are left to `open_source`.
+
+    Raises:
+        UndecodableFrame: there is no such file or folder.
+    """
+    text = str(source)
+    if text.isdecimal() or text.startswith((*_STREAMS, "http://", "https://")) or _WILD & set(text):
+        return
+    if storage.is_remote(text) and storage.parse(text).scheme != "file":
+        return
+    if not Path(text).expanduser().exists() and not Path(storage.parse(text).path).expanduser().exists():
+        raise UndecodableFrame(f"file or folder {text} does not exist; check the path")
 
 
 def _of_videos(text: str, readers: Sequence[video.Reader], modality: Modality | None) -> Source:

@@ -237,7 +237,11 @@ def _count_files(contents: Any, files: int, depth: int, left: list[int]) -> int:
 
 
 def pack_folder(
-    folder: str | Path, out: str | Path, *, progress: Callable[[int, int], None] | None = None
+    folder: str | Path,
+    out: str | Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    require_files: bool = False,
 ) -> int:
     """Pack a folder with all its subfolders into one file, atomically; returns the number of files.
 
@@ -247,6 +251,7 @@ def pack_folder(
         folder: the folder to pack.
         out: the file to write (``.ffr``), outside of `folder`.
         progress: called with (files packed, files in total) after each file.
+        require_files: raise if there is no file, rather than write a packed folder without any.
 
     Raises:
         StorageError: not a folder, a loop of links, an entry that is not a file, or a failing disk.
@@ -259,6 +264,8 @@ def pack_folder(
     contents: OrderedDict[str, Any] = OrderedDict()
     paths: list[str] = []
     _list_folder(root, "", contents, paths, {root.resolve()})
+    if require_files and not paths:
+        raise ObjectNotFound(f"folder {root} has no files to pack; name the folder with the frames")
     with Writer(out, len(paths) + 1) as writer:
         for done, name in enumerate(paths, 1):
             try:

@@ -90,6 +90,9 @@ def test_version_is_that_of_the_package(flag: str, capsys: pytest.CaptureFixture
         ("gateway --inference-url localhost:8080", "--inference-url must start"),
         ("pack missing out.ffr", "missing"),
         ("pack . frame.bin", "frame.bin exists"),
+        ("pack bare out.ffr", "bare has no files"),
+        ("predict missing.bin --model none.mar", "missing.bin"),  # before the model is looked for
+        ("evaluate none.py --model m --out nowhere/r.pkl", "nowhere"),
         ("push missing.mar --to s3://bucket/models", "missing.mar"),
         ("fetch --from ftp://bucket/models --to store", "'ftp'"),
         ("zoo no such model", "no such model"),
@@ -99,6 +102,7 @@ def test_wrong_value_is_reported_by_name_with_exit_code_2(
     line: str, named: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (empty_folder / "frame.bin").write_bytes(bytes(16))
+    (empty_folder / "bare").mkdir()
     (empty_folder / "answer.json").write_text(
         '{"bboxes_3d": [], "scores_3d": [], "labels_3d": [], "names": []}'
     )

@@ -202,6 +202,8 @@ def test_predictions_are_written_as_upstreams_programs_read_them(coco, tmp_path,
         (40.3, 40.5, (9, 9), 1),
         (0.0, 0.0, (0, 0), 3),
         (None, 40.5, (None, 9), 0),
+        (None, None, (4, 9), 3),  # nothing was to find
+        (None, 40.5, (4, 9), 3),
     ],
 )
 def test_the_exit_code_tells_a_loss_from_equality_and_from_nothing(native, served, detections, code):

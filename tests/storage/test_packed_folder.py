@@ -35,6 +35,13 @@ def folder(tmp_path) -> Path:
     return root
 
 
+def test_a_folder_without_required_files_is_an_error_that_names_it_and_leaves_nothing(tmp_path):
+    (tmp_path / "bare" / "inner").mkdir(parents=True)
+    with pytest.raises(ObjectNotFound, match="bare"):
+        pack_folder(tmp_path / "bare", tmp_path / "p.ffr", require_files=True)
+    assert not (tmp_path / "p.ffr").exists()
+
+
 def test_packed_folder_lists_and_reads_like_the_folder(tmp_path, folder):
     told = []
     assert pack_folder(folder, tmp_path / "p.ffr", progress=lambda *now: told.append(now)) == 6
