@@ -195,6 +195,36 @@ def test_options_go_with_the_request(page, torchserve, monkeypatch):
     page.page.get_by_role("alert").get_by_text("400 unknown_option").wait_for()
 
 
+def test_sequence_of_a_track_session_has_ids_and_ends_its_session(page, gateway, torchserve):
+    page.page.get_by_text("Options of the requests").click()
+    page.page.get_by_label("Track session").fill("drive-7")
+    page.page.get_by_role("button", name="Send again").click()
+    open_frames(page, 4)
+    eventually(lambda: page.page.locator("#frames [data-state=done]").count() == 4)
+    for number in range(4):
+        page.page.locator("#frames button").nth(number).click()
+        eventually(
+            lambda: (
+                [row.split()[:2] for row in page.rows()]
+                == [["Car", "#1"], ["Car", "#2"], ["Pedestrian", "#3"]]
+            )
+        )
+    set_score(page, 0.1)
+    assert found(page)[-1] == ["Car", "0.12"]  # its score starts no track: no id
+    assert "track_sessions" not in gateway.client.get("/models").json()[0]  # it is ended
+    page.page.get_by_role("button", name="Send again").click()  # anew: no session_not_found, ids from 1
+    eventually(lambda: sum(map(len, torchserve.calls)) == 8)
+    eventually(lambda: page.page.locator("#frames [data-state=done]").count() == 4)
+
+
+def test_first_frame_that_fails_leaves_its_track_session_to_the_next_one(page):
+    page.page.get_by_text("Options of the requests").click()
+    page.page.get_by_label("Track session").fill("drive-7")
+    page.page.get_by_role("button", name="Send again").click()
+    page.drop(("0.bin", b"bad!"), ("1.bin", make_cloud().tobytes()), ("2.bin", make_cloud(1).tobytes()))
+    eventually(lambda: page.page.locator("#frames [data-state=done]").count() == 2)
+
+
 def test_answer_is_saved_as_the_server_sent_it(page, gateway):
     cloud = make_cloud().tobytes()
     page.drop(("000008.bin", cloud))

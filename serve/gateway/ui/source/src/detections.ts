@@ -29,11 +29,15 @@ export function listDetections(answer: Answer): Detection[] {
     label: labels[index] ?? 0,
     name: answer.names?.[index] ?? answer.classes?.[labels[index]] ?? String(labels[index]),
     score: scores[index] ?? 1,
-    id: answer.ids?.[index],
+    id: trackId(answer.track_ids?.[index]),
     box3d: is3d ? box : undefined,
     box2d: is3d ? undefined : box,
     mask: answer.masks?.[index],
   }));
+}
+
+function trackId(id: number | undefined): number | undefined {
+  return id === undefined || id < 0 ? undefined : id;
 }
 
 export function boxKind(answer: Answer): BoxKind {

@@ -37,7 +37,8 @@ export interface Answer {
   scores?: number[];
   labels?: number[];
   names?: string[];
-  ids?: number[];
+  /** Ids over a track session, -1 for a detection without a track. */
+  track_ids?: number[];
   box_type_3d?: string;
   masks?: RunLengths[];
   classes?: string[];

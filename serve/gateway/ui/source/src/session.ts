@@ -45,7 +45,9 @@ export class Session {
       entry.pointLabels = entry.segments = undefined;
       this.onChange(entry);
     }
-    if (this.model) for (let k = 0; k < AT_ONCE; k++) void this.work(this.model, this.stop.signal);
+    // The frames of a track session go one after the other: their order is that of the tracks.
+    const count = this.options.track_session ? 1 : AT_ONCE;
+    if (this.model) for (let k = 0; k < count; k++) void this.work(this.model, this.stop.signal);
   }
 
   cancel(): void {
@@ -54,13 +56,16 @@ export class Session {
 
   /** Send waiting frames one after the other. */
   private async work(model: Model, signal: AbortSignal): Promise<void> {
+    let isOpen = false;
     for (;;) {
       const entry = this.entries.find((each) => each.state === "waiting");
       if (!entry || signal.aborted) return;
       entry.state = "running";
       this.onChange(entry);
       try {
-        const { answer, timing } = await predict(model, await asJson(partsFor(entry.frame, model)), this.options, signal);
+        const options = { ...this.options, ...this.trackOptions(entry, isOpen) };
+        const { answer, timing } = await predict(model, await asJson(partsFor(entry.frame, model)), options, signal);
+        isOpen = true;
         const segments = await decodeSegments(answer);
         if (signal.aborted) return;
         const pointLabels = answer.pts_semantic_mask && decodePointLabels(answer.pts_semantic_mask);
@@ -72,5 +77,11 @@ export class Session {
       }
       this.onChange(entry);
     }
+  }
+
+  /** Open the track session with the first frame that is answered, and end it with the last one. */
+  private trackOptions(entry: Entry, isOpen: boolean): Record<string, string> {
+    if (!this.options.track_session) return {};
+    return { ...(!isOpen && { track_start: "true" }), ...(entry === this.entries.at(-1) && { track_end: "true" }) };
   }
 }
