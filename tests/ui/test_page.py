@@ -300,4 +300,6 @@ def test_page_without_webgl_lists_detections(scene, gateway, open_page):
     page.is_ready()
     open_frames(page)
     assert found(page) == FIRST_THREE
+    page.page.get_by_role("button", name="Save PNG").click()
+    page.page.get_by_role("alert").get_by_text("no view of this frame is shown").wait_for()
     page.errors[:] = [error for error in page.errors if "WebGL" not in error]

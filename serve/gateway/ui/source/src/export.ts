@@ -2,7 +2,7 @@
 
 import { CloudView } from "./cloud_view";
 import { ImageView } from "./image_view";
-import { Model } from "./model";
+import { Model, PageError } from "./model";
 import { Entry } from "./session";
 
 /** One answer as the server sent it, of several frames a list with their names; errors stand in place of answers. */
@@ -18,7 +18,11 @@ export function answersAsJson(model: Model | null, entries: Entry[]): Blob {
   return new Blob([JSON.stringify(document, null, 1)], { type: "application/json" });
 }
 
-/** The views as they are seen, side by side. */
+/**
+ * The views as they are seen, side by side.
+ *
+ * @throws PageError if no view is shown.
+ */
 export async function viewsAsPng(cloudView: CloudView | null, imageView: ImageView, views: string): Promise<Blob> {
   const layers: HTMLCanvasElement[][] = [];
   if (views.includes("cloud") && cloudView) {
@@ -28,6 +32,9 @@ export async function viewsAsPng(cloudView: CloudView | null, imageView: ImageVi
   if (views.includes("images")) {
     imageView.render();
     layers.push([imageView.canvas]);
+  }
+  if (!layers.length) {
+    throw new PageError("no view of this frame is shown, so that there is no picture to save; Save JSON saves its answer", "no_view");
   }
   const whole = new OffscreenCanvas(
     layers.reduce((sum, [first]) => sum + first.width, 0),

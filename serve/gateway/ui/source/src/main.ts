@@ -11,7 +11,7 @@ import { FoundPanel } from "./found_panel";
 import { FramesPanel } from "./frames_panel";
 import { Dropped, filesOf, filesOfInput, listFrames } from "./frames";
 import { ImageView } from "./image_view";
-import { Model } from "./model";
+import { describe, Model } from "./model";
 import { Player } from "./player";
 import { ColourBy } from "./point_material";
 import { ServerState } from "./server_state";
@@ -195,7 +195,11 @@ byId("export-json").addEventListener("click", () => {
 });
 byId("export-png").addEventListener("click", async () => {
   const views = byId("views").dataset.views ?? "";
-  save(await viewsAsPng(cloudView, imageView, views), `${current?.frame.name ?? "frame"}.png`);
+  try {
+    save(await viewsAsPng(cloudView, imageView, views), `${current?.frame.name ?? "frame"}.png`);
+  } catch (error) {
+    showError(describe(error));
+  }
 });
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
