@@ -12,7 +12,8 @@ Parameters: ``url``, ``model``, ``kind`` (cloud, image or compressed), ``score_t
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from numpy.typing import NDArray
 from serve.errors import ServeError, SessionNotFound
 from serve.ros import detections, messages
 
-__all__ = ["Asker", "frame_of", "main"]
+__all__ = ["Asker", "answer_all", "frame_of", "main"]
 
+_QUIET_S = 5.0  # shortest time between two lines of the log from one place
 _KINDS = {"cloud": "PointCloud2", "image": "Image", "compressed": "CompressedImage"}
 
 
@@ -82,6 +84,25 @@ class Asker:
         return result
 
 
+def answer_all(take: Callable[[], Any], answer: Callable[[Any], None], logger: Any) -> None:
+    """Answer one message after another; whatever fails is logged, and the next message has its turn.
+
+    Args:
+        take: waits for a message and returns it; None ends the work.
+        answer: asks about a message and publishes what was found.
+        logger: of the node (`rclpy`).
+    """
+    while (message := take()) is not None:
+        try:
+            answer(message)
+        except ServeError as error:
+            logger.warning(str(error), throttle_duration_sec=_QUIET_S)
+        except Exception:  # the thread would end, and the node stay without ever publishing again
+            logger.error(
+                f"a message was not answered:\n{traceback.format_exc()}", throttle_duration_sec=_QUIET_S
+            )
+
+
 def main() -> None:
     """Run the node until it is shut down."""
     import rclpy
@@ -124,7 +145,9 @@ def main() -> None:
             self.arrived = threading.Condition()
             kind = getattr(sensor_msgs.msg, _KINDS[self.kind])
             self.create_subscription(kind, "frames", self.keep, QoSPresetProfiles.SENSOR_DATA.value)
-            threading.Thread(target=self.work, daemon=True).start()
+            threading.Thread(
+                target=answer_all, args=(self.take, self.answer, self.get_logger()), daemon=True
+            ).start()
 
         def keep(self, message: Any) -> None:
             """Take the newest message in place of one that still waits."""
@@ -132,24 +155,22 @@ def main() -> None:
                 self.newest = message
                 self.arrived.notify()
 
-        def work(self) -> None:
-            """Ask about one message after another."""
-            while True:
-                with self.arrived:
-                    self.arrived.wait_for(lambda: self.newest is not None)
-                    message, self.newest = self.newest, None
-                try:
-                    answer = self.asker.ask(self.kind, message)
-                    made = detections.detections_3d if self.kind == "cloud" else detections.detections_2d
-                    found = made(answer)
-                except ServeError as error:
-                    self.get_logger().warning(str(error), throttle_duration_sec=5.0)
-                    continue
-                array = detections.assign(self.array(), {"detections": found}, self.make)
-                array.header = message.header
-                for each in array.detections:
-                    each.header = message.header
-                self.publisher.publish(array)
+        def take(self) -> Any:
+            """Wait for a message, and return it."""
+            with self.arrived:
+                self.arrived.wait_for(lambda: self.newest is not None)
+                message, self.newest = self.newest, None
+            return message
+
+        def answer(self, message: Any) -> None:
+            """Publish the detections of a message."""
+            made = detections.detections_3d if self.kind == "cloud" else detections.detections_2d
+            found = made(self.asker.ask(self.kind, message))
+            array = detections.assign(self.array(), {"detections": found}, self.make)
+            array.header = message.header
+            for each in array.detections:
+                each.header = message.header
+            self.publisher.publish(array)
 
     rclpy.init()
     node = DetectionNode()

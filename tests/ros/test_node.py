@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from serve.client import Client
-from serve.errors import UndecodableFrame
-from serve.ros.node import Asker, frame_of
+from serve.errors import Overloaded, UndecodableFrame
+from serve.ros.node import Asker, answer_all, frame_of
 from tests.ros.test_messages import PICTURE, altered, image, velodyne
 from tests.ros.test_messages import cloud as cloud_message
 
@@ -48,6 +48,37 @@ def test_a_session_that_the_server_lost_is_opened_again(client: Any) -> None:
 def test_a_bag_that_is_played_again_opens_the_session_again(client: Any) -> None:
     asker = Asker(client, "second", {}, "lidar")
     assert [asker.ask("cloud", at(second))["track_frame"] for second in (1, 2, 1, 2)] == [0, 1, 0, 1]
+
+
+class Logger:
+    """What a node logs, by level."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+
+    def warning(self, text: str, **throttle: float) -> None:
+        self.lines.append(("warning", text))
+
+    def error(self, text: str, **throttle: float) -> None:
+        self.lines.append(("error", text))
+
+
+def test_a_message_that_fails_in_any_way_is_logged_and_the_next_one_answered() -> None:
+    messages = iter(["busy", "broken", "good", None])
+    answered = []
+
+    def answer(message: str) -> None:
+        if message == "busy":
+            raise Overloaded("the queue is full")
+        if message == "broken":
+            raise AssertionError("expected a uint8")
+        answered.append(message)
+
+    logger = Logger()
+    answer_all(lambda: next(messages), answer, logger)
+    assert answered == ["good"]
+    assert [level for level, _ in logger.lines] == ["warning", "error"]
+    assert "AssertionError: expected a uint8" in logger.lines[1][1]
 
 
 def test_images_are_read_by_kind() -> None:
