@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,12 +17,20 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead  # noqa: E402
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead  # noqa: E402
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor  # noqa: E402
 from mmengine.config import ConfigDict  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
 from serve.runtime.accelerator import images  # noqa: E402
 
 META = {"img_shape": (96, 128), "ori_shape": (48, 64), "scale_factor": (2.0, 2.0)}
 NMS = {"type": "nms", "iou_threshold": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def scope() -> Iterator[None]:
+    """Build heads of mmdet whatever scope a fixture of the session has left."""
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        yield
 
 
 def boxes(count: int, seed: int) -> torch.Tensor:
