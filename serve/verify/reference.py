@@ -312,6 +312,7 @@ def load_reference(
                 **whole.full,
                 "default_scope": scope,
                 "model": resolve_objects(whole.full["model"]),
+                "backend_args": None,  # given to every step that has none (serve.storage.config_backend)
                 "test_dataloader": _reading_locally(resolve_objects(reduced.config["test_dataloader"])),
             }
         )
