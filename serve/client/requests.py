@@ -1,6 +1,6 @@
 """The protocol without a network: what a call sends, and what its answer means.
 
-A call is a generator. It yields what somebody else has to do (`Work`, `Send`, `Wait`), gets the result back, or the
+A call is a generator. It yields what its driver has to do (`Work`, `Send`, `Wait`), gets the result back, or the
 error thrown in, and returns the value of the call. `serve.client.blocking` and `serve.client.asynchronous` drive the
 same generators.
 """
@@ -133,7 +133,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Work:
-    """Call, where it blocks nobody, and give back what it returns."""
+    """Call off the event loop, and give back what it returns."""
 
     call: Callable[[], Any]
 

@@ -104,7 +104,7 @@ def _find_class(kind: Any, scope: str) -> Any:
         with group.switch_scope_and_registry(scope) as scoped:
             try:
                 found = scoped.get(kind)
-            except (ImportError, KeyError):  # what it is is said where it is built
+            except (ImportError, KeyError):  # reported where it is built
                 continue
         if found is not None:
             return found

@@ -5,8 +5,8 @@ data set shares (its development kit). Beside them lie what mmdet3d's ``create_d
 and ``*_infos_val.pkl``, version 1.1. Scenes have the names of the splits of ``v1.0-mini``, so that the development kit
 finds those of validation.
 
-The vehicle stands. Its LiDAR looks along x, as the scenes do, where nuScenes' own looks along y; the tables say so, and
-whoever reads them is right. The front camera is KITTI's of `serve.synthetic.camera`; the others have no pictures.
+The vehicle stands. Its LiDAR looks along x, as the scenes do, where nuScenes' own looks along y; its tables hold the
+rotation. The front camera is KITTI's of `serve.synthetic.camera`; the others have no pictures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The notebook's cells run in order, and it holds no results of somebody's machine."""
+"""The notebook's cells run in order and hold no results of one machine."""
 
 from __future__ import annotations
 
