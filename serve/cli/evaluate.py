@@ -24,7 +24,8 @@ from serve.storage import is_remote, local_path
 from serve.upstream.checkpoints import trust_checkpoints
 from serve.upstream.config_argument import config_file
 from serve.verify.endpoint import read_token
-from serve.verify.reference import ReferenceModel, choose_device, load_reference
+from serve.verify.reference import ReferenceModel
+from serve.verify.reference_loading import choose_device, load_reference
 from serve.zoo.config_source import local_config
 
 __all__ = ["main"]

@@ -16,7 +16,7 @@ from serve.convert.classes import read_class_names
 from serve.storage import is_remote, local_path
 from serve.verify.endpoint import read_token, verify
 from serve.verify.frame_source import frames_at
-from serve.verify.reference import load_reference
+from serve.verify.reference_loading import load_reference
 from serve.verify.report import draw_report, frame_table, summary
 from serve.zoo.config_source import local_config
 

@@ -25,7 +25,7 @@ from serve.convert.golden import golden_image
 from serve.convert.random_weights import write_random_checkpoint
 from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime import load_detector
-from serve.verify.reference import load_reference
+from serve.verify.reference_loading import load_reference
 from serve.verify.report import comparison_table
 from tests.convert.test_config import LAZY, PLAIN
 

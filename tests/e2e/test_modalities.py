@@ -19,7 +19,7 @@ from serve.compare.ties import VARIANTS, confirm_ties
 from serve.errors import ClientError, UndecodableFrame
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.protocol.calibration import parse_calibration
-from serve.verify.reference import load_reference
+from serve.verify.reference_loading import load_reference
 from serve.verify.report import comparison_table
 from tests.e2e.small_models import MODELS, make
 from tests.worker.context import Context

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.torchserve, pytest.mark.slow, pytest.mark.timeout(600)
 
 
 def test_parts_reach_the_model_through_torchserve(tmp_path):
-    from serve.verify.reference import load_reference
+    from serve.verify.reference_loading import load_reference
 
     model = make("mono3d", tmp_path)
     parts = model.opened.golden_frame()

@@ -13,7 +13,7 @@ from serve.convert.random_weights import write_random_checkpoint
 from serve.runtime.pipeline import frame_spec
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from serve.verify.endpoint import verify
-from serve.verify.reference import load_reference
+from serve.verify.reference_loading import load_reference
 from serve.verify.report import frame_table
 from tests.conftest import pick_free_ports
 

@@ -21,7 +21,7 @@ from serve.convert.random_weights import write_random_checkpoint
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from serve.verify.endpoint import find_frames, verify
-from serve.verify.reference import load_reference
+from serve.verify.reference_loading import load_reference
 from serve.verify.report import comparison_table
 from tests.conftest import pick_free_ports
 from tests.gateway.conftest import running_gateway

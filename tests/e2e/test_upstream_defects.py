@@ -20,7 +20,7 @@ from serve.compare.detections import compare
 from serve.errors import NonFinitePoints, UndecodableFrame
 from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
 from serve.runtime import device_for, predictions
-from serve.verify.reference import load_reference
+from serve.verify.reference_loading import load_reference
 from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, Context
 
 TOOLS = Path(__file__).parents[2] / "tools" / "deployment"

@@ -382,8 +382,8 @@ fresh()
 model.build_network(config, ["a", "b", "c"])
 registered()
 fresh()
-from serve.verify import reference
-reference.load_reference(path, path.with_suffix(".pth"), "cpu")
+from serve.verify import reference_loading
+reference_loading.load_reference(path, path.with_suffix(".pth"), "cpu")
 registered()
 """
 

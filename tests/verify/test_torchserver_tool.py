@@ -24,7 +24,8 @@ from serve import errors
 from serve.cli import run
 from serve.client import Client, frame_parts
 from serve.verify.endpoint import find_frames, read_token, verify
-from serve.verify.reference import ReferenceModel, filter_by_score, load_reference
+from serve.verify.reference import ReferenceModel, filter_by_score
+from serve.verify.reference_loading import load_reference
 from serve.verify.report import draw_report, frame_table, summary
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -25,7 +25,7 @@ from serve.errors import ServeError
 from serve.protocol.frames import FrameOptions, Limits
 from serve.runtime import load_detector
 from serve.runtime.rounding import variants
-from serve.verify.reference import load_reference
+from serve.verify.reference_loading import load_reference
 from serve.verify.stages import STAGES, Stopwatch, time_stages
 from tools.bench.reference import nondeterminism
 from tools.bench.reference.nondeterminism import Nondeterminism

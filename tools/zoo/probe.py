@@ -164,7 +164,7 @@ def _try(path: Path, folder: Path, properties: dict[str, Any], *, served: bool) 
     from serve.runtime import load_detector
     from serve.runtime.pipeline import frame_spec
     from serve.runtime.rounding import variants
-    from serve.verify.reference import load_reference
+    from serve.verify.reference_loading import load_reference
     from tools.zoo.served import verify_served
 
     # 1. Shrink the config.
