@@ -28,46 +28,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from serve.errors import BackendBroken, FrameTooLarge, ServeError, SettingsError
+from serve.errors import BackendBroken, FrameTooLarge, ServeError
 from serve.gateway.latency import LatencyModel
+from serve.protocol.batching import BatchCost, BatchLimits, BatchSize, ragged
 
-__all__ = ["BatchLimits", "BatchReport", "BatchResult", "Batcher", "Job", "padded", "ragged"]
+__all__ = ["BatchReport", "BatchResult", "Batcher", "Job"]
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-BatchCost = Callable[[int, int, int], int]
 
 logger = logging.getLogger(__name__)
-
-
-def ragged(items: int, total: int, largest: int) -> int:
-    """Cost of a batch whose items are concatenated (point clouds): the sum of their costs."""
-    return total
-
-
-def padded(items: int, total: int, largest: int) -> int:
-    """Cost of a batch whose items are padded to the largest (images): their number times the largest cost."""
-    return items * largest
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """Bounds of one batch.
-
-    Attributes:
-        items: maximum number of items.
-        cost: maximum cost, in the unit of the items' costs; an item over it is sent alone.
-        nbytes: maximum bytes of bodies; an item over it is rejected.
-    """
-
-    items: int = 16
-    cost: int = 4_000_000
-    nbytes: int = 48 << 20
-
-    def __post_init__(self) -> None:
-        for name in ("items", "cost", "nbytes"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"batch limit {name} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -273,7 +243,7 @@ class Batcher(Generic[In, Out]):
         """Take the head of the queue and the items that fit with it."""
         batch: list[Job[In, Out]] = []
         passed: list[Job[In, Out]] = []
-        total = largest = nbytes = 0
+        size = BatchSize(self._limits, self._batch_cost)
         full = False
         while self._queue and not full:
             job = self._queue.popleft()
@@ -282,14 +252,13 @@ class Batcher(Generic[In, Out]):
             if batch and job.key != batch[0].key:
                 passed.append(job)
                 continue
-            cost = self._batch_cost(len(batch) + 1, total + job.cost, max(largest, job.cost))
-            if batch and (cost > self._limits.cost or nbytes + job.nbytes > self._limits.nbytes):
+            if not size.admits(job.cost, job.nbytes):
                 passed.append(job)
                 full = True
                 continue
             batch.append(job)
-            total, largest, nbytes = total + job.cost, max(largest, job.cost), nbytes + job.nbytes
-            full = len(batch) >= self._limits.items
+            size.add(job.cost, job.nbytes)
+            full = size.is_full
         if full_only and not full:
             # Put them back; the order within each key is kept, the order among keys need not be.
             passed, batch = batch + passed, []

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -17,10 +16,10 @@ from serve.errors import ClientDisconnected, DeadlineExceeded, ServeError
 from serve.gateway.backend import Answer
 from serve.gateway.batcher import BatchResult
 from serve.gateway.models import ModelVersion
-from serve.protocol.image_size import image_size
+from serve.protocol.batching import estimate_cost
 from serve.protocol.worker import EncodedFrame
 
-__all__ = ["FrameCost", "Outcome", "estimate_cost", "run_frames", "stream_frames"]
+__all__ = ["Outcome", "run_frames", "stream_frames"]
 
 Outcome = BatchResult[Answer] | ServeError
 T = TypeVar("T")
@@ -133,45 +132,3 @@ async def _cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
     finally:
         watch.remove_done_callback(cancel)
         watch.cancel()
-
-
-@dataclass(frozen=True)
-class FrameCost:
-    """Input of batching.
-
-    Attributes:
-        cost: points of the point cloud, else the pixels of all images together.
-        nbytes: size as sent.
-        key: frames of different keys do not share a batch: images of different sizes would be padded to the
-            largest, which changes their answers.
-    """
-
-    cost: int
-    nbytes: int
-    key: Hashable = None
-
-
-def estimate_cost(frame: EncodedFrame, spec: Mapping[str, Any]) -> FrameCost:
-    """Estimate the cost of one frame for the model described by `spec`, from its size and image headers.
-
-    Raises:
-        UndecodableFrame: the header of an image cannot be read.
-        FrameTooLarge: the header is that of an image far beyond any limit.
-    """
-    stride = 4 * int(spec.get("load_dim") or 4)
-    only = None if isinstance(frame.body, Mapping) else _only_part(spec)
-    if only == "points":  # no part of it is looked at
-        return FrameCost(max(1, frame.nbytes // stride), frame.nbytes)
-    body = frame.join()
-    parts = body if isinstance(body, Mapping) else {str(only): body}
-    points = sum(len(part) for name, part in parts.items() if name == "points" or name.startswith("sweep."))
-    sizes = tuple(image_size(part) for name, part in sorted(parts.items()) if name.startswith("image"))
-    cost = points // stride if points else sum(width * height for width, height in sizes)
-    return FrameCost(max(1, cost), frame.nbytes, sizes or None)
-
-
-def _only_part(spec: Mapping[str, Any]) -> str:
-    parts = spec.get("parts")
-    if parts:
-        return str(parts[0])
-    return "points" if spec["modality"] == "lidar" else "image"

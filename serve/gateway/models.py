@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from serve.errors import BackendBroken, ModelNotFound, NotReady, ServeError
 from serve.gateway.backend import Answer, ModelState, TorchServeBackend
-from serve.gateway.batcher import Batcher, BatchLimits, BatchReport, padded, ragged
+from serve.gateway.batcher import Batcher, BatchReport
 from serve.gateway.options import GatewayOptions
 from serve.gateway.statistics import ModelStatistics
+from serve.protocol.batching import BatchRule
 from serve.protocol.worker import EncodedFrame
 
 __all__ = ["Health", "ModelRegistry", "ModelVersion"]
@@ -248,15 +249,17 @@ class ModelRegistry:
 
     def _create_batcher(self, model: ModelVersion, spec: Mapping[str, Any]) -> Batcher[EncodedFrame, Answer]:
         options, state = self._options, model.state
-        concatenated = "points" in spec["parts"] if spec.get("parts") else spec["modality"] == "lidar"
+        rule = BatchRule.of(
+            spec,
+            frames=options.batch_frames,
+            points=options.batch_points,
+            pixels=options.batch_pixels,
+            nbytes=options.batch_bytes,
+        )
         return Batcher(
             partial(self._backend.run, state.name, state.version),
-            BatchLimits(
-                items=options.batch_frames,
-                cost=options.batch_points if concatenated else options.batch_pixels,
-                nbytes=options.batch_bytes,
-            ),
-            batch_cost=ragged if concatenated else padded,
+            rule.limits,
+            batch_cost=rule.batch_cost,
             slots=max(1, state.ready),
             prefetch=options.prefetch_batches,
             lead_time_s=options.lead_time_s,

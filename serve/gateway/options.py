@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from serve.errors import SettingsError
+from serve.protocol.batching import BATCH_BYTES, BATCH_PIXELS, BATCH_POINTS
 from serve.protocol.json_reader import JsonBounds
 from serve.settings import (
     CONFIG,
@@ -102,12 +103,12 @@ class GatewayOptions(Options):
 
     batch_frames: int = option(16, "N", "most frames in a batch", common=True, ge=1, le=4096)
     batch_points: int = option(
-        2_000_000, "POINTS", "most points in a batch of point clouds, summed", common=True, ge=1
+        BATCH_POINTS, "POINTS", "most points in a batch of point clouds, summed", common=True, ge=1
     )
     batch_pixels: int = option(
-        64_000_000, "PIXELS", "most pixels in a batch of images, each counted as the largest", ge=1
+        BATCH_PIXELS, "PIXELS", "most pixels in a batch of images, each counted as the largest", ge=1
     )
-    batch_bytes: int = option(48 * MIB, "BYTES", "most bytes in a batch", ge=1)
+    batch_bytes: int = option(BATCH_BYTES, "BYTES", "most bytes in a batch", ge=1)
     prefetch_batches: int = option(
         1, "N", "batches sent ahead per model while all its workers are busy", ge=0
     )

@@ -7,7 +7,8 @@ import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from serve.gateway.batcher import Batcher, BatchLimits, BatchReport, Job
+from serve.gateway.batcher import Batcher, BatchReport, Job
+from serve.protocol.batching import BatchLimits
 
 
 class Device:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from serve.errors import BackendBroken, FrameTooLarge, NotReady, OutOfMemory, SettingsError
-from serve.gateway.batcher import BatchLimits, padded, ragged
+from serve.protocol.batching import BatchLimits, padded, ragged
 from tests.gateway.device import Device, in_a_loop, submit, submitted, turns
 
 

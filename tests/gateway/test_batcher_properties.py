@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.errors import NotReady
-from serve.gateway.batcher import Batcher, BatchLimits, BatchResult, padded, ragged
+from serve.gateway.batcher import Batcher, BatchResult
+from serve.protocol.batching import BatchLimits, padded, ragged
 from tests.gateway.device import in_a_loop, turns
 
 LIMITS = BatchLimits(items=3, cost=10, nbytes=20)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from serve.errors import NotReady
-from serve.gateway.batcher import Batcher, BatchLimits
+from serve.gateway.batcher import Batcher
 from serve.gateway.latency import LatencyModel
+from serve.protocol.batching import BatchLimits
 from tests.gateway.virtual_time import in_virtual_time
 
 HANDOVER_S, FIXED_S, EACH_S = 0.003, 0.020, 0.002
