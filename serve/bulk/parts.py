@@ -1,4 +1,4 @@
-"""What is computed: a job, its frames, and the results of one part."""
+"""What is computed: a job, its parts and their frames, and what every engine does with one part."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import orjson
 
-from serve.errors import InferenceFailed, error_body
+from serve.bulk.destination import Destination
+from serve.errors import InferenceFailed, SetupError, error_body
 from serve.predict.frames import Clip, Frame, Prediction
 from serve.predict.journal import line_of
 from serve.predict.models import Model, open_archive
@@ -18,8 +19,21 @@ from serve.predict.pipeline import predict_frames
 from serve.predict.sources import frame_at
 from serve.protocol.frames import FrameOptions
 
-__all__ = ["Counts", "Job", "frames_of", "manifest_line", "predict_part"]
+__all__ = [
+    "LOADING",
+    "Counts",
+    "Engine",
+    "Job",
+    "Part",
+    "compute_part",
+    "frames_of",
+    "manifest_line",
+    "predict_part",
+]
 
+LOADING = -1
+_MOST_STARTS = 3
+_MOST_ENDS = 2
 _CLIP = Clip("bulk")
 
 
@@ -92,6 +106,78 @@ class Counts:
         return cls(figures["frames"], **counters)
 
 
+@dataclass
+class Part:
+    """A part that is to be computed, and what is known of the processes that ended with it.
+
+    A process that ends by itself (out of memory, a fault of a library, a lost machine) takes its part with it. The part
+    is computed again one frame at a time; a frame with which a process ends twice more gets an error, and the rest of
+    the part goes on.
+
+    Attributes:
+        number: its number.
+        lines: its lines of the manifest.
+        cautious: one frame at a time, because a process has ended with it.
+        suspects: how often a process ended while it computed a frame alone, by the frame's index.
+        starts: processes that ended with it before they had loaded the model.
+    """
+
+    number: int
+    lines: Sequence[bytes]
+    cautious: bool = False
+    suspects: Counter[int] = field(default_factory=Counter)
+    starts: int = 0
+
+    @property
+    def deadly(self) -> frozenset[int]:
+        """Frames that are given up: once may be chance, such as a kill of the system for another process's memory."""
+        return frozenset(index for index, times in self.suspects.items() if times >= _MOST_ENDS)
+
+    def record_end(self, begun: int, place: str) -> None:
+        """Find out what ended the process that computed this part: the frame that it had, if it had one alone.
+
+        Args:
+            begun: what `compute_part` reported last: the number of frames begun, or `LOADING`.
+            place: device or machine of the process.
+
+        Raises:
+            SetupError: processes end before they have loaded the model.
+        """
+        if begun == LOADING:
+            self.starts += 1
+            if self.starts >= _MOST_STARTS:
+                raise SetupError(
+                    f"{self.starts} processes for {place} ended before they had loaded the model; is there enough "
+                    "memory? try fewer --processes"
+                )
+            return
+        if self.cautious and begun > 0:
+            self.suspects[begun - 1] += 1
+        self.cautious = True
+
+
+class Engine(Protocol):
+    """Where parts are computed: processes of this machine, or a cluster."""
+
+    def compute(
+        self, parts: Iterator[Part], job: Job, destination: Destination, advance: Callable[[int], None]
+    ) -> Iterator[tuple[int, Counts]]:
+        """Compute parts side by side, and yield number and counts of each when it is finished, in any order.
+
+        Closing the iterator ends everything that computes.
+
+        Args:
+            parts: the parts; taken when something is free to compute them.
+            job: what every part needs.
+            destination: takes the results.
+            advance: called with the number of frames that were begun since the last call; negative if a part begins
+                anew.
+
+        Raises:
+            ServeError: the model cannot be loaded, or the destination not be written.
+        """
+
+
 def manifest_line(frame: Frame) -> bytes:
     """Encode where a frame is, from which `frames_of` makes it again."""
     return orjson.dumps({"frame": frame.name, "stem": frame.stem, "origin": frame.origin}) + b"\n"
@@ -101,6 +187,35 @@ def frames_of(lines: Iterable[bytes]) -> list[Frame]:
     """Make frames of lines of the manifest."""
     found = map(orjson.loads, lines)
     return [frame_at(each["frame"], each["stem"], each["origin"], _CLIP) for each in found]
+
+
+def compute_part(
+    model: Model,
+    job: Job,
+    destination: Destination,
+    number: int,
+    lines: Sequence[bytes],
+    cautious: bool,
+    deadly: frozenset[int],
+    begun: Callable[[int], None],
+) -> Counts:
+    """Predict a part and put its results into the destination, in the process that has the model.
+
+    Args:
+        model: the model.
+        job: options and batch size.
+        destination: takes the results.
+        number: of the part.
+        lines: the part's lines of the manifest.
+        cautious: as `Part.cautious`.
+        deadly: as `Part.deadly`.
+        begun: called with the number of frames that are finished, of a cautious part with that of the frames begun.
+    """
+    with destination.writing(destination.part_name(number)) as out:
+        counts = predict_part(model, job, lines, out, cautious=cautious, deadly=deadly, begun=begun)
+        # Before the part appears, so that every part that is there has its counts.
+        destination.write(destination.counts_name(number), orjson.dumps(counts.figures()))
+    return counts
 
 
 def predict_part(

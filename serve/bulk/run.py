@@ -15,8 +15,7 @@ import orjson
 
 from serve import storage
 from serve.bulk.destination import Destination
-from serve.bulk.parts import Counts, Job, manifest_line
-from serve.bulk.processes import Part, compute_parts
+from serve.bulk.parts import Counts, Engine, Job, Part, manifest_line
 from serve.errors import BadRequest, SettingsError
 from serve.predict.sources import Source
 from serve.storage.lock import hold_lock
@@ -34,15 +33,11 @@ class BulkRun:
         job: what every part needs.
         identity: what results depend on: model, source and options.
         part_frames: frames per part.
-        devices: a process each.
-        threads: torch threads of a process.
     """
 
     job: Job
     identity: dict[str, Any]
     part_frames: int
-    devices: tuple[str, ...]
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -168,24 +163,35 @@ def _digest(path: Path) -> str:
 
 
 def execute(
-    run: BulkRun, plan: Plan, destination: Destination, advance: Callable[[int], None] = lambda frames: None
+    run: BulkRun,
+    plan: Plan,
+    destination: Destination,
+    engine: Engine,
+    advance: Callable[[int], None] = lambda frames: None,
 ) -> Summary:
     """Compute what is missing and write the summary.
+
+    Args:
+        run: what to do.
+        plan: what `plan_run` returned.
+        destination: takes the results.
+        engine: computes the parts.
+        advance: as of `Engine.compute`.
 
     Raises:
         ServeError: the model cannot be loaded, or the destination not be written.
     """
     counts = Counts()
     for number in sorted(plan.finished):
-        found = destination.read(destination.counts_name(number))
-        if found is None:
+        data = destination.read(destination.counts_name(number))
+        if data is None:
             raise BadRequest(
                 f"{destination.uri(destination.counts_name(number))} is missing; --overwrite begins anew"
             )
-        counts.merge(Counts.of(orjson.loads(found)))
+        counts.merge(Counts.of(orjson.loads(data)))
     kept, started = counts.frames, time.monotonic()
-    for part in compute_parts(plan.missing(), run.job, destination, run.devices, run.threads, advance):
-        counts.merge(part)
+    for _, found in engine.compute(plan.missing(), run.job, destination, advance):
+        counts.merge(found)
     summary = Summary(counts, counts.frames - kept, time.monotonic() - started)
     destination.write(_SUMMARY, orjson.dumps(counts.figures(), option=orjson.OPT_INDENT_2))
     return summary

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from serve import archive
 from serve.bulk.destination import Destination
 from serve.bulk.parts import Job
+from serve.bulk.processes import LocalEngine
 from serve.bulk.run import BulkRun, Summary, execute, plan_run
 from serve.cli.entry import add_checkpoint_flags, bounded, command_parser, open_cache, stage_reporter
 from serve.cli.serve import stoppable
@@ -53,9 +54,8 @@ def main(argv: Sequence[str] | None) -> int:
                 "options": {name: value for name, value in asdict(options).items() if value},
             },
             args.part_frames,
-            devices,
-            threads=max(1, available_cores() // len(devices)),
         )
+        engine = LocalEngine(devices, threads=max(1, available_cores() // len(devices)))
         report("listing the frames")
         plan = plan_run(
             run,
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None) -> int:
             bar.update(frames)
 
         try:
-            summary = execute(run, plan, destination, advance)
+            summary = execute(run, plan, destination, engine, advance)
         except BaseException:
             bar.close()
             print("the same command goes on from the parts that are finished", file=sys.stderr, flush=True)

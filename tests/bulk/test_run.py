@@ -16,6 +16,7 @@ import pytest
 
 from serve.bulk.destination import Destination
 from serve.bulk.parts import Job
+from serve.bulk.processes import LocalEngine
 from serve.bulk.run import BulkRun, Summary, execute, plan_run
 from serve.errors import BadRequest, SettingsError, SetupError, StorageError
 from serve.predict.sources import open_source
@@ -52,10 +53,10 @@ def run(
 ) -> Summary:
     destination = Destination(str(out))
     job = Job("model.mar", False, FrameOptions(), 2, open_model)
-    task = BulkRun(job, {"model": identity}, part_frames, ("cpu",) * processes, 1)
+    task = BulkRun(job, {"model": identity}, part_frames)
     with ExitStack() as stack:
         plan = plan_run(task, destination, lambda: open_source(source, "lidar"), stack, overwrite=overwrite)
-        return execute(task, plan, destination, advance)
+        return execute(task, plan, destination, LocalEngine(("cpu",) * processes, 1), advance)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -91,11 +92,11 @@ def test_the_number_of_processes_does_not_change_a_byte(frames: Any, tmp_path: P
 def test_frames_that_cannot_be_read_are_records_with_their_error(frames: Any, tmp_path: Path) -> None:
     source, out = frames(b"1", b"bad", b"3"), tmp_path / "out"
     destination = Destination(str(out))
-    task = BulkRun(Job("m", False, FrameOptions(), 2, fake.open_echo), {}, 3, ("cpu",), 1)
+    task = BulkRun(Job("m", False, FrameOptions(), 2, fake.open_echo), {}, 3)
     with ExitStack() as stack:
         plan = plan_run(task, destination, lambda: open_source(source, "lidar"), stack, overwrite=False)
         (source / "0002.bin").unlink()  # gone after it was listed
-        summary = execute(task, plan, destination)
+        summary = execute(task, plan, destination, LocalEngine(("cpu",), 1))
     assert summary.counts.failed.total() == 2
     assert [each.get("error", {}).get("code") for each in lines(out)] == [
         None,
