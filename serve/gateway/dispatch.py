@@ -93,6 +93,22 @@ async def stream_frames(
 async def _run_frame(model: ModelVersion, frame: EncodedFrame | ServeError, timeout_s: float) -> Outcome:
     if isinstance(frame, ServeError):
         return frame
+    outcome = await _submit_frame(model, frame, timeout_s)
+    if model.observers:
+        # Later: this task now writes the answer.
+        asyncio.get_running_loop().call_soon(_observe, model, frame, outcome)
+    return outcome
+
+
+def _observe(model: ModelVersion, frame: EncodedFrame, outcome: Outcome) -> None:
+    for observe in model.observers:
+        try:
+            observe(model, frame, outcome)
+        except Exception:
+            logger.exception("an observer of the frames for %s failed", model.state.name)
+
+
+async def _submit_frame(model: ModelVersion, frame: EncodedFrame, timeout_s: float) -> Outcome:
     assert model.batcher is not None
     try:
         cost = estimate_cost(frame, model.spec or {})

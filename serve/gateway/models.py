@@ -15,16 +15,19 @@ from typing import Any, Literal
 
 from serve.errors import BackendBroken, ModelNotFound, NotReady, ServeError
 from serve.gateway.backend import Answer, ModelState, TorchServeBackend
-from serve.gateway.batcher import Batcher, BatchReport
+from serve.gateway.batcher import Batcher, BatchReport, BatchResult
 from serve.gateway.options import GatewayOptions
 from serve.gateway.statistics import ModelStatistics
 from serve.protocol.batching import BatchRule
 from serve.protocol.worker import EncodedFrame
 
-__all__ = ["Health", "ModelRegistry", "ModelVersion"]
+__all__ = ["FrameObserver", "Health", "ModelRegistry", "ModelVersion"]
 
 MAX_AGE_S = 1.0  # maximum age before a refresh
 MIN_RETRY_S = 0.2  # minimum delay after a failed refresh
+
+# Called with the version that answered a frame, the frame, and its outcome.
+FrameObserver = Callable[["ModelVersion", EncodedFrame, BatchResult[Answer] | ServeError], None]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class ModelVersion:
         described_by: process ids of the workers when `spec` was read.
         batcher: its queue; created from `spec`, which determines the cost of a batch.
         statistics: of its batches.
+        observers: called with every frame that has its outcome (`serve.gateway.dispatch`); those of the registry.
     """
 
     state: ModelState
@@ -48,6 +52,7 @@ class ModelVersion:
     described_by: frozenset[int] = frozenset()
     batcher: Batcher[EncodedFrame, Answer] | None = field(default=None, repr=False)
     statistics: ModelStatistics = field(default_factory=ModelStatistics, repr=False)
+    observers: Sequence[FrameObserver] = field(default=(), repr=False)
 
     @property
     def status(self) -> Literal["ready", "loading", "refused"]:
@@ -74,6 +79,9 @@ class ModelRegistry:
         self._options = options
         # Called with the model's name and the report of every batch.
         self.on_batch: Callable[[str, BatchReport], None] = lambda model, report: None
+        # Called with every frame of any model that has its outcome. On the event loop, after the answer of a request
+        # of one frame was written: an observer must return at once, and copy what it keeps of a frame.
+        self.frame_observers: list[FrameObserver] = []
         self._models: dict[tuple[str, str], ModelVersion] = {}
         self._names = 0
         self._refreshed_at = float("-inf")
@@ -220,7 +228,7 @@ class ModelRegistry:
             logger.info("model %s %s was removed", *key)
             del self._models[key]
         for key, state in now.items():
-            model = self._models.setdefault(key, ModelVersion(state))
+            model = self._models.setdefault(key, ModelVersion(state, observers=self.frame_observers))
             model.state = state
             if model.batcher is not None:
                 # Without a ready worker one is being restarted; TorchServe holds one batch for it.
