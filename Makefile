@@ -20,20 +20,19 @@ NAME ?= $(patsubst %.py,%,$(notdir $(MODEL)))
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
-BENCH_STAMP := .venv-bench/.stamp
-UI_STAMP := .venv-ui/.stamp
-TRITON_STAMP := .venv-triton/.stamp
 TRAIN_STAMP := $(VENV)/.train-stamp
 SETUP_INPUTS := pyproject.toml setup.py tools/setup_env.py serve/ops/autoload.py $(wildcard requirements/*.lock)
 CODE := serve handlers tools tests
 # How `make test` divides the tests (docs/testing.md): JOBS processes side by side.
 JOBS ?= 2
+# Rows of `make test-extras`.
+EXTRAS ?= labelling proto rerun train triton ui
 PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max-worker-restart 2
 
 # Run a command for a task that will go, after a warning that names the command to use.
 deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
 
-.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-triton test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check wheel-client compose-up k8s-render k8s-check sbom check-range lock proto ui test-ui clean distclean
+.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-extras test-labelling test-proto test-rerun test-train test-triton test-ui test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check wheel-client compose-up k8s-render k8s-check sbom check-range lock proto ui clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -81,14 +80,21 @@ test-soak: $(STAMP) ## Run chaos at length, benchmarks, the bounds-checked fuzz,
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device, and name those skipped without one; TESTS picks some
 	$(PY) -m pytest -m gpu $(TESTS)
 
-test-triton: $(TRITON_STAMP) ## Run the tests of the kernels in Triton, interpreted and compiled, without a GPU; TESTS picks some
-	.venv-triton/bin/python -m pytest $(or $(TESTS),tests/ops/test_triton_kernels.py)
+test-extras: $(patsubst %,test-%,$(filter-out $(WITHOUT),$(EXTRAS))) ## Run the tests that need packages of their own, in .venv-NAME each; EXTRAS="ui rerun" picks, WITHOUT=ui leaves out
+
+# A row: the tests of packages that the project's environment lacks, in .venv-NAME of requirements/NAME.lock.
+test-labelling: EXTRA := tests/labelling #: The SDKs of CVAT and Label Studio
+test-proto: EXTRA := tests/gateway/grpc/test_wire.py #: The compiled messages of gRPC are those of their sources
+test-rerun: EXTRA := tests/predict/test_recording_files.py #: rerun reads what predict writes
+test-train: EXTRA := tests/evaluate/test_releases.py tests/evaluate/test_picture_sets.py #: Metrics of nuScenes, Lyft, Cityscapes
+test-triton: EXTRA := tests/ops/test_triton_kernels.py #: The kernels in Triton, interpreted and compiled, without a GPU
+test-ui: EXTRA := tests/ui #: The page in this machine's Chromium
+# A test that is skipped fails here: what it needs is what its row is for.
+$(EXTRAS:%=test-%): test-%: .venv-%/.stamp
+	.venv-$*/bin/python -m pytest --no-skips $(or $(TESTS),$(EXTRA))
 
 test-attack: $(STAMP) ## Run every attack of tests/attacks, the long ones too; TESTS picks some
 	$(PY) -m pytest $(or $(TESTS),tests/attacks)
-
-test-ui: $(UI_STAMP) #: Run the tests of the page in this machine's Chromium; TESTS picks some
-	.venv-ui/bin/python -m pytest $(or $(TESTS),tests/ui)
 
 demo: $(STAMP) ## Serve the demo SECOND and print a curl line that works; Ctrl-C stops it
 	@exec $(PY) -m serve demo $(ARGS)
@@ -96,19 +102,18 @@ demo: $(STAMP) ## Serve the demo SECOND and print a curl line that works; Ctrl-C
 bench: $(STAMP) ## Measure: NAME=detector, ops, serving, fairness, workers, storage; NAME=native-env for --native-python [ARGS="--help"]
 	@exec $(PY) -m tools.bench $(or $(NAME),--help) $(ARGS)
 
-bench-env: $(BENCH_STAMP) #: Make .venv-bench with LitServe, mosec and BentoML, for NAME=serving
+bench-env: .venv-bench/.stamp #: Make .venv-bench with LitServe, mosec and BentoML, for NAME=serving
 	@echo "bench-env: .venv-bench is up to date"
 
-# Environments with packages of their own that see the project's behind them: those servers can serve our models.
-$(BENCH_STAMP): requirements/bench.lock
-$(TRITON_STAMP): requirements/triton.lock
-$(UI_STAMP): requirements/ui.lock
-$(BENCH_STAMP) $(TRITON_STAMP) $(UI_STAMP): $(STAMP)
+# Environments with packages of their own that see the project's behind them: those servers can serve our models. pip
+# sees it too, and installs no package twice.
+.PRECIOUS: .venv-%/.stamp
+.venv-%/.stamp: requirements/%.lock $(STAMP)
 	$(PY) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
-		--only-binary=:all: -r requirements/$(patsubst .venv-%,%,$(@D)).lock
 	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
+		--only-binary=:all: -r requirements/$*.lock
 	@touch $@
 
 archive: $(STAMP) ## Make STORE/NAME.mar of MODEL=name [CONFIG=file CHECKPOINT=file NAME=name STORE=folder]
@@ -167,8 +172,10 @@ lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for t
 		--require-hashes --only-binary=:all: -r requirements/installer.lock
 	$(COMPILE) pyproject.toml --extra models --group torch-needs --excludes requirements/torch.exclude -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --extra gateway -c requirements/runtime.lock -o requirements/gateway.lock
-	for name in dev cvat grpc otel video recordings rerun image installer torch-cuda triton; do \
+	for name in dev cvat grpc otel proto video recordings rerun image installer torch-cuda triton; do \
 		$(COMPILE) --group $$name -c requirements/runtime.lock -o requirements/$$name.lock; done
+	$(COMPILE) --group labelling --excludes requirements/labelling.exclude \
+		-c requirements/cvat.lock -c requirements/runtime.lock -o requirements/labelling.lock
 	for name in sbom bench ui; do \
 		$(COMPILE) --group $$name --excludes requirements/torch.exclude -o requirements/$$name.lock; done
 	$(COMPILE) --no-config --group train --excludes requirements/train.exclude --overrides requirements/train.override \
@@ -180,9 +187,7 @@ ui: #: Build the page's scripts of serve/gateway/ui/source into serve/gateway/ui
 	@cp -R serve/gateway/ui/source/. build/ui
 	cd build/ui && npm ci --ignore-scripts --no-audit --no-fund && npm run build -- ../../serve/gateway/ui/built
 
-proto: $(STAMP) #: Compile serve/gateway/grpc/*.proto, with grpcio-tools in an environment of its own
-	@test -x .venv-proto/bin/python || $(PY) -m venv .venv-proto
-	@.venv-proto/bin/python -m pip install --quiet --disable-pip-version-check --only-binary=:all: grpcio-tools
+proto: .venv-proto/.stamp #: Compile serve/gateway/grpc/*.proto
 	cd serve/gateway/grpc && for name in open_inference health; do \
 		$(CURDIR)/.venv-proto/bin/python -m grpc_tools.protoc -I. --descriptor_set_out=$$name.binpb $$name.proto; done
 
@@ -191,7 +196,7 @@ clean: ## Remove caches and build outputs; keeps the environment, archives and d
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean #: Also remove the environment
-	rm -rf $(VENV) .venv-bench .venv-proto .venv-triton .venv-ui
+	rm -rf $(VENV) .venv-bench $(EXTRAS:%=.venv-%)
 
 # Until 0.3: tasks that wrap one command. Each prints the command to use instead.
 demo-evaluate: $(STAMP) #- python -m tools.demo evaluate

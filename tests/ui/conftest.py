@@ -34,8 +34,11 @@ CLASSES = ["Car", "Pedestrian"]
 STEP_M = 0.25  # that the scene moves on from one frame to the next
 
 
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+
+
 def find_chromium() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return next(filter(None, map(shutil.which, CHROMIUM)), None)
 
 
 def scene_answer(frame: bytes | dict[str, bytes], options: dict[str, Any]) -> bytes:
@@ -122,11 +125,12 @@ class Browsed:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-ui")
+def browser(pytestconfig: pytest.Config) -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="make test-ui has Playwright")
     path = find_chromium()
     if path is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
+        end = pytest.exit if pytestconfig.option.no_skips else pytest.skip
+        end(f"the page's tests need one of {', '.join(CHROMIUM)} in PATH: apt-get install chromium")
     arguments = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
     if os.geteuid() == 0:
         arguments.append("--no-sandbox")

@@ -1,0 +1,78 @@
+"""`make test-extras`: no test of an optional package is without a row, and no row skips its tests."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKEFILE = (ROOT / "Makefile").read_text()
+ROWS = {
+    name: paths.split()
+    for name, paths in re.findall(r"^test-([\w-]+): EXTRA := (.+?) #: ", MAKEFILE, re.MULTILINE)
+}
+
+
+def optional_modules(path: Path) -> set[str]:
+    """Modules without which a test of this file is skipped."""
+    text = path.read_text()
+    calls = (
+        node
+        for node in ast.walk(ast.parse(text if "importorskip" in text else ""))
+        if isinstance(node, ast.Call)
+    )
+    return {
+        node.args[0].value
+        for node in calls
+        if isinstance(node.func, ast.Attribute)
+        and node.func.attr == "importorskip"
+        and isinstance(node.args[0], ast.Constant)
+    }
+
+
+def test_every_row_has_a_lock_and_tests_and_is_run_by_default():
+    (default,) = re.findall(r"^EXTRAS \?= (.+)$", MAKEFILE, re.MULTILINE)
+    assert set(default.split()) == set(ROWS)
+    for name, paths in ROWS.items():
+        assert (ROOT / "requirements" / f"{name}.lock").is_file(), name
+        assert all((ROOT / path).exists() for path in paths), name
+
+
+def test_every_test_of_a_package_that_the_environment_lacks_is_in_a_row():
+    in_rows = [ROOT / path for paths in ROWS.values() for path in paths]
+    without = {}
+    for path in (ROOT / "tests").rglob("*.py"):
+        lacked = {
+            name
+            for name in optional_modules(path)
+            if importlib.util.find_spec(name.partition(".")[0]) is None
+        }
+        if lacked and not any(path.is_relative_to(row) for row in in_rows):
+            without[str(path.relative_to(ROOT))] = lacked
+    assert not without
+
+
+def test_what_is_skipped_fails_under_no_skips(tmp_path):
+    (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('missing_package')\n")
+    (tmp_path / "test_browser.py").write_text(
+        "import pytest\n"
+        "def test_one(): pytest.skip('no browser')\n"
+        "@pytest.mark.xfail\n"
+        "def test_expected(): assert False\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "tests.no_skips", "--no-skips", "-p", "no:cacheprovider"]
+    ran = subprocess.run(
+        [*command, "--continue-on-collection-errors", "--rootdir", tmp_path, "-c", "/dev/null", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "1 failed, 1 xfailed, 1 error" in ran.stdout
+    assert "missing_package" in ran.stdout
+    assert "no browser" in ran.stdout
