@@ -10,6 +10,7 @@ from typing import IO, Any, Protocol
 
 import orjson
 
+from serve import storage
 from serve.bulk.destination import Destination
 from serve.errors import InferenceFailed, SetupError, error_body
 from serve.predict.frames import Clip, Frame, Prediction
@@ -17,6 +18,7 @@ from serve.predict.journal import line_of
 from serve.predict.models import Model, open_archive
 from serve.predict.pipeline import predict_frames
 from serve.predict.sources import frame_at
+from serve.protocol.batching import BATCH_PIXELS, BATCH_POINTS, BatchRule
 from serve.protocol.frames import FrameOptions
 
 __all__ = [
@@ -35,6 +37,8 @@ LOADING = -1
 _MOST_STARTS = 3
 _MOST_ENDS = 2
 _CLIP = Clip("bulk")
+_LOCAL_READERS = 2
+_REMOTE_READERS = 8  # they wait for the network
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Job:
         archive: path of the archive on this machine.
         trust_code: import modules packed in it.
         options: of every frame.
-        batch_size: frames per batch.
+        batch_size: most frames in a batch.
+        batch_cost: most points or pixels in a batch; those of the gateway if None.
         open_model: opens an archive on a device: a function of a module, which each process calls once.
     """
 
@@ -54,6 +59,16 @@ class Job:
     options: FrameOptions
     batch_size: int
     open_model: Callable[..., Model] = open_archive
+    batch_cost: int | None = None
+
+    def rule(self, model: Model) -> BatchRule:
+        """Which frames share a batch, as in the gateway."""
+        return BatchRule.of(
+            model.description,
+            frames=self.batch_size,
+            points=self.batch_cost or BATCH_POINTS,
+            pixels=self.batch_cost or BATCH_PIXELS,
+        )
 
 
 @dataclass
@@ -198,6 +213,7 @@ def compute_part(
     cautious: bool,
     deadly: frozenset[int],
     begun: Callable[[int], None],
+    queued: Callable[[], None] = lambda: None,
 ) -> Counts:
     """Predict a part and put its results into the destination, in the process that has the model.
 
@@ -210,9 +226,12 @@ def compute_part(
         cautious: as `Part.cautious`.
         deadly: as `Part.deadly`.
         begun: called with the number of frames that are finished, of a cautious part with that of the frames begun.
+        queued: called when the last batch was queued for the model.
     """
     with destination.writing(destination.part_name(number)) as out:
-        counts = predict_part(model, job, lines, out, cautious=cautious, deadly=deadly, begun=begun)
+        counts = predict_part(
+            model, job, lines, out, cautious=cautious, deadly=deadly, begun=begun, queued=queued
+        )
         # Before the part appears, so that every part that is there has its counts.
         destination.write(destination.counts_name(number), orjson.dumps(counts.figures()))
     return counts
@@ -227,6 +246,7 @@ def predict_part(
     cautious: bool = False,
     deadly: frozenset[int] = frozenset(),
     begun: Callable[[int], None] = lambda index: None,
+    queued: Callable[[], None] = lambda: None,
 ) -> Counts:
     """Predict the frames of a part and write one line for each, in order.
 
@@ -238,10 +258,11 @@ def predict_part(
         cautious: one frame at a time, so that the one that ends the process is known.
         deadly: indices of frames that have ended a process; they get an error instead.
         begun: called with the number of frames that are finished, of a cautious run with that of the frames begun.
+        queued: called when the last batch was queued for the model.
     """
     frames = frames_of(lines)
     counts = Counts()
-    for prediction in _predictions(model, job, frames, cautious, deadly, begun):
+    for prediction in _predictions(model, job, frames, cautious, deadly, begun, queued):
         out.write(line_of(prediction))
         counts.add(prediction)
         if not cautious:
@@ -256,9 +277,20 @@ def _predictions(
     cautious: bool,
     deadly: frozenset[int],
     begun: Callable[[int], None],
+    queued: Callable[[], None],
 ) -> Iterator[Prediction]:
     if not cautious:
-        with closing(predict_frames(frames, model, job.options, batch_size=job.batch_size)) as found:
+        readers = _REMOTE_READERS if any(map(_is_remote, frames)) else _LOCAL_READERS
+        predictions = predict_frames(
+            frames,
+            model,
+            job.options,
+            rule=job.rule(model),
+            ahead=2 * readers,
+            readers=readers,
+            submitted=queued,
+        )
+        with closing(predictions) as found:
             yield from found
         return
     for index, frame in enumerate(frames):
@@ -271,3 +303,9 @@ def _predictions(
         begun(index + 1)
         with closing(predict_frames([frame], model, job.options)) as found:
             yield from found
+
+
+def _is_remote(frame: Frame) -> bool:
+    origin = frame.origin
+    uris = origin.values() if isinstance(origin, Mapping) else (str(origin),)
+    return any(storage.parse(uri).scheme in ("s3", "http") for uri in uris)

@@ -61,6 +61,10 @@ class Model(Protocol):
         """Float32 numbers per point in a ``.bin``; None without a point cloud or a description by the server."""
 
     @property
+    def description(self) -> Mapping[str, Any]:
+        """What a worker says of its model (`serve.runtime.Detector.describe`); empty if the server does not."""
+
+    @property
     def is_remote(self) -> bool:
         """Whether frames travel over a network."""
 
@@ -113,11 +117,12 @@ class LocalModel(_Closing):
         self._limits = Settings.from_environment().limits
         metadata = detector.metadata
         self.identity = {"name": metadata.name, "version": metadata.version, "sha256": sha256}
+        self.description: Mapping[str, Any] = detector.describe()
 
     @property
     def modality(self) -> Modality:
         """Kind of frames that it takes."""
-        return self.detector.describe()["modality"]  # type: ignore[no-any-return]
+        return self.description["modality"]  # type: ignore[no-any-return]
 
     @property
     def load_dim(self) -> int | None:
@@ -226,7 +231,7 @@ class RemoteModel(_Closing):
             thread.start()
         self._client = Client(url, token=token, timeout_s=timeout_s)
         try:
-            self.description = self._describe()
+            self.description: Mapping[str, Any] = self._describe()
         except BaseException:
             self.close()
             raise
@@ -373,5 +378,10 @@ def outcome_of(prepared: Future[Any]) -> Any:
     try:
         return prepared.result()
     except Exception as error:
-        kind = InferenceFailed if isinstance(error, MemoryError) else UndecodableFrame
-        return error_of_frame(error, kind, "the frame cannot be read")
+        return outcome_of_error(error)
+
+
+def outcome_of_error(error: Exception) -> ServeError:
+    """Return the outcome of a frame that could not be read or decoded."""
+    kind = InferenceFailed if isinstance(error, MemoryError) else UndecodableFrame
+    return error_of_frame(error, kind, "the frame cannot be read")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,22 +19,25 @@ import orjson
 
 from serve.errors import ServeError, error_from_response
 from serve.predict.frames import Frame, Prediction, encode_pixels
-from serve.predict.models import Model, ServedAnswer
+from serve.predict.models import Model, ServedAnswer, outcome_of_error
 from serve.protocol.batch import Body
+from serve.protocol.batching import BatchLimits, BatchRule, BatchSize, FrameCost, estimate_cost, ragged
 from serve.protocol.frames import FrameOptions
-from serve.protocol.worker import Outcome, encode_outcome
+from serve.protocol.worker import EncodedFrame, Outcome, encode_outcome
 
 __all__ = ["predict_frames"]
 
 _READERS = 2
+_ONE_FRAME = FrameCost(1, 0)
 
 
 @dataclass
 class _Entry:
-    """A frame on its way; `outcome` is set when its batch is submitted."""
+    """A frame on its way; `batch` is set when its batch is submitted, `cost` when the frame was read."""
 
     frame: Frame
     prepared: Future[Any]
+    cost: Future[FrameCost]
     body: Body | None = None
     finished: Prediction | None = None
     batch: Future[list[Outcome]] | None = None
@@ -47,7 +50,10 @@ def predict_frames(
     options: FrameOptions,
     *,
     batch_size: int = 1,
+    rule: BatchRule | None = None,
     ahead: int = 4,
+    readers: int = _READERS,
+    submitted: Callable[[], None] = lambda: None,
     finished: Callable[[Frame], Prediction | None] = lambda frame: None,
     keep_body: bool = False,
 ) -> Generator[Prediction]:
@@ -58,7 +64,10 @@ def predict_frames(
         model: the model.
         options: of every frame.
         batch_size: frames per batch, always consecutive ones.
+        rule: which frames share a batch, by their cost and the sizes of their images; in place of `batch_size`.
         ahead: frames that are read beyond two batches.
+        readers: frames that are read and decoded at a time.
+        submitted: called when the last batch was queued for the model.
         finished: returns the prediction of a frame that needs none any more, or None.
         keep_body: keep each frame's bytes in its prediction.
 
@@ -68,43 +77,90 @@ def predict_frames(
     Raises:
         ServeError: what concerns every frame: the source ended with an error, the server is gone.
     """
-    bound = 2 * batch_size + ahead
+    if rule is not None:
+        batch_size = rule.limits.items
+    window = 2 * batch_size
     with (
-        ThreadPoolExecutor(_READERS, thread_name_prefix="reader") as readers,
-        closing(_Feeder(frames, model, options, readers, bound, finished, keep_body)) as feeder,
+        ThreadPoolExecutor(readers, thread_name_prefix="reader") as pool,
+        closing(
+            _Feeder(frames, model, options, pool, window + ahead, finished, keep_body, rule is not None)
+        ) as feeder,
     ):
         waiting: deque[_Entry] = deque()
-        batch: list[_Entry] = []
+        batches = _OpenBatches(model, rule or BatchRule(BatchLimits(batch_size), ragged), window)
         ended, problem = False, None
         while True:
-            while not ended and len(waiting) < 2 * batch_size:
+            while not ended and len(waiting) < window:
                 if waiting and _is_done(waiting[0]) and feeder.is_empty():
                     break  # rather hand on what is there than wait for the source
                 entry = feeder.take()
                 if entry is None or isinstance(entry, BaseException):
                     ended, problem = True, entry
+                    batches.submit_all()
+                    submitted()
                     break
                 waiting.append(entry)
-                if entry.finished is None:
-                    batch.append(entry)
-                    if len(batch) == batch_size:
-                        _submit(batch, model)
+                batches.add(entry)
             if not waiting:
                 if problem is not None:
                     raise problem
                 return
-            head = waiting.popleft()
-            if head.finished is None and head.batch is None:
-                _submit(batch, model)
-            yield _prediction(head)
+            yield _prediction(waiting.popleft())
             feeder.release()
 
 
-def _submit(batch: list[_Entry], model: Model) -> None:
-    future = model.submit([entry.prepared for entry in batch])
-    for index, entry in enumerate(batch):
-        entry.batch, entry.index = future, index
-    batch.clear()
+class _OpenBatches:
+    """Batches that are not submitted yet, one per key of their frames.
+
+    Which frames share a batch depends on the frames and on nothing else, such as how fast they are read.
+
+    Args:
+        model: takes the batches.
+        rule: which frames share a batch.
+        window: frames among which those of a batch are looked for.
+    """
+
+    def __init__(self, model: Model, rule: BatchRule, window: int) -> None:
+        self._model, self._rule, self._window = model, rule, window
+        self._open: dict[Hashable, tuple[int, BatchSize, list[_Entry]]] = {}
+        self._count = 0
+
+    def add(self, entry: _Entry) -> None:
+        """Put a frame into a batch, and submit those that are full or have waited for the length of the window."""
+        self._count += 1
+        if entry.finished is None:
+            self._put(entry)
+        for key, (first, _, _) in list(self._open.items()):
+            if self._count - first >= self._window - 1:
+                self._submit(key)
+
+    def submit_all(self) -> None:
+        """Submit what is open."""
+        for key in list(self._open):
+            self._submit(key)
+
+    def _put(self, entry: _Entry) -> None:
+        try:
+            cost = entry.cost.result()
+        except Exception as error:  # the frame's own, such as a file that is gone
+            entry.batch = Future()
+            entry.batch.set_result([outcome_of_error(error)])
+            return
+        if cost.key in self._open and not self._open[cost.key][1].admits(cost.cost, cost.nbytes):
+            self._submit(cost.key)
+        if cost.key not in self._open:
+            self._open[cost.key] = (self._count, self._rule.open_batch(), [])
+        _, size, entries = self._open[cost.key]
+        size.add(cost.cost, cost.nbytes)
+        entries.append(entry)
+        if size.is_full:
+            self._submit(cost.key)
+
+    def _submit(self, key: Hashable) -> None:
+        _, _, entries = self._open.pop(key)
+        future = self._model.submit([entry.prepared for entry in entries])
+        for index, entry in enumerate(entries):
+            entry.batch, entry.index = future, index
 
 
 def _is_done(entry: _Entry) -> bool:
@@ -139,9 +195,11 @@ class _Feeder:
         bound: int,
         finished: Callable[[Frame], Prediction | None],
         keep_body: bool,
+        by_cost: bool,
     ) -> None:
         self._frames, self._model, self._options, self._readers = frames, model, options, readers
         self._finished, self._keep_body = finished, keep_body
+        self._spec = model.description if by_cost else None
         self._free = threading.Semaphore(bound)
         self._queue: queue.SimpleQueue[_Entry | BaseException | None] = queue.SimpleQueue()
         self._stopped = False
@@ -184,18 +242,28 @@ class _Feeder:
                 frames.close()  # a video's file
 
     def _start(self, frame: Frame) -> _Entry:
-        entry = _Entry(frame, Future())
+        entry = _Entry(frame, Future(), Future())
         entry.finished = self._finished(frame)
+        if self._spec is None:
+            entry.cost.set_result(_ONE_FRAME)
         if entry.finished is None:
             entry.prepared = self._readers.submit(self._prepare, entry)
         return entry
 
     def _prepare(self, entry: _Entry) -> Any:
-        frame = entry.frame
-        if frame.pixels is not None and self._model.is_remote:
-            body: Body = encode_pixels(frame.pixels(), small=True)
-        else:
-            body = frame.read()
+        try:
+            body = self._read(entry.frame)
+            if self._spec is not None:
+                entry.cost.set_result(estimate_cost(EncodedFrame(body, self._options), self._spec))
+        except Exception as error:
+            if not entry.cost.done():
+                entry.cost.set_exception(error)
+            raise
         if self._keep_body:
             entry.body = body
         return self._model.prepare(body, self._options)
+
+    def _read(self, frame: Frame) -> Body:
+        if frame.pixels is not None and self._model.is_remote:
+            return encode_pixels(frame.pixels(), small=True)
+        return frame.read()

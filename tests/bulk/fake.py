@@ -21,6 +21,7 @@ class BulkModel:
     load_dim = 4
     is_remote = False
     identity: Any = MappingProxyType({"name": "bulk", "version": "1.0"})
+    description: Any = MappingProxyType({"modality": "lidar", "load_dim": 4})
 
     def prepare(self, body: Any, options: Any) -> bytes:
         if body == b"bad":

@@ -21,6 +21,7 @@ class EchoModel:
     modality: Any = "lidar"
     load_dim = 4
     is_remote = False
+    description: Any = MappingProxyType({})
 
     def __init__(self) -> None:
         self.batches: list[int] = []

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import cv2
@@ -30,6 +31,7 @@ class OneAnswer:
     identity: Mapping[str, str] = {"name": "one", "version": "1.0"}
     load_dim = 4
     is_remote = False
+    description: Any = MappingProxyType({})
 
     def __init__(self, modality: str, answer: dict[str, Any]) -> None:
         self.modality: Any = modality

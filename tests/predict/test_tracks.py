@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class ScriptedModel:
     modality: Any = "lidar"
     load_dim = 4
     is_remote = False
+    description: Any = MappingProxyType({})
 
     def prepare(self, body: Any, options: Any) -> Any:
         if body == b"bad":

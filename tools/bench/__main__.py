@@ -23,6 +23,7 @@ COMMANDS = {
         "tools.bench.commands.fairness",
         "one model of a gateway under a flood of requests for another",
     ),
+    "bulk": ("tools.bench.commands.bulk", "a run over many frames beside the runtime alone, in pairs"),
     "workers": ("tools.bench.commands.workers", "how workers and threads divide the cores"),
     "storage": ("tools.bench.commands.storage", "s3:// and FFRecord against boto3 and pread; packing"),
     "native-env": (

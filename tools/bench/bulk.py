@@ -1,0 +1,204 @@
+"""The runtime alone and `serve.bulk` on the same frames, each timed from the moment all its processes have a model.
+
+The runtime gets bytes that are in memory, decodes them and computes them in batches, one after the other; that is what
+`Detector` does for anyone. The run over many frames reads files, decodes them, computes and writes its parts.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from serve.bulk.destination import Destination
+from serve.bulk.parts import Job
+from serve.bulk.processes import LocalEngine
+from serve.bulk.run import BulkRun, execute, plan_run
+from serve.predict.models import Model, open_archive, outcome_of
+from serve.predict.sources import open_source
+from serve.protocol.batch import Body
+from serve.protocol.frames import FrameOptions, Modality
+from serve.protocol.worker import Outcome
+
+__all__ = ["SLEEP", "Setting", "Timing", "bulk_rate", "runtime_rate"]
+
+SLEEP = "sleep"  # in place of an archive: a model that takes 20 ms for a batch and 2 ms for each frame
+_BATCH_S, _FRAME_S = 0.020, 0.002
+_POLL_S = 0.001
+# Of 40 boxes, as a street has them.
+_ANSWER: dict[str, Any] = {
+    "bboxes_3d": [[1.2345678, -2.3456789, 0.1234567, 3.9, 1.6, 1.56, 1.5707963]] * 40,
+    "scores_3d": [0.1234567] * 40,
+    "labels_3d": [2] * 40,
+    "names": ["Car"] * 40,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both sides do.
+
+    Attributes:
+        archive: path of the archive, or `SLEEP`.
+        frame: path of the frame that they get again and again.
+        modality: kind of the frame.
+        frames: frames of one measurement, all processes together.
+        batch_size: frames per batch.
+        part_frames: frames per part of the results.
+        processes: processes side by side.
+        threads: torch threads of each.
+        device: of all of them.
+    """
+
+    archive: str
+    frame: Path
+    modality: Modality
+    frames: int
+    batch_size: int
+    part_frames: int
+    processes: int
+    threads: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Frames per second once all processes have loaded the model, and the seconds until then."""
+
+    rate: float
+    startup_s: float
+
+
+def runtime_rate(setting: Setting) -> Timing:
+    """Let processes compute batches from memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_stage(Path(folder), setting)
+        begun = time.monotonic()
+        with ProcessPoolExecutor(setting.processes, get_context("spawn")) as pool:
+            share = -(-setting.frames // setting.processes)
+            runs = [pool.submit(_run_alone, folder, setting, share) for _ in range(setting.processes)]
+            ended = max(run.result() for run in runs)
+        ready = _all_ready_at(Path(folder))
+        return Timing(share * setting.processes / (ended - ready), ready - begun)
+
+
+def bulk_rate(setting: Setting, out: str | None = None) -> Timing:
+    """Let `serve.bulk` compute as many frames of a folder.
+
+    Args:
+        setting: what to do.
+        out: ``s3://bucket/prefix`` for the results; a temporary folder if None.
+    """
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        stage = Path(folder)
+        _write_stage(stage, setting)
+        source = stage / "frames"
+        source.mkdir()
+        for k in range(setting.frames):
+            (source / f"{k:06d}{setting.frame.suffix}").symlink_to(setting.frame.resolve())
+        destination = Destination(out or str(stage / "out"))
+        job = Job(str(stage / "model"), False, FrameOptions(), setting.batch_size, _open_measured)
+        run = BulkRun(job, {"bench": 1}, setting.part_frames)
+        engine = LocalEngine((setting.device,) * setting.processes, setting.threads)
+        plan = plan_run(
+            run, destination, lambda: open_source(source, setting.modality), stack, overwrite=True
+        )
+        begun = time.monotonic()
+        summary = execute(run, plan, destination, engine)
+        ended = time.monotonic()
+        if summary.counts.failed:
+            raise RuntimeError(f"frames failed: {summary.counts.failed}")
+        ready = _all_ready_at(stage)
+        return Timing(setting.frames / (ended - ready), ready - begun)
+
+
+def _write_stage(stage: Path, setting: Setting) -> None:
+    """Prepare what processes find beside their archive."""
+    (stage / "warm-up").symlink_to(setting.frame.resolve())
+    (stage / "processes").write_text(f"{setting.processes} {setting.batch_size}")
+    (stage / "ready").mkdir()
+    (stage / "model").symlink_to(
+        setting.archive if setting.archive == SLEEP else os.path.abspath(setting.archive)
+    )
+
+
+def _all_ready_at(stage: Path) -> float:
+    return max(float(file.read_text()) for file in (stage / "ready").glob("*.at"))
+
+
+def _open_measured(archive: Path, device: str, *, trust_code: bool, threads: int) -> Model:
+    """Open a model, run a batch, which compiles and fills caches, and wait for the other processes."""
+    stage = archive.parent
+    model: Model = (
+        _SleepModel()
+        if os.readlink(archive) == SLEEP
+        else open_archive(Path(os.readlink(archive)), device, trust_code=trust_code, threads=threads)
+    )
+    processes, batch_size = map(int, (stage / "processes").read_text().split())
+    _compute(model, (stage / "warm-up").read_bytes(), batch_size)
+    mark = stage / "ready" / f"{os.getpid()}.writing"
+    mark.write_text(str(time.monotonic()))
+    mark.rename(mark.with_suffix(".at"))
+    while len(list((stage / "ready").glob("*.at"))) < processes:
+        time.sleep(_POLL_S)
+    return model
+
+
+def _run_alone(folder: str, setting: Setting, frames: int) -> float:
+    """Compute `frames` frames from memory; returns when that ended, seconds of the monotonic clock."""
+    model = _open_measured(Path(folder, "model"), setting.device, trust_code=False, threads=setting.threads)
+    body = setting.frame.read_bytes()
+    for first in range(0, frames, setting.batch_size):
+        _compute(model, body, min(setting.batch_size, frames - first))
+    ended = time.monotonic()
+    model.close()
+    return ended
+
+
+def _compute(model: Model, body: Body, count: int) -> None:
+    """Decode and compute one batch, one step after the other."""
+    prepared: list[Future[Any]] = []
+    for _ in range(count):
+        prepared.append(Future())
+        prepared[-1].set_result(model.prepare(body, FrameOptions()))
+    for outcome in model.submit(prepared).result():
+        if isinstance(outcome, Exception):
+            raise outcome
+
+
+class _SleepModel:
+    """Model of known cost, without CPU use, like a GPU."""
+
+    modality: Modality = "lidar"
+    load_dim = 4
+    is_remote = False
+    identity = MappingProxyType({"name": "sleep", "version": "1.0"})
+    description = MappingProxyType({"modality": "lidar", "load_dim": 4})
+
+    def __init__(self) -> None:
+        self._engine = ThreadPoolExecutor(1)
+
+    def prepare(self, body: Body, options: FrameOptions) -> Body:
+        """Take a frame as it is."""
+        return body
+
+    def submit(self, prepared: Sequence[Future[Any]]) -> Future[list[Outcome]]:
+        """Queue a batch."""
+        return self._engine.submit(self._run, prepared)
+
+    def _run(self, prepared: Sequence[Future[Any]]) -> list[Outcome]:
+        sizes = [len(outcome_of(each)) for each in prepared]
+        time.sleep(_BATCH_S + _FRAME_S * len(sizes))
+        return [{**_ANSWER, "bytes": size} for size in sizes]
+
+    def close(self) -> None:
+        """End its thread."""
+        self._engine.shutdown()
