@@ -170,12 +170,13 @@ check-range: $(STAMP) #: Show that the ends of the range of torch and Python wor
 lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for the newest versions]
 	@test -x $(VENV)/uv/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check --target $(VENV)/uv --no-deps \
 		--require-hashes --only-binary=:all: -r requirements/installer.lock
-	$(COMPILE) pyproject.toml --extra models --group torch-needs --excludes requirements/torch.exclude -o requirements/runtime.lock
+	$(COMPILE) pyproject.toml --extra models --group torch-needs --excludes requirements/runtime.exclude -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --extra gateway -c requirements/runtime.lock -o requirements/gateway.lock
 	for name in dev cvat grpc otel proto video recordings rerun image installer torch-cuda triton; do \
 		$(COMPILE) --group $$name -c requirements/runtime.lock -o requirements/$$name.lock; done
 	$(COMPILE) --group labelling --excludes requirements/labelling.exclude \
 		-c requirements/cvat.lock -c requirements/runtime.lock -o requirements/labelling.lock
+	$(COMPILE) --group tracks --excludes requirements/tracks.exclude -c requirements/runtime.lock -o requirements/tracks.lock
 	for name in sbom bench ui; do \
 		$(COMPILE) --group $$name --excludes requirements/torch.exclude -o requirements/$$name.lock; done
 	$(COMPILE) --no-config --group train --excludes requirements/train.exclude --overrides requirements/train.override \

@@ -317,7 +317,8 @@ class Track:
             return outcome
         encoded = bytes(outcome.value.body)
         try:
-            if len(encoded) > _QUICK_BYTES:
+            # The first frame of images imports their tracker, 0.2 s.
+            if len(encoded) > _QUICK_BYTES or not self.session.tracker.frames:
                 tracked = await asyncio.to_thread(self._track, encoded, time_s)
             else:
                 tracked = self._track(encoded, time_s)

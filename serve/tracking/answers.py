@@ -10,7 +10,8 @@ import numpy as np
 import orjson
 
 from serve.errors import BadRequest
-from serve.tracking.tracker import Detections, Tracker
+from serve.tracking.detections import Detections
+from serve.tracking.tracker import Tracker
 
 __all__ = ["TrackedAnswer", "read_detections", "track_answer"]
 
@@ -46,6 +47,7 @@ def track_answer(
 
     Raises:
         BadRequest: the answer has no boxes, or the time is not after that of the last frame.
+        MissingPackage: the boxes are of an image, and the package `trackers` is not installed.
     """
     ids = tracker.update(read_detections(answer), time_s).tolist()
     added = {"track_ids": ids, **(more or {})}

@@ -10,63 +10,34 @@ Noise is per nominal frame, the period that a sensor usually has; a step of anot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["IMAGE_NOISE", "SPACE_NOISE", "BoxFilters", "Noise"]
+__all__ = ["BoxFilters"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-
-@dataclass(frozen=True)
-class Noise:
-    """Variances of the filter, in the square of a box's unit and per nominal frame.
-
-    Attributes:
-        moving: for each coordinate of a box whether it has a velocity.
-        measured: of a measurement.
-        first: of the first measurement.
-        first_velocity: of the velocity before a second measurement.
-        step: of the box, added per frame.
-        step_velocity: of the velocity, added per frame.
-        relative: whether the unit is the height of the box rather than a metre.
-    """
-
-    moving: tuple[bool, ...]
-    measured: float
-    first: float
-    first_velocity: float
-    step: float
-    step_velocity: float
-    relative: bool = False
-
-
-#: Boxes x, y, z, dx, dy, dz, yaw in metres and radians; the values of AB3DMOT.
-SPACE_NOISE = Noise((True, True, True, False, False, False, False), 1.0, 10.0, 10_000.0, 1.0, 0.01)
-#: Boxes centre x, centre y, width, height in pixels, with the standard deviations of DeepSORT, which ByteTrack took
-#: over: a twentieth of the height for places, a 160th for velocities (N. Wojke et al., *Simple Online and Realtime
-#: Tracking with a Deep Association Metric*, ICIP 2017).
-IMAGE_NOISE = Noise(
-    (True,) * 4, 1 / 20**2, (2 / 20) ** 2, (10 / 160) ** 2, 1 / 20**2, 1 / 160**2, relative=True
-)
+# Variances, in the squares of metres, radians and metres per frame; the values of AB3DMOT.
+_MOVING = np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])  # of x, y, z, dx, dy, dz, yaw, which have a velocity
+_MEASURED = 1.0
+_FIRST = 10.0  # of the first measurement
+_FIRST_VELOCITY = 10_000.0  # before a second measurement
+_STEP = 1.0  # added per frame
+_STEP_VELOCITY = 0.01
 
 
 class BoxFilters:
-    """Filters of K boxes of C coordinates each.
+    """Filters of K boxes x, y, z, dx, dy, dz, yaw.
 
     Attributes:
-        boxes: (K, C) float64 estimate of each box.
-        velocities: (K, C) float64 estimate of each velocity, per nominal frame; 0 where a coordinate has none.
+        boxes: (K, 7) float64 estimate of each box.
+        velocities: (K, 7) float64 estimate of each velocity, per nominal frame; 0 where a coordinate has none.
     """
 
-    def __init__(self, noise: Noise) -> None:
+    def __init__(self) -> None:
         """Start without a box."""
-        self._noise = noise
-        self._moving = np.array(noise.moving, np.float64)
-        columns = len(noise.moving)
+        columns = len(_MOVING)
         self.boxes: Floats = np.empty((0, columns))
         self.velocities: Floats = np.empty((0, columns))
         # Variances of box and velocity, and their covariance.
@@ -82,39 +53,32 @@ class BoxFilters:
         """Start filters.
 
         Args:
-            boxes: (M, C) first measurements.
-            velocities: (M, C) velocities that were measured with them, per nominal frame; NaN where unknown.
+            boxes: (M, 7) first measurements.
+            velocities: (M, 7) velocities that were measured with them, per nominal frame; NaN where unknown.
         """
-        unit = self._squared_unit(boxes)
         known = np.zeros(boxes.shape, bool) if velocities is None else np.isfinite(velocities)
         first = np.zeros(boxes.shape) if velocities is None else np.where(known, velocities, 0.0)
         # A measured velocity is trusted as the first measurement of a box is.
-        variance = np.where(known, self._noise.first, self._noise.first_velocity)
+        variance = np.where(known, _FIRST, _FIRST_VELOCITY)
         self.boxes = np.concatenate([self.boxes, boxes])
-        self.velocities = np.concatenate([self.velocities, first * self._moving])
-        self._box_var = np.concatenate(
-            [self._box_var, np.broadcast_to(self._noise.first * unit, boxes.shape)]
-        )
+        self.velocities = np.concatenate([self.velocities, first * _MOVING])
+        self._box_var = np.concatenate([self._box_var, np.full(boxes.shape, _FIRST)])
         self._cross_var = np.concatenate([self._cross_var, np.zeros(boxes.shape)])
-        self._velocity_var = np.concatenate([self._velocity_var, variance * self._moving * unit])
+        self._velocity_var = np.concatenate([self._velocity_var, variance * _MOVING])
 
     def predict(self, frames: float) -> None:
         """Move all boxes on by `frames` nominal frames."""
-        unit = self._squared_unit(self.boxes)
         self.boxes = self.boxes + frames * self.velocities
         self._box_var = (
-            self._box_var
-            + 2 * frames * self._cross_var
-            + frames**2 * self._velocity_var
-            + frames * self._noise.step * unit
+            self._box_var + 2 * frames * self._cross_var + frames**2 * self._velocity_var + frames * _STEP
         )
         self._cross_var = self._cross_var + frames * self._velocity_var
-        self._velocity_var = self._velocity_var + frames * self._noise.step_velocity * self._moving * unit
+        self._velocity_var = self._velocity_var + frames * _STEP_VELOCITY * _MOVING
 
     def update(self, rows: Ints, measured: Floats) -> None:
-        """Correct the boxes of `rows`, each named once, by a measurement each: (M, C)."""
+        """Correct the boxes of `rows`, each named once, by a measurement each: (M, 7)."""
         box, cross = self._box_var[rows], self._cross_var[rows]
-        total = box + self._noise.measured * self._squared_unit(measured)
+        total = box + _MEASURED
         gain, velocity_gain = box / total, cross / total
         innovation = measured - self.boxes[rows]
         self.boxes[rows] += gain * innovation
@@ -127,9 +91,3 @@ class BoxFilters:
         """Drop the boxes that `rows` does not name."""
         for name in ("boxes", "velocities", "_box_var", "_cross_var", "_velocity_var"):
             setattr(self, name, getattr(self, name)[rows])
-
-    def _squared_unit(self, boxes: Floats) -> Floats:
-        """Return what variances are in units of, (M, 1)."""
-        if not self._noise.relative:
-            return np.ones((len(boxes), 1))
-        return np.asarray(np.maximum(boxes[:, 3:4], 1.0) ** 2)

@@ -1,4 +1,4 @@
-"""Similarity of boxes: generalised IoU of turned boxes in space, IoU of boxes in images.
+"""Similarity of boxes in space: generalised IoU of turned boxes.
 
 Generalised IoU is that of H. Rezatofighi et al., *Generalized Intersection over Union*, CVPR 2019: IoU less the share
 of the common hull that neither box covers, from -1 to 1. It goes on falling where boxes are apart, which matters for
@@ -11,22 +11,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["image_ious", "space_gious"]
+__all__ = ["space_gious"]
 
 Floats = NDArray[np.float64]
 _CORNERS = np.array([(0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5), (0.5, -0.5)])
-
-
-def image_ious(one: Floats, two: Floats) -> Floats:
-    """IoU of boxes centre x, centre y, width, height: (N, 4) and (M, 4) give (N, M), 0 to 1."""
-    sides = [
-        np.minimum(one[:, None, k] + one[:, None, k + 2] / 2, two[None, :, k] + two[None, :, k + 2] / 2)
-        - np.maximum(one[:, None, k] - one[:, None, k + 2] / 2, two[None, :, k] - two[None, :, k + 2] / 2)
-        for k in (0, 1)
-    ]
-    shared = np.maximum(sides[0], 0) * np.maximum(sides[1], 0)
-    union = (one[:, 2] * one[:, 3])[:, None] + (two[:, 2] * two[:, 3])[None] - shared
-    return np.asarray(shared / np.maximum(union, 1e-9))
 
 
 def space_gious(one: Floats, two: Floats, least: float = -1.0) -> Floats:

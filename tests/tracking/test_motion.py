@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.tracking.motion import IMAGE_NOISE, SPACE_NOISE, BoxFilters
+from serve.tracking.motion import BoxFilters
 
 
 class MatrixFilter:
@@ -34,7 +34,7 @@ class MatrixFilter:
 def test_filters_equal_the_matrix_form() -> None:
     rng = np.random.default_rng(0)
     first = rng.normal(0, 10, (3, 7))
-    filters, matrices = BoxFilters(SPACE_NOISE), [MatrixFilter(box) for box in first]
+    filters, matrices = BoxFilters(), [MatrixFilter(box) for box in first]
     filters.append(first)
     for _ in range(30):
         frames = float(rng.choice([1.0, 0.5, 3.0]))
@@ -52,16 +52,16 @@ def test_filters_equal_the_matrix_form() -> None:
 
 
 def test_a_steady_object_has_its_velocity_after_a_few_frames() -> None:
-    filters = BoxFilters(IMAGE_NOISE)
-    filters.append(np.array([[0.0, 0, 20, 40]]))
+    filters = BoxFilters()
+    filters.append(np.array([[0.0, 0, 0, 4, 2, 1.5, 0]]))
     for k in range(1, 15):
         filters.predict(1)
-        filters.update(np.array([0]), np.array([[3.0 * k, -k, 20, 40]]))
+        filters.update(np.array([0]), np.array([[3.0 * k, -k, 0, 4, 2, 1.5, 0]]))
     np.testing.assert_allclose(filters.velocities[0, :2], (3, -1), atol=0.1)
 
 
 def test_boxes_that_are_not_kept_are_dropped_from_every_part() -> None:
-    filters = BoxFilters(SPACE_NOISE)
+    filters = BoxFilters()
     filters.append(np.arange(21.0).reshape(3, 7))
     filters.keep(np.array([True, False, True]))
     assert len(filters) == 2

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.spatial import ConvexHull
 
-from serve.tracking.similarity import image_ious, space_gious
+from serve.tracking.similarity import space_gious
 
 UNIT = np.array([[0.0, 0, 0, 1, 1, 1, 0]])
 
@@ -75,9 +75,3 @@ def test_pairs_that_are_not_computed_would_not_have_reached_the_least() -> None:
     assert left_out.mean() > 0.3
     assert whole[left_out].max() < -0.2
     np.testing.assert_array_equal(part[~left_out], whole[~left_out])
-
-
-def test_iou_in_images_by_hand() -> None:
-    one = np.array([[5.0, 5, 10, 10]])
-    two = np.array([[5.0, 5, 10, 10], [10, 5, 10, 10], [50, 50, 10, 10]])
-    np.testing.assert_allclose(image_ious(one, two), [[1, 1 / 3, 0]])

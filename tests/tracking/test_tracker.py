@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from serve.errors import BadRequest
 from serve.synthetic.moving import FRAMES, MOVERS, true_boxes
 from serve.tracking import UNTRACKED, Detections, Tracker, TrackOptions
+from serve.tracking.space import SpaceTracks
 from tests.tracking.sequences import CYCLIST, LABELS, detections_at, follow
 
 ALL = np.arange(len(MOVERS))
@@ -123,16 +124,16 @@ def test_a_flipped_heading_does_not_turn_the_track_across() -> None:
     tracker = Tracker()
     for k in range(8):
         tracker.update(one_box(10, yaw=3.0 if k in (2, 5) else -0.1))
-        assert tracker._filters is not None
-        assert abs(np.sin(tracker._filters.boxes[0, 6])) < 0.2, k
+        assert isinstance(tracker._tracks, SpaceTracks)
+        assert abs(np.sin(tracker._tracks.filters.boxes[0, 6])) < 0.2, k
 
 
 def test_a_heading_about_the_full_turn_is_not_averaged_across() -> None:
     tracker = Tracker()
     for k in range(10):
         tracker.update(one_box(10 + k * 0.5, yaw=np.pi - 0.02 if k % 2 else -np.pi + 0.02))
-    assert tracker._filters is not None
-    yaw = float(tracker._filters.boxes[0, 6])
+    assert isinstance(tracker._tracks, SpaceTracks)
+    yaw = float(tracker._tracks.filters.boxes[0, 6])
     assert abs(abs(yaw) - np.pi) < 0.05 or abs(yaw) < 1e-9
 
 
@@ -181,16 +182,6 @@ def test_boxes_without_finite_numbers_get_no_id() -> None:
         found.boxes[0, 0] = value
         assert tracker.update(found).tolist() == [UNTRACKED]
     assert len(tracker) == 0
-
-
-def test_boxes_of_images_keep_their_ids_through_a_crossing() -> None:
-    tracker = Tracker(TrackOptions(rate=25))
-    ids = []
-    for k in range(60):
-        centres = np.array([[100 + 8 * k, 200], [580 - 8 * k, 230]], np.float64)
-        boxes = np.column_stack([centres, np.tile([40.0, 100.0], (2, 1))])
-        ids.append(tracker.update(Detections(boxes, np.array([0.9, 0.8]), np.zeros(2, np.int64))).tolist())
-    assert ids == [[1, 2]] * 60
 
 
 def test_the_script_holds_the_hard_cases() -> None:
