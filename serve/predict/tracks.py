@@ -8,6 +8,7 @@ from fractions import Fraction
 from serve.predict.frames import Clip, Prediction
 from serve.protocol.frames import encode_json
 from serve.tracking import Tracker, TrackOptions, track_answer
+from serve.tracking.times import time_in_name
 
 __all__ = ["ClipTracks"]
 
@@ -18,11 +19,12 @@ class ClipTracks:
     """Follows the frames of a run; each clip is a sequence of its own."""
 
     def __init__(self, options: TrackOptions, rate: Fraction) -> None:
-        """Take the rules from `options`, and `rate` in frames per second for clips without times."""
+        """Take the rules from `options`, and `rate` in frames per second for frames without times."""
         self._options, self._rate = options, rate
         self._clip: Clip | None = None
         self._tracker = Tracker(options)
         self._position = 0
+        self._has_named_times = False
 
     def follow(self, prediction: Prediction) -> Prediction:
         """Take the next frame; returns its prediction with ids.
@@ -37,13 +39,17 @@ class ClipTracks:
         if frame.clip is not self._clip:
             self._clip, self._position = frame.clip, 0
             self._tracker = Tracker(replace(self._options, rate=float(frame.clip.rate or self._rate)))
+            self._has_named_times = time_in_name(frame.name) is not None
         position, self._position = self._position, self._position + 1
         if prediction.answer is None:
             return prediction
-        if frame.moment is None:
-            time_s = position / self._tracker.options.rate
-        else:
+        time_s: float | None
+        if frame.moment is not None:
             time_s = float(frame.moment.pts * frame.moment.time_base)
+        elif self._has_named_times:
+            time_s = time_in_name(frame.name)
+        else:
+            time_s = position / self._tracker.options.rate
         last_s = self._tracker.time_s
         former = prediction.answer.get(_IDS)
         answer = {name: value for name, value in prediction.answer.items() if name != _IDS}
@@ -52,7 +58,7 @@ class ClipTracks:
             answer,
             prediction.encoded if former is None else encode_json(answer),
             # A damaged video may repeat a time: such a frame comes one period after the last.
-            None if last_s is not None and time_s <= last_s else time_s,
+            None if time_s is None or (last_s is not None and time_s <= last_s) else time_s,
         )
         if former is not None and former == tracked.answer[_IDS]:
             return prediction

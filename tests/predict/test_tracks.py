@@ -104,6 +104,21 @@ def test_the_time_of_a_failed_frame_passes(tmp_path: Path) -> None:
     assert ids(out) == [[1], [1], [1], [1], None, [1], [1]]
 
 
+def test_frames_have_the_times_in_their_names(tmp_path: Path) -> None:
+    # 0.8 s are missing: at 40 m/s the object is then 36 m on, where one period says 4 m.
+    places = {0: 0.0, 1: 4.0, 2: 8.0, 3: 12.0, 12: 48.0}
+    found = {}
+    for origin in (1532402927_000000, 0):
+        source = tmp_path / f"clouds-{origin}"
+        source.mkdir()
+        for k, place in places.items():
+            (source / f"{origin + 100_000 * k:016}.bin").write_bytes(orjson.dumps([place]))
+        follow(source, tmp_path / f"out-{origin}", "jsonl")
+        found[origin] = ids(tmp_path / f"out-{origin}")
+    assert found[1532402927_000000] == [[1]] * 5
+    assert found[0] == [[1]] * 4 + [[2]]
+
+
 def test_a_run_that_goes_on_gives_the_ids_of_one_without_a_stop(tmp_path: Path) -> None:
     frames = [[3.0 * k, 100 - 3.0 * k] for k in range(12)]
     source = write_frames(tmp_path / "clouds", *frames)

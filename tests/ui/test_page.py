@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -217,6 +219,31 @@ def test_sequence_of_a_track_session_has_ids_and_ends_its_session(page, gateway,
     eventually(lambda: page.page.locator("#frames [data-state=done]").count() == 4)
 
 
+def track_requests(page, names):
+    """Drop frames of these names, and return the queries of their requests."""
+    seen = []
+    page.page.on("request", lambda sent: seen.append(sent.url) if "/predictions/" in sent.url else None)
+    page.page.get_by_text("Options of the requests").click()
+    page.page.get_by_label("Track session").fill("drive-7")
+    page.page.get_by_role("button", name="Send again").click()
+    page.drop(*((name, make_cloud(k).tobytes()) for k, name in enumerate(names)))
+    eventually(lambda: page.page.locator("#frames [data-state=done]").count() == len(names))
+    return [parse_qs(urlsplit(url).query) for url in seen]
+
+
+def test_frames_of_a_track_session_have_the_times_in_their_names(page):
+    names = [
+        "n015-2018-07-24__LIDAR_TOP__1532402927647951.bin",
+        "n015-2018-07-24__LIDAR_TOP__1532402928147847.bin",
+    ]
+    queries = track_requests(page, names)
+    assert [query["frame_time_s"] for query in queries] == [["1532402927.647951"], ["1532402928.147847"]]
+
+
+def test_names_without_times_send_none(page):
+    assert all("frame_time_s" not in query for query in track_requests(page, ["1305031102.1.bin", "b.bin"]))
+
+
 def test_first_frame_that_fails_leaves_its_track_session_to_the_next_one(page):
     page.page.get_by_text("Options of the requests").click()
     page.page.get_by_label("Track session").fill("drive-7")
@@ -279,6 +306,25 @@ def test_frame_is_sent_again_after_429(scene, start_gateway, open_page):
     eventually(lambda: 'status="429"' in gateway.client.get("/metrics").text)
     permit.release()
     page.page.locator("#frames [data-state=done]").wait_for()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_frame_is_sent_again_after_the_time_that_the_server_asks_for(page, status):
+    times = []
+
+    def answer(route):
+        times.append(time.monotonic())
+        if len(times) == 1:
+            route.fulfill(
+                status=status, headers={"Retry-After": "1"}, body='{"error": {"code": "x", "message": "y"}}'
+            )
+        else:
+            route.continue_()
+
+    page.page.route("**/predictions/**", answer)
+    page.drop(("frame.bin", make_cloud().tobytes()))
+    page.page.locator("#frames [data-state=done]").wait_for()
+    assert len(times) == 2 and 1.0 <= times[1] - times[0] < 5
 
 
 def test_demonstration_frame_is_one_click_away(page):

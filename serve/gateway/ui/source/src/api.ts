@@ -2,6 +2,11 @@
 
 import { Answer, Model, PageError, Timing } from "./model";
 
+/** Longest pause before each repetition of a request, seconds; those of the Python client. */
+const PAUSES_S = [0.2, 0.5, 1, 2];
+/** A frame is given up rather than kept waiting for longer, seconds. */
+const LONGEST_PAUSE_S = 60;
+
 let key = "";
 
 export interface Prediction {
@@ -40,13 +45,20 @@ async function call(path: string, request: RequestInit = {}, alsoFine = 200): Pr
 
 async function errorOf(answer: Response): Promise<PageError> {
   const requestId = answer.headers.get("x-request-id") ?? "";
+  const retryAfter = secondsOf(answer.headers.get("retry-after") ?? "");
   const text = await answer.text();
   try {
     const { code, message } = JSON.parse(text).error;
-    return new PageError(message, code, answer.status, requestId);
+    return new PageError(message, code, answer.status, requestId, retryAfter);
   } catch {
-    return new PageError(text.slice(0, 300) || answer.statusText, "", answer.status, requestId);
+    return new PageError(text.slice(0, 300) || answer.statusText, "", answer.status, requestId, retryAfter);
   }
+}
+
+/** Seconds of a Retry-After, which is a number of them or a date; 0 without one. */
+function secondsOf(header: string): number {
+  const seconds = /^\s*\d+\s*$/.test(header) ? Number(header) : (Date.parse(header) - Date.now()) / 1000;
+  return Math.max(seconds || 0, 0);
 }
 
 export async function listModels(): Promise<Model[]> {
@@ -64,7 +76,7 @@ export async function metricsText(): Promise<string> {
   return (await call("metrics")).text();
 }
 
-/** Send one frame; tries again if the server has too much to do (429). */
+/** Send one frame; again, after the time that the server asks for, if that has too much to do or is not ready (429, 503). */
 export async function predict(
   model: Model,
   parts: Map<string, File>,
@@ -82,11 +94,19 @@ export async function predict(
       timing.total = performance.now() - began;
       return { answer: prediction, timing, requestId: answer.headers.get("x-request-id") ?? "" };
     } catch (error) {
-      if (!(error instanceof PageError) || error.status !== 429 || tries === 5) throw error;
-      await new Promise((resolve) => setTimeout(resolve, 1000));
+      const pauseS = error instanceof PageError ? pauseBefore(tries, error) : Infinity;
+      if (pauseS > LONGEST_PAUSE_S) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 1000 * pauseS));
       signal.throwIfAborted();
     }
   }
+}
+
+/** Seconds before the next try; a random part keeps pages from coming back together. */
+function pauseBefore(tries: number, error: PageError): number {
+  if (![429, 503].includes(error.status) || tries > PAUSES_S.length) return Infinity;
+  const spread = 0.5 + Math.random() / 2;
+  return Math.max(PAUSES_S[tries - 1] * spread, error.retryAfter * (0.5 + spread));
 }
 
 /** A frame of one part is the body itself, which needs no form. */

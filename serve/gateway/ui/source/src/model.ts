@@ -69,6 +69,8 @@ export class PageError extends Error {
     readonly code = "",
     readonly status = 0,
     readonly requestId = "",
+    /** After how many seconds the server may be asked again (Retry-After). */
+    readonly retryAfter = 0,
   ) {
     super(message);
   }

@@ -6,6 +6,7 @@ import { Detection, listDetections } from "./detections";
 import { Frame, partsFor } from "./frames";
 import { decodePointLabels, decodeSegments, SegmentMap } from "./masks";
 import { Answer, describe, Model, Timing } from "./model";
+import { timesOf } from "./times";
 
 /** Requests that wait for an answer at a time. */
 const AT_ONCE = 2;
@@ -57,13 +58,14 @@ export class Session {
   /** Send waiting frames one after the other. */
   private async work(model: Model, signal: AbortSignal): Promise<void> {
     let isOpen = false;
+    const times = timesOf(this.entries.map(({ frame }) => frame.name));
     for (;;) {
       const entry = this.entries.find((each) => each.state === "waiting");
       if (!entry || signal.aborted) return;
       entry.state = "running";
       this.onChange(entry);
       try {
-        const options = { ...this.options, ...this.trackOptions(entry, isOpen) };
+        const options = { ...this.options, ...this.trackOptions(entry, isOpen, times) };
         const { answer, timing } = await predict(model, await asJson(partsFor(entry.frame, model)), options, signal);
         isOpen = true;
         const segments = await decodeSegments(answer);
@@ -80,8 +82,12 @@ export class Session {
   }
 
   /** Open the track session with the first frame that is answered, and end it with the last one. */
-  private trackOptions(entry: Entry, isOpen: boolean): Record<string, string> {
+  private trackOptions(entry: Entry, isOpen: boolean, times?: number[]): Record<string, string> {
     if (!this.options.track_session) return {};
-    return { ...(!isOpen && { track_start: "true" }), ...(entry === this.entries.at(-1) && { track_end: "true" }) };
+    return {
+      ...(!isOpen && { track_start: "true" }),
+      ...(entry === this.entries.at(-1) && { track_end: "true" }),
+      ...(times && { frame_time_s: String(times[this.entries.indexOf(entry)]) }),
+    };
   }
 }
