@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypedDict, TypeVar
 from urllib.parse import quote
@@ -39,6 +39,7 @@ CONNECT_S = 10.0  # enough for any server that runs
 _MAX_QUOTED_CHARS = 200  # of an unexpected answer in an error message
 # Longest deadline that is passed on: the gateway's default of the longest that a request may name.
 _MAX_PASSED_ON_S = 300.0
+_DEADLINE = "X-Timeout-Ms"
 T = TypeVar("T")
 
 
@@ -234,7 +235,7 @@ class Calls:
             path += f"/{quote(version, safe='')}"
         headers = {"Accept": accept, **_option_headers(options)}
         if timeout_s is not None and timeout_s <= _MAX_PASSED_ON_S:  # so that nothing late is computed
-            headers["X-Timeout-Ms"] = f"{max(1.0, timeout_s * 1000):.0f}"
+            headers[_DEADLINE] = _milliseconds(timeout_s)
         return Work(partial(_with_body, Request("POST", path, headers), frame, content_type))
 
     def _exchange(
@@ -252,8 +253,9 @@ class Calls:
         while True:
             attempt += 1
             reply: Reply | None = None
+            left_s = max(0.001, end - time.monotonic())
             try:
-                reply = yield Send(made, max(0.001, end - time.monotonic()))
+                reply = yield Send(_with_deadline(made, left_s), left_s)
                 return read(reply)
             except ServeError as error:
                 pause_s = retry.pause_s(error, attempt, None if reply is None else reply.headers)
@@ -322,6 +324,17 @@ def _with_body(request: Request, frame: FrameInput, content_type: str | None) ->
         else {"Content-Type": content_type or found, **request.headers}
     )
     return Request(request.method, request.path, headers, body)
+
+
+def _with_deadline(request: Request, left_s: float) -> Request:
+    """Return a request that passes its deadline on with what is left of that."""
+    if _DEADLINE not in request.headers:
+        return request
+    return replace(request, headers={**request.headers, _DEADLINE: _milliseconds(left_s)})
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{max(1.0, seconds * 1000):.0f}"
 
 
 def check_order(options: PredictOptions, concurrency: int) -> None:
