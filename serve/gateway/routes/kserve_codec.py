@@ -44,8 +44,9 @@ _NUMPY = {
 _MAX_RANK = 8
 _MAX_PARAMETERS = 64
 _MAX_TEXT_CHARS = 4096
-# Parameters of Triton's clients without a meaning here.
-_IGNORED = {"binary_data_output", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout"}
+# Parameters that Triton reserves for itself (``extension_parameters.md``), without a meaning here.
+_RESERVED = {"sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers"}
+_RESERVED_PREFIX = "triton_"
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def decode_infer(
     return InferRequest(
         None if identity is None else str(identity),
         _build_frames(tensors, spec),
-        {name: str(value) for name, value in parameters.items() if name not in _IGNORED},
+        {name: str(value) for name, value in parameters.items() if not _is_of_protocol(name)},
         outputs or None,
         binary,
     )
@@ -213,6 +214,11 @@ def _parameters(entry: Mapping[str, Any]) -> Mapping[str, Any]:
                 "characters"
             )
     return parameters
+
+
+def _is_of_protocol(name: str) -> bool:
+    """Whether a parameter is the protocol's or Triton's, rather than an option of a frame."""
+    return name == "binary_data_output" or name in _RESERVED or name.startswith(_RESERVED_PREFIX)
 
 
 def _read_tensor(
