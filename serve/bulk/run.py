@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from serve.bulk.destination import Destination
 from serve.bulk.parts import Counts, Engine, Job, Part, manifest_line
 from serve.errors import BadRequest, SettingsError
 from serve.predict.sources import Source
+from serve.storage.cache import map_disk_errors
 from serve.storage.lock import hold_lock
 
 __all__ = ["BulkRun", "Plan", "Summary", "execute", "plan_run"]
 
 _RUN, _MANIFEST, _SUMMARY = "bulk.json", "manifest.jsonl", "summary.json"
+_READERS = 16  # of a bucket
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,11 @@ def _local_manifest(destination: Destination, stack: ExitStack) -> Path:
         return destination.folder / _MANIFEST
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bulk-"))
     path = Path(folder, _MANIFEST)
-    path.write_bytes(storage.read_bytes(destination.uri(_MANIFEST)))
+    from serve.storage import s3
+
+    location = storage.parse(destination.uri(_MANIFEST))
+    with map_disk_errors(str(path)), path.open("wb") as file:
+        s3.connect(location.cluster).download(location, file)
     return path
 
 
@@ -181,17 +188,27 @@ def execute(
     Raises:
         ServeError: the model cannot be loaded, or the destination not be written.
     """
-    counts = Counts()
-    for number in sorted(plan.finished):
-        data = destination.read(destination.counts_name(number))
-        if data is None:
-            raise BadRequest(
-                f"{destination.uri(destination.counts_name(number))} is missing; --overwrite begins anew"
-            )
-        counts.merge(Counts.of(orjson.loads(data)))
+    counts = _counts_of(plan.finished, destination)
     kept, started = counts.frames, time.monotonic()
     for _, found in engine.compute(plan.missing(), run.job, destination, advance):
         counts.merge(found)
     summary = Summary(counts, counts.frames - kept, time.monotonic() - started)
     destination.write(_SUMMARY, orjson.dumps(counts.figures(), option=orjson.OPT_INDENT_2))
     return summary
+
+
+def _counts_of(parts: Iterable[int], destination: Destination) -> Counts:
+    """Add up the counts of finished parts: twenty thousand small files for ten million frames."""
+
+    def read(number: int) -> Counts:
+        name = destination.counts_name(number)
+        data = destination.read(name)
+        if data is None:
+            raise BadRequest(f"{destination.uri(name)} is missing; --overwrite begins anew")
+        return Counts.of(orjson.loads(data))
+
+    counts = Counts()
+    with ThreadPoolExecutor(1 if destination.is_local else _READERS) as pool:
+        for found in pool.map(read, sorted(parts)):
+            counts.merge(found)
+    return counts

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from serve import archive
 from serve.bulk.destination import Destination
+from serve.bulk.listing import list_frames
 from serve.bulk.parts import Job
 from serve.bulk.processes import LocalEngine
 from serve.bulk.run import BulkRun, Summary, execute, plan_run
 from serve.cli.entry import add_checkpoint_flags, bounded, command_parser, open_cache, stage_reporter
 from serve.cli.serve import stoppable
 from serve.predict.loading import archive_of
-from serve.predict.sources import open_source
 from serve.protocol.frames import FrameOptions, Modality
 from serve.storage.hashes import sha256_of
 from serve.worker.cpu_quota import available_cores
@@ -60,7 +60,12 @@ def main(argv: Sequence[str] | None) -> int:
         plan = plan_run(
             run,
             destination,
-            lambda: open_source(args.source, _modality(made.path), cache=open_cache()),
+            lambda: list_frames(
+                args.source,
+                _modality(made.path),
+                cache=open_cache(),
+                report=lambda count: report(f"found {count:,} files"),
+            ),
             stack,
             overwrite=args.overwrite,
         )

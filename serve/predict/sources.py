@@ -16,7 +16,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -25,7 +25,7 @@ from serve import storage
 from serve.errors import SettingsError, UndecodableFrame
 from serve.predict import video
 from serve.predict.frames import Clip, Frame, read_path
-from serve.predict.recordings import Recording, is_recording, open_recording
+from serve.predict.recordings import is_recording, open_recording
 from serve.protocol.batch import Body
 from serve.protocol.frames import Modality
 from serve.settings import Settings
@@ -55,7 +55,7 @@ class Source:
     count: int | None
     live: bool
     clips: tuple[Clip, ...]
-    _parts: tuple[tuple[Frame, ...] | video.Reader | Recording, ...]
+    _parts: tuple[Iterable[Frame], ...]
 
     def __iter__(self) -> Generator[Frame]:
         """Yield the frames; those of a video are decoded on the way."""

@@ -221,6 +221,20 @@ class S3:
                     if name and not name.endswith("/"):
                         yield ListEntry(name, False, entry["Size"])
 
+    def keys(self, where: Location) -> Iterator[str]:
+        """Names of the objects below a bucket or prefix, in the server's order, at any depth; no page is kept.
+
+        Raises:
+            ObjectNotFound: no such bucket. A prefix without objects yields nothing.
+        """
+        prefix = _as_folder(where.path)
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=where.bucket, Prefix=prefix)
+        with _map_errors(where):
+            for page in pages:
+                for entry in page.get("Contents", ()):
+                    if not entry["Key"].endswith("/"):
+                        yield entry["Key"][len(prefix) :]
+
     def write(self, where: Location, data: bytes) -> None:
         """Create or replace an object, atomically.
 

@@ -1,0 +1,112 @@
+"""Folders and buckets are listed from the disk, as `open_source` lists them from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from serve.bulk.listing import list_frames, sorted_frames
+from serve.bulk.parts import manifest_line
+from serve.errors import UndecodableFrame
+from serve.predict.frames import Frame
+from serve.predict.sources import open_source
+from tests.storage import servers
+
+CLOUDS = ("b.bin", "a.pcd", "a.bin", "A.BIN", "a-1.bin", "c.d.bin", "c.bin", "x.txt", "é.bin", "p.png", "c")
+FOLDERS = ("f2/points.bin", "f2/sweeps.json", "f1/sweeps.json", "f1/points.bin", "f3/points.bin", "z.bin")
+VIEWS = (
+    "v2/image.png",
+    "v2/calibration.json",
+    "v1/points.bin",
+    "v1/image.png",
+    "v1/calibration.json",
+    "v3/image.png",
+)
+
+
+def make(folder: Path, files: Sequence[str]) -> Path:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def lines(frames: Any) -> list[bytes]:
+    return [manifest_line(frame) for frame in frames]
+
+
+@pytest.mark.parametrize(
+    ("files", "modality"),
+    [
+        (CLOUDS, "lidar"),
+        (CLOUDS, "depth"),
+        (CLOUDS, "image"),
+        (FOLDERS, "lidar"),
+        (VIEWS, "fusion"),
+        (("sweeps.json", "points.bin"), "lidar"),
+        (("calibration.json", "image.png"), "mono3d"),
+    ],
+)
+def test_a_folder_has_the_frames_that_open_source_lists(tmp_path: Path, files: Any, modality: Any) -> None:
+    source = str(make(tmp_path / "frames", files))
+    assert lines(list_frames(source, modality)) == lines(open_source(source, modality))
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    with servers.moto() as endpoint, pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("AWS_ENDPOINT_URL", endpoint),
+            ("AWS_ACCESS_KEY_ID", "x"),
+            ("AWS_SECRET_ACCESS_KEY", "y"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            patch.setenv(name, value)
+        yield boto3.client("s3")
+
+
+@pytest.mark.parametrize(
+    ("files", "modality"),
+    [
+        (CLOUDS, "lidar"),
+        (CLOUDS, "image"),
+        (FOLDERS, "lidar"),
+        (VIEWS, "multiview"),
+        (("sweeps.json", "points.bin", "a/sweeps.json", "a/points.bin"), "lidar"),
+        (("1/2/3.bin", "1.bin"), "lidar"),
+    ],
+)
+def test_a_prefix_has_the_frames_that_open_source_lists(
+    client: Any, request: Any, files: Any, modality: Any
+) -> None:
+    bucket = f"b{abs(hash(request.node.name))}"
+    client.create_bucket(Bucket=bucket)
+    for name in files:
+        client.put_object(Bucket=bucket, Key=f"drive/{name}", Body=b"x")
+    for source in (f"s3://{bucket}/drive", f"s3://{bucket}/drive/"):
+        assert lines(list_frames(source, modality)) == lines(open_source(source, modality))
+
+
+def test_a_folder_or_prefix_without_frames_is_an_error(client: Any, tmp_path: Path) -> None:
+    client.create_bucket(Bucket="empty")
+    for source in (str(make(tmp_path / "frames", ["a.txt"])), "s3://empty/drive"):
+        with pytest.raises(UndecodableFrame):
+            list(list_frames(source, "lidar"))
+
+
+def test_a_name_that_json_cannot_hold_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a\udcff.bin").touch()
+    with pytest.raises(UndecodableFrame, match="xff"):
+        list(list_frames(str(tmp_path), "lidar"))
+
+
+def test_names_beyond_the_memory_of_a_sort_come_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.bulk.listing._CACHE_KIB", 16)
+    names = [f"{k * 7919 % 20_011:09d}.{'pcd' if k % 5 else 'bin'}" for k in range(20_011)]
+    found: list[Frame] = list(sorted_frames(names, "/data/"))
+    assert [frame.name for frame in found] == sorted(names)
+    assert found[0].origin == f"/data/{found[0].name}"
