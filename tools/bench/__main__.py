@@ -24,6 +24,7 @@ COMMANDS = {
         "one model of a gateway under a flood of requests for another",
     ),
     "bulk": ("tools.bench.commands.bulk", "a run over many frames beside the runtime alone, in pairs"),
+    "bulk-memory": ("tools.bench.commands.bulk_memory", "memory of a run over ten million frames"),
     "workers": ("tools.bench.commands.workers", "how workers and threads divide the cores"),
     "storage": ("tools.bench.commands.storage", "s3:// and FFRecord against boto3 and pread; packing"),
     "native-env": (
