@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from multiprocessing import active_children
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -77,6 +79,7 @@ def _run_one(frames: int, out: Path, processes: int, seconds: float) -> dict[str
     run = BulkRun(Job("none", False, FrameOptions(), 64, _open_instant), {"frames": frames}, 500)
     started = time.monotonic()
     finished = computed = 0
+    peaks = [0.0]
     began = started
     with ExitStack() as stack:
         source = Source("invented names", None, False, (_CLIP,), (_invented(frames, str(body)),))
@@ -87,22 +90,32 @@ def _run_one(frames: int, out: Path, processes: int, seconds: float) -> dict[str
         def advance(count: int) -> None:
             nonlocal computed
             computed += count
+            peaks.extend(_peak_mib(child.pid) for child in active_children())
+            peaks[:] = [max(peaks)]
 
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         began = time.monotonic()
-        try:
+        with suppress(KeyboardInterrupt):
             execute(run, plan, destination, LocalEngine(("cpu",) * processes, 1), advance)
-        except KeyboardInterrupt:
-            pass
         signal.setitimer(signal.ITIMER_REAL, 0)
     return {
         "finished": finished + computed,
-        "coordinator": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+        "coordinator": _peak_mib(os.getpid()),
+        "process": max(peaks),
         "listed_s": listed_s,
         "rate": computed / (time.monotonic() - began),
     }
+
+
+def _peak_mib(process: int | None) -> float:
+    """Read the peak of resident memory of a process; `ru_maxrss` of a child would begin with that of its parent."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:  # it has ended
+        return 0.0
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return int(found.group(1)) / 1024 if found else 0.0
 
 
 def _invented(frames: int, body: str) -> Iterator[Frame]:
