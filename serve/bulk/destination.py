@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from serve import storage
-from serve.errors import ObjectNotFound, SettingsError
+from serve.errors import ObjectNotFound, SettingsError, StorageError
 from serve.storage.cache import map_disk_errors
 
 __all__ = ["Destination"]
 
 _PARTS = "parts"
+_FORMATS = ("parquet", "kitti")  # folders of files that are made of the results
 
 
 class Destination:
@@ -67,12 +68,55 @@ class Destination:
                     file.flush()
                     os.fsync(file.fileno())
                 if self.is_local:
+                    (self.folder / name).parent.mkdir(exist_ok=True)
                     os.chmod(path, 0o644)
                     os.replace(path, self.folder / name)
                 else:
                     storage.upload(Path(path), self.uri(name), progress=False)
             finally:
                 Path(path).unlink(missing_ok=True)
+
+    def lines(self, name: str) -> Generator[bytes]:
+        """Read a file of lines, one after the other, whatever its size.
+
+        Raises:
+            ObjectNotFound: there is none.
+        """
+        with ExitStack() as stack:
+            try:
+                if self.is_local:
+                    file: IO[bytes] = stack.enter_context((self.folder / name).open("rb"))
+                else:
+                    file = stack.enter_context(self._downloaded(name))
+                yield from file
+            except FileNotFoundError as error:
+                raise ObjectNotFound(f"{self.uri(name)} does not exist") from error
+            except OSError as error:
+                raise StorageError(f"{self.uri(name)} cannot be read: {error}") from error
+
+    @contextmanager
+    def _downloaded(self, name: str) -> Iterator[IO[bytes]]:
+        from serve.storage import s3
+
+        location = storage.parse(self.uri(name))
+        with tempfile.TemporaryFile(prefix="mmdet3d-serve-bulk-") as file:
+            s3.connect(location.cluster).download(location, file, progress=False)
+            file.seek(0)
+            yield file
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+        return storage.exists(self.uri(name))
+
+    def remove(self, name: str) -> None:
+        """Remove a file; that there is none is no error."""
+        if self.is_local:
+            (self.folder / name).unlink(missing_ok=True)
+            return
+        from serve.storage import s3
+
+        location = storage.parse(self.uri(name))
+        s3.connect(location.cluster).remove(location)
 
     def part_name(self, number: int) -> str:
         """Name of the results of a part."""
@@ -82,35 +126,43 @@ class Destination:
         """Name of the counts of a part."""
         return f"{_PARTS}/{number:08d}.json"
 
-    def finished(self) -> set[int]:
-        """List the numbers of the parts that are there."""
-        try:
-            found = storage.list_files(self.uri(_PARTS), (".jsonl",))
-        except ObjectNotFound:
-            return set()
-        names = (Path(each).name.partition(".")[0] for each in found)
-        return {int(name) for name in names if name.isdecimal()}
+    def format_name(self, folder: str, number: int, suffix: str) -> str:
+        """Name of a file of a part in the folder of a format."""
+        return f"{folder}/{number:08d}{suffix}"
+
+    def finished(self, folder: str = _PARTS, suffix: str = ".jsonl") -> set[int]:
+        """List the numbers of the parts that have results, or a file in the folder of a format."""
+        names = (name.partition(".") for name in self._part_files(folder, suffix))
+        return {int(number) for number, dot, rest in names if dot + rest == suffix}
 
     def clear(self) -> None:
         """Remove the results of a former run, parts first."""
-        for number in sorted(self.finished()):
-            self._remove(self.part_name(number))
-            self._remove(self.counts_name(number))
-        for name in ("summary.json", "bulk.json", "manifest.jsonl"):
-            self._remove(name)
+        for folder in (_PARTS, *_FORMATS):
+            for name in sorted(
+                self._part_files(folder), key=lambda name: (not name.endswith(".jsonl"), name)
+            ):
+                self.remove(f"{folder}/{name}")
+        for name in (
+            "coco.json",
+            "coco_ids.json",
+            "formats.json",
+            "summary.json",
+            "bulk.json",
+            "manifest.jsonl",
+        ):
+            self.remove(name)
         self.sweep()
+
+    def _part_files(self, folder: str, suffix: str = "") -> list[str]:
+        try:
+            found = storage.list_files(self.uri(folder), (suffix,) if suffix else ())
+        except ObjectNotFound:
+            return []
+        names = (Path(each).name for each in found)
+        return [name for name in names if name.partition(".")[0].isdecimal()]
 
     def sweep(self) -> None:
         """Remove what a killed process left unfinished in a folder."""
         if self.is_local:
             for path in (self.folder / _PARTS).glob(".unfinished-*"):
                 path.unlink(missing_ok=True)
-
-    def _remove(self, name: str) -> None:
-        if self.is_local:
-            (self.folder / name).unlink(missing_ok=True)
-            return
-        from serve.storage import s3
-
-        location = storage.parse(self.uri(name))
-        s3.connect(location.cluster).remove(location)

@@ -26,7 +26,7 @@ from serve.bulk.parts import LOADING, Counts, Job, Part, compute_part
 from serve.errors import InferenceFailed
 from serve.predict.models import Model
 
-__all__ = ["LocalEngine"]
+__all__ = ["LocalEngine", "end_with_parent"]
 
 _CONTEXT = get_context("spawn")
 _MOST_OPEN = 2  # parts of a process: one that is written, one that is computed
@@ -219,7 +219,7 @@ def _run_process(
 ) -> None:
     """Load the model and compute parts until the connection ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
-    threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(scratch,), daemon=True).start()
     tempfile.tempdir = scratch
     send = _Sender(connection)
     try:
@@ -249,8 +249,8 @@ class _Sender:
             self._connection.send(message)
 
 
-def _end_with_parent(scratch: str) -> None:
-    """End when the process that waits for this one was killed: nothing else would end this one."""
+def end_with_parent(scratch: str) -> None:
+    """End when the process that waits for this one was killed, and remove its folder: nothing else would."""
     parent = parent_process()
     assert parent is not None
     parent.join()

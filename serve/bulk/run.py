@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from serve import storage
+from serve.bulk.conversion import Conversions
 from serve.bulk.destination import Destination
+from serve.bulk.formats import COCO, PART_FORMATS, Outputs, write_coco
 from serve.bulk.parts import Counts, Engine, Job, Part, manifest_line
 from serve.errors import BadRequest, SettingsError
 from serve.predict.sources import Source
@@ -36,11 +39,15 @@ class BulkRun:
         job: what every part needs.
         identity: what results depend on: model, source and options.
         part_frames: frames per part.
+        outputs: formats of the results.
+        converters: processes that write them, at most.
     """
 
     job: Job
     identity: dict[str, Any]
     part_frames: int
+    outputs: Outputs = field(default_factory=Outputs)
+    converters: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,11 +89,15 @@ class Summary:
         counts: of all parts.
         computed: frames that were computed now; the others were finished before.
         seconds: time that they took.
+        unwritten: answered frames that a format lacks, by format and code of the error.
+        partial: formats of former runs that were not asked for now, with the number of parts that have them.
     """
 
     counts: Counts
     computed: int
     seconds: float
+    unwritten: dict[str, Counter[str]] = field(default_factory=dict)
+    partial: dict[str, int] = field(default_factory=dict)
 
 
 def plan_run(
@@ -190,10 +201,30 @@ def execute(
     """
     counts = _counts_of(plan.finished, destination)
     kept, started = counts.frames, time.monotonic()
-    for _, found in engine.compute(plan.missing(), run.job, destination, advance):
-        counts.merge(found)
-    summary = Summary(counts, counts.frames - kept, time.monotonic() - started)
-    destination.write(_SUMMARY, orjson.dumps(counts.figures(), option=orjson.OPT_INDENT_2))
+    with Conversions(
+        destination, run.outputs, plan.manifest, plan.part_frames, run.converters
+    ) as conversions:
+        conversions.begin(plan.finished, is_whole=len(plan.finished) == plan.parts)
+
+        def begun(frames: int) -> None:
+            advance(frames)
+            conversions.advance()
+
+        for number, found in engine.compute(plan.missing(), run.job, destination, begun):
+            counts.merge(found)
+            conversions.add(number)
+        seconds = time.monotonic() - started
+        unwritten = conversions.finish()
+    if "coco" in run.outputs.formats and not destination.exists(COCO):
+        write_coco(destination, run.outputs, plan.manifest, plan.parts)
+    summary = Summary(
+        counts, counts.frames - kept, seconds, unwritten, _partial_formats(run, plan, destination)
+    )
+    figures = {
+        **counts.figures(),
+        "unwritten": {name: dict(codes) for name, codes in unwritten.items() if codes},
+    }
+    destination.write(_SUMMARY, orjson.dumps(figures, option=orjson.OPT_INDENT_2))
     return summary
 
 
@@ -212,3 +243,9 @@ def _counts_of(parts: Iterable[int], destination: Destination) -> Counts:
         for found in pool.map(read, sorted(parts)):
             counts.merge(found)
     return counts
+
+
+def _partial_formats(run: BulkRun, plan: Plan, destination: Destination) -> dict[str, int]:
+    others = {name: suffix for name, suffix in PART_FORMATS.items() if name not in run.outputs.formats}
+    found = {name: len(destination.finished(name, suffix)) for name, suffix in others.items()}
+    return {name: count for name, count in found.items() if 0 < count < plan.parts}

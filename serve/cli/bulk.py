@@ -14,12 +14,21 @@ from tqdm import tqdm
 
 from serve import archive
 from serve.bulk.destination import Destination
+from serve.bulk.formats import FORMATS, Outputs, check_outputs
 from serve.bulk.listing import list_frames
 from serve.bulk.parts import Job
 from serve.bulk.processes import LocalEngine
 from serve.bulk.run import BulkRun, Summary, execute, plan_run
-from serve.cli.entry import add_checkpoint_flags, bounded, command_parser, open_cache, stage_reporter
+from serve.cli.entry import (
+    add_checkpoint_flags,
+    add_format_flags,
+    bounded,
+    command_parser,
+    open_cache,
+    stage_reporter,
+)
 from serve.cli.serve import stoppable
+from serve.errors import SettingsError
 from serve.predict.loading import archive_of
 from serve.protocol.frames import FrameOptions, Modality
 from serve.storage.hashes import sha256_of
@@ -31,6 +40,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None) -> int:
     """Predict; returns 0, or 1 if frames failed."""
     args = _parser().parse_args(argv)
+    outputs = _outputs(args)
     report = stage_reporter()
     with stoppable(), ExitStack() as stack:
         destination = Destination(args.out)
@@ -54,21 +64,25 @@ def main(argv: Sequence[str] | None) -> int:
                 "options": {name: value for name, value in asdict(options).items() if value},
             },
             args.part_frames,
+            outputs,
+            converters=max(1, available_cores() // 4),
         )
         engine = LocalEngine(devices, threads=max(1, available_cores() // len(devices)))
+        metadata = archive.verify(made.path)
         report("listing the frames")
         plan = plan_run(
             run,
             destination,
             lambda: list_frames(
                 args.source,
-                _modality(made.path),
+                cast(Modality, metadata.modality),
                 cache=open_cache(),
                 report=lambda count: report(f"found {count:,} files"),
             ),
             stack,
             overwrite=args.overwrite,
         )
+        check_outputs(outputs, metadata.classes, metadata.box_type_3d, plan.manifest)
         report(f"{plan.frames:,} frames in {plan.parts:,} parts, {len(plan.finished):,} of them finished")
         bar = stack.enter_context(
             tqdm(total=plan.frames, initial=plan.frames_finished, unit="frame", disable=None, smoothing=0.05)
@@ -84,7 +98,7 @@ def main(argv: Sequence[str] | None) -> int:
             print("the same command goes on from the parts that are finished", file=sys.stderr, flush=True)
             raise
     _print(summary, destination)
-    return 1 if summary.counts.failed else 0
+    return 1 if summary.counts.failed or any(summary.unwritten.values()) else 0
 
 
 def _print(summary: Summary, destination: Destination) -> None:
@@ -98,6 +112,26 @@ def _print(summary: Summary, destination: Destination) -> None:
     for name, found in (("failed", counts.failed), ("warning", counts.warnings)):
         for code, count in found.most_common():
             print(f"{name}: {code}: {count:,} frames", file=sys.stderr)
+    for name, codes in summary.unwritten.items():
+        for code, count in codes.most_common():
+            print(f"not in {name}: {code}: {count:,} frames", file=sys.stderr)
+    for name, count in summary.partial.items():
+        print(
+            f"{name}: {count:,} parts, of a former run; --format with {name} writes the others",
+            file=sys.stderr,
+        )
+
+
+def _outputs(args: argparse.Namespace) -> Outputs:
+    names = [name for text in args.format for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise SettingsError(f"unknown format {unknown[0]!r}; choose of {', '.join(FORMATS)}")
+    return Outputs(
+        tuple(dict.fromkeys(("jsonl", *names))),
+        args.calib and _named(args.calib),
+        args.image_size,
+        args.annotations,
+    )
 
 
 def _named(source: str) -> str:
@@ -111,10 +145,6 @@ def _classes(text: str | None) -> tuple[str, ...]:
     from serve.convert.classes import read_class_names
 
     return tuple(read_class_names(text))
-
-
-def _modality(path: Path) -> Modality:
-    return cast(Modality, archive.verify(path).modality)
 
 
 def _devices(device: str | None, processes: int | None) -> tuple[str, ...]:
@@ -152,6 +182,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", required=True, metavar="DEST", help="folder or s3://bucket/prefix of the results"
     )
+    parser.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        metavar="A,B",
+        help=f"{', '.join(FORMATS)}; the lines of JSON are always written (default: jsonl)",
+    )
+    add_format_flags(parser)
     parser.add_argument(
         "--part-frames",
         type=bounded(int, 1, 100_000),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import textwrap
 import time
@@ -20,7 +21,15 @@ from serve.errors import ServeError
 if TYPE_CHECKING:
     from serve.storage import Cache
 
-__all__ = ["add_checkpoint_flags", "bounded", "command_parser", "open_cache", "run", "stage_reporter"]
+__all__ = [
+    "add_checkpoint_flags",
+    "add_format_flags",
+    "bounded",
+    "command_parser",
+    "open_cache",
+    "run",
+    "stage_reporter",
+]
 
 PROGRAM = "mmdet3d-serve"
 
@@ -61,6 +70,34 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="unpickle any type in the checkpoint, which can run code",
     )
+
+
+def add_format_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what KITTI's labels and COCO's results need besides predictions."""
+    parser.add_argument(
+        "--calib",
+        metavar="PATH",
+        help="for kitti: folder of KITTI's calib/*.txt or of JSON, or one file; a path or s3://…",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=_size,
+        metavar="WxH",
+        help="for kitti: size of the images in pixels, such as 1242x375",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="for coco: annotation file with the ids of images and classes",
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, such as 1242x375, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def bounded(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from serve.cli.entry import add_checkpoint_flags, bounded, command_parser, open_cache, stage_reporter
+from serve.cli.entry import (
+    add_checkpoint_flags,
+    add_format_flags,
+    bounded,
+    command_parser,
+    open_cache,
+    stage_reporter,
+)
 from serve.cli.serve import stoppable
 from serve.errors import ServeError, SettingsError
 from serve.predict.frames import Prediction
@@ -179,13 +185,6 @@ def _formats(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, such as 1242x375, got {text!r}")
-    return int(found[1]), int(found[2])
-
-
 def _rate(text: str) -> Fraction:
     try:
         rate = Fraction(text)
@@ -264,24 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace what --out has of this or another run"
     )
     parser.add_argument("--max-frames", type=bounded(int, 1), metavar="N", help="stop after N frames")
-    parser.add_argument(
-        "--calib",
-        type=Path,
-        metavar="PATH",
-        help="for kitti: folder of KITTI's calib/*.txt or of JSON, or one file",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=_size,
-        metavar="WxH",
-        help="for kitti: size of the images in pixels, such as 1242x375",
-    )
-    parser.add_argument(
-        "--annotations",
-        type=Path,
-        metavar="FILE",
-        help="for coco: annotation file with the ids of images and classes",
-    )
+    add_format_flags(parser)
     parser.add_argument(
         "--fps",
         type=_rate,

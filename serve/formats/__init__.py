@@ -1,4 +1,4 @@
-"""Formats in which detections leave the project, for the gateway, `predict` and the client: KITTI, COCO, tables.
+"""Formats of detections for the gateway, `predict`, `bulk` and the client: KITTI, COCO, tables, Parquet.
 
-They are written from answers as dictionaries, and import nothing but numpy.
+They are written from answers as dictionaries, and import nothing but numpy; Parquet needs pyarrow when it is written.
 """

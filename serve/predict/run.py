@@ -40,6 +40,7 @@ from serve.predict.writers import (
     Writer,
 )
 from serve.protocol.frames import FrameOptions, encode_json
+from serve.storage import is_remote
 from serve.tracking import TrackOptions
 
 __all__ = ["FORMATS", "Run", "Summary", "formats_of", "run"]
@@ -76,7 +77,7 @@ class Run:
         only: names of classes to keep; empty for all.
         batch_size: frames per batch.
         max_frames: stop after as many; None for all.
-        calibration: file or folder for KITTI's labels.
+        calibration: path or URI of a file or folder for KITTI's labels.
         image_size: width and height of the images that KITTI's labels refer to.
         annotations: COCO annotation file with the ids of images and categories.
         rate: frames per second of a video of frames without times.
@@ -93,7 +94,7 @@ class Run:
     only: tuple[str, ...] = ()
     batch_size: int = 1
     max_frames: int | None = None
-    calibration: Path | None = None
+    calibration: str | Path | None = None
     image_size: tuple[int, int] | None = None
     annotations: Path | None = None
     rate: Fraction = Fraction(10)
@@ -298,10 +299,14 @@ def _identity(task: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         predictions["started"] = time.time()  # another minute of a camera is another run
     outputs = {
         "drawn_score_thr": task.drawn_score_thr,
-        "calibration": str(task.calibration.absolute()) if task.calibration else None,
+        "calibration": _absolute(task.calibration) if task.calibration else None,
         "image_size": list(task.image_size) if task.image_size else None,
     }
     return predictions, outputs
+
+
+def _absolute(path: str | Path) -> str:
+    return str(path) if is_remote(path) else str(Path(path).absolute())
 
 
 def _writers(task: Run, folder: Path, target: Path | None) -> list[Writer]:

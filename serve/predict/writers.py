@@ -40,6 +40,7 @@ __all__ = [
     "PictureWriter",
     "VideoWriter",
     "Writer",
+    "write_results",
 ]
 
 #: Default of the lowest score in pictures and videos; that of upstream's demos.
@@ -270,17 +271,22 @@ class CocoWriter(Writer):
         """
         ids = CocoIds(self._annotations)
         with replacing(self._target) as file:
-            separator = b"[\n"
-            for result in results_of(record, ids):
-                file.write(separator + orjson.dumps(result))
-                separator = b",\n"
-            file.write(b"\n]\n" if separator == b",\n" else b"[]\n")
+            write_results(file, record, ids)
         if self._annotations is not None:
             return [self._target]
         named = self._target.with_name(f"{self._target.stem}_ids.json")
         categories = [{"id": number, "name": name} for number, name in sorted(ids.categories.items())]
         write_bytes(named, orjson.dumps({"images": ids.images, "categories": categories}))
         return [self._target, named]
+
+
+def write_results(file: IO[bytes], record: Iterable[Mapping[str, Any]], ids: CocoIds) -> None:
+    """Write COCO's results as a JSON list, one after the other; arguments and errors as `results_of`."""
+    separator = b"[\n"
+    for result in results_of(record, ids):
+        file.write(separator + orjson.dumps(result))
+        separator = b",\n"
+    file.write(b"\n]\n" if separator == b",\n" else b"[]\n")
 
 
 @contextmanager

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
+from serve.bulk.destination import Destination
+from serve.bulk.parts import Counts, Job, Part, compute_part
 from serve.errors import SetupError, UndecodableFrame
 from serve.predict.models import outcome_of
 
@@ -54,8 +58,77 @@ class BulkModel:
         return
 
 
+class OneProcess:
+    """Engine that computes in the process of the test."""
+
+    def compute(
+        self, parts: Iterator[Part], job: Job, destination: Destination, advance: Callable[[int], None]
+    ) -> Iterator[tuple[int, Counts]]:
+        model = None
+        for part in parts:
+            model = model or job.open_model(Path(job.archive), "cpu", trust_code=False, threads=1)
+            nothing = frozenset[int]()
+            advance(0)
+            yield (
+                part.number,
+                compute_part(
+                    model, job, destination, part.number, part.lines, False, nothing, lambda count: None
+                ),
+            )
+
+
 def open_echo(archive: Path, device: str, *, trust_code: bool, threads: int) -> BulkModel:
     return BulkModel()
+
+
+def open_lidar(archive: Path, device: str, *, trust_code: bool, threads: int) -> BulkModel:
+    return _LidarModel()
+
+
+class _LidarModel(BulkModel):
+    """Finds as many cars as a frame has bytes, at 10, 11, … metres ahead."""
+
+    def _answer(self, body: Any) -> Any:
+        answer = super()._answer(body)
+        if isinstance(answer, Exception):
+            return answer
+        boxes = np.array([[10 + k, 0, -1.5, 4.1, 1.7, 1.6, 0.1] for k in range(len(body))], np.float32)
+        return {
+            "bboxes_3d": boxes.reshape(-1, 7),
+            "scores_3d": np.linspace(0.9, 0.1, len(body), dtype=np.float32),
+            "labels_3d": np.zeros(len(body), np.int64),
+            "names": ["Car"] * len(body),
+            "box_type_3d": "LiDAR",
+            "classes": ["Car"],
+            "units": {"length": "m"},
+            "model": {"name": "fake", "version": "1.0"},
+            "bytes": len(body),
+        }
+
+
+def open_image(archive: Path, device: str, *, trust_code: bool, threads: int) -> BulkModel:
+    return _ImageModel()
+
+
+class _ImageModel(BulkModel):
+    """Finds one donut per byte of a frame, with a mask."""
+
+    modality: Any = "image"
+
+    def _answer(self, body: Any) -> Any:
+        answer = super()._answer(body)
+        if isinstance(answer, Exception):
+            return answer
+        count = len(body)
+        return {
+            "bboxes": np.array([[k, 1.25, k + 2.5, 3] for k in range(count)], np.float32).reshape(-1, 4),
+            "scores": np.linspace(0.9, 0.1, count, dtype=np.float32),
+            "labels": np.ones(count, np.int64),
+            "names": ["donut"] * count,
+            "masks": [{"size": [4, 4], "counts": "25O3"}] * count,
+            "classes": ["cake", "donut"],
+            "warnings": [{"code": "odd", "message": "an odd one"}] if count > 3 else [],
+        }
 
 
 def open_slow(archive: Path, device: str, *, trust_code: bool, threads: int) -> BulkModel:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from serve.bulk.destination import Destination
-from serve.bulk.parts import Job
+from serve.bulk.formats import Outputs
+from serve.bulk.parts import Engine, Job
 from serve.bulk.processes import LocalEngine
 from serve.bulk.run import BulkRun, Summary, execute, plan_run
 from serve.errors import BadRequest, SettingsError, SetupError, StorageError
@@ -49,14 +50,17 @@ def run(
     processes: int = 2,
     overwrite: bool = False,
     identity: str = "one",
+    outputs: Outputs = Outputs(),  # noqa: B008 - frozen
+    modality: Any = "lidar",
+    engine: Engine | None = None,
     advance: Callable[[int], None] = lambda frames: None,
 ) -> Summary:
     destination = Destination(str(out))
     job = Job("model.mar", False, FrameOptions(), 2, open_model)
-    task = BulkRun(job, {"model": identity}, part_frames)
+    task = BulkRun(job, {"model": identity}, part_frames, outputs, 2)
     with ExitStack() as stack:
-        plan = plan_run(task, destination, lambda: open_source(source, "lidar"), stack, overwrite=overwrite)
-        return execute(task, plan, destination, LocalEngine(("cpu",) * processes, 1), advance)
+        plan = plan_run(task, destination, lambda: open_source(source, modality), stack, overwrite=overwrite)
+        return execute(task, plan, destination, engine or LocalEngine(("cpu",) * processes, 1), advance)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
