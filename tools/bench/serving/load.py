@@ -19,12 +19,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import httptools
 import uvloop
 
-__all__ = ["Load", "LoadResult", "measure", "quantile"]
+__all__ = ["Connection", "Load", "LoadResult", "measure", "quantile"]
 
 MAX_IN_FLIGHT = 512
 SHUTDOWN_S = 5.0  # time for pending responses after the last request
@@ -40,6 +40,7 @@ class Load:
         path: path to POST to.
         body: path of the file with the request body.
         headers: headers of every request.
+        protocol: ``http``, ``grpc`` (calls, `body` is the message) or ``grpc-stream`` (one stream for all clients).
         clients: clients of a closed loop; 0 selects an open loop.
         rate: mean arrivals per second of an open loop.
         warmup_s: seconds before counting starts.
@@ -54,6 +55,7 @@ class Load:
     path: str
     body: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    protocol: str = "http"
     clients: int = 0
     rate: float = 0.0
     warmup_s: float = 0.5
@@ -99,6 +101,16 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, -(-len(ordered) * round(share * 1000) // 1000) - 1))]
 
 
+class Connection(Protocol):
+    """Connection of a client."""
+
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        """Send a request; return status and body. Raises OSError if the connection fails."""
+
+    async def end(self) -> None:
+        """End the connection."""
+
+
 class _Connection(asyncio.Protocol):
     """Connection with one request at a time; reconnects if the server closed it."""
 
@@ -120,6 +132,10 @@ class _Connection(asyncio.Protocol):
         self._answer = loop.create_future()
         self._transport.write(request)
         return await self._answer
+
+    async def end(self) -> None:
+        """Abort the connection."""
+        self.close()
 
     def close(self) -> None:
         """Abort the connection."""
@@ -196,6 +212,8 @@ class _Tally:
 def measure(load: Load) -> LoadResult:
     """Run the load to its end; call it from a thread without an event loop."""
     body = Path(load.body).read_bytes()
+    if load.protocol != "http":
+        return uvloop.run(_closed(load, body))
     head = "".join(f"{name}: {value}\r\n" for name, value in load.headers.items())
     request = (
         f"POST {load.path} HTTP/1.1\r\nhost: {load.host}:{load.port}\r\ncontent-length: {len(body)}\r\n{head}\r\n"
@@ -207,18 +225,32 @@ async def _closed(load: Load, request: bytes) -> LoadResult:
     tally = _tally(load, time.perf_counter())
     cpu_s = _cpu_s()
 
+    connect = _connector(load)
+
     async def client() -> None:
-        connection = _Connection(load.host, load.port)
+        connection = connect()
         try:
             while (sent := time.perf_counter()) < tally.end and tally.asked < load.max_requests:
                 tally.asked += 1
                 await _send(connection, request, sent, tally, by_answer=True)
         finally:
-            connection.close()
+            await connection.end()
 
     clients = [asyncio.create_task(client()) for _ in range(load.clients)]
     await _finish(clients, tally.end + SHUTDOWN_S)
     return _summarize(tally, _cpu_s() - cpu_s, overrun=False)
+
+
+def _connector(load: Load) -> Callable[[], Connection]:
+    """Return what makes the connection of one more client."""
+    if load.protocol == "http":
+        return lambda: _Connection(load.host, load.port)
+    from tools.bench.serving.grpc_load import Calls, Stream
+
+    if load.protocol == "grpc":
+        return lambda: Calls(load.host, load.port, load.path)
+    stream = Stream(load.host, load.port, load.path)
+    return lambda: stream
 
 
 async def _open(load: Load, request: bytes) -> LoadResult:
@@ -270,7 +302,7 @@ def _arrivals(load: Load, now: float) -> Sequence[float]:
 
 
 async def _send(
-    connection: _Connection, request: bytes, since: float, tally: _Tally, *, by_answer: bool
+    connection: Connection, request: bytes, since: float, tally: _Tally, *, by_answer: bool
 ) -> None:
     """Send one request; count it by the time of its response (closed loop) or its arrival (open loop)."""
     failure: str | None = None
