@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from serve import storage
+from serve.bulk.retry import repeat
 from serve.errors import ObjectNotFound, SettingsError, StorageError
 from serve.storage.cache import map_disk_errors
 
@@ -48,13 +49,18 @@ class Destination:
     def read(self, name: str) -> bytes | None:
         """Read a file; None if there is none."""
         try:
-            return storage.read_bytes(self.uri(name))
+            if self.is_local:
+                return storage.read_bytes(self.uri(name))
+            return repeat(lambda: storage.read_bytes(self.uri(name)))
         except ObjectNotFound:
             return None
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replace a small file."""
-        storage.write_bytes(self.uri(name), data)
+        if self.is_local:
+            storage.write_bytes(self.uri(name), data)
+        else:
+            repeat(lambda: storage.write_bytes(self.uri(name), data))
 
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
@@ -72,7 +78,7 @@ class Destination:
                     os.chmod(path, 0o644)
                     os.replace(path, self.folder / name)
                 else:
-                    storage.upload(Path(path), self.uri(name), progress=False)
+                    repeat(lambda: storage.upload(Path(path), self.uri(name), progress=False))
             finally:
                 Path(path).unlink(missing_ok=True)
 

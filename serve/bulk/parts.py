@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import IO, Any, Protocol
 
 import orjson
 
 from serve import storage
 from serve.bulk.destination import Destination
+from serve.bulk.retry import SourceGone, read_patiently
 from serve.errors import InferenceFailed, SetupError, error_body
 from serve.predict.frames import Clip, Frame, Prediction
 from serve.predict.journal import line_of
@@ -201,7 +203,14 @@ def manifest_line(frame: Frame) -> bytes:
 def frames_of(lines: Iterable[bytes]) -> list[Frame]:
     """Make frames of lines of the manifest."""
     found = map(orjson.loads, lines)
-    return [frame_at(each["frame"], each["stem"], each["origin"], _CLIP) for each in found]
+    return [_patient(frame_at(each["frame"], each["stem"], each["origin"], _CLIP)) for each in found]
+
+
+def _patient(frame: Frame) -> Frame:
+    """Let a frame of a bucket be read again if that fails for a time."""
+    if frame.origin is None or not _is_in_bucket(frame):
+        return frame
+    return replace(frame, read=partial(read_patiently, frame.read, frame.origin))
 
 
 def compute_part(
@@ -263,6 +272,8 @@ def predict_part(
     frames = frames_of(lines)
     counts = Counts()
     for prediction in _predictions(model, job, frames, cautious, deadly, begun, queued):
+        if isinstance(prediction.error, SourceGone):
+            raise prediction.error
         out.write(line_of(prediction))
         counts.add(prediction)
         if not cautious:
@@ -280,7 +291,7 @@ def _predictions(
     queued: Callable[[], None],
 ) -> Iterator[Prediction]:
     if not cautious:
-        readers = _REMOTE_READERS if any(map(_is_remote, frames)) else _LOCAL_READERS
+        readers = _REMOTE_READERS if any(map(_is_in_bucket, frames)) else _LOCAL_READERS
         predictions = predict_frames(
             frames,
             model,
@@ -305,7 +316,7 @@ def _predictions(
             yield from found
 
 
-def _is_remote(frame: Frame) -> bool:
+def _is_in_bucket(frame: Frame) -> bool:
     origin = frame.origin
     uris = origin.values() if isinstance(origin, Mapping) else (str(origin),)
-    return any(storage.parse(uri).scheme in ("s3", "http") for uri in uris)
+    return any(storage.parse(uri).scheme == "s3" for uri in uris)

@@ -107,6 +107,7 @@ def plan_run(
     stack: ExitStack,
     *,
     overwrite: bool,
+    retry_failed: bool = False,
 ) -> Plan:
     """Begin a run, or go on with it: the manifest is written when it is begun and holds from then on.
 
@@ -116,6 +117,7 @@ def plan_run(
         open_frames: lists the frames; not called if the run goes on.
         stack: keeps the lock of a folder, and a copy of a bucket's manifest.
         overwrite: forget another run, and begin this one anew.
+        retry_failed: forget the parts that have failed frames, so that they are computed again.
 
     Raises:
         BadRequest: the destination has the results of another run.
@@ -140,6 +142,8 @@ def plan_run(
     if _digest(manifest) != described["manifest_sha256"]:
         raise BadRequest(f"{destination.uri(_MANIFEST)} was altered; --overwrite begins the run anew")
     finished = frozenset(destination.finished())
+    if retry_failed:
+        finished -= _forget_failed(finished, destination)
     return Plan(manifest, described["frames"], described["part_frames"], finished)
 
 
@@ -228,21 +232,37 @@ def execute(
     return summary
 
 
-def _counts_of(parts: Iterable[int], destination: Destination) -> Counts:
-    """Add up the counts of finished parts: twenty thousand small files for ten million frames."""
+def _forget_failed(finished: Iterable[int], destination: Destination) -> frozenset[int]:
+    """Remove the parts that have failed frames; returns their numbers."""
+    failed = frozenset(number for number, counts in _read_counts(finished, destination) if counts.failed)
+    for number in failed:
+        destination.remove(destination.part_name(number))
+        destination.remove(destination.counts_name(number))
+        for name, suffix in PART_FORMATS.items():
+            destination.remove(destination.format_name(name, number, suffix))
+    return failed
 
-    def read(number: int) -> Counts:
+
+def _counts_of(parts: Iterable[int], destination: Destination) -> Counts:
+    """Add up the counts of finished parts."""
+    counts = Counts()
+    for _, found in _read_counts(parts, destination):
+        counts.merge(found)
+    return counts
+
+
+def _read_counts(parts: Iterable[int], destination: Destination) -> Iterator[tuple[int, Counts]]:
+    """Read the counts of finished parts: twenty thousand small files for ten million frames."""
+
+    def read(number: int) -> tuple[int, Counts]:
         name = destination.counts_name(number)
         data = destination.read(name)
         if data is None:
             raise BadRequest(f"{destination.uri(name)} is missing; --overwrite begins anew")
-        return Counts.of(orjson.loads(data))
+        return number, Counts.of(orjson.loads(data))
 
-    counts = Counts()
     with ThreadPoolExecutor(1 if destination.is_local else _READERS) as pool:
-        for found in pool.map(read, sorted(parts)):
-            counts.merge(found)
-    return counts
+        yield from pool.map(read, sorted(parts))
 
 
 def _partial_formats(run: BulkRun, plan: Plan, destination: Destination) -> dict[str, int]:

@@ -10,14 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from tqdm import tqdm
-
 from serve import archive
 from serve.bulk.destination import Destination
 from serve.bulk.formats import FORMATS, Outputs, check_outputs
 from serve.bulk.listing import list_frames
 from serve.bulk.parts import Job
 from serve.bulk.processes import LocalEngine
+from serve.bulk.progress import Progress
 from serve.bulk.run import BulkRun, Summary, execute, plan_run
 from serve.cli.entry import (
     add_checkpoint_flags,
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None) -> int:
         )
         devices = _devices(args.device, args.processes)
         run = BulkRun(
-            Job(str(made.path), made.trust, options, args.batch_size),
+            Job(str(made.path), made.trust, options, args.batch_size, batch_cost=args.batch_cost),
             {
                 "source": _named(args.source),
                 "model_sha256": sha256_of(made.path),
@@ -81,20 +80,14 @@ def main(argv: Sequence[str] | None) -> int:
             ),
             stack,
             overwrite=args.overwrite,
+            retry_failed=args.retry_failed,
         )
         check_outputs(outputs, metadata.classes, metadata.box_type_3d, plan.manifest)
         report(f"{plan.frames:,} frames in {plan.parts:,} parts, {len(plan.finished):,} of them finished")
-        bar = stack.enter_context(
-            tqdm(total=plan.frames, initial=plan.frames_finished, unit="frame", disable=None, smoothing=0.05)
-        )
-
-        def advance(frames: int) -> None:
-            bar.update(frames)
-
         try:
-            summary = execute(run, plan, destination, engine, advance)
+            with Progress(plan.frames, plan.frames_finished) as progress:
+                summary = execute(run, plan, destination, engine, progress.advance)
         except BaseException:
-            bar.close()
             print("the same command goes on from the parts that are finished", file=sys.stderr, flush=True)
             raise
     _print(summary, destination)
@@ -202,7 +195,14 @@ def _parser() -> argparse.ArgumentParser:
         type=bounded(int, 1, 256),
         default=8,
         metavar="N",
-        help="frames per batch (default: %(default)s)",
+        help="most frames in a batch; frames share one as in the gateway, by cost and sizes of their images (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--batch-cost",
+        type=bounded(int, 1),
+        metavar="N",
+        help="most points, or pixels, in a batch (default: 2 million points, 64 million pixels)",
     )
     parser.add_argument(
         "--processes",
@@ -218,6 +218,11 @@ def _parser() -> argparse.ArgumentParser:
         "--max-detections", type=bounded(int, 0), metavar="N", help="keep the N best of a frame"
     )
     parser.add_argument("--columns", help="columns of the point clouds, as in x,y,z,intensity=0")
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="compute the parts again that have failed frames, such as those of a bucket that did not answer",
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",

@@ -1,0 +1,164 @@
+"""Buckets that fail for a time, keys that vanish, an interrupt: recorded, repeated or a clear end; nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psutil
+import pytest
+
+from serve.bulk import retry
+from serve.bulk.destination import Destination
+from serve.bulk.listing import list_frames
+from serve.bulk.parts import Job, manifest_line, predict_part
+from serve.bulk.processes import LocalEngine
+from serve.bulk.retry import SourceGone
+from serve.bulk.run import BulkRun, execute, plan_run
+from serve.errors import StorageError
+from serve.predict.sources import open_source
+from serve.protocol.frames import FrameOptions
+from serve.storage import s3
+from tests.bulk import fake
+from tests.bulk.test_run import lines, run
+from tests.conftest import ROOT
+from tests.gateway.running import eventually
+from tests.storage import servers
+
+JOB = Job("m", False, FrameOptions(), 2, fake.open_echo)
+BUCKET = "frames"
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[str]:
+    with servers.moto() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def proxy(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Proxy]:
+    """A bucket with four frames, behind a proxy that can spoil answers."""
+    with servers.proxy_to(moto) as made:
+        for name, value in (
+            ("AWS_ENDPOINT_URL", made.endpoint),
+            ("AWS_ACCESS_KEY_ID", "x"),
+            ("AWS_SECRET_ACCESS_KEY", "y"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(retry, "_WRITE_PAUSES_S", (0.01, 0.01))
+        monkeypatch.setattr(retry, "_READ_PAUSES_S", (0.01,))
+        monkeypatch.setattr(s3, "_DEFAULT", s3.Options(attempts=1))
+        s3._CONNECTED.clear()
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=BUCKET)
+        for k in range(4):
+            client.put_object(Bucket=BUCKET, Key=f"drive/{k}.bin", Body=b"x" * 16 * (k + 1))
+        yield made
+        s3._CONNECTED.clear()
+
+
+def manifest() -> list[bytes]:
+    return [manifest_line(frame) for frame in list_frames(f"s3://{BUCKET}/drive", "lidar")]
+
+
+def codes(found: bytes) -> list[str | None]:
+    return [json.loads(line).get("error", {}).get("code") for line in found.splitlines()]
+
+
+def predict(entries: list[bytes], path: Path) -> list[str | None]:
+    with path.open("wb") as out:
+        predict_part(fake.BulkModel(), JOB, entries, out)
+    return codes(path.read_bytes())
+
+
+def test_keys_that_vanish_and_objects_that_cannot_be_read_are_records(proxy: Any, tmp_path: Path) -> None:
+    entries = manifest()
+    boto3.client("s3").delete_object(Bucket=BUCKET, Key="drive/1.bin")
+    proxy.spoil = lambda method, path, headers: 503 if "2.bin" in path else None
+    assert predict(entries, tmp_path / "out") == [None, "object_not_found", "storage_failed", None]
+
+
+def test_a_frame_is_read_again_when_its_bucket_fails_for_a_time(proxy: Any, tmp_path: Path) -> None:
+    entries, failures = manifest(), [503] * 3
+
+    proxy.spoil = lambda method, path, headers: failures.pop() if failures and ".bin" in path else None
+    assert predict(entries, tmp_path / "out") == [None] * 4 and not failures
+
+
+def test_a_source_that_is_gone_ends_the_part_instead_of_failing_its_frames(
+    proxy: Any, tmp_path: Path
+) -> None:
+    entries = manifest()
+    for status in (503, 403):
+        proxy.spoil = lambda method, path, headers, status=status: status
+        with pytest.raises(SourceGone):
+            predict(entries, tmp_path / "out")
+
+
+def test_results_outlast_a_bucket_that_fails_for_a_time(proxy: Any) -> None:
+    destination = Destination(f"s3://{BUCKET}/out")
+    for failures in ([503, 503], [503] * 3):
+        spoiled = list(failures)
+        proxy.spoil = lambda method, path, headers, left=spoiled: (
+            left.pop() if left and method == "PUT" else None
+        )
+        if len(failures) < 3:
+            with destination.writing("parts/00000000.jsonl") as file:
+                file.write(b"results")
+            assert destination.read("parts/00000000.jsonl") == b"results"
+        else:
+            with pytest.raises(StorageError), destination.writing("parts/00000001.jsonl") as file:
+                file.write(b"results")
+            assert destination.finished() == {0}
+
+
+def test_failed_frames_are_computed_again_on_demand(tmp_path: Path) -> None:
+    source, out = tmp_path / "frames", tmp_path / "out"
+    source.mkdir()
+    for k in range(6):
+        (source / f"{k}.bin").write_bytes(b"bad" if k == 4 else b"good")
+    run(source, out)
+    (source / "4.bin").write_bytes(b"mended")
+    task, destination = (
+        BulkRun(Job("model.mar", False, FrameOptions(), 2, fake.open_echo), {"model": "one"}, 3),
+        Destination(str(out)),
+    )
+    with ExitStack() as stack:
+        plan = plan_run(
+            task, destination, lambda: open_source(source, "lidar"), stack, overwrite=False, retry_failed=True
+        )
+        assert plan.finished == {0}
+        summary = execute(task, plan, destination, LocalEngine(("cpu",), 1))
+    assert (summary.computed, summary.counts.failed.total(), summary.counts.frames) == (3, 0, 6)
+    assert not [each for each in lines(out) if "error" in each]
+
+
+def test_an_interrupt_ends_every_process_and_leaves_no_file_of_theirs(tmp_path: Path) -> None:
+    source, out, gate, scratch = (tmp_path / name for name in ("frames", "out", "gate", "scratch"))
+    source.mkdir()
+    scratch.mkdir()
+    for k in range(8):
+        (source / f"{k}.bin").write_bytes(b"gate %b" % str(gate).encode())
+    script = (
+        "from pathlib import Path; from tests.bulk.test_run import run; "
+        f"run(Path({str(source)!r}), Path({str(out)!r}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, stderr=subprocess.PIPE
+    ) as process:
+        eventually(lambda: (tmp_path / "gate.reached").exists(), 60)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in process.communicate(timeout=20)[1]
+    assert len(children) >= 2 and not psutil.wait_procs(children, timeout=10)[1]
+    assert not list(scratch.glob("mmdet3d-serve-*")) and not list((out / "parts").glob("*.jsonl"))
