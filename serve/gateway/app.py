@@ -20,6 +20,7 @@ from serve import __version__
 from serve.errors import BadRequest, ServeError, SettingsError, UnknownOption
 from serve.gateway.admission import Admission
 from serve.gateway.backend import TorchServeBackend
+from serve.gateway.canary import Canaries
 from serve.gateway.grpc.calls import CallRouter
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.metrics import Metrics
@@ -27,8 +28,11 @@ from serve.gateway.middleware import RequestMiddleware, error_response
 from serve.gateway.models import ModelRegistry
 from serve.gateway.openapi import DESCRIPTION, complete
 from serve.gateway.options import GatewayOptions
+from serve.gateway.rollout import Rollout
 from serve.gateway.router import FrameRouter, internal_error
 from serve.gateway.routes import health, kserve, kserve_state, predictions
+from serve.gateway.shadow import ShadowLimits, ShadowTraffic
+from serve.gateway.shadow_metrics import ShadowMetrics
 from serve.gateway.siblings import Siblings
 from serve.gateway.tracing import Tracing
 from serve.gateway.tracks import TrackSessions
@@ -70,6 +74,18 @@ def create_app(
     sessions = TrackSessions(options, is_only_process=siblings is None)
     metrics = Metrics(admission, registry.is_registered, sessions)
     registry.on_batch = metrics.observe_batch
+    rollout = Rollout.of(options.canary, options.shadow, options.rollout_file)
+    registry.on_refresh = rollout.reload
+    metrics.show_rollout(rollout)
+    canaries = Canaries(registry, rollout, sessions, metrics, options.timeout_s / 2)
+    shadow_limits = ShadowLimits(
+        options.shadow_frames, options.shadow_bytes, options.shadow_wait_s, options.timeout_s
+    )
+    shadow = ShadowTraffic(
+        registry, rollout, shadow_limits, ShadowMetrics(metrics.registry), admission, lifecycle
+    )
+    if options.shadow or options.rollout_file:
+        registry.frame_observers.append(shadow.observe)
     tracing = Tracing(options.otlp_endpoint)
     references = References(
         options.uri_prefixes,
@@ -91,6 +107,7 @@ def create_app(
                 outermost, options, lifecycle, metrics, shared=shared
             ) as app.state.grpc_port:
                 yield
+        await shadow.close()
         references.close()
         await registry.close()
         await backend.close()
@@ -111,7 +128,7 @@ def create_app(
     for routes in (
         kserve_state.router(options, registry, rejected or {}),  # /v2/models/stats before /v2/models/{model}
         kserve.router(registry, lifecycle),
-        health.router(registry, metrics, lifecycle, sessions, rejected or {}, siblings),
+        health.router(registry, metrics, lifecycle, sessions, rejected or {}, rollout, siblings),
         pages.router(is_ui=options.ui),
         *((points.router(options, limits),) if options.ui else ()),
     ):
@@ -123,10 +140,11 @@ def create_app(
     app.add_exception_handler(Exception, _on_unexpected)
     app.state.admission = admission
     app.state.registry = registry
+    app.state.shadow = shadow
     routed = FrameRouter(
         app,
-        predict=predictions.predict_route(options, registry, references, sessions),
-        infer=kserve.infer_route(options, registry),
+        predict=predictions.predict_route(options, canaries, references, sessions),
+        infer=kserve.infer_route(options, canaries),
     )
     outermost: ASGIApp = RequestMiddleware(
         routed if listen_grpc is None else CallRouter(routed),
@@ -146,7 +164,7 @@ def create_app(
         allow_origins=list(options.cors_origins),
         allow_methods=["GET", "POST", "PUT"],
         allow_headers=["*"],
-        expose_headers=["server-timing", "x-request-id"],
+        expose_headers=["server-timing", "x-model-version", "x-request-id"],
     )
 
 

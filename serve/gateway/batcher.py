@@ -11,6 +11,8 @@ Policy of one `Batcher`:
 * A batch ends before the first item that would exceed the budget.
 * A cancelled item (deadline, disconnect, shutdown) is skipped; `Job.cancelled` says so in the queue and later. A batch
   that runs is not interrupted and keeps its slot, because the device is still busy with it.
+* A background item is a batch of its own that takes a free slot while the queue is empty; it is never sent ahead. So
+  one of the others waits for one background item per slot at most.
 * Prefetch: while all slots are busy, up to `prefetch` batches are sent ahead if they are full, to hide the transport.
 * Early send: a batch that is not full is sent `lead_time_s` before a slot is expected to be free, as long as the
   durations of batches are predictable (`serve.gateway.latency`). It then waits at the worker instead of being on its
@@ -28,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from serve.errors import BackendBroken, FrameTooLarge, ServeError
+from serve.errors import BackendBroken, FrameTooLarge, Overloaded, ServeError
 from serve.gateway.latency import LatencyModel
 from serve.protocol.batching import BatchCost, BatchLimits, BatchSize, ragged
 
@@ -51,6 +53,7 @@ class BatchReport:
         run_s: seconds from sending the batch to its answer.
         failed: whether the batch failed as a whole.
         outcomes: outcome of each item; none if the batch failed.
+        background: whether it was a background item.
     """
 
     items: int
@@ -59,6 +62,7 @@ class BatchReport:
     run_s: float
     failed: bool
     outcomes: Sequence[Any] = ()
+    background: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Job(Generic[In, Out]):
         key: only items of equal keys share a batch.
         queued_at: time of submission, seconds of the batcher's clock.
         answer: its outcome, for the caller.
+        background: whether it waits for all others.
     """
 
     item: In
@@ -97,6 +102,7 @@ class Job(Generic[In, Out]):
     key: Hashable
     queued_at: float
     answer: asyncio.Future[BatchResult[Out]] = field(repr=False)
+    background: bool = False
 
     @property
     def cancelled(self) -> bool:
@@ -112,11 +118,13 @@ class _SentBatch:
         began: time of sending, seconds of the batcher's clock.
         cost: its cost.
         slot_since: time since which it occupies a slot; None while it is prefetched.
+        background: whether it is a background item.
     """
 
     began: float
     cost: int
     slot_since: float | None
+    background: bool = False
 
 
 class Batcher(Generic[In, Out]):
@@ -156,6 +164,7 @@ class Batcher(Generic[In, Out]):
         self._observe = observe
         self._clock = clock
         self._queue: deque[Job[In, Out]] = deque()
+        self._background: deque[Job[In, Out]] = deque()
         self._workers: set[asyncio.Task[None]] = set()
         self._sent: list[_SentBatch] = []  # in the order of sending
         self._latency_model = LatencyModel()
@@ -164,7 +173,7 @@ class Batcher(Generic[In, Out]):
 
     @property
     def waiting(self) -> int:
-        """Number of items in the queue whose callers still wait."""
+        """Number of items in the queue whose callers still wait, without background items."""
         return sum(not job.cancelled for job in self._queue)
 
     @property
@@ -173,20 +182,38 @@ class Batcher(Generic[In, Out]):
         return len(self._sent)
 
     def stalled_s(self) -> float:
-        """Age of the oldest running batch, seconds; 0 if none runs."""
+        """Age of the oldest running batch, seconds; 0 if none runs, or only background items for which none waits."""
         now = self._clock()
-        return max((now - batch.began for batch in self._sent), default=0.0)
+        return max(
+            (now - batch.began for batch in self._sent if self._queue or not batch.background), default=0.0
+        )
 
     def set_slots(self, slots: int) -> None:
         """Set the number of slots; additional ones are used at once."""
         self._slots = slots
         self._start_workers()
 
-    async def submit(self, item: In, *, cost: int, nbytes: int = 0, key: Hashable = None) -> BatchResult[Out]:
+    async def submit(
+        self,
+        item: In,
+        *,
+        cost: int,
+        nbytes: int = 0,
+        key: Hashable = None,
+        background_s: float | None = None,
+    ) -> BatchResult[Out]:
         """Queue one item and wait for its outcome; cancelling removes the item from the queue.
+
+        Args:
+            item: the item.
+            cost: its cost.
+            nbytes: its size.
+            key: only items of equal keys share a batch.
+            background_s: for a background item, how long it may wait for a slot, seconds.
 
         Raises:
             FrameTooLarge: the item exceeds the byte limit of a batch.
+            Overloaded: a background item got no slot in time.
             Exception: the item's own outcome, or a copy of the error that failed its batch.
         """
         if nbytes > self._limits.nbytes:
@@ -194,20 +221,35 @@ class Batcher(Generic[In, Out]):
                 f"the frame has {nbytes} bytes; the limit of a batch is {self._limits.nbytes}"
             )
         loop = asyncio.get_running_loop()
-        job: Job[In, Out] = Job(item, cost, nbytes, key, self._clock(), loop.create_future())
-        self._queue.append(job)
+        is_background = background_s is not None
+        queue = self._background if is_background else self._queue
+        job: Job[In, Out] = Job(
+            item, cost, nbytes, key, self._clock(), loop.create_future(), background=is_background
+        )
+        queue.append(job)
         self._start_workers()
+        timer = None if background_s is None else loop.call_later(background_s, self._give_up, job)
         try:
             return await job.answer
         except asyncio.CancelledError:
             # Admission no longer counts its bytes: release them now rather than at the next free slot.
             with suppress(ValueError):
-                self._queue.remove(job)
+                queue.remove(job)
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _give_up(self, job: Job[In, Out]) -> None:
+        """End the wait of a background item that is still queued."""
+        if job in self._background:
+            self._background.remove(job)
+            if not job.cancelled:
+                job.answer.set_exception(Overloaded("all workers are busy with other frames"))
 
     def _start_workers(self) -> None:
         """Start worker tasks for free slots, at most one per queued item."""
-        target = min(self._slots, self.running + len(self._queue))
+        target = min(self._slots, self.running + len(self._queue) + len(self._background))
         if len(self._workers) >= self._slots:
             if len(self._queue) >= self._limits.items:
                 target = self._slots + self._prefetch
@@ -236,8 +278,16 @@ class Batcher(Generic[In, Out]):
     def _next_batch(self) -> list[Job[In, Out]]:
         """Take any batch for a slot that is free or about to be, or a full batch to prefetch."""
         if self.running < self._slots or (self.running == self._slots and self._early_send_allowed()):
-            return self._take_batch(full_only=False)
+            return self._take_batch(full_only=False) or self._take_background()
         return self._take_batch(full_only=True) if self.running < self._slots + self._prefetch else []
+
+    def _take_background(self) -> list[Job[In, Out]]:
+        """Take a background item if nothing else waits and a slot is free."""
+        while self._background and not self._queue and self.running < self._slots:
+            job = self._background.popleft()
+            if not job.cancelled:
+                return [job]
+        return []
 
     def _take_batch(self, *, full_only: bool) -> list[Job[In, Out]]:
         """Take the head of the queue and the items that fit with it."""
@@ -269,7 +319,7 @@ class Batcher(Generic[In, Out]):
         began = self._clock()
         costs = [job.cost for job in batch]
         cost = self._batch_cost(len(batch), sum(costs), max(costs))
-        running = self._start_batch(began, cost)
+        running = self._start_batch(began, cost, background=batch[0].background)
         queue_s = tuple(began - job.queued_at for job in batch)
         failed: Exception | None = None
         outcomes: Sequence[Out | Exception] = ()
@@ -303,11 +353,19 @@ class Batcher(Generic[In, Out]):
                 job.answer.set_result(BatchResult(outcome, queue_s[i], run_s, len(batch)))
         # Deferred until the next batch was sent, for which a device may be waiting.
         is_failed = failed is not None
-        report = BatchReport(len(batch), cost, queue_s, run_s, is_failed, () if is_failed else outcomes)
+        report = BatchReport(
+            len(batch),
+            cost,
+            queue_s,
+            run_s,
+            is_failed,
+            () if is_failed else outcomes,
+            background=running.background,
+        )
         asyncio.get_running_loop().call_soon(self._observe, report)
 
-    def _start_batch(self, now: float, cost: int) -> _SentBatch:
-        batch = _SentBatch(now, cost, now if self.running < self._slots else None)
+    def _start_batch(self, now: float, cost: int, *, background: bool) -> _SentBatch:
+        batch = _SentBatch(now, cost, now if self.running < self._slots else None, background)
         self._sent.append(batch)
         self._early_send_until = float("-inf")
         self._schedule_early_send()

@@ -8,18 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.requests import Request
 
-from serve.errors import ClientDisconnected, DeadlineExceeded, ServeError
+from serve.errors import ClientDisconnected, ClientError, DeadlineExceeded, ServeError
 from serve.gateway.backend import Answer
 from serve.gateway.batcher import BatchResult
 from serve.gateway.models import ModelVersion
 from serve.protocol.batching import estimate_cost
 from serve.protocol.worker import EncodedFrame
 
-__all__ = ["Outcome", "run_frames", "stream_frames"]
+__all__ = ["Fallback", "Outcome", "run_frames", "stream_frames"]
 
 Outcome = BatchResult[Answer] | ServeError
 T = TypeVar("T")
@@ -27,8 +28,27 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Fallback:
+    """Version that answers the frames on which another one fails.
+
+    Attributes:
+        model: the version.
+        observe: called with the error of each such frame.
+        frames: number of frames that it answered.
+    """
+
+    model: ModelVersion
+    observe: Callable[[ServeError], None]
+    frames: int = 0
+
+
 async def run_frames(
-    request: Request, model: ModelVersion, frames: Sequence[EncodedFrame | ServeError], timeout_s: float
+    request: Request,
+    model: ModelVersion,
+    frames: Sequence[EncodedFrame | ServeError],
+    timeout_s: float,
+    fallback: Fallback | None = None,
 ) -> list[Outcome]:
     """Run frames concurrently; returns one outcome per frame, in order.
 
@@ -40,13 +60,14 @@ async def run_frames(
         model: the model to run.
         frames: the frames; in place of an invalid one, its error, which is its outcome.
         timeout_s: deadline, seconds from now; after it the outcome is `DeadlineExceeded`.
+        fallback: answers the frames on which `model` fails, or which have waited for it for half of that time.
 
     Raises:
         ClientDisconnected: the client disconnected.
     """
     if len(frames) == 1:  # saves a task
-        return [await _cancel_on_disconnect(request, _run_frame(model, frames[0], timeout_s))]
-    work = asyncio.gather(*(_run_frame(model, frame, timeout_s) for frame in frames))
+        return [await _cancel_on_disconnect(request, _run_frame(model, frames[0], timeout_s, fallback))]
+    work = asyncio.gather(*(_run_frame(model, frame, timeout_s, fallback) for frame in frames))
     return list(await _cancel_on_disconnect(request, work))
 
 
@@ -56,6 +77,7 @@ async def stream_frames(
     frames: Sequence[EncodedFrame | ServeError],
     timeout_s: float,
     finish: Callable[[int, Outcome], T],
+    fallback: Fallback | None = None,
 ) -> AsyncGenerator[T, None]:
     """Run frames as `run_frames` does; yields what `finish` makes of each as it finishes.
 
@@ -67,10 +89,11 @@ async def stream_frames(
         frames: the frames; in place of an invalid one, its error.
         timeout_s: deadline, seconds from now.
         finish: called with the position and the outcome of a frame, also while nothing can be yielded.
+        fallback: as of `run_frames`.
     """
 
     async def run(index: int, frame: EncodedFrame | ServeError) -> T:
-        return finish(index, await _run_frame(model, frame, timeout_s))
+        return finish(index, await _run_frame(model, frame, timeout_s, fallback))
 
     tasks = [asyncio.create_task(run(index, frame)) for index, frame in enumerate(frames)]
     del frames  # each is dropped with its task
@@ -90,14 +113,36 @@ async def stream_frames(
             task.cancel()
 
 
-async def _run_frame(model: ModelVersion, frame: EncodedFrame | ServeError, timeout_s: float) -> Outcome:
+async def _run_frame(
+    model: ModelVersion,
+    frame: EncodedFrame | ServeError,
+    timeout_s: float,
+    fallback: Fallback | None = None,
+) -> Outcome:
     if isinstance(frame, ServeError):
         return frame
-    outcome = await _submit_frame(model, frame, timeout_s)
+    if fallback is None:
+        outcome = await _submit_frame(model, frame, timeout_s)
+    else:
+        model, outcome = await _run_with_fallback(model, frame, timeout_s, fallback)
     if model.observers:
         # Later: this task now writes the answer.
         asyncio.get_running_loop().call_soon(_observe, model, frame, outcome)
     return outcome
+
+
+async def _run_with_fallback(
+    model: ModelVersion, frame: EncodedFrame, timeout_s: float, fallback: Fallback
+) -> tuple[ModelVersion, Outcome]:
+    """Run a frame, once more on another version if the first one fails; returns the version of the outcome too."""
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + timeout_s
+    outcome = await _submit_frame(model, frame, timeout_s / 2)
+    if not isinstance(outcome, ServeError) or isinstance(outcome, ClientError):
+        return model, outcome  # a frame that cannot be read is no better elsewhere
+    fallback.observe(outcome)
+    fallback.frames += 1
+    return fallback.model, await _submit_frame(fallback.model, frame, deadline - clock())
 
 
 def _observe(model: ModelVersion, frame: EncodedFrame, outcome: Outcome) -> None:

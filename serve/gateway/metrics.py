@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from serve.gateway.admission import Admission
 from serve.gateway.batcher import BatchReport
+from serve.gateway.rollout import Rollout
 from serve.gateway.tracks import TrackSessions
 
 __all__ = ["CONTENT_TYPE", "DEPRECATED_NAMES", "Metrics"]
@@ -33,11 +34,16 @@ class Metrics:
     def __init__(
         self, admission: Admission, is_registered: Callable[[str], bool], sessions: TrackSessions
     ) -> None:
-        """Create the metrics; requests for a model that is not registered are counted under ``model=""``."""
-        registry = self._registry = CollectorRegistry()
+        """Create the metrics; requests for a model that is not registered are counted under ``model=""``.
+
+        Attributes:
+            registry: theirs, in which others may create more.
+        """
+        registry = self.registry = CollectorRegistry()
         self._is_registered = is_registered
         self._batch_children: dict[str, tuple[Histogram, Histogram, Histogram, Histogram]] = {}
         self._request_children: dict[tuple[str, int], tuple[Histogram, Counter]] = {}
+        self._version_children: dict[tuple[str, str, int], tuple[Histogram, Counter]] = {}
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"mmdet3d_serve_{name}", text, ("model",), buckets=buckets, registry=registry)
@@ -55,6 +61,25 @@ class Metrics:
         )
         self._requests = Counter(
             "mmdet3d_serve_requests", "Requests by HTTP status", ("model", "status"), registry=registry
+        )
+        self._version_s = Histogram(
+            "mmdet3d_serve_version_request_duration_seconds",
+            "Time of a request from end to end by the version that it was given to, in seconds",
+            ("model", "version"),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._version_requests = Counter(
+            "mmdet3d_serve_version_requests",
+            "Requests by the version that they were given to, and by HTTP status",
+            ("model", "version", "status"),
+            registry=registry,
+        )
+        self._fallbacks = Counter(
+            "mmdet3d_serve_canary_fallbacks",
+            "Requests and frames of a canary that went to the default version",
+            ("model", "version", "reason"),
+            registry=registry,
         )
         self._failed = Counter(
             "mmdet3d_serve_failed_batches", "Batches that failed as a whole", ("model",), registry=registry
@@ -103,6 +128,31 @@ class Metrics:
         request_s.observe(seconds)
         requests.inc()
 
+    def observe_version(self, model: str, version: str, status: int, seconds: float) -> None:
+        """Count a request that a registered version of a model was chosen for."""
+        key = model, version, status
+        if key not in self._version_children:
+            self._version_children[key] = (
+                self._version_s.labels(model, version),
+                self._version_requests.labels(model, version, str(status)),
+            )
+        request_s, requests = self._version_children[key]
+        request_s.observe(seconds)
+        requests.inc()
+
+    def show_rollout(self, rollout: Rollout) -> None:
+        """Show whether the file of shares, if there is one, could be read."""
+        if rollout.file is not None:
+            Gauge(
+                "mmdet3d_serve_rollout_file_valid",
+                "1 if the file of shares could be read when it last changed, else 0",
+                registry=self.registry,
+            ).set_function(lambda: rollout.is_file_valid)
+
+    def observe_fallback(self, model: str, version: str, reason: str) -> None:
+        """Count what a canary did not answer."""
+        self._fallbacks.labels(model, version, reason).inc()
+
     def observe_call(self, method: str, status: str) -> None:
         """Count a gRPC call that ended, beside the requests that it was."""
         self._calls.labels(method, status).inc()
@@ -133,7 +183,7 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class _DeprecatedNames(Collector):

@@ -143,8 +143,10 @@ class RequestMiddleware:
                 self._record(scope, state, status, seconds)
 
     def _record(self, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
-        self._metrics.observe_request(state.get("model"), status, seconds)
-        path, model = scope["path"][:MAX_QUOTED_CHARS], state.get("model")
+        path, model, version = scope["path"][:MAX_QUOTED_CHARS], state.get("model"), state.get("version")
+        self._metrics.observe_request(model, status, seconds)
+        if version is not None:
+            self._metrics.observe_version(str(model), version, status, seconds)
         quiet = path.startswith(_OPEN_PATHS) and status < 500
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
@@ -157,6 +159,7 @@ class RequestMiddleware:
                 "status": status,
                 "duration_ms": round(seconds * 1e3, 3),
                 "model": model and model[:MAX_QUOTED_CHARS],
+                "version": version,
                 "frames": state.get("frames"),
                 **({"error": state["error"]} if "error" in state else {}),
             },

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -79,6 +79,8 @@ class ModelRegistry:
         self._options = options
         # Called with the model's name and the report of every batch.
         self.on_batch: Callable[[str, BatchReport], None] = lambda model, report: None
+        # Called with each refresh, before the models are read.
+        self.on_refresh: Callable[[], Awaitable[None]] | None = None
         # Called with every frame of any model that has its outcome. On the event loop, after the answer of a request
         # of one frame was written: an observer must return at once, and copy what it keeps of a frame.
         self.frame_observers: list[FrameObserver] = []
@@ -149,6 +151,13 @@ class ModelRegistry:
             raise NotReady(f"model {name!r} is still loading; retry later")
         return found
 
+    def find_ready(self, name: str, version: str | None) -> ModelVersion | None:
+        """Return a version that can take frames now, None if it cannot; waits for nothing, and refreshes as `find`."""
+        if self._age_s() > MAX_AGE_S:
+            self._start_refresh()
+        found = self._find(name, version)
+        return found if found is not None and found.status == "ready" and not self._hangs(found) else None
+
     async def refresh(self, older_than_s: float = MAX_AGE_S) -> None:
         """Refresh if the registry is older than `older_than_s`, and wait; concurrent callers share one refresh."""
         if self._age_s() > older_than_s:
@@ -179,6 +188,8 @@ class ModelRegistry:
     def _observe_batch(self, model: ModelVersion, report: BatchReport) -> None:
         if report.failed:
             self._refreshed_at = float("-inf")  # the next request refreshes
+        if report.background:  # no request waited for it
+            return
         model.statistics.observe(report)
         self.on_batch(model.state.name, report)
 
@@ -205,6 +216,8 @@ class ModelRegistry:
         return self._refreshing
 
     async def _refresh(self) -> None:
+        if self.on_refresh is not None:
+            await self.on_refresh()
         try:
             states = await self._backend.models()
         except ServeError as error:

@@ -334,6 +334,8 @@ COMPONENTS: dict[str, Schema] = {
             "workers": _object({"ready": _COUNT, "all": _COUNT}),
             "waiting": _COUNT,
             "running": _COUNT,
+            "canary_share": {"type": "number"},
+            "shadow_share": {"type": "number"},
             "modality": _TEXT,
             "parts": _TEXTS,
             "classes": _TEXTS,

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from serve.errors import SettingsError
+from serve.gateway.rollout import parse_shares
 from serve.protocol.batching import BATCH_BYTES, BATCH_PIXELS, BATCH_POINTS
 from serve.protocol.json_reader import JsonBounds
 from serve.settings import (
@@ -49,6 +50,18 @@ def _warn_of_none(folder: object) -> object:
     return folder
 
 
+def _check_canaries(texts: tuple[str, ...]) -> tuple[str, ...]:
+    parse_shares(texts, divided=True)
+    return texts
+
+
+def _check_shadows(texts: tuple[str, ...]) -> tuple[str, ...]:
+    parse_shares(texts, divided=False)
+    return texts
+
+
+CanaryShares = Annotated[Names, AfterValidator(_check_canaries)]
+ShadowShares = Annotated[Names, AfterValidator(_check_shadows)]
 Url = Annotated[str, AfterValidator(_check_url)]
 ManagementUrl = Annotated[str, AfterValidator(_check_management_url)]
 WorkerSockets = Annotated[Literal["auto"] | OptionalPath, BeforeValidator(_warn_of_none)]
@@ -139,6 +152,32 @@ class GatewayOptions(Options):
     )
     max_pending_bytes: int = option(
         512 * MIB, "BYTES", "bytes held for requests in total; more are answered 429", ge=1
+    )
+
+    canary: CanaryShares = option(
+        (),
+        "MODEL:VERSION=SHARE",
+        "share of the requests for a model without a version that this version answers, such as second:2.0=0.05; the "
+        "rest is for the default version",
+        common=True,
+    )
+    shadow: ShadowShares = option(
+        (),
+        "MODEL:VERSION=SHARE",
+        "share of a model's frames that this version gets as well; its answers are compared and counted, not sent",
+        common=True,
+    )
+    rollout_file: OptionalPath = option(
+        None,
+        "FILE",
+        "file of such shares, read again when it changes; each line is canary or shadow, a blank and a share",
+    )
+    shadow_frames: int = option(16, "N", "most frames on their way to shadows; more are dropped", ge=1)
+    shadow_bytes: int = option(
+        64 * MIB, "BYTES", "most bytes of frames on their way to shadows and of their answers", ge=1
+    )
+    shadow_wait_s: float = option(
+        2.0, "S", "how long such a frame may wait for a worker that has nothing else to do", ge=0.001
     )
 
     client_share: float = option(
@@ -253,6 +292,9 @@ class GatewayOptions(Options):
                 yield f"{show(pending)} is below {show(request)}: the largest request could never be admitted"
         if self.timeout_s > self.max_timeout_s:
             yield f"{show('timeout_s')} is over {show('max_timeout_s')}"
+        for name in ("canary", "shadow"):
+            if self.rollout_file is not None and getattr(self, name):
+                yield f"{spelling['rollout_file']} replaces {spelling[name]}; set one of them"
         if "*" in self.cors_origins and (self.api_keys or self.api_keys_file):
             yield f"{spelling['cors_origins']}=* lets every page use a visitor's API key; list the origins"
 

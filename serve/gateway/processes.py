@@ -80,6 +80,8 @@ def _share(options: GatewayOptions) -> GatewayOptions:
         max_pending_bytes=max(options.max_pending_bytes // count, options.max_body_bytes),
         max_connections=max(options.max_connections // count, 1),
         max_grpc_streams=max(options.max_grpc_streams // count, 1),
+        shadow_frames=max(options.shadow_frames // count, 1),
+        shadow_bytes=max(options.shadow_bytes // count, 1),
     )
 
 

@@ -32,6 +32,7 @@ from serve.gateway.offload import run_beside_loop
 from serve.protocol.worker import EncodedFrame
 
 __all__ = [
+    "VERSION_HEADER",
     "Media",
     "Timing",
     "check_fields",
@@ -43,6 +44,8 @@ __all__ = [
     "read_document",
 ]
 
+#: Header of a response: the version that answered; two of them if a canary answered some of the frames only.
+VERSION_HEADER = "x-model-version"
 _MAX_ACCEPT_CHARS = 4096
 DocumentMedia = Literal["application/json", "application/x-msgpack", "application/x-ndjson"]
 Media = DocumentMedia | Literal["image/png"] | FormatMedia

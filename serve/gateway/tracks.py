@@ -170,6 +170,16 @@ class TrackSessions:
         self._expire()
         return sum(key.model == model and key.version == version for key in self._sessions)
 
+    def find_version(self, client: str, model: str, session: str) -> str | None:
+        """Return the version that an open sequence belongs to, of several the one used last; None if none is open."""
+        self._expire()
+        found = [
+            (each.used, key.version)
+            for key, each in self._sessions.items()
+            if (key.client, key.model, key.session) == (client, model, session)
+        ]
+        return max(found)[1] if found else None
+
     def enter(self, key: SessionKey, wanted: TrackRequest) -> Track:
         """Take the next place in the order of a sequence.
 

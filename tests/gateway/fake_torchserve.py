@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -51,12 +52,19 @@ class CutOff(Exception):
 
 @dataclass
 class FakeModel:
-    """One version of a model; `gates` stops every call until it is opened."""
+    """One version of a model.
+
+    `alter` changes the answer of every frame, `trouble` fails every call, and `gate` stops them until it is opened.
+    """
 
     spec: Any = field(default_factory=lambda: dict(CLOUDS))
     workers: list[int] = field(default_factory=lambda: [4711])
     ready: int | None = None
     default: bool = True
+    alter: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    trouble: str = ""
+    gate: asyncio.Event | None = None
+    calls: list[int] = field(default_factory=list)  # frames of each
 
     def described(self, name: str, version: str) -> dict[str, Any]:
         ready = len(self.workers) if self.ready is None else self.ready
@@ -178,7 +186,13 @@ class FakeTorchServe:
             else (200, answer_for(frame, options))
             for frame, options in frames
         ]
-        trouble = self.troubles.popleft() if self.troubles else ""
+        model = self.models[name][version]
+        model.calls.append(len(frames))
+        if model.alter is not None:
+            items = [(status, orjson.dumps(model.alter(orjson.loads(body)))) for status, body in items]
+        if model.gate is not None:
+            await model.gate.wait()
+        trouble = model.trouble or (self.troubles.popleft() if self.troubles else "")
         outcomes = pack_outcomes(Outcomes(items, {"decode": 0.001, "inference": 0.002}))
         kind = OUTCOMES_CONTENT_TYPE
         if trouble == "worker died":

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from serve.errors import BackendBroken, FrameTooLarge, NotReady, OutOfMemory, SettingsError
+from serve.errors import BackendBroken, FrameTooLarge, NotReady, OutOfMemory, Overloaded, SettingsError
 from serve.protocol.batching import BatchLimits, padded, ragged
 from tests.gateway.device import Device, in_a_loop, submit, submitted, turns
 
@@ -360,3 +360,66 @@ async def test_report_has_size_cost_and_waiting_times():
 def test_limit_below_one_is_rejected(limit):
     with pytest.raises(SettingsError, match=limit):
         BatchLimits(**{limit: 0})
+
+
+# Background items
+
+
+@in_a_loop
+async def test_background_items_run_one_by_one_and_after_all_others():
+    device = Device(held=True)
+    batcher = device.batcher(prefetch=1)
+    tasks = [asyncio.create_task(batcher.submit(item, cost=1, background_s=9.0)) for item in "xyz"]
+    await turns()
+    assert device.batches == [["x"]] and batcher.waiting == 0
+    tasks += await submitted(batcher, "a", "b")
+    assert batcher.waiting == 2
+    await device.release()
+    assert device.batches[1:] == [["a", "b"]]
+    tasks += await submitted(batcher, "c")
+    await device.release(4)
+    assert device.batches[2:] == [["c"], ["y"], ["z"]]
+    assert [report.background for report in device.reports] == [True, False, False, True, True]
+    assert [task.result().value[-1] for task in tasks] == [*"xyzabc"]
+
+
+@in_a_loop
+async def test_a_background_item_without_a_slot_gives_up_and_one_that_runs_does_not():
+    device = Device(held=True)
+    batcher = device.batcher()
+    runs = asyncio.create_task(batcher.submit("x", cost=1, background_s=0.001))
+    await turns()
+    with pytest.raises(Overloaded):
+        await batcher.submit("y", cost=1, background_s=0.001)
+    assert not runs.done()
+    await device.release()
+    assert (await runs).value == "answer to x" and device.batches == [["x"]]
+
+
+@in_a_loop
+async def test_a_background_item_that_hangs_is_no_stall_until_another_item_waits_for_it():
+    device = Device(held=True)
+    now = [0.0]
+    batcher = device.batcher(clock=lambda: now[0])
+    hangs = asyncio.create_task(batcher.submit("x", cost=1, background_s=9.0))
+    await turns()
+    now[0] = 100.0
+    assert batcher.stalled_s() == 0
+    (waits,) = await submitted(batcher, "a")
+    assert batcher.stalled_s() == 100
+    await device.release()
+    await device.release()
+    await asyncio.gather(hangs, waits)
+
+
+@in_a_loop
+async def test_a_cancelled_background_item_is_not_sent():
+    device = Device(held=True)
+    batcher = device.batcher()
+    (task,) = await submitted(batcher, "a")
+    gone = asyncio.create_task(batcher.submit("x", cost=1, background_s=9.0))
+    await turns()
+    gone.cancel()
+    await device.release()
+    await task
+    assert device.batches == [["a"]] and not batcher.running

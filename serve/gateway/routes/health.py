@@ -13,6 +13,7 @@ from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.metrics import CONTENT_TYPE, Metrics
 from serve.gateway.models import ModelRegistry, ModelVersion
 from serve.gateway.openapi import errors
+from serve.gateway.rollout import Rollout
 from serve.gateway.siblings import OWN, Siblings, merge_metrics
 from serve.gateway.tracks import TrackSessions
 
@@ -25,6 +26,7 @@ def router(
     lifecycle: Lifecycle,
     sessions: TrackSessions,
     rejected: Mapping[str, str],
+    rollout: Rollout,
     siblings: Siblings | None = None,
 ) -> APIRouter:
     """Create the operational routes.
@@ -35,6 +37,7 @@ def router(
         lifecycle: whether it drains.
         sessions: the sequences whose objects are tracked.
         rejected: archives that were not loaded, and the reasons.
+        rollout: the shares of canaries and shadows.
         siblings: the other processes of the port, whose readiness and metrics count too.
     """
     routes = APIRouter(tags=["operation"])
@@ -67,13 +70,13 @@ def router(
         """List models that are ready, loading or rejected, with the reason for the latter."""
         await registry.refresh()
         unloaded = [{"archive": file, "status": "refused", "reason": why} for file, why in rejected.items()]
-        return [*(_describe(model, sessions) for model in registry.all()), *unloaded]
+        return [*(_describe(model, sessions, rollout) for model in registry.all()), *unloaded]
 
     @routes.get("/models/{model}", responses=errors(404))
     async def model(model: str) -> list[dict[str, Any]]:
         """List the versions of one model."""
         await registry.refresh()
-        return [_describe(each, sessions) for each in registry.versions(model)]
+        return [_describe(each, sessions, rollout) for each in registry.versions(model)]
 
     @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def prometheus_metrics(request: Request) -> Response:
@@ -87,8 +90,10 @@ def router(
     return routes
 
 
-def _describe(model: ModelVersion, sessions: TrackSessions) -> dict[str, Any]:
+def _describe(model: ModelVersion, sessions: TrackSessions, rollout: Rollout) -> dict[str, Any]:
     state = model.state
+    canary = rollout.canary_of(state.name).get(state.version)
+    shadow = rollout.shadow_of(state.name).get(state.version)
     description = {
         name: value for name, value in (model.spec or {}).items() if name not in ("name", "version")
     }
@@ -100,6 +105,8 @@ def _describe(model: ModelVersion, sessions: TrackSessions) -> dict[str, Any]:
         "workers": {"ready": state.ready, "all": len(state.workers)},
         **({"waiting": model.batcher.waiting, "running": model.batcher.running} if model.batcher else {}),
         **({"track_sessions": open_} if (open_ := sessions.count(state.name, state.version)) else {}),
+        **({"canary_share": canary} if canary is not None else {}),
+        **({"shadow_share": shadow} if shadow is not None else {}),
         **({"reason": model.rejected} if model.rejected else {}),
         **description,
     }

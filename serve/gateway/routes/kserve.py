@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 
 from serve import __version__
 from serve.errors import BadRequest, FrameTooLarge, NotReady, ServeError, UnknownOption, quote
+from serve.gateway.canary import Canaries
 from serve.gateway.compression import compress
 from serve.gateway.dispatch import run_frames
 from serve.gateway.lifecycle import Lifecycle
@@ -20,7 +21,7 @@ from serve.gateway.offload import run_beside_loop
 from serve.gateway.openapi import errors
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import check_frames, parse_request_options, read_body, read_query
-from serve.gateway.response import Timing
+from serve.gateway.response import VERSION_HEADER, Timing
 from serve.gateway.router import FrameRoute
 from serve.gateway.routes.kserve_codec import (
     InferBounds,
@@ -98,8 +99,8 @@ def router(registry: ModelRegistry, lifecycle: Lifecycle) -> APIRouter:
     return routes
 
 
-def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
-    """Create the route of frames, ``POST /v2/models/{model}[/versions/{version}]/infer``."""
+def infer_route(options: GatewayOptions, canaries: Canaries) -> FrameRoute:
+    """Create the route of frames, ``POST /v2/models/{model}[/versions/{version}]/infer``; `canaries` choose."""
     bounds = InferBounds(options.json_bounds, options.max_frames_per_request, options.max_body_bytes)
 
     async def infer(request: Request, model: str, version: str | None) -> Response:
@@ -107,7 +108,9 @@ def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
         timing = Timing()
         request.scope["state"]["model"] = model
         permit = permit_of(request.scope)
-        served = await registry.find(model, version)
+        chosen = await canaries.choose(model, version)
+        served = chosen.model
+        request.scope["state"]["version"] = served.state.version
         permit.model = model
         spec = served.spec or {}
         if (coding := request.headers.get("content-encoding", "identity")) != "identity":
@@ -131,7 +134,7 @@ def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
         request.scope["state"]["frames"] = len(frames)
         timing.decode_s = time.perf_counter() - arrived
         remaining_s = request_options.timeout_s - timing.decode_s
-        outcomes = await run_frames(request, served, frames, remaining_s)
+        outcomes = await run_frames(request, served, frames, remaining_s, chosen.fallback)
         bodies = []
         for i, outcome in enumerate(outcomes):
             if isinstance(outcome, ServeError):
@@ -139,8 +142,9 @@ def infer_route(options: GatewayOptions, registry: ModelRegistry) -> FrameRoute:
                 raise type(outcome)(f"frame {i}: {outcome}" if len(outcomes) > 1 else str(outcome))
             timing.add(outcome)
             bodies.append(outcome.value.body)
-        answer, header_bytes = encode_infer(infer_request, bodies, model, served.state.version, spec)
-        headers = {"server-timing": timing.header()}
+        versions = chosen.versions(len(outcomes))
+        answer, header_bytes = encode_infer(infer_request, bodies, model, versions, spec)
+        headers = {"server-timing": timing.header(), VERSION_HEADER: versions}
         if options.compresses(len(answer)):
             answer = await compress(answer, request.headers.get("accept-encoding"), headers)
         if header_bytes is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 
 from starlette.requests import Request
@@ -12,13 +12,15 @@ from starlette.types import Receive, Scope, Send
 
 from serve.errors import Overloaded, ServeError
 from serve.formats.kitti import Camera
+from serve.gateway.canary import Canaries, Chosen
 from serve.gateway.compression import compress
 from serve.gateway.dispatch import Outcome, run_frames, stream_frames
 from serve.gateway.middleware import permit_of, request_id_of
-from serve.gateway.models import ModelRegistry, ModelVersion
+from serve.gateway.models import ModelVersion
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import ParsedRequest, parse_request_options, read_query, receive_frames
 from serve.gateway.response import (
+    VERSION_HEADER,
     Media,
     Timing,
     check_fields,
@@ -36,9 +38,9 @@ __all__ = ["predict_route"]
 
 
 def predict_route(
-    options: GatewayOptions, registry: ModelRegistry, references: References, sessions: TrackSessions
+    options: GatewayOptions, canaries: Canaries, references: References, sessions: TrackSessions
 ) -> FrameRoute:
-    """Create the route; `sessions` are the sequences whose objects are tracked."""
+    """Create the route; `canaries` choose the version, `sessions` are the sequences whose objects are tracked."""
 
     async def predict(request: Request, model: str, version: str | None) -> Response:
         arrived = time.perf_counter()
@@ -48,7 +50,9 @@ def predict_route(
         request_options = parse_request_options(query, request.headers, options)
         request.scope["state"]["model"] = model
         permit = permit_of(request.scope)
-        served = await registry.find(model, version)
+        chosen = await canaries.choose(model, version, permit.client, wanted)
+        served = chosen.model
+        request.scope["state"]["version"] = served.state.version
         permit.model = model
         key = SessionKey(permit.client, model, served.state.version, wanted.session) if wanted else None
         with sessions.enter(key, wanted) if key and wanted else nullcontext() as track:
@@ -62,8 +66,11 @@ def predict_route(
             if track is not None:
                 track.check(parsed.frames)
             elif media == "application/x-ndjson":
-                return _LinesResponse(_lines(request, served, parsed.frames, remaining_s))
-            outcomes = await run_frames(request, served, parsed.frames, remaining_s)
+                return _LinesResponse(
+                    _lines(request, chosen, parsed.frames, remaining_s),
+                    {VERSION_HEADER: served.state.version},
+                )
+            outcomes = await run_frames(request, served, parsed.frames, remaining_s, chosen.fallback)
             if track is not None:
                 outcomes = await track.follow(outcomes, arrived + request_options.timeout_s)
         body = await _encode(request, served, parsed, outcomes, media, timing, request_options.camera)
@@ -71,6 +78,7 @@ def predict_route(
         if options.compresses(len(body)) and media != "image/png":  # which is compressed already
             body = await compress(body, request.headers.get("accept-encoding"), headers)
         headers["server-timing"] = timing.header()
+        headers[VERSION_HEADER] = chosen.versions(len(outcomes))
         return Response(body, media_type=media, headers=headers)
 
     return predict
@@ -112,8 +120,8 @@ async def _encode(
 class _LinesResponse(StreamingResponse):
     """NDJSON response; ends its frames even if the client disconnects before the first line."""
 
-    def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(lines, media_type="application/x-ndjson")
+    def __init__(self, lines: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(lines, media_type="application/x-ndjson", headers=headers)
         self._lines = lines
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,7 +132,7 @@ class _LinesResponse(StreamingResponse):
 
 
 async def _lines(
-    request: Request, served: ModelVersion, frames: Sequence[EncodedFrame | ServeError], timeout_s: float
+    request: Request, chosen: Chosen, frames: Sequence[EncodedFrame | ServeError], timeout_s: float
 ) -> AsyncGenerator[bytes, None]:
     """Yield one line per frame as it finishes; the permit counts a line in place of its frame until it is written."""
     permit = permit_of(request.scope)
@@ -142,7 +150,7 @@ async def _lines(
             return encode_line(index, error, request_id), 0
         return line, len(line)
 
-    lines = stream_frames(request, served, frames, timeout_s, encode)
+    lines = stream_frames(request, chosen.model, frames, timeout_s, encode, chosen.fallback)
     del frames  # each is dropped when it has finished
     async with aclosing(lines):
         async for line, counted in lines:
