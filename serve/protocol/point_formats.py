@@ -160,6 +160,8 @@ _PCD_SIZES = {
     ("U", 4),
     ("U", 8),
 }
+_PCD_BLANKS = re.compile(rb"[ \t]{2,}|\t")
+_PCD_MARGINS = re.compile(rb"^ | (?=\r?$)", re.MULTILINE)
 _PCD_LINES = (
     "VERSION",
     "FIELDS",
@@ -220,7 +222,10 @@ def _read_pcd(body: Bytes, limits: Limits) -> PointTable:
     lines = {**header, "VERSION": ["0.7"], "COUNT": list(map(str, counts)), "POINTS": [str(count)]}
     lines |= {"WIDTH": [str(count)], "HEIGHT": ["1"], "VIEWPOINT": list("0001000")}
     whole = "".join(f"{name} {' '.join(lines[name])}\n" for name in _PCD_LINES).encode("latin-1")
-    cloud = PointCloud.from_fileobj(io.BytesIO(whole + bytes(body[start:])))  # type: ignore[arg-type]
+    left_over = bytes(body[start:])
+    if encoding == "ascii":  # the reader wants single blanks between numbers, and none around them
+        left_over = _PCD_MARGINS.sub(b"", _PCD_BLANKS.sub(b" ", left_over))
+    cloud = PointCloud.from_fileobj(io.BytesIO(whole + left_over))  # type: ignore[arg-type]
     data = np.atleast_1d(cloud.pc_data)
     if len(data) != count:
         raise UndecodableFrame(f"the PCD header claims {count} points, {len(data)} follow")

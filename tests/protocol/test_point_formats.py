@@ -168,6 +168,20 @@ def test_a_missing_column_is_refused_by_its_name_unless_stated_or_unused():
     assert (arrange(table, PointLayout(NAMED, frozenset({0, 1, 2})), {})[:, 3] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("before", "between", "after"),
+    [("", "\t", "\n"), ("  ", "   ", " \n"), (" ", " \t", "\t\r\n")],
+    ids=["tabs", "aligned", "both"],
+)
+def test_numbers_of_a_text_pcd_may_have_any_blanks_around_them(tmp_path, before, between, after):
+    header, _, numbers = pcd("ascii", tmp_path).partition(b"DATA ascii\n")
+    spaced = "".join(
+        before + between.join(line.split()) + after for line in numbers.decode().splitlines()
+    ).encode()
+    table = read_point_file(header + b"DATA ascii\n" + spaced, "PCD", Limits())
+    assert np.allclose(arrange(table, LAYOUT, {}), POINTS, atol=1e-4)
+
+
 def test_packed_colours_of_pcl_are_unpacked():
     from pypcd4.pypcd4 import PointCloud
 

@@ -269,3 +269,64 @@ def test_boxes_of_camera_coordinates_are_drawn_without_a_cloud(torchserve, monke
     page.page.locator("#found tbody tr").first.wait_for()
     eventually(lambda: count(seen(page), (255, 159, 67)) > 100)
     assert count(seen(page, "#cloud"), (255, 159, 67)) > 100
+
+
+def test_box_that_reaches_behind_the_camera_is_drawn_as_far_as_it_is_seen(
+    scene, torchserve, gateway, open_page, monkeypatch
+):
+    def answer(frame, options):
+        boxes = [[1.0, 1.5, -1.7, 6, 1.8, 1.6, 0], [-12.0, 3.0, -1.7, 4.2, 1.8, 1.6, 0.2]]
+        labels = {"scores_3d": [0.9, 0.8], "labels_3d": [0, 1], "names": ["Car", "Pedestrian"]}
+        return orjson.dumps(
+            {"bboxes_3d": boxes, **labels, "box_type_3d": "LiDAR", "classes": ["Car", "Pedestrian"]}
+        )
+
+    monkeypatch.setattr("tests.gateway.fake_torchserve.answer_for", answer)
+    page = opened(gateway, open_page)
+    page.drop(
+        ("8.bin", make_cloud().tobytes()),
+        ("8.png", grey_png()),
+        ("8.json", json.dumps(CALIBRATION).encode()),
+    )
+    page.page.locator("#found tbody tr").first.wait_for()
+    page.page.get_by_role("checkbox", name="Names").uncheck()
+    eventually(lambda: count(seen(page), (255, 159, 67)) > 100)
+    assert count(seen(page), (255, 92, 150)) == 0  # wholly behind
+
+
+def test_boxes_of_a_camera_model_stand_in_a_cloud_of_other_axes(torchserve, gateway, open_page, monkeypatch):
+    # The cloud has x right and y forward, as nuScenes has it; the camera is 2 m in front of its origin.
+    lidar2cam = [[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, -2], [0, 0, 0, 1]]
+    calibration = {"cam2img": CALIBRATION["cam2img"], "lidar2cam": lidar2cam}
+
+    def answer(frame, options):
+        box = [-3.0, 1.6, 10.0, 4.2, 1.5, 1.8, 0.0]  # 3 m left of the camera, 10 m ahead
+        return orjson.dumps(
+            {
+                "bboxes_3d": [box],
+                "scores_3d": [0.9],
+                "labels_3d": [0],
+                "names": ["Car"],
+                "box_type_3d": "Camera",
+            }
+        )
+
+    spec = {**IMAGES, "parts": ["image", "calibration"], "modality": "mono3d", "box_type_3d": "Camera"}
+    use(torchserve, monkeypatch, spec, answer)
+    page = opened(gateway, open_page)
+    inside = np.array([[-3.0, 12.0, -0.9, 1.0]] * 500, np.float32)  # where that is in the cloud
+    cloud = np.concatenate([make_cloud(), inside + np.random.default_rng(0).normal(0, 0.2, inside.shape)])
+    page.drop(
+        ("8.bin", cloud.astype("<f4").tobytes()),
+        ("8.png", grey_png()),
+        ("8.json", json.dumps(calibration).encode()),
+    )
+    page.page.locator("#found tbody button").first.click()
+    page.page.get_by_role("checkbox", name="Names").uncheck()
+    page.page.get_by_role("combobox", name="Colour by").select_option("intensity")
+    # Looked at from nearby, the points of the highest intensity are within the box's lines.
+    eventually(lambda: count(seen(page, "#cloud"), (253, 231, 60)) > 50)
+    drawn = seen(page, "#cloud")
+    lines = np.argwhere(abs(drawn - (255, 159, 67)).max(2) < 10)
+    points = np.argwhere(abs(drawn - (253, 231, 60)).max(2) < 10)
+    assert (lines.min(0) < np.median(points, 0)).all() and (np.median(points, 0) < lines.max(0)).all()

@@ -156,6 +156,26 @@ def test_followed_box_stays_in_its_place(page):
     assert abs(followed - before).max() < 3 < abs(left_alone - followed).max()
 
 
+def test_selected_box_is_found_again_after_frames_without_it(page, monkeypatch):
+    def answer(frame, options):
+        whole = json.loads(scene_answer(frame, options))
+        is_second = np.frombuffer(frame[:4], "<f4")[0] == 20 + STEP_M
+        if is_second:  # the selected car is missed here
+            for name in ("bboxes_3d", "scores_3d", "labels_3d", "names"):
+                del whole[name][0]
+        return json.dumps(whole).encode()
+
+    monkeypatch.setattr("tests.gateway.fake_torchserve.answer_for", answer)
+    open_frames(page, 3)
+    page.page.locator("#found tbody button").first.click()
+    for number, is_there in ((2, False), (3, True)):
+        page.page.get_by_role("button", name="Next frame").click()
+        page.page.locator("#position-text").get_by_text(f"{number} / 3").wait_for()
+        selected = page.page.locator("#found tr[data-selected=true]")
+        eventually(lambda: bool(selected.count()) == is_there)  # noqa: B023
+    assert "12.5, 3.0" in selected.inner_text()
+
+
 def centre_of_colour(page) -> np.ndarray:
     seen = picture(page)
     return np.argwhere(abs(seen - (255, 159, 67)).max(2) < 12).mean(0)

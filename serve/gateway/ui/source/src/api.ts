@@ -89,7 +89,7 @@ export async function predict(
     const began = performance.now();
     try {
       const answer = await call(path, { method: "POST", body: bodyOf(parts), signal });
-      const prediction: Answer = await answer.json();
+      const prediction = await readAnswer(answer);
       const timing = readTiming(answer.headers.get("server-timing") ?? "");
       timing.total = performance.now() - began;
       return { answer: prediction, timing, requestId: answer.headers.get("x-request-id") ?? "" };
@@ -107,6 +107,15 @@ function pauseBefore(tries: number, error: PageError): number {
   if (![429, 503].includes(error.status) || tries > PAUSES_S.length) return Infinity;
   const spread = 0.5 + Math.random() / 2;
   return Math.max(PAUSES_S[tries - 1] * spread, error.retryAfter * (0.5 + spread));
+}
+
+async function readAnswer(answer: Response): Promise<Answer> {
+  const text = await answer.text();
+  try {
+    return JSON.parse(text);
+  } catch {
+    throw new PageError(`the answer is not that of a prediction: ${text.slice(0, 100)}`, "no_answer", answer.status);
+  }
 }
 
 /** A frame of one part is the body itself, which needs no form. */

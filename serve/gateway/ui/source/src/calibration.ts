@@ -8,15 +8,27 @@ type Matrices = Record<string, number[][]>;
 export interface Calibration {
   /** The matrix that projects boxes of this kind into the image of a camera ("" if there is one). */
   projection(kind: BoxKind, camera: string): Matrix | null;
+  /** The matrix from the frame of the cloud to that of a camera. */
+  toCamera(camera: string): Matrix | null;
 }
 
 const NEEDED: Record<BoxKind, string> = { Camera: "cam2img", Depth: "depth2img", LiDAR: "lidar2img" };
 
-export function parseCalibration(text: string): Calibration {
-  const document: Record<string, unknown> = text.trimStart().startsWith("{") ? JSON.parse(text) : readKitti(text);
+/** Parse a calibration; with `isOfOne` matrices that are given for no camera are those of the image without a name. */
+export function parseCalibration(text: string, isOfOne: boolean): Calibration {
+  const trimmed = text.trim();
+  const document: Record<string, unknown> = trimmed.startsWith("{") ? JSON.parse(trimmed) : readKitti(trimmed);
+  const matricesOf = (camera: string): Matrices => {
+    if (camera && document[camera]) return document[camera] as Matrices;
+    return camera && isOfOne ? {} : (document as Matrices);
+  };
   return {
+    toCamera(camera) {
+      const { lidar2cam } = matricesOf(camera);
+      return Array.isArray(lidar2cam) ? square(lidar2cam) : null;
+    },
     projection(kind, camera) {
-      const own = (camera && document[camera] ? document[camera] : document) as Matrices;
+      const own = matricesOf(camera);
       const needed = NEEDED[kind];
       if (Array.isArray(own[needed])) return square(own[needed]);
       if (kind === "LiDAR" && own.cam2img && own.lidar2cam) {
@@ -31,25 +43,34 @@ export function parseCalibration(text: string): Calibration {
 export async function asJson(parts: Map<string, File>): Promise<Map<string, File>> {
   const text = await parts.get("calibration")?.text();
   if (text === undefined || text.trimStart().startsWith("{") || parts.size === 1) return parts;
-  const matrices = readKitti(text);
-  if (!Object.keys(matrices).length) return parts;
-  return new Map([...parts, ["calibration", new File([JSON.stringify(matrices)], "calibration.json")]]);
+  const { cam2img, lidar2cam } = readKitti(text) as Matrices;
+  if (!cam2img) return parts;
+  const json = JSON.stringify({ cam2img, lidar2cam });
+  return new Map([...parts, ["calibration", new File([json], "calibration.json")]]);
 }
 
-/** KITTI's lines `P2: 12 numbers`; the cloud's points go through Tr_velo_to_cam and R0_rect to the left colour camera. */
-function readKitti(text: string): Matrices {
+/**
+ * KITTI's lines `P2: 12 numbers`, without a colon in its tracking data; the cloud's points go through the velodyne's
+ * matrix and the rectification to the left colour camera. The other cameras have their own projections of it.
+ */
+function readKitti(text: string): Record<string, Matrices | Matrix> {
   const rows = new Map<string, number[]>();
   for (const line of text.split("\n")) {
-    const [name, numbers] = line.split(":");
-    if (numbers) rows.set(name.trim(), numbers.trim().split(/\s+/).map(Number));
+    const [, name, numbers] = /^\s*(\w+)[:\s]\s*(.*)$/.exec(line) ?? [];
+    if (numbers) rows.set(name, numbers.trim().split(/\s+/).map(Number));
   }
-  const matrix = (name: string, width: number): Matrix => {
-    const numbers = rows.get(name) ?? [];
-    return square([0, 1, 2].map((row) => numbers.slice(row * width, (row + 1) * width)));
+  const matrix = (width: number, ...names: string[]): Matrix | null => {
+    const numbers = names.map((name) => rows.get(name)).find((each) => each?.length === 3 * width && each.every(Number.isFinite));
+    return numbers ? square([0, 1, 2].map((row) => numbers.slice(row * width, (row + 1) * width))) : null;
   };
-  if (!rows.has("P2")) return {};
-  return {
-    cam2img: matrix("P2", 4),
-    lidar2cam: multiply(matrix("R0_rect", 3), matrix("Tr_velo_to_cam", 4)),
-  };
+  const cam2img = matrix(4, "P2");
+  if (!cam2img) return {};
+  const [rectified, velodyne] = [matrix(3, "R0_rect", "R_rect"), matrix(4, "Tr_velo_to_cam", "Tr_velo_cam")];
+  const found: Matrices = { cam2img, ...(rectified && velodyne && { lidar2cam: multiply(rectified, velodyne) }) };
+  const cameras: Record<string, Matrices> = {};
+  for (const k of [0, 1, 2, 3]) {
+    const projection = matrix(4, `P${k}`);
+    if (projection) cameras[`image_${k}`] = { ...found, cam2img: projection };
+  }
+  return { ...found, ...cameras };
 }

@@ -9,8 +9,8 @@ import { LineSegments2 } from "three/examples/jsm/lines/LineSegments2.js";
 import { LineSegmentsGeometry } from "three/examples/jsm/lines/LineSegmentsGeometry.js";
 import { Cloud } from "./clouds/cloud";
 import { Detail } from "./detail";
-import { Detection } from "./detections";
-import { cornersOf, EDGES, headingOf, Point, toScene } from "./geometry";
+import { Detection, nameOf, scoreOf } from "./detections";
+import { apply, cornersOf, EDGES, headingOf, Matrix, Point, toScene } from "./geometry";
 import { drawLabels, Label } from "./labels";
 import { BoxKind } from "./model";
 import { classColour } from "./palette";
@@ -18,6 +18,8 @@ import { ColourBy, PointMaterial } from "./point_material";
 
 const BACKGROUND = 0x0b0f14;
 const STEP = Math.PI / 36;
+/** Distance from which on a cloud is drawn from an origin of its own. */
+const FAR_M = 1000;
 
 export interface SceneBox {
   detection: Detection;
@@ -38,6 +40,10 @@ export class CloudView {
   private readonly lines: LineSegments2;
   private readonly marked: LineSegments2;
   private readonly grid: PolarGridHelper;
+  /** The cloud as it is drawn, from `origin` on: on the GPU numbers of a map's size would be too coarse. */
+  private cloud: Cloud | null = null;
+  private origin: Point = [0, 0, 0];
+  private place: (point: Point) => Vector3 = (point) => new Vector3(...point);
   private boxes: SceneBox[] = [];
   private selected: Detection | null = null;
   private isDue = false;
@@ -78,9 +84,10 @@ export class CloudView {
   setCloud(cloud: Cloud | null): void {
     this.points.geometry.dispose();
     const geometry = new BufferGeometry();
-    if (cloud) {
-      geometry.setAttribute("position", new BufferAttribute(cloud.positions, 3));
-      this.grid.position.z = this.material.describe(cloud, geometry);
+    this.cloud = cloud && this.nearOrigin(cloud);
+    if (this.cloud) {
+      geometry.setAttribute("position", new BufferAttribute(this.cloud.positions, 3));
+      this.grid.position.z = this.material.describe(this.cloud, geometry);
     }
     this.points.visible = cloud !== null;
     this.points.geometry = geometry;
@@ -104,9 +111,11 @@ export class CloudView {
     this.redraw();
   }
 
-  /** Draw these detections; the selected one thicker. */
-  setDetections(detections: Detection[], kind: BoxKind, selected: Detection | null): void {
-    const place = (point: Point): Vector3 => new Vector3(...toScene(point, kind));
+  /** Draw these detections; the selected one thicker. `toCloud` maps their frame to the cloud's if it is another one. */
+  setDetections(detections: Detection[], kind: BoxKind, selected: Detection | null, toCloud: Matrix | null = null): void {
+    const origin = new Vector3(...this.origin);
+    const place = (point: Point): Vector3 => new Vector3(...(toCloud ? apply(toCloud, point) : toScene(point, kind))).sub(origin);
+    this.place = place;
     this.selected = selected;
     this.boxes = detections
       .filter((detection) => detection.box3d)
@@ -122,8 +131,8 @@ export class CloudView {
   }
 
   /** Move the camera with the selected box from one frame to the next, so that it stays where it is seen. */
-  follow(from: Detection, to: Detection, kind: BoxKind): void {
-    const [before, after] = [from, to].map(({ box3d }) => new Vector3(...toScene(box3d!.slice(0, 3) as Point, kind)));
+  follow(from: Detection, to: Detection): void {
+    const [before, after] = [from, to].map(({ box3d }) => this.place(box3d!.slice(0, 3) as Point));
     const step = after.sub(before);
     this.camera.position.add(step);
     this.controls.target.add(step);
@@ -143,8 +152,11 @@ export class CloudView {
   }
 
   /** Look from behind and above the sensor, forward. */
-  reset(kind: BoxKind, cloud: Cloud | null = null): void {
-    const reach = cloud ? reachOf(cloud) : 40;
+  reset(kind: BoxKind): void {
+    const reach = this.cloud ? reachOf(this.cloud) : 40;
+    this.camera.near = Math.max(0.1, reach / 2000);
+    this.camera.far = Math.max(2000, 20 * reach);
+    this.camera.updateProjectionMatrix();
     const forward = kind === "Depth" ? new Vector3(0, 1, 0) : new Vector3(1, 0, 0);
     this.controls.target.copy(forward).multiplyScalar(0.35 * reach);
     this.camera.position.copy(forward).multiplyScalar(-0.45 * reach).setZ(0.5 * reach);
@@ -173,7 +185,7 @@ export class CloudView {
         const seen = corners.map((corner) => this.pixelOf(corner));
         if (seen.includes(null)) continue;
         const at = [seen.reduce((sum, pixel) => sum + pixel![0], 0) / 8, Math.min(...seen.map((pixel) => pixel![1]))];
-        const text = `${detection.name} ${detection.score.toFixed(2)}`;
+        const text = `${nameOf(detection)} ${scoreOf(detection)}`;
         const isBold = detection === this.selected;
         labels.push({ x: at[0], y: at[1] - 4, text, colour: classColour(detection.label), isBold });
       }
@@ -186,6 +198,16 @@ export class CloudView {
     this.isDue = true;
     this.detail.ask();
     requestAnimationFrame(() => this.render());
+  }
+
+  /** The cloud from an origin near it, which stays while a sequence moves on. */
+  private nearOrigin(cloud: Cloud): Cloud {
+    const centre = centreOf(cloud);
+    const isFar = (point: Point, from: Point): boolean => Math.hypot(...point.map((value, axis) => value - from[axis])) > FAR_M;
+    if (isFar(centre, this.origin)) this.origin = isFar(centre, [0, 0, 0]) ? (centre.map(Math.round) as Point) : [0, 0, 0];
+    const { origin } = this;
+    if (!origin.some(Boolean)) return cloud;
+    return { ...cloud, positions: cloud.positions.map((value, k) => value - origin[k % 3]) };
   }
 
   private pixelOf(point: Vector3): [number, number] | null {
@@ -295,7 +317,19 @@ function fill(lines: LineSegments2, boxes: SceneBox[]): void {
   lines.geometry.setColors(colours);
 }
 
-/** Distance from the sensor within which nine tenths of the points lie; metres, 3 to 80. */
+/** Median of x, y and z, of five thousand points. */
+function centreOf({ positions, count }: Cloud): Point {
+  const step = Math.max(1, Math.floor(count / 5000));
+  return [0, 1, 2].map((axis) => {
+    const values: number[] = [];
+    for (let row = 0; row < count; row += step) {
+      if (Number.isFinite(positions[3 * row + axis])) values.push(positions[3 * row + axis]);
+    }
+    return values.sort((a, b) => a - b)[Math.floor(values.length / 2)] ?? 0;
+  }) as Point;
+}
+
+/** Distance from the sensor within which nine tenths of the points lie; metres, at least 3. */
 function reachOf({ positions, count }: Cloud): number {
   const step = Math.max(1, Math.floor(count / 5000));
   const distances: number[] = [];
@@ -304,5 +338,5 @@ function reachOf({ positions, count }: Cloud): number {
     if (Number.isFinite(distance)) distances.push(distance);
   }
   distances.sort((a, b) => a - b);
-  return Math.min(Math.max(distances[Math.floor(0.9 * distances.length)] ?? 40, 3), 80);
+  return Math.max(distances[Math.floor(0.9 * distances.length)] ?? 40, 3);
 }

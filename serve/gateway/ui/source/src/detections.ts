@@ -28,10 +28,12 @@ export function listDetections(answer: Answer): Detection[] {
     index,
     label: labels[index] ?? 0,
     name: answer.names?.[index] ?? answer.classes?.[labels[index]] ?? String(labels[index]),
-    score: scores[index] ?? 1,
+    // JSON has no NaN: a score that is none arrives as null.
+    score: index in scores ? (scores[index] ?? NaN) : 1,
     id: trackId(answer.track_ids?.[index]),
-    box3d: is3d ? box : undefined,
-    box2d: is3d ? undefined : box,
+    // A box that has no place is listed, not drawn.
+    box3d: is3d && box.every(Number.isFinite) ? box : undefined,
+    box2d: !is3d && box.every(Number.isFinite) ? box : undefined,
     mask: answer.masks?.[index],
   }));
 }
@@ -46,7 +48,16 @@ export function boxKind(answer: Answer): BoxKind {
 }
 
 export function isShown(detection: Detection, filter: Filter): boolean {
-  return detection.score >= filter.minScore && !filter.hidden.has(detection.name);
+  return !(detection.score < filter.minScore) && !filter.hidden.has(detection.name);
+}
+
+/** Name and id, as everywhere on the page. */
+export function nameOf({ name, id }: Detection): string {
+  return id === undefined ? name : `${name} #${id}`;
+}
+
+export function scoreOf({ score }: Detection): string {
+  return Number.isNaN(score) ? "–" : score.toFixed(2);
 }
 
 /**

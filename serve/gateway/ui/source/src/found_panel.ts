@@ -1,6 +1,6 @@
 /** The panel of an answer: score, classes, warnings and the table of detections. */
 
-import { Detection, Filter, isShown } from "./detections";
+import { Detection, Filter, isShown, nameOf, scoreOf } from "./detections";
 import { byId, make, swatch } from "./dom";
 import { classColour, css } from "./palette";
 import { Entry } from "./session";
@@ -37,6 +37,7 @@ export class FoundPanel {
       : "Detections";
     this.rows.replaceChildren(
       ...shown.slice(0, MOST_ROWS).map((each) => this.row(each, each === selected)),
+      ...(shown.length > MOST_ROWS ? [restRow(shown.length - MOST_ROWS)] : []),
       ...segments.map(({ name, category_id, area }) =>
         make("tr", {}, make("th", { scope: "row" }, swatch(css(classColour(category_id))), ` ${name}`), make("td"),
           make("td", {}, `${area.toLocaleString("en")} pixels`)),
@@ -50,7 +51,7 @@ export class FoundPanel {
     const add = (name: string, label: number, count = 1): void => {
       counts.set(name, [label, (counts.get(name)?.[1] ?? 0) + count]);
     };
-    for (const { name, label, score } of entry.detections) add(name, label, score >= this.filter.minScore ? 1 : 0);
+    for (const { name, label, score } of entry.detections) add(name, label, score < this.filter.minScore ? 0 : 1);
     for (const { name, category_id } of entry.segments?.segments ?? []) add(name, category_id);
     const named = entry.answer?.classes ?? [];
     for (const [label, count] of countLabels(entry.pointLabels)) add(named[label] ?? String(label), label, count);
@@ -74,17 +75,23 @@ export class FoundPanel {
   }
 
   private row(detection: Detection, isSelected: boolean): HTMLTableRowElement {
-    const { name, label, score, box3d, box2d, id } = detection;
-    const button = make("button", { type: "button" }, swatch(css(classColour(label))), id === undefined ? name : `${name} #${id}`);
+    const { label, box3d, box2d } = detection;
+    const button = make("button", { type: "button" }, swatch(css(classColour(label))), nameOf(detection));
     button.setAttribute("aria-pressed", String(isSelected));
     button.addEventListener("click", () => this.onSelect(detection));
     const place = box3d
       ? `${box3d.slice(0, 3).map((value) => value.toFixed(1)).join(", ")} m`
-      : (box2d ?? []).map((value) => Math.round(value)).join(", ");
-    const row = make("tr", {}, make("th", { scope: "row" }, button), make("td", {}, score.toFixed(2)), make("td", {}, place));
+      : (box2d ?? []).map((value) => Math.round(value)).join(", ") || "–";
+    const row = make("tr", {}, make("th", { scope: "row" }, button), make("td", {}, scoreOf(detection)), make("td", {}, place));
     row.dataset.selected = String(isSelected);
     return row;
   }
+}
+
+/** Says how many detections have no row: that many buttons make a browser slow. */
+function restRow(count: number): HTMLTableRowElement {
+  const text = `${count.toLocaleString("en")} more are drawn and saved, and not listed; raise the score to see fewer`;
+  return make("tr", {}, make("td", { colSpan: 3 }, text));
 }
 
 function countLabels(labels: ArrayLike<number> | undefined): Map<number, number> {

@@ -28,6 +28,13 @@ export class FramesPanel {
     );
   }
 
+  /** Say which files of a folder are no frames. */
+  showLeftOut(paths: string[]): void {
+    const note = byId("left-out");
+    note.textContent = paths.length ? `${paths.length} file${paths.length === 1 ? "" : "s"} of other kinds left out` : "";
+    note.title = paths.slice(0, 20).join("\n");
+  }
+
   update(entry: Entry): void {
     const button = this.buttons.get(entry);
     if (!button) return;

@@ -46,15 +46,34 @@ function placeInBox([x, y, z]: Point, box: number[], kind: BoxKind): Point {
   return [along * cosine - across * sine + box[0], along * sine + across * cosine + box[1], up + box[2]];
 }
 
+/** Invert a rotation with a shift. */
+export function invertRigid(matrix: Matrix): Matrix {
+  const shift = [0, 1, 2].map((row) => -[0, 1, 2].reduce((sum, k) => sum + matrix[k][row] * matrix[k][3], 0));
+  return [...[0, 1, 2].map((row) => [matrix[0][row], matrix[1][row], matrix[2][row], shift[row]]), [0, 0, 0, 1]];
+}
+
+export function apply(matrix: Matrix, [x, y, z]: Point): Point {
+  return matrix.slice(0, 3).map((row) => row[0] * x + row[1] * y + row[2] * z + row[3]) as Point;
+}
+
 /** From the frame of the boxes to the scene. */
 export function toScene([x, y, z]: Point, kind: BoxKind): Point {
   return kind === "Camera" ? [z, -x, -y] : [x, y, z];
 }
 
-/** Pixel and depth of a point; null if it is not in front of the camera. */
-export function project(matrix: Matrix, [x, y, z]: Point): Point | null {
-  const [u, v, w] = matrix.slice(0, 3).map((row) => row[0] * x + row[1] * y + row[2] * z + row[3]);
-  return w < 0.1 ? null : [u / w, v / w, w];
+/** Least distance from the camera at which lines are drawn, metres. */
+const NEAR_M = 0.1;
+
+/** Pixels of the ends of a line, cut to what is in front of the camera; null if that is nothing. */
+export function projectLine(matrix: Matrix, from: Point, to: Point): [number, number][] | null {
+  const [a, b] = [apply(matrix, from), apply(matrix, to)];
+  if (Math.max(a[2], b[2]) < NEAR_M) return null;
+  const cut = (end: Point, other: Point): Point => {
+    if (end[2] >= NEAR_M) return end;
+    const share = (NEAR_M - end[2]) / (other[2] - end[2]);
+    return end.map((value, axis) => value + share * (other[axis] - value)) as Point;
+  };
+  return [cut(a, b), cut(b, a)].map(([u, v, w]) => [u / w, v / w]);
 }
 
 export function multiply(a: Matrix, b: Matrix): Matrix {

@@ -1,8 +1,8 @@
 /** Images of a frame, side by side, with boxes, masks and segments; 3D boxes by the frame's calibration. */
 
 import { Calibration } from "./calibration";
-import { Detection } from "./detections";
-import { cornersOf, EDGES, headingOf, project } from "./geometry";
+import { Detection, nameOf, scoreOf } from "./detections";
+import { cornersOf, EDGES, headingOf, projectLine } from "./geometry";
 import { drawChips, Label, prepare } from "./labels";
 import { decodeMask, Mask, SegmentMap } from "./masks";
 import { BoxKind } from "./model";
@@ -179,7 +179,7 @@ export class ImageView {
       const pixels = lines.flat();
       const x = (Math.min(...pixels.map((p) => p[0])) + Math.max(...pixels.map((p) => p[0]))) / 2;
       const y = Math.max(Math.min(...pixels.map((p) => p[1])) - 2, tile.top + 18);
-      const text = `${detection.name} ${detection.score.toFixed(2)}`;
+      const text = `${nameOf(detection)} ${scoreOf(detection)}`;
       labels.unshift({ x, y, text, colour: classColour(detection.label), isBold });
     }
     if (this.showLabels) drawChips(context, labels, this.canvas.clientWidth, this.canvas.clientHeight);
@@ -194,14 +194,13 @@ export class ImageView {
     }
     const matrix = overlay.calibration?.projection(overlay.kind, tile.picture.camera);
     if (!detection.box3d || !matrix) return [];
-    const corners = cornersOf(detection.box3d, overlay.kind).map((corner) => project(matrix, corner));
-    if (corners.includes(null)) return [];
+    const corners = cornersOf(detection.box3d, overlay.kind);
+    const edges = EDGES.map(([i, j]) => projectLine(matrix, corners[i], corners[j])).filter((line) => line !== null);
     const { width, height } = tile.picture.bitmap;
-    const isSeen = corners.some((corner) => corner![0] >= 0 && corner![0] < width && corner![1] >= 0 && corner![1] < height);
+    const isSeen = edges.flat().some(([u, v]) => u >= 0 && u < width && v >= 0 && v < height);
     if (!isSeen) return [];
-    const lines = EDGES.map(([i, j]) => [place(corners[i]!), place(corners[j]!)]);
-    const heading = headingOf(detection.box3d, overlay.kind).map((point) => project(matrix, point));
-    return heading.includes(null) ? lines : [...lines, heading.map((pixel) => place(pixel!))];
+    const heading = projectLine(matrix, ...headingOf(detection.box3d, overlay.kind));
+    return [...edges, ...(heading ? [heading] : [])].map((line) => line.map(place));
   }
 
   private pick(x: number, y: number): Detection | null {

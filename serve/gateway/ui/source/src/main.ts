@@ -34,6 +34,8 @@ const colourChoice = byId<HTMLSelectElement>("colour-by");
 let models: Model[] = [];
 let current: Entry | null = null;
 let selected: Detection | null = null;
+/** What was selected last, while frames pass in which it is not found; followed again where it is. */
+let sought: Detection | null = null;
 
 function makeCloudView(): CloudView | null {
   try {
@@ -50,27 +52,27 @@ function layout(): Layout {
 
 /** Show a frame with what is known of it. */
 async function show(entry: Entry): Promise<void> {
-  const isNew = entry !== current;
-  const former = isNew ? selected : null;
-  if (isNew) {
+  if (entry !== current) {
     current = entry;
     selected = null;
     framesPanel.setCurrent(entry);
   }
-  if (former && entry.answer) select(continued(former, entry), former);
+  if (sought && !selected && entry.answer) continueFrom(sought, entry);
   if (!(await stage.show(entry, layout(), found.filter, selected)) || entry !== current) return;
   for (const option of colourChoice.options) option.disabled = !stage.colours().includes(option.value as ColourBy);
   refresh();
 }
 
-function continued(former: Detection, entry: Entry): Detection | null {
-  return continueDetection(former, entry.detections, former.box3d ? REACH.box3d : REACH.box2d);
+/** Select what continues a detection of another frame, if it is there; the camera moves with it if it follows. */
+function continueFrom(former: Detection, entry: Entry): void {
+  const found = continueDetection(former, entry.detections, former.box3d ? REACH.box3d : REACH.box2d);
+  if (!found) return;
+  selected = sought = found;
+  if (byId<HTMLInputElement>("follow").checked) stage.follow(former, found);
 }
 
-/** Mark a detection; the camera moves with it if it follows. */
-function select(detection: Detection | null, former: Detection | null = null): void {
-  selected = detection;
-  if (former && detection && byId<HTMLInputElement>("follow").checked) stage.follow(former, detection);
+function select(detection: Detection | null): void {
+  selected = sought = detection;
 }
 
 /** Draw the present frame anew: another filter, selection or answer. */
@@ -105,15 +107,16 @@ function infoOf(entry: Entry): string {
 }
 
 function take(dropped: Dropped[]): void {
-  const frames = listFrames(dropped);
+  const { frames, leftOut } = listFrames(dropped);
   clearErrors();
+  framesPanel.showLeftOut(leftOut);
   if (!frames.length) return showError("There is no frame among these files.");
   if (!session.model) showError("No model is ready: the frames are sent when one is chosen.");
   stage.forget();
   session.setFrames(frames);
   framesPanel.show(session.entries);
   player.setCount(session.entries.length);
-  current = selected = null;
+  current = selected = sought = null;
   announce(`${frames.length} frame${frames.length === 1 ? "" : "s"} opened`);
   void player.moveTo(0);
 }
@@ -169,6 +172,7 @@ server.onKeyNeeded = () => {
 function choose(model: Model | null): void {
   session.model = model;
   if (!model || !session.entries.length) return;
+  selected = sought = null;
   clearErrors();
   stage.forget();
   session.sendAll();
@@ -237,7 +241,11 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", async (event) => {
   event.preventDefault();
   views.classList.remove("dropping");
-  if (event.dataTransfer) take(await filesOf(event.dataTransfer));
+  try {
+    if (event.dataTransfer) take(await filesOf(event.dataTransfer));
+  } catch (error) {
+    showError(`what was dropped cannot be read: ${describe(error)}`);
+  }
 });
 byId("key-form").hidden = true;
 void server.refresh();

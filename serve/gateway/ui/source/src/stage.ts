@@ -7,6 +7,7 @@ import { Layout, readCloud } from "./clouds/read";
 import { boxKind, Detection, Filter, isShown } from "./detections";
 import { Frame } from "./frames";
 import { ImageView, Picture } from "./image_view";
+import { invertRigid } from "./geometry";
 import { BoxKind, describe } from "./model";
 import { ColourBy } from "./point_material";
 import { keepShown, labelByBoxes } from "./point_labels";
@@ -21,6 +22,8 @@ export interface Scene {
   calibration: Calibration | null;
   /** What could not be read here, in sentences. */
   problems: string[];
+  /** Whether it is kept for another time; one that is not is closed when it is no longer shown. */
+  isKept: boolean;
 }
 
 export class Stage {
@@ -28,7 +31,7 @@ export class Stage {
   private scenes = new Map<Frame, Promise<Scene>>();
   private shown: Frame | null = null;
   private kind: BoxKind = "LiDAR";
-  private wanted = "";
+  private wanted: Frame | null = null;
   private what: ColourBy = "height";
 
   constructor(
@@ -39,27 +42,26 @@ export class Stage {
 
   /** Forget decoded frames, for instance because the columns are named otherwise. */
   forget(): void {
-    for (const scene of this.scenes.values()) {
-      void scene.then(({ pictures }) => pictures.forEach(({ bitmap }) => bitmap.close()));
-    }
-    this.scenes.clear();
-    this.shown = null;
+    for (const frame of [...this.scenes.keys()]) this.drop(frame);
+    this.shown = this.wanted = null;
   }
 
   /** Decode the frame unless it is kept, and draw it. Returns false if another one was asked for meanwhile. */
   async show(entry: Entry, layout: Layout, filter: Filter, selected: Detection | null): Promise<boolean> {
     const { frame } = entry;
-    this.wanted = frame.name;
+    this.wanted = frame;
     const scene = await this.sceneOf(frame, layout);
-    if (this.wanted !== frame.name) return false;
+    if (this.wanted !== frame) return false;
     if (this.shown !== frame) {
       const isFirst = this.shown === null;
+      const former = this.scene;
       this.scene = scene;
       this.shown = frame;
       this.cloudView?.setCloud(scene.cloud);
       this.imageView.setPictures(scene.pictures);
       this.arrange(entry);
-      if (isFirst) this.cloudView?.reset(this.kind, scene.cloud);
+      if (isFirst) this.cloudView?.reset(this.kind);
+      if (former && !former.isKept) closePictures(former);
     }
     this.draw(entry, filter, selected);
     return true;
@@ -71,7 +73,8 @@ export class Stage {
     if (entry.answer) this.kind = boxKind(entry.answer);
     this.arrange(entry);
     const detections = entry.detections.filter((each) => isShown(each, filter));
-    this.cloudView?.setDetections(detections, this.kind, selected);
+    const toCamera = this.kind === "Camera" && this.scene.cloud ? this.scene.calibration?.toCamera("") : null;
+    this.cloudView?.setDetections(detections, this.kind, selected, toCamera ? invertRigid(toCamera) : null);
     this.imageView.setOverlay({
       detections,
       selected,
@@ -81,7 +84,9 @@ export class Stage {
       hidden: filter.hidden,
     });
     const { cloud } = this.scene;
-    if (cloud && this.what === "class") {
+    // A cloud of a sequence may lack what the others have.
+    const what = this.colours().includes(this.what) ? this.what : "height";
+    if (cloud && what === "class") {
       const { pointLabels, answer } = entry;
       const isSegmented = pointLabels?.length === cloud.count;
       this.cloudView?.setPointLabels(
@@ -90,7 +95,7 @@ export class Stage {
           : labelByBoxes(cloud, detections, this.kind),
       );
     }
-    this.cloudView?.colourBy(this.what);
+    this.cloudView?.colourBy(what);
   }
 
   colourBy(what: ColourBy): void {
@@ -104,7 +109,7 @@ export class Stage {
   }
 
   reset(): void {
-    this.cloudView?.reset(this.kind, this.scene?.cloud ?? null);
+    this.cloudView?.reset(this.kind);
     this.imageView.reset();
   }
 
@@ -113,15 +118,15 @@ export class Stage {
   }
 
   follow(from: Detection, to: Detection): void {
-    if (from.box3d && to.box3d) this.cloudView?.follow(from, to, this.kind);
+    if (from.box3d && to.box3d) this.cloudView?.follow(from, to);
   }
 
   /** Cloud and images side by side, or one above the other, if both are there. */
   private arrange(entry: Entry): void {
     const hasCloud = this.scene!.cloud !== null || entry.detections.some((each) => each.box3d);
     const aspects = this.scene!.pictures.map(({ bitmap }) => bitmap.width / bitmap.height);
-    // One wide image has its place above the cloud, others beside it.
-    this.root.dataset.images = aspects.length === 1 && aspects[0] > 2 ? "wide" : "";
+    // Wide images have their place above the cloud, others beside it.
+    this.root.dataset.images = aspects.length < 4 && aspects.every((aspect) => aspect > 2) ? "wide" : "";
     this.root.dataset.views = [hasCloud ? "cloud" : "", this.scene!.pictures.length ? "images" : ""].join(" ").trim();
   }
 
@@ -132,19 +137,31 @@ export class Stage {
       this.scenes.set(frame, found);
       for (const old of this.scenes.keys()) {
         if (this.scenes.size <= KEPT) break;
-        if (old !== frame && old !== this.shown) this.scenes.delete(old);
+        if (old !== frame && old !== this.shown) this.drop(old);
       }
     }
     return found;
   }
+
+  private drop(frame: Frame): void {
+    void this.scenes.get(frame)?.then((scene) => {
+      scene.isKept = false;
+      if (scene !== this.scene) closePictures(scene);
+    });
+    this.scenes.delete(frame);
+  }
+}
+
+function closePictures({ pictures }: Scene): void {
+  for (const { bitmap } of pictures) bitmap.close();
 }
 
 async function readScene(frame: Frame, layout: Layout): Promise<Scene> {
-  const scene: Scene = { cloud: null, pictures: [], calibration: null, problems: [] };
+  const scene: Scene = { cloud: null, pictures: [], calibration: null, problems: [], isKept: true };
   for (const [name, file] of frame.parts) {
     try {
-      if (name === "points") scene.cloud = await readCloud(file, layout);
-      else if (name === "calibration") scene.calibration = parseCalibration(await file.text());
+      if (name === "points" || (name === "data" && !file.name.includes("."))) scene.cloud = await readCloud(file, layout);
+      else if (name === "calibration") scene.calibration = parseCalibration(await file.text(), frame.parts.has("image"));
       else if (name === "image" || name.startsWith("image.")) {
         scene.pictures.push({ camera: name.slice(6), bitmap: await decodePicture(file) });
       }

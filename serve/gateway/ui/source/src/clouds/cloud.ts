@@ -22,6 +22,11 @@ const ALIASES: Record<string, string[]> = {
   blue: ["blue", "b", "diffuse_blue"],
 };
 
+/** The column that is `name`, as these columns spell it. */
+export function spellingOf(name: string, columns: string[]): string | undefined {
+  return columns.find((own) => ALIASES[name].includes(own.toLowerCase()));
+}
+
 /** Gives the value of column `column` at row `row`. */
 export type Reader = (row: number, column: number) => number;
 

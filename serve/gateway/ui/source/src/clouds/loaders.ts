@@ -9,15 +9,17 @@ export function readPcd(buffer: ArrayBuffer): Cloud {
   return fromGeometry(new PCDLoader().parse(buffer).geometry);
 }
 
-export function readPly(buffer: ArrayBuffer): Cloud {
+/** Read a PLY; `intensity` is the property that holds it, if there is one. */
+export function readPly(buffer: ArrayBuffer, intensity: string | undefined): Cloud {
   const loader = new PLYLoader();
-  loader.setCustomPropertyNameMapping({ intensity: ["intensity"], reflectance: ["reflectance"] });
+  // A property that the file does not have would be read as not a number.
+  if (intensity !== undefined) loader.setCustomPropertyNameMapping({ intensity: [intensity] });
   return fromGeometry(loader.parse(buffer));
 }
 
 function fromGeometry(geometry: BufferGeometry): Cloud {
   const position = geometry.getAttribute("position");
-  const intensity = geometry.getAttribute("intensity") ?? geometry.getAttribute("reflectance");
+  const intensity = geometry.getAttribute("intensity");
   const colour = geometry.getAttribute("color");
   return {
     count: position?.count ?? 0,

@@ -24,8 +24,9 @@ interface Kind {
   little: boolean;
 }
 
-function kindOf(text: string): Kind {
-  const read = READERS[text.slice(1)];
+/** Kind of a number by its code in NumPy; of padding, which has no name, nothing but its length counts. */
+function kindOf(text: string, isPadding = false): Kind {
+  const read = READERS[text.slice(1)] ?? (isPadding && text[1] === "V" ? () => NaN : null);
   if (!read) throw new PageError(`the array holds ${text}, which is no number that the page reads`);
   return { read, bytes: Number(text.slice(2)), little: text[0] !== ">" };
 }
@@ -46,7 +47,11 @@ export function readNpy(buffer: ArrayBuffer, columns: (width: number) => string[
       read(view, start + bytes * (isFortran ? column * count + row : row * width + column), little),
     );
   }
-  const fields = [...header.matchAll(/\('([^']+)',\s*'([^']+)'\)/g)].map(([, name, kind]) => ({ name, ...kindOf(kind) }));
+  const described = /'descr':\s*\[(.*)\],\s*'fortran_order'/s.exec(header)?.[1] ?? "";
+  const FIELD = /\('([^']*)',\s*'([^']+)'\),?\s*/g;
+  // Fields of several numbers, of fields and with titles are left to the server.
+  if (!described || described.replace(FIELD, "")) throw new PageError("the page does not read such columns");
+  const fields = [...described.matchAll(FIELD)].map(([, name, kind]) => ({ name, ...kindOf(kind, !name) }));
   const stride = fields.reduce((sum, field) => sum + field.bytes, 0);
   const offsets = fields.map((_, k) => fields.slice(0, k).reduce((sum, field) => sum + field.bytes, 0));
   return arrange(

@@ -5,7 +5,7 @@
 
 import { decodePoints } from "../api";
 import { Model, PageError } from "../model";
-import { arrange, Cloud, usualColumns } from "./cloud";
+import { arrange, Cloud, spellingOf, usualColumns } from "./cloud";
 import { readPcd, readPly } from "./loaders";
 import { readNpy } from "./npy";
 
@@ -34,12 +34,14 @@ export function layoutOf(model: Model | null, declared: string): Layout {
 
 export async function readCloud(file: File, layout: Layout): Promise<Cloud> {
   const buffer = await file.arrayBuffer();
-  const kind = sniff(new Uint8Array(buffer, 0, Math.min(buffer.byteLength, 4096)));
+  const head = String.fromCharCode(...new Uint8Array(buffer, 0, Math.min(buffer.byteLength, 8192)));
+  const kind = sniff(head);
+  const fields = fieldsOf(head);
   try {
     if (kind === "bin") return readBin(buffer, layout);
     if (kind === "npy") return readNpy(buffer, layout.columns);
-    if (kind === "pcd") return named(readPcd(buffer));
-    if (kind === "ply") return named(readPly(buffer));
+    if (kind === "pcd") return named(readPcd(buffer), fields);
+    if (kind === "ply") return named(readPly(buffer, spellingOf("intensity", fields)), fields);
   } catch (error) {
     if (kind === "bin") throw error;
   }
@@ -49,10 +51,10 @@ export async function readCloud(file: File, layout: Layout): Promise<Cloud> {
   return arrange(values.length / width, names, (row, column) => values[row * width + column]);
 }
 
-function sniff(head: Uint8Array): "npy" | "pcd" | "ply" | "server" | "bin" {
-  const text = String.fromCharCode(...head.subarray(0, 512));
+function sniff(text: string): "npy" | "pcd" | "ply" | "server" | "bin" {
   if (text.startsWith("\x93NUMPY")) return "npy";
   if (/^(# \.PCD|VERSION|FIELDS)/.test(text)) return "pcd";
+  if (/^[\s\xef\xbb\xbf#][^]{0,4096}?^FIELDS [^]{0,4096}?^DATA /m.test(text)) return "server";
   if (/^ply[\r\n]/.test(text)) return "ply";
   if (/^(LASF|PK\x03\x04|PK\x05\x06)/.test(text)) return "server";
   return "bin";
@@ -68,8 +70,22 @@ function readBin(buffer: ArrayBuffer, { width, columns }: Layout): Cloud {
   return arrange(values.length / width, columns(width), (row, column) => values[row * width + column]);
 }
 
-/** A loader that finds no point has not understood the file. */
-function named(cloud: Cloud): Cloud {
-  if (!cloud.count) throw new PageError("the cloud has no point");
+/** Names of the columns in the header of a PCD or a PLY. */
+function fieldsOf(head: string): string[] {
+  const pcd = /^FIELDS (.*)$/m.exec(head)?.[1].trim().split(/\s+/);
+  return pcd ?? [...head.matchAll(/^property \w+ (\w+)\s*$/gm)].map(([, name]) => name);
+}
+
+/**
+ * A loader that finds no point has not understood the file, and one that finds no intensities or colours although their
+ * columns are there does not know their spelling: the server does.
+ */
+function named(cloud: Cloud, fields: string[]): Cloud {
+  const isLacking = !cloud.count || (!cloud.intensity && spellingOf("intensity", fields)) || (!cloud.colours && hasColours(fields));
+  if (isLacking) throw new PageError("the page does not read such a cloud");
   return cloud;
+}
+
+function hasColours(fields: string[]): boolean {
+  return ["rgb", "rgba"].some((name) => fields.includes(name)) || ["red", "green", "blue"].every((name) => spellingOf(name, fields));
 }
