@@ -8,6 +8,7 @@ An archive is a zip that TorchServe can serve and that holds data only:
     weights.safetensors       the weights
     golden/frame.*            a frame that the model was run on
     golden/expected.json      the predictions for that frame
+    golden/statistics.json    statistics of many frames, if they were recorded (`serve.watch.reference`)
     code/…                    modules named in the config's custom_imports, if any
     extra/…                   the user's extra files
     handlers.….py             one fixed line, in archives by torch-model-archiver only (`serve.archive.parts`)
@@ -51,8 +52,10 @@ from serve.archive.metadata import HANDLERS, Metadata, check_identity
 from serve.archive.python_path import keep_off_path
 from serve.archive.zip_layout import open_zip
 from serve.errors import ArchiveError
+from serve.watch.reference import ENTRY as STATISTICS
+from serve.watch.reference import Reference
 
-__all__ = ["Archive", "extract", "open_directory", "verify", "write"]
+__all__ = ["Archive", "extract", "open_directory", "record_statistics", "verify", "write"]
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 Source = bytes | Path
@@ -103,6 +106,13 @@ class Archive:
             if not isinstance(expected, dict):
                 raise ArchiveError(f"{EXPECTED} is not a dictionary; convert the model again")
             return expected
+
+    def reference(self) -> Reference | None:
+        """Read the statistics that were recorded for watching; None if there are none."""
+        if STATISTICS not in self.metadata.files:
+            return None
+        with failures_as_archive_errors(STATISTICS):
+            return Reference.parse((self.root / STATISTICS).read_bytes())
 
 
 def write(
@@ -158,7 +168,33 @@ def write(
             "handler": HANDLERS[metadata.package],
         },
     }
-    everything = {**entries, METADATA: _json(described), MANIFEST: _json(manifest)}
+    _write_zip(path, {**entries, METADATA: _json(described), MANIFEST: _json(manifest)})
+    return _sha256(path)
+
+
+def record_statistics(source: Path, target: Path, reference: Reference) -> str:
+    """Write an archive again with a reference in it, atomically; returns its sha256 (hex).
+
+    Args:
+        source: the archive, checked on the way.
+        target: the file to write; may be `source`.
+        reference: takes the place of one that is there.
+
+    Raises:
+        ArchiveError: as `verify`.
+    """
+    with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-archive-") as folder:
+        opened = extract(source, Path(folder))
+        entries: dict[str, Source] = {name: opened.root / name for name in _list_files(opened.root)}
+        entries[STATISTICS] = _json(reference.document())
+        described = orjson.loads((opened.root / METADATA).read_bytes())
+        described["files"][STATISTICS] = _sha256(entries[STATISTICS])
+        _write_zip(target, {**entries, METADATA: _json(described)})
+    return _sha256(target)
+
+
+def _write_zip(path: Path, everything: Mapping[str, Source]) -> None:
+    """Write the entries in order, through a file beside it."""
     descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(file, "w") as archive:
@@ -169,7 +205,6 @@ def write(
     except BaseException:
         Path(staging).unlink(missing_ok=True)
         raise
-    return _sha256(path)
 
 
 def verify(path: Path) -> Metadata:

@@ -31,6 +31,10 @@ COMMANDS = {
     "evaluate": ("serve.cli.evaluate", "average precision of a served model on a data set, beside native"),
     "bulk": ("serve.cli.bulk", "predict many frames on all cores or GPUs, resumable, in parts"),
     "compare": ("serve.cli.compare", "what changes from one version of a model to another"),
+    "reference": (
+        "serve.cli.reference",
+        "record in an archive what its model sees, for alerts when that changes",
+    ),
     "sample-data": ("serve.cli.sample_data", "write a small synthetic data set in KITTI's or COCO's layout"),
     "check-device": ("serve.cli.check_device", "compare and measure models on a GPU and on the CPU"),
     "draw": ("serve.cli.draw", "draw detections on a point cloud or an image"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -31,12 +32,14 @@ from serve.gateway.options import GatewayOptions
 from serve.gateway.rollout import Rollout
 from serve.gateway.router import FrameRouter, internal_error
 from serve.gateway.routes import health, kserve, kserve_state, predictions
+from serve.gateway.sampling import open_sampler
 from serve.gateway.shadow import ShadowLimits, ShadowTraffic
 from serve.gateway.shadow_metrics import ShadowMetrics
 from serve.gateway.siblings import Siblings
 from serve.gateway.tracing import Tracing
 from serve.gateway.tracks import TrackSessions
 from serve.gateway.ui import pages, points
+from serve.gateway.watching import Watching, WatchOptions
 from serve.settings import Settings
 from serve.storage.references import ReferenceLimits, References
 
@@ -86,6 +89,12 @@ def create_app(
     )
     if options.shadow or options.rollout_file:
         registry.frame_observers.append(shadow.observe)
+    watching = Watching(registry.get, WatchOptions.of(options))
+    backend.on_observed = watching.observe
+    metrics.registry.register(watching)
+    sampler = open_sampler(options, metrics.observe_sample)
+    if sampler is not None:
+        registry.frame_observers.append(sampler.observe)
     tracing = Tracing(options.otlp_endpoint)
     references = References(
         options.uri_prefixes,
@@ -110,6 +119,8 @@ def create_app(
         await shadow.close()
         references.close()
         await registry.close()
+        if sampler is not None:
+            await asyncio.to_thread(sampler.close)
         await backend.close()
         tracing.close()
         if siblings is not None:

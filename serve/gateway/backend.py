@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,8 @@ class TorchServeBackend:
         timeout_s: float = 130.0,
         worker_sockets: Path | None = None,
     ) -> None:
+        # Called with name, version and a worker's counts of a batch, once its outcomes are on their way.
+        self.on_observed: Callable[[str, str, Mapping[str, Any]], None] = lambda name, version, observed: None
         self._timeout_s = timeout_s
         self._sockets = None if worker_sockets is None else WorkerSockets(worker_sockets)
         self._states: dict[tuple[str, str], ModelState] = {}
@@ -182,6 +184,8 @@ class TorchServeBackend:
         outcomes = unpack_outcomes(body or await self._post(name, version, chunks))
         if len(outcomes.items) != len(jobs):
             raise BackendBroken(f"a worker of {name} answered {len(outcomes.items)} of {len(jobs)} frames")
+        if outcomes.observed is not None:
+            asyncio.get_running_loop().call_soon(self.on_observed, name, version, outcomes.observed)
         return {
             job: Answer(body, outcomes.seconds) if status == 200 else _frame_error(status, body)
             for job, (status, body) in zip(jobs, outcomes.items, strict=True)

@@ -104,6 +104,12 @@ class Metrics:
         self._calls = Counter(
             "mmdet3d_serve_grpc_calls", "gRPC calls by status", ("method", "status"), registry=registry
         )
+        self._samples = Counter(
+            "mmdet3d_serve_sampled_frames",
+            "Frames chosen for the sample: kept, limited (over the rate), busy (not taken) or failed (not written)",
+            ("model", "outcome"),
+            registry=registry,
+        )
         self._streams = Gauge("mmdet3d_serve_grpc_streams", "Open streams of frames", registry=registry)
         self._ready = Gauge(
             "mmdet3d_serve_ready", "1 if the latest readiness check passed, else 0", registry=registry
@@ -156,6 +162,10 @@ class Metrics:
     def observe_call(self, method: str, status: str) -> None:
         """Count a gRPC call that ended, beside the requests that it was."""
         self._calls.labels(method, status).inc()
+
+    def observe_sample(self, model: str, outcome: str) -> None:
+        """Count a frame that was chosen for the sample; may be called by any thread."""
+        self._samples.labels(model, outcome).inc()
 
     def count_streams(self, count: Callable[[], int]) -> None:
         """Show what `count` returns as the number of open streams."""

@@ -110,6 +110,10 @@ class ModelRegistry:
         """Return whether a model of that name is registered."""
         return any(key[0] == name for key in self._models)
 
+    def get(self, name: str, version: str) -> ModelVersion | None:
+        """Return a registered version, in whatever state it is."""
+        return self._models.get((name, version))
+
     def count(self) -> int:
         """Return the number of registered models, whatever their versions."""
         return self._names

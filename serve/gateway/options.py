@@ -257,6 +257,30 @@ class GatewayOptions(Options):
     uri_private_hosts: Flag = option(
         False, "", "let web addresses below uri_prefixes lead to private networks"
     )
+    watch_window_s: float = option(
+        3600.0, "S", "sliding window of frames that is compared with the model's reference", ge=1
+    )
+    watch_window_frames: int = option(
+        200, "N", "least frames of a window that is compared; fewer say little", ge=1
+    )
+    watch_learn_frames: int = option(
+        1000,
+        "N",
+        "first frames of a model that become its reference if its archive has none; each process learns anew",
+        ge=40,
+    )
+    sample: OptionalText = option(
+        None,
+        "URI",
+        "keep a sample of frames with their answers there, for labelling: a folder or s3://BUCKET/PREFIX",
+        common=True,
+    )
+    sample_share: float = option(0.01, "SHARE", "share of the answered frames to keep", gt=0, le=1)
+    sample_per_minute: int = option(6, "N", "most frames kept in a minute", ge=1)
+    sample_days: float = option(30.0, "DAYS", "how long kept frames stay", gt=0, le=36500)
+    sample_bytes: int = option(
+        10 * 1024 * MIB, "BYTES", "bytes of kept frames; beyond them the oldest are removed", ge=1
+    )
     ui: Flag = option(True, "", "serve the page at /, which shows frames and detections", common=True)
     require_models: Names = option((), "NAME", "ready only when these models are", common=True)
     log_format: Literal["json", "text"] = option("json", "", "format of log lines", common=True)

@@ -82,6 +82,7 @@ def _share(options: GatewayOptions) -> GatewayOptions:
         max_grpc_streams=max(options.max_grpc_streams // count, 1),
         shadow_frames=max(options.shadow_frames // count, 1),
         shadow_bytes=max(options.shadow_bytes // count, 1),
+        sample_per_minute=max(options.sample_per_minute // count, 1),
     )
 
 

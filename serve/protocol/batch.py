@@ -7,7 +7,8 @@ magic, length of the JSON header (uint32, little-endian), the JSON header, the c
   A frame of one part is its bytes; a frame of several parts (image and calibration, for example) names them.
   `unpack_frames` bounds the header's bytes, the frames, the parts and the names before it builds anything from them.
 * Outcomes (``MM3DOUT1``): ``{"outcomes": [{"status": 200, "length": bytes}, …], "seconds": {stage: s}}``; a payload is
-  the JSON body with which this frame alone would have been answered.
+  the JSON body with which this frame alone would have been answered. ``"observed"`` has counts of the answered frames
+  together (`serve.watch`), if the worker counts.
 """
 
 from __future__ import annotations
@@ -167,16 +168,21 @@ class Outcomes:
     Attributes:
         items: HTTP status and JSON body of each frame.
         seconds: duration of each stage in the worker.
+        observed: counts of the frames that were answered, together; None if the worker does not count.
     """
 
     items: list[tuple[int, Bytes]]
     seconds: dict[str, float] = field(default_factory=dict)
+    observed: Mapping[str, Any] | None = None
 
 
 def pack_outcomes(outcomes: Outcomes) -> bytes:
     """Pack outcomes into one body of type `OUTCOMES_CONTENT_TYPE`."""
     entries = [{"status": status, "length": len(body)} for status, body in outcomes.items]
-    head = _pack_header(OUTCOMES_MAGIC, {"outcomes": entries, "seconds": outcomes.seconds})
+    header: dict[str, Any] = {"outcomes": entries, "seconds": outcomes.seconds}
+    if outcomes.observed is not None:
+        header["observed"] = outcomes.observed
+    head = _pack_header(OUTCOMES_MAGIC, header)
     return b"".join([head, *(body for _, body in outcomes.items)])
 
 
@@ -196,6 +202,7 @@ def unpack_outcomes(body: Bytes) -> Outcomes:
             payload, at = _take_payload(view, at, entry["length"])
             items.append((int(entry["status"]), payload))
         seconds = {str(stage): float(spent) for stage, spent in header.get("seconds", {}).items()}
+        observed = header.get("observed")
     except (
         BadRequest,
         FrameTooLarge,
@@ -208,7 +215,7 @@ def unpack_outcomes(body: Bytes) -> Outcomes:
         raise BackendBroken(f"the worker's answer has a malformed header: {str(error)[:200]}") from None
     if at != len(view):
         raise BackendBroken("the lengths in the worker's answer do not add up to the length of its body")
-    return Outcomes(items, seconds)
+    return Outcomes(items, seconds, observed if isinstance(observed, dict) else None)
 
 
 def _pack_header(magic: bytes, header: Any) -> bytes:

@@ -23,6 +23,7 @@ __all__ = [
     "BatchSize",
     "FrameCost",
     "estimate_cost",
+    "only_part",
     "padded",
     "ragged",
 ]
@@ -169,7 +170,7 @@ def estimate_cost(frame: EncodedFrame, spec: Mapping[str, Any]) -> FrameCost:
         FrameTooLarge: the header is that of an image far beyond any limit.
     """
     stride = 4 * int(spec.get("load_dim") or 4)
-    only = None if isinstance(frame.body, Mapping) else _only_part(spec)
+    only = None if isinstance(frame.body, Mapping) else only_part(spec)
     if only == "points":  # no part of it is looked at
         return FrameCost(max(1, frame.nbytes // stride), frame.nbytes)
     body = frame.join()
@@ -180,7 +181,8 @@ def estimate_cost(frame: EncodedFrame, spec: Mapping[str, Any]) -> FrameCost:
     return FrameCost(max(1, cost), frame.nbytes, sizes or None)
 
 
-def _only_part(spec: Mapping[str, Any]) -> str:
+def only_part(spec: Mapping[str, Any]) -> str:
+    """Return the name of the part that a frame without names is, for the model described by `spec`."""
     parts = spec.get("parts")
     if parts:
         return str(parts[0])

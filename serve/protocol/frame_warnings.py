@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FrameWarning", "PointExpectations", "check_points", "intensity_scale"]
+__all__ = ["FrameWarning", "PointExpectations", "check_points", "intensity_scale", "share_in_range"]
 
 _SAMPLE = 4096
+_SMALL_SAMPLE = 1024
 _MIN_SHARE_IN_RANGE = 0.1
 _INTENSITY = 3
 # Largest intensity of a scale, and how far a few of its values may exceed it.
@@ -68,18 +69,36 @@ def check_points(points: npt.NDArray[np.float32], expected: PointExpectations) -
         return (
             FrameWarning("empty_cloud", "the point cloud has no points, so that nothing can be detected"),
         )
-    sample = points[:: max(1, -(-len(points) // _SAMPLE))]
+    sample = _sample(points, _SAMPLE)
     found = [_check_range(sample, expected.point_cloud_range)]
     if expected.uses_intensity and points.shape[1] > _INTENSITY:
         found.append(_check_intensity(points[:, _INTENSITY], sample[:, _INTENSITY], expected.intensity_max))
     return tuple(warning for warning in found if warning is not None)
 
 
+def share_in_range(points: npt.NDArray[np.float32], bounds: tuple[float, ...]) -> float | None:
+    """Return the share of points (N, >=3) within a range, of at most `_SMALL_SAMPLE` of them; None without points.
+
+    Args:
+        points: x, y, z first, metres.
+        bounds: x, y, z minimum and maximum, metres.
+    """
+    return _share_of_sample(_sample(points, _SMALL_SAMPLE), bounds) if len(points) else None
+
+
+def _sample(points: npt.NDArray[np.float32], number: int) -> npt.NDArray[np.float32]:
+    return points[:: max(1, -(-len(points) // number))]
+
+
+def _share_of_sample(sample: npt.NDArray[np.float32], bounds: tuple[float, ...]) -> float:
+    low, high = np.asarray(bounds, dtype=np.float32).reshape(2, 3)
+    return float(((sample[:, :3] >= low) & (sample[:, :3] < high)).all(axis=1).mean())
+
+
 def _check_range(sample: npt.NDArray[np.float32], bounds: tuple[float, ...] | None) -> FrameWarning | None:
     if bounds is None:
         return None
-    low, high = np.asarray(bounds, dtype=np.float32).reshape(2, 3)
-    share = float(((sample[:, :3] >= low) & (sample[:, :3] < high)).all(axis=1).mean())
+    share = _share_of_sample(sample, bounds)
     if share >= _MIN_SHARE_IN_RANGE:
         return None
     shown = ", ".join(f"{bound:g}" for bound in bounds)

@@ -48,6 +48,7 @@ __all__ = [
     "Batch",
     "EncodedFrame",
     "MessageReader",
+    "ObservedAnswer",
     "Outcome",
     "ProtocolError",
     "batch_chunks",
@@ -67,6 +68,19 @@ MAX_BATCH_FRAMES = 4096
 
 # The answer to one frame as a dictionary, or its error.
 Outcome = dict[str, Any] | ServeError
+
+
+class ObservedAnswer(dict[str, Any]):
+    """Answer with what is counted of its frame, which is no part of its JSON.
+
+    Attributes:
+        observed: whatever `serve.worker.handler.Handler.count` takes.
+    """
+
+    def __init__(self, answer: Mapping[str, Any], observed: Any) -> None:
+        super().__init__(answer)
+        self.observed = observed
+
 
 _DEFAULTS = {each.name: each.default for each in fields(FrameOptions)}
 
@@ -190,14 +204,17 @@ def _encode_outcome(outcome: Outcome, request_id: str | None) -> tuple[int, byte
     return 200, encode_json(outcome)
 
 
-def write_outcomes(outcomes: Sequence[Outcome], seconds: Mapping[str, float]) -> bytes:
+def write_outcomes(
+    outcomes: Sequence[Outcome], seconds: Mapping[str, float], observed: Mapping[str, Any] | None = None
+) -> bytes:
     """Build the framed outcomes of a batch.
 
     Args:
         outcomes: the outcomes, in the order of the frames.
         seconds: duration of each stage.
+        observed: counts of the frames that were answered, together.
     """
-    return pack_outcomes(Outcomes([encode_outcome(outcome) for outcome in outcomes], dict(seconds)))
+    return pack_outcomes(Outcomes([encode_outcome(outcome) for outcome in outcomes], dict(seconds), observed))
 
 
 def cancel_message(index: int) -> bytes:

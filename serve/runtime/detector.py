@@ -30,9 +30,10 @@ from serve.errors import (
 from serve.ops.device_kernels import device_kernels
 from serve.protocol.batch import Body
 from serve.protocol.calibration import MATRICES
+from serve.protocol.frame_warnings import share_in_range
 from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
 from serve.protocol.selection import check_selection, select
-from serve.protocol.worker import Outcome
+from serve.protocol.worker import ObservedAnswer, Outcome
 from serve.runtime import fusion
 from serve.runtime.accelerator.graphs import release_graphs
 from serve.runtime.accelerator.install import install as install_for_accelerator
@@ -50,6 +51,8 @@ from serve.runtime.model import (
 from serve.runtime.pipeline import InputPipeline
 from serve.runtime.predictions import empty_detections, empty_labels, postprocess
 from serve.runtime.random_state import fixed_seed
+from serve.watch.observation import ObservedFrame
+from serve.watch.statistics import Layout
 
 __all__ = ["Detector", "Outcome", "load_detector"]
 
@@ -57,7 +60,14 @@ logger = logging.getLogger(__name__)
 
 
 class Detector:
-    """Network with its test pipeline and metadata. Not thread-safe: one worker, one detector."""
+    """Network with its test pipeline and metadata. Not thread-safe: one worker, one detector.
+
+    Attributes:
+        network: in evaluation mode.
+        metadata: of its archive.
+        device: that it runs on.
+        is_observed: whether `run` returns answers as `ObservedAnswer`, with an `ObservedFrame` each.
+    """
 
     def __init__(
         self, network: nn.Module, config: Mapping[str, Any], metadata: Metadata, device: torch.device
@@ -74,6 +84,7 @@ class Detector:
         self._device_kernels = (
             device_kernels(device.index or 0).description if device.type == "cuda" else None
         )
+        self.is_observed = False
         self._draws = False
         self._guard: AbstractContextManager[Any] = nullcontext()
 
@@ -105,6 +116,11 @@ class Detector:
         """Decode one frame for this model; raises like `decode_frame` and `check_selection`."""
         check_selection(options, self.metadata.classes)
         return decode_frame(body, self._samples.spec, options, limits)
+
+    @property
+    def layout(self) -> Layout:
+        """Bins in which frames and detections are counted if no reference has others."""
+        return Layout.of_classes(self.metadata.classes)
 
     def expect_intensities_of(self, frame: Frame) -> None:
         """Expect intensities like those of an archive's golden frame, for warnings about other frames."""
@@ -188,9 +204,19 @@ class Detector:
             return outcome
         try:
             warnings = [warning.document() for warning in frame.warnings]
-            return select({**outcome, "warnings": warnings} if warnings else outcome, frame.options)
+            answer = select({**outcome, "warnings": warnings} if warnings else outcome, frame.options)
+            return ObservedAnswer(answer, self._observe(outcome, frame)) if self.is_observed else answer
         except Exception as error:
             return self._to_error(error)
+
+    def _observe(self, answer: dict[str, Any], frame: Frame) -> ObservedFrame:
+        points, bounds = frame.points, self._samples.spec.expected.point_cloud_range
+        return ObservedFrame(
+            answer,
+            None if points is None else len(points),
+            None if points is None or bounds is None else share_in_range(points, bounds),
+            tuple(warning.code for warning in frame.warnings),
+        )
 
     def _to_error(self, error: Exception) -> ServeError:
         if _is_out_of_memory(error):

@@ -81,6 +81,11 @@ class Settings(Options):
         "",
         "on a CPU, compute only the cells of a bird's-eye-view map that points reach; answers have the same bits",
     )
+    watch: Flag = option(
+        True,
+        "",
+        "count detections, scores, classes, sizes and points in the workers, for the gateway's metrics",
+    )
     worker_sockets: OptionalPath = option(
         None,
         "DIR",

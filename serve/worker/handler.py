@@ -1,9 +1,9 @@
 """Handlers: what TorchServe and the worker's socket call with frames, and what they answer.
 
-A handler has two hooks, `describe` and `infer`. `Handler.answer` is behind both ways in, TorchServe's `handle` and the
-socket (`serve.worker.server`): it decodes the frames of a batch in the thread that received it, infers in a single
-thread, so that the next batch is read and decoded meanwhile, and gives each frame its own outcome. Whatever fails
-with one frame is the outcome of that frame.
+A handler has the hooks `describe` and `infer`, and `count` for what is watched. `Handler.answer` is behind both ways
+in, TorchServe's `handle` and the socket (`serve.worker.server`): it decodes the frames of a batch in the thread that
+received it, infers in a single thread, so that the next batch is read and decoded meanwhile, and gives each frame its
+own outcome. Whatever fails with one frame is the outcome of that frame.
 """
 
 from __future__ import annotations
@@ -30,8 +30,18 @@ from serve.errors import (
 )
 from serve.protocol.frames import encode_json
 from serve.protocol.start_record import record_start
-from serve.protocol.worker import Batch, EncodedFrame, Outcome, read_batch, write_outcomes
+from serve.protocol.worker import (
+    Batch,
+    EncodedFrame,
+    ObservedAnswer,
+    Outcome,
+    read_batch,
+    write_outcomes,
+)
 from serve.settings import Settings
+from serve.watch.observation import count_frames
+from serve.watch.reference import Reference
+from serve.watch.statistics import SCORE_THR
 from serve.worker.confinement import confine_writes
 from serve.worker.cpu_quota import available_cores
 from serve.worker.log_filters import install_log_filters
@@ -69,6 +79,10 @@ class Handler:
         If it raises, each frame is tried alone.
         """
         raise NotImplementedError
+
+    def count(self, outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
+        """Count what is watched of some frames, beside the thread that infers; None if nothing is."""
+        return None
 
     # What TorchServe and the socket call
 
@@ -109,7 +123,10 @@ class Handler:
         answers = []
         for i, row in enumerate(rows):
             own = [next(outcomes) for _ in row.frames]
-            status, content_type, body = answer_row(row.form, own, context.get_request_id(i), seconds)
+            observed = self._count(own) if row.form == "outcomes" else None
+            status, content_type, body = answer_row(
+                row.form, own, context.get_request_id(i), seconds, observed
+            )
             # TorchServe counts characters but sends bytes, so phrases must be ASCII.
             context.set_response_status(status, HTTPStatus(status).phrase, i)
             context.set_response_header(i, "content-type", content_type)
@@ -118,7 +135,8 @@ class Handler:
 
     def respond(self, body: memoryview, compute_s: int, cancelled: Cancelled) -> bytes:
         """Answer a framed batch that came through the worker's socket with framed outcomes."""
-        return write_outcomes(*self.answer(Batch(read_batch(body), compute_s, cancelled)))
+        outcomes, seconds = self.answer(Batch(read_batch(body), compute_s, cancelled))
+        return write_outcomes(outcomes, seconds, self._count(outcomes))
 
     # Batches
 
@@ -149,6 +167,13 @@ class Handler:
             [outcomes.get(i, cancelled) for i in range(len(batch.frames))],
             {"decode": decoded - started, "inference": inference_s},
         )
+
+    def _count(self, outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
+        try:
+            return self.count(outcomes)
+        except Exception:
+            logger.exception("the frames of a batch cannot be counted; their answers are as ever")
+            return None
 
     def run_in_engine(self, call: Callable[[], Any]) -> Any:
         """Call in the thread that loads and computes; returns what the call returns."""
@@ -239,6 +264,9 @@ class DetectionHandler(Handler):
             cuda_graphs=self.settings.cuda_graphs == "auto",
         )
         self.self_test_s = self_test(self.detector, archive)
+        self.reference = archive.reference()
+        self.layout = self.detector.layout if self.reference is None else self.reference.counts.layout
+        self.detector.is_observed = self.settings.watch
         logger.info(
             "%s %s is ready on %s with %s kernels; its golden frame matched after %.2f s",
             archive.metadata.name, archive.metadata.version, self._device, ops.kernels_in_use(), self.self_test_s,
@@ -262,7 +290,16 @@ class DetectionHandler(Handler):
             **self.detector.describe(),
             "self_test": {"passed": True, "seconds": self.self_test_s},
             "kernels": ops.kernels_in_use(),
+            **({} if self.reference is None else {Reference.KEY: self.reference.document()}),
         }
+
+    def count(self, outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
+        """Count frames and detections by `serve.watch`."""
+        found = [each.observed for each in outcomes if isinstance(each, ObservedAnswer)]
+        if not found:
+            return None
+        score_thr = SCORE_THR if self.reference is None else self.reference.score_thr
+        return count_frames(found, self.layout, score_thr).document()
 
     def decode(self, frame: EncodedFrame) -> Frame:
         """Decode one frame; raises like `serve.protocol.frames.decode_frame`."""

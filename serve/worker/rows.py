@@ -137,7 +137,11 @@ def _decode_text(name: str, value: Any) -> str:
 
 
 def answer_row(
-    form: Form, outcomes: Sequence[Outcome], request_id: str | None, seconds: Mapping[str, float]
+    form: Form,
+    outcomes: Sequence[Outcome],
+    request_id: str | None,
+    seconds: Mapping[str, float],
+    observed: Mapping[str, Any] | None = None,
 ) -> tuple[int, str, bytes]:
     """Encode the answer to one request.
 
@@ -146,12 +150,13 @@ def answer_row(
         outcomes: outcomes of its frames.
         request_id: id for error bodies; None to leave it out.
         seconds: duration of each stage.
+        observed: counts of its frames, for the form of the gateway.
 
     Returns:
         HTTP status, content type and body.
     """
     if form == "outcomes":
-        return 200, OUTCOMES_CONTENT_TYPE, write_outcomes(outcomes, seconds)
+        return 200, OUTCOMES_CONTENT_TYPE, write_outcomes(outcomes, seconds, observed)
     if form == "list":
         return 200, "application/json", encode_json({"outcomes": [_list_entry(each) for each in outcomes]})
     (outcome,) = outcomes

@@ -105,6 +105,7 @@ class FakeTorchServe:
         self.tokens: dict[str, str] | None = None
         self.troubles: deque[str] = deque()
         self.most_frames: int | None = None
+        self.observed: dict[str, Any] | None = None  # in the answer to every batch
         self.gate = asyncio.Event()
         self.gate.set()
         self.held = 0
@@ -193,7 +194,7 @@ class FakeTorchServe:
         if model.gate is not None:
             await model.gate.wait()
         trouble = model.trouble or (self.troubles.popleft() if self.troubles else "")
-        outcomes = pack_outcomes(Outcomes(items, {"decode": 0.001, "inference": 0.002}))
+        outcomes = pack_outcomes(Outcomes(items, {"decode": 0.001, "inference": 0.002}, self.observed))
         kind = OUTCOMES_CONTENT_TYPE
         if trouble == "worker died":
             await _send(

@@ -16,6 +16,7 @@ from serve.gateway.openapi import errors
 from serve.gateway.rollout import Rollout
 from serve.gateway.siblings import OWN, Siblings, merge_metrics
 from serve.gateway.tracks import TrackSessions
+from serve.watch.reference import Reference
 
 __all__ = ["router"]
 
@@ -94,9 +95,11 @@ def _describe(model: ModelVersion, sessions: TrackSessions, rollout: Rollout) ->
     state = model.state
     canary = rollout.canary_of(state.name).get(state.version)
     shadow = rollout.shadow_of(state.name).get(state.version)
-    description = {
-        name: value for name, value in (model.spec or {}).items() if name not in ("name", "version")
-    }
+    spec = dict(model.spec or {})
+    reference = spec.pop(Reference.KEY, None)
+    description = {name: value for name, value in spec.items() if name not in ("name", "version")}
+    if isinstance(reference, dict):  # hundreds of numbers, which /metrics compares with
+        description[Reference.KEY] = {"reference_frames": reference.get("frames")}
     return {
         "name": state.name,
         "version": state.version,

@@ -1,0 +1,127 @@
+"""``mmdet3d-serve reference``: what a model sees on given frames, recorded in its archive."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from serve import archive
+from serve.cli.entry import bounded, command_parser, open_cache, stage_reporter
+from serve.cli.serve import stoppable
+from serve.errors import SettingsError
+from serve.predict.models import open_archive
+from serve.predict.observed import count_source
+from serve.predict.sources import open_source
+from serve.watch.reference import WINDOW_FRAMES, Reference, reference_of
+from serve.watch.statistics import CLASS, SCORE_THR, STATISTICS
+
+__all__ = ["main"]
+
+# With fewer frames the limits are wide.
+_FEW_FRAMES = 200
+
+
+def main(argv: Sequence[str] | None) -> int:
+    """Record a reference; returns 0, 3 if no frame could be predicted."""
+    args = _parser().parse_args(argv)
+    if not args.archive.is_file():
+        raise SettingsError(f"{args.archive} is no file; give the path of an archive (.mar)")
+    report = stage_reporter()
+    with stoppable():
+        report(f"loading {args.archive.name}")
+        failed = 0
+
+        def count_failure(name: str, error: Exception) -> None:
+            nonlocal failed
+            failed += 1
+            print(f"note: {name} is left out: {error}", file=sys.stderr)
+
+        with open_archive(args.archive, args.device) as model:
+            source = open_source(args.source, model.modality, cache=open_cache())
+            with tqdm(total=source.count, unit="frame", disable=None, leave=False) as bar:
+                counts = count_source(
+                    source,
+                    model,
+                    score_thr=args.score_thr,
+                    columns=args.columns,
+                    batch_size=args.batch_size,
+                    failed=count_failure,
+                    advance=bar.update,
+                )
+        if not counts:
+            print(f"error: none of the {failed} frames could be predicted", file=sys.stderr)
+            return 3
+        report("writing the archive")
+        found = reference_of(counts, args.score_thr, args.window_frames)
+        target = args.out or args.archive
+        sha256 = archive.record_statistics(args.archive, target, found)
+    print(_table(found))
+    print(f"archive   {target}")
+    print(f"sha256    {sha256}")
+    if len(counts) < _FEW_FRAMES:
+        print(
+            f"note      {len(counts)} frames say little, so that the limits are wide; take some hundred of all kinds "
+            "that the model is to see"
+        )
+    return 0
+
+
+def _table(found: Reference) -> str:
+    """Return a row of each statistic with values: number, mean and limit."""
+    lines = [
+        f"{found.counts.frames} frames, detections from a score of {found.score_thr:g} on",
+        f"{'statistic':<16} {'values':>9} {'mean':>10} {'limit':>7}",
+    ]
+    for name, limit in found.limits.items():
+        number = int(found.counts.of(name).sum())
+        mean = f"{found.counts.sums[name] / number:.4g}" if name in STATISTICS else ""
+        lines.append(f"{name:<16} {number:>9} {mean:>10} {limit:>7.3f}")
+    names = zip(found.counts.layout.classes, found.counts.of(CLASS).tolist(), strict=False)
+    lines.append("classes   " + ", ".join(f"{number} {name}" for name, number in names if number))
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "reference",
+        "Run a model on frames like those that it is to see, and record in its archive how many detections, which "
+        "scores, classes, sizes, distances and clouds there were. A server compares with that what it sees, as metrics "
+        "with an alert. Exit status: 0 recorded, 2 error, 3 no frame could be predicted.",
+        [
+            "reference second.mar velodyne/",
+            "reference second.mar s3://bucket/val --out watched/second.mar --score-thr 0.4",
+        ],
+    )
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="path of the archive (.mar)")
+    parser.add_argument("source", metavar="FRAMES", help="what predict takes: folder, pattern, video, s3://…")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write another archive (default: replace ARCHIVE)"
+    )
+    parser.add_argument(
+        "--score-thr",
+        type=bounded(float, 0, 1),
+        default=SCORE_THR,
+        metavar="SCORE",
+        help="score from which a detection counts (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--window-frames",
+        type=bounded(int, 1),
+        default=WINDOW_FRAMES,
+        metavar="N",
+        help="least frames that will be compared with it, as --gateway-watch-window-frames says (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=bounded(int, 1, 256),
+        default=1,
+        metavar="N",
+        help="frames per batch (default: %(default)s)",
+    )
+    parser.add_argument("--columns", help="columns of the point clouds, as in x,y,z,intensity=0")
+    parser.add_argument("--device", help="cpu or cuda:N (default: cuda:0 if available)")
+    return parser

@@ -1,0 +1,197 @@
+"""What models see as metrics: counts of workers added up, windows, references recorded or learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.gateway.models import ModelVersion
+from serve.gateway.siblings import merge_metrics
+from serve.gateway.watching import ModelWatch, Watching, WatchOptions
+from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
+from serve.torchserve.management import ModelState
+from serve.watch.reference import Reference, reference_of
+from serve.watch.statistics import CLASS, Counts, Layout
+from tests.gateway.conftest import RunningGateway
+from tests.gateway.fake_torchserve import CLOUDS, FakeTorchServe, answer_for
+from tests.gateway.running import eventually
+
+LAYOUT = Layout.of_classes(CLOUDS["classes"])  # type: ignore[arg-type]
+OPTIONS = WatchOptions(window_s=120.0, window_frames=20, learn_frames=80)
+
+
+def counted(frames: int, score: float = 0.5, label: int = 0, seed: int = 0) -> Counts:
+    """Counts of frames with some detections about a score."""
+    rng = np.random.default_rng(seed)
+    counts = LAYOUT.empty()
+    counts.frames = frames
+    counts.add_values("score", np.clip(rng.normal(score, 0.1, 10 * frames), 0.1, 1))
+    counts.of(CLASS)[label] += 10 * frames
+    counts.add_warnings({"no_intensity": 1})
+    return counts
+
+
+def recorded() -> Reference:
+    return reference_of([counted(1, seed=k) for k in range(100)], 0.3, 20)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def samples(text: str) -> dict[tuple[str, ...], float]:
+    """Values by name and labels, in the order of the names of labels."""
+    return {
+        (sample.name, *(f"{k}={v}" for k, v in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+MODEL = ("model=second", "version=1.0")
+
+
+def test_counts_of_workers_are_in_the_metrics_and_answers_are_as_ever(
+    start_gateway: Callable[..., RunningGateway], torchserve: FakeTorchServe, cloud: Callable[[int], bytes]
+) -> None:
+    torchserve.observed = counted(3).document()
+    gateway = start_gateway()
+    body = pack_frames([(cloud(k), {"fields": ["names"], "score_thr": 0.9}) for k in range(3)])
+    for accept in ("application/json", "application/x-ndjson", "application/x-msgpack"):
+        answer = gateway.post(content=body, headers={"content-type": FRAMES_CONTENT_TYPE, "accept": accept})
+        assert answer.status_code == 200
+    calls = len(torchserve.calls)
+    eventually(
+        lambda: (
+            samples(gateway.client.get("/metrics").text).get(("mmdet3d_serve_watched_frames_total", *MODEL))
+            == 3 * calls
+        )
+    )
+    found = samples(gateway.client.get("/metrics").text)
+    assert found["mmdet3d_serve_detection_score_bucket", "le=+Inf", *MODEL] == 30 * calls
+    assert found["mmdet3d_serve_detection_score_count", *MODEL] == 30 * calls
+    assert found["mmdet3d_serve_detection_score_sum", *MODEL] == pytest.approx(
+        calls * counted(3).sums["score"]
+    )
+    assert found["mmdet3d_serve_detections_total", "class=Car", *MODEL] == 30 * calls
+    assert found["mmdet3d_serve_detections_total", "class=Pedestrian", *MODEL] == 0
+    assert found["mmdet3d_serve_frame_warnings_total", "code=no_intensity", *MODEL] == calls
+    assert found["mmdet3d_serve_drift_learning", *MODEL] == 1
+    assert gateway.post(content=cloud(7)).content == answer_for(cloud(7), {})
+
+
+@pytest.mark.parametrize("observed", [{"frames": "many"}, {}, {"frames": 1, "statistics": {"score": 3}}])
+def test_counts_that_are_malformed_change_no_answer(
+    start_gateway: Callable[..., RunningGateway],
+    torchserve: FakeTorchServe,
+    cloud: Callable[[int], bytes],
+    observed: dict[str, Any],
+) -> None:
+    torchserve.observed = observed
+    gateway = start_gateway()
+    for k in range(2):
+        assert gateway.post(content=cloud(k)).content == answer_for(cloud(k), {})
+    assert gateway.client.get("/metrics").status_code == 200
+
+
+def test_the_reference_of_an_archive_is_compared_and_models_show_its_frames_only(
+    start_gateway: Callable[..., RunningGateway], torchserve: FakeTorchServe, cloud: Callable[[int], bytes]
+) -> None:
+    torchserve.models["second"]["1.0"].spec = {**CLOUDS, "watch": recorded().document()}
+    torchserve.observed = counted(30, score=0.7, seed=500).document()
+    gateway = start_gateway(watch_window_frames=20)
+    gateway.post(content=cloud(0))
+    key = ("mmdet3d_serve_drift_distance", *MODEL[:1], "statistic=score", *MODEL[1:])
+    eventually(lambda: key in samples(gateway.client.get("/metrics").text))
+    found = samples(gateway.client.get("/metrics").text)
+    assert (
+        found[key]
+        > found["mmdet3d_serve_drift_limit", "model=second", "statistic=score", "version=1.0"]
+        >= 0.1
+    )
+    assert found["mmdet3d_serve_drift_distance", "model=second", "statistic=class", "version=1.0"] == 0
+    assert (
+        found["mmdet3d_serve_drift_reference_frames", "model=second", "source=archive", "version=1.0"] == 100
+    )
+    assert gateway.client.get("/models/second").json()[0]["watch"] == {"reference_frames": 100}
+
+
+def test_a_window_of_the_same_source_is_near_and_a_changed_one_is_far() -> None:
+    watch = ModelWatch(CLOUDS["classes"], recorded(), OPTIONS, Clock())  # type: ignore[arg-type]
+    watch.add(counted(19, seed=1000))
+    assert not list(watch.distances(watch.window()))  # too few
+    watch.add(counted(30, seed=1001))
+    assert all(found < limit for _, found, limit in watch.distances(watch.window()))
+    watch.add(counted(60, score=0.7, seed=1002))
+    far = {name: found > limit for name, found, limit in watch.distances(watch.window())}
+    assert far == {"score": True, CLASS: False}
+
+
+def test_frames_leave_the_window_and_its_memory_is_bounded() -> None:
+    clock = Clock()
+    watch = ModelWatch(CLOUDS["classes"], recorded(), OPTIONS, clock)  # type: ignore[arg-type]
+    for _ in range(1000):
+        clock.now += 1
+        watch.add(counted(1))
+    assert 108 <= watch.window().frames <= 121 and len(watch._slices) <= 13
+    clock.now += 121
+    assert watch.window().frames == 0 and watch.total.frames == 1000
+
+
+def test_without_a_recorded_reference_the_first_frames_are_learned() -> None:
+    watch = ModelWatch(CLOUDS["classes"], None, OPTIONS, Clock())  # type: ignore[arg-type]
+    for k in range(79):
+        watch.add(counted(1, seed=k))
+        assert watch.reference is None and not list(watch.distances(watch.window()))
+    assert watch.learned_frames == 79 and len(watch._learned) <= 41
+    watch.add(counted(1, seed=79))
+    assert watch.reference is not None and watch.learned_frames == 80 and not watch._learned
+    watch.add(counted(40, seed=2000))
+    assert all(found < limit for _, found, limit in watch.distances(watch.window()))
+    watch.add(counted(400, label=1, seed=2001))
+    assert any(found > limit for name, found, limit in watch.distances(watch.window()) if name == CLASS)
+
+
+def test_another_archive_under_the_same_version_begins_anew_and_a_removed_model_is_gone() -> None:
+    state = ModelState("second", "1.0", True, (), 0)
+    models = {("second", "1.0"): ModelVersion(state, spec=dict(CLOUDS))}
+    watching = Watching(lambda name, version: models.get((name, version)), OPTIONS)
+
+    def frames() -> list[float]:
+        (family,) = (each for each in watching.collect() if each.name == "mmdet3d_serve_watched_frames")
+        return [sample.value for sample in family.samples]
+
+    watching.observe("second", "1.0", counted(2).document())
+    watching.observe("second", "1.0", counted(3).document())
+    watching.observe("second", "9.9", counted(3).document())
+    assert frames() == [5]
+    models["second", "1.0"].spec = {**CLOUDS, "watch": recorded().document()}
+    watching.observe("second", "1.0", counted(1).document())
+    assert frames() == [1]
+    models.clear()
+    assert frames() == []
+
+
+def test_several_gateways_keep_their_histograms_apart_under_a_label() -> None:
+    state = ModelState("second", "1.0", True, (), 0)
+    watching = Watching(lambda *_: ModelVersion(state, spec=SPEC), OPTIONS)
+    watching.observe("second", "1.0", counted(2).document())
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(watching)
+    text = generate_latest(registry)
+    found = samples(merge_metrics({"0": text, "1": text}).decode())
+    for gateway in ("gateway=0", "gateway=1"):
+        assert found["mmdet3d_serve_detection_score_bucket", gateway, "le=+Inf", *MODEL] == 20
+        assert found["mmdet3d_serve_watched_frames_total", gateway, *MODEL] == 2
+
+
+SPEC = dict(CLOUDS)
