@@ -6,6 +6,7 @@ results are written, or put into a bucket, and the first frames of the next part
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import shutil
@@ -23,10 +24,12 @@ from typing import Any
 
 from serve.bulk.destination import Destination
 from serve.bulk.parts import LOADING, Counts, Job, Part, compute_part
-from serve.errors import InferenceFailed
+from serve.errors import ServeError, SetupError
 from serve.predict.models import Model
 
 __all__ = ["LocalEngine", "end_with_parent"]
+
+logger = logging.getLogger(__name__)
 
 _CONTEXT = get_context("spawn")
 _MOST_OPEN = 2  # parts of a process: one that is written, one that is computed
@@ -226,7 +229,7 @@ def _run_process(
         destination = Destination(where)
         model = job.open_model(Path(job.archive), device, trust_code=job.trust_code, threads=threads)
     except Exception as error:
-        send("failed", _portable(error))
+        send("failed", _portable(error, "the model cannot be loaded"))
         return
     send("loaded")
     with suppress(EOFError, OSError):
@@ -280,15 +283,23 @@ def _compute(
             model, job, destination, number, lines, cautious, deadly, begin, lambda: send("queued", number)
         )
     except BaseException as error:
-        send("failed", _portable(error))
+        send("failed", _portable(error, f"part {number} cannot be computed"))
         return
     send("done", number, counts.figures())
 
 
-def _portable(error: BaseException) -> BaseException:
-    """Return an error that another process can have."""
+def _portable(error: BaseException, what: str) -> ServeError:
+    """Return an error that another process can have, and that ends the run with a message.
+
+    Args:
+        error: whatever was raised.
+        what: what failed, the beginning of the message for all that is no error of this package.
+    """
+    if not isinstance(error, ServeError):
+        logger.error("%s", what, exc_info=error)
+        return SetupError(f"{what} ({type(error).__name__}: {error}); is there enough memory?")
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return InferenceFailed(f"{type(error).__name__}: {error}")
+        return SetupError(str(error))
     return error

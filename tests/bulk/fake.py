@@ -147,5 +147,9 @@ def open_dying(archive: Path, device: str, *, trust_code: bool, threads: int) ->
     os._exit(9)
 
 
+def open_short_of_memory(archive: Path, device: str, *, trust_code: bool, threads: int) -> BulkModel:
+    raise MemoryError("failed to map a library")
+
+
 def open_broken(archive: Path, device: str, *, trust_code: bool, threads: int) -> BulkModel:
     raise SetupError(f"{archive} cannot be loaded")

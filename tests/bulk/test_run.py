@@ -128,7 +128,7 @@ def test_a_process_that_ends_once_costs_no_frame(frames: Any, tmp_path: Path) ->
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_run(frames: Any, tmp_path: Path) -> None:
-    for opener in (fake.open_broken, fake.open_dying):
+    for opener in (fake.open_broken, fake.open_dying, fake.open_short_of_memory):
         with pytest.raises(SetupError):
             run(frames(b"1"), tmp_path / opener.__name__, open_model=opener)
     assert not lines(tmp_path / "open_dying")
