@@ -62,7 +62,7 @@ class _Slot:
         self.open: dict[int, _OpenPart] = {}
         self.is_loaded = False
         self.connection: Connection[Any, Any] | None = None
-        self._begun: Any = _CONTEXT.Array("q", _MOST_OPEN)
+        self._begun: Any = _CONTEXT.Array("q", _MOST_OPEN, lock=False)  # one writer each
         self._arguments = (job, device, threads, where, scratch, self._begun)
         self._process: Any = None
 

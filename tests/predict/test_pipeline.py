@@ -8,11 +8,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serve.errors import NotReady, UndecodableFrame
 from serve.predict import AsyncPredictor, FrameOptions, predict_frames
-from serve.predict.frames import Clip, Frame, Prediction
+from serve.predict.frames import Clip, Frame, Prediction, encode_pixels
+from serve.protocol.batching import BatchRule
 from tests.gateway.running import eventually
 from tests.predict.fake_model import EchoModel
 
@@ -40,6 +42,52 @@ def test_predictions_come_in_the_order_of_the_frames(model: EchoModel, batch_siz
     found = list(predict_frames(map(frame, range(10)), model, FrameOptions(), batch_size=batch_size))
     assert [each.answer["hash"] for each in found if each.answer] == [hash_of(k) for k in range(10)]
     assert model.batches == {1: [1] * 10, 3: [3, 3, 3, 1]}[batch_size]
+
+
+def test_images_of_one_size_share_batches_and_others_wait_for_theirs(model: EchoModel) -> None:
+    model.description = {"modality": "image"}
+    bodies = [encode_pixels(np.full((4, 4 + 4 * (k % 2), 3), k, np.uint8)) for k in range(14)]
+    rule = BatchRule.of(model.description, frames=3)
+    found = list(predict_frames(map(frame, range(14), bodies), model, FrameOptions(), rule=rule))
+    assert [each.frame.name for each in found] == [f"{k}" for k in range(14)]
+    assert [each.answer["hash"] for each in found if each.answer] == [
+        hashlib.sha256(body).hexdigest() for body in bodies
+    ]
+    assert model.batches == [3, 3, 3, 3, 1, 1]
+
+
+def test_a_rare_size_does_not_wait_longer_than_two_batches(model: EchoModel) -> None:
+    model.description = {"modality": "image"}
+    bodies = [encode_pixels(np.full((4, 8 if k == 1 else 4, 3), k, np.uint8)) for k in range(14)]
+    rule = BatchRule.of(model.description, frames=3)
+    list(predict_frames(map(frame, range(14), bodies), model, FrameOptions(), rule=rule))
+    assert model.batches == [3, 3, 1, 3, 3, 1]
+
+
+def test_a_batch_of_clouds_ends_at_its_cost(model: EchoModel) -> None:
+    model.description = {"modality": "lidar", "load_dim": 4}
+    points = [4, 4, 4, 9, 30, 1, 1, 1, 1]  # of at most 10 and 4 frames
+    bodies = [bytes([k]) * 16 * count for k, count in enumerate(points)]
+    rule = BatchRule.of(model.description, frames=4, points=10)
+    found = list(predict_frames(map(frame, range(9), bodies), model, FrameOptions(), rule=rule))
+    assert [each.frame.name for each in found] == [f"{k}" for k in range(9)]
+    assert model.batches == [2, 1, 1, 1, 4]
+
+
+def test_a_frame_without_a_cost_fails_outside_of_the_batches(model: EchoModel) -> None:
+    model.description = {"modality": "image"}
+    body = encode_pixels(np.zeros((4, 4, 3), np.uint8))
+    bodies = [body, b"no image", body]
+    found = list(
+        predict_frames(
+            map(frame, range(3), bodies),
+            model,
+            FrameOptions(),
+            rule=BatchRule.of(model.description, frames=2),
+        )
+    )
+    assert [type(each.error) for each in found] == [type(None), UndecodableFrame, type(None)]
+    assert model.batches == [2]
 
 
 def test_an_endless_source_is_read_only_as_far_as_the_bound(model: EchoModel) -> None:
