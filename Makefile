@@ -26,13 +26,13 @@ CODE := serve handlers tools tests
 # How `make test` divides the tests (docs/testing.md): JOBS processes side by side.
 JOBS ?= 2
 # Rows of `make test-extras`.
-EXTRAS ?= labelling parquet proto rerun train triton ui
+EXTRAS ?= labelling parquet proto ray rerun train triton ui
 PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max-worker-restart 2
 
 # Run a command for a task that will go, after a warning that names the command to use.
 deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
 
-.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-extras test-labelling test-parquet test-proto test-rerun test-train test-triton test-ui test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check wheel-client compose-up k8s-render k8s-check sbom check-range lock proto ui clean distclean
+.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-extras test-labelling test-parquet test-proto test-ray test-rerun test-train test-triton test-ui test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check wheel-client compose-up k8s-render k8s-check sbom check-range lock proto ui clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,7 @@ test-extras: $(patsubst %,test-%,$(filter-out $(WITHOUT),$(EXTRAS))) ## Run the 
 test-labelling: EXTRA := tests/labelling #: The SDKs of CVAT and Label Studio
 test-proto: EXTRA := tests/gateway/grpc/test_wire.py #: The compiled messages of gRPC are those of their sources
 test-parquet: EXTRA := tests/bulk/test_formats.py #: pyarrow reads what bulk writes
+test-ray: EXTRA := tests/bulk/test_ray.py #: Bulk runs on Ray, on clusters of this machine that lose a part
 test-rerun: EXTRA := tests/predict/test_recording_files.py #: rerun reads what predict writes
 test-train: EXTRA := tests/evaluate/test_releases.py tests/evaluate/test_picture_sets.py #: Metrics of nuScenes, Lyft, Cityscapes
 test-triton: EXTRA := tests/ops/test_triton_kernels.py #: The kernels in Triton, interpreted and compiled, without a GPU
@@ -173,7 +174,7 @@ lock: $(STAMP) #: Renew requirements/*.lock from pyproject.toml [UPGRADE=1 for t
 		--require-hashes --only-binary=:all: -r requirements/installer.lock
 	$(COMPILE) pyproject.toml --extra models --group torch-needs --excludes requirements/runtime.exclude -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --extra gateway -c requirements/runtime.lock -o requirements/gateway.lock
-	for name in dev cvat grpc otel proto video recordings parquet rerun image installer torch-cuda triton; do \
+	for name in dev cvat grpc otel proto video recordings parquet ray rerun image installer torch-cuda triton; do \
 		$(COMPILE) --group $$name -c requirements/runtime.lock -o requirements/$$name.lock; done
 	$(COMPILE) --group labelling --excludes requirements/labelling.exclude \
 		-c requirements/cvat.lock -c requirements/runtime.lock -o requirements/labelling.lock

@@ -170,5 +170,5 @@ class Destination:
     def sweep(self) -> None:
         """Remove what a killed process left unfinished in a folder."""
         if self.is_local:
-            for path in (self.folder / _PARTS).glob(".unfinished-*"):
+            for path in (self.folder / _PARTS).glob(".*"):  # every name of a file that is being written
                 path.unlink(missing_ok=True)

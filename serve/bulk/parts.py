@@ -188,7 +188,7 @@ class Engine(Protocol):
             job: what every part needs.
             destination: takes the results.
             advance: called with the number of frames that were begun since the last call; negative if a part begins
-                anew.
+                anew, 0 now and then. Never by two threads at a time, but not always by the one that iterates.
 
         Raises:
             ServeError: the model cannot be loaded, or the destination not be written.

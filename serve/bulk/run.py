@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -210,17 +211,22 @@ def execute(
     ) as conversions:
         conversions.begin(plan.finished, is_whole=len(plan.finished) == plan.parts)
 
+        lock = threading.Lock()
+
         def begun(frames: int) -> None:
-            advance(frames)
-            conversions.advance()
+            with lock:
+                advance(frames)
+                conversions.advance()
 
         for number, found in engine.compute(plan.missing(), run.job, destination, begun):
-            counts.merge(found)
-            conversions.add(number)
+            with lock:
+                counts.merge(found)
+                conversions.add(number)
         seconds = time.monotonic() - started
         unwritten = conversions.finish()
     if "coco" in run.outputs.formats and not destination.exists(COCO):
         write_coco(destination, run.outputs, plan.manifest, plan.parts)
+    destination.sweep()
     summary = Summary(
         counts, counts.frames - kept, seconds, unwritten, _partial_formats(run, plan, destination)
     )

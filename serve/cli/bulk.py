@@ -1,4 +1,4 @@
-"""``mmdet3d-serve bulk``: predictions of many frames, on all cores or GPUs of this machine, into parts of a folder."""
+"""``mmdet3d-serve bulk``: predictions of many frames, on this machine or a Ray cluster, into parts of a folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from serve import archive
+from serve import archive, storage
 from serve.bulk.destination import Destination
 from serve.bulk.formats import FORMATS, Outputs, check_outputs
 from serve.bulk.listing import list_frames
-from serve.bulk.parts import Job
+from serve.bulk.parts import Engine, Job
 from serve.bulk.processes import LocalEngine
 from serve.bulk.progress import Progress
+from serve.bulk.ray_engine import RayEngine
 from serve.bulk.run import BulkRun, Summary, execute, plan_run
 from serve.cli.entry import (
     add_checkpoint_flags,
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None) -> int:
     outputs = _outputs(args)
     report = stage_reporter()
     with stoppable(), ExitStack() as stack:
+        engine = _ray_engine(args) if args.engine == "ray" else None
         destination = Destination(args.out)
         made = archive_of(
             args.model,
@@ -54,7 +56,6 @@ def main(argv: Sequence[str] | None) -> int:
         options = FrameOptions(
             score_thr=args.score_thr, max_detections=args.max_detections, columns=args.columns
         )
-        devices = _devices(args.device, args.processes)
         run = BulkRun(
             Job(str(made.path), made.trust, options, args.batch_size, batch_cost=args.batch_cost),
             {
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None) -> int:
             outputs,
             converters=max(1, available_cores() // 4),
         )
-        engine = LocalEngine(devices, threads=max(1, available_cores() // len(devices)))
+        engine = engine or _local_engine(args)
         metadata = archive.verify(made.path)
         report("listing the frames")
         plan = plan_run(
@@ -140,6 +141,21 @@ def _classes(text: str | None) -> tuple[str, ...]:
     return tuple(read_class_names(text))
 
 
+def _local_engine(args: argparse.Namespace) -> Engine:
+    devices = _devices(args.device, args.processes)
+    return LocalEngine(devices, threads=max(1, available_cores() // len(devices)))
+
+
+def _ray_engine(args: argparse.Namespace) -> Engine:
+    is_there = storage.is_remote(args.model) and args.model.lower().endswith(".mar")
+    return RayEngine(
+        args.ray_address,
+        device=args.device,
+        actors=args.processes,
+        archive_uri=args.model if is_there else None,
+    )
+
+
 def _devices(device: str | None, processes: int | None) -> tuple[str, ...]:
     """One process per GPU, or on the CPU as many as there are cores: that is how they answer most frames."""
     import torch
@@ -155,13 +171,14 @@ def _devices(device: str | None, processes: int | None) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "bulk",
-        "Predict many frames on all cores or GPUs of this machine, and write one line of JSON per frame into parts of "
-        "a folder or bucket. Stopped by Ctrl-C or killed at any moment, the same command goes on with the parts that "
-        "are missing. Exit status: 0 all frames predicted, 1 some failed, 2 error, 130 stopped.",
+        "Predict many frames on all cores or GPUs of this machine, or of a Ray cluster, and write one line of JSON per "
+        "frame into parts of a folder or bucket. Stopped by Ctrl-C or killed at any moment, the same command goes on "
+        "with the parts that are missing. Exit status: 0 all frames predicted, 1 some failed, 2 error, 130 stopped.",
         [
             "bulk velodyne/ --model second.mar --out results",
             "bulk s3://bucket/drive-17/ --model second --out s3://bucket/results/drive-17",
             "bulk frames.ffr --model my_config.py --checkpoint my.pth --out results --processes 2",
+            "bulk s3://bucket/drive-17/ --model s3://bucket/second.mar --out s3://bucket/results --engine ray",
         ],
     )
     parser.add_argument(
@@ -208,9 +225,23 @@ def _parser() -> argparse.ArgumentParser:
         "--processes",
         type=bounded(int, 1, 256),
         metavar="N",
-        help="processes, of a GPU each so many (default: one per core, or one per GPU)",
+        help="processes, of a GPU each so many (default: one per core, or one per GPU); of --engine ray the most "
+        "actors in all",
     )
-    parser.add_argument("--device", help="cpu or cuda:N (default: all GPUs if available)")
+    parser.add_argument(
+        "--device", help="cpu or cuda:N (default: all GPUs if available); cpu or cuda of --engine ray"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="processes of this machine, or Ray Data on a cluster (default: %(default)s); the results are the same",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="head of a Ray cluster, or auto for this machine's (default: RAY_ADDRESS, else a Ray for this run alone)",
+    )
     parser.add_argument(
         "--score-thr", type=bounded(float, 0, 1), default=0.0, metavar="SCORE", help="lowest score, 0 to 1"
     )

@@ -17,6 +17,7 @@ __all__ = [
     "filter_python_path",
     "has_display",
     "launcher_variables",
+    "ray_address",
     "variable_set",
 ]
 
@@ -66,6 +67,11 @@ def variable_set(name: str, value: str) -> Iterator[None]:
 def launcher_variables() -> dict[str, str]:
     """Variables that upstream's ``dist_train.sh`` and ``slurm_train.sh`` read, those that are set."""
     return {name: os.environ[name] for name in _LAUNCHER_VARIABLES if os.environ.get(name)}
+
+
+def ray_address() -> str | None:
+    """Address of the Ray cluster that this process was started for, which Ray sets for its jobs; None without one."""
+    return os.environ.get("RAY_ADDRESS") or None
 
 
 def has_display() -> bool:

@@ -27,20 +27,6 @@ from tests.conftest import ROOT
 from tests.gateway.running import eventually
 
 
-@pytest.fixture
-def frames(tmp_path: Path) -> Callable[..., Path]:
-    """`frames(b"1", b"2")`: a folder of such frames."""
-
-    def make(*bodies: bytes) -> Path:
-        folder = tmp_path / "frames"
-        folder.mkdir(exist_ok=True)
-        for k, body in enumerate(bodies):
-            (folder / f"{k:04d}.bin").write_bytes(body)
-        return folder
-
-    return make
-
-
 def run(
     source: Path,
     out: Path | str,

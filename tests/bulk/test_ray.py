@@ -1,0 +1,230 @@
+"""The engine on Ray: the same bytes as the local engine's, on clusters of this machine, whatever ends their parts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+# Before Ray is imported: it listens on loopback alone then, and takes 127.0.0.1 for an address of a cluster.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+ray = pytest.importorskip("ray", reason="needs Ray")
+
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from serve.bulk.destination import Destination  # noqa: E402
+from serve.bulk.parts import Engine, Job  # noqa: E402
+from serve.bulk.processes import LocalEngine  # noqa: E402
+from serve.bulk.ray_engine import RayEngine  # noqa: E402
+from serve.bulk.run import BulkRun, Summary, execute, plan_run  # noqa: E402
+from serve.errors import SettingsError, SetupError, StorageError  # noqa: E402
+from serve.predict.sources import open_source  # noqa: E402
+from serve.protocol.frames import FrameOptions  # noqa: E402
+from tests.bulk import fake  # noqa: E402
+from tests.bulk.test_run import names  # noqa: E402
+from tests.conftest import ROOT  # noqa: E402
+from tests.gateway.running import eventually  # noqa: E402
+
+# Ray warns of what it does itself.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+LOOPBACK = "127.0.0.1"
+PART_FRAMES = 3
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without cores, to which nodes are added; all on loopback."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets are short
+    started = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "node_ip_address": LOOPBACK,
+            "temp_dir": folder,
+            "_system_config": {
+                "health_check_initial_delay_ms": 0,
+                "health_check_period_ms": 500,
+                "health_check_failure_threshold": 2,
+            },
+        },
+    )
+    yield started
+    started.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def add_node(cluster: Any) -> Any:
+    return cluster.add_node(num_cpus=1, node_ip_address=LOOPBACK, object_store_memory=80 << 20)
+
+
+@pytest.fixture
+def nodes(cluster: Any) -> Iterator[list[Any]]:
+    """Two nodes of the cluster with one core each."""
+    while len(cluster.worker_nodes) < 2:
+        add_node(cluster)
+    yield list(cluster.worker_nodes)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "model.mar"
+    path.write_bytes(b"an archive")
+    return path
+
+
+def run(
+    source: Path,
+    out: Path,
+    engine: Engine,
+    archive: Path,
+    *,
+    open_model: Any = fake.open_echo,
+    advance: Callable[[int], None] = lambda frames: None,
+    destination: Destination | None = None,
+) -> Summary:
+    destination = destination or Destination(str(out))
+    task = BulkRun(Job(str(archive), False, FrameOptions(), 2, open_model), {"model": "one"}, PART_FRAMES)
+    with ExitStack() as stack:
+        plan = plan_run(task, destination, lambda: open_source(source, "lidar"), stack, overwrite=False)
+        return execute(task, plan, destination, engine, advance)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "parts").iterdir()}
+
+
+def test_a_cluster_writes_the_bytes_of_the_local_engine(
+    cluster: Any, nodes: Any, frames: Any, archive: Path, tmp_path: Path
+) -> None:
+    bodies = [b"x" * k for k in range(1, 24)]
+    bodies[4], bodies[10], bodies[17] = b"bad", b"deadly", b"once %b" % str(tmp_path / "mark").encode()
+    source, shown = frames(*bodies), list[int]()
+    expected = run(source, tmp_path / "local", LocalEngine(("cpu",), 1), archive)
+    (tmp_path / "mark").unlink()
+    found = run(source, tmp_path / "ray", RayEngine(cluster.address), archive, advance=shown.append)
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    assert found.counts == expected.counts and found.computed == sum(shown) == 23
+    assert found.counts.failed == {"undecodable_frame": 1, "inference_failed": 1}
+    assert (tmp_path / "ray" / "model.mar").read_bytes() == archive.read_bytes()
+
+
+def test_a_lost_node_costs_no_frame(
+    cluster: Any, nodes: list[Any], frames: Any, archive: Path, tmp_path: Path
+) -> None:
+    gate, out = tmp_path / "gate", tmp_path / "out"
+    bodies = [b"x" * k for k in range(1, 24)]
+    bodies[7] = b"gate %b" % str(gate).encode()
+    source = frames(*bodies)
+    before = list[int]()
+
+    def lose_a_node() -> None:
+        reached = tmp_path / "gate.reached"
+        worker = psutil.Process(int(eventually(lambda: reached.exists() and reached.read_text(), 60)))
+        before.append(len(names(out)))
+        above = {each.pid for each in worker.parents()}
+        (node,) = (each for each in nodes if each.all_processes["raylet"][0].process.pid in above)
+        cluster.remove_node(node, allow_graceful=False)
+        worker.wait(30)
+        gate.touch()
+
+    thread = threading.Thread(target=lose_a_node)
+    thread.start()
+    summary = run(source, out, RayEngine(cluster.address), archive)
+    thread.join()
+    print(f"lines when the node was lost: {before[0]}, at the end: {len(names(out))} of {len(bodies)}")
+    assert before[0] < 23 and len(cluster.worker_nodes) == 1
+    assert names(out) == [f"{k:04d}.bin" for k in range(23)] and not summary.counts.failed
+    assert not list((out / "parts").glob(".unfinished-*"))
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run(
+    cluster: Any, nodes: Any, frames: Any, archive: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SetupError):
+        run(frames(b"1"), tmp_path / "out", RayEngine(cluster.address), archive, open_model=fake.open_broken)
+    with pytest.raises(SetupError):
+        run(frames(b"1"), tmp_path / "out", RayEngine(cluster.address), archive, open_model=fake.open_dying)
+
+
+class _Unshared(Destination):
+    """Has another description of the run than the folder of the nodes."""
+
+    def read(self, name: str) -> bytes | None:
+        found = super().read(name)
+        return found and found + b" "
+
+
+def test_folders_that_are_not_shared_are_an_error(
+    cluster: Any, nodes: Any, frames: Any, archive: Path, tmp_path: Path
+) -> None:
+    source, out = frames(b"1"), tmp_path / "out"
+    with pytest.raises(SettingsError):
+        run(source, out, RayEngine(cluster.address), archive, destination=_Unshared(str(out)))
+    source.rename(tmp_path / "elsewhere")
+    with pytest.raises(SettingsError):
+        run(source, out, RayEngine(cluster.address), archive)
+    assert not names(out)
+
+
+def test_an_altered_archive_is_not_loaded(
+    cluster: Any, nodes: Any, frames: Any, archive: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.mar"
+    other.write_bytes(b"another archive")
+    with pytest.raises(StorageError):
+        run(frames(b"1"), tmp_path / "out", RayEngine(cluster.address, archive_uri=str(other)), archive)
+
+
+def test_no_cluster_at_the_address_is_an_error(frames: Any, archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError):
+        RayEngine("ray://127.0.0.1:10001")
+
+
+def test_a_stopped_run_leaves_no_process_and_no_file_of_ray(
+    frames: Any, archive: Path, tmp_path: Path
+) -> None:
+    gate, out = tmp_path / "gate", tmp_path / "out"
+    source = frames(b"1", b"2", b"3", b"gate %b" % str(gate).encode())
+    script = (
+        "from pathlib import Path; from serve.bulk.ray_engine import RayEngine; from serve.cli.serve import stoppable\n"
+        "from tests.bulk.test_ray import run\n"
+        f"with stoppable(): run(Path({str(source)!r}), Path({str(out)!r}), RayEngine(), Path({str(archive)!r}))"
+    )
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        eventually((tmp_path / "gate.reached").exists, 60)
+        below = psutil.Process(process.pid).children(recursive=True)
+        addresses = {
+            each.laddr.ip for one in below for each in one.net_connections("inet") if each.status == "LISTEN"
+        }
+        process.send_signal(signal.SIGTERM)
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode and b"KeyboardInterrupt" in printed
+    assert addresses and addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    assert not psutil.wait_procs(below, timeout=10)[1]
+    assert not os.listdir(environment["TMPDIR"])
+    os.rmdir(environment["TMPDIR"])
+    assert names(out) == [f"{k:04d}.bin" for k in range(3)]
