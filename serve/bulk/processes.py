@@ -239,6 +239,8 @@ def _run_process(
                 target=_compute, args=(model, job, destination, send, begun, *part), daemon=True
             ).start()
     model.close()
+    logging.shutdown()
+    os._exit(0)  # the end of an interpreter with torch takes half a second
 
 
 class _Sender:

@@ -11,9 +11,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -71,9 +71,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Timing:
-    """Frames per second once all processes have loaded the model, and the seconds until then."""
+    """Frames per second once all processes have loaded the model, their CPU time per frame, seconds until then."""
 
     rate: float
+    cpu_s: float
     startup_s: float
 
 
@@ -85,9 +86,11 @@ def runtime_rate(setting: Setting) -> Timing:
         with ProcessPoolExecutor(setting.processes, get_context("spawn")) as pool:
             share = -(-setting.frames // setting.processes)
             runs = [pool.submit(_run_alone, folder, setting, share) for _ in range(setting.processes)]
-            ended = max(run.result() for run in runs)
-        ready = _all_ready_at(Path(folder))
-        return Timing(share * setting.processes / (ended - ready), ready - begun)
+            results = [run.result() for run in runs]
+        ended, cpu_s = max(end for end, _ in results), sum(cpu for _, cpu in results)
+        ready, ready_cpu_s = _all_ready_at(Path(folder))
+        frames = share * setting.processes
+        return Timing(frames / (ended - ready), (cpu_s - ready_cpu_s) / frames, ready - begun)
 
 
 def bulk_rate(setting: Setting, out: str | None = None) -> Timing:
@@ -111,13 +114,21 @@ def bulk_rate(setting: Setting, out: str | None = None) -> Timing:
         plan = plan_run(
             run, destination, lambda: open_source(source, setting.modality), stack, overwrite=True
         )
+        cpu_s: dict[int | None, float] = {}
+
+        def advance(frames: int) -> None:
+            for child in active_children():
+                with suppress(OSError):
+                    cpu_s[child.pid] = _cpu_s_of(child.pid)
+
         begun = time.monotonic()
-        summary = execute(run, plan, destination, engine)
+        summary = execute(run, plan, destination, engine, advance)
         ended = time.monotonic()
         if summary.counts.failed:
             raise RuntimeError(f"frames failed: {summary.counts.failed}")
-        ready = _all_ready_at(stage)
-        return Timing(setting.frames / (ended - ready), ready - begun)
+        ready, ready_cpu_s = _all_ready_at(stage)
+        spent_s = sum(cpu_s.values()) - ready_cpu_s
+        return Timing(setting.frames / (ended - ready), spent_s / setting.frames, ready - begun)
 
 
 def _write_stage(stage: Path, setting: Setting) -> None:
@@ -130,8 +141,16 @@ def _write_stage(stage: Path, setting: Setting) -> None:
     )
 
 
-def _all_ready_at(stage: Path) -> float:
-    return max(float(file.read_text()) for file in (stage / "ready").glob("*.at"))
+def _all_ready_at(stage: Path) -> tuple[float, float]:
+    """Return when the last process had its model, and the CPU time of all until then."""
+    found = [tuple(map(float, file.read_text().split())) for file in (stage / "ready").glob("*.at")]
+    return max(at for at, _ in found), sum(cpu_s for _, cpu_s in found)
+
+
+def _cpu_s_of(process: int | None) -> float:
+    """Read the CPU time of another process, all its threads together, seconds."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _open_measured(archive: Path, device: str, *, trust_code: bool, threads: int) -> Model:
@@ -145,22 +164,22 @@ def _open_measured(archive: Path, device: str, *, trust_code: bool, threads: int
     processes, batch_size = map(int, (stage / "processes").read_text().split())
     _compute(model, (stage / "warm-up").read_bytes(), batch_size)
     mark = stage / "ready" / f"{os.getpid()}.writing"
-    mark.write_text(str(time.monotonic()))
+    mark.write_text(f"{time.monotonic()} {time.process_time()}")
     mark.rename(mark.with_suffix(".at"))
     while len(list((stage / "ready").glob("*.at"))) < processes:
         time.sleep(_POLL_S)
     return model
 
 
-def _run_alone(folder: str, setting: Setting, frames: int) -> float:
-    """Compute `frames` frames from memory; returns when that ended, seconds of the monotonic clock."""
+def _run_alone(folder: str, setting: Setting, frames: int) -> tuple[float, float]:
+    """Compute `frames` frames from memory; returns when that ended, by the monotonic clock, and the CPU time."""
     model = _open_measured(Path(folder, "model"), setting.device, trust_code=False, threads=setting.threads)
     body = setting.frame.read_bytes()
     for first in range(0, frames, setting.batch_size):
         _compute(model, body, min(setting.batch_size, frames - first))
-    ended = time.monotonic()
+    ended, cpu_s = time.monotonic(), time.process_time()
     model.close()
-    return ended
+    return ended, cpu_s
 
 
 def _compute(model: Model, body: Body, count: int) -> None:

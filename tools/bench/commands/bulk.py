@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -46,8 +47,10 @@ def main(argv: Sequence[str] | None) -> int:
         f"{Path(args.archive).name}, {args.frame.name}: {setting.frames} frames, {processes} processes of "
         f"{setting.threads} threads on {args.device}, batches of {setting.batch_size}, parts of {setting.part_frames}"
     )
-    print("| pair | runtime alone, frames/s | bulk, frames/s | share | start-up, s | of bulk, s |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    print(
+        "| pair | runtime alone, frames/s | bulk, frames/s | share | CPU, ms/frame | bulk | start-up, s | bulk |"
+    )
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     shares, rows = [], []
     for pair in range(args.pairs):
         if pair % 2:
@@ -55,10 +58,10 @@ def main(argv: Sequence[str] | None) -> int:
         else:
             alone, bulk = runtime_rate(setting), bulk_rate(setting, args.out)
         shares.append(bulk.rate / alone.rate)
-        rows.append([alone.rate, bulk.rate])
+        rows.append([asdict(alone), asdict(bulk)])
         print(
-            f"| {pair + 1} | {alone.rate:.2f} | {bulk.rate:.2f} | {shares[-1]:.3f} | {alone.startup_s:.1f} "
-            f"| {bulk.startup_s:.1f} |",
+            f"| {pair + 1} | {alone.rate:.2f} | {bulk.rate:.2f} | {shares[-1]:.3f} "
+            f"| {1e3 * alone.cpu_s:.2f} | {1e3 * bulk.cpu_s:.2f} | {alone.startup_s:.1f} | {bulk.startup_s:.1f} |",
             flush=True,
         )
     median = statistics.median(shares)
