@@ -6,7 +6,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import httpx
 
@@ -82,6 +82,32 @@ class AsyncClient:
                 frame, model, version, options, content_type=content_type, timeout_s=timeout_s, retry=retry
             )
         )
+
+    @overload
+    def predict_many(
+        self,
+        frames: Iterable[FrameInput] | AsyncIterable[FrameInput],
+        model: str,
+        version: str | None = None,
+        *,
+        concurrency: int = 8,
+        return_errors: Literal[False] = False,
+        timeout_s: float | None = None,
+        **options: Unpack[PredictOptions],
+    ) -> AsyncIterator[Result]: ...
+
+    @overload
+    def predict_many(
+        self,
+        frames: Iterable[FrameInput] | AsyncIterable[FrameInput],
+        model: str,
+        version: str | None = None,
+        *,
+        concurrency: int = 8,
+        return_errors: bool,
+        timeout_s: float | None = None,
+        **options: Unpack[PredictOptions],
+    ) -> AsyncIterator[Result | ServeError]: ...
 
     async def predict_many(
         self,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import httpx
 
@@ -110,6 +110,32 @@ class Client:
                 frame, model, version, options, content_type=content_type, timeout_s=timeout_s, retry=retry
             )
         )
+
+    @overload
+    def predict_many(
+        self,
+        frames: Iterable[FrameInput],
+        model: str,
+        version: str | None = None,
+        *,
+        concurrency: int = 8,
+        return_errors: Literal[False] = False,
+        timeout_s: float | None = None,
+        **options: Unpack[PredictOptions],
+    ) -> Iterator[Result]: ...
+
+    @overload
+    def predict_many(
+        self,
+        frames: Iterable[FrameInput],
+        model: str,
+        version: str | None = None,
+        *,
+        concurrency: int = 8,
+        return_errors: bool,
+        timeout_s: float | None = None,
+        **options: Unpack[PredictOptions],
+    ) -> Iterator[Result | ServeError]: ...
 
     def predict_many(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,9 @@ __all__ = [
 
 Bytes = bytes | bytearray | memoryview
 #: One part of a frame: a file, its bytes, an array, or what becomes JSON (calibration, sweeps).
-PartInput = str | Path | Bytes | npt.NDArray[Any] | Mapping[str, Any] | Sequence[Any]
+PartInput = str | os.PathLike[str] | Bytes | npt.NDArray[Any] | Mapping[str, Any] | Sequence[Any]
 #: A frame: a file or its bytes, a folder with one file per part, an array, or parts by name.
-FrameInput = str | Path | Bytes | npt.NDArray[Any] | Mapping[str, PartInput]
+FrameInput = str | os.PathLike[str] | Bytes | npt.NDArray[Any] | Mapping[str, PartInput]
 # What is sent: the bytes of a frame, or those of each part by name.
 EncodedBody = Bytes | dict[str, Bytes]
 
@@ -60,7 +61,7 @@ def encode_frame(frame: FrameInput) -> tuple[EncodedBody, str]:
     """
     if isinstance(frame, Mapping):
         return {name: _encode_part(name, part) for name, part in frame.items()}, DEFAULT_CONTENT_TYPE
-    if isinstance(frame, str | Path):
+    if isinstance(frame, str | os.PathLike):
         path = Path(frame)
         if parts := frame_parts(path):
             return {name: _read(file) for name, file in parts.items()}, DEFAULT_CONTENT_TYPE
@@ -70,13 +71,16 @@ def encode_frame(frame: FrameInput) -> tuple[EncodedBody, str]:
 
 def frame_parts(path: Path) -> dict[str, Path]:
     """Return the files of a frame of several parts, a folder, by part; nothing for a frame that is one file."""
-    return {file.stem: file for file in sorted(path.iterdir()) if file.is_file()} if path.is_dir() else {}
+    if not path.is_dir():
+        return {}
+    files = (file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith("."))
+    return {file.stem: file for file in files}
 
 
 def _encode_part(name: str, part: Any) -> Bytes:
     if isinstance(part, bytes | bytearray | memoryview):
         return part
-    if isinstance(part, str | Path):
+    if isinstance(part, str | os.PathLike):
         return _read(Path(part))
     if isinstance(part, np.ndarray):
         return encode_image(part) if part.dtype == np.uint8 else encode_points(part)

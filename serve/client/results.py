@@ -56,6 +56,10 @@ class Result(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._answer)
 
+    def __reduce__(self) -> tuple[type[Result], tuple[dict[str, Any], bytes, dict[str, str]]]:
+        # For other processes: a view of a dictionary cannot be pickled.
+        return type(self), (dict(self._answer), self.encoded, self._headers)
+
     def __hash__(self) -> int:
         return hash(self.encoded)
 

@@ -141,6 +141,7 @@ def test_dictionaries_and_folders_of_parts_arrive_by_name(
         ),
     ):
         (tmp_path / name).write_bytes(content)
+    (tmp_path / ".DS_Store").write_bytes(b"left by a file manager")
     assert call("predict", tmp_path, "fusion") == whole
     sweeps = [{"time_lag_s": 0.05, "transform": np.eye(4)}]
     five = np.zeros((3, 5), np.float32)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
+import pickle
 from typing import Any
 
 import cv2
@@ -86,6 +88,13 @@ def test_result_cannot_be_changed() -> None:
     for array in (found.boxes, found.scores, found.labels):
         with pytest.raises(ValueError):
             array[0] = 0
+
+
+def test_result_is_passed_to_other_processes() -> None:
+    sent = result(BOXES_3D, **{"x-request-id": "7"})
+    arrived = pickle.loads(pickle.dumps(sent))
+    assert arrived == sent and arrived.encoded == sent.encoded and arrived.request_id == "7"
+    assert np.array_equal(copy.deepcopy(sent).boxes, sent.boxes)
 
 
 def test_result_is_the_answer_by_the_servers_names() -> None:
