@@ -86,6 +86,31 @@ def test_frame_that_fails_does_not_end_the_stream(opened, cloud):
     client.stop_stream()
 
 
+def test_batch_of_a_worker_that_dies_is_answered_by_its_successor(opened, torchserve, cloud):
+    client, results = opened()
+    torchserve.troubles.append("worker died")
+    for number in range(8):
+        client.async_stream_infer("second", [points(cloud(number))], request_id=str(number))
+    answered = [results.next() for _ in range(8)]
+    assert [(result.get_response().id, error) for result, error in answered] == [
+        (str(k), None) for k in range(8)
+    ]
+
+
+def test_frames_that_no_worker_survives_fail_and_the_stream_goes_on(opened, torchserve, cloud):
+    client, results = opened()
+    torchserve.models["second"]["1.0"].trouble = "worker died"
+    for number in range(3):
+        client.async_stream_infer("second", [points(cloud(number))], request_id=str(number))
+    for number in range(3):
+        assert f"request '{number}'" in results.next()[1].message()
+    torchserve.models["second"]["1.0"].trouble = ""
+    client.async_stream_infer("second", [points(cloud(3))], request_id="3")
+    result, error = results.next()
+    assert error is None and frame_of(result) == expected(cloud(3))
+    client.stop_stream()
+
+
 def test_error_in_a_stream_has_the_id_and_the_code(client):
     stub = client.channel.stream_stream(f"/{INFERENCE}/ModelStreamInfer")
     request = message_class("inference.ModelInferRequest")(model_name="nobody", id="7")
