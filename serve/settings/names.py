@@ -9,9 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["PREFIX", "RENAMED", "Renamed", "did_you_mean", "is_service_link", "warn_renamed"]
+__all__ = ["PREFIX", "RENAMED", "SCOPES", "Renamed", "did_you_mean", "is_service_link", "warn_renamed"]
 
 PREFIX = "MMDET3D_SERVE_"
+# Scopes of the classes of options that have variables: each of these classes answers for the names in its scope.
+SCOPES = ("gateway_", "label_studio_")
 logger = logging.getLogger(__name__)
 
 _SERVICE_LINK = re.compile(

@@ -37,7 +37,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from serve.errors import SettingsError
-from serve.settings.names import PREFIX, RENAMED, did_you_mean, is_service_link, warn_renamed
+from serve.settings.names import PREFIX, RENAMED, SCOPES, did_you_mean, is_service_link, warn_renamed
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -169,7 +169,7 @@ class Options:
     """Base of all classes of options; a wrong value is a `SettingsError` however it is given.
 
     Attributes:
-        SCOPE: prefix of its names in variables (after `PREFIX`) and in `RENAMED`.
+        SCOPE: prefix of its names in variables (after `PREFIX`) and in `RENAMED`; one of `SCOPES` if it has variables.
         HAS_VARIABLES: whether its options can be set by environment variables.
         UNSCOPED: fields that share the variable of the same field in `Settings`.
     """
@@ -179,6 +179,17 @@ class Options:
     UNSCOPED: ClassVar[tuple[str, ...]] = ()
     if TYPE_CHECKING:
         __pydantic_fields__: ClassVar[dict[str, FieldInfo]]
+
+    def __init_subclass__(cls) -> None:
+        """Check the scope.
+
+        Raises:
+            TypeError: it is not in `SCOPES`, so that `Settings` would refuse its variables.
+        """
+        if cls.HAS_VARIABLES and cls.SCOPE and cls.SCOPE not in SCOPES:
+            raise TypeError(
+                f"add the scope {cls.SCOPE!r} of {cls.__name__} to SCOPES of serve.settings.names"
+            )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -295,7 +306,7 @@ class Options:
 
 def _concerns(scope: str, name: str) -> bool:
     """Tell whether an unknown variable is an error of this class: each class answers for its own scope."""
-    return name.startswith(scope) if scope else not name.startswith("gateway_")
+    return name.startswith(scope) if scope else not name.startswith(SCOPES)
 
 
 def _parts(annotation: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from serve.errors import SettingsError
 from serve.gateway.options import GatewayOptions
+from serve.labelling.options import LabelStudioOptions
 from serve.settings import CONFIG, RENAMED, Limits, Options, Settings, option, warn_renamed
 from serve.settings.kernels import KernelSettings
 from serve.storage.references import ReferenceLimits
@@ -156,6 +157,17 @@ def test_variable_that_only_looks_like_a_service_link_is_refused(name: str) -> N
         Settings.from_environment({f"MMDET3D_SERVE_{name}": "8000"})
 
 
+def test_variable_of_a_class_is_no_mistake_to_any_other() -> None:
+    for variable in (each.variable for cls in CLASSES for each in cls.options() if each.variable):
+        for cls in CLASSES:
+            cls._variables({variable: "1"})  # raises if it is unknown
+
+
+def test_class_with_variables_in_a_scope_of_its_own_is_added_to_the_scopes() -> None:
+    with pytest.raises(TypeError, match="SCOPES"):
+        type("Other", (Options,), {"SCOPE": "other_"})
+
+
 # Former names
 
 
@@ -165,7 +177,7 @@ def test_every_former_name_leads_to_an_option_that_exists() -> None:
     assert not set(RENAMED) & scoped
 
 
-CLASSES = (Settings, GatewayOptions, TorchServeOptions)
+CLASSES = (Settings, GatewayOptions, LabelStudioOptions, TorchServeOptions)
 
 
 def test_former_variable_works_with_one_warning_and_the_new_one_goes_first(caplog) -> None:
