@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from xml.etree import ElementTree
 
 from serve.errors import BadRequest, quote
 
-__all__ = ["Control", "read_label_config"]
+__all__ = ["Control", "check_labels", "read_label_config"]
 
 Kind = Literal["rectanglelabels", "brushlabels", "polygonlabels"]
 
 MAX_CONFIG_CHARS = 256 * 1024
+MAX_LISTED = 20
 _KINDS: Mapping[str, Kind] = {
     "RectangleLabels": "rectanglelabels",
     "BrushLabels": "brushlabels",
@@ -46,7 +48,7 @@ def read_label_config(text: object) -> Sequence[Control]:
     """Read a configuration.
 
     Raises:
-        BadRequest: it is none, or has no control for boxes, masks or polygons on an image.
+        BadRequest: it is none, has no control for boxes, masks or polygons on an image, or none of these has a label.
     """
     if not isinstance(text, str) or len(text) > MAX_CONFIG_CHARS:
         raise BadRequest(f"the label config must be XML of at most {MAX_CONFIG_CHARS} characters")
@@ -74,7 +76,33 @@ def read_label_config(text: object) -> Sequence[Control]:
             f"the label config has none of {', '.join(_KINDS)} on an Image whose value is a variable such as "
             f"{quote('$image')}"
         )
+    if not any(control.labels for control in controls):
+        names = ", ".join(quote(control.from_name) for control in controls)
+        raise BadRequest(
+            f'no Label is in {names} of the label config; add one for each class, such as <Label value="Car"/> (labels '
+            "that a task brings are not read)"
+        )
     return controls
+
+
+def check_labels(controls: Sequence[Control], classes: Sequence[str], model: str) -> None:
+    """Check that at least one class of a model has a label.
+
+    Raises:
+        BadRequest: none has, so that every prediction would be empty.
+    """
+    labels = {name: None for control in controls for name in control.labels}
+    if classes and labels.keys().isdisjoint(classes):
+        raise BadRequest(
+            f"no Label of the label config is a class of {model}: the labels are {_listed(labels)}, the classes "
+            f'{_listed(classes)}; rename a label, or add predicted_values="CLASS" to it'
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = list(itertools.islice(names, MAX_LISTED + 1))
+    shown = ", ".join(quote(name) for name in first[:MAX_LISTED])
+    return f"{shown}, …" if len(first) > MAX_LISTED else shown
 
 
 def _labels(element: ElementTree.Element) -> Mapping[str, str]:

@@ -70,6 +70,13 @@ class LabelStudioOptions(Options):
     image_timeout_s: float = option(10.0, "S", "longest time that reading an image may take", ge=0.001)
     max_image_bytes: int = option(MAX_FRAME_BYTES, "BYTES", "largest image", ge=1)
     max_request_bytes: int = option(64 << 20, "BYTES", "largest request of Label Studio", ge=1024)
+    max_pending_bytes: int = option(
+        256 << 20,
+        "BYTES",
+        "most bytes of requests that are held at a time; a request beyond gets 429",
+        ge=1024,
+    )
+    body_timeout_s: float = option(60.0, "S", "longest time in which a request may arrive", ge=0.001)
     max_tasks: int = option(256, "N", "most tasks in a request", ge=1)
     concurrency: int = option(8, "N", "images that are predicted at a time", ge=1)
     timeout_s: float = option(60.0, "S", "deadline of one image", ge=0.001)
@@ -78,5 +85,10 @@ class LabelStudioOptions(Options):
         """Yield a message for every pair of values that exclude each other."""
         if self.basic_auth is not None and ":" not in self.basic_auth:
             yield f"{spelling['basic_auth']} must be USER:PASSWORD"
+        if self.max_pending_bytes < self.max_request_bytes:
+            yield (
+                f"{spelling['max_pending_bytes']} must be at least {spelling['max_request_bytes']}, "
+                f"{self.max_request_bytes}"
+            )
         if self.label_studio_token is not None and self.label_studio_url is None:
             yield f"{spelling['label_studio_token']} is of no use without {spelling['label_studio_url']}"

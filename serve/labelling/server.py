@@ -23,9 +23,19 @@ from starlette.routing import Route
 
 from serve import __version__
 from serve.client import AsyncClient
-from serve.errors import BadRequest, FrameTooLarge, ServeError, SettingsError, Unauthorized, error_body
+from serve.errors import (
+    BadRequest,
+    FrameTooLarge,
+    Overloaded,
+    ServeError,
+    SettingsError,
+    SlowRequest,
+    Unauthorized,
+    error_body,
+    quote,
+)
 from serve.labelling.images import TaskImages, shown_size
-from serve.labelling.label_config import Control, read_label_config
+from serve.labelling.label_config import Control, check_labels, read_label_config
 from serve.labelling.options import LabelStudioOptions
 from serve.labelling.predictions import make_prediction
 
@@ -68,6 +78,7 @@ class _Backend:
         self.client = AsyncClient(options.gateway_url, token=options.api_key, timeout_s=options.timeout_s)
         self.images = TaskImages(options)
         self._slots = asyncio.Semaphore(options.concurrency)
+        self._held_bytes = 0  # of all requests
 
     async def health(self, request: Request) -> Response:
         """Answer whether this backend runs, to anyone; the gateway has its own probe."""
@@ -80,25 +91,29 @@ class _Backend:
 
     async def setup(self, request: Request) -> Response:
         """Check a project's label config, if it brings one, and name the model."""
-        document = await self._read(request)
-        if document.get("schema"):
-            read_label_config(document["schema"])
+        async with self._reading(request) as document:
+            if document.get("schema"):
+                await self._read_controls(document["schema"])
         return JSONResponse({"model_version": self._name})
 
     async def validate(self, request: Request) -> Response:
         """Check a label config."""
-        controls = read_label_config((await self._read(request)).get("config"))
+        async with self._reading(request) as document:
+            controls = await self._read_controls(document.get("config"))
         return JSONResponse({"controls": [control.from_name for control in controls]})
 
     async def ignore(self, request: Request) -> Response:
         """Take an event that would train another backend."""
-        await self._read(request)
-        return JSONResponse({}, 201)
+        async with self._reading(request):
+            return JSONResponse({}, 201)
 
     async def predict(self, request: Request) -> Response:
         """Predict tasks; one that fails among several has no regions, and its error."""
-        document = await self._read(request)
-        controls = read_label_config(document.get("label_config"))
+        async with self._reading(request) as document:
+            return await self._predict(document)
+
+    async def _predict(self, document: Mapping[str, Any]) -> Response:
+        controls = await self._read_controls(document.get("label_config"))
         tasks = document.get("tasks")
         if not isinstance(tasks, list) or not tasks:
             raise BadRequest("the request has no tasks")
@@ -134,23 +149,65 @@ class _Backend:
             logger.warning("a task was not predicted: %s", error)
             return error
 
-    async def _read(self, request: Request) -> Mapping[str, Any]:
-        """Read the JSON of a request, within the limit."""
-        self._check(request)
-        body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > self._options.max_request_bytes:
-                raise FrameTooLarge(
-                    f"the request is over {self._options.max_request_bytes} bytes; raise --max-request-bytes"
-                )
+    async def _read_controls(self, label_config: object) -> Sequence[Control]:
+        """Read a label config, and compare it with the model's classes if the gateway can be asked for them."""
+        controls = read_label_config(label_config)
         try:
-            document = orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            raise BadRequest(f"the request is not JSON: {error}") from None
-        if not isinstance(document, dict):
-            raise BadRequest("the request must be an object")
-        return document
+            model = await self.client.describe(self._model, self._options.version)
+        except ServeError as error:
+            logger.warning("the labels are not compared with the classes of %s: %s", self._name, error)
+        else:
+            check_labels(controls, (model or {}).get("classes") or (), self._name)
+        return controls
+
+    @asynccontextmanager
+    async def _reading(self, request: Request) -> AsyncIterator[Mapping[str, Any]]:
+        """Read the JSON of a request; its bytes are counted until the block ends.
+
+        Raises:
+            Unauthorized: it has not the agreed user and password.
+            BadRequest: it is no JSON object, or of another media type. Pages of other sites can send those to a backend
+                on the user's own machine without its consent; browsers ask it before they send JSON.
+            FrameTooLarge: it is over ``max_request_bytes``.
+            Overloaded: all requests together are over ``max_pending_bytes``.
+            SlowRequest: it has not arrived after ``body_timeout_s``.
+        """
+        self._check(request)
+        media_type = request.headers.get("content-type", "")
+        if media_type.partition(";")[0].strip().lower() != "application/json":
+            raise BadRequest(f"the Content-Type must be application/json, not {quote(media_type)}")
+        body = bytearray()
+        try:
+            await self._receive(request, body)
+            try:
+                document = orjson.loads(body)
+            except orjson.JSONDecodeError as error:
+                raise BadRequest(f"the request is not JSON: {error}") from None
+            if not isinstance(document, dict):
+                raise BadRequest("the request must be an object")
+            yield document
+        finally:
+            self._held_bytes -= len(body)
+
+    async def _receive(self, request: Request, body: bytearray) -> None:
+        """Append to `body` what arrives, within the limits."""
+        options = self._options
+        try:
+            async with asyncio.timeout(options.body_timeout_s):
+                async for piece in request.stream():
+                    body += piece
+                    self._held_bytes += len(piece)
+                    if len(body) > options.max_request_bytes:
+                        raise FrameTooLarge(
+                            f"the request is over {options.max_request_bytes} bytes; raise --max-request-bytes"
+                        )
+                    if self._held_bytes > options.max_pending_bytes:
+                        raise Overloaded(
+                            f"all requests together are over {options.max_pending_bytes} bytes; send fewer at a "
+                            "time, or raise --max-pending-bytes"
+                        )
+        except TimeoutError:
+            raise SlowRequest(f"the request did not arrive within {options.body_timeout_s:g} s") from None
 
     def _check(self, request: Request) -> None:
         """Reject a request without the agreed user and password."""
@@ -166,5 +223,5 @@ class _Backend:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError)
-    headers = {"www-authenticate": "Basic"} if isinstance(error, Unauthorized) else None
+    headers = {Unauthorized: {"www-authenticate": "Basic"}, Overloaded: {"retry-after": "1"}}.get(type(error))
     return JSONResponse(error_body(error), error.status, headers)

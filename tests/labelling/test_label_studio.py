@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +20,7 @@ from serve.errors import SettingsError
 from serve.labelling.masks import brush_rle, cvat_mask
 from serve.labelling.options import LabelStudioOptions
 from serve.labelling.server import create_backend
-from tests.gateway.running import Listening
+from tests.gateway.running import Listening, eventually
 from tests.labelling.conftest import HEIGHT, WIDTH, masks
 
 CONFIG = """
@@ -260,13 +263,96 @@ def test_config_without_a_control_for_objects_is_rejected(start_backend, config)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_request")
 
 
+def code_of(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+def with_labels(*labels: str) -> str:
+    inner = "".join(f"<Label value='{label}'/>" for label in labels)
+    control = f"<RectangleLabels name='box' toName='i'>{inner}</RectangleLabels>"
+    return f"<View><Image name='i' value='$image'/>{control}</View>"
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"), [((), "add one for each class"), (("Street", "Sky"), "add predicted_values")]
+)
+def test_config_that_no_prediction_can_fill_is_rejected_with_what_to_change(start_backend, png, labels, says):
+    client, config = start_backend(), with_labels(*labels)
+    for answer in (
+        client.post("/setup", json={"schema": config}),
+        client.post("/validate", json={"config": config}),
+        client.post("/predict", json=asked(inline(png), config=config)),
+    ):
+        assert code_of(answer) == (400, "bad_request")
+        assert says in answer.json()["error"]["message"]
+
+
+def test_config_is_accepted_if_the_gateway_cannot_be_asked_for_the_classes(start_backend, free_ports):
+    client = start_backend(gateway_url=f"http://127.0.0.1:{free_ports(1)[0]}")
+    assert client.post("/setup", json={"schema": with_labels("Street")}).status_code == 200
+
+
+JSON = {"content-type": "application/json; charset=utf-8"}
+
+
 def test_requests_have_limits(start_backend, png):
     client = start_backend(max_tasks=2, max_request_bytes=4096)
     assert client.post("/predict", json=asked("a", "b", "c")).status_code == 413
-    assert client.post("/predict", content=b"[" * 5000).status_code == 413
-    assert client.post("/predict", content=b"nonsense").status_code == 400
+    assert client.post("/predict", content=b"[" * 5000, headers=JSON).status_code == 413
+    assert client.post("/predict", content=b"nonsense", headers=JSON).status_code == 400
     assert client.post("/predict", json=[]).status_code == 400
     assert client.post("/predict", json={**asked(), "tasks": {}}).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/predict", "/setup", "/validate", "/train", "/webhook"])
+@pytest.mark.parametrize("media_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_body_that_a_page_of_another_site_can_send_is_refused(start_backend, path, media_type):
+    headers = {} if media_type is None else {"content-type": media_type}
+    answer = start_backend().post(path, content=json.dumps({"config": CONFIG, **asked("x")}), headers=headers)
+    assert code_of(answer) == (400, "bad_request")
+
+
+def test_bytes_of_all_requests_together_are_bounded(start_backend, png):
+    client = start_backend(max_request_bytes=4096, max_pending_bytes=4096)
+    started, ended = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[bytes]:
+        yield b'{"project": "' + b"x" * 3000
+        started.set()
+        ended.wait(20)
+        yield b'"}'
+
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(lambda: client.post("/train", content=slow(), headers=JSON).status_code)
+        try:
+            assert started.wait(20)
+            refused = eventually(lambda: is_refused(client.post("/train", content=b" " * 2000, headers=JSON)))
+            assert refused.headers["retry-after"] == "1"
+        finally:
+            ended.set()
+        assert held.result() == 201
+    assert code_of(client.post("/train", content=b" " * 2000, headers=JSON)) == (
+        400,
+        "bad_request",
+    )  # room again
+
+
+def is_refused(answer: httpx.Response) -> httpx.Response | None:
+    return answer if answer.status_code == 429 else None
+
+
+def test_request_that_does_not_arrive_is_given_up_and_its_bytes_are_free(start_backend):
+    client = start_backend(max_request_bytes=4096, max_pending_bytes=4096, body_timeout_s=0.1)
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        head = "POST /train HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 4000\r\n\r\n"
+        connection.sendall(head.encode() + b" " * 3000)
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+    assert code_of(client.post("/train", content=b" " * 4000, headers=JSON)) == (400, "bad_request")
+
+
+def test_room_for_requests_is_at_least_the_largest_one():
+    with pytest.raises(SettingsError):
+        LabelStudioOptions(max_request_bytes=4096, max_pending_bytes=2048)
 
 
 def test_text_that_is_no_base64_fails_its_task_alone(start_backend, png):
