@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
 from check_jsonschema import builtin_schemas
@@ -31,11 +32,17 @@ from serve.cli.serve import CONTAINER_STORE
 from serve.gateway.admission import Admission
 from serve.gateway.batcher import BatchReport
 from serve.gateway.metrics import DEPRECATED_NAMES, Metrics
+from serve.gateway.models import ModelVersion
 from serve.gateway.options import GatewayOptions
 from serve.gateway.tracks import TrackSessions
+from serve.gateway.watching import Watching, WatchOptions
 from serve.settings import PREFIX, Settings
 from serve.torchserve import TorchServeOptions
+from serve.torchserve.management import ModelState
 from serve.torchserve.process import DRAIN_S
+from serve.watch.observation import ObservedFrame, count_frames
+from serve.watch.reference import Reference, reference_of
+from serve.watch.statistics import Layout
 from tests.conftest import pick_free_ports
 from tests.deployment.conftest import ROOT
 
@@ -45,7 +52,8 @@ DOCKERFILE = CONTEXT / "Dockerfile"
 # What NVIDIA's exporter exports by default; TorchServe is told to collect no figures of GPUs.
 DCGM = {"DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_FB_USED"}
 PROMQL = {
-    "absent", "by", "histogram_quantile", "increase", "label_values", "le", "max", "rate", "sum",
+    "absent", "by", "group_left", "histogram_quantile", "ignoring", "increase", "label_values", "le", "max", "rate",
+    "sum",
 }  # fmt: skip
 
 Instruction = tuple[str, str]
@@ -394,6 +402,26 @@ def test_prometheus_scrapes_ports_that_there_are() -> None:
 # Metrics
 
 
+def watched() -> Watching:
+    """Metrics of a model of clouds and one of images, whose window is compared with its reference."""
+    image = {
+        "bboxes": np.array([[0, 0, 9, 9]]), "scores": np.array([0.9]), "labels": np.array([0]), "classes": ["Car"],
+    }  # fmt: skip
+    cloud = {
+        **{f"{name}_3d": image[name] for name in ("scores", "labels")},
+        "bboxes_3d": np.ones((1, 7)), "box_type_3d": "LiDAR", "classes": ["Car"],
+    }  # fmt: skip
+    layout = Layout.of_classes(["Car"])
+    counts = count_frames([ObservedFrame(cloud, 5, 0.5, ("no_intensity",))], layout)
+    counts.add(count_frames([ObservedFrame(image)], layout))
+    reference = reference_of([counts], 0.3, 1).document()
+    spec = {"classes": ["Car"], Reference.KEY: reference}
+    model = ModelVersion(ModelState("m", "1.0", True, (), 0), spec=spec)
+    watching = Watching(lambda name, version: model, WatchOptions(window_frames=1))
+    watching.observe("m", "1.0", counts.document())
+    return watching
+
+
 @cache
 def exported() -> set[str]:
     """Names of all metrics of the gateway (without deprecated ones), TorchServe and NVIDIA's exporter."""
@@ -401,6 +429,8 @@ def exported() -> set[str]:
     metrics.observe_request("m", 200, 0.1)
     metrics.observe_batch("m", BatchReport(items=1, cost=1, queue_s=(0.0,), run_s=0.1, failed=True))
     metrics.set_ready(True)
+    metrics.observe_sample("m", "kept")
+    metrics.registry.register(watched())
     parsed = text_string_to_metric_families(metrics.exposition().decode())
     current = (family for family in parsed if family.name not in DEPRECATED_NAMES)
     ours = {sample.name for family in current for sample in family.samples}
@@ -415,7 +445,7 @@ def exported() -> set[str]:
 def names_in(expression: str) -> set[str]:
     """The metrics that an expression names: its words, without strings, labels, durations and PromQL's own."""
     bare = re.sub(
-        r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]', " ", re.sub(r"\b(by|without)\s*\([^)]*\)", " ", expression)
+        r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]', " ", re.sub(r"\b(by|without|ignoring)\s*\([^)]*\)", " ", expression)
     )
     return {word for word in re.findall(r"[A-Za-z_]\w*", bare) if word not in PROMQL}
 
