@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,21 +55,22 @@ class ModelStatistics:
     def observe(self, report: BatchReport) -> None:
         """Count a batch that ran."""
         self._last_ms = time.time_ns() // 1_000_000
-        seconds: dict[str, float] = {}
+        seconds: Mapping[str, float] | None = None
+        answered = 0
         for i, waited_s in enumerate(report.queue_s):
             outcome = report.outcomes[i] if i < len(report.outcomes) else None
             if outcome is None or isinstance(outcome, Exception):
                 self._fail.add(1, waited_s + report.run_s)
                 continue
-            seconds = outcome.seconds
+            seconds, answered = outcome.seconds, answered + 1
             self._success.add(1, waited_s + report.run_s)
             self._queue.add(1, waited_s)
-        if report.failed:  # it may not have reached a worker
+        if seconds is None:  # no frame of it was computed: Triton counts executions that succeeded
             return
         self._executions += 1
         decode_s, inference_s = seconds.get("decode", 0.0), seconds.get("inference", 0.0)
         transfer_s = max(0.0, report.run_s - decode_s - inference_s)
-        for sums, count in ((self._frames, report.items), (self._sizes[report.items], 1)):
+        for sums, count in ((self._frames, answered), (self._sizes[report.items], 1)):
             sums.decode.add(count, decode_s)
             sums.inference.add(count, inference_s)
             sums.transfer.add(count, transfer_s)

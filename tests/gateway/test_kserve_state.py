@@ -71,6 +71,9 @@ def test_statistics_count_frames_batches_and_failures(client, cloud, torchserve)
     assert client.gateway.post(content=cloud(9)).status_code >= 500
     eventually(lambda: counted()["inference_stats"]["fail"]["count"] == 1)
     assert counted()["inference_count"] == 3
+    assert client.gateway.post(content=b"bad!").status_code == 422
+    eventually(lambda: counted()["inference_stats"]["fail"]["count"] == 2)
+    assert counted()["execution_count"] == counted()["inference_stats"]["compute_infer"]["count"] == 3
 
 
 def test_statistics_are_of_one_version_one_model_or_all(client) -> None:
