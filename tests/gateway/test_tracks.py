@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import httpx
+import numpy as np
 import pytest
 
 from serve.client import Client
 from serve.errors import BadRequest, Overloaded, SessionNotFound
 from serve.gateway.options import GatewayOptions
 from serve.gateway.tracks import SessionKey, TrackRequest, TrackSessions
-from tests.gateway.fake_torchserve import FakeModel, answer_for
+from tests.gateway.fake_torchserve import IMAGES, FakeModel, answer_for
 from tests.gateway.running import eventually
 
 PATH = "/predictions/second?track_session=drive"
 START = f"{PATH}&track_start=true"
+PICTURE = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
 
 
 def test_ids_follow_the_workers_answer(gateway, cloud):
@@ -31,6 +35,34 @@ def test_ids_follow_the_workers_answer(gateway, cloud):
     assert (answer["track_session"], answer["track_frame"]) == ("drive", 0)
     again = gateway.post(PATH, content=cloud(1)).json()
     assert (again["track_ids"], again["track_frame"]) == (answer["track_ids"], 1)
+
+
+def serve_boxes_of_images(torchserve):
+    """A model of images that finds one person, 5 pixels further on in each call."""
+    found = iter(range(100, 1000, 5))
+
+    def alter(_):
+        x = next(found)
+        return {"bboxes": [[x, 50, x + 40, 150]], "scores": [0.9], "labels": [0], "names": ["person"]}
+
+    torchserve.models["camera"] = {"1.0": FakeModel(dict(IMAGES), alter=alter)}
+    return "/predictions/camera?track_session=walk"
+
+
+def test_boxes_of_images_have_ids_from_the_third_frame_on(start_gateway, torchserve):
+    pytest.importorskip("trackers", reason="trackers is not installed")
+    path = serve_boxes_of_images(torchserve)
+    gateway = start_gateway()
+    answers = [gateway.post(f"{path}&track_start={n == 0}", content=PICTURE).json() for n in range(4)]
+    assert [answer.get("track_ids", answer) for answer in answers] == [[-1], [-1], [1], [1]]
+
+
+def test_frames_of_images_without_trackers_are_refused_by_its_name(start_gateway, torchserve, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    path = serve_boxes_of_images(torchserve)
+    answer = start_gateway().post(f"{path}&track_start=true", content=PICTURE)
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "missing_package"
+    assert "tracks.lock" in answer.json()["error"]["message"]
 
 
 def test_a_request_without_a_session_has_the_workers_bytes(gateway, cloud):
