@@ -21,8 +21,9 @@ from serve import storage
 from serve.errors import UndecodableFrame
 from serve.predict import video
 from serve.predict.frames import Clip, Frame
+from serve.predict.manifests import is_manifest, read_manifest
 from serve.predict.recordings import is_recording
-from serve.predict.sources import Source, frame_at, open_source
+from serve.predict.sources import Source, frame_at, of_manifest, open_source
 from serve.protocol.frames import Modality
 from serve.storage.cache import map_disk_errors
 from serve.verify.endpoint import FRAME_MARKERS
@@ -54,6 +55,8 @@ def list_frames(
         cache: see `open_source`.
         report: called with the number of names that were found, now and then.
     """
+    if is_manifest(source):
+        return of_manifest(read_manifest(source))
     where = storage.parse(source) if storage.is_remote(source) else None
     if where is None or where.scheme == "file":
         folder = Path(source if where is None else where.path).expanduser()

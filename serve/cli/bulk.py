@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -30,6 +31,8 @@ from serve.cli.entry import (
 from serve.cli.serve import stoppable
 from serve.errors import SettingsError
 from serve.predict.loading import archive_of
+from serve.predict.manifests import Manifest, copied, read_manifest
+from serve.predict.sources import of_manifest
 from serve.protocol.frames import FrameOptions, Modality
 from serve.storage.hashes import sha256_of
 from serve.worker.cpu_quota import available_cores
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None) -> int:
     report = stage_reporter()
     with stoppable(), ExitStack() as stack:
         engine = _ray_engine(args) if args.engine == "ray" else None
+        piped = _piped(stack) if args.source == "-" else None
         destination = Destination(args.out)
         made = archive_of(
             args.model,
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None) -> int:
         run = BulkRun(
             Job(str(made.path), made.trust, options, args.batch_size, batch_cost=args.batch_cost),
             {
-                "source": _named(args.source),
+                **_source_identity(args.source, piped),
                 "model_sha256": sha256_of(made.path),
                 "options": {name: value for name, value in asdict(options).items() if value},
             },
@@ -73,11 +77,15 @@ def main(argv: Sequence[str] | None) -> int:
         plan = plan_run(
             run,
             destination,
-            lambda: list_frames(
-                args.source,
-                cast(Modality, metadata.modality),
-                cache=open_cache(),
-                report=lambda count: report(f"found {count:,} files"),
+            lambda: (
+                of_manifest(piped)
+                if piped is not None
+                else list_frames(
+                    args.source,
+                    cast(Modality, metadata.modality),
+                    cache=open_cache(),
+                    report=lambda count: report(f"found {count:,} files"),
+                )
             ),
             stack,
             overwrite=args.overwrite,
@@ -126,6 +134,20 @@ def _outputs(args: argparse.Namespace) -> Outputs:
         args.image_size,
         args.annotations,
     )
+
+
+def _piped(stack: ExitStack) -> Manifest:
+    """Read the manifest on standard input; its paths are relative to the working folder."""
+    path = stack.enter_context(copied(sys.stdin.buffer))
+    return read_manifest(
+        str(path), storage.Location("file", os.path.join(os.getcwd(), "-")), what="standard input"
+    )
+
+
+def _source_identity(source: str, piped: Manifest | None) -> dict[str, str]:
+    if piped is None:
+        return {"source": _named(source)}
+    return {"source": source, "list_sha256": piped.sha256()}
 
 
 def _named(source: str) -> str:
@@ -184,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder, pattern in quotes ('*.jpg'), s3://bucket/prefix or packed file; frames of several parts are "
-        "folders with one file per part",
+        help="folder, pattern in quotes ('*.jpg'), s3://bucket/prefix, packed file, or manifest (.txt, .jsonl; - for "
+        "standard input): a list of paths or URIs; frames of several parts are folders with one file per part",
     )
     parser.add_argument("--model", required=True, help="archive (.mar), config, or name of the zoo")
     parser.add_argument("--checkpoint", help="path or URI of a checkpoint in place of the zoo's weights")

@@ -7,6 +7,7 @@
     open_source("rtsp://camera/stream", "image")             a stream
     open_source("drive.bag", "lidar")                        a topic of a recording: ROS 1 and 2, MCAP
     open_source("s3://bucket/frames", "lidar")               a prefix of a bucket, `ffrecord:///packed.ffr#velodyne`
+    open_source("frames.txt", "lidar")                       what a manifest lists; `.jsonl` too, also in a bucket
 
 A source is listed at once and read frame by frame: memory does not grow with its length.
 """
@@ -17,14 +18,15 @@ import fnmatch
 import glob
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from serve import storage
-from serve.errors import SettingsError, UndecodableFrame
+from serve.errors import ObjectNotFound, SettingsError, UndecodableFrame
 from serve.predict import video
 from serve.predict.frames import Clip, Frame, read_path
+from serve.predict.manifests import Manifest, is_manifest, read_manifest
 from serve.predict.recordings import is_recording, open_recording
 from serve.protocol.batch import Body
 from serve.protocol.frames import Modality
@@ -33,10 +35,11 @@ from serve.verify.endpoint import FRAME_MARKERS, find_frames
 from serve.verify.frame_source import list_frame_files
 from serve.verify.reference import FRAME_SUFFIXES
 
-__all__ = ["Source", "check_exists", "frame_at", "open_source"]
+__all__ = ["Source", "check_exists", "frame_at", "of_manifest", "open_source"]
 
 _STREAMS = ("rtsp://", "rtsps://", "rtmp://", "udp://", "tcp://", "srt://")
 _WILD = frozenset("*?[")
+_PICKLES = (".pkl", ".pickle")
 _IMAGES, _CLOUDS = FRAME_SUFFIXES["image"], FRAME_SUFFIXES["points"]
 
 
@@ -91,6 +94,13 @@ def open_source(
         return Source(text, recording.count, False, (recording.clip,), (recording,))
     if topic is not None:
         raise SettingsError(f"{text} is no recording (.bag, .mcap, folder of a ROS 2 bag); leave out --topic")
+    if is_manifest(text):
+        return of_manifest(read_manifest(text), etags=True)
+    if local.suffix.lower() in _PICKLES:
+        raise UndecodableFrame(
+            f"{text} is a pickle, as a data set's info files are, and reading one can run code; list its frames in a "
+            "manifest, one path a line"
+        )
     if text.isdecimal() and not Path(text).exists():
         return _of_videos(text, [video.camera(int(text))], modality)
     if text.startswith(_STREAMS) or (
@@ -135,6 +145,33 @@ def _of_videos(text: str, readers: Sequence[video.Reader], modality: Modality | 
     count = None if None in counts else sum(number for number in counts if number is not None)
     clips = tuple(reader.clip for reader in readers)
     return Source(text, count, any(clip.live for clip in clips), clips, tuple(readers))
+
+
+def of_manifest(manifest: Manifest, *, etags: bool = False) -> Source:
+    """Return the frames that a manifest lists.
+
+    Args:
+        manifest: the manifest.
+        etags: give frames of this machine theirs, for which each file is looked at.
+    """
+    clip = Clip(_bare(manifest.what.rsplit("/", 1)[-1]))
+    return Source(manifest.what, manifest.count, False, (clip,), (_Listed(manifest, clip, etags),))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Frames of a manifest."""
+
+    manifest: Manifest
+    clip: Clip
+    etags: bool
+
+    def __iter__(self) -> Generator[Frame]:
+        for name, stem, origin in self.manifest:
+            frame = frame_at(name, stem, origin, self.clip)
+            if self.etags and frame.path is not None and frame.path.exists():
+                frame = replace(frame, etag=_etag(frame.path))
+            yield frame
 
 
 def _of_paths(text: str, paths: Sequence[Path], root: Path) -> Source:
@@ -228,18 +265,26 @@ def frame_at(name: str, stem: str, origin: str | Mapping[str, str], clip: Clip) 
     Args:
         name: see `Frame`.
         stem: see `Frame`.
-        origin: path of a file or folder, URI, or URI of each part.
+        origin: path of a file or folder, URI (of a folder with a slash at the end), or path or URI of each part.
         clip: see `Frame`.
     """
     if not isinstance(origin, str):
         return Frame(name, stem, clip, partial(_read_parts, origin), origin=origin)
     if storage.is_remote(origin):
-        return Frame(name, stem, clip, partial(storage.read_bytes, origin), origin=origin)
+        read = partial(_read_folder, origin) if origin.endswith("/") else partial(storage.read_bytes, origin)
+        return Frame(name, stem, clip, read, origin=origin)
     return Frame(name, stem, clip, partial(read_path, Path(origin)), Path(origin), origin=origin)
 
 
 def _read_parts(uris: Mapping[str, str]) -> Body:
     return {part: storage.read_bytes(uri) for part, uri in uris.items()}
+
+
+def _read_folder(uri: str) -> Body:
+    """Read the parts of a frame in a folder of a bucket."""
+    if not (files := storage.list_files(uri)):
+        raise ObjectNotFound(f"{uri} has no part of a frame")
+    return {PurePosixPath(storage.parse(each).name).stem: storage.read_bytes(each) for each in files}
 
 
 def _last_name(text: str) -> str:

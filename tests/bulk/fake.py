@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,8 @@ class BulkModel:
     description: Any = MappingProxyType({"modality": "lidar", "load_dim": 4})
 
     def prepare(self, body: Any, options: Any) -> bytes:
+        if isinstance(body, Mapping):
+            return b"".join(body[part] for part in sorted(body))
         if body == b"bad":
             raise UndecodableFrame("a bad frame")
         return bytes(body)

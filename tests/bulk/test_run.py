@@ -28,7 +28,7 @@ from tests.gateway.running import eventually
 
 
 def run(
-    source: Path,
+    source: Path | str,
     out: Path | str,
     *,
     open_model: Any = fake.open_echo,
