@@ -91,11 +91,17 @@ class Conversions:
             )
         if not is_whole:
             self._remove_files("coco")  # it appears when all parts are there
-        for name in self._names:
-            there = self._destination.finished(name, PART_FORMATS[name])
+        whole = set(finished)
+        for name, suffix in PART_FORMATS.items():
+            there = self._destination.finished(name, suffix)
+            for number in sorted(there - whole):  # of records that were removed, to be computed again
+                self._destination.remove(self._destination.format_name(name, number, suffix))
+            there &= whole
+            if name not in self._names:
+                continue
             if there:
                 self._tolerant.add(name)
-            self._waiting.extend((name, number) for number in sorted(set(finished) - there))
+            self._waiting.extend((name, number) for number in sorted(whole - there))
         self.advance()
 
     def add(self, number: int) -> None:

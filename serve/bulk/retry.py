@@ -60,7 +60,9 @@ def read_patiently(read: Callable[[], Body], origin: str | Mapping[str, str]) ->
     except ObjectNotFound:
         raise
     except StorageError as error:
-        _check_health(origin if isinstance(origin, str) else next(iter(origin.values())), error)
+        uris = [origin] if isinstance(origin, str) else [*origin.values()]
+        # Parts of a frame may lie in several places, on this machine too.
+        _check_health(next(uri for uri in uris if storage.parse(uri).scheme == "s3"), error)
         raise
 
 

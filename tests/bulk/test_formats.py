@@ -132,6 +132,14 @@ def test_files_that_a_kill_left_out_are_made_of_the_record(drive: Any, tmp_path:
     assert files(out) == whole
 
 
+def test_files_of_records_that_were_removed_are_not_kept(drive: Any, tmp_path: Path) -> None:
+    source, out = drive(b"1", b"22"), tmp_path / "out"
+    lidar(source, out, KITTI_FORMAT, part_frames=1)
+    (out / "parts" / "00000001.jsonl").unlink()
+    lidar(source, out, Outputs(), part_frames=1)
+    assert sorted(path.name for path in (out / "kitti").iterdir()) == ["00000000.tar"]
+
+
 def test_the_number_of_processes_changes_no_byte_of_any_format(drive: Any, tmp_path: Path) -> None:
     chosen = ("jsonl", "parquet", "kitti") if has_pyarrow() else ("jsonl", "kitti")
     source = drive(b"1", b"bad", *(b"x" * k for k in range(12)))
