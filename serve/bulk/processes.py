@@ -32,7 +32,7 @@ __all__ = ["LocalEngine", "end_with_parent"]
 logger = logging.getLogger(__name__)
 
 _CONTEXT = get_context("spawn")
-_MOST_OPEN = 2  # parts of a process: one that is written, one that is computed
+_MOST_OPEN = 4  # parts of a process: one that is computed, others that are put into a slow bucket
 _SHOW_S = 0.5
 _END_S = 5.0
 
