@@ -16,6 +16,7 @@ import pytest
 
 from tests.bulk.test_run import names
 from tests.conftest import ROOT
+from tests.gateway.running import eventually
 
 FRAMES = 20_000
 KILLS = 30
@@ -27,6 +28,14 @@ from tests.bulk.test_run import run
 summary = run(Path(sys.argv[1]), Path(sys.argv[2]), open_model=fake.open_slow, part_frames=200)
 print(summary.counts.frames, summary.computed)
 """
+
+
+def computing(run: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that a run has for its parts."""
+    with suppress(psutil.NoSuchProcess):
+        children = psutil.Process(run.pid).children()
+        return [each for each in children if "resource_tracker" not in " ".join(each.cmdline())]
+    return []
 
 
 @pytest.mark.soak
@@ -45,17 +54,14 @@ def test_no_frame_is_lost_and_none_comes_twice(tmp_path: Path) -> None:
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
         ) as process:
             while sum(kills.values()) < KILLS and process.poll() is None:
-                time.sleep(rng.uniform(0.5, 2.5))
-                with suppress(psutil.NoSuchProcess):
-                    children = [
-                        child
-                        for child in psutil.Process(process.pid).children()
-                        if "resource_tracker" not in " ".join(child.cmdline())
-                    ]
-                    if children and rng.random() < 0.6:
+                if rng.random() < 0.9:  # else also while it begins
+                    eventually(lambda: process.poll() is not None or computing(process), 60)
+                time.sleep(rng.uniform(0.1, 2.5))
+                if (children := computing(process)) and rng.random() < 0.6:
+                    with suppress(psutil.NoSuchProcess):
                         rng.choice(children).kill()
                         kills["process"] += 1
-                        continue
+                    continue
                 process.kill()
                 kills["run"] += 1
             printed = process.communicate()[0]
