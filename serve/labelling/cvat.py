@@ -34,6 +34,7 @@ except ImportError as error:
 __all__ = ["CvatFunction", "annotate_clouds", "create", "cuboids"]
 
 Shapes = Literal["rectangle", "mask", "polygon"]
+_CUBOID_LABELS = ("any", "cuboid")  # types of labels that take cuboids
 _CUBOID_POINTS = 16  # of CVAT's cuboid in 3D; the last seven are unused
 
 
@@ -171,6 +172,9 @@ def annotate_clouds(
 ) -> int:
     """Add the cuboids of every point cloud of a CVAT task in 3D to its annotations; returns how many.
 
+    As with CVAT's own driver, frames that are deleted from the task are left out, and so are labels that take other
+    shapes.
+
     Args:
         task: task of `cvat_sdk.core` (``cvat_client.tasks.retrieve(ID)``).
         client: connected to the gateway.
@@ -181,9 +185,10 @@ def annotate_clouds(
     Raises:
         ServeError: as `Client.predict`.
     """
-    label_ids = {label.name: label.id for label in task.get_labels()}
+    label_ids = {label.name: label.id for label in task.get_labels() if str(label.type) in _CUBOID_LABELS}
+    deleted = set(task.get_meta().deleted_frames)
     shapes: list[models.LabeledShapeRequest] = []
-    for number in range(task.size):
+    for number in sorted(set(range(task.size)) - deleted):
         cloud = task.get_frame(number, quality="original").read()
         result = client.predict(cloud, model, version, score_thr=score_thr)
         shapes += cuboids(result, label_ids, number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from contextlib import closing
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,9 +105,16 @@ def test_model_for_other_frames_and_unknown_shapes_are_refused(served):
 def test_cuboids_are_added_to_a_task_in_3d(served):
     uploaded: list[Any] = []
     cloud = np.zeros((5, 4), np.float32).tobytes()
+    labels = [
+        models.Label(id=i, name=name, type=kind, attributes=[], sublabels=[])
+        for i, name, kind in ((9, "Car", "cuboid"), (10, "Pedestrian", "rectangle"))
+    ]
     task = SimpleNamespace(
-        size=2,
-        get_labels=lambda: [SimpleNamespace(name="Car", id=9)],
+        size=3,
+        get_meta=lambda: models.DataMetaRead(
+            chunks_updated_date=datetime.now(UTC), frames=[], deleted_frames=[1]
+        ),
+        get_labels=lambda: labels,
         get_frame=lambda number, quality: io.BytesIO(cloud),
         update_annotations=lambda data, action: uploaded.append((data, action)),
     )
@@ -115,7 +123,7 @@ def test_cuboids_are_added_to_a_task_in_3d(served):
         ((data, action),) = uploaded
         assert action.value == "create"
         assert [(shape.type.value, shape.label_id, shape.frame) for shape in data.shapes] == [
-            ("cuboid", 9, 0), ("cuboid", 9, 1),
+            ("cuboid", 9, 0), ("cuboid", 9, 2),
         ]  # fmt: skip
         x, y, z, dx, dy, dz, yaw = CUBOID
         expected = [x, y, z + dz / 2, 0, 0, yaw, dx, dy, dz, *[0] * 7]
