@@ -18,11 +18,12 @@ from serve.verify.report import frame_table
 from tests.conftest import pick_free_ports
 
 CONFIGS = Path(__file__).parent / "old_configs"
+# One of each package in every run; each takes 20 to 40 seconds, most of them for the model.
 SERVED = (
     "pointpillars/ceph_kitti",
-    "regnet/ceph_nuscenes",
-    "faster_rcnn/amazon",
     "faster_rcnn/image_to_tensor",
+    pytest.param("regnet/ceph_nuscenes", marks=pytest.mark.soak),
+    pytest.param("faster_rcnn/amazon", marks=pytest.mark.soak),
 )
 
 
@@ -35,6 +36,13 @@ def test_both_ways_of_packing_are_the_same_config_today():
     preprocessor = first["model"]["data_preprocessor"]
     assert (preprocessor["mean"], preprocessor["std"]) == ([0, 0, 0], [1, 1, 1])
     assert preprocessor["bgr_to_rgb"] and preprocessor["pad_size_divisor"] == 32
+
+
+@pytest.mark.parametrize("name", ["regnet/ceph_nuscenes", "faster_rcnn/amazon"])
+def test_old_config_that_is_not_served_in_every_run_is_converted_in_every_run(name):
+    resolved = resolve_config(CONFIGS / f"{name}.py")
+    assert any("converted to today's form" in note for note in resolved.notes)
+    assert resolved.config["model"]["type"] and configured_classes(resolved.config)
 
 
 @pytest.mark.slow
