@@ -116,7 +116,7 @@ def find_changes(
     if one.is_3d != two.is_3d:
         raise SettingsError("one answer has 2D boxes and the other 3D boxes; compare versions of one model")
     cost = _cost(one, two, rules)
-    same = np.array([[a == b for b in two.names] for a in one.names], np.bool_).reshape(cost.shape)
+    same = np.array(one.names, np.str_)[:, None] == np.array(two.names, np.str_)[None]
     paired = _pair(np.where(same, cost, np.inf))
     left = cost.copy()
     for a, b in paired:

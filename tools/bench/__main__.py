@@ -24,6 +24,10 @@ COMMANDS = {
         "one model of a gateway under a flood of requests for another",
     ),
     "grpc": ("tools.bench.commands.grpc", "the Open Inference Protocol over HTTP and over gRPC, in pairs"),
+    "shadow": (
+        "tools.bench.commands.shadow",
+        "what shadow traffic costs the requests that it copies, in turns",
+    ),
     "bulk": ("tools.bench.commands.bulk", "a run over many frames beside the runtime alone, in pairs"),
     "bulk-memory": ("tools.bench.commands.bulk_memory", "memory of a run over ten million frames"),
     "workers": ("tools.bench.commands.workers", "how workers and threads divide the cores"),

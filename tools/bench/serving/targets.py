@@ -249,10 +249,12 @@ class TargetSet:
         )
 
 
-def sleep_archive(folder: Path) -> Path:
-    """Write a TorchServe archive of the sleep model."""
-    path = folder / "sleep.mar"
-    model = {"modelName": "sleep", "modelVersion": "1.0", "handler": "tools.bench.serving.sleep_handler"}
+def sleep_archive(
+    folder: Path, version: str = "1.0", handler: str = "tools.bench.serving.sleep_handler"
+) -> Path:
+    """Write a TorchServe archive of the sleep model, with a module of its handler."""
+    path = folder / f"sleep-{version}.mar"
+    model = {"modelName": "sleep", "modelVersion": version, "handler": handler}
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model}))
     return path

@@ -1,0 +1,259 @@
+"""A rollout over a real TorchServe: what an altered version changes is caught before it answers anything.
+
+Version 2.0 of the model is altered, version 3.0 is a copy of the first. The short form has a handler without a model,
+the long one the demo SECOND.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve.archive import record_statistics
+from serve.cli import compare
+from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+from serve.watch.reference import reference_of
+from serve.watch.statistics import SCORE_THR
+from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, pick_free_ports, write_archive
+from tests.gateway.conftest import RunningGateway, running_gateway
+from tests.gateway.running import Background, eventually
+from tests.gateway.test_canary import sample
+
+pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(600)]
+
+FRAMES = 8
+WATCHED_FRAMES = 40
+Compare = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def background() -> Iterator[Background]:
+    made = Background()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    store = tmp_path_factory.mktemp("store")
+    for version in ("1.0", "2.0", "3.0"):
+        write_archive(store / f"boxes-{version}.mar", "tests.e2e.boxes_handler", "boxes", version)
+    with serving(store) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from serve.synthetic.scenes import generate_scene, held_out_seed
+
+    folder = tmp_path_factory.mktemp("scenes") / "clouds"
+    return write_clouds(folder, lambda k: generate_scene(held_out_seed(k)).to_bytes(), WATCHED_FRAMES)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory, demo_mar: Path, scenes: Path) -> Iterator[TorchServe]:
+    """The demo SECOND, as version 2.0 one that hardly finds pedestrians; all with the reference of the first."""
+    import torch
+
+    from serve.convert import Conversion, convert
+    from serve.predict import open_archive
+    from serve.predict.observed import count_source
+    from serve.predict.sources import open_source
+
+    folder = tmp_path_factory.mktemp("versions")
+    checkpoint = torch.load(DEMO_CHECKPOINT, weights_only=True)
+    checkpoint["state_dict"]["bbox_head.conv_cls.bias"].view(-1, 3)[:, 0] -= 3.0
+    torch.save(checkpoint, folder / "altered.pth")
+    store = tmp_path_factory.mktemp("store")
+    shutil.copy(demo_mar, store / "second-1.0.mar")
+    for version, weights in (("2.0", folder / "altered.pth"), ("3.0", DEMO_CHECKPOINT)):
+        made = convert(Conversion(DEMO_CONFIG, weights, folder, "second", model_version=version))
+        shutil.move(made.path, store / f"second-{version}.mar")
+    with open_archive(demo_mar, "cpu") as model:
+        counts = count_source(open_source(scenes, model.modality), model)
+    reference = reference_of(counts, SCORE_THR, WATCHED_FRAMES // 2)
+    for path in store.glob("*.mar"):
+        record_statistics(path, path, reference)
+    with serving(store) as running:
+        yield running
+
+
+def serving(store: Path) -> TorchServe:
+    ports: dict[str, Any] = dict(
+        zip(("inference_port", "management_port", "metrics_port"), pick_free_ports(3), strict=True)
+    )
+    models = [ServedModel(path.name) for path in sorted(store.glob("*.mar"))]
+    return TorchServe(TorchServeOptions(store, models, system_metrics=False, gpus=0, **ports))
+
+
+@pytest.fixture
+def run_compare(capsys: pytest.CaptureFixture[str]) -> Compare:
+    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
+        capsys.readouterr()
+        code = compare.main([str(each) for each in arguments])
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])["compare"]
+        return code, found
+
+    return run
+
+
+def start(background: Background, server: TorchServe, **options: Any) -> Any:
+    urls = {"inference_url": server.inference_url, "management_url": server.management_url}
+    return running_gateway(background, **urls, worker_sockets=server.worker_sockets, **options)
+
+
+def kill_workers(server: TorchServe, version: str) -> int:
+    """Kill the workers of a version of the model of boxes; returns how many there were."""
+    count = 0
+    for worker in server.workers("boxes", version):
+        if worker.ready and worker.pid:
+            with contextlib.suppress(ProcessLookupError):  # TorchServe has not noticed an earlier death yet
+                os.kill(worker.pid, signal.SIGKILL)
+                count += 1
+    return count
+
+
+def all_ready(gateway: RunningGateway) -> bool:
+    return [each["status"] for each in gateway.client.get("/models").json()] == ["ready"] * 3
+
+
+def changes(gateway: RunningGateway, shadow: str, change: str, **labels: str) -> float:
+    return sample(gateway, "shadow_detections_total", shadow=shadow, change=change, **labels)
+
+
+def drifted(gateway: RunningGateway, version: str) -> set[str]:
+    """Statistics that left the reference, as the alert has it."""
+    names = ("score", "detections", "class", "distance", "length", "width", "height", "elevation")
+    return {
+        name
+        for name in names
+        if sample(gateway, "drift_distance", version=version, statistic=name)
+        > sample(gateway, "drift_limit", version=version, statistic=name)
+    }
+
+
+def check_rollout(
+    background: Background, server: TorchServe, name: str, clouds: Path, run_compare: Compare
+) -> set[str]:
+    """Caught by compare, with the same figures by the shadow; a copy differs in nothing.
+
+    Returns the statistics by which the altered version left its reference, before a request had been answered by it.
+    """
+    bodies = [path.read_bytes() for path in sorted(clouds.iterdir())]
+    shadows = {"shadow": f"{name}:2.0=1,{name}:3.0=1", "shadow_frames": 64, "shadow_wait_s": 60}
+    with start(background, server, **shadows, watch_window_frames=len(bodies) // 2) as gateway:
+        eventually(lambda: all_ready(gateway), 60)
+        gateway.client.timeout = 60
+        for body in bodies:
+            assert gateway.post(f"/predictions/{name}", content=body).headers["x-model-version"] == "1.0"
+        eventually(lambda: sample(gateway, "shadow_frames_total") == 2 * len(bodies), 60)
+        counted = {
+            (shadow, kind): changes(gateway, shadow, kind)
+            for shadow in ("2.0", "3.0")
+            for kind in ("matched", "renamed", "lost", "new")
+        }
+        left = drifted(gateway, "2.0")
+        assert not drifted(gateway, "1.0") and not drifted(gateway, "3.0")
+        pedestrians = changes(gateway, "2.0", "lost", **{"class": "Pedestrian"})
+    with start(background, server) as gateway:
+        eventually(lambda: all_ready(gateway), 60)
+        address = f"{gateway.url}/predictions/{name}"
+        for shadow, code in (("2.0", 1), ("3.0", 0)):
+            status, found = run_compare(f"{address}/1.0", f"{address}/{shadow}", clouds)
+            assert status == code, found
+            for kind in ("matched", "renamed", "lost", "new"):
+                assert found["all"][kind] == counted[shadow, kind], (shadow, kind)
+            assert bool(found["all"]["lost"]) == (shadow == "2.0")
+            if shadow == "2.0":
+                assert found["by_class"]["Pedestrian"]["lost"] == pedestrians > 0
+    return left
+
+
+def write_clouds(folder: Path, make: Callable[[int], bytes], count: int = FRAMES) -> Path:
+    folder.mkdir()
+    for k in range(count):
+        (folder / f"{k:06d}.bin").write_bytes(make(k))
+    return folder
+
+
+def random_cloud(number: int) -> bytes:
+    dice = np.random.default_rng(number)
+    return dice.uniform((0, -40, -2, 0), (70, 40, 1, 1), (1024, 4)).astype(np.float32).tobytes()
+
+
+def test_an_altered_version_is_caught_by_compare_and_by_its_shadow(
+    background: Background, boxes: TorchServe, tmp_path: Path, run_compare: Compare
+) -> None:
+    check_rollout(background, boxes, "boxes", write_clouds(tmp_path / "clouds", random_cloud), run_compare)
+
+
+@pytest.mark.soak
+def test_requests_are_answered_while_the_shadows_worker_is_killed(
+    background: Background, boxes: TorchServe
+) -> None:
+    slowest = {"quiet": 0.0, "killed": 0.0}
+    with start(background, boxes, shadow="boxes:2.0=1") as gateway:
+        eventually(lambda: all_ready(gateway), 60)
+        killed = 0
+        for k in range(120):
+            if k in (40, 80):
+                killed += kill_workers(boxes, "2.0")
+            began = time.perf_counter()
+            assert gateway.post("/predictions/boxes", content=random_cloud(k)).status_code == 200
+            phase = "quiet" if k < 40 else "killed"
+            slowest[phase] = max(slowest[phase], time.perf_counter() - began)
+        assert killed and gateway.client.get("/health/ready").status_code == 200
+        assert sample(gateway, "requests_total", model="boxes", status="200") == 120
+        assert sample(gateway, "shadow_frames_total", shadow="2.0")
+    # A request that waited for anything of the shadow's would wait for its worker, which takes seconds to start.
+    assert slowest["killed"] < 1.0, slowest
+    print(slowest)
+
+
+@pytest.mark.soak
+def test_a_canary_whose_workers_are_killed_loses_no_request(
+    background: Background, boxes: TorchServe
+) -> None:
+    eventually(lambda: all(worker.ready for worker in boxes.workers("boxes", "3.0")), 60)
+    with start(background, boxes, canary="boxes:3.0=0.5") as gateway:
+        eventually(lambda: all_ready(gateway), 60)
+        versions: list[str] = []
+        stop = threading.Event()
+
+        def kill() -> None:
+            while not stop.wait(0.3):
+                kill_workers(boxes, "3.0")
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            for k in range(100):
+                answer = gateway.post("/predictions/boxes", content=random_cloud(k))
+                assert answer.status_code == 200, answer.text
+                versions.append(answer.headers["x-model-version"])
+        finally:
+            stop.set()
+            killer.join()
+        assert {*versions} == {"1.0", "3.0"} and versions.count("1.0") > 50
+        assert sample(gateway, "canary_fallbacks_total", model="boxes", version="3.0")
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+def test_an_altered_second_is_caught_by_compare_by_its_shadow_and_by_the_alert(
+    background: Background, second: TorchServe, scenes: Path, run_compare: Compare
+) -> None:
+    left = check_rollout(background, second, "second", scenes, run_compare)
+    print("left the reference:", left)
+    assert "class" in left
