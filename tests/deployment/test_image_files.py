@@ -29,11 +29,14 @@ from prometheus_client.parser import text_string_to_metric_families
 import serve.torchserve.supervisor
 from serve.cli.main import COMMANDS
 from serve.cli.serve import CONTAINER_STORE
+from serve.compare.changes import Change
 from serve.gateway.admission import Admission
 from serve.gateway.batcher import BatchReport
 from serve.gateway.metrics import DEPRECATED_NAMES, Metrics
 from serve.gateway.models import ModelVersion
 from serve.gateway.options import GatewayOptions
+from serve.gateway.rollout import Rollout
+from serve.gateway.shadow_metrics import ShadowMetrics
 from serve.gateway.tracks import TrackSessions
 from serve.gateway.watching import Watching, WatchOptions
 from serve.settings import PREFIX, Settings
@@ -52,8 +55,8 @@ DOCKERFILE = CONTEXT / "Dockerfile"
 # What NVIDIA's exporter exports by default; TorchServe is told to collect no figures of GPUs.
 DCGM = {"DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_FB_USED"}
 PROMQL = {
-    "absent", "by", "group_left", "histogram_quantile", "ignoring", "increase", "label_values", "le", "max", "rate",
-    "sum",
+    "absent", "and", "by", "group_left", "histogram_quantile", "ignoring", "increase", "label_values", "le", "max",
+    "rate", "sum",
 }  # fmt: skip
 
 Instruction = tuple[str, str]
@@ -431,6 +434,12 @@ def exported() -> set[str]:
     metrics.set_ready(True)
     metrics.observe_sample("m", "kept")
     metrics.registry.register(watched())
+    metrics.observe_fallback("m", "2.0", "not_ready")
+    metrics.show_rollout(Rollout(file=Path("rollout")))
+    shadow, pair = ShadowMetrics(metrics.registry), ("m", "1.0", "2.0")
+    shadow.observe_changes(pair, [Change("lost", "Car", None, 0.9, 0.0, False, 0.0, None, (0, None))])
+    shadow.observe_failure(pair, "not_ready")
+    shadow.observe_drop(pair, "busy")
     parsed = text_string_to_metric_families(metrics.exposition().decode())
     current = (family for family in parsed if family.name not in DEPRECATED_NAMES)
     ours = {sample.name for family in current for sample in family.samples}

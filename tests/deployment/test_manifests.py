@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -17,6 +18,7 @@ from serve.cli.flags import values_of
 from serve.cli.main import COMMANDS
 from serve.gateway.app import create_app
 from serve.gateway.options import GatewayOptions
+from serve.gateway.rollout import read_rollout_file
 from serve.torchserve import TorchServeOptions
 from serve.torchserve.process import DRAIN_S
 from tests.deployment.conftest import (
@@ -74,6 +76,30 @@ def test_every_component_goes_with_the_base(component: str, tmp_path: Any) -> No
     for one in render(tmp_path):
         if one["kind"] not in FOREIGN:
             kubernetes_validate.validate(one, KUBERNETES, strict=True)
+
+
+def test_shares_of_a_rollout_are_mounted_where_the_gateway_reads_them_and_can_be_edited(
+    tmp_path: Path,
+) -> None:
+    up, where = "../" * len(tmp_path.parts[1:]), str(ROOT / "k8s").lstrip("/")
+    (tmp_path / "kustomization.yaml").write_text(
+        f"resources: [{up}{where}/overlays/cpu]\ncomponents: [{up}{where}/components/rollout]\n"
+    )
+    objects = render(tmp_path)
+    container = main_container(objects)
+    file = options_of(environment(objects, container)).rollout_file
+    assert file is not None
+    (mount,) = [each for each in container["volumeMounts"] if each["name"] == "rollout"]
+    assert mount["mountPath"] == str(file.parent) and "subPath" not in mount  # which would never change
+    (volume,) = [each for each in pod_spec(objects)["volumes"] if each["name"] == "rollout"]
+    (shares,) = [each for each in of_kind(objects, "ConfigMap") if file.name in each["data"]]
+    assert volume["configMap"]["name"] == shares["metadata"]["name"] == "mmdet3d-serve-rollout"
+    assert shares["metadata"]["namespace"] == "mmdet3d-serve"
+    text = shares["data"][file.name]
+    for line in (text, text.replace("#canary", "canary").replace("#shadow", "shadow")):
+        (tmp_path / "shares").write_text(line)
+        found = read_rollout_file(tmp_path / "shares")
+    assert found == ({"second": {"2.0": 0.05}}, {"second": {"2.0": 0.1}})
 
 
 # The restricted Pod Security Standard
