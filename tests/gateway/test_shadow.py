@@ -128,11 +128,12 @@ def test_a_shadow_that_hangs_holds_up_nothing_and_what_waits_is_bounded(
     start_gateway: Start, background: Background, second: FakeModel, cloud: Cloud
 ) -> None:
     gateway = ready(
-        start_gateway(shadow="second:2.0=1", shadow_frames=3, shadow_wait_s=0.1, stall_timeout_s=0.05)
+        start_gateway(shadow="second:2.0=1", shadow_frames=3, shadow_wait_s=0.5, stall_timeout_s=0.05)
     )
     second.gate = background.call(_gate())
-    for k in range(8):
-        assert gateway.post(content=cloud(k)).status_code == 200
+    answer = gateway.post(files=[("data", cloud(k)) for k in range(8)])
+    assert answer.status_code == 200 and all("frame" in each for each in answer.json())
+    eventually(lambda: shadows(gateway))
     assert shadows(gateway) <= 3
     assert gateway.client.get("/health/ready").status_code == 200
     eventually(lambda: shadows(gateway) == 1)  # the others have waited long enough
