@@ -145,7 +145,7 @@ image: wheel ## Build the image mmdet3d-serve:latest [TARGET=gateway TORCH_LOCK=
 	docker build --target $(TARGET) --tag $(IMAGE):latest --tag $(IMAGE):$(VERSION) \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
 		--build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) \
-		$(foreach name,BASE_IMAGE TORCH_LOCK TORCH_INDEX PIP_INDEX_URL SOURCE,$(if $($(name)),--build-arg $(name)=$($(name)))) docker/serve/
+		$(foreach name,BASE_IMAGE IMAGE_EXTRAS TORCH_LOCK TORCH_INDEX PIP_INDEX_URL SOURCE,$(if $($(name)),--build-arg $(name)=$($(name)))) docker/serve/
 
 image-check: $(STAMP) wheel #: Build and run the image without an engine: root, buildah, debootstrap; minutes, gigabytes [ARGS=--help]
 	@exec $(PY) docker/check_image.py $(ARGS)

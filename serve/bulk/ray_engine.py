@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -46,10 +47,6 @@ _VARIABLES = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # how Ray is to behave from some version on; it warns without
 }
-
-
-# Of a Ray of this run: all of it listens on loopback. Its ports take code to run from anyone.
-_VARIABLES_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 class _Discard(StringIO):
@@ -132,7 +129,7 @@ class RayEngine:
             SetupError: no cluster answers, or Ray cannot be started.
         """
         alone = self._address == "local"
-        for name, value in {**_VARIABLES, **(_VARIABLES_ALONE if alone else {})}.items():
+        for name, value in {**_VARIABLES, **(_variables_alone() if alone else {})}.items():
             stack.enter_context(variable_set(name, value))
         # Ray prints what it hears from its machines, lost ones with pages of their logs. This command prints nothing.
         stack.enter_context(redirect_stdout(_Discard()))
@@ -196,6 +193,15 @@ class RayEngine:
             threads,
         )
         return task, size, {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
+
+
+def _variables_alone() -> dict[str, str]:
+    """Variables of a Ray of this run: its ports, which take code to run, are on loopback and want a token."""
+    return {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
 
 
 class _Watch:

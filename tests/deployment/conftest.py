@@ -59,6 +59,23 @@ def main_container(objects: list[Object]) -> Object:
     return dict(container)
 
 
+def assert_restricted(pod: Object) -> None:
+    """The restricted Pod Security Standard, and no folder that can be written but those that are meant for it."""
+    assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    allowed = {"emptyDir", "configMap", "persistentVolumeClaim"}
+    assert all(volume.keys() - {"name"} <= allowed for volume in pod["volumes"])
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert not any("hostPort" in port for port in container.get("ports", []))
+
+
 def environment(objects: list[Object], container: Object) -> dict[str, str]:
     """All variables of a container, those from config maps too; what only a node knows is "1"."""
     maps = {one["metadata"]["name"]: one["data"] for one in of_kind(objects, "ConfigMap")}

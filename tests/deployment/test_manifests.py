@@ -25,6 +25,7 @@ from tests.deployment.conftest import (
     OVERLAYS,
     ROOT,
     Object,
+    assert_restricted,
     containers,
     environment,
     main_container,
@@ -109,20 +110,7 @@ def test_shares_of_a_rollout_are_mounted_where_the_gateway_reads_them_and_can_be
 def test_pods_are_restricted(rendered: Rendered, overlay: str) -> None:
     (namespace,) = of_kind(rendered[overlay], "Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-    pod = pod_spec(rendered[overlay])
-    assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert pod["automountServiceAccountToken"] is False
-    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
-    allowed = {"emptyDir", "configMap", "persistentVolumeClaim"}
-    assert all(volume.keys() - {"name"} <= allowed for volume in pod["volumes"])
-    for container in containers(rendered[overlay]):
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        assert not any("hostPort" in port for port in container.get("ports", []))
+    assert_restricted(pod_spec(rendered[overlay]))
 
 
 @every_overlay
