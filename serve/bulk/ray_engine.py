@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any, Self
@@ -195,6 +196,7 @@ class RayEngine:
         return task, size, {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
 
 
+@cache  # Ray keeps the first token for the life of the process
 def _variables_alone() -> dict[str, str]:
     """Variables of a Ray of this run: its ports, which take code to run, are on loopback and want a token."""
     return {

@@ -47,13 +47,14 @@ PART_FRAMES = 3
 def cluster() -> Iterator[Any]:
     """A head without cores, to which nodes are added; all on loopback."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets are short
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_TMPDIR", folder)  # also of the file that names the last cluster
     started = Cluster(
         initialize_head=True,
         head_node_args={
             "num_cpus": 0,
             "include_dashboard": False,
             "node_ip_address": LOOPBACK,
-            "temp_dir": folder,
             "_system_config": {
                 "health_check_initial_delay_ms": 0,
                 "health_check_period_ms": 500,
@@ -63,6 +64,7 @@ def cluster() -> Iterator[Any]:
     )
     yield started
     started.shutdown()
+    patch.undo()
     shutil.rmtree(folder, ignore_errors=True)
 
 
