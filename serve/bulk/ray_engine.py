@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -199,11 +200,10 @@ class RayEngine:
 @cache  # Ray keeps the first token for the life of the process
 def _variables_alone() -> dict[str, str]:
     """Variables of a Ray of this run: its ports, which take code to run, are on loopback and want a token."""
-    return {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    if "ray" in sys.modules:  # which reads the token when it is imported, and would not have this one
+        return loopback
+    return {**loopback, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 class _Watch:
