@@ -1,6 +1,14 @@
 """Archive format (``.mar``): write, verify, extract and open, without torch."""
 
-from serve.archive.format import Archive, extract, open_directory, record_statistics, verify, write
+from serve.archive.format import (
+    Archive,
+    extract,
+    open_directory,
+    read_statistics,
+    record_statistics,
+    verify,
+    write,
+)
 from serve.archive.metadata import FORMAT, InferenceOptions, Metadata, check_identity
 from serve.archive.parts import check_parts_folder, write_parts
 
@@ -13,6 +21,7 @@ __all__ = [
     "check_parts_folder",
     "extract",
     "open_directory",
+    "read_statistics",
     "record_statistics",
     "verify",
     "write",

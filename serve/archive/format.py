@@ -55,7 +55,7 @@ from serve.errors import ArchiveError
 from serve.watch.reference import ENTRY as STATISTICS
 from serve.watch.reference import Reference
 
-__all__ = ["Archive", "extract", "open_directory", "record_statistics", "verify", "write"]
+__all__ = ["Archive", "extract", "open_directory", "read_statistics", "record_statistics", "verify", "write"]
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 Source = bytes | Path
@@ -191,6 +191,21 @@ def record_statistics(source: Path, target: Path, reference: Reference) -> str:
         described["files"][STATISTICS] = _sha256(entries[STATISTICS])
         _write_zip(target, {**entries, METADATA: _json(described)})
     return _sha256(target)
+
+
+def read_statistics(path: Path) -> Reference | None:
+    """Read the statistics that were recorded in an archive file, without unpacking it; None if there are none.
+
+    Raises:
+        ArchiveError: as `verify`, of these only; or they are malformed.
+    """
+    with open_zip(path) as archive:
+        expected = _read_header(archive).files.get(STATISTICS)
+        if expected is None:
+            return None
+        document = archive.read(STATISTICS)
+        _compare(STATISTICS, _sha256(document), expected)
+        return Reference.parse(document)
 
 
 def _write_zip(path: Path, everything: Mapping[str, Source]) -> None:

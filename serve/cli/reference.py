@@ -1,4 +1,4 @@
-"""``mmdet3d-serve reference``: what a model sees on given frames, recorded in its archive."""
+"""``mmdet3d-serve reference``: what a model sees on given frames, recorded in its archive, or copied to another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from serve import archive
 from serve.cli.entry import bounded, command_parser, open_cache, stage_reporter
 from serve.cli.serve import stoppable
-from serve.errors import SettingsError
+from serve.errors import ArchiveError, SettingsError, quote
 from serve.predict.models import open_archive
 from serve.predict.observed import count_source
 from serve.predict.sources import open_source
@@ -23,13 +23,24 @@ __all__ = ["main"]
 
 # With fewer frames the limits are wide.
 _FEW_FRAMES = 200
+# Options of recording, of which a copy has no use.
+_OF_FRAMES = ("score_thr", "window_frames", "batch_size", "columns", "device")
 
 
 def main(argv: Sequence[str] | None) -> int:
-    """Record a reference; returns 0, 3 if no frame could be predicted."""
-    args = _parser().parse_args(argv)
-    if not args.archive.is_file():
-        raise SettingsError(f"{args.archive} is no file; give the path of an archive (.mar)")
+    """Record a reference or copy one; returns 0, 3 if no frame could be predicted."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for path in (args.archive, args.copied_from):
+        if path is not None and not path.is_file():
+            raise SettingsError(f"{path} is no file; give the path of an archive (.mar)")
+    if (args.source is None) == (args.copied_from is None):
+        parser.error("give either FRAMES or --from ARCHIVE")
+    if args.copied_from is not None:
+        if odd := [name for name in _OF_FRAMES if getattr(args, name) != parser.get_default(name)]:
+            parser.error(f"--{odd[0].replace('_', '-')} is for FRAMES; --from takes what was recorded")
+        with stoppable():
+            return _copy(args.copied_from, args.archive, args.out or args.archive)
     report = stage_reporter()
     with stoppable():
         report(f"loading {args.archive.name}")
@@ -70,6 +81,41 @@ def main(argv: Sequence[str] | None) -> int:
     return 0
 
 
+def _copy(source: Path, path: Path, target: Path) -> int:
+    """Write an archive again with the reference of another one, if the figures of both can be compared."""
+    found = archive.read_statistics(source)
+    if found is None:
+        raise ArchiveError(
+            f"{source} has no reference; record one with: mmdet3d-serve reference {source} FRAMES"
+        )
+    former, model = archive.verify(source), archive.verify(path)
+    differences = [
+        f"{name} {theirs} there, {ours} here"
+        for name, theirs, ours in (
+            ("modality", former.modality, model.modality),
+            ("box_type_3d", former.box_type_3d, model.box_type_3d),
+            ("further classes", _only(former.classes, model.classes), _only(model.classes, former.classes)),
+        )
+        if theirs != ours
+    ]
+    if differences:
+        raise ArchiveError(
+            f"the reference of {source} does not fit {path}: {'; '.join(differences)}; "
+            f"record one with: mmdet3d-serve reference {path} FRAMES"
+        )
+    sha256 = archive.record_statistics(path, target, found)
+    print(_table(found))
+    print(f"of        {source} ({former.name} {former.version})")
+    print(f"archive   {target} ({model.name} {model.version})")
+    print(f"sha256    {sha256}")
+    return 0
+
+
+def _only(classes: Sequence[str], others: Sequence[str]) -> str:
+    """Return the classes that the others lack; their order is of no account, because they are counted by name."""
+    return ", ".join(quote(name) for name in classes if name not in others) or "none"
+
+
 def _table(found: Reference) -> str:
     """Return a row of each statistic with values: number, mean and limit."""
     lines = [
@@ -90,14 +136,25 @@ def _parser() -> argparse.ArgumentParser:
         "reference",
         "Run a model on frames like those that it is to see, and record in its archive how many detections, which "
         "scores, classes, sizes, distances and clouds there were. A server compares with that what it sees, as metrics "
-        "with an alert. Exit status: 0 recorded, 2 error, 3 no frame could be predicted.",
+        "with an alert. With --from, copy the reference of a former version instead, so that what the new version "
+        "changes shows as drift. Exit status: 0 recorded or copied, 2 error, 3 no frame could be predicted.",
         [
             "reference second.mar velodyne/",
             "reference second.mar s3://bucket/val --out watched/second.mar --score-thr 0.4",
+            "reference second-2.0.mar --from second-1.0.mar",
         ],
     )
     parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="path of the archive (.mar)")
-    parser.add_argument("source", metavar="FRAMES", help="what predict takes: folder, pattern, video, s3://…")
+    parser.add_argument(
+        "source", nargs="?", metavar="FRAMES", help="what predict takes: folder, pattern, video, s3://…"
+    )
+    parser.add_argument(
+        "--from",
+        dest="copied_from",
+        type=Path,
+        metavar="ARCHIVE",
+        help="copy the reference of this archive, of the same modality and classes, instead of running the model",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write another archive (default: replace ARCHIVE)"
     )

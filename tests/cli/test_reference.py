@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from serve import archive
 from serve.cli import reference
-from serve.errors import SettingsError
-from serve.watch.reference import ENTRY
-from serve.watch.statistics import CLASS
+from serve.errors import ArchiveError, SettingsError
+from serve.watch.reference import ENTRY, reference_of
+from serve.watch.statistics import CLASS, Layout
+from tests.archive.test_format import METADATA, rewrite, write
 
 
 @pytest.mark.slow
@@ -45,3 +48,77 @@ def test_reference_is_recorded_in_the_archive_and_bad_frames_are_left_out(
 def test_an_archive_that_is_missing_is_an_error_of_usage(tmp_path: Path) -> None:
     with pytest.raises(SettingsError):
         reference.main([str(tmp_path / "none.mar"), str(tmp_path)])
+
+
+def recorded(folder: Path, **changes: Any) -> Path:
+    """A small archive with a reference of one frame."""
+    folder.mkdir()
+    path = write(folder, **changes)
+    counts = Layout.of_classes(METADATA.classes).empty()
+    counts.frames = 1
+    counts.of(CLASS)[:] = (5, 2, 0)
+    archive.record_statistics(path, path, reference_of([counts], 0.4, 1))
+    return path
+
+
+def test_a_reference_is_copied_to_a_new_version_and_nothing_else_changes(tmp_path: Path) -> None:
+    former, path = recorded(tmp_path / "former"), write(tmp_path, replace(METADATA, version="2.0"))
+    before = archive.verify(path)
+    assert reference.main([str(path), "--from", str(former)]) == 0
+    after = archive.verify(path)
+    assert (after.version, {name: each for name, each in after.files.items() if name != ENTRY}) == (
+        "2.0", before.files,
+    )  # fmt: skip
+    assert after.files[ENTRY] == archive.verify(former).files[ENTRY]
+    found = archive.read_statistics(path)
+    assert found is not None and found.score_thr == 0.4 and found.counts.of(CLASS).tolist() == [5, 2, 0]
+
+
+def test_a_copy_counts_classes_by_name_in_whatever_order(tmp_path: Path) -> None:
+    former = recorded(tmp_path / "former")
+    path = write(tmp_path, replace(METADATA, classes=METADATA.classes[::-1]))
+    assert reference.main([str(path), "--from", str(former)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"modality": "camera"}, "modality lidar there, camera here"),
+        ({"box_type_3d": "Camera"}, "box_type_3d LiDAR there, Camera here"),
+        ({"classes": ("Car", "Van")}, "classes 'Cyclist' there, 'Van' here"),
+        ({"classes": (*METADATA.classes, "Van")}, "classes none there, 'Van' here"),
+    ],
+)
+def test_a_copy_to_another_kind_of_model_is_refused_with_what_differs(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    former, path = recorded(tmp_path / "former"), write(tmp_path, replace(METADATA, **change))
+    before = path.read_bytes()
+    with pytest.raises(ArchiveError, match=named):
+        reference.main([str(path), "--from", str(former)])
+    assert path.read_bytes() == before
+
+
+def test_a_copy_from_an_archive_without_a_reference_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    with pytest.raises(ArchiveError, match="has no reference"):
+        reference.main([str(path), "--from", str(path)])
+
+
+def test_a_copy_of_an_altered_reference_is_refused(tmp_path: Path) -> None:
+    former, path = recorded(tmp_path / "former"), write(tmp_path)
+    rewrite(former, lambda entries: entries.update({ENTRY: entries[ENTRY].replace(b"0.4", b"0.5")}))
+    with pytest.raises(ArchiveError, match="altered"):
+        reference.main([str(path), "--from", str(former)])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["frames", "--from", "{former}"], ["--from", "{former}", "--score-thr", "0.5"]],
+    ids=["neither", "both", "option-of-recording"],
+)
+def test_frames_and_a_copy_exclude_each_other(tmp_path: Path, arguments: list[str]) -> None:
+    former, path = recorded(tmp_path / "former"), write(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        reference.main([str(path), *(each.format(former=former) for each in arguments)])
+    assert ended.value.code == 2

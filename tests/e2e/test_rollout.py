@@ -20,11 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve.archive import record_statistics
-from serve.cli import compare
+from serve.cli import compare, reference
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
-from serve.watch.reference import reference_of
-from serve.watch.statistics import SCORE_THR
 from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, pick_free_ports, write_archive
 from tests.gateway.conftest import RunningGateway, running_gateway
 from tests.gateway.running import Background, eventually
@@ -67,24 +64,19 @@ def second(tmp_path_factory: pytest.TempPathFactory, demo_mar: Path, scenes: Pat
     import torch
 
     from serve.convert import Conversion, convert
-    from serve.predict import open_archive
-    from serve.predict.observed import count_source
-    from serve.predict.sources import open_source
 
     folder = tmp_path_factory.mktemp("versions")
     checkpoint = torch.load(DEMO_CHECKPOINT, weights_only=True)
     checkpoint["state_dict"]["bbox_head.conv_cls.bias"].view(-1, 3)[:, 0] -= 3.0
     torch.save(checkpoint, folder / "altered.pth")
     store = tmp_path_factory.mktemp("store")
-    shutil.copy(demo_mar, store / "second-1.0.mar")
+    first = shutil.copy(demo_mar, store / "second-1.0.mar")
+    window = str(WATCHED_FRAMES // 2)
+    assert reference.main([str(first), str(scenes), "--window-frames", window, "--device", "cpu"]) == 0
     for version, weights in (("2.0", folder / "altered.pth"), ("3.0", DEMO_CHECKPOINT)):
         made = convert(Conversion(DEMO_CONFIG, weights, folder, "second", model_version=version))
-        shutil.move(made.path, store / f"second-{version}.mar")
-    with open_archive(demo_mar, "cpu") as model:
-        counts = count_source(open_source(scenes, model.modality), model)
-    reference = reference_of(counts, SCORE_THR, WATCHED_FRAMES // 2)
-    for path in store.glob("*.mar"):
-        record_statistics(path, path, reference)
+        path = shutil.move(made.path, store / f"second-{version}.mar")
+        assert reference.main([str(path), "--from", str(first)]) == 0
     with serving(store) as running:
         yield running
 
