@@ -203,7 +203,7 @@ def test_a_stopped_run_leaves_no_process_and_no_file_of_ray(
     script = (
         "from pathlib import Path; from serve.bulk.ray_engine import RayEngine; from serve.cli.serve import stoppable\n"
         "from tests.bulk.test_ray import run\n"
-        f"with stoppable(): run(Path({str(source)!r}), Path({str(out)!r}), RayEngine(), Path({str(archive)!r}))"
+        f"with stoppable(): run(Path({str(source)!r}), Path({str(out)!r}), RayEngine(actors=1), Path({str(archive)!r}))"
     )
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
