@@ -89,6 +89,7 @@ def create_app(
     )
     if options.shadow or options.rollout_file:
         registry.frame_observers.append(shadow.observe)
+    metrics.on_exposition += [canaries.show_metrics, shadow.show_metrics]
     watching = Watching(registry.get, WatchOptions.of(options))
     backend.on_observed = watching.observe
     metrics.registry.register(watching)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from serve.errors import ServeError
 from serve.gateway.dispatch import Fallback
-from serve.gateway.metrics import Metrics
+from serve.gateway.metrics import FAILURE_CODES, Metrics
 from serve.gateway.models import ModelRegistry, ModelVersion
 from serve.gateway.rollout import EvenChoice, Rollout
 from serve.gateway.tracks import TrackRequest, TrackSessions
@@ -22,6 +22,8 @@ __all__ = ["Canaries", "Chosen", "takes_same_frames"]
 
 # Properties of a model that decide how its frames are read.
 _INPUTS = ("modality", "parts", "load_dim", "columns", "sweeps")
+# Why a canary does not answer, as labels of a metric.
+_REASONS = ("stalled", "other_inputs", *FAILURE_CODES)
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,13 @@ class Canaries:
             if point < 0:
                 return await self._try(name, canary, is_sequence=track is not None)
         return Chosen(await self._registry.find(name, None))
+
+    def show_metrics(self) -> None:
+        """Show what canaries did not answer, for each version with a share, also while that is nothing."""
+        for name, shares in self._rollout.canary.items():
+            for version, share in shares.items():
+                if share:
+                    self._metrics.show_fallbacks(name, version, _REASONS)
 
     def _next_point(self, model: str) -> float:
         if model not in self._choices:  # one that has shares: bounded

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from serve.errors import (
+    BackendBroken,
+    DeadlineExceeded,
+    InferenceFailed,
+    NotReady,
+    OutOfMemory,
+    Overloaded,
+    ServeError,
+)
 from serve.gateway.admission import Admission
 from serve.gateway.batcher import BatchReport
 from serve.gateway.rollout import Rollout
 from serve.gateway.tracks import TrackSessions
 
-__all__ = ["CONTENT_TYPE", "DEPRECATED_NAMES", "Metrics"]
+__all__ = ["CONTENT_TYPE", "DEPRECATED_NAMES", "FAILURE_CODES", "Metrics"]
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 # Old name → new name. A renamed metric is exported under both names for one version.
@@ -23,6 +32,13 @@ DEPRECATED_NAMES: Mapping[str, str] = {
     "mmdet3d_serve_inference_seconds": "mmdet3d_serve_batch_duration_seconds",
     "mmdet3d_serve_request_seconds": "mmdet3d_serve_request_duration_seconds",
 }
+#: Codes of the errors with which a version fails on a frame that another one answers.
+FAILURE_CODES = tuple(
+    each.code
+    for each in (
+        ServeError, BackendBroken, DeadlineExceeded, InferenceFailed, NotReady, OutOfMemory, Overloaded
+    )
+)  # fmt: skip
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _FRAMES = (1, 2, 4, 8, 16, 32, 64)
 _COST = (1e3, 1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8)
@@ -38,8 +54,11 @@ class Metrics:
 
         Attributes:
             registry: theirs, in which others may create more.
+            on_exposition: called before each exposition, to create series that count 0 so far. Prometheus' `increase`
+                compares samples: what a series has when it is first scraped is no increase.
         """
         registry = self.registry = CollectorRegistry()
+        self.on_exposition: list[Callable[[], None]] = []
         self._is_registered = is_registered
         self._batch_children: dict[str, tuple[Histogram, Histogram, Histogram, Histogram]] = {}
         self._request_children: dict[tuple[str, int], tuple[Histogram, Counter]] = {}
@@ -155,6 +174,11 @@ class Metrics:
                 registry=self.registry,
             ).set_function(lambda: rollout.is_file_valid)
 
+    def show_fallbacks(self, model: str, version: str, reasons: Iterable[str]) -> None:
+        """Show that there is a canary, by counts of 0."""
+        for reason in reasons:
+            self._fallbacks.labels(model, version, reason)
+
     def observe_fallback(self, model: str, version: str, reason: str) -> None:
         """Count what a canary did not answer."""
         self._fallbacks.labels(model, version, reason).inc()
@@ -193,6 +217,8 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
+        for show in self.on_exposition:
+            show()
         return generate_latest(self.registry)
 
 

@@ -110,6 +110,22 @@ class ShadowTraffic:
             except _Dropped as dropped:
                 self._metrics.observe_drop(pair, str(dropped))
 
+    def show_metrics(self) -> None:
+        """Show the metrics of every shadow that can be asked, also before it has got a frame."""
+        for name, shares in self._rollout.shadow.items():
+            canaries = self._rollout.canary_of(name)
+            answering = [
+                model.state.version
+                for model in self._registry.all()
+                if model.state.name == name and (model.state.default or canaries.get(model.state.version))
+            ]
+            for shadow, share in shares.items():
+                found = self._registry.get(name, shadow)
+                if share and found is not None and found.spec is not None:
+                    for version in answering:
+                        if version != shadow:
+                            self._metrics.show_pair((name, version, shadow), found.spec.get("classes") or ())
+
     async def close(self) -> None:
         """Cancel the frames on their way."""
         for task in self._tasks:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Sequence
 from threading import Lock
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from serve.compare.changes import Change
+from serve.compare.changes import Change, Kind
+from serve.gateway.metrics import FAILURE_CODES
 
 __all__ = ["MAX_CLASSES", "ShadowMetrics", "ShadowPair"]
 
@@ -54,7 +56,32 @@ class ShadowMetrics:
             "dropped_frames", "Frames of the share that were not sent or not compared, by reason", "reason"
         )
         self._classes: dict[str, set[str]] = {}
+        self._shown: set[tuple[ShadowPair, tuple[str, ...]]] = set()
         self._lock = Lock()
+
+    def show_pair(self, pair: ShadowPair, classes: Sequence[str]) -> None:
+        """Show that there is a shadow, by counts of 0.
+
+        Without them a class that only the shadow finds has no count of what it found before, and so no share of new
+        detections.
+
+        Args:
+            pair: model, version that answers, shadow.
+            classes: of the model; if there are more than have a label of their own, those that occur first get them.
+        """
+        key = pair, tuple(classes)
+        if key in self._shown:
+            return
+        self._shown.add(key)
+        self._frames.labels(*pair)
+        for side in ("before", "after"):
+            self._scores.labels(*pair, side)
+        for reason in FAILURE_CODES:
+            self._failures.labels(*pair, reason)
+        if len(set(classes)) <= MAX_CLASSES:
+            for name in classes:
+                for kind in get_args(Kind):
+                    self._detections.labels(*pair, self._class_label(pair[0], name), kind)
 
     def observe_changes(self, pair: ShadowPair, changes: Sequence[Change]) -> None:
         """Count a frame with what became of its detections."""

@@ -111,6 +111,14 @@ def test_a_canary_without_workers_is_passed_over(
     eventually(lambda: version_of(gateway.post(content=cloud(1))) == "2.0")
 
 
+def test_metrics_of_a_canary_count_from_0_before_it_fails(start_gateway: Start, canary: FakeModel) -> None:
+    gateway = ready(start_gateway(canary="second:2.0=0.1"))
+    text = gateway.client.get("/metrics").text
+    for reason in ("stalled", "backend_broken"):
+        labels = f'model="second",reason="{reason}",version="2.0"'
+        assert f"mmdet3d_serve_canary_fallbacks_total{{{labels}}} 0.0" in text
+
+
 def test_a_frame_that_nothing_can_read_is_not_sent_twice(
     start_gateway: Start, torchserve: FakeTorchServe, canary: FakeModel
 ) -> None:

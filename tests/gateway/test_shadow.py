@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from serve.compare.changes import find_changes
 from serve.gateway.lifecycle import Lifecycle
@@ -68,6 +69,26 @@ def test_an_equal_version_loses_nothing(start_gateway: Start, second: FakeModel,
     assert sample(gateway, "shadow_moved_meters_bucket", le="0.0") == expected
     shares = {each["version"]: each.get("shadow_share") for each in gateway.client.get("/models").json()}
     assert shares == {"1.0": None, "2.0": 1.0}
+
+
+def test_metrics_of_a_shadow_count_from_0_before_it_has_a_frame(
+    start_gateway: Start, second: FakeModel
+) -> None:
+    gateway = ready(start_gateway(shadow="second:2.0=1,second:3.0=1"))
+    shown = [
+        each
+        for family in text_string_to_metric_families(gateway.client.get("/metrics").text)
+        for each in family.samples
+        if each.name.startswith("mmdet3d_serve_shadow_") and each.name.endswith("_total")
+    ]
+    assert shown and not any(each.value for each in shown)
+    assert {(each.labels["version"], each.labels["shadow"]) for each in shown} == {("1.0", "2.0")}
+    detections = [each.labels for each in shown if each.name.endswith("detections_total")]
+    assert {(each["class"], each["change"]) for each in detections} >= {
+        ("Car", "new"),
+        ("Pedestrian", "lost"),
+    }
+    assert "not_ready" in {each.labels.get("reason") for each in shown}
 
 
 def test_what_changed_is_counted_as_compare_counts_it(
@@ -285,6 +306,7 @@ def test_labels_of_classes_are_bounded() -> None:
         "classes": names,
     }
     changes = find_changes(boxes, boxes)
+    metrics.show_pair(("m", "1", "2"), names)  # which of them occur is not known yet
     metrics.observe_changes(("m", "1", "2"), changes)
     text = generate_latest(registry).decode()
     assert text.count("mmdet3d_serve_shadow_detections_total{") == MAX_CLASSES + 1
