@@ -203,7 +203,8 @@ class GatewayOptions(Options):
     max_grpc_streams: int = option(
         64,
         "N",
-        "open streams of frames over gRPC in total; a further one is answered RESOURCE_EXHAUSTED",
+        "open streams of frames over gRPC in total, and as many watches of health; a further one is answered "
+        "RESOURCE_EXHAUSTED",
         ge=1,
     )
 

@@ -14,9 +14,11 @@ from serve.gateway.admission import client_of
 from serve.gateway.grpc.calls import Exchange
 from serve.gateway.grpc.intake import Intake
 from serve.gateway.grpc.messages import HEALTH, INFERENCE, message_class
+from serve.gateway.grpc.reading import OpenStreams
 from serve.gateway.grpc.running import Answer, RunningCall
 from serve.gateway.grpc.status import CallError
 from serve.gateway.lifecycle import Lifecycle
+from serve.gateway.options import GatewayOptions
 
 __all__ = ["Health"]
 
@@ -30,11 +32,12 @@ _HealthResponse = message_class("grpc.health.v1.HealthCheckResponse")
 class Health:
     """Answers whether the application is ready."""
 
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, intake: Intake) -> None:
-        """Ask `app`, until `lifecycle` stops."""
+    def __init__(self, app: ASGIApp, options: GatewayOptions, lifecycle: Lifecycle, intake: Intake) -> None:
+        """Ask `app`, until `lifecycle` stops; as many watches as streams may be open."""
         self._app = app
         self._lifecycle = lifecycle
         self._intake = intake
+        self._watches = OpenStreams(options.max_grpc_streams, options.client_share)
 
     async def check(self, call: RunningCall) -> Answer:
         """Answer once."""
@@ -45,7 +48,19 @@ class Health:
         return Answer()
 
     async def watch(self, call: RunningCall) -> Answer:
-        """Answer now and after each change, until the server stops."""
+        """Answer now and after each change, until the server stops.
+
+        Raises:
+            Overloaded: too many watches are open. They need no key, and would take the places of all other calls.
+        """
+        client = client_of({"client": call.client})
+        self._watches.open(client)
+        try:
+            return await self._watch(call)
+        finally:
+            self._watches.close(client)
+
+    async def _watch(self, call: RunningCall) -> Answer:
         if await self._read_service(call) not in _SERVICES:
             await call.write(_HealthResponse(status="SERVICE_UNKNOWN").SerializeToString())
             await self._lifecycle.stopping.wait()

@@ -21,7 +21,7 @@ from serve.gateway.options import GatewayOptions
 
 __all__ = ["listen"]
 
-# Calls without frames, beside the pending frames and the streams.
+# Calls without frames, beside the pending frames, the streams and the watches of health.
 _OTHER_CALLS = 64
 _IDENTITY_ONLY = 1  # of grpc_compression_algorithm: a compressed message could unfold to any size
 
@@ -53,7 +53,7 @@ async def listen(
     service = Service(app, options, lifecycle, metrics, message_bytes)
     server = grpc.aio.server(
         options=_channel_options(options, message_bytes, shared),
-        maximum_concurrent_rpcs=options.max_pending_frames + options.max_grpc_streams + _OTHER_CALLS,
+        maximum_concurrent_rpcs=options.max_pending_frames + 2 * options.max_grpc_streams + _OTHER_CALLS,
     )
     server.add_generic_rpc_handlers(service.handlers())
     host = f"[{options.host}]" if ":" in options.host else options.host

@@ -12,17 +12,18 @@ import grpc
 import grpc.aio
 from starlette.types import ASGIApp
 
-from serve.errors import ClientDisconnected
+from serve.errors import ClientDisconnected, Overloaded, ServeError
 from serve.gateway.grpc.calls import Exchange
 from serve.gateway.grpc.health import Health
 from serve.gateway.grpc.intake import Intake, Message
 from serve.gateway.grpc.messages import HEALTH, INFERENCE
 from serve.gateway.grpc.running import Answer, Context, RunningCall, read_trailing
-from serve.gateway.grpc.status import read_error
+from serve.gateway.grpc.status import describe_error, read_error
 from serve.gateway.grpc.stream import Streams
 from serve.gateway.grpc.translation import METHODS
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.metrics import Metrics
+from serve.gateway.middleware import RETRY_AFTER_S
 from serve.gateway.options import GatewayOptions
 
 __all__ = ["Service"]
@@ -47,7 +48,7 @@ class Service:
         self._metrics = metrics
         self._intake = Intake(options, message_bytes)
         self._streams = Streams(app, options, lifecycle, self._intake)
-        self._health = Health(app, lifecycle, self._intake)
+        self._health = Health(app, options, lifecycle, self._intake)
         metrics.count_streams(lambda: self._streams.count)
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
@@ -70,7 +71,12 @@ class Service:
             status = grpc.StatusCode.CANCELLED
             call = RunningCall(context, self._options)
             try:
-                answer = await handle(call)
+                try:
+                    answer = await handle(call)
+                except ServeError as error:  # of a call that did not pass through the application
+                    retry = {b"retry-after": b"%d" % RETRY_AFTER_S} if isinstance(error, Overloaded) else {}
+                    answer = Answer(metadata=read_trailing(retry))
+                    answer.fail(describe_error(error))
                 status = grpc.StatusCode.OK if answer.error is None else answer.error.status
                 context.set_trailing_metadata(answer.metadata)
                 if answer.error is not None:

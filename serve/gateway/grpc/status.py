@@ -13,7 +13,9 @@ from typing import Any
 import grpc
 import orjson
 
-__all__ = ["CODES", "CallError", "read_error", "status_code"]
+from serve.errors import ServeError
+
+__all__ = ["CODES", "CallError", "describe_error", "read_error", "status_code"]
 
 CODES: Mapping[int, grpc.StatusCode] = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -53,6 +55,11 @@ class CallError:
     status: grpc.StatusCode
     message: str
     code: str
+
+
+def describe_error(error: ServeError) -> CallError:
+    """Return the error of a call that failed outside of the application."""
+    return CallError(status_code(error.status), str(error), error.code)
 
 
 def read_error(http_status: int, body: bytes) -> CallError:

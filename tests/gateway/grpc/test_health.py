@@ -57,6 +57,43 @@ def test_watch_says_when_readiness_changes(client, background) -> None:
     assert not thread.is_alive() and call.code() is grpc.StatusCode.OK
 
 
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+def test_health_call_without_a_message_is_an_invalid_argument(client, method, caplog) -> None:
+    call = client.channel.stream_stream(f"/{HEALTH}/{method}")(iter(()), timeout=10)
+    with pytest.raises(grpc.RpcError):
+        next(call)
+    assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert ("error-code", "bad_request") in call.trailing_metadata()
+    assert not [record for record in caplog.records if record.exc_info]
+    counted = f'grpc_calls_total{{method="{method}",status="INVALID_ARGUMENT"}} 1.0'
+    assert counted in client.gateway.client.get("/metrics").text
+
+
+@pytest.mark.parametrize("service", ["", "nobody"])
+def test_watches_of_a_client_are_bounded_and_others_checks_go_on(start_grpc, service) -> None:
+    client = start_grpc(max_grpc_streams=2, client_share=0.5)
+    watch = client.channel.unary_stream(f"/{HEALTH}/Watch", response_deserializer=Response.FromString)
+    first = watch(request(service), timeout=30)
+    next(first)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(watch(request(service), timeout=10))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert ("grpc-retry-pushback-ms", "1000") in caught.value.trailing_metadata()
+    assert status(client) in ("SERVING", "NOT_SERVING")
+    first.cancel()
+
+    def is_free() -> bool:
+        call = watch(request(service), timeout=10)
+        try:
+            return next(call) is not None
+        except grpc.RpcError:
+            return False
+        finally:
+            call.cancel()
+
+    assert eventually(is_free)
+
+
 def test_calls_in_flight_are_answered_when_the_server_stops(start_grpc, backend, background, cloud) -> None:
     from tests.gateway.grpc.test_infer import points
 
