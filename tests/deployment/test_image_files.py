@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -426,8 +426,8 @@ def watched() -> Watching:
 
 
 @cache
-def exported() -> set[str]:
-    """Names of all metrics of the gateway (without deprecated ones), TorchServe and NVIDIA's exporter."""
+def of_the_gateway() -> Mapping[str, set[str]]:
+    """Labels of the gateway's samples by name, without deprecated ones."""
     metrics = Metrics(Admission(1, 1), lambda model: True, TrackSessions(GatewayOptions()))
     metrics.observe_request("m", 200, 0.1)
     metrics.observe_batch("m", BatchReport(items=1, cost=1, queue_s=(0.0,), run_s=0.1, failed=True))
@@ -435,20 +435,27 @@ def exported() -> set[str]:
     metrics.observe_sample("m", "kept")
     metrics.registry.register(watched())
     metrics.observe_fallback("m", "2.0", "not_ready")
+    metrics.observe_version("m", "1.0", 200, 0.1)
     metrics.show_rollout(Rollout(file=Path("rollout")))
     shadow, pair = ShadowMetrics(metrics.registry), ("m", "1.0", "2.0")
-    shadow.observe_changes(pair, [Change("lost", "Car", None, 0.9, 0.0, False, 0.0, None, (0, None))])
+    for range_m in (None, 9.0):  # of an image, of a cloud
+        shadow.observe_changes(pair, [Change("matched", "Car", "Car", 0.9, 0.0, False, 0.0, range_m, (0, 0))])
     shadow.observe_failure(pair, "not_ready")
     shadow.observe_drop(pair, "busy")
     parsed = text_string_to_metric_families(metrics.exposition().decode())
     current = (family for family in parsed if family.name not in DEPRECATED_NAMES)
-    ours = {sample.name for family in current for sample in family.samples}
+    return {sample.name: {*sample.labels} for family in current for sample in family.samples}
+
+
+@cache
+def exported() -> set[str]:
+    """Names of all metrics of the gateway, TorchServe and NVIDIA's exporter."""
     torchserve = importlib.util.find_spec("ts")
     assert torchserve is not None and torchserve.origin is not None
     theirs = yaml.safe_load((Path(torchserve.origin).parent / "configs" / "metrics.yaml").read_text())[
         "ts_metrics"
     ]
-    return ours | {one["name"] for kind in theirs.values() for one in kind} | DCGM
+    return {*of_the_gateway()} | {one["name"] for kind in theirs.values() for one in kind} | DCGM
 
 
 def names_in(expression: str) -> set[str]:
@@ -457,6 +464,13 @@ def names_in(expression: str) -> set[str]:
         r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]', " ", re.sub(r"\b(by|without|ignoring)\s*\([^)]*\)", " ", expression)
     )
     return {word for word in re.findall(r"[A-Za-z_]\w*", bare) if word not in PROMQL}
+
+
+def labels_in(expression: str) -> set[str]:
+    """The labels that an expression names, in selectors and in groups."""
+    selected = re.findall(r"([A-Za-z_]\w*)\s*(?:=~|!~|!=|=)\s*\"", expression)
+    groups = re.findall(r"\b(?:by|without|ignoring)\s*\(([^)]*)\)", expression)
+    return {*selected, *(label.strip() for group in groups for label in group.split(","))}
 
 
 def dashboard() -> dict[str, Any]:
@@ -480,6 +494,28 @@ def expressions() -> Iterator[tuple[str, str]]:
 def test_every_expression_is_about_metrics_that_there_are(title: str, expression: str) -> None:
     names = names_in(expression)
     assert names and names <= exported()
+
+
+@pytest.mark.parametrize(("title", "expression"), list(expressions()))
+def test_every_expression_is_about_labels_that_its_metrics_have(title: str, expression: str) -> None:
+    ours = [of_the_gateway()[name] for name in names_in(expression) if name in of_the_gateway()]
+    if ours:  # TorchServe lists no labels
+        assert labels_in(expression) <= set().union(*ours)
+
+
+def test_the_dashboard_shows_all_that_is_counted_of_shadows_and_canaries() -> None:
+    shown = {
+        re.sub("_(bucket|sum|count)$", "", name)
+        for panel in dashboard()["panels"]
+        for target in panel["targets"]
+        for name in names_in(target["expr"])
+    }
+    counted = {
+        re.sub("_(bucket|sum|count)$", "", name)
+        for name in of_the_gateway()
+        if re.match("mmdet3d_serve_(shadow|canary|version|rollout)_", name) and not name.endswith("_created")
+    }
+    assert len(counted) >= 12 and counted <= shown
 
 
 def test_the_dashboard_shows_queue_batches_latency_outcomes_and_gpus() -> None:
