@@ -1,9 +1,11 @@
-"""The alert of drift: fires for what left its reference and stays so, by Prometheus' own tool; and says what to do."""
+"""Alerts of drift and rollouts, evaluated by Prometheus' own tool; each says what to do."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def drift(values: str, limit: str = "0.1x60", gateway: int = 0) -> list[dict[str
     ]
 
 
-FIRING = {"severity": "warning", "model": "second", "version": "1.0", "statistic": "score"}
+DRIFTED = {"model": "second", "version": "1.0", "statistic": "score"}
 
 
 @pytest.mark.parametrize(
@@ -50,17 +52,25 @@ FIRING = {"severity": "warning", "model": "second", "version": "1.0", "statistic
 def test_drift_alert_fires_by_promtool(
     tmp_path: Path, input_series: list[dict[str, str]], minute: int, fires: bool
 ) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip(
-            "promtool is not installed; it comes with Prometheus (Debian: apt-get install prometheus)"
-        )
-    annotations = {
-        name: text.replace("{{ $labels.statistic }}", "score").replace("{{ $labels.model }}", "second")
-        .replace("{{ $labels.version }}", "1.0")
-        for name, text in rules()["Mmdet3dServeDrift"]["annotations"].items()
-    }  # fmt: skip
-    expected = [{"exp_labels": FIRING, "exp_annotations": annotations}] if fires else []
+    check_alert(tmp_path, "Mmdet3dServeDrift", input_series, minute, [DRIFTED] if fires else [])
+
+
+def check_alert(
+    folder: Path,
+    alert: str,
+    input_series: list[dict[str, str]],
+    minute: int,
+    firing: list[dict[str, str]],
+) -> None:
+    """Check by promtool that at a minute an alert fires once with each of these labels, or not at all."""
+    rule = rules()[alert]
+    expected = [
+        {
+            "exp_labels": {**rule["labels"], **labels},
+            "exp_annotations": {name: fill(text, labels) for name, text in rule["annotations"].items()},
+        }
+        for labels in firing
+    ]
     test = {
         "rule_files": [str(RULES)],
         "evaluation_interval": "1m",
@@ -68,28 +78,154 @@ def test_drift_alert_fires_by_promtool(
             {
                 "interval": "1m",
                 "input_series": input_series,
-                "alert_rule_test": [
-                    {"eval_time": f"{minute}m", "alertname": "Mmdet3dServeDrift", "exp_alerts": expected}
-                ],
+                "alert_rule_test": [{"eval_time": f"{minute}m", "alertname": alert, "exp_alerts": expected}],
             }
         ],
     }
-    file = tmp_path / "test.yaml"
+    file = folder / "test.yaml"
     file.write_text(yaml.safe_dump(test))
-    found = subprocess.run([promtool, "test", "rules", str(file)], capture_output=True, text=True, timeout=30)
-    assert found.returncode == 0, found.stdout + found.stderr
+    run_promtool("test", "rules", str(file))
 
 
-def test_every_rule_is_accepted_by_promtool() -> None:
+def fill(text: str, labels: Mapping[str, str]) -> str:
+    """Fill labels into an annotation, as Prometheus does."""
+    for name, value in labels.items():
+        text = text.replace(f"{{{{ $labels.{name} }}}}", value)
+    return text
+
+
+def run_promtool(*arguments: str) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip(
             "promtool is not installed; it comes with Prometheus (Debian: apt-get install prometheus)"
         )
-    found = subprocess.run(
-        [promtool, "check", "rules", str(RULES)], capture_output=True, text=True, timeout=30
-    )
+    found = subprocess.run([promtool, *arguments], capture_output=True, text=True, timeout=30)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+# Alerts of shadows and canaries
+
+SHADOW = {"model": "second", "version": "1.0", "shadow": "2.0"}
+CANARY = {"model": "second", "version": "2.0"}
+
+
+def counter(name: str, values: str, **labels: str) -> dict[str, str]:
+    """A series of one gateway, with a value for each minute."""
+    text = ", ".join(
+        f'{key}="{value}"' for key, value in {**labels, "gateway": "0", "instance": "a:8000"}.items()
+    )
+    return {"series": f"mmdet3d_serve_{name}{{{text}}}", "values": values}
+
+
+def detections(name: str, **per_minute: int) -> list[dict[str, str]]:
+    """Counts of a class of a shadow, from 0 on as the gateway shows them, by what became of them."""
+    return [
+        counter(
+            "shadow_detections_total",
+            f"0+{per_minute.get(kind, 0)}x120",
+            **SHADOW,
+            **{"class": name, "change": kind},
+        )
+        for kind in ("matched", "renamed", "lost", "new")
+    ]
+
+
+def failures(values: str, reason: str = "backend_broken") -> list[dict[str, str]]:
+    return [counter("shadow_failures_total", values, **SHADOW, reason=reason)]
+
+
+def fallbacks(values: str, reason: str = "stalled") -> list[dict[str, str]]:
+    return [counter("canary_fallbacks_total", values, **CANARY, reason=reason)]
+
+
+def rollout_file(values: str) -> list[dict[str, str]]:
+    return [counter("rollout_file_valid", values)]
+
+
+@pytest.mark.parametrize(
+    ("alert", "input_series", "minute", "firing"),
+    [
+        pytest.param("ShadowDiffers", detections("Car", matched=20), 60, [], id="equal"),
+        pytest.param("ShadowDiffers", detections("Car", matched=98, lost=1, new=1), 60, [], id="2-percent"),
+        pytest.param("ShadowDiffers", detections("Car", matched=94, renamed=6), 60, [], id="renamed"),
+        pytest.param(
+            "ShadowDiffers",
+            detections("Car", matched=94, lost=6),
+            60,
+            [{"class": "Car"}],
+            id="6-percent-lost",
+        ),
+        pytest.param(
+            "ShadowDiffers", detections("Car", matched=94, new=6), 60, [{"class": "Car"}], id="6-percent-new"
+        ),
+        pytest.param(
+            "ShadowDiffers", detections("Van", new=4), 60, [{"class": "Van"}], id="a-class-that-is-all-new"
+        ),
+        pytest.param(
+            "ShadowDiffers", detections("Van", lost=4), 60, [{"class": "Van"}], id="a-class-that-is-all-lost"
+        ),
+        pytest.param(
+            "ShadowDiffers",
+            [*detections("Car", matched=1000), *detections("Cyclist", matched=3, lost=1)],
+            60,
+            [{"class": "Cyclist"}],
+            id="a-rare-class-beside-a-frequent-one",
+        ),
+        pytest.param("ShadowDiffers", detections("Car", matched=1, lost=1), 45, [], id="too-few"),
+        pytest.param("ShadowDiffers", detections("Car", matched=94, lost=6), 4, [], id="for-four-minutes"),
+        pytest.param("ShadowFails", failures("0x60"), 30, [], id="no-failure"),
+        pytest.param(
+            "ShadowFails", failures("0x20 1x40"), 21, [{"reason": "backend_broken"}], id="one-failure"
+        ),
+        pytest.param("ShadowFails", failures("0x20 1x40"), 40, [], id="a-failure-long-ago"),
+        pytest.param("CanaryFails", fallbacks("0x60"), 30, [], id="no-fallback"),
+        pytest.param("CanaryFails", fallbacks("0x20 1x40"), 21, [{"reason": "stalled"}], id="one-fallback"),
+        pytest.param(
+            "CanaryFails",
+            [*fallbacks("0x20 1x40"), *fallbacks("0x20 3x40", "not_ready")],
+            21,
+            [{"reason": "not_ready"}, {"reason": "stalled"}],
+            id="two-reasons",
+        ),
+        pytest.param("CanaryFails", fallbacks("0x20 1x40"), 40, [], id="a-fallback-long-ago"),
+        pytest.param("RolloutFile", rollout_file("1x60"), 30, [], id="valid-file"),
+        pytest.param("RolloutFile", rollout_file("1x5 0x60"), 8, [], id="invalid-for-three-minutes"),
+        pytest.param("RolloutFile", rollout_file("1x5 0x60"), 15, [{}], id="invalid-file"),
+        pytest.param("RolloutFile", rollout_file("1x5 0x10 1x60"), 30, [], id="mended-file"),
+    ],
+)
+def test_alerts_of_rollouts_fire_by_promtool(
+    tmp_path: Path, alert: str, input_series: list[dict[str, str]], minute: int, firing: list[dict[str, str]]
+) -> None:
+    kept = {
+        "ShadowDiffers": {"model": "second", "shadow": "2.0"},
+        "ShadowFails": {"model": "second", "shadow": "2.0"},
+        "CanaryFails": CANARY,
+        "RolloutFile": {"gateway": "0", "instance": "a:8000"},
+    }[alert]
+    check_alert(
+        tmp_path, f"Mmdet3dServe{alert}", input_series, minute, [{**kept, **labels} for labels in firing]
+    )
+
+
+def test_every_rule_is_accepted_by_promtool() -> None:
+    run_promtool("check", "rules", str(RULES))
+
+
+def test_every_expression_of_the_dashboard_is_accepted_by_promtool(tmp_path: Path) -> None:
+    dashboard = json.loads((ROOT / "docker/grafana/dashboards/mmdet3d-serve.json").read_text())
+    variables = {"$__rate_interval": "1m", "$model": ".*"}
+    records = []
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            expression = target["expr"]
+            for name, value in variables.items():
+                expression = expression.replace(name, value)
+            records.append({"record": f"panel_{panel['id']}_{target['refId']}", "expr": expression})
+    file = tmp_path / "panels.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": records}]}))
+    run_promtool("check", "rules", str(file))
 
 
 def test_every_alert_has_a_severity_and_a_line_in_the_runbook() -> None:
