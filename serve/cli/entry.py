@@ -11,6 +11,7 @@ import re
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -166,4 +167,8 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
         return 141
     except OSError as error:
         print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except Exception:
+        # Python itself would end with 1, by which commands say that they have done their work and found something.
+        traceback.print_exc()
         return 2

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from serve import __version__
-from serve.cli.entry import bounded
+from serve.cli.entry import bounded, run
 from serve.cli.main import COMMANDS, main
 from serve.settings import PREFIX
 
@@ -151,3 +152,13 @@ def test_message_of_a_bounded_number_has_range_unit_and_value() -> None:
         match=r"^must be a whole number of at least 1 and at most 4 \(pixels\), got '9'$",
     ):
         bounded(int, 1, 4, "pixels")("9")
+
+
+def test_exception_that_no_command_expects_ends_with_the_status_of_an_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(argv: Sequence[str] | None) -> int:
+        raise LookupError("a fault of the program")
+
+    assert run(fail) == 2  # 1 means that the work is done, and some of it failed or differs
+    assert "LookupError: a fault of the program" in capsys.readouterr().err
