@@ -108,8 +108,18 @@ def check_outputs(outputs: Outputs, classes: Sequence[str], box_type_3d: str | N
         if outputs.annotations is not None:
             for label, name in enumerate(classes):
                 ids.category(label, name, list(classes))
-            for name in _names(manifest):
-                ids.image(name)
+            _check_distinct(ids, manifest, outputs.annotations)
+
+
+def _check_distinct(ids: CocoIds, manifest: Path, annotations: Path) -> None:
+    """Check that the annotations have every image, and no two frames the same one."""
+    frames: dict[Any, str] = {}
+    for name in _names(manifest):
+        if (other := frames.setdefault(ids.image(name), name)) != name:
+            raise BadRequest(
+                f"{other} and {name} are the same image for {annotations}, which is asked for names without folders; "
+                "run them apart"
+            )
 
 
 def convert_part(

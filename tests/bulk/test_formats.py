@@ -210,10 +210,14 @@ def test_coco_takes_the_ids_of_an_annotation_file(tmp_path: Path) -> None:
     assert (result["image_id"], result["category_id"]) == (42, 60)
     manifest = tmp_path / "out" / "manifest.jsonl"
     check_outputs(given, ["donut"], None, manifest)
-    for wrong in (["donut", "cake"], ["donut"]):
+    for classes, listed in (
+        (["donut", "cake"], '{"frame": "b.jpg"}\n'),
+        (["donut"], '{"frame": "c.jpg"}\n'),
+        (["donut"], '{"frame": "day/b.jpg"}\n{"frame": "night/b.jpg"}\n'),
+    ):
+        manifest.write_text(listed)
         with pytest.raises(BadRequest):
-            check_outputs(given, wrong, None, manifest)
-        manifest.write_text('{"frame": "c.jpg"}\n')
+            check_outputs(given, classes, None, manifest)
 
 
 def test_boxes_that_a_format_cannot_hold_are_an_error_at_once(tmp_path: Path) -> None:
