@@ -14,8 +14,10 @@ from serve.bulk.retry import repeat
 from serve.errors import ObjectNotFound, SettingsError, StorageError
 from serve.storage.cache import map_disk_errors
 
-__all__ = ["Destination"]
+__all__ = ["ARCHIVE", "Destination"]
 
+#: Copy of the archive for the machines of a cluster.
+ARCHIVE = "model.mar"
 _PARTS = "parts"
 _FORMATS = ("parquet", "kitti")  # folders of files that are made of the results
 
@@ -153,6 +155,7 @@ class Destination:
             "coco_ids.json",
             "formats.json",
             "summary.json",
+            ARCHIVE,
             "bulk.json",
             "manifest.jsonl",
         ):

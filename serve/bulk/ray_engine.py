@@ -28,7 +28,7 @@ from typing import Any, Self
 import orjson
 
 from serve import storage
-from serve.bulk.destination import Destination
+from serve.bulk.destination import ARCHIVE, Destination
 from serve.bulk.parts import Counts, Job, Part
 from serve.bulk.ray_worker import Board, PartWorker, Task, error_of, pack_lines
 from serve.errors import SettingsError, SetupError
@@ -42,7 +42,6 @@ _SHOW_S = 0.5
 _END_S = 30.0
 _LOOPBACK = "127.0.0.1"
 _STORE_BYTES = 256 << 20  # of a Ray of ours: the manifest's lines, compressed
-_ARCHIVE = "model.mar"
 # Read by Ray when it is imported or started.
 _VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports to its makers otherwise
@@ -271,7 +270,7 @@ def _discard_stderr() -> Iterator[None]:
 
 def _share(archive: Path, destination: Destination) -> str:
     """Put the archive beside the results, where every machine of a cluster finds it; returns its URI."""
-    uri = destination.uri(_ARCHIVE)
+    uri = destination.uri(ARCHIVE)
     if not storage.exists(uri):
         storage.upload(archive, uri, progress=False)
     return uri

@@ -121,7 +121,7 @@ def plan_run(
         retry_failed: forget the parts that have failed frames, so that they are computed again.
 
     Raises:
-        BadRequest: the destination has the results of another run.
+        BadRequest: the destination has the results of another run, or of one that is not known.
         SettingsError: the frames are those of a video, camera or stream.
     """
     if destination.is_local:
@@ -149,6 +149,10 @@ def plan_run(
 
 
 def _begin(run: BulkRun, destination: Destination, source: Source, stack: ExitStack) -> Plan:
+    if destination.finished():
+        raise BadRequest(
+            f"{destination.where} has results, and no {_RUN} says of which run; choose another --out, or --overwrite"
+        )
     count = 0
     with destination.writing(_MANIFEST) as file:
         for frame in source:

@@ -140,6 +140,17 @@ def test_results_of_another_run_are_not_mixed(frames: Any, tmp_path: Path) -> No
     assert len(names(out)) == 2 and len(list((out / "parts").glob("*.jsonl"))) == 2
 
 
+def test_results_of_an_unknown_run_are_not_taken_for_finished(frames: Any, tmp_path: Path) -> None:
+    source, out = frames(b"1", b"2", b"3", b"4"), tmp_path / "out"
+    run(source, out)
+    (out / "bulk.json").unlink()
+    with pytest.raises(BadRequest):
+        run(source, out, identity="two")
+    (out / "model.mar").write_bytes(b"of the former run")
+    run(source, out, identity="two", overwrite=True)
+    assert len(names(out)) == 4 and not (out / "model.mar").exists()
+
+
 def test_an_altered_manifest_is_noticed(frames: Any, tmp_path: Path) -> None:
     source, out = frames(b"1", b"2"), tmp_path / "out"
     run(source, out)
