@@ -60,7 +60,8 @@ class Destination:
     def write(self, name: str, data: bytes) -> None:
         """Create or replace a small file."""
         if self.is_local:
-            storage.write_bytes(self.uri(name), data)
+            with self.writing(name) as file:  # on the disk before its name, as all files of a run
+                file.write(data)
         else:
             repeat(lambda: storage.write_bytes(self.uri(name), data))
 
