@@ -17,9 +17,12 @@ import queue
 import random
 import re
 import secrets
+import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,9 +56,21 @@ _IMAGE_SUFFIXES = (
     (b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"GIF8", ".gif"), (b"II*\x00", ".tiff"),
     (b"MM\x00*", ".tiff"), (b"\x00\x00\x00\x0cjP  ", ".jp2"), (b"P5", ".pgm"), (b"P6", ".ppm"),
 )  # fmt: skip
-# Names that this module gives; no other file is ever removed.
+_SUFFIXES = {
+    ".bin",
+    ".json",
+    ".las",
+    ".laz",
+    ".webp",
+    ".avif",
+    *_POINT_SUFFIXES.values(),
+    *dict(_IMAGE_SUFFIXES).values(),
+}
+# Names that this module gives, half-written files included: no other file is written, and none is ever removed.
 _KEPT = re.compile(
-    r"[^/]+/[0-9.]+/(?P<day>\d{4}-\d\d-\d\d)/(?P<time>\d{6}-\d{3})-[0-9a-f]{8}(\.[a-z0-9]+|/[^/]+)"
+    r"[A-Za-z0-9][A-Za-z0-9._-]*/[0-9]+(\.[0-9]+)*/(?P<day>\d{4}-\d\d-\d\d)/"
+    r"\.?(?P<time>\d{6}-\d{3})-[0-9a-f]{8}(/\.?[A-Za-z0-9_][A-Za-z0-9._-]*)?"
+    rf"({'|'.join(map(re.escape, sorted(_SUFFIXES)))})(\.part)?"
 )
 
 logger = logging.getLogger(__name__)
@@ -91,8 +106,10 @@ class _Folder:
 
     def list(self) -> Iterator[tuple[str, int]]:
         for path in self.root.rglob("*"):
-            if path.is_file() and not path.is_symlink():
-                yield path.relative_to(self.root).as_posix(), path.stat().st_size
+            with suppress(FileNotFoundError):  # another process removed it
+                found = path.lstat()
+                if stat.S_ISREG(found.st_mode):
+                    yield path.relative_to(self.root).as_posix(), found.st_size
 
     def remove(self, name: str) -> None:
         path = self.root / name
@@ -164,8 +181,7 @@ class FrameSampler:
     ) -> None:
         self._destination, self._options, self._count = destination, options, count
         self._clock, self._draw = clock, draw
-        self._tokens = float(options.sample_per_minute)
-        self._filled_at = clock()
+        self._chosen: deque[float] = deque(maxlen=options.sample_per_minute)  # when, in the last minute
         self._queue: queue.Queue[_Sample | None] = queue.Queue(_MAX_WAITING)
         self._waiting_bytes = 0
         self._lock = threading.Lock()
@@ -180,15 +196,17 @@ class FrameSampler:
         if isinstance(outcome, ServeError) or self._draw() >= self._options.sample_share:
             return
         name = model.state.name
-        if not self._take_token():
+        if not self._is_within_rate():
             return self._count(name, "limited")
         # Checked before it is copied, and the copy lets go of the other frames of its request.
         nbytes = frame.nbytes + len(outcome.value.body)
         with self._lock:
             if self._waiting_bytes + nbytes > _MAX_WAITING_BYTES or self._queue.full():
                 return self._count(name, "busy")
-            self._waiting_bytes += nbytes
-        self._queue.put_nowait(_copy(model, frame, bytes(outcome.value.body)))
+        sample = _copy(model, frame, bytes(outcome.value.body))
+        with self._lock:
+            self._waiting_bytes += sample.nbytes
+        self._queue.put_nowait(sample)  # has room: nothing else puts
         return None
 
     def close(self) -> None:
@@ -199,14 +217,11 @@ class FrameSampler:
             return
         self._thread.join(_CLOSE_S)
 
-    def _take_token(self) -> bool:
-        rate = self._options.sample_per_minute
+    def _is_within_rate(self) -> bool:
         now = self._clock()
-        self._tokens = min(float(rate), self._tokens + (now - self._filled_at) * rate / 60)
-        self._filled_at = now
-        if self._tokens < 1:
+        if len(self._chosen) == self._chosen.maxlen and now - self._chosen[0] < 60:
             return False
-        self._tokens -= 1
+        self._chosen.append(now)
         return True
 
     def _write_all(self) -> None:
@@ -244,8 +259,12 @@ class FrameSampler:
         parts = sample.parts
         # What marks a folder as a frame comes last, so that half a frame is none.
         for part in sorted(parts, key=lambda part: part in ("calibration", "sweeps")):
-            path = name if len(parts) == 1 else f"{name}/{part}"
-            self._destination.write(path + _suffix(part, parts[part]), parts[part])
+            path = (name if len(parts) == 1 else f"{name}/{part}") + _suffix(part, parts[part])
+            if not _KEPT.fullmatch(path):  # of a model that was not packed by this project
+                raise StorageError(
+                    f"a frame cannot be kept as {path[:200]!r}, a name that no sweep would find"
+                )
+            self._destination.write(path, parts[part])
         record = {
             "time": sample.time.isoformat(),
             "model": sample.folder.partition("/")[0],
@@ -262,10 +281,11 @@ class FrameSampler:
             for name, size in self._destination.list()
             if (match := _KEPT.fullmatch(name))
         )
-        oldest = f"{datetime.now(UTC) - timedelta(days=self._options.sample_days):%Y-%m-%d}"
+        oldest = datetime.now(UTC) - timedelta(days=self._options.sample_days)
+        oldest_kept = f"{oldest:%Y-%m-%d}", f"{oldest:%H%M%S}-{oldest.microsecond // 1000:03d}"
         total = sum(size for *_, size in found)
-        for day, _, name, size in found:
-            if day >= oldest and total <= self._options.sample_bytes:
+        for day, time_of_day, name, size in found:
+            if (day, time_of_day) >= oldest_kept and total <= self._options.sample_bytes:
                 return
             self._destination.remove(name)
             total -= size

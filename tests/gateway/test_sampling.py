@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from serve.gateway.backend import Answer
 from serve.gateway.batcher import BatchResult
 from serve.gateway.models import ModelVersion
 from serve.gateway.options import GatewayOptions
-from serve.gateway.sampling import FrameSampler, open_sampler
+from serve.gateway.sampling import FrameSampler, _Folder, open_sampler
 from serve.predict.sources import open_source
 from serve.protocol.frames import FrameOptions
 from serve.protocol.worker import EncodedFrame
@@ -163,9 +164,10 @@ def test_share_and_rate_bound_what_is_kept(tmp_path: Path, counts: Counter[str])
     )  # fmt: skip
     for _ in range(4):
         observe(sampler, b"\0\0\x80?")
-    now[0] += 30  # one more
-    for _ in range(2):
-        observe(sampler, b"\0\0\x80?")
+    now[0] += 30
+    observe(sampler, b"\0\0\x80?")  # the third within a minute
+    now[0] += 30
+    observe(sampler, b"\0\0\x80?")
     sampler.close()
     assert counts == {"kept": 3, "limited": 2} and len(destination.files) == 6
 
@@ -229,11 +231,60 @@ def test_old_frames_and_those_beyond_the_bytes_are_removed_and_nothing_else(tmp_
         "second/1.0/2099-01-01/000000-000-00000000.bin", "second/1.0/2099-01-01/000001-000-00000000/points.bin",
         "second/1.0/2099-01-02/000000-000-00000000.bin",
     ]  # fmt: skip
-    others = ["readme.txt", "second/1.0/2020-01-01/mine.bin", "2020-01-01/000000-000-00000000.bin"]
+    others = [
+        "readme.txt", "second/1.0/2020-01-01/mine.bin", "2020-01-01/000000-000-00000000.bin",
+        "second/1.0/2020-01-01/000000-000-00000000.txt", "second/x/2020-01-01/000000-000-00000000.bin",
+    ]  # fmt: skip
     destination.files = {name: bytes(100) for name in (*names, *others)}
     sampler = FrameSampler(destination, options(tmp_path, sample_bytes=200), lambda *_: None)
     sampler.close()
     assert [*destination.files] == [names[3], names[4], *others]
+
+
+def test_frames_are_removed_on_the_hour_that_they_are_too_old(tmp_path: Path) -> None:
+    destination = _Recorded()
+    now = datetime.now(UTC)
+    names = [
+        f"second/1.0/{now - timedelta(hours=hours):%Y-%m-%d/%H%M%S}-000-00000000.bin" for hours in (13, 11)
+    ]
+    half = "second/1.0/2020-01-01/.000000-000-00000000.bin.part"  # of a process that was killed
+    destination.files = dict.fromkeys((*names, half), b"x")
+    FrameSampler(destination, options(tmp_path, sample_days=0.5), lambda *_: None).close()
+    assert [*destination.files] == [names[1]]
+
+
+def test_a_file_that_vanishes_while_they_are_listed_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"x")
+    gone = tmp_path / "gone"
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter([tmp_path / "a", gone, tmp_path / "b"]))
+    assert [*_Folder(tmp_path).list()] == [("a", 1), ("b", 1)]
+
+
+@pytest.mark.parametrize(
+    ("state", "parts"),
+    [
+        (ModelState("..", "1.0", True, (), 0), {"points": b"p", "image": b"i"}),
+        (ModelState("second", "..", True, (), 0), {"points": b"p", "image": b"i"}),
+        (STATE, {"points": b"p", "sweep./../../../../outside": b"s"}),
+    ],
+)
+def test_a_name_that_leads_elsewhere_is_not_written(
+    tmp_path: Path,
+    counts: Counter[str],
+    sampler_to: Callable[..., FrameSampler],
+    state: ModelState,
+    parts: Any,
+) -> None:
+    sampler = sampler_to(tmp_path / "kept")
+    result = BatchResult(Answer(ANSWER), 0.0, 0.0, 1)
+    sampler.observe(ModelVersion(state, spec=FUSION), EncodedFrame(parts), result)
+    sampler.close()
+    assert counts == {"failed": 1}
+    assert not [path for path in kept(tmp_path) if "outside" in path.name or path.parent == tmp_path]
+    assert [path for path in kept(tmp_path) if path.suffix == ".json"] == []
 
 
 def test_a_folder_that_is_empty_after_its_frames_were_removed_goes_too(
