@@ -8,10 +8,12 @@ archive, or the first frames of this process. Memory depends on neither traffic 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -64,6 +66,7 @@ class ModelWatch:
         reference: that of its archive; None to learn one.
         options: of window and reference.
         clock: returns seconds.
+        run: runs what takes long, the limits of a learned reference (80 ms); perhaps later and in a thread.
     """
 
     def __init__(
@@ -72,14 +75,16 @@ class ModelWatch:
         reference: Reference | None,
         options: WatchOptions,
         clock: Callable[[], float] = time.monotonic,
+        run: Callable[[Callable[[], None]], None] = lambda work: work(),
     ) -> None:
-        self._options, self._clock = options, clock
+        self._options, self._clock, self._run = options, clock, run
         self.is_recorded = reference is not None
         self.reference = reference
         self.layout = Layout.of_classes(classes) if reference is None else reference.counts.layout
         self.total = self.layout.empty()
         self._slices: deque[tuple[float, Counts]] = deque()
         self._learned: list[Counts] = []
+        self._is_complete = False
 
     def add(self, counts: Counts) -> None:
         """Add the counts of a batch."""
@@ -99,21 +104,29 @@ class ModelWatch:
             self._slices.popleft()
 
     def _learn(self, counts: Counts) -> None:
+        if self._is_complete:
+            return  # the limits are being computed
         size = max(1, self._options.learn_frames // _BLOCKS)
         if not self._learned or self._learned[-1].frames >= size:
             self._learned.append(self.layout.empty())
         self._learned[-1].add(counts)
         if self.learned_frames >= self._options.learn_frames:
+            self._is_complete = True
             window = max(1, round(self._options.window_frames / size))
-            self.reference = reference_of(self._learned, score_thr=0.0, window=window)
-            self._learned = []
+            self._run(partial(self._finish_learning, window))
+
+    def _finish_learning(self, window: int) -> None:
+        self.reference = reference_of(self._learned, score_thr=0.0, window=window)
+        self._learned = []
 
     @property
     def learned_frames(self) -> int:
         """Frames of the reference, also while it is learned."""
-        if self.reference is not None:
-            return self.reference.counts.frames
-        return sum(block.frames for block in self._learned)
+        blocks, reference = (
+            self._learned,
+            self.reference,
+        )  # in this order: a thread sets the one, then empties the other
+        return sum(block.frames for block in blocks) if reference is None else reference.counts.frames
 
     def window(self) -> Counts:
         """Return the counts of the window."""
@@ -180,7 +193,7 @@ class Watching(Collector):
                 reference = Reference.parse(recorded)
             except ArchiveError as error:
                 logger.warning("the reference of %s %s is left out: %s", name, version, error)
-        return ModelWatch(spec.get("classes") or (), reference, self._options)
+        return ModelWatch(spec.get("classes") or (), reference, self._options, run=_run_in_thread)
 
     def collect(self) -> Iterator[Metric]:
         """Yield all families; those without a model are empty."""
@@ -190,6 +203,11 @@ class Watching(Collector):
         yield from _histograms(watches)
         yield from _counters(watches)
         yield from _gauges(watches)
+
+
+def _run_in_thread(work: Callable[[], None]) -> None:
+    """Run beside the event loop, which answers meanwhile."""
+    threading.Thread(target=work, name="drift-limits", daemon=True).start()
 
 
 def _histograms(watches: Mapping[tuple[str, str], ModelWatch]) -> Iterator[Metric]:

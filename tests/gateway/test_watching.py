@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,27 @@ def test_without_a_recorded_reference_the_first_frames_are_learned() -> None:
     assert all(found < limit for _, found, limit in watch.distances(watch.window()))
     watch.add(counted(400, label=1, seed=2001))
     assert any(found > limit for name, found, limit in watch.distances(watch.window()) if name == CLASS)
+
+
+def test_limits_of_a_learned_reference_are_not_computed_in_the_event_loop() -> None:
+    model = ModelVersion(ModelState("second", "1.0", True, (), 0), spec=dict(CLOUDS))
+    watching = Watching(lambda name, version: model, OPTIONS)
+    before = threading.active_count()
+    work: list[Callable[[], None]] = []
+    watch = ModelWatch(CLOUDS["classes"], None, OPTIONS, Clock(), run=work.append)  # type: ignore[arg-type]
+    for k in range(100):
+        watch.add(counted(1, seed=k))
+        watching.observe("second", "1.0", counted(1, seed=k).document())
+    assert watch.learned_frames == len(watch._learned) * 2 == 80 and len(work) == 1
+    work.pop()()
+    assert watch.reference is not None and watch.learned_frames == 80 and not watch._learned
+
+    def is_learned() -> bool:
+        (family,) = (each for each in watching.collect() if each.name == "mmdet3d_serve_drift_learning")
+        return family.samples[0].value == 0
+
+    eventually(is_learned)
+    eventually(lambda: threading.active_count() == before)
 
 
 def test_another_archive_under_the_same_version_begins_anew_and_a_removed_model_is_gone() -> None:
