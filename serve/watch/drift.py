@@ -68,8 +68,10 @@ def chance_limit(blocks: Numbers, window: int) -> float:
     )
     runs = around[run : run + number] - around[:number]
     random = np.random.default_rng(0)
+    share = np.full(number, 1 / number)
     drawn = [
-        random.multinomial(max(1, round(size / run)), np.full(number, 1 / number), _DRAWS) @ runs
+        # One draw after the other: together they need 16 kB for each block.
+        np.stack([random.multinomial(max(1, round(size / run)), share) @ runs for _ in range(_DRAWS)])
         for size in (number, window)
     ]
     found = _distances(drawn[0], drawn[1])

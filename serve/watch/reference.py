@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from serve.errors import ArchiveError
 from serve.watch.drift import chance_limit
-from serve.watch.statistics import CLASS, MAX_CLASSES, SCORE_THR, STATISTICS, Counts, Layout
+from serve.watch.statistics import CLASS, MAX_CLASSES, OTHER, SCORE_THR, STATISTICS, Counts, Layout
 
 __all__ = ["ENTRY", "WINDOW_FRAMES", "Reference", "reference_of"]
 
@@ -104,11 +104,15 @@ class Reference:
             found = _PARSER.validate_json(text)
             if len(found.classes.counts) != len(found.classes.names) + 1:
                 raise ValueError("classes and their counts differ in number")
+            if len({*found.classes.names, OTHER}) != len(found.classes.counts):
+                raise ValueError("a class occurs twice")
             counts = Layout(tuple(found.classes.names)).empty()
             counts.frames = found.frames
             limits: dict[str, float] = {}
             for name, each in found.statistics.items():
                 if name in STATISTICS and tuple(each.edges) == tuple(map(float, STATISTICS[name].edges)):
+                    if len(each.counts) != len(each.edges) + 1:  # numpy would repeat a single one
+                        raise ValueError(f"{name} has {len(each.counts)} counts for {len(each.edges)} edges")
                     counts.of(name)[:] = each.counts
                     limits[name] = each.limit
             counts.of(CLASS)[:] = found.classes.counts

@@ -145,7 +145,7 @@ class Layout:
     @classmethod
     def of_classes(cls, classes: Sequence[str], counts: Mapping[str, int] | None = None) -> Layout:
         """Choose the classes to count: all, or the most frequent in `counts`, or else the first."""
-        names = list(dict.fromkeys(classes))
+        names = [name for name in dict.fromkeys(classes) if name != OTHER]
         if len(names) > MAX_CLASSES:
             order = {name: k for k, name in enumerate(names)}
             names.sort(key=lambda name: (-(counts or {}).get(name, 0), order[name]))

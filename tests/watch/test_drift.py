@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -57,6 +59,15 @@ def test_frames_that_resemble_their_neighbours_have_a_wider_limit() -> None:
     assert chance_limit(slow, 200) > 1.3 * chance_limit(rng.permutation(slow), 200)
 
 
+def test_a_limit_of_many_frames_needs_little_memory() -> None:
+    blocks = np.tile(np.eye(4, dtype=np.int64), (500, 1))
+    tracemalloc.start()
+    chance_limit(blocks, 200)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 << 20
+
+
 def test_values_too_rare_to_compare_never_pass() -> None:
     blocks = np.zeros((100, 3), int)
     blocks[7, 1] = 1
@@ -97,6 +108,8 @@ def test_a_statistic_with_bins_of_another_version_is_left_out() -> None:
         {"format": 2}, {"frames": 0}, {"frames": "5"}, {"score_thr": 2}, {"statistics": {"score": {}}}, {"more": 1},
         {"classes": {"names": ["a"], "counts": [1], "limit": 0.1}},
         {"classes": {"names": ["a"], "counts": [1, -1], "limit": 0.1}},
+        {"classes": {"names": ["a", "a"], "counts": [1, 1, 1], "limit": 0.1}},
+        {"classes": {"names": ["(other)"], "counts": [1, 1], "limit": 0.1}},
     ],
 )  # fmt: skip
 def test_a_malformed_reference_is_an_error(change: dict[str, object]) -> None:
@@ -106,6 +119,7 @@ def test_a_malformed_reference_is_an_error(change: dict[str, object]) -> None:
 
 def test_counts_of_another_number_than_bins_are_an_error() -> None:
     document = _reference().document()
-    document["statistics"]["score"]["counts"].pop()
-    with pytest.raises(ArchiveError):
-        Reference.parse(document)
+    for wrong in (document["statistics"]["score"]["counts"][:-1], [5]):
+        document["statistics"]["score"]["counts"] = wrong
+        with pytest.raises(ArchiveError):
+            Reference.parse(document)
