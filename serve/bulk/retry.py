@@ -22,6 +22,7 @@ T = TypeVar("T")
 _WRITE_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 _READ_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 _FINAL = (ObjectNotFound, AccessDenied, UriError)
+_last_read: dict[tuple[str, str], storage.Location] = {}  # by this process, of each cluster and bucket
 
 
 class SourceGone(StorageError):
@@ -55,24 +56,42 @@ def read_patiently(read: Callable[[], Body], origin: str | Mapping[str, str]) ->
         StorageError: this frame cannot be read.
         SourceGone: its bucket does not answer at all, or lets nobody in.
     """
+    uris = [origin] if isinstance(origin, str) else [*origin.values()]
+    # Parts of a frame may lie in several places, on this machine too.
+    where = next(each for each in map(storage.parse, uris) if each.scheme == "s3")
     try:
-        return repeat(read, _READ_PAUSES_S)
+        body = repeat(read, _READ_PAUSES_S)
     except ObjectNotFound:
         raise
     except StorageError as error:
-        uris = [origin] if isinstance(origin, str) else [*origin.values()]
-        # Parts of a frame may lie in several places, on this machine too.
-        _check_health(next(uri for uri in uris if storage.parse(uri).scheme == "s3"), error)
+        _check_health(where, error)
         raise
+    if not where.path.endswith("/"):
+        _last_read[where.cluster, where.bucket] = where
+    return body
 
 
-def _check_health(uri: str, failure: StorageError) -> None:
+def _check_health(where: storage.Location, failure: StorageError) -> None:
     """Ask the bucket of an object that cannot be read for something else."""
     from serve.storage import s3
 
-    where = storage.parse(uri)
     folder = storage.Location("s3", where.path.rpartition("/")[0], where.bucket, where.cluster)
     try:
         s3.connect(where.cluster).is_folder(folder)
     except StorageError as error:
-        raise SourceGone(f"the source does not answer: {error}") from failure
+        if not (isinstance(error, AccessDenied) and _reads_others(where)):
+            raise SourceGone(f"the source does not answer: {error}") from failure
+
+
+def _reads_others(where: storage.Location) -> bool:
+    """Whether another frame of the bucket can be read, by an account that may not list it."""
+    from serve.storage import s3
+
+    for pause_s in (0.0, *_READ_PAUSES_S):  # the first frames of a process are read at the same time
+        time.sleep(pause_s)
+        if (other := _last_read.get((where.cluster, where.bucket))) is not None:
+            try:
+                return s3.connect(other.cluster).is_file(other)
+            except StorageError:
+                return False
+    return False
