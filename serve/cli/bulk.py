@@ -31,8 +31,8 @@ from serve.cli.entry import (
 from serve.cli.serve import stoppable
 from serve.errors import SettingsError
 from serve.predict.loading import archive_of
-from serve.predict.manifests import Manifest, copied, read_manifest
-from serve.predict.sources import of_manifest
+from serve.predict.manifests import Manifest, copied, is_manifest, open_manifest
+from serve.predict.sources import Source, of_manifest
 from serve.protocol.frames import FrameOptions, Modality
 from serve.storage.hashes import sha256_of
 from serve.worker.cpu_quota import available_cores
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None) -> int:
     report = stage_reporter()
     with stoppable(), ExitStack() as stack:
         engine = _ray_engine(args) if args.engine == "ray" else None
-        piped = _piped(stack) if args.source == "-" else None
+        manifest = _manifest(args.source, stack)
         destination = Destination(args.out)
         made = archive_of(
             args.model,
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None) -> int:
         run = BulkRun(
             Job(str(made.path), made.trust, options, args.batch_size, batch_cost=args.batch_cost),
             {
-                **_source_identity(args.source, piped),
+                **_source_identity(args.source, manifest),
                 "model_sha256": sha256_of(made.path),
                 "options": {name: value for name, value in asdict(options).items() if value},
             },
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None) -> int:
             run,
             destination,
             lambda: (
-                of_manifest(piped)
-                if piped is not None
+                _listed(manifest)
+                if manifest is not None
                 else list_frames(
                     args.source,
                     cast(Modality, metadata.modality),
@@ -136,18 +136,24 @@ def _outputs(args: argparse.Namespace) -> Outputs:
     )
 
 
-def _piped(stack: ExitStack) -> Manifest:
-    """Read the manifest on standard input; its paths are relative to the working folder."""
+def _manifest(source: str, stack: ExitStack) -> Manifest | None:
+    """Open the source if it is a manifest; paths on standard input are relative to the working folder."""
+    if source != "-":
+        return open_manifest(source) if is_manifest(source) else None
     path = stack.enter_context(copied(sys.stdin.buffer))
-    return read_manifest(
+    return open_manifest(
         str(path), storage.Location("file", os.path.join(os.getcwd(), "-")), what="standard input"
     )
 
 
-def _source_identity(source: str, piped: Manifest | None) -> dict[str, str]:
-    if piped is None:
-        return {"source": _named(source)}
-    return {"source": source, "list_sha256": piped.sha256()}
+def _listed(manifest: Manifest) -> Source:
+    manifest.check()
+    return of_manifest(manifest)
+
+
+def _source_identity(source: str, manifest: Manifest | None) -> dict[str, str]:
+    named = {"source": _named(source)}
+    return named if manifest is None else {**named, "list_sha256": manifest.sha256()}
 
 
 def _named(source: str) -> str:

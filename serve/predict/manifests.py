@@ -32,7 +32,7 @@ from serve import storage
 from serve.errors import BadRequest, ObjectNotFound, StorageError, UndecodableFrame, UriError
 from serve.storage.cache import map_disk_errors
 
-__all__ = ["Listed", "Manifest", "copied", "is_manifest", "read_manifest"]
+__all__ = ["Listed", "Manifest", "copied", "is_manifest", "open_manifest", "read_manifest"]
 
 SUFFIXES = (".txt", ".jsonl")
 _COPY_BYTES = 1 << 20
@@ -80,8 +80,24 @@ def copied(stream: IO[bytes]) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def read_manifest(source: str, base: storage.Location | None = None, *, what: str = "") -> Manifest:
+def read_manifest(source: str) -> Manifest:
     """Check a manifest and count its frames, without holding them in memory.
+
+    Args:
+        source: path or URI.
+
+    Raises:
+        BadRequest: a line that is none, or a name that is there twice.
+        UndecodableFrame: no frame is listed.
+        StorageError: it cannot be read.
+    """
+    manifest = open_manifest(source)
+    manifest.check()
+    return manifest
+
+
+def open_manifest(source: str, base: storage.Location | None = None, *, what: str = "") -> Manifest:
+    """Open a manifest without reading its lines: `Manifest.check` comes before its frames.
 
     Args:
         source: path or URI.
@@ -89,16 +105,12 @@ def read_manifest(source: str, base: storage.Location | None = None, *, what: st
         what: name in messages; `source` if empty.
 
     Raises:
-        BadRequest: a line that is none, or a name that is there twice.
-        UndecodableFrame: no frame is listed.
-        StorageError: it cannot be read.
+        StorageError: it cannot be fetched.
     """
     where = storage.parse(source)
     if where.scheme == "file":
         where = replace(where, path=str(Path(where.path).expanduser().absolute()))
-    manifest = Manifest(what or str(where), where, base or where)
-    manifest.check()
-    return manifest
+    return Manifest(what or str(where), where, base or where)
 
 
 class Manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from serve.bulk.listing import list_frames, sorted_frames
 from serve.bulk.parts import manifest_line
+from serve.cli import bulk
 from serve.errors import UndecodableFrame
 from serve.predict.frames import Frame
 from serve.predict.sources import open_source
@@ -110,3 +112,13 @@ def test_names_beyond_the_memory_of_a_sort_come_sorted(monkeypatch: pytest.Monke
     found: list[Frame] = list(sorted_frames(names, "/data/"))
     assert [frame.name for frame in found] == sorted(names)
     assert found[0].origin == f"/data/{found[0].name}"
+
+
+def test_a_manifest_with_other_lines_is_another_run(tmp_path: Path) -> None:
+    listed, found = tmp_path / "frames.txt", []
+    for content in ("0.bin\n", "0.bin\n1.bin\n", "0.bin\n"):
+        listed.write_text(content)
+        with ExitStack() as stack:
+            found.append(bulk._source_identity(str(listed), bulk._manifest(str(listed), stack)))
+    assert found[0] == found[2] != found[1] and found[0]["source"] == str(listed)
+    assert bulk._source_identity(str(tmp_path), None) == {"source": str(tmp_path)}
