@@ -141,6 +141,8 @@ def read_path(path: Path) -> Body:
     try:
         if parts := frame_parts(path):
             return {part: file.read_bytes() for part, file in parts.items()}
+        if path.exists() and not path.is_file():  # a pipe or device may have no end
+            raise UndecodableFrame(f"{path} is neither a file nor a folder with the parts of a frame")
         return path.read_bytes()
     except OSError as error:
         raise UndecodableFrame(f"{path} cannot be read: {error.strerror}") from error

@@ -82,9 +82,12 @@ def test_frames_of_several_parts_are_folders(drive: Path) -> None:
     assert (frame.name, frame.read()) == ("000.7", {"points": b"points", "sweeps": b"[]\n"})
 
 
-def test_a_frame_that_is_missing_or_a_plain_folder_fails_alone(drive: Path) -> None:
+def test_a_frame_that_is_missing_or_no_file_fails_alone(drive: Path) -> None:
     (drive / "empty").mkdir()
-    listed = write(drive / "a.txt", "velodyne/0.bin", "velodyne/none.bin", "empty", "none.ffr/x")
+    os.mkfifo(drive / "pipe.bin")  # reading it would wait for ever
+    listed = write(
+        drive / "a.txt", "velodyne/0.bin", "velodyne/none.bin", "empty", "none.ffr/x", "pipe.bin", "/dev/zero"
+    )
     first, *others = open_source(listed, "lidar")
     assert first.read() == b"0"
     for frame in others:
