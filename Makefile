@@ -91,9 +91,11 @@ test-rerun: EXTRA := tests/predict/test_recording_files.py #: rerun reads what p
 test-train: EXTRA := tests/evaluate/test_releases.py tests/evaluate/test_picture_sets.py #: Metrics of nuScenes, Lyft, Cityscapes
 test-triton: EXTRA := tests/ops/test_triton_kernels.py #: The kernels in Triton, interpreted and compiled, without a GPU
 test-ui: EXTRA := tests/ui #: The page in this machine's Chromium
-# A test that is skipped fails here: what it needs is what its row is for.
+# A test that is skipped fails here: what it needs is what its row is for. With RETRY=1 what failed is tried once more;
+# two rows may spoil each other's list of it, and then the whole row is.
 $(EXTRAS:%=test-%): test-%: .venv-%/.stamp
-	.venv-$*/bin/python -m pytest --no-skips $(or $(TESTS),$(EXTRA))
+	.venv-$*/bin/python -m pytest --no-skips $(or $(TESTS),$(EXTRA))$(if $(RETRY), || \
+		.venv-$*/bin/python -m pytest --no-skips --last-failed $(or $(TESTS),$(EXTRA)))
 
 test-attack: $(STAMP) ## Run every attack of tests/attacks, the long ones too; TESTS picks some
 	$(PY) -m pytest $(or $(TESTS),tests/attacks)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text()
 ROWS = {
@@ -76,3 +78,21 @@ def test_what_is_skipped_fails_under_no_skips(tmp_path):
     assert "1 failed, 1 xfailed, 1 error" in ran.stdout
     assert "missing_package" in ran.stdout
     assert "no browser" in ran.stdout
+
+
+@pytest.mark.parametrize(("retry", "fails", "runs"), [("", 1, 1), ("1", 1, 2), ("1", 2, 2), ("1", 0, 1)])
+def test_what_failed_in_a_row_is_tried_once_more_if_asked_for(tmp_path, retry, fails, runs):
+    python = tmp_path / ".venv-parquet" / "bin" / "python"  # fails so many times
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >> calls\ntest $(wc -l < calls) -gt {fails}\n')
+    python.chmod(0o755)
+    command = ["make", "-f", ROOT / "Makefile", "--old-file=.venv-parquet/.stamp", "test-parquet"]
+    ran = subprocess.run(
+        [*command, f"RETRY={retry}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode == 0) is (fails < runs), ran.stdout + ran.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [("--last-failed" in call, "tests/bulk/test_formats.py" in call) for call in calls] == [
+        (False, True),
+        (True, True),
+    ][:runs]
