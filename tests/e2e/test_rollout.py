@@ -7,31 +7,36 @@ the long one the demo SECOND.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from serve.cli import compare, reference
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
+from serve.watch.statistics import CLASS, STATISTICS
 from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, pick_free_ports, write_archive
+from tests.deployment.test_alert_rules import check_alert
 from tests.gateway.conftest import RunningGateway, running_gateway
 from tests.gateway.running import Background, eventually
-from tests.gateway.test_canary import sample
+from tests.gateway.test_canary import sample, sample_in
 
 pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(600)]
 
-FRAMES = 8
+FRAMES = 16
 WATCHED_FRAMES = 40
-Compare = Callable[..., tuple[int, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +94,12 @@ def serving(store: Path) -> TorchServe:
     return TorchServe(TorchServeOptions(store, models, system_metrics=False, gpus=0, **ports))
 
 
-@pytest.fixture
-def run_compare(capsys: pytest.CaptureFixture[str]) -> Compare:
-    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
-        capsys.readouterr()
+def run_compare(*arguments: object) -> tuple[int, dict[str, Any]]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         code = compare.main([str(each) for each in arguments])
-        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])["compare"]
-        return code, found
-
-    return run
+    found: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])["compare"]
+    return code, found
 
 
 def start(background: Background, server: TorchServe, **options: Any) -> Any:
@@ -120,56 +122,93 @@ def all_ready(gateway: RunningGateway) -> bool:
     return [each["status"] for each in gateway.client.get("/models").json()] == ["ready"] * 3
 
 
-def changes(gateway: RunningGateway, shadow: str, change: str, **labels: str) -> float:
-    return sample(gateway, "shadow_detections_total", shadow=shadow, change=change, **labels)
+@dataclass(frozen=True)
+class Trial:
+    """What was seen of a model whose version 1.0 answers, with shadows 2.0 and 3.0.
 
-
-def drifted(gateway: RunningGateway, version: str) -> set[str]:
-    """Statistics that left the reference, as the alert has it."""
-    names = ("score", "detections", "class", "distance", "length", "width", "height", "elevation")
-    return {
-        name
-        for name in names
-        if sample(gateway, "drift_distance", version=version, statistic=name)
-        > sample(gateway, "drift_limit", version=version, statistic=name)
-    }
-
-
-def check_rollout(
-    background: Background, server: TorchServe, name: str, clouds: Path, run_compare: Compare
-) -> set[str]:
-    """Caught by compare, with the same figures by the shadow; a copy differs in nothing.
-
-    Returns the statistics by which the altered version left its reference, before a request had been answered by it.
+    Attributes:
+        model: its name.
+        before: metrics before the first frame.
+        after: metrics after the last one.
+        compared: exit status and figures of `compare`, by shadow.
     """
+
+    model: str
+    before: str
+    after: str
+    compared: Mapping[str, tuple[int, dict[str, Any]]]
+
+    def counted(self, shadow: str, change: str, **labels: str) -> float:
+        """Detections of a shadow, by what became of them."""
+        return sample_in(self.after, "shadow_detections_total", shadow=shadow, change=change, **labels)
+
+    def drifted(self, version: str) -> set[str]:
+        """Statistics of a version that left its reference."""
+        distance, limit = (
+            partial(sample_in, self.after, f"drift_{name}", version=version) for name in ("distance", "limit")
+        )
+        return {name for name in (*STATISTICS, CLASS) if distance(statistic=name) > limit(statistic=name)}
+
+    def series(self) -> list[dict[str, str]]:
+        """What is counted of shadows and of drift, as scraped once a minute for an hour, for promtool."""
+        values = {}
+        for minutes, exposition in ((2, self.before), (70, self.after)):
+            for family in text_string_to_metric_families(exposition):
+                if family.name.startswith(("mmdet3d_serve_shadow_", "mmdet3d_serve_drift_")):
+                    for each in family.samples:
+                        labels = {**each.labels, "gateway": "0", "instance": "a:8000"}.items()
+                        name = (
+                            f"{each.name}{{{', '.join(f'{key}={json.dumps(text)}' for key, text in labels)}}}"
+                        )
+                        held = values.setdefault(name, [] if minutes == 2 else ["_x1"])
+                        held.append(f"{each.value}x{minutes - 1}")
+        return [{"series": name, "values": " ".join(each)} for name, each in values.items()]
+
+
+def observe(background: Background, server: TorchServe, name: str, clouds: Path) -> Trial:
+    """Send every frame to version 1.0, with both others as shadows, then compare the versions."""
     bodies = [path.read_bytes() for path in sorted(clouds.iterdir())]
     shadows = {"shadow": f"{name}:2.0=1,{name}:3.0=1", "shadow_frames": 64, "shadow_wait_s": 60}
     with start(background, server, **shadows, watch_window_frames=len(bodies) // 2) as gateway:
         eventually(lambda: all_ready(gateway), 60)
         gateway.client.timeout = 60
+        before = gateway.client.get("/metrics").text
         for body in bodies:
             assert gateway.post(f"/predictions/{name}", content=body).headers["x-model-version"] == "1.0"
         eventually(lambda: sample(gateway, "shadow_frames_total") == 2 * len(bodies), 60)
-        counted = {
-            (shadow, kind): changes(gateway, shadow, kind)
-            for shadow in ("2.0", "3.0")
-            for kind in ("matched", "renamed", "lost", "new")
-        }
-        left = drifted(gateway, "2.0")
-        assert not drifted(gateway, "1.0") and not drifted(gateway, "3.0")
-        pedestrians = changes(gateway, "2.0", "lost", **{"class": "Pedestrian"})
+        after = gateway.client.get("/metrics").text
     with start(background, server) as gateway:
         eventually(lambda: all_ready(gateway), 60)
         address = f"{gateway.url}/predictions/{name}"
-        for shadow, code in (("2.0", 1), ("3.0", 0)):
-            status, found = run_compare(f"{address}/1.0", f"{address}/{shadow}", clouds)
-            assert status == code, found
-            for kind in ("matched", "renamed", "lost", "new"):
-                assert found["all"][kind] == counted[shadow, kind], (shadow, kind)
-            assert bool(found["all"]["lost"]) == (shadow == "2.0")
-            if shadow == "2.0":
-                assert found["by_class"]["Pedestrian"]["lost"] == pedestrians > 0
-    return left
+        compared = {
+            shadow: run_compare(f"{address}/1.0", f"{address}/{shadow}", clouds) for shadow in ("2.0", "3.0")
+        }
+    return Trial(name, before, after, compared)
+
+
+def check_trial(trial: Trial) -> None:
+    """The altered version is caught by compare, with the same figures by the shadow; a copy differs in nothing."""
+    for shadow, code in (("2.0", 1), ("3.0", 0)):
+        status, found = trial.compared[shadow]
+        assert status == code, found
+        for kind in ("matched", "renamed", "lost", "new"):
+            assert found["all"][kind] == trial.counted(shadow, kind), (shadow, kind)
+        assert bool(found["all"]["lost"]) == (shadow == "2.0")
+    lost = trial.compared["2.0"][1]["by_class"]["Pedestrian"]["lost"]
+    assert lost == trial.counted("2.0", "lost", **{"class": "Pedestrian"}) > 0
+    assert not trial.drifted("1.0") and not trial.drifted("3.0")
+
+
+def check_alerts(folder: Path, trial: Trial, differing: Sequence[str]) -> None:
+    """The rules fire on what the gateway exported for the altered version, for these classes, and for no other."""
+    model = {"model": trial.model}
+    expected = {
+        "ShadowDiffers": [{**model, "shadow": "2.0", "class": name} for name in differing],
+        "Drift": [{**model, "version": "2.0", "statistic": each} for each in trial.drifted("2.0")],
+        "ShadowFails": [],
+    }
+    for alert, firing in expected.items():
+        check_alert(folder, f"Mmdet3dServe{alert}", trial.series(), 60, firing)
 
 
 def write_clouds(folder: Path, make: Callable[[int], bytes], count: int = FRAMES) -> Path:
@@ -184,10 +223,28 @@ def random_cloud(number: int) -> bytes:
     return dice.uniform((0, -40, -2, 0), (70, 40, 1, 1), (1024, 4)).astype(np.float32).tobytes()
 
 
-def test_an_altered_version_is_caught_by_compare_and_by_its_shadow(
-    background: Background, boxes: TorchServe, tmp_path: Path, run_compare: Compare
+@pytest.fixture(scope="module")
+def trial_of_boxes(
+    background: Background, boxes: TorchServe, tmp_path_factory: pytest.TempPathFactory
+) -> Trial:
+    clouds = write_clouds(tmp_path_factory.mktemp("boxes") / "clouds", random_cloud)
+    return observe(background, boxes, "boxes", clouds)
+
+
+@pytest.fixture(scope="module")
+def trial_of_second(background: Background, second: TorchServe, scenes: Path) -> Trial:
+    return observe(background, second, "second", scenes)
+
+
+def test_an_altered_version_is_caught_by_compare_and_by_its_shadow(trial_of_boxes: Trial) -> None:
+    check_trial(trial_of_boxes)
+
+
+def test_the_alert_fires_on_the_metrics_of_an_altered_versions_shadow(
+    trial_of_boxes: Trial, tmp_path: Path
 ) -> None:
-    check_rollout(background, boxes, "boxes", write_clouds(tmp_path / "clouds", random_cloud), run_compare)
+    # It lacks all pedestrians, and adds a car to every eight.
+    check_alerts(tmp_path, trial_of_boxes, ["Pedestrian", "Car"])
 
 
 @pytest.mark.soak
@@ -243,9 +300,18 @@ def test_a_canary_whose_workers_are_killed_loses_no_request(
 
 @pytest.mark.soak
 @pytest.mark.slow
-def test_an_altered_second_is_caught_by_compare_by_its_shadow_and_by_the_alert(
-    background: Background, second: TorchServe, scenes: Path, run_compare: Compare
+def test_an_altered_second_is_caught_by_compare_by_its_shadow_and_by_its_drift(
+    trial_of_second: Trial,
 ) -> None:
-    left = check_rollout(background, second, "second", scenes, run_compare)
+    check_trial(trial_of_second)
+    left = trial_of_second.drifted("2.0")
     print("left the reference:", left)
     assert "class" in left
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+def test_alerts_fire_on_the_metrics_of_an_altered_seconds_shadow(
+    trial_of_second: Trial, tmp_path: Path
+) -> None:
+    check_alerts(tmp_path, trial_of_second, ["Pedestrian"])

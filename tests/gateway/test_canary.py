@@ -43,10 +43,14 @@ def ready(gateway: RunningGateway) -> RunningGateway:
 
 def sample(gateway: RunningGateway, name: str, **labels: str) -> float:
     """Sum of the samples of a metric that have these labels."""
-    families = text_string_to_metric_families(gateway.client.get("/metrics").text)
+    return sample_in(gateway.client.get("/metrics").text, name, **labels)
+
+
+def sample_in(exposition: str, name: str, **labels: str) -> float:
+    """As `sample`, of what was read before."""
     return sum(
         each.value
-        for family in families
+        for family in text_string_to_metric_families(exposition)
         for each in family.samples
         if each.name == f"mmdet3d_serve_{name}" and labels.items() <= each.labels.items()
     )
