@@ -17,7 +17,7 @@ from serve.predict.models import open_archive
 from serve.predict.observed import count_source
 from serve.predict.sources import open_source
 from serve.watch.reference import WINDOW_FRAMES, Reference, reference_of
-from serve.watch.statistics import CLASS, SCORE_THR, STATISTICS
+from serve.watch.statistics import CLASS, SCORE_THR
 
 __all__ = ["main"]
 
@@ -117,14 +117,15 @@ def _only(classes: Sequence[str], others: Sequence[str]) -> str:
 
 
 def _table(found: Reference) -> str:
-    """Return a row of each statistic with values: number, mean and limit."""
+    """Return a row of each statistic with values: number, mean if its sum is known, and limit."""
     lines = [
         f"{found.counts.frames} frames, detections from a score of {found.score_thr:g} on",
         f"{'statistic':<16} {'values':>9} {'mean':>10} {'limit':>7}",
     ]
+    sums = found.counts.sums  # not in the archive, so that a copy has none
     for name, limit in found.limits.items():
         number = int(found.counts.of(name).sum())
-        mean = f"{found.counts.sums[name] / number:.4g}" if name in STATISTICS else ""
+        mean = f"{sums[name] / number:.4g}" if name in sums else ""
         lines.append(f"{name:<16} {number:>9} {mean:>10} {limit:>7.3f}")
     names = zip(found.counts.layout.classes, found.counts.of(CLASS).tolist(), strict=False)
     lines.append("classes   " + ", ".join(f"{number} {name}" for name, number in names if number))

@@ -57,11 +57,14 @@ def recorded(folder: Path, **changes: Any) -> Path:
     counts = Layout.of_classes(METADATA.classes).empty()
     counts.frames = 1
     counts.of(CLASS)[:] = (5, 2, 0)
+    counts.add_values("distance", np.full(7, 12.0))
     archive.record_statistics(path, path, reference_of([counts], 0.4, 1))
     return path
 
 
-def test_a_reference_is_copied_to_a_new_version_and_nothing_else_changes(tmp_path: Path) -> None:
+def test_a_reference_is_copied_to_a_new_version_and_nothing_else_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     former, path = recorded(tmp_path / "former"), write(tmp_path, replace(METADATA, version="2.0"))
     before = archive.verify(path)
     assert reference.main([str(path), "--from", str(former)]) == 0
@@ -72,6 +75,13 @@ def test_a_reference_is_copied_to_a_new_version_and_nothing_else_changes(tmp_pat
     assert after.files[ENTRY] == archive.verify(former).files[ENTRY]
     found = archive.read_statistics(path)
     assert found is not None and found.score_thr == 0.4 and found.counts.of(CLASS).tolist() == [5, 2, 0]
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("distance")] == [
+        [
+            "distance",
+            "7",
+            f"{found.limits['distance']:.3f}",
+        ]  # without a mean, which the archive does not have
+    ]
 
 
 def test_a_copy_counts_classes_by_name_in_whatever_order(tmp_path: Path) -> None:
