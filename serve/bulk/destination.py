@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from serve import storage
 from serve.bulk.retry import repeat
@@ -15,6 +15,8 @@ from serve.errors import ObjectNotFound, SettingsError, StorageError
 from serve.storage.cache import map_disk_errors
 
 __all__ = ["ARCHIVE", "Destination"]
+
+T = TypeVar("T")
 
 #: Copy of the archive for the machines of a cluster.
 ARCHIVE = "model.mar"
@@ -51,9 +53,7 @@ class Destination:
     def read(self, name: str) -> bytes | None:
         """Read a file; None if there is none."""
         try:
-            if self.is_local:
-                return storage.read_bytes(self.uri(name))
-            return repeat(lambda: storage.read_bytes(self.uri(name)))
+            return self._patiently(lambda: storage.read_bytes(self.uri(name)))
         except ObjectNotFound:
             return None
 
@@ -105,17 +105,30 @@ class Destination:
 
     @contextmanager
     def _downloaded(self, name: str) -> Iterator[IO[bytes]]:
-        from serve.storage import s3
-
-        location = storage.parse(self.uri(name))
         with tempfile.TemporaryFile(prefix="mmdet3d-serve-bulk-") as file:
-            s3.connect(location.cluster).download(location, file, progress=False)
+            self.download(name, file)
             file.seek(0)
             yield file
 
+    def download(self, name: str, file: IO[bytes]) -> None:
+        """Copy a file of a bucket, of any size, into an empty one."""
+        from serve.storage import s3
+
+        location = storage.parse(self.uri(name))
+
+        def copy() -> None:
+            file.seek(0)
+            file.truncate()
+            s3.connect(location.cluster).download(location, file, progress=False)
+
+        repeat(copy)
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        return action() if self.is_local else repeat(action)
+
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
-        return storage.exists(self.uri(name))
+        return self._patiently(lambda: storage.exists(self.uri(name)))
 
     def remove(self, name: str) -> None:
         """Remove a file; that there is none is no error."""
@@ -125,7 +138,7 @@ class Destination:
         from serve.storage import s3
 
         location = storage.parse(self.uri(name))
-        s3.connect(location.cluster).remove(location)
+        repeat(lambda: s3.connect(location.cluster).remove(location))
 
     def part_name(self, number: int) -> str:
         """Name of the results of a part."""
@@ -165,7 +178,7 @@ class Destination:
 
     def _part_files(self, folder: str, suffix: str = "") -> list[str]:
         try:
-            found = storage.list_files(self.uri(folder), (suffix,) if suffix else ())
+            found = self._patiently(lambda: storage.list_files(self.uri(folder), (suffix,) if suffix else ()))
         except ObjectNotFound:
             return []
         names = (Path(each).name for each in found)

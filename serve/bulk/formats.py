@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,10 +29,11 @@ import orjson
 from serve import storage
 from serve.bulk.destination import Destination
 from serve.bulk.parts import frames_of
+from serve.bulk.retry import repeat
 from serve.client.frames import frame_parts
 from serve.errors import BadRequest, ObjectNotFound, ServeError, StorageError, error_body
 from serve.formats.coco import CocoIds
-from serve.formats.kitti import format_labels
+from serve.formats.kitti import Camera, format_labels
 from serve.formats.parquet import load_pyarrow, write_parquet
 from serve.predict.frames import Frame
 from serve.predict.kitti import CameraFinder
@@ -175,7 +177,7 @@ def _write_labels(
                 if (answer := line.get("answer")) is None:
                     continue
                 try:
-                    camera = cameras.find(frame, _camera_parts(frame, answer), answer)
+                    camera = repeat(partial(_camera, cameras, frame, answer))
                     labels = format_labels(answer, camera).encode()
                 except StorageError as error:
                     if not isinstance(error, ObjectNotFound):
@@ -202,6 +204,10 @@ def _add(file: tarfile.TarFile, name: str, data: bytes) -> None:
     entry = tarfile.TarInfo(name)  # without time and owner: the same labels are the same bytes
     entry.size = len(data)
     file.addfile(entry, io.BytesIO(data))
+
+
+def _camera(cameras: CameraFinder, frame: Frame, answer: Mapping[str, Any]) -> Camera | None:
+    return cameras.find(frame, _camera_parts(frame, answer), answer)
 
 
 def _camera_parts(frame: Frame, answer: Mapping[str, Any]) -> Body:

@@ -16,7 +16,6 @@ from typing import Any
 
 import orjson
 
-from serve import storage
 from serve.bulk.conversion import Conversions
 from serve.bulk.destination import Destination
 from serve.bulk.formats import COCO, PART_FORMATS, Outputs, write_coco
@@ -176,11 +175,8 @@ def _local_manifest(destination: Destination, stack: ExitStack) -> Path:
         return destination.folder / _MANIFEST
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bulk-"))
     path = Path(folder, _MANIFEST)
-    from serve.storage import s3
-
-    location = storage.parse(destination.uri(_MANIFEST))
     with map_disk_errors(str(path)), path.open("wb") as file:
-        s3.connect(location.cluster).download(location, file)
+        destination.download(_MANIFEST, file)
     return path
 
 

@@ -129,6 +129,21 @@ def test_results_outlast_a_bucket_that_fails_for_a_time(proxy: Any) -> None:
             assert destination.finished() == {0}
 
 
+def test_results_of_a_bucket_that_fails_for_a_time_are_asked_for_again(proxy: Any) -> None:
+    destination, name = Destination(f"s3://{BUCKET}/read"), "parts/00000000.jsonl"
+    destination.write(name, b"a\nb\n")
+    for action, expected in (
+        (lambda: list(destination.lines(name)), [b"a\n", b"b\n"]),
+        (destination.finished, {0}),
+        (lambda: destination.exists(name), True),
+        (lambda: destination.remove(name), None),
+    ):
+        left = [503, 503]
+        proxy.spoil = lambda method, path, headers, left=left: left.pop() if left else None
+        assert action() == expected and not left
+    assert destination.finished() == set()
+
+
 def test_failed_frames_are_computed_again_on_demand(tmp_path: Path) -> None:
     source, out = tmp_path / "frames", tmp_path / "out"
     source.mkdir()
