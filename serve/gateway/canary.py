@@ -1,7 +1,8 @@
 """Canaries: versions of a model that answer a share of the requests that name no version.
 
 The share of a canary is the most that it gets. A canary that cannot take frames is passed over, and a frame that it
-fails on is sent to the default version, so that a new version costs no request. What the default version fails on is
+fails on, or does not answer in half of the time, is sent to the default version, so that a new version costs no
+request. What the default version fails on is
 not sent to a canary.
 """
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from serve.errors import ClientDisconnected, ClientError, DeadlineExceeded, ServeError
+from serve.errors import ClientDisconnected, ClientError, DeadlineExceeded, ServeError, UnknownOption
 from serve.gateway.backend import Answer
 from serve.gateway.batcher import BatchResult
 from serve.gateway.models import ModelVersion
@@ -60,7 +60,8 @@ async def run_frames(
         model: the model to run.
         frames: the frames; in place of an invalid one, its error, which is its outcome.
         timeout_s: deadline, seconds from now; after it the outcome is `DeadlineExceeded`.
-        fallback: answers the frames on which `model` fails, or which have waited for it for half of that time.
+        fallback: answers the frames on which `model` fails; those that `model` has not answered after half of that time
+            are sent to both, and the first answer counts.
 
     Raises:
         ClientDisconnected: the client disconnected.
@@ -134,15 +135,45 @@ async def _run_frame(
 async def _run_with_fallback(
     model: ModelVersion, frame: EncodedFrame, timeout_s: float, fallback: Fallback
 ) -> tuple[ModelVersion, Outcome]:
-    """Run a frame, once more on another version if the first one fails; returns the version of the outcome too."""
+    """Run a frame, on another version too if the first one fails or takes half of the time.
+
+    Returns:
+        The version of the outcome, and the outcome.
+    """
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout_s
-    outcome = await _submit_frame(model, frame, timeout_s / 2)
-    if not isinstance(outcome, ServeError) or isinstance(outcome, ClientError):
-        return model, outcome  # a frame that cannot be read is no better elsewhere
-    fallback.observe(outcome)
-    fallback.frames += 1
-    return fallback.model, await _submit_frame(fallback.model, frame, deadline - clock())
+    trial = asyncio.create_task(_submit_frame(model, frame, timeout_s))
+    tasks = [trial]
+    try:
+        await asyncio.wait({trial}, timeout=timeout_s / 2)
+        if trial.done() and not _is_worth_another(trial.result()):
+            return model, trial.result()
+        other = asyncio.create_task(_submit_frame(fallback.model, frame, deadline - clock()))
+        tasks.append(other)
+        await asyncio.wait({other} if trial.done() else tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not other.done() and not isinstance(trial.result(), ServeError):
+            return model, trial.result()
+        outcome = await other
+        error = trial.result() if trial.done() else DeadlineExceeded("no answer within half of the deadline")
+        if isinstance(error, ServeError) and not (
+            isinstance(error, UnknownOption) and isinstance(outcome, ClientError)
+        ):
+            fallback.observe(error)
+        fallback.frames += 1
+        return fallback.model, outcome
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _is_worth_another(outcome: Outcome) -> bool:
+    """Return whether another version may answer a frame for which one has this outcome.
+
+    A frame that cannot be read is no better elsewhere; an option can be: it may name a class or a field.
+    """
+    return isinstance(outcome, ServeError) and (
+        not isinstance(outcome, ClientError) or isinstance(outcome, UnknownOption)
+    )
 
 
 def _observe(model: ModelVersion, frame: EncodedFrame, outcome: Outcome) -> None:

@@ -1,6 +1,6 @@
 """Shadow traffic: a share of a model's frames goes to another version as well, whose answers are only compared.
 
-A frame is sent once its request has its answer. It waits as a background item (`serve.gateway.batcher`): it takes a
+A frame is sent once it has its answer. It waits as a background item (`serve.gateway.batcher`): it takes a
 worker that has nothing else to do. What is on its way is bounded in frames and in bytes of its own; a frame beyond
 that, or of a gateway that is half full, is dropped. Two answers are compared in a thread, as ``mmdet3d-serve compare``
 compares them.

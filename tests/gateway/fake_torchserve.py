@@ -54,7 +54,8 @@ class CutOff(Exception):
 class FakeModel:
     """One version of a model.
 
-    `alter` changes the answer of every frame, `trouble` fails every call, and `gate` stops them until it is opened.
+    `alter` changes the answer of every frame, `trouble` fails every call, and `gate` stops them until it is opened. A
+    frame whose options name one of `unknown_classes` is an unknown option.
     """
 
     spec: Any = field(default_factory=lambda: dict(CLOUDS))
@@ -63,6 +64,7 @@ class FakeModel:
     default: bool = True
     alter: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     trouble: str = ""
+    unknown_classes: frozenset[str] = frozenset()
     gate: asyncio.Event | None = None
     calls: list[int] = field(default_factory=list)  # frames of each
 
@@ -189,6 +191,9 @@ class FakeTorchServe:
         ]
         model = self.models[name][version]
         model.calls.append(len(frames))
+        for k, (_, options) in enumerate(frames):
+            if model.unknown_classes & {*options.get("classes", ())}:
+                items[k] = 400, b'{"error":{"code":"unknown_option","message":"no such class"}}'
         if model.alter is not None:
             items = [(status, orjson.dumps(model.alter(orjson.loads(body)))) for status, body in items]
         if model.gate is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -146,6 +147,35 @@ def test_a_canary_that_hangs_has_half_of_the_deadline(
         )
     )
     background.soon(canary.gate.set)
+
+
+def test_a_canary_that_is_slow_may_still_answer_when_the_default_version_is_too(
+    start_gateway: Start, background: Background, torchserve: FakeTorchServe, canary: FakeModel, cloud: Cloud
+) -> None:
+    gateway = ready(start_gateway(canary="second:2.0=1"))
+    default = torchserve.models["second"]["1.0"]
+    canary.gate, default.gate = background.call(_closed_gate()), background.call(_closed_gate())
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(gateway.post, content=cloud(1), params={"timeout_ms": 1600})
+        eventually(lambda: default.calls == [1])  # after half of the deadline
+        background.soon(canary.gate.set)
+        assert version_of(answer.result()) == "2.0"
+    background.soon(default.gate.set)
+    assert sample(gateway, "canary_fallbacks_total") == 0
+
+
+def test_a_class_that_only_the_default_version_knows_is_no_error(
+    start_gateway: Start, torchserve: FakeTorchServe, canary: FakeModel, cloud: Cloud
+) -> None:
+    gateway = ready(start_gateway(canary="second:2.0=1"))
+    canary.unknown_classes = frozenset({"Car", "Tram"})
+    torchserve.models["second"]["1.0"].unknown_classes = frozenset({"Tram"})
+    assert version_of(gateway.post(content=cloud(1), params={"classes": "Car"})) == "1.0"
+    assert version_of(gateway.post(content=cloud(1), params={"classes": "Pedestrian"})) == "2.0"
+    assert sample(gateway, "canary_fallbacks_total", reason="unknown_option") == 1
+    refused = gateway.post(content=cloud(1), params={"classes": "Tram"})
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "unknown_option"
+    assert sample(gateway, "canary_fallbacks_total") == 1
 
 
 async def _closed_gate() -> asyncio.Event:
