@@ -110,9 +110,18 @@ def read_query(request: Request) -> Mapping[str, str]:
 
 
 def parse_request_options(
-    query: Mapping[str, str], headers: Mapping[str, str], options: GatewayOptions
+    query: Mapping[str, str],
+    headers: Mapping[str, str],
+    options: GatewayOptions,
+    others: Sequence[str] = (),
 ) -> RequestOptions:
     """Parse and check the options in the query and in ``X-`` headers; the query takes precedence.
+
+    Args:
+        query: the query, without the options of `others`.
+        headers: the headers.
+        options: options of the gateway.
+        others: names of options that were read before, which the error of an unknown one lists as well.
 
     Raises:
         UnknownOption: an unknown name or an invalid value.
@@ -129,7 +138,7 @@ def parse_request_options(
     except UnknownOption as error:
         message = str(error)
         if message.startswith("unknown option"):
-            message = message.replace("known: ", f"known: {', '.join(_REQUEST_OPTIONS)}, ")
+            message = message.replace("known: ", f"known: {', '.join((*_REQUEST_OPTIONS, *others))}, ")
         raise UnknownOption(message) from None
     return RequestOptions(
         parsed,

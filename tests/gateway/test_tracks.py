@@ -120,6 +120,13 @@ def test_invalid_options_are_named(gateway, cloud, query):
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_option")
 
 
+def test_a_misspelt_option_is_answered_with_those_of_tracks_too(gateway, cloud):
+    answer = gateway.post("/predictions/second?track_sesion=drive", content=cloud(1))
+    known = answer.json()["error"]["message"].partition("known: ")[2].split(", ")
+    assert {"track_session", "track_start", "track_end", "frame_time_s", "score_thr"} <= set(known)
+    assert answer.json()["error"]["code"] == "unknown_option"
+
+
 def test_fields_would_leave_out_what_tracks_are_made_of(gateway, cloud):
     answer = gateway.post(f"{START}&fields=names", content=cloud(1))
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_option")

@@ -30,7 +30,7 @@ from serve.gateway.response import (
     encode_one,
 )
 from serve.gateway.router import FrameRoute
-from serve.gateway.tracks import SessionKey, TrackSessions, parse_track_request
+from serve.gateway.tracks import TRACK_OPTIONS, SessionKey, TrackSessions, parse_track_request
 from serve.protocol.worker import EncodedFrame
 from serve.storage.references import References
 
@@ -47,7 +47,7 @@ def predict_route(
         timing = Timing()
         media = choose_media(request.headers.get("accept"))
         wanted, query = parse_track_request(read_query(request), request.headers)
-        request_options = parse_request_options(query, request.headers, options)
+        request_options = parse_request_options(query, request.headers, options, TRACK_OPTIONS)
         request.scope["state"]["model"] = model
         permit = permit_of(request.scope)
         chosen = await canaries.choose(model, version, permit.client, wanted)
