@@ -198,9 +198,11 @@ class ModelRegistry:
         self.on_batch(model.state.name, report)
 
     def _not_found(self, name: str, version: str | None = None) -> ModelNotFound:
-        known = ", ".join(sorted({key[0] for key in self._models})) or "none"
+        known = sorted({key[0] for key in self._models})
+        if version is not None and name in known:
+            known = sorted(key[1] for key in self._models if key[0] == name)
         suffix = "" if version is None else f" version {version!r}"
-        return ModelNotFound(f"model {name!r}{suffix} not found; available: {known}")
+        return ModelNotFound(f"model {name!r}{suffix} not found; available: {', '.join(known) or 'none'}")
 
     def _find(self, name: str, version: str | None) -> ModelVersion | None:
         if version is not None:

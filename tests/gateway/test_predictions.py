@@ -278,7 +278,9 @@ def test_unknown_model_or_version_returns_404_with_the_available_ones(gateway, c
         assert answer.json()["error"]["code"] == (
             "model_not_found" if "%2F" not in path else answer.json()["error"]["code"]
         )
-    assert "second" in gateway.post("/predictions/nobody").json()["error"]["message"]
+    for path, available in {"nobody": "second", "second/9.9": "1.0"}.items():
+        message = gateway.post(f"/predictions/{path}").json()["error"]["message"]
+        assert message.endswith(f"available: {available}")
     assert gateway.client.get("/predictions/second").status_code == 405
 
 
