@@ -45,7 +45,11 @@ def test_options_come_from_query_or_headers(gateway, cloud, torchserve):
 @pytest.mark.parametrize(
     ("query", "named"),
     [
-        ("colour=red", "timeout_ms, camera, class_thr, classes, columns, fields, load_dim, max_detections"),
+        (
+            "colour=red",
+            "timeout_ms, camera, track_session, track_start, track_end, frame_time_s, class_thr, classes, columns, "
+            "fields, load_dim, max_detections",
+        ),
         ("score_thr=2", "score_thr"),
         ("score_thr=nan", "score_thr"),
         ("score_thr=", "score_thr"),
