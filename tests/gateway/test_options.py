@@ -183,7 +183,7 @@ def test_help_shows_the_common_options_and_help_all_every_one_with_unit_and_defa
         assert f"{flag} {each.unit}".strip() in everything, flag
         assert (f"  {flag} " in common) == each.common, flag
         shown += each.common
-    assert 15 <= shown <= 24
+    assert 15 <= shown <= 25
     assert "33554432, 32 MiB" in everything
 
 
