@@ -175,8 +175,12 @@ class BuildGuard:
             if os.path.isabs(file):
                 return _is_environment(os.path.realpath(file))
         caller = next(self._frames(), None)
-        if caller is not None and os.path.realpath(caller.f_code.co_filename) in _CODE_WRITERS:
-            return True
+        if caller is not None:
+            file = os.path.realpath(caller.f_code.co_filename)
+            if file in _CODE_WRITERS or (
+                event == "compile" and file == _AST and caller.f_code.co_name == "parse"
+            ):
+                return True
         return self._inside(_BOOTSTRAP) or self._inside(_NUMBA)
 
     def _frames(self) -> Iterator[FrameType]:
@@ -285,6 +289,8 @@ _CODE_WRITERS = frozenset(
     os.path.realpath(os.path.join(sysconfig.get_path("stdlib"), name))
     for name in ("dataclasses.py", "collections/__init__.py")
 )
+# Its `parse` makes a syntax tree, which only another `compile` makes executable. Tracebacks read their lines with it.
+_AST = os.path.realpath(os.path.join(sysconfig.get_path("stdlib"), "ast.py"))
 
 
 def _is_below(path: str, folders: tuple[str, ...]) -> bool:
