@@ -17,6 +17,7 @@ from serve.errors import (
     OutOfMemory,
     Overloaded,
     ServeError,
+    UnknownOption,
 )
 from serve.gateway.admission import Admission
 from serve.gateway.batcher import BatchReport
@@ -36,7 +37,7 @@ DEPRECATED_NAMES: Mapping[str, str] = {
 FAILURE_CODES = tuple(
     each.code
     for each in (
-        ServeError, BackendBroken, DeadlineExceeded, InferenceFailed, NotReady, OutOfMemory, Overloaded
+        ServeError, BackendBroken, DeadlineExceeded, InferenceFailed, NotReady, OutOfMemory, Overloaded, UnknownOption
     )
 )  # fmt: skip
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

@@ -168,6 +168,9 @@ def test_a_class_that_only_the_default_version_knows_is_no_error(
     start_gateway: Start, torchserve: FakeTorchServe, canary: FakeModel, cloud: Cloud
 ) -> None:
     gateway = ready(start_gateway(canary="second:2.0=1"))
+    assert version_of(gateway.post(content=cloud(1))) == "2.0"
+    counts_of_zero = 'canary_fallbacks_total{model="second",reason="unknown_option",version="2.0"} 0.0'
+    assert counts_of_zero in gateway.client.get("/metrics").text  # so that an alert sees the first one
     canary.unknown_classes = frozenset({"Car", "Tram"})
     torchserve.models["second"]["1.0"].unknown_classes = frozenset({"Tram"})
     assert version_of(gateway.post(content=cloud(1), params={"classes": "Car"})) == "1.0"
