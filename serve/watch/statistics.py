@@ -6,6 +6,7 @@ points are in the series E12 and E6 of preferred numbers (IEC 60063), so that a 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -195,7 +196,9 @@ class Layout:
                     if not 0 <= _whole(index) < place.stop - place.start:
                         raise ValueError(f"{name} has no bin {index}")
                     counts.bins[place.start + index] += _whole(number)
-                counts.sums[name] += float(found["sum"])
+                if not math.isfinite(sum_of_values := float(found["sum"])):
+                    raise ValueError(f"the sum of {name} is {sum_of_values}")
+                counts.sums[name] += sum_of_values
             start = self.slices[CLASS].start
             for name, number in document["classes"].items():
                 counts.bins[start + self.class_index.get(name, len(self.classes))] += _whole(number)

@@ -135,7 +135,7 @@ def test_what_a_worker_sends_is_what_the_gateway_reads() -> None:
     [
         {"frames": -1}, {"frames": True}, {"frames": 1 << 60}, {"statistics": []}, {"classes": {"Car": "x"}},
         {"statistics": {"score": {"bins": [[99, 1]], "sum": 0}}}, {"statistics": {"score": {"bins": [[0]]}}},
-        {"warnings": {"a": 1.5}},
+        {"statistics": {"score": {"bins": [[0, 1]], "sum": "nan"}}}, {"warnings": {"a": 1.5}},
     ],
 )  # fmt: skip
 def test_a_malformed_observation_is_an_error(change: dict[str, Any]) -> None:
