@@ -119,8 +119,8 @@ def _check_distinct(ids: CocoIds, manifest: Path, annotations: Path) -> None:
     for name in _names(manifest):
         if (other := frames.setdefault(ids.image(name), name)) != name:
             raise BadRequest(
-                f"{other} and {name} are the same image for {annotations}, which is asked for names without folders; "
-                "run them apart"
+                f"{other} and {name} are the same image for {annotations}; take a file whose file_name has their "
+                "folders, or run them apart"
             )
 
 

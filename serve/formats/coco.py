@@ -35,6 +35,7 @@ class CocoIds:
     def __init__(self, annotations: Path | None = None) -> None:
         """See the class."""
         self._images: dict[str, Any] | None = None
+        self._by_name: dict[str, list[Any]] = {}
         self._categories: dict[str, Any] = {}
         self._source = annotations
         self._taken: set[int] = set()
@@ -44,7 +45,9 @@ class CocoIds:
             return
         try:
             document = json.loads(annotations.read_bytes())
-            self._images = {Path(image["file_name"]).name: image["id"] for image in document["images"]}
+            self._images = {image["file_name"]: image["id"] for image in document["images"]}
+            for path, number in self._images.items():
+                self._by_name.setdefault(Path(path).name, []).append(number)
             self._categories = {each["name"]: each["id"] for each in document["categories"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadRequest(
@@ -52,17 +55,25 @@ class CocoIds:
             ) from error
 
     def image(self, name: str) -> Any:
-        """Return the id of an image by the name of its frame.
+        """Return the id of an image by the name of its frame: with its folders, or else without them.
 
         Raises:
-            BadRequest: the annotation file does not have it.
+            BadRequest: the annotation file does not have it, or several of that name in other folders.
         """
         if self._images is not None:
-            if Path(name).name not in self._images:
+            if name in self._images:
+                return self._images[name]
+            found = self._by_name.get(Path(name).name, [])
+            if not found:
                 raise BadRequest(
                     f"{name} is not among the images of {self._source}; take the file of these images"
                 )
-            return self._images[Path(name).name]
+            if len(found) > 1:
+                raise BadRequest(
+                    f"{self._source} has {len(found)} images {Path(name).name}, none of them {name}; name frames as "
+                    "its file_name does, by a manifest"
+                )
+            return found[0]
         stem = Path(name).stem
         number = int(stem) if stem.isdecimal() else len(self.images)
         while number in self._taken:

@@ -19,6 +19,7 @@ import pytest
 
 from serve.bulk.formats import Outputs, check_outputs
 from serve.errors import BadRequest, MissingPackage
+from serve.formats.coco import CocoIds
 from serve.predict.writers import CocoWriter
 from tests.bulk import fake
 from tests.bulk.test_run import lines, run
@@ -210,6 +211,12 @@ def test_coco_takes_the_ids_of_an_annotation_file(tmp_path: Path) -> None:
     assert (result["image_id"], result["category_id"]) == (42, 60)
     manifest = tmp_path / "out" / "manifest.jsonl"
     check_outputs(given, ["donut"], None, manifest)
+    both = tmp_path / "both.json"
+    images_of_both = [{"file_name": "day/b.jpg", "id": 1}, {"file_name": "night/b.jpg", "id": 2}]
+    both.write_text(json.dumps({"images": images_of_both, "categories": []}))
+    assert [CocoIds(both).image(f"{folder}/b.jpg") for folder in ("night", "day")] == [2, 1]
+    with pytest.raises(BadRequest):
+        CocoIds(both).image("dusk/b.jpg")
     for classes, listed in (
         (["donut", "cake"], '{"frame": "b.jpg"}\n'),
         (["donut"], '{"frame": "c.jpg"}\n'),
