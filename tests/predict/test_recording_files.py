@@ -130,17 +130,27 @@ def test_mcap_has_images_and_annotations(tmp_path: Path) -> None:
     folder.mkdir()
     jpeg = cv2.imencode(".jpg", PICTURE)[1].tobytes()
     (folder / "0.jpg").write_bytes(jpeg)
-    cv2.imwrite(str(folder / "1.bmp"), PICTURE)
+    for k in (1, 2):
+        cv2.imwrite(str(folder / f"{k}.bmp"), PICTURE)
     out = tmp_path / "out"
     found = mcap_messages(record(folder, out, OneAnswer("image", IN_IMAGE), "mcap", "jsonl"))
     images = [message for topic, _, message in found if topic == "/image"]
-    assert [(image.format, image.data == jpeg) for image in images] == [("jpeg", True), ("png", False)]
+    assert [(image.format, image.data == jpeg) for image in images] == [
+        ("jpeg", True),
+        ("png", False),
+        ("png", False),
+    ]
     decoded = cv2.imdecode(np.frombuffer(images[1].data, np.uint8), cv2.IMREAD_COLOR)
     np.testing.assert_array_equal(decoded, PICTURE)
-    for topic, _, message in found:
-        if topic == "/annotations":
-            assert [(p.x, p.y) for p in message.points[0].points] == [(5, 6), (20, 6), (20, 30), (5, 30)]
-            assert message.texts[0].text == "person 1 0.80"
+    annotations = [message for topic, _, message in found if topic == "/annotations"]
+    for message in annotations:
+        assert [(p.x, p.y) for p in message.points[0].points] == [(5, 6), (20, 6), (20, 30), (5, 30)]
+    # An id is there as soon as the track is confirmed (`serve.tracking.image`).
+    assert [message.texts[0].text for message in annotations] == [
+        "person 0.80",
+        "person 0.80",
+        "person 1 0.80",
+    ]
 
 
 def test_times_of_the_source_are_kept(tmp_path: Path) -> None:
