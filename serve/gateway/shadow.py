@@ -38,6 +38,8 @@ _NEEDED = ({"bboxes_3d", "scores_3d", "labels_3d"}, {"bboxes", "scores", "labels
 # Share of the gateway's pending limits from which on no frame is sent.
 _BUSY_RATIO = 0.5
 _RULES = ChangeRules()
+# Of each answer; they are compared each with each, which takes 32 MB a matrix for so many.
+_MAX_COMPARED_BOXES = 2000
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +227,10 @@ def compare_bodies(before: bytes, after: bytes, options: FrameOptions) -> list[C
         if 2 * lowest > 1:
             raise _Dropped("options")
         rules = replace(rules, score_thr=max(rules.score_thr, 2 * lowest), low_score=lowest)
+    if any(
+        sum(score >= rules.lowest for score in _scores(answer)) > _MAX_COMPARED_BOXES for answer in answers
+    ):
+        raise _Dropped("many_boxes")
     try:
         return find_changes(answers[0], answers[1], rules)
     except SettingsError:
@@ -234,10 +240,14 @@ def compare_bodies(before: bytes, after: bytes, options: FrameOptions) -> list[C
 def _lowest_visible(answer: Mapping[str, Any], options: FrameOptions) -> float:
     """Return the score from which on an answer has every detection of its model."""
     lowest = max([options.score_thr, *(score for _, score in options.class_thr)])
-    scores = answer.get("scores_3d", answer.get("scores")) or []
+    scores = _scores(answer)
     if options.max_detections is not None and len(scores) >= options.max_detections:
         return max(lowest, min(scores, default=1.0))
     return lowest
+
+
+def _scores(answer: Mapping[str, Any]) -> list[float]:
+    return answer.get("scores_3d", answer.get("scores")) or []
 
 
 def _owned(body: Body) -> Body:

@@ -293,6 +293,14 @@ def test_answers_with_labels_are_not_compared() -> None:
         kinds(b'{"pts_semantic_mask": {}}', b'{"pts_semantic_mask": {}}')
 
 
+def test_an_answer_of_thousands_of_boxes_is_not_compared() -> None:
+    weak = [("Car", 10.0 * k, 0.01) for k in range(2001)]
+    assert kinds(answer(("Car", 1.0, 0.9), *weak), answer(("Car", 1.0, 0.9))) == ["matched"]
+    strong = [(name, x, 0.9) for name, x, _ in weak]
+    with pytest.raises(Exception, match="many_boxes"):
+        kinds(answer(("Car", 1.0, 0.9)), answer(*strong))
+
+
 def test_labels_of_classes_are_bounded() -> None:
     from prometheus_client import CollectorRegistry, generate_latest
 
