@@ -209,13 +209,14 @@ def read_statistics(path: Path) -> Reference | None:
 
 
 def _write_zip(path: Path, everything: Mapping[str, Source]) -> None:
-    """Write the entries in order, through a file beside it."""
+    """Write the entries in order, through a file beside it; one that it replaces keeps its permissions."""
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
     descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(file, "w") as archive:
             for name, source in sorted(everything.items()):
                 _add(archive, name, source)
-        os.chmod(staging, 0o644)
+        os.chmod(staging, mode)
         os.replace(staging, path)
     except BaseException:
         Path(staging).unlink(missing_ok=True)

@@ -67,7 +67,9 @@ def test_a_reference_is_copied_to_a_new_version_and_nothing_else_changes(
 ) -> None:
     former, path = recorded(tmp_path / "former"), write(tmp_path, replace(METADATA, version="2.0"))
     before = archive.verify(path)
+    path.chmod(0o600)
     assert reference.main([str(path), "--from", str(former)]) == 0
+    assert path.stat().st_mode & 0o777 == 0o600
     after = archive.verify(path)
     assert (after.version, {name: each for name, each in after.files.items() if name != ENTRY}) == (
         "2.0", before.files,
