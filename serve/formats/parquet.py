@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import IO, Any
 
 from serve.errors import BadRequest, MissingPackage
@@ -23,7 +22,8 @@ __all__ = ["SHARED", "load_pyarrow", "schema", "write_parquet"]
 
 #: Fields that all answers of a model share: metadata of the file.
 SHARED = ("classes", "units")
-_ROWS = 1000  # of a row group, which is in memory while it is written
+# Bounds of a row group, which is in memory while it is written: rows, and labels of points in them.
+_ROWS, _LABELS = 1000, 4_000_000
 _PLAIN = (
     *("box_type_3d", "bboxes_3d", "scores_3d", "labels_3d"),
     *("bboxes", "scores", "labels", "names", "masks", "track_ids"),
@@ -106,9 +106,8 @@ def write_parquet(file: IO[bytes], lines: Iterable[Mapping[str, Any]]) -> None:
     """
     pa = load_pyarrow()
     columns, shared = schema(), dict[str, str]()
-    rows = _rows(lines, shared)
     with pa.parquet.ParquetWriter(file, columns, compression="zstd") as writer:
-        while group := list(islice(rows, _ROWS)):
+        for group in _row_groups(_rows(lines, shared)):
             try:
                 writer.write_table(pa.Table.from_pylist(group, schema=columns))
             except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
@@ -118,6 +117,18 @@ def write_parquet(file: IO[bytes], lines: Iterable[Mapping[str, Any]]) -> None:
                 ) from error
         if shared:
             writer.add_key_value_metadata(shared)
+
+
+def _row_groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    group, labels = list[dict[str, Any]](), 0
+    for row in rows:
+        group.append(row)
+        labels += len(row.get("pts_semantic_mask", ()))
+        if len(group) >= _ROWS or labels >= _LABELS:
+            yield group
+            group, labels = [], 0
+    if group:
+        yield group
 
 
 def _rows(lines: Iterable[Mapping[str, Any]], shared: dict[str, str]) -> Iterator[dict[str, Any]]:

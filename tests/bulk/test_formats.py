@@ -18,8 +18,10 @@ import psutil
 import pytest
 
 from serve.bulk.formats import Outputs, check_outputs
+from serve.compare.labels import encode_labels
 from serve.errors import BadRequest, MissingPackage
 from serve.formats.coco import CocoIds
+from serve.formats.parquet import write_parquet
 from serve.predict.writers import CocoWriter
 from tests.bulk import fake
 from tests.bulk.test_run import lines, run
@@ -312,3 +314,18 @@ def test_parquet_has_the_records(drive: Any, tmp_path: Path) -> None:
         assert json.loads(row["other"]) == {"bytes": answer["bytes"]}
     metadata = parquet.ParquetFile(out / "parquet" / "00000000.parquet").metadata.metadata
     assert json.loads(metadata[b"classes"]) == ["Car"]
+
+
+def test_row_groups_of_point_labels_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="an extra: pip install 'mmdet3d-serve[parquet]'")
+    monkeypatch.setattr("serve.formats.parquet._LABELS", 250)
+    labels = encode_labels(np.arange(100))
+    clouds = [{"frame": f"{k}.bin", "answer": {"pts_semantic_mask": labels}} for k in range(7)]
+    with (tmp_path / "labels.parquet").open("wb") as file:
+        write_parquet(
+            file, [*clouds, {"frame": "bad.bin", "error": {"code": "undecodable_frame", "message": ""}}]
+        )
+    found = parquet.ParquetFile(tmp_path / "labels.parquet")
+    assert [found.metadata.row_group(k).num_rows for k in range(found.num_row_groups)] == [3, 3, 2]
+    rows = found.read().to_pylist()
+    assert [row["pts_semantic_mask"] for row in rows] == [[*range(100)]] * 7 + [None]
