@@ -38,7 +38,7 @@ from serve.gateway.shadow_metrics import ShadowMetrics
 from serve.gateway.siblings import Siblings
 from serve.gateway.tracing import Tracing
 from serve.gateway.tracks import TrackSessions
-from serve.gateway.ui import pages, points
+from serve.gateway.ui import images, pages, points
 from serve.gateway.watching import Watching, WatchOptions
 from serve.settings import Settings
 from serve.storage.references import ReferenceLimits, References
@@ -142,7 +142,7 @@ def create_app(
         kserve.router(registry, lifecycle),
         health.router(registry, metrics, lifecycle, sessions, rejected or {}, rollout, siblings),
         pages.router(is_ui=options.ui),
-        *((points.router(options, limits),) if options.ui else ()),
+        *((points.router(options, limits), images.router(options, limits)) if options.ui else ()),
     ):
         app.include_router(routes)
     app.openapi = partial(_openapi, app, options)  # type: ignore[method-assign]

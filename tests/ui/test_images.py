@@ -36,6 +36,13 @@ def grey_png() -> bytes:
     return stream.getvalue()
 
 
+def grey_tiff() -> bytes:
+    """Sixteen bits, which no browser reads."""
+    stream = io.BytesIO()
+    Image.fromarray(np.full((HEIGHT, WIDTH), 128 << 8, np.uint16)).save(stream, "TIFF")
+    return stream.getvalue()
+
+
 def run_lengths(mask: np.ndarray) -> dict:
     packed = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": [int(n) for n in packed["size"]], "counts": packed["counts"].decode()}
@@ -87,10 +94,11 @@ def mixed(colour) -> np.ndarray:
     return (np.array(colour) + 128) // 2
 
 
-def test_masks_and_boxes_of_an_image_are_drawn(torchserve, monkeypatch, gateway, open_page):
+@pytest.mark.parametrize(("name", "encode"), [("street.png", grey_png), ("street.tif", grey_tiff)])
+def test_masks_and_boxes_of_an_image_are_drawn(torchserve, monkeypatch, gateway, open_page, name, encode):
     use(torchserve, monkeypatch, IMAGES, image_answer)
     page = opened(gateway, open_page)
-    page.drop(("street.png", grey_png()))
+    page.drop((name, encode()))
     page.page.locator("#found tbody tr").first.wait_for()
     assert [row.split()[:2] for row in page.rows()] == [["car", "0.93"], ["person", "0.55"]]
     page.page.get_by_role("checkbox", name="Names").uncheck()

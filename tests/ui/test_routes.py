@@ -1,4 +1,4 @@
-"""The page's routes without a browser: documents, assets, keys, and the route that decodes clouds."""
+"""The page's routes without a browser: documents, assets, keys, and those that decode clouds and images."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import json
 import re
 from pathlib import Path
 
+import cv2
 import laspy
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "serve" / "gateway" / "ui" / "source"
@@ -163,3 +165,65 @@ def test_limits_of_frames_hold_for_the_decoder(start_gateway, monkeypatch):
     with busy.admission.permit("someone") as permit:
         permit.grow(items=1)
         assert busy.client.post("/ui/points", content=points).status_code == 429
+
+
+def encoded(suffix: str, pixels: np.ndarray) -> bytes:
+    if suffix == ".jp2":  # which OpenCV's wheel only reads
+        stream = io.BytesIO()
+        Image.fromarray(pixels[..., ::-1]).save(stream, "JPEG2000")
+        return stream.getvalue()
+    return cv2.imencode(suffix, pixels)[1].tobytes()
+
+
+def picture(height: int = 30, width: int = 40) -> np.ndarray:
+    """Blue above red (BGR)."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, :, 0] = pixels[height // 2 :, :, 2] = 200
+    return pixels
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".jp2", ".ppm", ".hdr", ".pfm", ".png"])
+def test_images_that_no_browser_reads_come_back_as_jpeg_of_their_size(gateway, suffix):
+    pixels = picture()
+    given = (
+        pixels.astype(np.float32)
+        if suffix == ".pfm"
+        else pixels / np.float32(255)
+        if suffix == ".hdr"
+        else pixels
+    )
+    answer = gateway.client.post("/ui/image", content=encoded(suffix, given))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "image/jpeg"
+    shown = cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_COLOR)
+    assert shown.shape == pixels.shape
+    assert abs(shown[3, 5].astype(int) - pixels[3, 5]).max() < 12
+    assert abs(shown[-3, 5].astype(int) - pixels[-3, 5]).max() < 12
+
+
+def test_sixteen_bits_are_shown_as_eight(gateway):
+    answer = gateway.client.post("/ui/image", content=encoded(".tif", picture().astype(np.uint16) * 256))
+    shown = cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_COLOR)
+    assert abs(shown[3, 5].astype(int) - picture()[3, 5]).max() < 12
+
+
+@pytest.mark.parametrize("body", [b"", b"text", encoded(".tif", picture())[:80]])
+def test_file_that_is_no_image_is_422(gateway, body):
+    answer = gateway.client.post("/ui/image", content=body)
+    assert answer.status_code == 422 and answer.json()["error"]["code"] == "undecodable_frame"
+
+
+def test_limits_of_frames_hold_for_images(start_gateway, monkeypatch):
+    body = encoded(".ppm", picture())
+    small = start_gateway(max_frame_bytes=len(body) - 1)
+    assert small.client.post("/ui/image", content=body).json()["error"]["code"] == "frame_too_large"
+    monkeypatch.setenv("MMDET3D_SERVE_MAX_PIXELS", "1199")
+    few = start_gateway(api_keys=(KEY,))
+    assert few.client.post("/ui/image", content=body).status_code == 401
+    answer = few.client.post("/ui/image", content=body, headers={"x-api-key": KEY})
+    assert answer.status_code == 413 and "1199" in answer.json()["error"]["message"]
+    monkeypatch.delenv("MMDET3D_SERVE_MAX_PIXELS")
+    long = start_gateway(ui=True)
+    answer = long.client.post("/ui/image", content=encoded(".ppm", picture(2, 70_000)))
+    assert answer.status_code == 413 and "70000" in answer.json()["error"]["message"]
+    assert start_gateway(ui=False).client.post("/ui/image", content=body).status_code == 404

@@ -1,7 +1,7 @@
 """Route ``POST /ui/points``: a point-cloud file to float32, for the formats that the page has no reader for.
 
 It computes nothing but what a worker does with every frame of that format (`serve.protocol.point_formats`), within the
-same limits, one file at a time, behind the keys.
+same limits, behind the keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from serve.protocol.point_formats import read_point_file
 from serve.protocol.points import sniff
 from serve.settings import Limits
 
-__all__ = ["read_columns", "router"]
+__all__ = ["read_columns", "read_file", "router"]
 
 # What the page draws, in the order of the answer.
 _SHOWN = ("x", "y", "z", "intensity", "red", "green", "blue")
@@ -55,6 +55,22 @@ def read_columns(body: Bytes, limits: Limits) -> tuple[tuple[str, ...], npt.NDAr
     return names, points
 
 
+async def read_file(request: Request, options: GatewayOptions, limits: Limits) -> Bytes:
+    """Read a body that is one file, and count it as one frame until the request ends.
+
+    Raises:
+        FrameTooLarge: more bytes than a frame may have.
+        Overloaded: a limit of pending frames or bytes would be exceeded.
+    """
+    permit = permit_of(request.scope)
+    permit.check(items=1)
+    body = await read_body(request, permit, options)
+    permit.grow(items=1)
+    if len(body) > limits.max_frame_bytes:
+        raise FrameTooLarge(f"the frame has {len(body)} bytes, the limit is {limits.max_frame_bytes}")
+    return body
+
+
 def router(options: GatewayOptions, limits: Limits) -> APIRouter:
     """Create the route."""
     routes = APIRouter(tags=["page"])
@@ -72,12 +88,7 @@ def router(options: GatewayOptions, limits: Limits) -> APIRouter:
     )
     async def points(request: Request) -> Response:
         """Decode a point-cloud file (npy, npz, PCD, PLY, LAS or LAZ)."""
-        permit = permit_of(request.scope)
-        permit.check(items=1)
-        body = await read_body(request, permit, options)
-        permit.grow(items=1)
-        if len(body) > limits.max_frame_bytes:
-            raise FrameTooLarge(f"the frame has {len(body)} bytes, the limit is {limits.max_frame_bytes}")
+        body = await read_file(request, options, limits)
         names, decoded = await run_beside_loop(len(body), read_columns, len(body), body, limits)
         return Response(
             decoded.tobytes(), headers={"x-columns": ",".join(names)}, media_type="application/octet-stream"

@@ -142,6 +142,12 @@ export async function decodePoints(file: Blob, signal?: AbortSignal): Promise<De
   return { columns, values: new Float32Array(await answer.arrayBuffer()) };
 }
 
+/** Let the server decode an image that this browser does not read. */
+export async function decodeImage(file: Blob): Promise<Blob> {
+  const answer = await call("ui/image", { method: "POST", body: new Blob([file], { type: "application/octet-stream" }) });
+  return answer.blob();
+}
+
 /** Read a Server-Timing header: `decode;dur=0.3, queue;dur=…`. */
 export function readTiming(header: string): Timing {
   const timing: Timing = {};

@@ -1,5 +1,6 @@
 /** Shows a frame: its cloud, its images, and what was found in it. */
 
+import { decodeImage } from "./api";
 import { Calibration, parseCalibration } from "./calibration";
 import { CloudView } from "./cloud_view";
 import { Cloud } from "./clouds/cloud";
@@ -176,6 +177,6 @@ async function decodePicture(file: File): Promise<ImageBitmap> {
   try {
     return await createImageBitmap(file);
   } catch {
-    throw new Error("this browser does not read such images");
+    return createImageBitmap(await decodeImage(file));
   }
 }
