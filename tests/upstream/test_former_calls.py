@@ -75,8 +75,8 @@ def test_async_inference_gives_the_same_results_beside_a_running_loop(model, pic
     finally:
         hook.remove()
     expected = inference_detector(model, str(picture)).pred_instances.scores
-    for found in (one, other, *two):
-        assert np.array_equal(found.pred_instances.scores, expected)
+    for found in (one, other, *two):  # threads of torch are set per thread, and their number changes the last bits
+        np.testing.assert_allclose(found.pred_instances.scores, expected, rtol=1e-5, atol=1e-6)
     assert threads and threading.main_thread().name not in threads
 
 
