@@ -137,7 +137,7 @@ def test_the_wheel_alone_asks_for_numpy_alone() -> None:
 
 
 # Extras whose packages the environment of the tests may lack: imports are looked up by the names in `brought` then.
-OPTIONAL = ("models", "otel", "video", "grpc", "recordings", "rerun", "cvat", "parquet")
+OPTIONAL = ("models", "otel", "video", "grpc", "recordings", "rerun", "cvat", "parquet", "ray")
 
 
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
