@@ -41,7 +41,7 @@ __all__ = ["RayEngine"]
 _SHOW_S = 0.5
 _END_S = 30.0
 _LOOPBACK = "127.0.0.1"
-_STORE_BYTES = 256 << 20  # of a Ray of ours: the manifest's lines, compressed
+_STORE_BYTES = 256 << 20  # of a Ray that the run starts: the manifest's lines, compressed
 # Read by Ray when it is imported or started.
 _VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports to its makers otherwise

@@ -54,7 +54,7 @@ def read_patiently(read: Callable[[], Body], origin: str | Mapping[str, str]) ->
 
     Raises:
         StorageError: this frame cannot be read.
-        SourceGone: its bucket does not answer at all, or lets nobody in.
+        SourceGone: its bucket does not answer at all, or refuses the credentials.
     """
     uris = [origin] if isinstance(origin, str) else [*origin.values()]
     # Parts of a frame may lie in several places, on this machine too.
