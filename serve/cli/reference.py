@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None) -> int:
     print(f"sha256    {sha256}")
     if len(counts) < _FEW_FRAMES:
         print(
-            f"note      {len(counts)} frames say little, so that the limits are wide; take some hundred of all kinds "
-            "that the model is to see"
+            f"note      too few frames for narrow limits ({len(counts)}, of at least {_FEW_FRAMES}); take some "
+            "hundred of all kinds that the model is to see"
         )
     return 0
 
