@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,13 +38,17 @@ from serve.protocol.batch import (
     unpack_outcomes,
 )
 from serve.protocol.worker import EncodedFrame, batch_chunks
-from serve.torchserve.management import AsyncManagementClient, ModelState, Tokens, error_from_reply
+from serve.torchserve.management import (
+    AsyncManagementClient,
+    ModelState,
+    Tokens,
+    error_from_reply,
+    names_dead_worker,
+)
 
 __all__ = ["Answer", "ModelState", "TorchServeBackend"]
 
 logger = logging.getLogger(__name__)
-# TorchServe's messages if a worker died, or exceeded its response timeout and was killed.
-_WORKER_DIED = re.compile(r"worker died|worker.*(disconnect|closed)", re.IGNORECASE)
 _STATE_TIMEOUT_S = 1.5  # below the 2 s within which readiness must report a hung server
 _DESCRIBE_TIMEOUT_S = 10.0
 # Polling while waiting for TorchServe to notice a dead worker; mostly the first poll succeeds.
@@ -266,7 +269,7 @@ class TorchServeBackend:
 
         Raises:
             BackendBroken: the model was not packed by this project.
-            NotReady: TorchServe is not reachable.
+            NotReady: TorchServe is not reachable, or the worker that was asked died.
             DeadlineExceeded: no answer within the timeout.
         """
         document = await self._management.description(name, version, _DESCRIBE_TIMEOUT_S)
@@ -292,7 +295,7 @@ class _WorkerKilled(OutOfMemory):
 
 def _batch_error(status: int, body: bytes) -> ServeError:
     """Error of a batch that TorchServe answered with a status other than 200."""
-    if _WORKER_DIED.search(body.decode(errors="replace")):
+    if names_dead_worker(body):
         if status == 500:
             return _WorkerDied("a worker died with the batch")
         if status == 507:

@@ -252,7 +252,7 @@ class ModelRegistry:
             if model.batcher is not None:
                 # Without a ready worker one is being restarted; TorchServe holds one batch for it.
                 model.batcher.set_slots(max(1, state.ready))
-            if state.ready and model.described_by.isdisjoint(state.pids) and key not in self._describing:
+            if state.ready and _is_stale(model) and key not in self._describing:
                 task = asyncio.create_task(self._describe(model))
                 self._describing[key] = task
                 task.add_done_callback(lambda done, key=key: self._describing.pop(key, None))  # type: ignore[misc]
@@ -292,6 +292,12 @@ class ModelRegistry:
             lead_time_s=options.lead_time_s,
             observe=partial(self._observe_batch, model),
         )
+
+
+def _is_stale(model: ModelVersion) -> bool:
+    """Return whether a description must be read anew: every worker is new, or one that may answer better."""
+    pids = frozenset(model.state.pids)
+    return pids != model.described_by if model.rejected is not None else model.described_by.isdisjoint(pids)
 
 
 def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "Tokens",
     "Worker",
     "error_from_reply",
+    "names_dead_worker",
     "read_tokens",
     "split_url",
 ]
@@ -40,6 +42,8 @@ __all__ = [
 Use = Literal["inference", "management"]
 _PAGE = 1000  # models per page; far more than fit on a machine
 _TIMEOUT_S = 10.0
+# TorchServe's messages if a worker died, or exceeded its response timeout and was killed.
+_WORKER_DIED = re.compile(rb"worker died|worker.*(disconnect|closed)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -150,12 +154,19 @@ class Tokens:
         return {"authorization": f"Bearer {self._tokens[use]}"} if use in self._tokens else {}
 
 
+def names_dead_worker(body: bytes) -> bool:
+    """Return whether a reply of TorchServe says that the worker with the request died."""
+    return _WORKER_DIED.search(body) is not None
+
+
 def error_from_reply(status: int, body: bytes) -> ServeError:
     """Create the error for a reply of TorchServe itself, not of a model, with a status other than 200."""
     answer = _parse(body)
     message = str(answer.get("message", "")) if isinstance(answer, dict) else ""
     if status in (400, 401, 403) and "token" in message.lower():
         return NotReady("TorchServe rejected the token of this server; retry later")
+    if names_dead_worker(body):
+        return NotReady("a worker of TorchServe died before it answered; retry later")
     text = body[:200].decode(errors="replace")
     error = error_from_response(status, answer, text)
     if isinstance(error, ModelNotFound | OutOfMemory | NotReady):

@@ -106,6 +106,7 @@ class FakeTorchServe:
         self.calls: list[list[bytes]] = []
         self.tokens: dict[str, str] | None = None
         self.troubles: deque[str] = deque()
+        self.undescribed: deque[str] = deque()  # messages of 500 in place of descriptions
         self.most_frames: int | None = None
         self.observed: dict[str, Any] | None = None  # in the answer to every batch
         self.gate = asyncio.Event()
@@ -151,6 +152,10 @@ class FakeTorchServe:
             await _send(send, 404, reply)
             return
         entries = [versions[version].described(path[0], version) for version in wanted]
+        if customized and self.undescribed:
+            message = self.undescribed.popleft()
+            await _send(send, 500, {"code": 500, "type": "InternalServerException", "message": message})
+            return
         if customized:
             spec = versions[wanted[0]].spec
             entries[0]["customizedMetadata"] = spec if isinstance(spec, str) else json.dumps(spec)

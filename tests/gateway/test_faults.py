@@ -320,6 +320,39 @@ def test_foreign_model_is_refused_with_the_reason(start_gateway, torchserve, clo
     assert ready(gateway)  # the other one is served
 
 
+def test_refused_model_is_described_anew_when_one_of_its_workers_is_replaced(
+    start_gateway, torchserve, cloud
+):
+    model = torchserve.models["second"]["1.0"]
+    model.workers = [1, 2]
+    gateway = start_gateway()
+    assert gateway.post(content=cloud(1)).status_code == 200
+    torchserve.undescribed.append("what is this?")
+    model.workers = [3, 4]  # all are new, so the description is read again
+    eventually(lambda: gateway.client.get("/models/second").json()[0]["status"] == "refused")
+    model.workers = [5, 4]
+    eventually(lambda: gateway.post(content=cloud(2)).status_code == 200)
+    assert ready(gateway)
+
+
+def test_worker_that_dies_while_it_describes_its_model_refuses_nothing(
+    start_gateway, torchserve, cloud, caplog
+):
+    model = torchserve.models["second"]["1.0"]
+    gateway = start_gateway()
+    assert gateway.post(content=cloud(1)).status_code == 200
+    torchserve.undescribed.append("Worker died.")
+    model.workers = [3]
+    eventually(
+        lambda: (
+            gateway.post(content=cloud(2)).status_code == 200
+            and "cannot read the description of model second 1.0" in caplog.text
+        )
+    )
+    eventually(lambda: ready(gateway) and gateway.registry.get("second", "1.0").described_by == {3})
+    assert "rejected model" not in caplog.text
+
+
 def test_unreadable_management_answer_fails_readiness_without_crash(start_gateway, torchserve, cloud):
     gateway = start_gateway()
     torchserve.models["second"]["1.0"].described = lambda name, version: {"nothing": "known"}
