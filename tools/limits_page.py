@@ -148,6 +148,12 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
         Limit("shadow_frames", "frames on their way to shadows", "the frame is not compared"),
         Limit("shadow_bytes", "bytes of these and of their answers", "the frame is not compared"),
         Limit(
+            "gateway.shadow:_MAX_COMPARED_BOXES",
+            "boxes of an answer of these",
+            "the frame is not compared",
+            "N",
+        ),
+        Limit(
             "gateway.shadow_metrics:MAX_CLASSES",
             "classes with a label of their own in the metrics of shadows",
             "counted as `(other)`",
