@@ -213,7 +213,7 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
         Limit("protocol.sweeps:MAX_LAG_S", "largest age of a sweep", UndecodableFrame, "S"),
         Limit("protocol.sweeps:MAX_SHIFT_M", "largest shift of a sweep", UndecodableFrame, "M"),
         Limit("protocol.calibration:MAX_CALIBRATION_BYTES", "largest calibration", FrameTooLarge, "BYTES"),
-        Limit("protocol.frames:_MAX_TEXT_BYTES", "longest part `text`", FrameTooLarge, "BYTES"),
+        Limit("protocol.json_bodies:_MAX_TEXT_BYTES", "longest part `text`", FrameTooLarge, "BYTES"),
     ),
     "An image": (
         Limit("max_pixels", "width times height", FrameTooLarge),

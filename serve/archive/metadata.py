@@ -51,7 +51,7 @@ class Metadata:
     Attributes:
         name: model name.
         version: model version, digits and dots.
-        modality: kind of frame, one of `serve.protocol.frames.MODALITIES`.
+        modality: kind of frame, one of `serve.protocol.frame_spec.MODALITIES`.
         package: ``"mmdet"`` or ``"mmdet3d"``.
         classes: class names by label.
         box_type_3d: ``"LiDAR"``, ``"Camera"``, ``"Depth"``; None for 2D boxes and for labels.

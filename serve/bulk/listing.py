@@ -24,7 +24,7 @@ from serve.predict.frames import Clip, Frame
 from serve.predict.manifests import is_manifest, read_manifest
 from serve.predict.recordings import is_recording
 from serve.predict.sources import Source, frame_at, of_manifest, open_source
-from serve.protocol.frames import Modality
+from serve.protocol.frame_spec import Modality
 from serve.storage.cache import map_disk_errors
 from serve.verify.endpoint import FRAME_MARKERS
 from serve.verify.reference import FRAME_SUFFIXES

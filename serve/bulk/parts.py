@@ -21,7 +21,7 @@ from serve.predict.models import Model, open_archive
 from serve.predict.pipeline import predict_frames
 from serve.predict.sources import frame_at
 from serve.protocol.batching import BATCH_PIXELS, BATCH_POINTS, BatchRule
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 
 __all__ = [
     "LOADING",

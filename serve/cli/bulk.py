@@ -33,7 +33,8 @@ from serve.errors import SettingsError
 from serve.predict.loading import archive_of
 from serve.predict.manifests import Manifest, copied, is_manifest, open_manifest
 from serve.predict.sources import Source, of_manifest
-from serve.protocol.frames import FrameOptions, Modality
+from serve.protocol.frame_spec import Modality
+from serve.protocol.options import FrameOptions
 from serve.storage.hashes import sha256_of
 from serve.worker.cpu_quota import available_cores
 

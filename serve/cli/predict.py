@@ -27,7 +27,7 @@ from serve.predict.models import LocalModel, RemoteModel, connect
 from serve.predict.run import FORMATS, Run, Summary, formats_of, run
 from serve.predict.sources import Source, check_exists, open_source
 from serve.predict.writers import PICTURE_SCORE_THR
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from serve.tracking import TrackOptions
 from serve.verify.endpoint import read_token
 

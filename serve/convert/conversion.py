@@ -29,7 +29,7 @@ from serve.convert.custom_code import collect_custom_code, names_unregistered
 from serve.convert.proof import FrameCost, start_proof
 from serve.errors import ArchiveError, CheckpointError, SelfTestError
 from serve.protocol.batch import Body
-from serve.protocol.frames import FrameSpec
+from serve.protocol.frame_spec import FrameSpec
 from serve.runtime.custom_code import names_foreign_modules
 from serve.storage.hashes import sha256_of
 

@@ -17,8 +17,11 @@ import orjson
 
 from serve.errors import ArchiveError
 from serve.protocol.batch import Body
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
 from serve.protocol.sweeps import is_sweep_part
+from serve.settings import Limits
 
 __all__ = ["golden_calibration", "golden_frame", "golden_image", "golden_room", "list_warnings", "read_frame"]
 

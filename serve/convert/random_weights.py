@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from serve.convert.golden import golden_frame, read_frame
-from serve.protocol.frames import FrameOptions, Limits, decode_frame
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
 from serve.runtime.model import build_network, suppress_warnings
 from serve.runtime.pipeline import InputPipeline
 from serve.runtime.random_state import fixed_seed
+from serve.settings import Limits
 
 __all__ = ["write_random_checkpoint"]
 

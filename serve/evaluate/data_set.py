@@ -18,7 +18,7 @@ from typing import Any
 from serve.convert.blame import blaming, describe
 from serve.convert.config import parse_config, read_config
 from serve.errors import DataSetError
-from serve.protocol.frames import FrameSpec
+from serve.protocol.frame_spec import FrameSpec
 from serve.runtime.custom_code import import_modules
 from serve.runtime.object_paths import resolve_objects
 from serve.runtime.pipeline import box_type_of, frame_spec, pipeline_of

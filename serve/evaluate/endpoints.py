@@ -13,7 +13,9 @@ from serve.client import Client, Retry
 from serve.client.frames import CONTENT_TYPES
 from serve.errors import Overloaded
 from serve.evaluate.frames import DataFrame
-from serve.protocol.frames import FrameOptions, Limits, encode_json
+from serve.protocol.json_bodies import encode_json
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 
 __all__ = ["ArchiveEndpoint", "Endpoint", "ServerEndpoint"]
 

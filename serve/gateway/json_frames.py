@@ -1,7 +1,7 @@
 """JSON request bodies to frames: inline or by URI, one or many.
 
-A frame is ``{"b64": …}``, or an object of parts (`serve.protocol.frames.read_json_frame`). ``{"uri": "s3://…"}`` may
-replace any ``{"b64": …}``; `References` decides which URIs may be read, none unless the operator lists prefixes.
+A frame is ``{"b64": …}``, or an object of parts (`serve.protocol.json_bodies.read_json_frame`). ``{"uri": "s3://…"}``
+may replace any ``{"b64": …}``; `References` decides which URIs may be read, none unless the operator lists prefixes.
 ``{"frames": [frame, …]}`` holds several frames, each with its own error.
 """
 
@@ -16,7 +16,8 @@ from serve.errors import BadRequest, FrameTooLarge, ServeError
 from serve.gateway.admission import Permit
 from serve.gateway.offload import run_beside_loop
 from serve.protocol.batch import MAX_PARTS, Body, Bytes, RawFrame
-from serve.protocol.frames import is_part, read_json_frame
+from serve.protocol.frame_spec import is_part
+from serve.protocol.json_bodies import read_json_frame
 from serve.protocol.json_reader import JsonBounds, read_json
 from serve.protocol.sweeps import list_sweeps
 from serve.storage.references import References

@@ -39,7 +39,7 @@ from serve.protocol.batch import (
     header_bytes,
     unpack_frames,
 )
-from serve.protocol.frames import FrameOptions, parse_options
+from serve.protocol.options import FrameOptions, parse_options
 from serve.protocol.sweeps import is_sweep_part
 from serve.protocol.worker import EncodedFrame
 from serve.storage.references import References

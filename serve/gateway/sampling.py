@@ -38,7 +38,7 @@ from serve.gateway.models import ModelVersion
 from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import Bytes
 from serve.protocol.batching import only_part
-from serve.protocol.frames import DEFAULT_OPTIONS
+from serve.protocol.options import DEFAULT_OPTIONS
 from serve.protocol.points import sniff
 from serve.protocol.worker import EncodedFrame
 

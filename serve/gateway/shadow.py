@@ -28,7 +28,7 @@ from serve.gateway.rollout import EvenChoice, Rollout
 from serve.gateway.shadow_metrics import ShadowMetrics, ShadowPair
 from serve.protocol.batch import Body, Bytes
 from serve.protocol.batching import estimate_cost
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from serve.protocol.worker import EncodedFrame
 
 __all__ = ["ShadowLimits", "ShadowTraffic", "compare_bodies"]

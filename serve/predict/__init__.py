@@ -21,7 +21,7 @@ from serve.predict.loading import load_model
 from serve.predict.models import LocalModel, Model, RemoteModel, connect, open_archive
 from serve.predict.pipeline import predict_frames
 from serve.predict.sources import Source, open_source
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 
 __all__ = [
     "AsyncPredictor",

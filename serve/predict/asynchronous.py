@@ -17,7 +17,7 @@ from typing import Any, Self
 from serve.errors import ServeError
 from serve.predict.frames import FrameInput, as_body
 from serve.predict.models import Model
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 
 __all__ = ["AsyncPredictor"]
 

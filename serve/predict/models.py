@@ -32,7 +32,8 @@ from serve.errors import (
     error_of_frame,
 )
 from serve.protocol.batch import Body
-from serve.protocol.frames import FrameOptions, Modality
+from serve.protocol.frame_spec import Modality
+from serve.protocol.options import FrameOptions
 from serve.protocol.worker import Outcome
 from serve.settings import Settings
 

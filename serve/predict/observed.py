@@ -11,7 +11,7 @@ from serve.errors import ServeError
 from serve.predict.models import LocalModel
 from serve.predict.pipeline import predict_frames
 from serve.predict.sources import Source
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from serve.protocol.worker import ObservedAnswer
 from serve.watch.observation import count_frames
 from serve.watch.statistics import CLASS, SCORE_THR, Counts, Layout

@@ -22,7 +22,7 @@ from serve.predict.frames import Frame, Prediction, encode_pixels
 from serve.predict.models import Model, ServedAnswer, outcome_of_error
 from serve.protocol.batch import Body
 from serve.protocol.batching import BatchLimits, BatchRule, BatchSize, FrameCost, estimate_cost, ragged
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from serve.protocol.worker import EncodedFrame, Outcome, encode_outcome
 
 __all__ = ["predict_frames"]

@@ -20,7 +20,10 @@ from serve.errors import MissingPackage
 from serve.predict.frames import Clip, Prediction
 from serve.predict.scene import Boxes2D, Boxes3D, Shapes, shapes_of
 from serve.predict.writers import Drawing, Writer
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 from serve.storage.cache import map_disk_errors
 from serve.visualize.detections import encode_png
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from serve.errors import MissingPackage, SettingsError, UndecodableFrame
 from serve.predict.frames import Clip, Frame, Image, Moment, encode_pixels
-from serve.protocol.frames import Modality
+from serve.protocol.frame_spec import Modality
 from serve.ros import messages
 
 __all__ = ["Recording", "is_recording", "open_recording"]

@@ -39,7 +39,8 @@ from serve.predict.writers import (
     VideoWriter,
     Writer,
 )
-from serve.protocol.frames import FrameOptions, encode_json
+from serve.protocol.json_bodies import encode_json
+from serve.protocol.options import FrameOptions
 from serve.storage import is_remote
 from serve.tracking import TrackOptions
 

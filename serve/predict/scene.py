@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 from serve.predict.frames import Prediction, encode_pixels
 from serve.protocol.batch import Body
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 from serve.visualize.canvas import class_colour
 
 __all__ = ["Boxes2D", "Boxes3D", "Shapes", "shapes_of"]

@@ -29,7 +29,7 @@ from serve.predict.frames import Clip, Frame, read_path
 from serve.predict.manifests import Manifest, is_manifest, read_manifest
 from serve.predict.recordings import is_recording, open_recording
 from serve.protocol.batch import Body
-from serve.protocol.frames import Modality
+from serve.protocol.frame_spec import Modality
 from serve.settings import Settings
 from serve.verify.endpoint import FRAME_MARKERS, find_frames
 from serve.verify.frame_source import list_frame_files

@@ -6,7 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from serve.predict.frames import Clip, Prediction
-from serve.protocol.frames import encode_json
+from serve.protocol.json_bodies import encode_json
 from serve.tracking import Tracker, TrackOptions, track_answer
 from serve.tracking.times import time_in_name
 

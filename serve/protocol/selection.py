@@ -16,7 +16,7 @@ import orjson
 from serve.errors import UnknownOption, quote
 
 if TYPE_CHECKING:
-    from serve.protocol.frames import FrameOptions
+    from serve.protocol.options import FrameOptions
 
 __all__ = ["FIELDS", "check_selection", "parse_classes", "parse_fields", "parse_thresholds", "select"]
 

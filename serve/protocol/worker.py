@@ -36,7 +36,8 @@ from serve.protocol.batch import (
     pack_outcomes,
     unpack_frames,
 )
-from serve.protocol.frames import DEFAULT_OPTIONS, FrameOptions, encode_json
+from serve.protocol.json_bodies import encode_json
+from serve.protocol.options import DEFAULT_OPTIONS, FrameOptions
 
 __all__ = [
     "BATCH_HEADER",

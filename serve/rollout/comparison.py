@@ -15,7 +15,7 @@ from serve.predict.frames import Frame, Prediction
 from serve.predict.models import Model
 from serve.predict.pipeline import predict_frames
 from serve.predict.sources import Source
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from serve.rollout.tally import Tally, distance_bin, score_bin
 
 __all__ = ["FrameChanges", "RolloutComparison", "compare_models"]

@@ -31,7 +31,8 @@ from serve.ops.device_kernels import device_kernels
 from serve.protocol.batch import Body
 from serve.protocol.calibration import MATRICES
 from serve.protocol.frame_warnings import share_in_range
-from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame
+from serve.protocol.frames import Frame, decode_frame
+from serve.protocol.options import FrameOptions
 from serve.protocol.selection import check_selection, select
 from serve.protocol.worker import ObservedAnswer, Outcome
 from serve.runtime import fusion
@@ -51,6 +52,7 @@ from serve.runtime.model import (
 from serve.runtime.pipeline import InputPipeline
 from serve.runtime.predictions import empty_detections, empty_labels, postprocess
 from serve.runtime.random_state import fixed_seed
+from serve.settings import Limits
 from serve.watch.observation import ObservedFrame
 from serve.watch.statistics import Layout
 

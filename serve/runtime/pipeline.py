@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.errors import ArchiveError
+from serve.protocol.frame_spec import FrameSpec, Modality
 from serve.protocol.frame_warnings import PointExpectations, intensity_scale
-from serve.protocol.frames import Frame, FrameSpec, Modality
+from serve.protocol.frames import Frame
 from serve.protocol.images import COLOR_TYPES, Decoder
 from serve.protocol.sweeps import ACCUMULATED, Sweep, SweepSpec
 from serve.runtime.loaders import LOADERS, derived_loader

@@ -16,10 +16,11 @@ from serve.compare.ties import confirm_ties
 from serve.compare.tolerances import Tolerances, tolerances_for
 from serve.errors import ArchiveError, SelfTestError, ServeError
 from serve.protocol.batch import Body
-from serve.protocol.frames import FrameOptions, Limits
+from serve.protocol.options import FrameOptions
 from serve.runtime.custom_code import explain_missing
 from serve.runtime.detector import Detector
 from serve.runtime.rounding import variants
+from serve.settings import Limits
 
 __all__ = ["compare_with_recorded", "run_golden_frame", "self_test"]
 

@@ -133,9 +133,11 @@ def count_operations(
     """
     from serve.convert import configured_classes, resolve_config
     from serve.convert.golden import golden_frame, read_frame
-    from serve.protocol.frames import FrameOptions, Limits, decode_frame
+    from serve.protocol.frames import decode_frame
+    from serve.protocol.options import FrameOptions
     from serve.runtime.model import build_network
     from serve.runtime.pipeline import InputPipeline
+    from serve.settings import Limits
 
     resolved = resolve_config(config)
     pipeline = InputPipeline(resolved.config)

@@ -27,13 +27,15 @@ from serve.compare.tolerances import tolerances_for
 from serve.convert.golden import golden_frame
 from serve.errors import ServeError
 from serve.ops.device_kernels import device_kernels, without_triton
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.options import FrameOptions
 from serve.runtime import load_detector
 from serve.runtime.accelerator.graphs import CALLS_BEFORE, graphs_of
 from serve.runtime.accelerator.operators import OperatorCounter, OperatorCounts
 from serve.runtime.accelerator.stand_in import DEVICE, stand_in_device
 from serve.runtime.detector import Detector
 from serve.runtime.pipeline import frame_spec
+from serve.settings import Limits
 from serve.verify.stages import Stopwatch, time_stages
 
 __all__ = ["DeviceCheck", "ModelCheck", "check_model"]

@@ -17,7 +17,7 @@ from serve.compare.labels import LabelComparison, has_labels
 from serve.compare.ties import VARIANTS, confirm_ties
 from serve.compare.tolerances import Tolerances
 from serve.errors import BackendBroken, BadRequest, ModelNotFound, SettingsError, UndecodableFrame
-from serve.protocol.frames import Modality
+from serve.protocol.frame_spec import Modality
 from serve.torchserve.management import read_tokens
 from serve.verify.reference import FRAME_SUFFIXES, filter_by_score
 
@@ -53,7 +53,7 @@ class Reference(Expected, Protocol):
 
     @property
     def modality(self) -> Modality:
-        """Kind of frame, one of `serve.protocol.frames.MODALITIES`."""
+        """Kind of frame, one of `serve.protocol.frame_spec.MODALITIES`."""
 
     @property
     def load_dim(self) -> int | None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from serve import storage
 from serve.errors import UndecodableFrame
-from serve.protocol.frames import Modality
+from serve.protocol.frame_spec import Modality
 from serve.verify.endpoint import FRAME_MARKERS, find_frames
 from serve.verify.reference import FRAME_SUFFIXES
 

@@ -22,9 +22,10 @@ import numpy as np
 
 from serve.compare.labels import encode_labels, encode_segments
 from serve.errors import InferenceFailed, ServeError, UndecodableFrame
-from serve.protocol.frames import Limits, Modality
+from serve.protocol.frame_spec import Modality
 from serve.protocol.points import PointLayout, decode_points, sniff
 from serve.protocol.sweeps import SweepSpec, is_sweep_part, nearest, parse_sweeps
+from serve.settings import Limits
 from serve.verify import upstream
 
 __all__ = ["FRAME_SUFFIXES", "ReferenceModel", "filter_by_score", "suppress_warnings"]
@@ -62,7 +63,7 @@ class ReferenceModel:
     """A model built by mmdet / mmdet3d.
 
     Attributes:
-        modality: kind of frame, one of `serve.protocol.frames.MODALITIES`.
+        modality: kind of frame, one of `serve.protocol.frame_spec.MODALITIES`.
         classes: class names, by label.
         box_type_3d: ``LiDAR``, ``Camera`` or ``Depth``; None for 2D boxes and for labels.
         load_dim: floats per point in a ``.bin`` file; None without a point cloud.

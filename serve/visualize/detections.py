@@ -15,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.protocol.batch import Body
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 from serve.visualize import overlays
 from serve.visualize.birds_eye import draw_birds_eye_view, read_detections
 from serve.visualize.canvas import Area, BgrImage, Colour, Text, class_colour, draw_texts, place_label

@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from serve.compare.labels import decode_labels, decode_segments
 from serve.protocol.batch import Bytes
 from serve.protocol.calibration import parse_calibration
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 from serve.visualize.canvas import Area, BgrImage, Text, class_colour, draw_line, draw_texts, place_label
 
 __all__ = ["draw_point_labels", "draw_projected", "draw_segments"]

@@ -28,7 +28,7 @@ from serve.errors import (
     UndecodableFrame,
     error_of_frame,
 )
-from serve.protocol.frames import encode_json
+from serve.protocol.json_bodies import encode_json
 from serve.protocol.start_record import record_start
 from serve.protocol.worker import (
     Batch,

@@ -15,7 +15,9 @@ import orjson
 
 from serve.errors import BadRequest, ClientError, ServeError
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, OUTCOMES_CONTENT_TYPE, Body, Bytes, unpack_frames
-from serve.protocol.frames import FrameOptions, decode_json_request, encode_json, is_part, parse_options
+from serve.protocol.frame_spec import is_part
+from serve.protocol.json_bodies import decode_json_request, encode_json
+from serve.protocol.options import FrameOptions, parse_options
 from serve.protocol.worker import MAX_BATCH_FRAMES, EncodedFrame, Outcome, encode_outcome, write_outcomes
 
 __all__ = ["Form", "Row", "answer_row", "read_row"]

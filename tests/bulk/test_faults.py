@@ -25,7 +25,7 @@ from serve.bulk.retry import SourceGone
 from serve.bulk.run import BulkRun, execute, plan_run
 from serve.errors import StorageError
 from serve.predict.sources import open_source
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from serve.storage import s3
 from tests.bulk import fake
 from tests.bulk.test_run import lines, run

@@ -30,7 +30,7 @@ from serve.bulk.ray_engine import RayEngine  # noqa: E402
 from serve.bulk.run import BulkRun, Summary, execute, plan_run  # noqa: E402
 from serve.errors import SettingsError, SetupError, StorageError  # noqa: E402
 from serve.predict.sources import open_source  # noqa: E402
-from serve.protocol.frames import FrameOptions  # noqa: E402
+from serve.protocol.options import FrameOptions  # noqa: E402
 from tests.bulk import fake  # noqa: E402
 from tests.bulk.test_run import names  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402

@@ -21,7 +21,7 @@ from serve.bulk.processes import LocalEngine
 from serve.bulk.run import BulkRun, Summary, execute, plan_run
 from serve.errors import BadRequest, SettingsError, SetupError, StorageError
 from serve.predict.sources import open_source
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from tests.bulk import fake
 from tests.conftest import ROOT
 from tests.gateway.running import eventually

@@ -21,8 +21,11 @@ from serve.client.requests import Calls, Reply, Send, Wait, Work
 from serve.client.retry import _retry_after_s
 from serve.errors import error_body
 from serve.gateway.tracks import TRACK_OPTIONS
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
 from serve.protocol.images import decode_image
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 from tests.client.test_protocol import FakeServer, running
 from tests.gateway.conftest import (
     RunningGateway,

@@ -23,8 +23,9 @@ from serve.compare.tolerances import tolerances_for
 from serve.convert.config import resolve_config
 from serve.convert.golden import golden_image
 from serve.convert.random_weights import write_random_checkpoint
-from serve.protocol.frames import FrameOptions, Limits
+from serve.protocol.options import FrameOptions
 from serve.runtime import load_detector
+from serve.settings import Limits
 from serve.verify.reference_loading import load_reference
 from serve.verify.report import comparison_table
 from tests.convert.test_config import LAZY, PLAIN

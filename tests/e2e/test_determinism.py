@@ -30,7 +30,9 @@ import orjson, torch
 from serve import archive, ops
 ops.install()
 from serve.runtime import load_detector
-from serve.protocol.frames import Limits, FrameOptions, encode_json
+from serve.protocol.json_bodies import encode_json
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 opened = archive.extract(Path(sys.argv[1]), Path(sys.argv[2]))
 detector = load_detector(opened, torch.device("cpu"))
 body = Path(sys.argv[3]).read_bytes()

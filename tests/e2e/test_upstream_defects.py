@@ -18,8 +18,11 @@ import torch
 from serve import archive
 from serve.compare.detections import compare
 from serve.errors import NonFinitePoints, UndecodableFrame
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
 from serve.runtime import device_for, predictions
+from serve.settings import Limits
 from serve.verify.reference_loading import load_reference
 from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, Context
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from serve.protocol.frames import encode_json
+from serve.protocol.json_bodies import encode_json
 from serve.runtime.predictions import postprocess
 from serve.synthetic.coco import SHAPES, draw_picture, write_coco
 from serve.synthetic.kitti import write_kitti

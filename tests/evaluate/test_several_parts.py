@@ -15,7 +15,7 @@ from serve import zoo
 from serve.cli.main import main
 from serve.convert import configured_classes, resolve_config
 from serve.convert.random_weights import write_random_checkpoint
-from serve.protocol.frames import encode_json
+from serve.protocol.json_bodies import encode_json
 from serve.runtime.predictions import postprocess
 from serve.synthetic.camera import HEIGHT, WIDTH
 from serve.synthetic.kitti import write_kitti

@@ -18,8 +18,10 @@ import pytest
 from serve.errors import ArchiveError, ServeError
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.protocol.calibration import parse_calibration
-from serve.protocol.frames import FrameOptions, FrameSpec, decode_frame
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
 from serve.protocol.images import decode_image
+from serve.protocol.options import FrameOptions
 from serve.protocol.sweeps import parse_sweeps
 from serve.settings import Limits
 from tests.attacks.pictures import hostile
@@ -300,7 +302,7 @@ ELSEWHERE = {
     "protocol.las:MAX_RECORDS": "tests/attacks/bodies",
     "protocol.las:LAZ_PROCESS_BYTES": "tests/protocol/test_point_formats.py",
     "protocol.sweeps:MAX_SWEEPS": "tests/protocol/test_sweeps.py",
-    "protocol.frames:_MAX_TEXT_BYTES": "tests/attacks/bodies",
+    "protocol.json_bodies:_MAX_TEXT_BYTES": "tests/attacks/bodies",
     "protocol.image_work:START_SECONDS": "tests/attacks/pictures",
     "protocol.image_work:SECONDS_PER_PIXEL": "tests/attacks/pictures",
     "protocol.image_work:SECONDS_PER_BYTE": "tests/attacks/pictures",

@@ -26,7 +26,7 @@ from serve.gateway.options import GatewayOptions
 from serve.gateway.request import receive_frames
 from serve.gateway.tracks import TRACK_OPTIONS
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from serve.storage.references import References
 from tests.gateway.conftest import FakeBackend, RunningGateway, running_gateway
 from tests.gateway.running import Background, eventually

@@ -20,7 +20,7 @@ from serve.gateway.models import ModelVersion
 from serve.gateway.options import GatewayOptions
 from serve.gateway.sampling import FrameSampler, _Folder, open_sampler
 from serve.predict.sources import open_source
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from serve.protocol.worker import EncodedFrame
 from serve.storage import s3
 from serve.torchserve.management import ModelState

@@ -17,7 +17,7 @@ from serve.compare.changes import find_changes
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.shadow import compare_bodies
 from serve.gateway.shadow_metrics import MAX_CLASSES, OTHER, ShadowMetrics
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from tests.gateway.conftest import RunningGateway
 from tests.gateway.fake_torchserve import FakeModel, FakeTorchServe, answer_for
 from tests.gateway.running import Background, eventually

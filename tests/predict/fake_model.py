@@ -11,7 +11,7 @@ from typing import Any
 
 from serve.errors import NotReady, ServeError, UndecodableFrame
 from serve.predict.models import outcome_of
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 
 
 class EchoModel:

@@ -22,7 +22,7 @@ from serve.errors import BadRequest, NotReady
 from serve.predict import LocalModel, open_source, predict
 from serve.predict.frames import Prediction
 from serve.predict.run import Run, formats_of, run
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from tests.conftest import ROOT
 from tests.predict.conftest import write_video
 from tests.predict.fake_model import EchoModel

@@ -17,7 +17,7 @@ import pytest
 from serve.errors import BackendBroken, ModelNotFound, NotReady, ServeError
 from serve.predict import connect, open_source, predict
 from serve.predict.run import Run, run
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from tests.conftest import ROOT, accept_ctrl_c
 from tests.gateway.conftest import RunningGateway
 from tests.gateway.fake_torchserve import IMAGES, FakeModel, FakeTorchServe

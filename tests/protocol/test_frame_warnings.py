@@ -7,8 +7,11 @@ import time
 import numpy as np
 import pytest
 
+from serve.protocol.frame_spec import FrameSpec
 from serve.protocol.frame_warnings import PointExpectations, check_points
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 
 RANGE = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0)
 KITTI = PointExpectations(RANGE, 1.0, uses_intensity=True)

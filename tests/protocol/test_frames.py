@@ -13,22 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serve.errors import (
-    BadRequest,
     ClientError,
     FrameTooLarge,
     NonFinitePoints,
     UndecodableFrame,
-    UnknownOption,
 )
-from serve.protocol.frames import (
-    FrameOptions,
-    FrameSpec,
-    Limits,
-    decode_frame,
-    decode_json_request,
-    encode_json,
-    parse_options,
-)
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 
 LIDAR, IMAGE = FrameSpec("lidar", load_dim=4), FrameSpec("image")
 
@@ -178,58 +171,3 @@ def test_corrupted_files_decode_or_raise_a_client_error(data, image):
         decode(bytes(body), IMAGE if image else LIDAR)
     except ClientError as error:
         assert str(error)
-
-
-def test_options_accept_strings_and_numbers():
-    assert parse_options({"score_thr": "0.3", "max_detections": 5}) == FrameOptions(
-        score_thr=0.3, max_detections=5
-    )
-    assert parse_options({"num_points": "0"}, FrameOptions(score_thr=0.2)) == FrameOptions(
-        score_thr=0.2, num_points=0
-    )
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"score_threshold": "0.3"},
-        {"score_thr": "high"},
-        {"score_thr": "nan"},
-        {"score_thr": 1.5},
-        {"score_thr": True},
-        {"score_thr": None},
-        {"max_detections": "-1"},
-        {"max_detections": "1.5"},
-        {"max_detections": 2.5},
-        {"max_detections": [3]},
-        {"load_dim": "99999999999999"},
-    ],
-)
-def test_invalid_option_is_named(values):
-    with pytest.raises(UnknownOption, match=next(iter(values))):
-        parse_options(values)
-
-
-def test_json_carries_a_frame_and_its_options():
-    encoded = base64.b64encode(b"abc").decode()
-    assert decode_json_request(encode_json({"b64": encoded, "score_thr": 0.5})) == (
-        b"abc",
-        {"score_thr": 0.5},
-    )
-    assert decode_json_request(encode_json(encoded)) == (b"abc", {})
-
-
-@pytest.mark.parametrize(
-    "body", [b"{", b"[]", b"{}", b'{"b64": 3}', b'{"b64": "a b"}', b'"%%%"', b"\xff", b"null"]
-)
-def test_json_of_another_shape_is_rejected(body):
-    with pytest.raises(BadRequest):
-        decode_json_request(body)
-
-
-def test_float32_round_trips_through_json():
-    import orjson
-
-    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
-    back = np.array(orjson.loads(encode_json({"v": values}))["v"], dtype=np.float32)
-    np.testing.assert_array_equal(back, values)

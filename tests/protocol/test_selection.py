@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.errors import UnknownOption
-from serve.protocol.frames import FrameOptions, parse_options
+from serve.protocol.options import FrameOptions, parse_options
 from serve.protocol.selection import FIELDS, check_selection, select
 from serve.protocol.worker import EncodedFrame, batch_chunks, read_batch
 

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.errors import BadRequest, ClientError, UndecodableFrame, UnknownOption
-from serve.protocol.frames import FrameOptions, FrameSpec, decode_frame, decode_json_request, parse_options
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.json_bodies import decode_json_request
+from serve.protocol.options import FrameOptions, parse_options
 from serve.protocol.sweeps import MAX_SWEEPS, SweepPose, SweepSpec, is_sweep_part, nearest, parse_sweeps
 from serve.settings import Limits
 

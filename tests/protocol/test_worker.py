@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve.errors import BadRequest, FrameTooLarge, OutOfMemory, ServeError
 from serve.protocol.batch import pack_frames, unpack_frames, unpack_outcomes
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from serve.protocol.worker import (
     BATCH_HEADER,
     LENGTH,

@@ -17,12 +17,13 @@ from serve.compare.detections import compare_answers  # noqa: E402
 from serve.compare.tolerances import TOLERANCES  # noqa: E402
 from serve.convert.golden import golden_frame  # noqa: E402
 from serve.convert.random_weights import write_random_checkpoint  # noqa: E402
-from serve.protocol.frames import FrameOptions, Limits  # noqa: E402
+from serve.protocol.options import FrameOptions  # noqa: E402
 from serve.runtime import load_detector  # noqa: E402
 from serve.runtime.accelerator.graphs import CALLS_BEFORE, graphs_of  # noqa: E402
 from serve.runtime.accelerator.stand_in import DEVICE, stand_in_device  # noqa: E402
 from serve.runtime.accelerator.transfer import download  # noqa: E402
 from serve.runtime.pipeline import frame_spec  # noqa: E402
+from serve.settings import Limits  # noqa: E402
 from tools.bench.operators import BOUNDS, WAITING_PER_IMAGE, count  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

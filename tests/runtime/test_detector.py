@@ -12,11 +12,14 @@ from torch import nn
 from serve import archive
 from serve.compare.detections import Tolerances, compare
 from serve.errors import ArchiveError, InferenceFailed, OutOfMemory, SelfTestError, ServeError, UnknownOption
-from serve.protocol.frames import Frame, FrameOptions, Limits, encode_json
+from serve.protocol.frames import Frame
+from serve.protocol.json_bodies import encode_json
+from serve.protocol.options import FrameOptions
 from serve.runtime import Detector, device_for, load_detector
 from serve.runtime import detector as detector_module
 from serve.runtime.fusion import find_fusable, fuse
 from serve.runtime.selftest import self_test
+from serve.settings import Limits
 from serve.verify.report import comparison_table
 
 EXACT = Tolerances(box_m=1e-4, score=1e-5)

@@ -13,7 +13,9 @@ import pytest
 from serve import ops
 from serve.convert.golden import golden_calibration, golden_frame, golden_image
 from serve.errors import ArchiveError
-from serve.protocol.frames import FrameOptions, Limits, decode_frame
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 
 ops.install()
 

@@ -8,7 +8,9 @@ import orjson
 import torch
 
 from serve.compare.detections import compare
-from serve.protocol.frames import Frame, FrameOptions, encode_json
+from serve.protocol.frames import Frame
+from serve.protocol.json_bodies import encode_json
+from serve.protocol.options import FrameOptions
 from serve.runtime.rounding import VARIANTS, _weights, changed_weights, variants
 
 

@@ -13,9 +13,12 @@ import torch
 
 from serve.convert.golden import read_frame
 from serve.errors import ArchiveError, BadRequest, FrameTooLarge
-from serve.protocol.frames import Frame, FrameOptions, Limits, decode_frame, decode_json_request
+from serve.protocol.frames import Frame, decode_frame
+from serve.protocol.json_bodies import decode_json_request
+from serve.protocol.options import FrameOptions
 from serve.protocol.sweeps import ACCUMULATED, SweepSpec
 from serve.runtime.pipeline import InputPipeline, frame_spec
+from serve.settings import Limits
 
 LIMITS = Limits()
 

@@ -25,7 +25,8 @@ from serve.bulk.run import BulkRun, execute, plan_run
 from serve.predict.models import Model, open_archive, outcome_of
 from serve.predict.sources import open_source
 from serve.protocol.batch import Body
-from serve.protocol.frames import FrameOptions, Modality
+from serve.protocol.frame_spec import Modality
+from serve.protocol.options import FrameOptions
 from serve.protocol.worker import Outcome
 
 __all__ = ["SLEEP", "Setting", "Timing", "bulk_rate", "runtime_rate"]

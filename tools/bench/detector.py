@@ -22,9 +22,10 @@ from serve.compare.detections import Comparison, compare
 from serve.compare.ties import confirm_ties
 from serve.compare.tolerances import Tolerances, tolerances_for
 from serve.errors import ServeError
-from serve.protocol.frames import FrameOptions, Limits
+from serve.protocol.options import FrameOptions
 from serve.runtime import load_detector
 from serve.runtime.rounding import variants
+from serve.settings import Limits
 from serve.verify.reference_loading import load_reference
 from serve.verify.stages import STAGES, Stopwatch, time_stages
 from tools.bench.reference import nondeterminism

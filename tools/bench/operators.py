@@ -16,9 +16,10 @@ from serve import archive
 from serve.compare.detections import compare
 from serve.compare.tolerances import TOLERANCES
 from serve.errors import ServeError
-from serve.protocol.frames import FrameOptions, Limits
+from serve.protocol.options import FrameOptions
 from serve.runtime import load_detector
 from serve.runtime.accelerator.stand_in import DEVICE, stand_in_device
+from serve.settings import Limits
 
 __all__ = ["BOUNDS", "WAITING_PER_IMAGE", "OperatorBenchmark", "Row", "count"]
 

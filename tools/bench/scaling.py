@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 
 from serve.errors import SetupError
-from serve.protocol.frames import FrameOptions, Limits
+from serve.protocol.options import FrameOptions
 from serve.runtime.detector import Detector
+from serve.settings import Limits
 from serve.verify.stages import Stopwatch, time_stages
 
 __all__ = ["BATCHES", "POINTS", "Row", "Scaling", "run", "synthetic_cloud"]

@@ -19,9 +19,11 @@ import torch
 
 from serve.errors import ServeError, SetupError
 from serve.ops.cpu import masked_conv
-from serve.protocol.frames import Frame, FrameOptions, Limits
+from serve.protocol.frames import Frame
+from serve.protocol.options import FrameOptions
 from serve.runtime import background, masked
 from serve.runtime.detector import Detector
+from serve.settings import Limits
 from tools.bench.scaling import synthetic_cloud
 
 __all__ = ["CLOUDS", "Layer", "Skipping", "run"]

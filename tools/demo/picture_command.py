@@ -16,8 +16,11 @@ import torch
 from serve import archive
 from serve.cli.entry import bounded
 from serve.convert import Conversion, convert
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
 from serve.runtime import load_detector
+from serve.settings import Limits
 from serve.synthetic.camera import LIDAR_TO_IMAGE, render_seed
 from serve.synthetic.scenes import Scene, generate_scene, held_out_seed
 from serve.visualize.birds_eye import draw_birds_eye_view

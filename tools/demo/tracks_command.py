@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from serve.cli.entry import bounded
 from serve.predict import load_model, open_source
 from serve.predict.run import Run, run
-from serve.protocol.frames import FrameOptions
+from serve.protocol.options import FrameOptions
 from serve.synthetic.moving import FRAMES, MOVERS, MovingFrame, generate_sequence
 from serve.synthetic.scenes import CLASSES
 from serve.tracking import UNTRACKED, TrackOptions

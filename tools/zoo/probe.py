@@ -160,10 +160,11 @@ def _try(path: Path, folder: Path, properties: dict[str, Any], *, served: bool) 
     from serve.compare.ties import VARIANTS, confirm_ties
     from serve.convert import golden
     from serve.convert.random_weights import write_random_checkpoint
-    from serve.protocol.frames import FrameOptions, Limits
+    from serve.protocol.options import FrameOptions
     from serve.runtime import load_detector
     from serve.runtime.pipeline import frame_spec
     from serve.runtime.rounding import variants
+    from serve.settings import Limits
     from serve.verify.reference_loading import load_reference
     from tools.zoo.served import verify_served
 

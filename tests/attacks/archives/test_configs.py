@@ -21,10 +21,11 @@ import torch
 
 from serve import archive
 from serve.errors import ArchiveError, InferenceFailed
-from serve.protocol.frames import FrameOptions, Limits
+from serve.protocol.options import FrameOptions
 from serve.runtime import load_detector
 from serve.runtime.build_guard import BuildGuard
 from serve.runtime.selftest import self_test
+from serve.settings import Limits
 
 
 class Touch:

@@ -13,7 +13,10 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from serve.errors import ServeError
-from serve.protocol.frames import FrameOptions, FrameSpec, Limits, decode_frame
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.options import FrameOptions
+from serve.settings import Limits
 
 SPEC = FrameSpec("lidar", 4)
 # Of a body of up to 32 MB; a decoder in C takes a tenth of it.

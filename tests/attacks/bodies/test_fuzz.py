@@ -29,16 +29,13 @@ from serve.gateway.routes.kserve_codec import decode_infer
 from serve.protocol import json_reader
 from serve.protocol.batch import pack_frames, unpack_frames
 from serve.protocol.calibration import parse_calibration
-from serve.protocol.frames import (
-    FrameOptions,
-    FrameSpec,
-    Limits,
-    decode_frame,
-    decode_json_request,
-    parse_options,
-)
+from serve.protocol.frame_spec import FrameSpec
+from serve.protocol.frames import decode_frame
+from serve.protocol.json_bodies import decode_json_request
 from serve.protocol.json_reader import JsonBounds, LongText, decode_base64, read_json
+from serve.protocol.options import FrameOptions, parse_options
 from serve.protocol.sweeps import parse_sweeps
+from serve.settings import Limits
 from serve.storage.references import References
 from tests.gateway.fake_torchserve import CLOUDS, FUSION, IMAGES, SWEEPS
 

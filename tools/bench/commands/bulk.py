@@ -17,7 +17,7 @@ from typing import cast
 
 from serve import archive
 from serve.cli.entry import bounded
-from serve.protocol.frames import Modality
+from serve.protocol.frame_spec import Modality
 from serve.worker.cpu_quota import available_cores
 from tools.bench.bulk import SLEEP, Setting, bulk_rate, runtime_rate
 

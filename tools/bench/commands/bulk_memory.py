@@ -32,7 +32,8 @@ from serve.predict.frames import Clip, Frame
 from serve.predict.models import outcome_of
 from serve.predict.sources import Source, frame_at
 from serve.protocol.batch import Body
-from serve.protocol.frames import FrameOptions, Modality
+from serve.protocol.frame_spec import Modality
+from serve.protocol.options import FrameOptions
 from serve.protocol.worker import Outcome
 
 __all__ = ["main"]

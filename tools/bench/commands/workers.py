@@ -116,9 +116,10 @@ def _run(folder: str, frame: str, threads: int, seconds: float) -> float:
     import torch
 
     from serve.archive import open_directory
-    from serve.protocol.frames import FrameOptions, Limits
+    from serve.protocol.options import FrameOptions
     from serve.runtime import load_detector
     from serve.runtime.malloc import disable_malloc_trim
+    from serve.settings import Limits
 
     disable_malloc_trim()
     torch.set_num_threads(threads)

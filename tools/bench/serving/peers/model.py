@@ -25,9 +25,11 @@ def load(name: str) -> Model:
     from serve import ops
     from serve.archive import open_directory
     from serve.errors import ServeError
-    from serve.protocol.frames import FrameOptions, Limits, encode_json
+    from serve.protocol.json_bodies import encode_json
+    from serve.protocol.options import FrameOptions
     from serve.runtime import load_detector
     from serve.runtime.malloc import disable_malloc_trim
+    from serve.settings import Limits
 
     ops.install()
     disable_malloc_trim()  # as our workers do
