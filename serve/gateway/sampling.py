@@ -39,7 +39,7 @@ from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import Bytes
 from serve.protocol.batching import only_part
 from serve.protocol.options import DEFAULT_OPTIONS
-from serve.protocol.points import sniff
+from serve.protocol.point_signatures import sniff
 from serve.protocol.worker import EncodedFrame
 
 __all__ = ["FrameSampler", "SampleOutcome", "open_sampler"]

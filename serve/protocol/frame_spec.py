@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from serve.protocol.frame_warnings import FrameWarning, PointExpectations
 from serve.protocol.images import Decoder
-from serve.protocol.points import PointLayout
+from serve.protocol.point_columns import PointLayout
 from serve.protocol.sweeps import SweepSpec, is_sweep_part
 
 __all__ = ["MODALITIES", "FrameSpec", "Modality", "is_part"]

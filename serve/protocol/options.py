@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from serve.errors import UnknownOption, quote
-from serve.protocol.points import parse_columns
+from serve.protocol.point_columns import parse_columns
 from serve.protocol.selection import parse_classes, parse_fields, parse_thresholds
 from serve.protocol.sweeps import check_sweeps_option
 
@@ -24,7 +24,7 @@ class FrameOptions:
         load_dim: numbers per point as declared by the caller; checked against the model.
         num_points: number of points as declared by the caller; checked against the bytes.
         columns: columns of a point as declared by the caller, such as ``x,y,z,intensity=0``
-            (`serve.protocol.points.parse_columns`).
+            (`serve.protocol.point_columns.parse_columns`).
         sweeps: ``accumulated`` if the points are several sweeps with their times already.
         classes: names of the classes whose detections are kept; None keeps all.
         class_thr: minimum score by class, in place of `score_thr`.

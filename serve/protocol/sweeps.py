@@ -19,7 +19,8 @@ import numpy.typing as npt
 from serve.errors import BadRequest, FrameTooLarge, NonFinitePoints, UndecodableFrame, UnknownOption, quote
 from serve.protocol.batch import Bytes
 from serve.protocol.json_reader import JsonBounds, read_json
-from serve.protocol.points import PointLayout, decode_points
+from serve.protocol.point_columns import PointLayout
+from serve.protocol.points import decode_points
 from serve.settings import Limits
 
 __all__ = [

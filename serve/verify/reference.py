@@ -23,7 +23,9 @@ import numpy as np
 from serve.compare.labels import encode_labels, encode_segments
 from serve.errors import InferenceFailed, ServeError, UndecodableFrame
 from serve.protocol.frame_spec import Modality
-from serve.protocol.points import PointLayout, decode_points, sniff
+from serve.protocol.point_columns import PointLayout
+from serve.protocol.point_signatures import sniff
+from serve.protocol.points import decode_points
 from serve.protocol.sweeps import SweepSpec, is_sweep_part, nearest, parse_sweeps
 from serve.settings import Limits
 from serve.verify import upstream

@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.errors import FrameTooLarge, UndecodableFrame
+from serve.protocol.point_columns import PointLayout, arrange
 from serve.protocol.point_formats import read_point_file
-from serve.protocol.points import PointLayout, arrange, decode_points, sniff
+from serve.protocol.point_signatures import sniff
+from serve.protocol.points import decode_points
 from serve.settings import Limits
 
 NAMED = ("x", "y", "z", "intensity")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from serve.errors import UndecodableFrame, UnknownOption
-from serve.protocol.points import PointLayout, decode_points, parse_columns
+from serve.protocol.point_columns import PointLayout, parse_columns
+from serve.protocol.points import decode_points
 from serve.settings import Limits
 
 SAMPLE = np.fromfile(Path(__file__).parents[2] / "serve" / "assets" / "sample.bin", "<f4").reshape(-1, 4)

@@ -18,7 +18,7 @@ from serve.gateway.options import GatewayOptions
 from serve.gateway.request import read_body
 from serve.protocol.batch import Bytes
 from serve.protocol.point_formats import read_point_file
-from serve.protocol.points import sniff
+from serve.protocol.point_signatures import sniff
 from serve.settings import Limits
 
 __all__ = ["read_columns", "read_file", "router"]
