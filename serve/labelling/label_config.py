@@ -6,12 +6,12 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 from serve.errors import BadRequest, quote
 
-__all__ = ["Control", "check_labels", "read_label_config"]
+__all__ = ["Control", "ImageTag", "check_labels", "read_label_config"]
 
 Kind = Literal["rectanglelabels", "brushlabels", "polygonlabels"]
 
@@ -22,7 +22,39 @@ _KINDS: Mapping[str, Kind] = {
     "BrushLabels": "brushlabels",
     "PolygonLabels": "polygonlabels",
 }
-_VARIABLE = re.compile(r"\$(\w+)")
+# A variable in the value of a tag: a path into the task's data, such as $image, $views.front or $pages[0].
+_VARIABLE = re.compile(r"\$([\w.\[\]]+)")
+
+
+@dataclass(frozen=True)
+class ImageTag:
+    """An ``Image`` of the configuration.
+
+    Attributes:
+        name: its name.
+        value: where a task's data has it: a variable, or a text with variables in it.
+        is_list: the variable is a list of images (``valueList``), whose regions have an ``item_index``.
+    """
+
+    name: str
+    value: str
+    is_list: bool = False
+
+    def find(self, data: Mapping[str, Any]) -> list[Any]:
+        """Return the image that a task's data names, or its images if they are a list; empty without any."""
+        found = self._resolve(data)
+        if self.is_list:
+            return list(found) if isinstance(found, list) else []
+        return [] if found is None or found == "" else [found]
+
+    def _resolve(self, data: Mapping[str, Any]) -> Any:
+        if whole := _VARIABLE.fullmatch(self.value):
+            return _look_up(data, whole[1])
+        found = [_look_up(data, path) for path in _VARIABLE.findall(self.value)]
+        if any(each is None for each in found):
+            return None
+        texts = iter(map(str, found))
+        return _VARIABLE.sub(lambda match: next(texts), self.value)
 
 
 @dataclass(frozen=True)
@@ -32,15 +64,14 @@ class Control:
     Attributes:
         kind: what it takes; the type of its results.
         from_name: its name.
-        to_name: name of the image.
-        data_key: entry of a task's data that has the image.
-        labels: its label for each class name: the label itself, and every alias in ``predicted_values``.
+        image: the image that it is for.
+        labels: its label for each class name, as results have it: by the label itself, its alias, and every name in
+            ``predicted_values``.
     """
 
     kind: Kind
     from_name: str
-    to_name: str
-    data_key: str
+    image: ImageTag
     labels: Mapping[str, str]
 
 
@@ -59,18 +90,18 @@ def read_label_config(text: object) -> Sequence[Control]:
     except ElementTree.ParseError as error:
         raise BadRequest(f"the label config is not XML: {error}") from None
     images = {
-        image.get("name", ""): found[1]
+        image.get("name", ""): ImageTag(image.get("name", ""), value, is_list)
         for image in root.iter("Image")
-        if (found := _VARIABLE.fullmatch(image.get("value", "")))
+        for is_list, value in ((True, image.get("valueList", "")), (False, image.get("value", "")))
+        if _VARIABLE.search(value)
     }
-    controls = []
-    for tag, kind in _KINDS.items():
-        for element in root.iter(tag):
-            to_name = element.get("toName", "")
-            if to_name in images:
-                controls.append(
-                    Control(kind, element.get("name", ""), to_name, images[to_name], _labels(element))
-                )
+    controls = [
+        Control(kind, element.get("name", ""), images[name], _labels(element))
+        for tag, kind in _KINDS.items()
+        for element in root.iter(tag)
+        for name in element.get("toName", "").split(",")
+        if name in images
+    ]
     if not controls:
         raise BadRequest(
             f"the label config has none of {', '.join(_KINDS)} on an Image whose value is a variable such as "
@@ -106,10 +137,33 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _labels(element: ElementTree.Element) -> Mapping[str, str]:
+    """Read the labels of a control: what Label Studio stores for each, by the names of classes that it stands for.
+
+    Source: HumanSignal/label-studio, ``web/libs/editor/src/mixins/SelectedModel.js``: results have a label's alias
+    where there is one.
+    """
     labels: dict[str, str] = {}
-    for each in element.iter("Label"):
-        value = each.get("value", "")
-        for name in (value, *each.get("predicted_values", "").split(",")):
-            labels.setdefault(name.strip(), value)
+    tags = [each for each in element.iter("Label") if each.get("value")]
+    stored = [each.get("alias") or each.attrib["value"] for each in tags]
+    # A label's own names go before what another one takes over.
+    for attribute in ("value", "alias", "predicted_values"):
+        for each, label in zip(tags, stored, strict=True):
+            given = each.get(attribute, "")
+            for name in given.split(",") if attribute == "predicted_values" else (given,):
+                labels.setdefault(name.strip(), label)
     labels.pop("", None)
     return labels
+
+
+def _look_up(data: Any, path: str) -> Any:
+    """Follow a path such as ``views.front`` or ``pages[0]``; None where it leads nowhere."""
+    if isinstance(data, dict) and path in data:
+        return data[path]
+    for step in path.replace("[", ".").replace("]", "").split("."):
+        if isinstance(data, list) and step.isdecimal() and int(step) < len(data):
+            data = data[int(step)]
+        elif isinstance(data, dict):
+            data = data.get(step)
+        else:
+            return None
+    return data

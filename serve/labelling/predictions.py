@@ -12,26 +12,39 @@ from serve.client import Result
 from serve.labelling.label_config import Control
 from serve.labelling.masks import brush_rle, polygons
 
-__all__ = ["make_prediction"]
+__all__ = ["join_predictions", "make_regions"]
 
 
-def make_prediction(
-    result: Result, controls: Sequence[Control], size: tuple[int, int], model_version: str
-) -> dict[str, Any]:
-    """Build the prediction of one task: boxes, masks and polygons for the controls that have their labels.
+def join_predictions(regions: Sequence[dict[str, Any]], model_version: str) -> dict[str, Any]:
+    """Build the prediction of one task of its regions.
 
     Args:
-        result: answer of a model in 2D.
-        controls: of the labelling configuration.
-        size: width and height of the image, pixels.
+        regions: of all its images.
         model_version: name under which Label Studio shows the prediction.
 
     Returns:
-        ``{"model_version", "score", "result"}``; lengths are percent of the image, as Label Studio has them.
+        ``{"model_version", "score", "result"}``; the score is the mean of the regions'.
     """
-    regions = [region for control in controls for region in _regions(result, control, size)]
     score = float(np.mean([region["score"] for region in regions])) if regions else 0.0
-    return {"model_version": model_version, "score": score, "result": regions}
+    return {"model_version": model_version, "score": score, "result": list(regions)}
+
+
+def make_regions(
+    result: Result, controls: Sequence[Control], size: tuple[int, int], item_index: int | None = None
+) -> list[dict[str, Any]]:
+    """Build the regions of one image: boxes, masks and polygons for the controls that have their labels.
+
+    Args:
+        result: answer of a model in 2D.
+        controls: of the labelling configuration, for this image.
+        size: width and height of the image, pixels.
+        item_index: number of the image in its list; None for an image that is in none.
+
+    Returns:
+        Regions; lengths are percent of the image, as Label Studio has them.
+    """
+    found = [region for control in controls for region in _regions(result, control, size)]
+    return found if item_index is None else [{**region, "item_index": item_index} for region in found]
 
 
 def _regions(result: Result, control: Control, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
@@ -65,7 +78,7 @@ def _regions(result: Result, control: Control, size: tuple[int, int]) -> Iterato
             yield {
                 "id": uuid.uuid4().hex[:10],
                 "from_name": control.from_name,
-                "to_name": control.to_name,
+                "to_name": control.image.name,
                 "type": control.kind,
                 "origin": "prediction",
                 "original_width": width,

@@ -11,12 +11,14 @@ import asyncio
 import base64
 import hmac
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -24,8 +26,10 @@ from starlette.routing import Route
 from serve import __version__
 from serve.client import AsyncClient
 from serve.errors import (
+    BackendBroken,
     BadRequest,
     FrameTooLarge,
+    ModelNotFound,
     Overloaded,
     ServeError,
     SettingsError,
@@ -37,7 +41,7 @@ from serve.errors import (
 from serve.labelling.images import TaskImages, shown_size
 from serve.labelling.label_config import Control, check_labels, read_label_config
 from serve.labelling.options import LabelStudioOptions
-from serve.labelling.predictions import make_prediction
+from serve.labelling.predictions import join_predictions, make_regions
 
 __all__ = ["create_backend"]
 
@@ -65,7 +69,30 @@ def create_backend(options: LabelStudioOptions) -> Starlette:
         *(Route(path, call, methods=["POST"]) for path, call in calls.items()),
         *(Route(path, backend.ignore, methods=["POST"]) for path in ("/train", "/webhook")),
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={ServeError: _answer_error})
+    handlers = {ServeError: _answer_error, HTTPException: _answer_unknown_path}
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of a task: what names it, its number in a list, and the controls that are for it."""
+
+    value: object
+    index: int | None
+    controls: Sequence[Control]
+
+
+def _images_of(task: Any, controls: Sequence[Control]) -> list[_Image] | ServeError:
+    """List the images of a task."""
+    given = task.get("data") if isinstance(task, dict) else None
+    data = given if isinstance(given, dict) else {}
+    tags = dict.fromkeys(control.image for control in controls)
+    images = [
+        _Image(value, index if tag.is_list else None, [each for each in controls if each.image == tag])
+        for tag in tags
+        for index, value in enumerate(tag.find(data))
+    ]
+    return images or BadRequest(f"a task needs data with {' or '.join(tag.value for tag in tags)}")
 
 
 class _Backend:
@@ -119,7 +146,13 @@ class _Backend:
             raise BadRequest("the request has no tasks")
         if len(tasks) > self._options.max_tasks:
             raise FrameTooLarge(f"the request has {len(tasks)} tasks, the limit is {self._options.max_tasks}")
-        found = await asyncio.gather(*(self._predict_task(task, controls) for task in tasks))
+        listed = [_images_of(task, controls) for task in tasks]
+        count = sum(len(images) for images in listed if not isinstance(images, ServeError))
+        if count > self._options.max_tasks:
+            raise FrameTooLarge(
+                f"the tasks have {count} images, the limit is that of tasks, {self._options.max_tasks}"
+            )
+        found = await asyncio.gather(*map(self._predict_task, listed))
         errors = [each for each in found if isinstance(each, ServeError)]
         if len(errors) == len(found):
             raise errors[0]
@@ -129,35 +162,55 @@ class _Backend:
     def _failed(self, error: ServeError) -> dict[str, Any]:
         return {"model_version": self._name, "score": 0.0, "result": [], **error_body(error)}
 
-    async def _predict_task(self, task: Any, controls: Sequence[Control]) -> dict[str, Any] | ServeError:
+    async def _predict_task(self, images: Sequence[_Image] | ServeError) -> dict[str, Any] | ServeError:
+        """Predict the images of a task; returns the error of the first one that fails."""
+        if isinstance(images, ServeError):
+            return images
+        found = await asyncio.gather(*map(self._predict_image, images))
+        for each in found:
+            if isinstance(each, ServeError):
+                logger.warning("a task was not predicted: %s", each)
+                return each
+        return join_predictions(
+            [region for each in found if isinstance(each, list) for region in each], self._name
+        )
+
+    async def _predict_image(self, image: _Image) -> list[dict[str, Any]] | ServeError:
         try:
-            given = task.get("data") if isinstance(task, dict) else None
-            data = given if isinstance(given, dict) else {}
-            keys = dict.fromkeys(control.data_key for control in controls)
-            key = next((key for key in keys if data.get(key)), None)
-            if key is None:
-                raise BadRequest(f"a task needs data with {' or '.join(keys)}")
             async with self._slots:
-                image = await self.images.read(data[key])
-                size = shown_size(image)
-                result = await self.client.predict(
-                    image, self._model, self._options.version, score_thr=self._options.score_thr
-                )
-            own = [control for control in controls if control.data_key == key]
-            return await asyncio.to_thread(make_prediction, result, own, size, self._name)
+                content = await self.images.read(image.value)
+                size = shown_size(content)
+                with _own_key():
+                    result = await self.client.predict(
+                        content, self._model, self._options.version, score_thr=self._options.score_thr
+                    )
+            return await asyncio.to_thread(make_regions, result, image.controls, size, image.index)
         except ServeError as error:
-            logger.warning("a task was not predicted: %s", error)
             return error
 
     async def _read_controls(self, label_config: object) -> Sequence[Control]:
-        """Read a label config, and compare it with the model's classes if the gateway can be asked for them."""
+        """Read a label config, and compare it with the model's classes if the gateway can be asked for them.
+
+        Raises:
+            BadRequest: a config that no prediction can fill, or a model that is not for images.
+            ModelNotFound: the gateway has no such model.
+            BackendBroken: it refuses the key.
+        """
         controls = read_label_config(label_config)
         try:
-            model = await self.client.describe(self._model, self._options.version)
+            with _own_key():
+                model = await self.client.describe(self._model, self._options.version) or {}
+        except (ModelNotFound, BackendBroken):
+            raise
         except ServeError as error:
             logger.warning("the labels are not compared with the classes of %s: %s", self._name, error)
         else:
-            check_labels(controls, (model or {}).get("classes") or (), self._name)
+            modality = model.get("modality") or "image"
+            if modality != "image":
+                raise BadRequest(
+                    f"model {self._name} takes {modality} frames; start this backend with one for images"
+                )
+            check_labels(controls, model.get("classes") or (), self._name)
         return controls
 
     @asynccontextmanager
@@ -221,7 +274,25 @@ class _Backend:
             )
 
 
+@contextmanager
+def _own_key() -> Iterator[None]:
+    """Keep the gateway's 401 apart from that of this backend, whose user and password Label Studio has."""
+    try:
+        yield
+    except Unauthorized as error:
+        raise BackendBroken(
+            f"the gateway refuses this backend ({error}); start it with MMDET3D_SERVE_LABEL_STUDIO_API_KEY"
+        ) from error
+
+
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError)
     headers = {Unauthorized: {"www-authenticate": "Basic"}, Overloaded: {"retry-after": "1"}}.get(type(error))
     return JSONResponse(error_body(error), error.status, headers)
+
+
+async def _answer_unknown_path(request: Request, error: Exception) -> Response:
+    """Answer an unknown path or method."""
+    assert isinstance(error, HTTPException)
+    mapped = BadRequest(f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(error_body(mapped), error.status_code, error.headers)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import cv2
+import httpx
 import numpy as np
 import orjson
 import pytest
 from pycocotools import mask as coco
 
+from serve.labelling.options import LabelStudioOptions
+from serve.labelling.server import create_backend
 from tests.gateway import fake_torchserve
 from tests.gateway.conftest import (  # noqa: F401
     RunningGateway,
@@ -21,7 +25,7 @@ from tests.gateway.conftest import (  # noqa: F401
     torchserve,
 )
 from tests.gateway.fake_torchserve import CLOUDS, IMAGES, FakeModel
-from tests.gateway.running import eventually
+from tests.gateway.running import Listening, eventually
 
 WIDTH, HEIGHT = 40, 30
 BOXES = [[4.0, 6.0, 20.0, 18.0], [30.0, 10.0, 45.0, 40.0]]  # the second one reaches out of the image
@@ -80,3 +84,20 @@ def served(start_gateway, torchserve, monkeypatch) -> Iterator[Served]:  # noqa:
 def png() -> bytes:
     picture = np.random.default_rng(1).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     return cv2.imencode(".png", picture)[1].tobytes()
+
+
+@pytest.fixture
+def start_backend(background, served) -> Iterator[Callable[..., httpx.Client]]:  # noqa: F811
+    with ExitStack() as stack:
+
+        def start(**options: Any) -> httpx.Client:
+            app = create_backend(
+                LabelStudioOptions(
+                    **{"gateway_url": served.url, "model": "images", "score_thr": 0.0, **options}
+                )
+            )
+            listening = Listening(background, app)
+            stack.callback(listening.close)
+            return stack.enter_context(httpx.Client(base_url=listening.url, trust_env=False, timeout=20))
+
+        yield start

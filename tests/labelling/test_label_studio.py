@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -21,48 +19,8 @@ from serve.labelling.masks import brush_rle, cvat_mask
 from serve.labelling.options import LabelStudioOptions
 from serve.labelling.server import create_backend
 from tests.gateway.running import Listening, eventually
+from tests.labelling.calls import CONFIG, asked, inline, of_kind
 from tests.labelling.conftest import HEIGHT, WIDTH, masks
-
-CONFIG = """
-<View>
-  <Image name="picture" value="$image"/>
-  <RectangleLabels name="box" toName="picture"><Label value="Car"/><Label value="Person" predicted_values="Pedestrian"/></RectangleLabels>
-  <BrushLabels name="brush" toName="picture"><Label value="Car"/></BrushLabels>
-  <PolygonLabels name="outline" toName="picture"><Label value="Car"/><Label value="Pedestrian"/></PolygonLabels>
-</View>
-"""  # noqa: E501
-
-
-@pytest.fixture
-def start_backend(background, served) -> Iterator[Callable[..., httpx.Client]]:
-    with ExitStack() as stack:
-
-        def start(**options: Any) -> httpx.Client:
-            app = create_backend(
-                LabelStudioOptions(
-                    **{"gateway_url": served.url, "model": "images", "score_thr": 0.0, **options}
-                )
-            )
-            listening = Listening(background, app)
-            stack.callback(listening.close)
-            return stack.enter_context(httpx.Client(base_url=listening.url, trust_env=False, timeout=20))
-
-        yield start
-
-
-def asked(*images: object, config: str = CONFIG) -> dict[str, Any]:
-    """The request of Label Studio's `make_predictions`."""
-    tasks = [{"id": i, "data": {"image": image}} for i, image in enumerate(images)]
-    params = {"login": "", "password": "", "context": None}
-    return {"tasks": tasks, "model_version": "", "project": "1.2", "label_config": config, "params": params}
-
-
-def inline(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def of_kind(prediction: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    return [region for region in prediction["result"] if region["type"] == kind]
 
 
 def test_calls_of_label_studio_are_answered(start_backend):
