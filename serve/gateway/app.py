@@ -92,7 +92,7 @@ def create_app(
     metrics.on_exposition += [canaries.show_metrics, shadow.show_metrics]
     watching = Watching(registry.get, WatchOptions.of(options))
     backend.on_observed = watching.observe
-    metrics.registry.register(watching)
+    metrics.texts.append(watching.exposition)
     sampler = open_sampler(options, metrics.observe_sample)
     if sampler is not None:
         registry.frame_observers.append(sampler.observe)

@@ -57,9 +57,11 @@ class Metrics:
             registry: theirs, in which others may create more.
             on_exposition: called before each exposition, to create series that count 0 so far. Prometheus' `increase`
                 compares samples: what a series has when it is first scraped is no increase.
+            texts: called for further families, in the same text format, with names that are not in `registry`.
         """
         registry = self.registry = CollectorRegistry()
         self.on_exposition: list[Callable[[], None]] = []
+        self.texts: list[Callable[[], str]] = []
         self._is_registered = is_registered
         self._batch_children: dict[str, tuple[Histogram, Histogram, Histogram, Histogram]] = {}
         self._request_children: dict[tuple[str, int], tuple[Histogram, Counter]] = {}
@@ -220,7 +222,7 @@ class Metrics:
         """Return all metrics in Prometheus' text format."""
         for show in self.on_exposition:
             show()
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + "".join(text() for text in self.texts).encode()
 
 
 class _DeprecatedNames(Collector):

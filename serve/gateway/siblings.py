@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.metrics_core import Metric
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
 __all__ = ["OWN", "Siblings", "merge_metrics"]
 
 # Query of a request between siblings: the answer is about the asked process alone.
 OWN = "gateway=own"
 _TIMEOUT_S = 1.0
+# A family of an exposition, and the beginnings of samples with and without labels.
+_FAMILY = re.compile(rb"(?P<header># HELP .*\n# TYPE .*\n)(?P<samples>(?:[^#].*\n)*)")
+_LABELLED = re.compile(rb"^([a-zA-Z_:][a-zA-Z0-9_:]*+)\{", re.MULTILINE)
+_BARE = re.compile(rb"^([a-zA-Z_:][a-zA-Z0-9_:]*+) ", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,18 @@ class Siblings:
 
 
 def merge_metrics(expositions: Mapping[str, bytes]) -> bytes:
-    """Merge expositions in Prometheus' text format into one, with the name of each as the label ``gateway``."""
-    families: dict[str, Metric] = {}
+    """Merge expositions in Prometheus' text format into one, with the name of each as the label ``gateway``.
+
+    Line by line, because a parser takes 25 µs for each, on the event loop. A line break in a label is escaped.
+
+    Args:
+        expositions: by name of a process; in each, the samples of a family follow its ``# HELP`` and ``# TYPE``.
+    """
+    families: dict[bytes, list[bytes]] = {}
     for name, text in expositions.items():
-        for family in text_string_to_metric_families(text.decode()):
-            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            merged.samples.extend(
-                sample._replace(labels={**sample.labels, "gateway": name}) for sample in family.samples
-            )
-    registry = CollectorRegistry()
-    registry.register(_Families(families.values()))
-    return generate_latest(registry)
-
-
-class _Families(Collector):
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._families
+        label = b'gateway="%s"' % name.encode()
+        for family in _FAMILY.finditer(text):
+            samples = _LABELLED.sub(rb"\1{%s," % label, family["samples"])
+            samples = _BARE.sub(rb"\1{%s} " % label, samples)
+            families.setdefault(family["header"], []).append(samples)
+    return b"".join(header + b"".join(samples) for header, samples in families.items())

@@ -8,24 +8,22 @@ archive, or the first frames of this process. Memory depends on neither traffic 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 from serve.errors import ArchiveError
 from serve.gateway.models import ModelVersion
 from serve.gateway.options import GatewayOptions
-from serve.watch.drift import distance
+from serve.gateway.watch_metrics import DriftFigures, Family, VersionText, exposition
+from serve.watch.drift import distances
 from serve.watch.reference import Reference, reference_of
-from serve.watch.statistics import CLASS, OTHER, STATISTICS, Counts, Layout
+from serve.watch.statistics import Counts, Layout
 
 __all__ = ["ModelWatch", "WatchOptions", "Watching"]
 
@@ -33,7 +31,6 @@ __all__ = ["ModelWatch", "WatchOptions", "Watching"]
 _SLICES = 12
 # Blocks that a learned reference is made of, for the distance that chance makes.
 _BLOCKS = 40
-_LABELS = ("model", "version")
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +58,13 @@ class WatchOptions:
 class ModelWatch:
     """Counts of one version of a model.
 
+    Attributes:
+        total: all counts.
+        batches: number of calls of `add`.
+        reference: the reference; None while it is learned.
+        is_recorded: whether it is that of the archive.
+        layout: of all counts.
+
     Args:
         classes: names of its classes.
         reference: that of its archive; None to learn one.
@@ -82,6 +86,7 @@ class ModelWatch:
         self.reference = reference
         self.layout = Layout.of_classes(classes) if reference is None else reference.counts.layout
         self.total = self.layout.empty()
+        self.batches = 0
         self._slices: deque[tuple[float, Counts]] = deque()
         self._learned: list[Counts] = []
         self._is_complete = False
@@ -89,6 +94,7 @@ class ModelWatch:
     def add(self, counts: Counts) -> None:
         """Add the counts of a batch."""
         self.total.add(counts)
+        self.batches += 1
         if self.reference is None:
             self._learn(counts)
             return
@@ -128,6 +134,11 @@ class ModelWatch:
         )  # in this order: a thread sets the one, then empties the other
         return sum(block.frames for block in blocks) if reference is None else reference.counts.frames
 
+    def window_state(self) -> object:
+        """Return a value that changes when the window or the reference does."""
+        self._expire(self._clock())
+        return self.batches, len(self._slices), self.reference is None
+
     def window(self) -> Counts:
         """Return the counts of the window."""
         self._expire(self._clock())
@@ -140,29 +151,59 @@ class ModelWatch:
         """Yield statistic, distance to the reference and its limit, where there are enough frames."""
         if self.reference is None or window.frames < self._options.window_frames:
             return
-        for name, limit in self.reference.limits.items():
-            found = distance(window.of(name), self.reference.counts.of(name))
-            if found is not None:
-                yield name, found, limit
+        starts = [place.start for place in self.layout.slices.values()]
+        found = distances(window.bins, self.reference.counts.bins, starts)
+        for name, value in zip(self.layout.slices, found.tolist(), strict=True):
+            if name in self.reference.limits and not math.isnan(value):
+                yield name, value, self.reference.limits[name]
+
+    def figures(self) -> DriftFigures:
+        """Return the gauges of window and reference."""
+        window = self.window()
+        return DriftFigures(
+            {name: (found, limit) for name, found, limit in self.distances(window)},
+            window.frames,
+            self.learned_frames,
+            "archive" if self.is_recorded else "learned",
+            self.reference is None,
+        )
 
 
 @dataclass
 class _Entry:
     spec: Mapping[str, Any] | None
     watch: ModelWatch
-    is_logged: bool = field(default=False)
+    text: VersionText
+    is_logged: bool = False
+    _counted: tuple[object, Mapping[Family, str]] = (None, {})
+    _drift: tuple[object, Mapping[Family, str]] = (None, {})
+
+    def texts(self) -> Mapping[Family, str]:
+        """Return the metrics as text; what did not change since the last call is not written again."""
+        window = self.watch.window_state()
+        if self._counted[0] != self.watch.batches:
+            self._counted = self.watch.batches, self.text.of_counts(self.watch.total)
+        if self._drift[0] != window:
+            self._drift = window, self.text.of_drift(self.watch.figures())
+        return {**self._counted[1], **self._drift[1]}
 
 
-class Watching(Collector):
+class Watching:
     """The watched versions of all models, and their metrics.
 
     Args:
         find: returns the version of a model by both names, or None.
         options: of window and reference.
+        clock: returns seconds.
     """
 
-    def __init__(self, find: Callable[[str, str], ModelVersion | None], options: WatchOptions) -> None:
-        self._find, self._options = find, options
+    def __init__(
+        self,
+        find: Callable[[str, str], ModelVersion | None],
+        options: WatchOptions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._find, self._options, self._clock = find, options, clock
         self._entries: dict[tuple[str, str], _Entry] = {}
 
     def observe(self, name: str, version: str, document: Mapping[str, Any]) -> None:
@@ -183,7 +224,9 @@ class Watching(Collector):
             return None
         entry = self._entries.get((name, version))
         if entry is None or entry.spec is not model.spec:
-            entry = self._entries[name, version] = _Entry(model.spec, self._watch(name, version, model.spec))
+            watch = self._watch(name, version, model.spec)
+            text = VersionText(name, version, watch.layout)
+            entry = self._entries[name, version] = _Entry(model.spec, watch, text)
         return entry
 
     def _watch(self, name: str, version: str, spec: Mapping[str, Any]) -> ModelWatch:
@@ -193,83 +236,17 @@ class Watching(Collector):
                 reference = Reference.parse(recorded)
             except ArchiveError as error:
                 logger.warning("the reference of %s %s is left out: %s", name, version, error)
-        return ModelWatch(spec.get("classes") or (), reference, self._options, run=_run_in_thread)
+        return ModelWatch(
+            spec.get("classes") or (), reference, self._options, self._clock, run=_run_in_thread
+        )
 
-    def collect(self) -> Iterator[Metric]:
-        """Yield all families; those without a model are empty."""
+    def exposition(self) -> str:
+        """Return all metrics in Prometheus' text format; without a version there are their headers."""
         for key in [key for key in self._entries if self._find(*key) is None]:
             del self._entries[key]  # removed
-        watches = {key: entry.watch for key, entry in sorted(self._entries.items())}
-        yield from _histograms(watches)
-        yield from _counters(watches)
-        yield from _gauges(watches)
+        return exposition([entry.texts() for _, entry in sorted(self._entries.items())])
 
 
 def _run_in_thread(work: Callable[[], None]) -> None:
     """Run beside the event loop, which answers meanwhile."""
     threading.Thread(target=work, name="drift-limits", daemon=True).start()
-
-
-def _histograms(watches: Mapping[tuple[str, str], ModelWatch]) -> Iterator[Metric]:
-    for statistic in STATISTICS.values():
-        family = HistogramMetricFamily(statistic.metric, statistic.text, labels=_LABELS)
-        bounds = [*(f"{float(edge):g}" for edge in statistic.edges), "+Inf"]
-        for key, watch in watches.items():
-            cumulative = watch.total.of(statistic.name).cumsum().tolist()
-            if cumulative[-1]:
-                family.add_metric(
-                    key, list(zip(bounds, cumulative, strict=True)), watch.total.sums[statistic.name]
-                )
-        yield family
-
-
-def _counters(watches: Mapping[tuple[str, str], ModelWatch]) -> Iterator[Metric]:
-    frames = CounterMetricFamily("mmdet3d_serve_watched_frames", "Frames that were counted", labels=_LABELS)
-    classes = CounterMetricFamily(
-        "mmdet3d_serve_detections", "Detections that reach the score threshold", labels=(*_LABELS, "class")
-    )
-    warnings = CounterMetricFamily(
-        "mmdet3d_serve_frame_warnings", "Frames with a warning", labels=(*_LABELS, "code")
-    )
-    for key, watch in watches.items():
-        frames.add_metric(key, watch.total.frames)
-        names = (*watch.layout.classes, OTHER)
-        for name, number in zip(names, watch.total.of(CLASS).tolist(), strict=True):
-            if number or name != OTHER:
-                classes.add_metric((*key, name), number)
-        for code, number in sorted(watch.total.warnings.items()):
-            warnings.add_metric((*key, code), number)
-    yield from (frames, classes, warnings)
-
-
-def _gauges(watches: Mapping[tuple[str, str], ModelWatch]) -> Iterator[Metric]:
-    labels = (*_LABELS, "statistic")
-    distances = GaugeMetricFamily(
-        "mmdet3d_serve_drift_distance",
-        "Jensen-Shannon distance of the window to the reference, from 0 to 1",
-        labels=labels,
-    )
-    limits = GaugeMetricFamily(
-        "mmdet3d_serve_drift_limit", "Distance that chance does not explain any more", labels=labels
-    )
-    window_frames = GaugeMetricFamily(
-        "mmdet3d_serve_drift_window_frames", "Frames in the window", labels=_LABELS
-    )
-    reference_frames = GaugeMetricFamily(
-        "mmdet3d_serve_drift_reference_frames",
-        "Frames of the reference, recorded in the archive or learned since the start",
-        labels=(*_LABELS, "source"),
-    )
-    learning = GaugeMetricFamily(
-        "mmdet3d_serve_drift_learning", "1 while the reference is still learned, else 0", labels=_LABELS
-    )
-    for key, watch in watches.items():
-        window = watch.window()
-        for name, found, limit in watch.distances(window):
-            distances.add_metric((*key, name), found)
-            limits.add_metric((*key, name), limit)
-        window_frames.add_metric(key, window.frames)
-        source = "archive" if watch.is_recorded else "learned"
-        reference_frames.add_metric((*key, source), watch.learned_frames)
-        learning.add_metric(key, watch.reference is None)
-    yield from (distances, limits, window_frames, reference_frames, learning)

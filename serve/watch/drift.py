@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FLOOR", "chance_limit", "distance"]
+__all__ = ["FLOOR", "chance_limit", "distance", "distances"]
 
 Numbers = npt.NDArray[np.number[Any]]
 
@@ -32,20 +33,37 @@ def distance(one: Numbers, other: Numbers) -> float | None:
     Returns:
         The distance; None if one has no counts at all.
     """
-    found = _distances(np.asarray(one, np.float64)[None], np.asarray(other, np.float64)[None])[0]
-    return None if np.isnan(found) else float(found)
+    found = float(distances(one, other, [0])[0])
+    return None if math.isnan(found) else found
 
 
-def _distances(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Distances of the rows of two arrays (N, bins); NaN without counts."""
+def distances(one: Numbers, other: Numbers, starts: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Return the distances of several histograms that lie in one array, one after the other; NaN without counts.
+
+    Args:
+        one: (..., bins) counts.
+        other: (..., bins) counts of the same bins.
+        starts: place of the first bin of each histogram, rising from 0.
+
+    Returns:
+        (..., histograms) distances, as `distance` has them.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        p = one / one.sum(axis=1, keepdims=True)
-        q = other / other.sum(axis=1, keepdims=True)
+        p, q = (_shares(np.asarray(each, np.float64), starts) for each in (one, other))
         middle = (p + q) / 2
         terms = np.where(p > 0, p * np.log2(p / middle), 0) + np.where(q > 0, q * np.log2(q / middle), 0)
-        empty = np.isnan(p).any(axis=1) | np.isnan(q).any(axis=1)
-    found = np.sqrt(np.clip(terms.sum(axis=1) / 2, 0, 1))
-    return np.where(empty, np.nan, found)
+    found: npt.NDArray[np.float64] = np.sqrt(np.clip(np.add.reduceat(terms, starts, axis=-1) / 2, 0, 1))
+    is_empty = np.isnan(np.add.reduceat(p + q, starts, axis=-1))
+    found[is_empty] = np.nan
+    return found
+
+
+def _shares(counts: npt.NDArray[np.float64], starts: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Divide each histogram by its sum; NaN without counts."""
+    sums = np.add.reduceat(counts, starts, axis=-1)
+    lengths = np.diff([*starts, counts.shape[-1]])
+    shares: npt.NDArray[np.float64] = counts / np.repeat(sums, lengths, axis=-1)
+    return shares
 
 
 def chance_limit(blocks: Numbers, window: int) -> float:
@@ -74,7 +92,7 @@ def chance_limit(blocks: Numbers, window: int) -> float:
         np.stack([random.multinomial(max(1, round(size / run)), share) @ runs for _ in range(_DRAWS)])
         for size in (number, window)
     ]
-    found = _distances(drawn[0], drawn[1])
+    found = distances(drawn[0], drawn[1], [0])[:, 0]
     found = found[~np.isnan(found)]
     if not len(found):
         return 1.0  # too rare to say anything of

@@ -433,7 +433,7 @@ def of_the_gateway() -> Mapping[str, set[str]]:
     metrics.observe_batch("m", BatchReport(items=1, cost=1, queue_s=(0.0,), run_s=0.1, failed=True))
     metrics.set_ready(True)
     metrics.observe_sample("m", "kept")
-    metrics.registry.register(watched())
+    metrics.texts.append(watched().exposition)
     metrics.observe_fallback("m", "2.0", "not_ready")
     metrics.observe_version("m", "1.0", 200, 0.1)
     metrics.show_rollout(Rollout(file=Path("rollout")))

@@ -16,7 +16,7 @@ from serve.gateway.watching import ModelWatch, Watching, WatchOptions
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve.management import ModelState
 from serve.watch.reference import Reference, reference_of
-from serve.watch.statistics import CLASS, Counts, Layout
+from serve.watch.statistics import CLASS, MAX_CLASSES, OTHER, Counts, Layout
 from tests.gateway.conftest import RunningGateway
 from tests.gateway.fake_torchserve import CLOUDS, FakeTorchServe, answer_for
 from tests.gateway.running import eventually
@@ -174,8 +174,7 @@ def test_limits_of_a_learned_reference_are_not_computed_in_the_event_loop() -> N
     assert watch.reference is not None and watch.learned_frames == 80 and not watch._learned
 
     def is_learned() -> bool:
-        (family,) = (each for each in watching.collect() if each.name == "mmdet3d_serve_drift_learning")
-        return family.samples[0].value == 0
+        return samples(watching.exposition())["mmdet3d_serve_drift_learning", *MODEL] == 0
 
     eventually(is_learned)
     eventually(lambda: threading.active_count() == before)
@@ -187,8 +186,8 @@ def test_another_archive_under_the_same_version_begins_anew_and_a_removed_model_
     watching = Watching(lambda name, version: models.get((name, version)), OPTIONS)
 
     def frames() -> list[float]:
-        (family,) = (each for each in watching.collect() if each.name == "mmdet3d_serve_watched_frames")
-        return [sample.value for sample in family.samples]
+        found = samples(watching.exposition())
+        return [value for key, value in found.items() if key[0] == "mmdet3d_serve_watched_frames_total"]
 
     watching.observe("second", "1.0", counted(2).document())
     watching.observe("second", "1.0", counted(3).document())
@@ -205,15 +204,58 @@ def test_several_gateways_keep_their_histograms_apart_under_a_label() -> None:
     state = ModelState("second", "1.0", True, (), 0)
     watching = Watching(lambda *_: ModelVersion(state, spec=SPEC), OPTIONS)
     watching.observe("second", "1.0", counted(2).document())
-    from prometheus_client import CollectorRegistry, generate_latest
-
-    registry = CollectorRegistry()
-    registry.register(watching)
-    text = generate_latest(registry)
+    text = watching.exposition().encode()
     found = samples(merge_metrics({"0": text, "1": text}).decode())
     for gateway in ("gateway=0", "gateway=1"):
         assert found["mmdet3d_serve_detection_score_bucket", gateway, "le=+Inf", *MODEL] == 20
         assert found["mmdet3d_serve_watched_frames_total", gateway, *MODEL] == 2
+
+
+def test_the_text_changes_with_every_batch_and_when_frames_leave_the_window() -> None:
+    clock = Clock()
+    spec = {**CLOUDS, "watch": recorded().document()}
+    model = ModelVersion(ModelState("second", "1.0", True, (), 0), spec=spec)
+    watching = Watching(lambda *_: model, OPTIONS, clock)
+    for batches in (1, 2):
+        watching.observe("second", "1.0", counted(30).document())
+        found = samples(watching.exposition())
+        assert watching.exposition() == watching.exposition()
+        assert found["mmdet3d_serve_watched_frames_total", *MODEL] == 30 * batches
+        assert found["mmdet3d_serve_drift_window_frames", *MODEL] == 30 * batches
+        assert found["mmdet3d_serve_drift_distance", "model=second", "statistic=score", "version=1.0"] < 1
+    clock.now = 1000.0
+    found = samples(watching.exposition())
+    assert found["mmdet3d_serve_drift_window_frames", *MODEL] == 0
+    assert found["mmdet3d_serve_watched_frames_total", *MODEL] == 60
+    assert not any(name == "mmdet3d_serve_drift_distance" for name, *_ in found)
+
+
+def test_names_of_a_hostile_archive_are_escaped_and_bounded_in_number() -> None:
+    hostile = [
+        'a"b',
+        "a\nb",
+        "line\nbreak 1",
+        'x"} 1\nevil_total{y="',
+        "back\\slash\\",
+        "",
+        *map(str, range(5000)),
+    ]
+    model = ModelVersion(ModelState("second", "1.0", True, (), 0), spec={**CLOUDS, "classes": hostile})
+    watching = Watching(lambda *_: model, OPTIONS)
+    layout = Layout.of_classes(hostile)
+    counts = layout.empty()
+    counts.frames = 1
+    counts.of(CLASS)[:] = 7
+    counts.add_warnings(
+        {"x" * 1000: 1, 'odd"\n': 1, "no_intensity": 2, **{f"code_{k}": 1 for k in range(500)}}
+    )
+    watching.observe("second", "1.0", counts.document())
+    text = merge_metrics({"0": watching.exposition().encode()}).decode()
+    families = {each.name: each for each in text_string_to_metric_families(text)}
+    assert all(name.startswith("mmdet3d_serve_") for name in families)
+    classes = {each.labels["class"]: each.value for each in families["mmdet3d_serve_detections"].samples}
+    assert classes == {**dict.fromkeys(hostile[:MAX_CLASSES], 7), OTHER: 7}
+    assert len(families["mmdet3d_serve_frame_warnings"].samples) <= 34
 
 
 SPEC = dict(CLOUDS)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.errors import ArchiveError
-from serve.watch.drift import FLOOR, chance_limit, distance
+from serve.watch.drift import FLOOR, chance_limit, distance, distances
 from serve.watch.reference import Reference, reference_of
 from serve.watch.statistics import CLASS, Layout
 
@@ -32,6 +32,13 @@ def test_distance_is_scipys_and_a_metric(one: list[int], other: list[int]) -> No
 def test_nothing_in_common_is_one_and_nothing_at_all_has_no_distance() -> None:
     assert distance(np.array([3, 0]), np.array([0, 9])) == pytest.approx(1)
     assert distance(np.array([0, 0]), np.array([0, 9])) is None
+
+
+def test_histograms_in_one_array_have_the_distances_that_each_has_alone() -> None:
+    one, other = np.array([3, 0, 0, 0, 1, 2, 5]), np.array([0, 9, 4, 4, 2, 2, 0])
+    found = distances(one, other, [0, 2, 4])
+    assert np.isnan(found[1])
+    assert found[[0, 2]].tolist() == [distance(one[:2], other[:2]), distance(one[4:], other[4:])]
 
 
 def _frames(rng: np.random.Generator, number: int, of_frame: int, shares: list[float]) -> np.ndarray:

@@ -84,7 +84,8 @@ def router(
         """Return the metrics in Prometheus' text format; of several gateway processes, each has a label."""
         text = metrics.exposition()
         if siblings is not None and request.url.query != OWN:
-            others = {name: answer.content for name, answer in (await siblings.ask("/metrics")).items()}
+            answers = await siblings.ask("/metrics")
+            others = {name: each.content for name, each in answers.items() if each.is_success}
             text = merge_metrics({str(siblings.index): text, **others})
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
