@@ -25,7 +25,7 @@ from mmdet3d.models.layers import SparseBasicBlock
 from torch import Tensor, nn
 
 from serve.ops.checks import uses_numba
-from serve.ops.sparse.conv import PackedFilters, convolve, convolve_table, pack_filters
+from serve.ops.sparse.conv import convolve
 from serve.ops.sparse.device_table import (
     ConvGeometry,
     gather_convolve,
@@ -35,6 +35,7 @@ from serve.ops.sparse.device_table import (
 )
 from serve.ops.sparse.neighbour_table import invert_table, submanifold_table
 from serve.ops.sparse.strided_table import strided_table
+from serve.ops.sparse.table_conv import PackedFilters, convolve_table, pack_filters
 
 __all__ = ["FusedSparseBasicBlock", "FusedSparseConv", "SparseMap", "VoxelPlan"]
 

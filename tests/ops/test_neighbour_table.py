@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.ops.cpu import rank_bitmap
-from serve.ops.sparse import conv as sparse_conv
 from serve.ops.sparse import neighbour_table, rulebook, strided_table
+from serve.ops.sparse.table_conv import convolve_table, pack_filters
 
 
 def voxels(shape: list[int], batch: int, share: float, seed: int) -> torch.Tensor:
@@ -185,8 +185,8 @@ def test_converted_weights_are_repacked():
 
 
 def test_convolve_table_rejects_inconsistent_shapes():
-    kernel = sparse_conv.pack_filters(torch.ones(3, 4, 5), None)
+    kernel = pack_filters(torch.ones(3, 4, 5), None)
     with pytest.raises(ValueError, match="features"):
-        sparse_conv.convolve_table(torch.ones(2, 3), kernel, np.full((3, 2), -1, np.int32))
+        convolve_table(torch.ones(2, 3), kernel, np.full((3, 2), -1, np.int32))
     with pytest.raises(ValueError, match="offsets"):
-        sparse_conv.convolve_table(torch.ones(2, 4), kernel, np.full((4, 2), -1, np.int32))
+        convolve_table(torch.ones(2, 4), kernel, np.full((4, 2), -1, np.int32))

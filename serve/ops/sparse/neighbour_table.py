@@ -1,7 +1,7 @@
-"""Neighbour tables of submanifold sparse convolutions, on the CPU.
+"""Neighbour tables of submanifold sparse convolutions, and those of rulebooks, on the CPU.
 
 A neighbour table has the input row of each kernel offset and output voxel, -1 for none; the compiled convolution
-(`serve.ops.sparse.conv.convolve_table`) reads it. `serve.ops.sparse.strided_table` builds those of other convolutions.
+(`serve.ops.sparse.table_conv`) reads it. `serve.ops.sparse.strided_table` builds those of other convolutions.
 mmcv's layers exchange lists of pairs instead (`serve.ops.sparse.rulebook`), with the same geometry and order.
 """
 
@@ -19,7 +19,7 @@ from serve.ops.cpu.rank_bitmap import popcount, prefix_popcounts
 from serve.ops.cpu.threads import parallel_for
 from serve.ops.sparse import rulebook
 
-__all__ = ["ROWS_PER_THREAD", "WORDS_PER_ROW", "invert_table", "submanifold_table"]
+__all__ = ["ROWS_PER_THREAD", "WORDS_PER_ROW", "invert_table", "submanifold_table", "to_neighbour_table"]
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -28,6 +28,8 @@ U64 = npt.NDArray[np.uint64]
 WORDS_PER_ROW = 32
 # Voxels that keep a thread busy for longer than its wake-up time.
 ROWS_PER_THREAD = 1 << 14
+# States of an offset whose pairs make no table.
+_OUT_OF_RANGE, _NOT_UNIQUE = 1, 2
 
 
 def submanifold_table(
@@ -182,3 +184,57 @@ def _invert(table: I32, turned: I32, first: int, last: int) -> None:  # pragma: 
         for o in range(table.shape[1]):
             if table[k, o] >= 0:
                 turned[k, table[k, o]] = o
+
+
+def to_neighbour_table(
+    pairs: Tensor, pair_num: Tensor, num_act_in: int, num_act_out: int, *, inverse: bool
+) -> I32 | None:
+    """Convert a rulebook to the (K, M) input row of each offset and output row, -1 for none.
+
+    Returns:
+        The table, or None if an offset has an output twice.
+
+    Raises:
+        IndexError: a row of a pair is out of range.
+    """
+    lists, counts = as_numpy(pairs), as_numpy(pair_num)
+    table = np.empty((len(lists), num_act_out), dtype=np.int32)
+    states = np.zeros(len(lists), dtype=np.int32)
+    parallel_for(
+        lambda first, last: _fill_neighbours(lists, counts, num_act_in, inverse, table, states, first, last),
+        len(lists),
+    )
+    if (states == _OUT_OF_RANGE).any():
+        raise IndexError(
+            f"indice_pairs must have input rows in [0, {num_act_in}), output rows in [0, {num_act_out}), and "
+            f"indice_pair_num counts of at most {pairs.shape[2]}"
+        )
+    return None if (states == _NOT_UNIQUE).any() else table
+
+
+@jit
+def _fill_neighbours(
+    pairs: I32,
+    counts: I32,
+    inputs: int,
+    inverse: bool,
+    table: I32,
+    states: I32,
+    first: int,
+    last: int,
+) -> None:  # pragma: no cover - compiled
+    source, target = (1, 0) if inverse else (0, 1)
+    for k in range(first, last):
+        table[k] = -1
+        if counts[k] < 0 or counts[k] > pairs.shape[2]:
+            states[k] = _OUT_OF_RANGE
+            continue
+        for j in range(counts[k]):
+            row = pairs[k, target, j]
+            if not (0 <= row < table.shape[1] and 0 <= pairs[k, source, j] < inputs):
+                states[k] = _OUT_OF_RANGE
+                break
+            if table[k, row] != -1:
+                states[k] = _NOT_UNIQUE
+                break
+            table[k, row] = pairs[k, source, j]

@@ -19,8 +19,7 @@ from serve.ops.cpu.jit import jit
 from serve.ops.cpu.rank_bitmap import popcount, prefix_popcounts
 from serve.ops.cpu.threads import parallel_for
 from serve.ops.sparse import rulebook
-from serve.ops.sparse.conv import to_neighbour_table
-from serve.ops.sparse.neighbour_table import ROWS_PER_THREAD, WORDS_PER_ROW
+from serve.ops.sparse.neighbour_table import ROWS_PER_THREAD, WORDS_PER_ROW, to_neighbour_table
 
 __all__ = ["strided_table"]
 
