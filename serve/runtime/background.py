@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from serve.ops.cpu.masked_conv import ConvLayer, pack_layer
-from serve.runtime.masked import BackgroundModel, MaskedBranches, MaskedNeck, MaskedPyramid, MaskedSequence
+from serve.runtime.background_model import BackgroundModel
+from serve.runtime.masked import MaskedBranches, MaskedSequence
+from serve.runtime.masked_necks import MaskedNeck, MaskedPyramid
 
 __all__ = ["background_skipped", "install", "set_skipping"]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from serve.compare.ties import VARIANTS
 from serve.runtime.background import background_skipped, set_skipping
+from serve.runtime.background_model import MASKED
 from serve.runtime.fused_conv import FusedConv, FusedLinear
-from serve.runtime.masked import MASKED
 
 __all__ = ["changed_weights", "variants"]
 

@@ -17,7 +17,7 @@ from serve import ops
 ops.install("portable")
 
 from serve.compare.detections import compare  # noqa: E402
-from serve.runtime import background, fusion, masked  # noqa: E402
+from serve.runtime import background, background_model, fusion, masked  # noqa: E402
 from serve.runtime.model import suppress_warnings  # noqa: E402
 
 with suppress_warnings():
@@ -106,7 +106,7 @@ def build(head: dict[str, Any], neck: str = "SECONDFPN") -> tuple[Detector, Dete
     prepare(plain, 0)
     fused = copy.deepcopy(plain)
     fusion.fuse(fused, fusion.find_fusable(plain, lambda: plain(canvas(0, 0.1))))
-    assert isinstance(fused.background, masked.BackgroundModel)
+    assert isinstance(fused.background, background_model.BackgroundModel)
     return plain, fused
 
 
@@ -277,11 +277,11 @@ def test_unusual_values_keep_their_bits(value):
 
 def test_other_sizes_of_map_are_recorded_and_beyond_a_few_computed_in_full():
     _, fused = build(anchor_head())
-    sizes = [(HEIGHT + 2 * k, WIDTH) for k in range(masked.MAX_SIZES + 2)]
+    sizes = [(HEIGHT + 2 * k, WIDTH) for k in range(background_model.MAX_SIZES + 2)]
     for size in sizes:
         skipped, full = run_both(fused, canvas(4, 0.1, size=size))
         assert bits(skipped) == bits(full)
-    assert len(fused.backbone.blocks[0].backgrounds) == masked.MAX_SIZES
+    assert len(fused.backbone.blocks[0].backgrounds) == background_model.MAX_SIZES
 
 
 def test_scatter_equals_mmdet3ds_in_another_memory_layout():

@@ -21,8 +21,10 @@ from serve.errors import ServeError, SetupError
 from serve.ops.cpu import masked_conv
 from serve.protocol.frames import Frame
 from serve.protocol.options import FrameOptions
-from serve.runtime import background, masked
+from serve.runtime import background
+from serve.runtime.background_model import BackgroundModel
 from serve.runtime.detector import Detector
+from serve.runtime.masked import MaskedSequence
 from serve.settings import Limits
 from tools.bench.scaling import synthetic_cloud
 
@@ -102,7 +104,7 @@ def run(
         ServeError: the model failed on a frame.
     """
     model = getattr(detector.network, "background", None)
-    if not isinstance(model, masked.BackgroundModel):
+    if not isinstance(model, BackgroundModel):
         raise SetupError(f"{detector.metadata.name} has no dense part that skips background; try second")
     frame = detector.decode(body, FrameOptions(), Limits())
     _run(detector, frame)
@@ -159,7 +161,7 @@ def _outputs(detector: Detector, body: bytes) -> list[bytes]:
     parts = [
         module
         for name, module in detector.network.named_modules()
-        if isinstance(module, masked.MaskedSequence) and "head" in name and module.writes_background
+        if isinstance(module, MaskedSequence) and "head" in name and module.writes_background
     ]
     handles = [part.register_forward_hook(keep) for part in parts]
     try:
