@@ -22,7 +22,7 @@ from serve.protocol.frame_spec import FrameSpec
 from serve.runtime.custom_code import import_modules
 from serve.runtime.object_paths import resolve_objects
 from serve.runtime.pipeline import box_type_of, frame_spec, pipeline_of
-from serve.upstream.checks import (
+from serve.upstream.data_set_checks import (
     categories_checked,
     check_annotations,
     check_files,

@@ -2,7 +2,7 @@
 
 Arguments are upstream's own. Besides, a config may be a name of the zoo, a URI or an old config
 (`serve.upstream.config_argument`), flags of 2.x are translated (`serve.upstream.former_flags`), and data sets and
-checkpoints are checked before anything is written (`serve.upstream.checks`).
+checkpoints are checked before anything is written (`serve.upstream.checked_runner`).
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _run_file(tool: Tool, package: str, now: Translation, own: argparse.Namespac
     stack.enter_context(completed_arguments(training=tool.short_name == "train"))
     stack.enter_context(_tools_of(package))
     if tool.short_name in _RUNNERS:
-        from serve.upstream.checks import checked_runner
+        from serve.upstream.checked_runner import checked_runner
 
         stack.enter_context(
             checked_runner(
@@ -213,7 +213,7 @@ def _explained(program: str, *, converts: bool = True) -> Iterator[None]:
 
     Args:
         program: its name.
-        converts: whether it reads data without the checks of `serve.upstream.checks`.
+        converts: whether it reads data without the checks of `serve.upstream.checked_runner`.
     """
     try:
         yield

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from serve.errors import DataSetError
-from serve.upstream.checks import _check_checkpoint, _check_start
+from serve.upstream.checkpoint_checks import check_test_checkpoint, check_training_checkpoint
 
 STREETS = ("car", "person")
 
@@ -33,21 +33,21 @@ def runner_of(tmp_path):
 
 def test_a_test_on_the_classes_in_another_order_is_an_error_with_both_lists(runner_of, tmp_path):
     with pytest.raises(DataSetError, match=r"car, person.*person, car"):
-        _check_checkpoint(runner_of("person", "car"), tmp_path, allow_partial=False, trust=False)
+        check_test_checkpoint(runner_of("person", "car"), tmp_path, allow_partial=False, trust=False)
 
 
 @pytest.mark.parametrize("classes", [STREETS, ("car", "human")])
 def test_the_same_order_and_another_spelling_are_tested(classes, runner_of, tmp_path):
-    _check_checkpoint(runner_of(*classes), tmp_path, allow_partial=False, trust=False)
+    check_test_checkpoint(runner_of(*classes), tmp_path, allow_partial=False, trust=False)
 
 
 def test_a_training_that_is_resumed_in_another_order_is_an_error(runner_of):
     with pytest.raises(DataSetError, match="mixed up"):
-        _check_start(runner_of("person", "car", resume=True), allow_partial=False, trust=False)
+        check_training_checkpoint(runner_of("person", "car", resume=True), allow_partial=False, trust=False)
 
 
 def test_a_training_that_starts_from_weights_in_another_order_is_warned_of(runner_of, capsys):
-    _check_start(runner_of("person", "car"), allow_partial=False, trust=False)
+    check_training_checkpoint(runner_of("person", "car"), allow_partial=False, trust=False)
     assert capsys.readouterr().err.startswith("warning: ")
-    _check_start(runner_of(*STREETS), allow_partial=False, trust=False)
+    check_training_checkpoint(runner_of(*STREETS), allow_partial=False, trust=False)
     assert not capsys.readouterr().err
