@@ -94,15 +94,15 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
         Limit("protocol.batch:MAX_PARTS", "most parts of a frame", FrameTooLarge, "N"),
         Limit("protocol.batch:MAX_NAME_CHARS", "longest name of a part", BadRequest, "CHARACTERS"),
         Limit("gateway.form:_MAX_TEXT_BYTES", "longest text field of a form", FrameTooLarge, "BYTES"),
-        Limit("gateway.routes.kserve_codec:_MAX_RANK", "dimensions of a v2 tensor", BadRequest, "N"),
+        Limit("gateway.routes.kserve_tensors:_MAX_RANK", "dimensions of a v2 tensor", BadRequest, "N"),
         Limit(
-            "gateway.routes.kserve_codec:_MAX_PARAMETERS",
+            "gateway.routes.kserve_tensors:_MAX_PARAMETERS",
             "parameters of a v2 request or tensor",
             BadRequest,
             "N",
         ),
         Limit(
-            "gateway.routes.kserve_codec:_MAX_TEXT_CHARS",
+            "gateway.routes.kserve_tensors:MAX_TEXT_CHARS",
             "longest id of a v2 request",
             BadRequest,
             "CHARACTERS",

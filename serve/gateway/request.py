@@ -39,6 +39,7 @@ from serve.protocol.batch import (
     header_bytes,
     unpack_frames,
 )
+from serve.protocol.option_places import REQUEST_OPTIONS
 from serve.protocol.options import FrameOptions, parse_options
 from serve.protocol.sweeps import is_sweep_part
 from serve.protocol.worker import EncodedFrame
@@ -58,9 +59,7 @@ logger = logging.getLogger(__name__)
 OPTION_NAMES = tuple(field.name for field in fields(FrameOptions))
 # Pieces of a body below the first are added to the one before, unless that has the second.
 _PIECE_BYTES, _LONG_PIECE_BYTES = 64 * 1024, 256 * 1024
-# Options of the request as a whole, beside those of its frames.
-_REQUEST_OPTIONS = ("timeout_ms", "camera")
-_HEADER_OPTIONS = {"x-" + name.replace("_", "-"): name for name in (*OPTION_NAMES, *_REQUEST_OPTIONS)}
+_HEADER_OPTIONS = {"x-" + name.replace("_", "-"): name for name in (*OPTION_NAMES, *REQUEST_OPTIONS)}
 MAX_QUERY_BYTES = 8192
 FRAME_FIELDS = frozenset(("body", "data", "file", "frame", "image", "points"))
 
@@ -133,15 +132,8 @@ def parse_request_options(
     }
     given |= query
     timeout_ms, camera = given.pop("timeout_ms", None), given.pop("camera", None)
-    try:
-        parsed = parse_options(given)
-    except UnknownOption as error:
-        message = str(error)
-        if message.startswith("unknown option"):
-            message = message.replace("known: ", f"known: {', '.join((*_REQUEST_OPTIONS, *others))}, ")
-        raise UnknownOption(message) from None
     return RequestOptions(
-        parsed,
+        parse_options(given, others=(*REQUEST_OPTIONS, *others)),
         options.timeout_s if timeout_ms is None else _timeout_s(timeout_ms, options.max_timeout_s),
         None if camera is None else _camera(camera),
     )

@@ -31,13 +31,12 @@ from serve.gateway.backend import Answer
 from serve.gateway.dispatch import Outcome
 from serve.gateway.options import GatewayOptions
 from serve.gateway.response import read_document
+from serve.protocol.option_places import TRACK_OPTIONS
 from serve.protocol.worker import EncodedFrame
 from serve.tracking import Tracker, TrackOptions, track_answer
 
-__all__ = ["TRACK_OPTIONS", "SessionKey", "Track", "TrackRequest", "TrackSessions", "parse_track_request"]
+__all__ = ["SessionKey", "Track", "TrackRequest", "TrackSessions", "parse_track_request"]
 
-#: Options of a request that concern its sequence.
-TRACK_OPTIONS = ("track_session", "track_start", "track_end", "frame_time_s")
 _HEADERS = {"x-" + name.replace("_", "-"): name for name in TRACK_OPTIONS}
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _QUICK_BYTES = 8 * 1024  # some fifty boxes, which are followed in 2 ms

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from serve.errors import UnknownOption, quote
+from serve.protocol.option_places import unknown_option
 from serve.protocol.point_columns import parse_columns
 from serve.protocol.selection import parse_classes, parse_fields, parse_thresholds
 from serve.protocol.sweeps import check_sweeps_option
@@ -46,15 +47,19 @@ class FrameOptions:
 DEFAULT_OPTIONS = FrameOptions()
 
 
-def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -> FrameOptions:
+def parse_options(
+    values: Mapping[str, Any], base: FrameOptions | None = None, others: Iterable[str] = ()
+) -> FrameOptions:
     """Parse options from query values or JSON; numbers may be strings.
 
     Args:
         values: values by name.
         base: values of the options that are not in `values`.
+        others: names of options that may be in the same place and were read before, for messages.
 
     Raises:
-        UnknownOption: an unknown name, for which the message lists the known ones, or an invalid value.
+        UnknownOption: an unknown name, for which the message says where it belongs or lists the known ones, or an
+            invalid value.
     """
     if not values:  # the common case
         return base or DEFAULT_OPTIONS
@@ -62,7 +67,7 @@ def parse_options(values: Mapping[str, Any], base: FrameOptions | None = None) -
     changes: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise UnknownOption(f"unknown option {quote(name)}; known: {', '.join(sorted(known))}")
+            raise unknown_option(name, known, others)
         match name:
             case "score_thr":
                 changes[name] = _parse_score(name, value)

@@ -20,10 +20,10 @@ from serve.client import AsyncClient, Client, PredictOptions, Result, Retry, enc
 from serve.client.requests import Calls, Reply, Send, Wait, Work
 from serve.client.retry import _retry_after_s
 from serve.errors import error_body
-from serve.gateway.tracks import TRACK_OPTIONS
 from serve.protocol.frame_spec import FrameSpec
 from serve.protocol.frames import decode_frame
 from serve.protocol.images import decode_image
+from serve.protocol.option_places import TRACK_OPTIONS
 from serve.protocol.options import FrameOptions
 from serve.settings import Limits
 from tests.client.test_protocol import FakeServer, running

@@ -202,10 +202,10 @@ REQUESTS: dict[str, Callable[[], bytes]] = {
         **FRAMED,
     ),
     "protocol.batch:MAX_NAME_CHARS": lambda: raw.request(INFER, infer(tensor={"name": "n" * 201}), **JSON),
-    "gateway.routes.kserve_codec:_MAX_RANK": lambda: raw.request(
+    "gateway.routes.kserve_tensors:_MAX_RANK": lambda: raw.request(
         INFER, infer(tensor={"shape": [1] * 9}), **JSON
     ),
-    "gateway.routes.kserve_codec:_MAX_PARAMETERS": lambda: raw.request(
+    "gateway.routes.kserve_tensors:_MAX_PARAMETERS": lambda: raw.request(
         INFER, infer(parameters={f"p{k}": 1 for k in range(65)}), **JSON
     ),
     "gateway.response:_MAX_ACCEPT_CHARS": lambda: raw.request(
@@ -240,7 +240,7 @@ OWN = {
     "max_json_values": {"max_json_values": 1024},
 }
 LARGE = (
-    "max_json_bytes", "protocol.batch:MAX_PARTS", "gateway.routes.kserve_codec:_MAX_PARAMETERS", "max_json_values",
+    "max_json_bytes", "protocol.batch:MAX_PARTS", "gateway.routes.kserve_tensors:_MAX_PARAMETERS", "max_json_values",
     "storage.references:_MAX_URI", "protocol.selection:_MAX_NAMES",
 )  # fmt: skip
 
@@ -295,7 +295,7 @@ ELSEWHERE = {
     "protocol.json_reader:JsonBounds.max_objects": "tests/attacks/bodies",
     "protocol.batch:HEADER_BYTES_PER_FRAME": "tests/attacks/bodies",
     "gateway.form:_MAX_TEXT_BYTES": "tests/attacks/bodies",
-    "gateway.routes.kserve_codec:_MAX_TEXT_CHARS": "tests/attacks/bodies",
+    "gateway.routes.kserve_tensors:MAX_TEXT_CHARS": "tests/attacks/bodies",
     "protocol.point_table:MAX_BYTES_PER_POINT": "tests/protocol/test_point_formats.py",
     "protocol.point_formats:MAX_NPZ_ENTRIES": "tests/attacks/bodies",
     "protocol.las:LAZ_SECONDS": "tests/protocol/test_point_formats.py",

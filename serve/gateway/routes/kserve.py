@@ -20,16 +20,18 @@ from serve.gateway.models import ModelRegistry
 from serve.gateway.offload import run_beside_loop
 from serve.gateway.openapi import errors
 from serve.gateway.options import GatewayOptions
-from serve.gateway.request import check_frames, parse_request_options, read_body, read_query
+from serve.gateway.request import RequestOptions, check_frames, parse_request_options, read_body, read_query
 from serve.gateway.response import VERSION_HEADER, Timing
 from serve.gateway.router import FrameRoute
 from serve.gateway.routes.kserve_codec import (
-    InferBounds,
+    InferRequest,
     decode_infer,
     encode_infer,
     json_bytes,
     model_metadata,
 )
+from serve.gateway.routes.kserve_tensors import InferBounds
+from serve.protocol.option_places import TRACK_OPTIONS
 
 __all__ = ["infer_route", "router"]
 
@@ -121,10 +123,7 @@ def infer_route(options: GatewayOptions, canaries: Canaries) -> FrameRoute:
         infer_request = await run_beside_loop(
             len(body), decode_infer, json_bytes(body, header_length), body, header_length, spec, bounds
         )
-        parameters = {**read_query(request), **infer_request.parameters}
-        request_options = parse_request_options(parameters, request.headers, options)
-        if request_options.frame.fields is not None:
-            raise UnknownOption("fields is for /predictions; here, name the wanted tensors in outputs")
+        request_options = _read_options(request, infer_request, options)
         if len(infer_request.frames) > options.max_frames_per_request:
             raise FrameTooLarge(
                 f"the request has {len(infer_request.frames)} frames, the limit is {options.max_frames_per_request}"
@@ -153,3 +152,19 @@ def infer_route(options: GatewayOptions, canaries: Canaries) -> FrameRoute:
         return Response(answer, media_type="application/octet-stream", headers=headers)
 
     return infer
+
+
+def _read_options(request: Request, given: InferRequest, options: GatewayOptions) -> RequestOptions:
+    """Read the options among the parameters, in the query and in headers; the parameters take precedence.
+
+    Raises:
+        UnknownOption: an unknown name, an invalid value, or an option that this protocol has no use for.
+    """
+    parameters = {**read_query(request), **given.parameters}
+    for name in ("camera", *TRACK_OPTIONS):
+        if name in parameters:
+            raise UnknownOption(f"{name} is for /predictions; the Open Inference Protocol has no such option")
+    found = parse_request_options(parameters, request.headers, options)
+    if found.frame.fields is not None:
+        raise UnknownOption("fields is for /predictions; here, name the wanted tensors in outputs")
+    return found

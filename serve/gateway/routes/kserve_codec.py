@@ -12,56 +12,43 @@ frames; `num_detections` holds the number of each frame.
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from serve.errors import BackendBroken, BadRequest, FrameTooLarge, UndecodableFrame, UnknownOption, quote
+from serve.errors import BackendBroken, BadRequest, UndecodableFrame, quote
+from serve.gateway.routes.kserve_tensors import (
+    MAX_TEXT_CHARS,
+    InferBounds,
+    Tensor,
+    check_members,
+    pack_bytes,
+    read_flag,
+    read_name,
+    read_object,
+    read_objects,
+    read_parameters,
+    read_tensor,
+)
 from serve.gateway.routes.pixels import encode_pixels
-from serve.protocol.batch import MAX_NAME_CHARS, MAX_PARTS, Body, Bytes, RawFrame
-from serve.protocol.json_reader import JsonBounds, LongText, decode_base64, decode_text, read_json
+from serve.protocol.batch import Body, Bytes, RawFrame
+from serve.protocol.json_reader import read_json
 from serve.protocol.sweeps import is_sweep_part
 
-__all__ = ["InferBounds", "InferRequest", "decode_infer", "encode_infer", "json_bytes", "model_metadata"]
+__all__ = ["InferRequest", "decode_infer", "encode_infer", "json_bytes", "model_metadata"]
 
 _BOXES = {
     3: ("bboxes_3d", "scores_3d", "labels_3d"),
     2: ("bboxes", "scores", "labels"),
 }
-_NUMPY = {
-    "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",
-    "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
-}  # fmt: skip
-_MAX_RANK = 8
-_MAX_PARAMETERS = 64
-_MAX_TEXT_CHARS = 4096
 # Parameters that Triton reserves for itself (``extension_parameters.md``), without a meaning here.
 _RESERVED = {"sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers"}
 _RESERVED_PREFIX = "triton_"
-
-
-@dataclass(frozen=True)
-class InferBounds:
-    """Upper bounds on one ``infer`` call.
-
-    Attributes:
-        json: of its JSON.
-        max_frames: elements of a BYTES tensor.
-        max_tensor_bytes: size of another tensor, unpacked.
-    """
-
-    json: JsonBounds = field(default_factory=JsonBounds)
-    max_frames: int = 64
-    max_tensor_bytes: int = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -147,27 +134,22 @@ def decode_infer(
     bounds = bounds or InferBounds()
     at = json_bytes(body, header_length)
     header, rest = body if header_length is None else body[:at], memoryview(body)[at:]
-    document = _object(read_json(header, bounds.json), "the request")
-    tensors: dict[str, npt.NDArray[Any] | list[Bytes]] = {}
-    for tensor in _objects(document, "inputs"):
-        name = _name(tensor)
+    document = read_object(read_json(header, bounds.json), "the request")
+    check_members(document, "the request itself")
+    tensors: dict[str, Tensor] = {}
+    for tensor in read_objects(document, "inputs"):
+        name = read_name(tensor)
         if name in tensors:
             raise BadRequest(f"input {quote(name)} is given twice")
-        tensors[name], rest = _read_tensor(name, tensor, rest, bounds)
+        tensors[name], rest = read_tensor(name, tensor, rest, bounds)
     if len(rest):
         raise BadRequest(f"{len(rest)} bytes follow the tensors that the header declares")
-    parameters = _parameters(document)
-    binary = bool(parameters.get("binary_data_output", False))
-    outputs = {
-        _name(entry): bool(_parameters(entry).get("binary_data", binary))
-        for entry in _objects(document, "outputs")
-    }
-    unknown = set(outputs) - set(_output_kinds(spec))
-    if unknown:
-        raise BadRequest(f"unknown output {quote(min(unknown))}; available: {', '.join(_output_kinds(spec))}")
+    parameters = read_parameters(document)
+    binary = read_flag(parameters, "binary_data_output", False)
+    outputs = _read_outputs(document, binary, spec)
     identity = document.get("id")
-    if identity is not None and (not isinstance(identity, str | int) or len(str(identity)) > _MAX_TEXT_CHARS):
-        raise BadRequest(f"the id must be a text of at most {_MAX_TEXT_CHARS} characters")
+    if identity is not None and (not isinstance(identity, str | int) or len(str(identity)) > MAX_TEXT_CHARS):
+        raise BadRequest(f"the id must be a text of at most {MAX_TEXT_CHARS} characters")
     return InferRequest(
         None if identity is None else str(identity),
         _build_frames(tensors, spec),
@@ -177,143 +159,23 @@ def decode_infer(
     )
 
 
-def _object(value: Any, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise BadRequest(f"not a request of the Open Inference Protocol: {what} must be an object")
-    return value
-
-
-def _objects(document: Mapping[str, Any], name: str) -> Sequence[Mapping[str, Any]]:
-    """Return the objects that a request lists under `name`; none if it is missing or null."""
-    listed = document.get(name)
-    if listed is None:
-        return []
-    if not isinstance(listed, list) or len(listed) > MAX_PARTS:
-        raise BadRequest(f"{name} must be a list of at most {MAX_PARTS} objects")
-    return [_object(entry, f"an entry of {name}") for entry in listed]
-
-
-def _name(entry: Mapping[str, Any]) -> str:
-    name = entry.get("name")
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
-        raise BadRequest(f"a tensor needs a name of 1 to {MAX_NAME_CHARS} characters, got {quote(name)}")
-    return name
-
-
-def _parameters(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the parameters of a request or tensor: by the protocol texts, numbers or booleans."""
-    parameters = _object(entry.get("parameters") or {}, "parameters")
-    if len(parameters) > _MAX_PARAMETERS:
-        raise BadRequest(f"{len(parameters)} parameters, the limit is {_MAX_PARAMETERS}")
-    for name, value in parameters.items():
-        if not isinstance(value, str | int | float | bool) or (
-            isinstance(value, str) and len(value) > _MAX_TEXT_CHARS
-        ):
-            raise UnknownOption(
-                f"parameter {quote(name)} must be a number, a boolean, or a text of at most {_MAX_TEXT_CHARS} "
-                "characters"
-            )
-    return parameters
+def _read_outputs(document: Mapping[str, Any], binary: bool, spec: Mapping[str, Any]) -> dict[str, bool]:
+    """Read which outputs are wanted, and whether each is binary."""
+    found: dict[str, bool] = {}
+    for entry in read_objects(document, "outputs"):
+        name, parameters = read_name(entry), read_parameters(entry)
+        if name not in _output_kinds(spec):
+            raise BadRequest(f"unknown output {quote(name)}; available: {', '.join(_output_kinds(spec))}")
+        if name in found:
+            raise BadRequest(f"output {name} is asked for twice")
+        check_members(parameters, f"the parameters of output {name}")
+        found[name] = read_flag(parameters, "binary_data", binary)
+    return found
 
 
 def _is_of_protocol(name: str) -> bool:
     """Whether a parameter is the protocol's or Triton's, rather than an option of a frame."""
     return name == "binary_data_output" or name in _RESERVED or name.startswith(_RESERVED_PREFIX)
-
-
-def _read_tensor(
-    name: str, tensor: Mapping[str, Any], rest: memoryview, bounds: InferBounds
-) -> tuple[npt.NDArray[Any] | list[Bytes], memoryview]:
-    """Read one input tensor; returns it and the rest of the binary part."""
-    datatype, parameters = tensor.get("datatype"), _parameters(tensor)
-    if not isinstance(datatype, str) or datatype not in {*_NUMPY, "BYTES"}:
-        raise BadRequest(f"input {name} has the unknown datatype {quote(datatype)}")
-    shape = _read_shape(name, tensor.get("shape"))
-    count = math.prod(shape)
-    if datatype == "BYTES" and count > bounds.max_frames:
-        raise FrameTooLarge(f"input {name} has {count} elements, the limit is {bounds.max_frames}")
-    nbytes = 0 if datatype == "BYTES" else count * np.dtype(_NUMPY[datatype]).itemsize
-    if nbytes > bounds.max_tensor_bytes:
-        raise FrameTooLarge(f"input {name} has {nbytes} bytes, the limit is {bounds.max_tensor_bytes}")
-    size = parameters.get("binary_data_size")
-    if size is not None:
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(rest):
-            raise BadRequest(f"input {name} declares {quote(size)} bytes, {len(rest)} are left")
-        data, rest = rest[:size], rest[size:]
-        if datatype == "BYTES":
-            return _split_bytes(name, data, count), rest
-        if size != nbytes:
-            raise BadRequest(f"input {name} of shape {shape} and {datatype} cannot have {size} bytes")
-        with _errors_of_tensor(name, datatype):
-            return np.frombuffer(data, _NUMPY[datatype]).reshape(shape), rest
-    values = _flatten(name, tensor.get("data"), len(shape))
-    if len(values) != count:
-        raise BadRequest(f"input {name} of shape {shape} has {len(values)} values")
-    if datatype == "BYTES":
-        coded = parameters.get("content_type") == "base64"
-        return [_encode_text(name, value, coded, bounds.json.max_bytes) for value in values], rest
-    with _errors_of_tensor(name, datatype), np.errstate(over="raise"):  # a float that its type cannot hold
-        return np.array(values, dtype=_NUMPY[datatype]).reshape(shape), rest
-
-
-@contextmanager
-def _errors_of_tensor(name: str, datatype: str) -> Iterator[None]:
-    """Map what numpy raises for values or a shape that no array has: even an empty one may be too large for it."""
-    try:
-        yield
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise BadRequest(f"input {name} is no tensor of {datatype}: {str(error)[:200]}") from None
-
-
-def _read_shape(name: str, shape: Any) -> list[int]:
-    if not isinstance(shape, list) or len(shape) > _MAX_RANK:
-        raise BadRequest(f"the shape of input {name} must be a list of at most {_MAX_RANK} lengths")
-    for length in shape:
-        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < 1 << 31:
-            raise BadRequest(f"the shape of input {name} holds {quote(length)}, which is no length")
-    return shape
-
-
-def _flatten(name: str, data: Any, rank: int) -> list[Any]:
-    """Flatten tensor data, which may be flat or nested in JSON; every level is walked once."""
-    for _ in range(max(1, rank)):
-        if not isinstance(data, list):
-            break
-        kinds = set(map(type, data))
-        if list not in kinds:
-            return data
-        if len(kinds) > 1:
-            raise BadRequest(f"the data of input {name} has lists and values side by side")
-        data = list(itertools.chain.from_iterable(data))
-    if isinstance(data, list) and list not in set(map(type, data)):
-        return data
-    raise BadRequest(f"the data of input {name} must be a list, nested at most as deep as its shape")
-
-
-def _encode_text(name: str, value: Any, coded: bool, max_bytes: int) -> Bytes:
-    if not isinstance(value, str | LongText):
-        raise BadRequest(f"input {name}: elements of BYTES must be strings in JSON, got {quote(value)}")
-    if not coded:
-        return decode_text(value, max_bytes)
-    try:
-        return decode_base64(value)
-    except ValueError as error:
-        raise BadRequest(f"input {name}: not base64: {error}") from None
-
-
-def _split_bytes(name: str, data: memoryview, count: int) -> list[Bytes]:
-    """Split a BYTES tensor into `count` elements, each preceded by its length (uint32, little-endian)."""
-    found: list[Bytes] = []
-    at = 0
-    for _ in range(count):
-        length = int.from_bytes(data[at : at + 4], "little")
-        if at + 4 + length > len(data):
-            raise BadRequest(f"input {name}: its {len(data)} bytes end before its {count} elements")
-        found.append(data[at + 4 : at + 4 + length])
-        at += 4 + length
-    if at != len(data):
-        raise BadRequest(f"input {name}: {len(data) - at} bytes follow its {count} elements")
-    return found
 
 
 def _parts(spec: Mapping[str, Any]) -> tuple[str, ...]:
@@ -353,7 +215,7 @@ def _build_frames(tensors: Mapping[str, Any], spec: Mapping[str, Any]) -> list[R
     return [RawFrame(body)]
 
 
-def _build_part(name: str, tensor: npt.NDArray[Any] | list[Bytes], spec: Mapping[str, Any]) -> Bytes:
+def _build_part(name: str, tensor: Tensor, spec: Mapping[str, Any]) -> Bytes:
     if isinstance(tensor, list):
         if len(tensor) != 1:
             raise BadRequest(f"input {name} must have one element; use input 'frame' for several frames")
@@ -402,7 +264,7 @@ def encode_infer(
         datatype, shape, value = tensors[output]
         entry: dict[str, Any] = {"name": output, "datatype": datatype, "shape": shape}
         if binary:
-            raw = _pack_bytes(value) if isinstance(value, list) else value.tobytes()
+            raw = pack_bytes(value) if isinstance(value, list) else value.tobytes()
             payloads.append(raw)
             entry["parameters"] = {"binary_data_size": len(raw)}
         else:
@@ -437,7 +299,3 @@ def _build_outputs(
         "num_detections": ("INT64", [len(bodies)], np.array([len(frame) for frame in boxes], dtype="<i8")),
         "detections": ("BYTES", [len(bodies)], list(bodies)),
     }
-
-
-def _pack_bytes(elements: Sequence[Bytes]) -> bytes:
-    return b"".join(struct.pack("<I", len(element)) + bytes(element) for element in elements)

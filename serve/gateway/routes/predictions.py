@@ -30,7 +30,8 @@ from serve.gateway.response import (
     encode_one,
 )
 from serve.gateway.router import FrameRoute
-from serve.gateway.tracks import TRACK_OPTIONS, SessionKey, TrackSessions, parse_track_request
+from serve.gateway.tracks import SessionKey, TrackSessions, parse_track_request
+from serve.protocol.option_places import TRACK_OPTIONS
 from serve.protocol.worker import EncodedFrame
 from serve.storage.references import References
 
