@@ -12,7 +12,7 @@
 from serve.client.asynchronous import AsyncClient
 from serve.client.blocking import Client
 from serve.client.frames import FrameInput, encode_image, encode_points, frame_parts
-from serve.client.requests import PredictOptions
+from serve.client.options import PredictOptions
 from serve.client.results import Result
 from serve.client.retry import Retry
 

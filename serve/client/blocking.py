@@ -13,17 +13,9 @@ import httpx
 
 from serve.client.connection import connection_arguments, read_headers
 from serve.client.frames import FrameInput
-from serve.client.requests import (
-    CONNECT_S,
-    Calls,
-    PredictOptions,
-    Reply,
-    Send,
-    Steps,
-    Wait,
-    Window,
-    check_order,
-)
+from serve.client.many import Window, check_order
+from serve.client.options import PredictOptions
+from serve.client.requests import CONNECT_S, Calls, Reply, Send, Steps, Wait
 from serve.client.results import Result
 from serve.client.retry import Retry
 from serve.errors import ServeError

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Generic, Protocol, TypedDict, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from serve.client.frames import EncodedBody, FrameInput, encode_frame
+from serve.client.options import PredictOptions, option_headers
 from serve.client.results import Result
 from serve.client.retry import Retry
 from serve.errors import (
@@ -29,11 +29,10 @@ from serve.errors import (
     ModelNotFound,
     NotReady,
     ServeError,
-    UnknownOption,
     error_from_response,
 )
 
-__all__ = ["Calls", "PredictOptions", "Reply", "Send", "Steps", "Wait", "Window", "Work", "check_order"]
+__all__ = ["CONNECT_S", "Calls", "Reply", "Request", "Send", "Steps", "Wait", "Work"]
 
 CONNECT_S = 10.0  # enough for any server that runs
 _MAX_QUOTED_CHARS = 200  # of an unexpected answer in an error message
@@ -41,40 +40,6 @@ _MAX_QUOTED_CHARS = 200  # of an unexpected answer in an error message
 _MAX_PASSED_ON_S = 300.0
 _DEADLINE = "X-Timeout-Ms"
 T = TypeVar("T")
-
-
-class PredictOptions(TypedDict, total=False):
-    """Options of a prediction; what is left out is as the server has it.
-
-    Attributes:
-        score_thr: minimum score of a detection, 0 to 1.
-        max_detections: maximum number of detections, best first.
-        classes: names of the classes to keep.
-        class_thr: minimum score by class, in place of `score_thr`.
-        fields: names of the fields that the answer has.
-        columns: columns of the point cloud, as in ``x,y,z,intensity=0``.
-        load_dim: numbers per point, which the server checks.
-        num_points: number of points, which the server checks; required for an empty ``.bin``.
-        sweeps: ``accumulated`` if the point cloud has the points and times of several sweeps.
-        track_session: name of the sequence that the frame continues (docs/tracking.md).
-        track_start: begin the sequence.
-        track_end: close the sequence after this frame.
-        frame_time_s: time of the frame, seconds from any origin.
-    """
-
-    score_thr: float | None
-    max_detections: int | None
-    classes: list[str] | tuple[str, ...] | str | None
-    class_thr: Mapping[str, float] | str | None
-    fields: list[str] | tuple[str, ...] | str | None
-    columns: str | None
-    load_dim: int | None
-    num_points: int | None
-    sweeps: str | None
-    track_session: str | None
-    track_start: bool | None
-    track_end: bool | None
-    frame_time_s: float | str | None
 
 
 @dataclass(frozen=True)
@@ -233,7 +198,7 @@ class Calls:
         path = f"/predictions/{quote(model, safe='')}"
         if version is not None:
             path += f"/{quote(version, safe='')}"
-        headers = {"Accept": accept, **_option_headers(options)}
+        headers = {"Accept": accept, **option_headers(options)}
         if timeout_s is not None and timeout_s <= _MAX_PASSED_ON_S:  # so that nothing late is computed
             headers[_DEADLINE] = _milliseconds(timeout_s)
         return Work(partial(_with_body, Request("POST", path, headers), frame, content_type))
@@ -335,70 +300,3 @@ def _with_deadline(request: Request, left_s: float) -> Request:
 
 def _milliseconds(seconds: float) -> str:
     return f"{max(1.0, seconds * 1000):.0f}"
-
-
-def check_order(options: PredictOptions, concurrency: int) -> None:
-    """Check that frames which are sent `concurrency` at a time need not arrive in order.
-
-    Raises:
-        UnknownOption: they belong to a track session, whose frames are followed as they arrive.
-    """
-    if concurrency > 1 and options.get("track_session") is not None:
-        raise UnknownOption(
-            f"track_session needs its frames in order, and predict_many sends {concurrency} side by side; "
-            "use concurrency=1, or predict"
-        )
-
-
-def _option_headers(options: PredictOptions) -> dict[str, str]:
-    """Return options as headers, because TorchServe drops the query string of ``/predictions``."""
-    known = PredictOptions.__annotations__
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise UnknownOption(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    return {
-        f"X-{name.replace('_', '-').title()}": _option_text(value)
-        for name, value in options.items()
-        if value is not None
-    }
-
-
-def _option_text(value: object) -> str:
-    if isinstance(value, str):
-        return value if value.isascii() else json.dumps(value.split(","))
-    if isinstance(value, Mapping):
-        return json.dumps(dict(value))
-    return json.dumps(list(value)) if isinstance(value, list | tuple) else str(value)
-
-
-class _Task(Protocol):
-    def done(self) -> bool: ...
-
-
-Started = TypeVar("Started", bound=_Task)
-
-
-class Window(Generic[Started]):
-    """Tasks of a sequence that are under way, taken in the order in which they were added.
-
-    Args:
-        size: tasks at a time, waiting for their turn included.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._tasks: deque[Started] = deque()
-
-    def add(self, task: Started) -> None:
-        """Add the next task."""
-        self._tasks.append(task)
-
-    def take(self, *, ended: bool = False) -> Iterator[Started]:
-        """Take the first tasks while they are done, too many, or all that is left if the sequence has `ended`."""
-        while self._tasks and (ended or len(self._tasks) >= self._size or self._tasks[0].done()):
-            yield self._tasks.popleft()
-
-    def rest(self) -> Iterator[Started]:
-        """Take all that is left, to give it up."""
-        while self._tasks:
-            yield self._tasks.popleft()

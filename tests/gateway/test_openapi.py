@@ -24,8 +24,8 @@ from serve.errors import ClientError
 from serve.gateway.admission import Admission
 from serve.gateway.options import GatewayOptions
 from serve.gateway.request import receive_frames
-from serve.gateway.tracks import TRACK_OPTIONS
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
+from serve.protocol.option_places import TRACK_OPTIONS
 from serve.protocol.options import FrameOptions
 from serve.storage.references import References
 from tests.gateway.conftest import FakeBackend, RunningGateway, running_gateway

@@ -9,8 +9,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from serve.gateway.tracks import TRACK_OPTIONS
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
+from serve.protocol.option_places import TRACK_OPTIONS
 from tests.gateway.conftest import FakeBackend, RunningGateway, running_gateway
 from tests.gateway.fake_torchserve import IMAGES, FakeModel
 from tests.gateway.running import Background, eventually

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve.gateway.openapi_schemas import (
-    COMPONENTS,
-    INFER_EXAMPLES,
-    JSON_EXAMPLES,
-    QUERY_PARAMETERS,
-    ref,
-)
+from serve.gateway.openapi.answers import ANSWERS
+from serve.gateway.openapi.options import QUERY_PARAMETERS
+from serve.gateway.openapi.requests import INFER_EXAMPLES, JSON_EXAMPLES, REQUESTS
+from serve.gateway.openapi.schema import ref
 from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import FRAMES_CONTENT_TYPE
 
@@ -116,7 +113,7 @@ def complete(document: dict[str, Any], options: GatewayOptions) -> dict[str, Any
         },
     }
     document["paths"] = paths | _frame_paths(options)
-    document.setdefault("components", {}).setdefault("schemas", {}).update(COMPONENTS)
+    document.setdefault("components", {}).setdefault("schemas", {}).update({**REQUESTS, **ANSWERS})
     return document
 
 
