@@ -15,8 +15,7 @@ Policy of one `Batcher`:
   one of the others waits for one background item per slot at most.
 * Prefetch: while all slots are busy, up to `prefetch` batches are sent ahead if they are full, to hide the transport.
 * Early send: a batch that is not full is sent `lead_time_s` before a slot is expected to be free, as long as the
-  durations of batches are predictable (`serve.gateway.latency`). It then waits at the worker instead of being on its
-  way.
+  durations of batches are predictable (`serve.gateway.early_send`).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from serve.errors import BackendBroken, FrameTooLarge, Overloaded, ServeError
-from serve.gateway.latency import LatencyModel
+from serve.gateway.early_send import EarlySend, SentBatch
 from serve.protocol.batching import BatchCost, BatchLimits, BatchSize, ragged
 
 __all__ = ["BatchReport", "BatchResult", "Batcher", "Job"]
@@ -110,23 +109,6 @@ class Job(Generic[In, Out]):
         return self.answer.done()
 
 
-@dataclass(eq=False)
-class _SentBatch:
-    """A batch that was sent.
-
-    Attributes:
-        began: time of sending, seconds of the batcher's clock.
-        cost: its cost.
-        slot_since: time since which it occupies a slot; None while it is prefetched.
-        background: whether it is a background item.
-    """
-
-    began: float
-    cost: int
-    slot_since: float | None
-    background: bool = False
-
-
 class Batcher(Generic[In, Out]):
     """Collects items into batches for `run`; belongs to one event loop.
 
@@ -160,16 +142,13 @@ class Batcher(Generic[In, Out]):
         self._batch_cost = batch_cost
         self._slots = slots
         self._prefetch = prefetch
-        self._lead_time_s = lead_time_s if prefetch else 0.0
         self._observe = observe
         self._clock = clock
         self._queue: deque[Job[In, Out]] = deque()
         self._background: deque[Job[In, Out]] = deque()
         self._workers: set[asyncio.Task[None]] = set()
-        self._sent: list[_SentBatch] = []  # in the order of sending
-        self._latency_model = LatencyModel()
-        self._early_timer: asyncio.TimerHandle | None = None
-        self._early_send_until = float("-inf")  # until then a batch may be sent without a free slot
+        self._sent: list[SentBatch] = []  # in the order of sending
+        self._early_send = EarlySend(lead_time_s if prefetch else 0.0, self._start_workers, clock)
 
     @property
     def waiting(self) -> int:
@@ -253,7 +232,7 @@ class Batcher(Generic[In, Out]):
         if len(self._workers) >= self._slots:
             if len(self._queue) >= self._limits.items:
                 target = self._slots + self._prefetch
-            elif self._queue and self._early_send_allowed():
+            elif self._queue and self._early_send.is_allowed:
                 target = self._slots + 1
         while len(self._workers) < target:
             task = asyncio.create_task(self._worker())
@@ -277,7 +256,7 @@ class Batcher(Generic[In, Out]):
 
     def _next_batch(self) -> list[Job[In, Out]]:
         """Take any batch for a slot that is free or about to be, or a full batch to prefetch."""
-        if self.running < self._slots or (self.running == self._slots and self._early_send_allowed()):
+        if self.running < self._slots or (self.running == self._slots and self._early_send.is_allowed):
             return self._take_batch(full_only=False) or self._take_background()
         return self._take_batch(full_only=True) if self.running < self._slots + self._prefetch else []
 
@@ -364,51 +343,22 @@ class Batcher(Generic[In, Out]):
         )
         asyncio.get_running_loop().call_soon(self._observe, report)
 
-    def _start_batch(self, now: float, cost: int, *, background: bool) -> _SentBatch:
-        batch = _SentBatch(now, cost, now if self.running < self._slots else None, background)
+    def _start_batch(self, now: float, cost: int, *, background: bool) -> SentBatch:
+        batch = SentBatch(now, cost, now if self.running < self._slots else None, background)
         self._sent.append(batch)
-        self._early_send_until = float("-inf")
-        self._schedule_early_send()
+        self._early_send.schedule(self._sent, self._slots)
         return batch
 
-    def _finish_batch(self, batch: _SentBatch, now: float, *, went_well: bool) -> None:
+    def _finish_batch(self, batch: SentBatch, now: float, *, went_well: bool) -> None:
         self._sent.remove(batch)
         if batch.slot_since is not None:
             if went_well:
-                self._latency_model.observe(batch.cost, now - batch.slot_since)
+                self._early_send.observe(batch.cost, now - batch.slot_since)
             # The oldest prefetched batch moves into the slot.
             prefetched = next((sent for sent in self._sent if sent.slot_since is None), None)
             if prefetched is not None:
                 prefetched.slot_since = now
-        self._early_send_until = float("-inf")
-        self._schedule_early_send()
-
-    def _schedule_early_send(self) -> None:
-        """Set the timer for an early send if all slots are busy and no batch is prefetched."""
-        if self._early_timer is not None:
-            self._early_timer.cancel()
-            self._early_timer = None
-        if not self._lead_time_s or self.running != self._slots:
-            return
-        ends = []
-        for batch in self._sent:
-            seconds = self._latency_model.predict(batch.cost, max_error_s=self._lead_time_s)
-            if seconds is None or batch.slot_since is None:
-                return
-            ends.append(batch.slot_since + seconds)
-        delay_s = max(0.0, min(ends) - self._lead_time_s - self._clock())
-        self._early_timer = asyncio.get_running_loop().call_later(
-            delay_s, self._allow_early_send, min(ends) + self._lead_time_s
-        )
-
-    def _allow_early_send(self, until: float) -> None:
-        """Allow one batch without a free slot; after `until` the prediction was wrong, and batches wait again."""
-        self._early_timer = None
-        self._early_send_until = until
-        self._start_workers()
-
-    def _early_send_allowed(self) -> bool:
-        return self._early_send_until > self._clock()
+        self._early_send.schedule(self._sent, self._slots)
 
 
 def _copy_error(error: Exception) -> ServeError:

@@ -136,7 +136,7 @@ async def test_latency_model_learns_from_failed_items_but_not_from_failed_batche
     for _ in range(10):
         with pytest.raises(ValueError, match="broken"):
             await worker.batcher.submit("broken", cost=1)
-    assert worker.batcher._latency_model.predict(1, max_error_s=0.001) == pytest.approx(0.025)
+    assert worker.batcher._early_send._latency_model.predict(1, max_error_s=0.001) == pytest.approx(0.025)
 
     async def gone(items: Sequence[Any]) -> Sequence[Any]:
         await asyncio.sleep(30)
@@ -145,7 +145,7 @@ async def test_latency_model_learns_from_failed_items_but_not_from_failed_batche
     worker.batcher._run = gone
     with pytest.raises(NotReady):
         await worker.batcher.submit("lost", cost=1)
-    assert worker.batcher._latency_model.predict(1, max_error_s=0.001) == pytest.approx(0.025)
+    assert worker.batcher._early_send._latency_model.predict(1, max_error_s=0.001) == pytest.approx(0.025)
 
 
 def observed(pairs: Sequence[tuple[float, float]]) -> LatencyModel:
