@@ -82,7 +82,7 @@ class ModelRegistry:
         # Called with each refresh, before the models are read.
         self.on_refresh: Callable[[], Awaitable[None]] | None = None
         # Called with every frame of any model that has its outcome. On the event loop, after the answer of a request
-        # of one frame was written: an observer must return at once, and copy what it keeps of a frame.
+        # of one frame was written: an observer must return at once, and keep no view (`serve.gateway.frame_copies`).
         self.frame_observers: list[FrameObserver] = []
         self._models: dict[tuple[str, str], ModelVersion] = {}
         self._names = 0

@@ -1,6 +1,7 @@
 """A sample of frames kept for later labelling: chosen in the event loop, written by a thread of its own.
 
-A request never waits for it: what the thread cannot take is dropped and counted. Kept are the bytes of a frame as they
+A request never waits for it: what the thread cannot take is dropped and counted. Another thread copies before, what
+would keep a longer body in memory while it waits. Kept are the bytes of a frame as they
 were sent, its options, its answer, and the version of the model; nothing of the request or the client.
 
     DEST/second/1.0/2026-11-28/174501-123-5f0c9a1e.bin     the frame; a folder of its parts if it has several
@@ -22,9 +23,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -34,7 +37,9 @@ from serve import storage
 from serve.errors import ServeError, SettingsError, StorageError, UndecodableFrame
 from serve.gateway.backend import Answer
 from serve.gateway.batcher import BatchResult
+from serve.gateway.frame_copies import copy_views, join_pieces, share_frame
 from serve.gateway.models import ModelVersion
+from serve.gateway.offload import QUICK_BYTES
 from serve.gateway.options import GatewayOptions
 from serve.protocol.batch import Bytes
 from serve.protocol.batching import only_part
@@ -77,7 +82,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Destination(Protocol):
-    def write(self, name: str, data: bytes) -> None: ...
+    def write(self, name: str, data: Bytes) -> None: ...
 
     def list(self) -> Iterator[tuple[str, int]]:
         """Yield names and sizes in bytes."""
@@ -91,7 +96,7 @@ class _Folder:
 
     root: Path
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: Bytes) -> None:
         path = self.root / name
         for folder in reversed(path.parents[: len(Path(name).parts)]):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -127,8 +132,10 @@ class _Bucket:
 
     where: storage.Location
 
-    def write(self, name: str, data: bytes) -> None:
-        storage.write_bytes(str(self.where.join(name)), data)
+    def write(self, name: str, data: Bytes) -> None:
+        from serve.storage import s3
+
+        s3.connect(self.where.cluster).write(self.where.join(name), data)
 
     def list(self) -> Iterator[tuple[str, int]]:
         from serve.storage import s3
@@ -149,14 +156,10 @@ class _Sample:
 
     model: str
     folder: str
-    parts: Mapping[str, bytes]
+    parts: Mapping[str, Bytes]
     options: Mapping[str, Any]
     answer: bytes
     time: datetime
-
-    @property
-    def nbytes(self) -> int:
-        return sum(map(len, self.parts.values())) + len(self.answer)
 
 
 class FrameSampler:
@@ -182,10 +185,11 @@ class FrameSampler:
         self._destination, self._options, self._count = destination, options, count
         self._clock, self._draw = clock, draw
         self._chosen: deque[float] = deque(maxlen=options.sample_per_minute)  # when, in the last minute
-        self._queue: queue.Queue[_Sample | None] = queue.Queue(_MAX_WAITING)
-        self._waiting_bytes = 0
+        self._queue: queue.Queue[tuple[_Sample, int] | None] = queue.Queue()
+        self._waiting = self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._logged_at = float("-inf")
+        self._copies = ThreadPoolExecutor(1, "frame-copy")
         self._thread = threading.Thread(target=self._write_all, name="frame-sampler", daemon=True)
         self._thread.start()
 
@@ -198,23 +202,36 @@ class FrameSampler:
         name = model.state.name
         if not self._is_within_rate():
             return self._count(name, "limited")
-        # Checked before it is copied, and the copy lets go of the other frames of its request.
         nbytes = frame.nbytes + len(outcome.value.body)
         with self._lock:
-            if self._waiting_bytes + nbytes > _MAX_WAITING_BYTES or self._queue.full():
+            if self._waiting_bytes + nbytes > _MAX_WAITING_BYTES or self._waiting >= _MAX_WAITING:
                 return self._count(name, "busy")
-        sample = _copy(model, frame, bytes(outcome.value.body))
-        with self._lock:
-            self._waiting_bytes += sample.nbytes
-        self._queue.put_nowait(sample)  # has room: nothing else puts
+            self._waiting += 1
+            self._waiting_bytes += nbytes
+        taken = partial(self._take, model, share_frame(frame), outcome.value.body, nbytes, datetime.now(UTC))
+        if nbytes <= QUICK_BYTES:
+            return taken()
+        self._copies.submit(taken)
         return None
+
+    def _take(
+        self, model: ModelVersion, frame: EncodedFrame, answer: Bytes, nbytes: int, time: datetime
+    ) -> None:
+        """Let go of the other frames of the request, and hand the frame to the thread that writes."""
+
+        def hand_over() -> None:
+            self._queue.put((_sample_of(model, frame, answer, time), nbytes))
+
+        if not self._attempt("a sample cannot be kept", hand_over):
+            self._count(model.state.name, "failed")
+            with self._lock:
+                self._waiting -= 1
+                self._waiting_bytes -= nbytes
 
     def close(self) -> None:
         """Write what waits, for a while; nothing is observed any more."""
-        try:
-            self._queue.put(None, timeout=_CLOSE_S)
-        except queue.Full:
-            return
+        self._copies.shutdown()
+        self._queue.put(None)
         self._thread.join(_CLOSE_S)
 
     def _is_within_rate(self) -> bool:
@@ -231,16 +248,19 @@ class FrameSampler:
                 self._attempt("old samples cannot be removed", self.sweep)
                 swept_at = self._clock()
             try:
-                sample = self._queue.get(timeout=_SWEEP_S)
+                taken = self._queue.get(timeout=_SWEEP_S)
             except queue.Empty:
                 continue
-            if sample is None:
+            if taken is None:
                 return
+            sample, nbytes = taken
+            with self._lock:
+                self._waiting -= 1
             is_kept = self._attempt("a sample cannot be kept", lambda sample=sample: self._write(sample))  # type: ignore[misc]
             self._count(sample.model, "kept" if is_kept else "failed")
             with self._lock:
-                self._waiting_bytes -= sample.nbytes
-            del sample
+                self._waiting_bytes -= nbytes
+            del sample, taken
 
     def _attempt(self, what: str, work: Callable[[], None]) -> bool:
         try:
@@ -316,16 +336,16 @@ def open_sampler(options: GatewayOptions, count: Callable[[str, SampleOutcome], 
     return FrameSampler(_Folder(root), options, count)
 
 
-def _copy(model: ModelVersion, frame: EncodedFrame, answer: bytes) -> _Sample:
-    body: Any = frame.body
-    if isinstance(body, Mapping):
-        parts = {name: bytes(part) for name, part in body.items()}
+def _sample_of(model: ModelVersion, frame: EncodedFrame, answer: Bytes, time: datetime) -> _Sample:
+    owned = copy_views(frame)
+    if isinstance(owned.body, Mapping):
+        parts = owned.body
     else:
-        parts = {only_part(model.spec or {}): b"".join([bytes(body), *frame.rest])}
+        parts = {only_part(model.spec or {}): join_pieces([owned.body, *owned.rest])}
     defaults = asdict(DEFAULT_OPTIONS)
     options = {name: value for name, value in asdict(frame.options).items() if value != defaults[name]}
     state = model.state
-    return _Sample(state.name, f"{state.name}/{state.version}", parts, options, answer, datetime.now(UTC))
+    return _Sample(state.name, f"{state.name}/{state.version}", parts, options, bytes(answer), time)
 
 
 def _suffix(part: str, body: Bytes) -> str:

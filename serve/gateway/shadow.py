@@ -22,11 +22,13 @@ from serve.errors import BackendBroken, Overloaded, ServeError, SettingsError
 from serve.gateway.admission import Admission
 from serve.gateway.canary import takes_same_frames
 from serve.gateway.dispatch import Outcome
+from serve.gateway.frame_copies import copy_views, needs_copy, share_frame
 from serve.gateway.lifecycle import Lifecycle
 from serve.gateway.models import ModelRegistry, ModelVersion
+from serve.gateway.offload import run_beside_loop
 from serve.gateway.rollout import EvenChoice, Rollout
 from serve.gateway.shadow_metrics import ShadowMetrics, ShadowPair
-from serve.protocol.batch import Body, Bytes
+from serve.protocol.batch import Bytes
 from serve.protocol.batching import estimate_cost
 from serve.protocol.options import FrameOptions
 from serve.protocol.worker import EncodedFrame
@@ -162,8 +164,7 @@ class ShadowTraffic:
             raise _Dropped("not_ready")
         if not takes_same_frames(shadow, model):
             raise _Dropped("other_inputs")
-        copied = EncodedFrame(_owned(frame.body), frame.options, [_owned_bytes(each) for each in frame.rest])
-        task = asyncio.create_task(self._run(pair, shadow, copied, bytes(outcome.value.body)))
+        task = asyncio.create_task(self._run(pair, shadow, share_frame(frame), outcome.value.body))
         self._tasks.add(task)
         self._nbytes += nbytes
         task.add_done_callback(lambda done: self._finish(done, nbytes))
@@ -172,8 +173,11 @@ class ShadowTraffic:
         self._tasks.discard(task)
         self._nbytes -= nbytes
 
-    async def _run(self, pair: ShadowPair, shadow: ModelVersion, frame: EncodedFrame, answer: bytes) -> None:
+    async def _run(self, pair: ShadowPair, shadow: ModelVersion, frame: EncodedFrame, answer: Bytes) -> None:
         try:
+            if needs_copy(frame):
+                frame = await run_beside_loop(frame.nbytes, copy_views, 0, frame)
+            answer = await run_beside_loop(len(answer), bytes, 0, answer)  # a view of its batch's answers
             body = await self._ask(shadow, frame)
             changes = await asyncio.get_running_loop().run_in_executor(
                 self._thread, compare_bodies, answer, body, frame.options
@@ -189,7 +193,7 @@ class ShadowTraffic:
             logger.exception("a frame for the shadow %s of %s failed unexpectedly", pair[2], pair[0])
             self._metrics.observe_failure(pair, ServeError.code)
 
-    async def _ask(self, shadow: ModelVersion, frame: EncodedFrame) -> bytes:
+    async def _ask(self, shadow: ModelVersion, frame: EncodedFrame) -> Bytes:
         assert shadow.batcher is not None
         cost = estimate_cost(frame, shadow.spec or {})
         async with asyncio.timeout(self._limits.timeout_s):
@@ -199,10 +203,10 @@ class ShadowTraffic:
                 )
             except Overloaded:
                 raise _Dropped("busy") from None
-        return bytes(result.value.body)
+        return result.value.body
 
 
-def compare_bodies(before: bytes, after: bytes, options: FrameOptions) -> list[Change]:
+def compare_bodies(before: Bytes, after: Bytes, options: FrameOptions) -> list[Change]:
     """Compare two answers to a frame, as far as its options let both be seen.
 
     A pair is found down to half of the score from which a detection counts. A client that asked for higher scores
@@ -248,14 +252,3 @@ def _lowest_visible(answer: Mapping[str, Any], options: FrameOptions) -> float:
 
 def _scores(answer: Mapping[str, Any]) -> list[float]:
     return answer.get("scores_3d", answer.get("scores")) or []
-
-
-def _owned(body: Body) -> Body:
-    if isinstance(body, Mapping):
-        return {name: _owned_bytes(part) for name, part in body.items()}
-    return _owned_bytes(body)
-
-
-def _owned_bytes(part: Bytes) -> Bytes:
-    """Return bytes that keep no longer body in memory: a view does."""
-    return bytes(part) if isinstance(part, memoryview) else part

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from serve.errors import AccessDenied, ObjectNotFound, StorageError, UriError
 from serve.storage.clusters import find_cluster
@@ -235,14 +235,14 @@ class S3:
                     if not entry["Key"].endswith("/"):
                         yield entry["Key"][len(prefix) :]
 
-    def write(self, where: Location, data: bytes) -> None:
-        """Create or replace an object, atomically.
+    def write(self, where: Location, data: bytes | bytearray | memoryview) -> None:
+        """Create or replace an object, atomically; the data must not change meanwhile.
 
         Raises:
             StorageError: as `read`.
         """
         _require_key(where)
-        self._upload(where, io.BytesIO(data), hashlib.sha256(data).hexdigest(), 0)
+        self._upload(where, cast(IO[bytes], _ViewReader(data)), hashlib.sha256(data).hexdigest(), 0)
 
     def upload(self, path: Path, where: Location, *, progress: bool = True) -> str:
         """Create or replace an object from a file, large ones in parallel parts; returns its sha256.
@@ -287,6 +287,34 @@ def connect(cluster: str = "", conf: Path | None = None, options: Options | None
         if key not in _CONNECTED:
             _CONNECTED[key] = S3(cluster, conf, options)
         return _CONNECTED[key]
+
+
+class _ViewReader(io.RawIOBase):
+    """Reads bytes of any kind as a file, in the pieces that are asked for: `io.BytesIO` would copy all at once."""
+
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+        super().__init__()
+        self._view, self._at = memoryview(data), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = len(self._view) if size is None or size < 0 else self._at + size
+        found = bytes(self._view[self._at : end])
+        self._at += len(found)
+        return found
 
 
 def _require_key(where: Location) -> None:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serve.errors import SettingsError, UndecodableFrame
@@ -181,7 +182,7 @@ class _Recorded:
         self.gate.set()
         self.fail = False
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: Any) -> None:
         self.gate.wait()
         if self.fail:
             raise OSError(28, "No space left on device")
@@ -313,6 +314,27 @@ def test_frames_in_a_bucket_are_found_again_and_removed_when_they_are_old(
     day = next(key for key in found if key.endswith(".json")).rsplit("/", 1)[0]
     (frame,) = open_source(f"s3://{bucket}/{day}", "lidar")
     assert frame.read() == b"\0\0\x80?" * 4
+
+
+def test_a_long_view_of_a_request_is_kept_in_a_bucket_and_lets_go_of_its_request(
+    bucket: str, sampler_to: Callable[..., FrameSampler], counts: Counter[str]
+) -> None:
+    whole = bytearray(np.random.default_rng(0).bytes(9 << 20))  # longer than a part of an upload
+    view = memoryview(whole)[4:]
+    sampler = sampler_to(f"s3://{bucket}/kept")
+    observe(sampler, {"points": view, "image": b"\x89PNG", "calibration": b"{}"}, FUSION)
+    sampler._copies.shutdown()
+    view.release()
+    whole.clear()  # an error while anybody has a view of it
+    sampler.close()
+    assert counts == {"kept": 1}
+    (key,) = (
+        entry["Key"]
+        for entry in s3.connect().client.list_objects_v2(Bucket=bucket)["Contents"]
+        if entry["Key"].endswith("points.bin")
+    )
+    kept_points = s3.connect().client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    assert kept_points == np.random.default_rng(0).bytes(9 << 20)[4:]
 
 
 @pytest.mark.parametrize("place", ["https://example.com/x", "/proc/kept", "lmdb:///tmp/x"])
