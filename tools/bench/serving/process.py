@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,12 +18,12 @@ from typing import Self
 import psutil
 
 from serve.errors import BackendStartError
-from serve.torchserve import guard
+from serve.torchserve.guarded_process import GuardedProcess
 from serve.torchserve.java import child_environment
 
 __all__ = ["ManagedProcess", "cpu_seconds", "pause", "resume"]
 
-_TIMEOUT_S = 10.0
+_START_S = 10.0
 
 
 class ManagedProcess:
@@ -40,27 +37,21 @@ class ManagedProcess:
         self._folder = Path(tempfile.mkdtemp(prefix="mmdet3d-serve-bench-"))
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self.pid = 0
+        self._process: GuardedProcess | None = None
 
     def __enter__(self) -> Self:
-        self._guard = subprocess.Popen(
-            [
-                sys.executable,
-                *("-I", "-S", guard.__file__, str(self._folder), str(self._drain_s), "-", "--"),
-                *self._command,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        self._process = GuardedProcess(
+            self._command,
+            self._folder,
+            environment=child_environment(),
+            drain_s=self._drain_s,
             stderr=self._log,
-            env=child_environment(),
-            start_new_session=True,
         )
-        assert self._guard.stdout is not None
-        ready = select.select([self._guard.stdout], [], [], _TIMEOUT_S)[0]
-        reply = self._guard.stdout.readline().split() if ready else []
-        if len(reply) != 2 or reply[0] != b"pid":
+        pid = self._process.await_pid(_START_S)
+        if pid is None:
             self._end()
             raise BackendStartError(f"{self._name} could not be started: {self.log_tail()}")
-        self.pid = int(reply[1])
+        self.pid = pid
         return self
 
     def __exit__(
@@ -71,8 +62,7 @@ class ManagedProcess:
 
     def has_ended(self) -> bool:
         """Return whether the command has exited by itself."""
-        assert self._guard.stdout is not None
-        return self._guard.poll() is not None or bool(select.select([self._guard.stdout], [], [], 0)[0])
+        return self._process is not None and self._process.poll() is not None
 
     def log(self) -> str:
         """Read the output of the command, standard output and standard error."""
@@ -102,19 +92,8 @@ class ManagedProcess:
     def _end(self) -> None:
         if self.pid:
             resume(self.pid)
-        assert self._guard.stdin is not None and self._guard.stdout is not None
-        with contextlib.suppress(OSError):
-            self._guard.stdin.write(f"stop {self._drain_s}\n".encode())
-            self._guard.stdin.flush()
-        try:
-            self._guard.wait(self._drain_s + _TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._guard.kill()
-            self._guard.wait()
-        finally:
-            with contextlib.suppress(OSError):
-                self._guard.stdin.close()
-            self._guard.stdout.close()
+        if self._process is not None:
+            self._process.stop(self._drain_s)
 
 
 def pause(group: int) -> None:
