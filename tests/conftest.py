@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ import pytest
 from filelock import FileLock
 
 from serve import ops
+from tests.fork_server import ForkServer
 from tests.worker.context import Context
 
 ops.install()
@@ -156,6 +158,37 @@ def nothing_is_left_running(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     left = _processes_naming(tmp_path_factory.getbasetemp())
     left += psutil.Process().children(recursive=True)
     assert not (described := _described(left)), "tests left processes running:\n" + "\n".join(described)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def proofs_are_forked(nothing_is_left_running: None) -> Iterator[None]:
+    """Let conversions of this process fork what proves the archive; not those of tests marked ``fresh_proof``."""
+    from serve.convert import proof
+
+    servers: dict[str, ForkServer] = {}
+    start_anew = proof.start_process
+
+    def fork(package: str, *arguments: Any) -> Any:
+        if fresh_proof.is_set():
+            return start_anew(package, *arguments)
+        if package not in servers:
+            servers[package] = ForkServer(package)
+        return servers[package].start(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "start_process", fork)
+        yield
+    for server in servers.values():
+        server.stop()
+
+
+fresh_proof = threading.Event()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures, which may convert, too."""
+    (fresh_proof.set if item.get_closest_marker("fresh_proof") else fresh_proof.clear)()
 
 
 @pytest.hookimpl(wrapper=True)

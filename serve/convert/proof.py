@@ -12,10 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from serve import errors
 from serve.errors import ArchiveError, SelfTestError, SetupError
@@ -96,6 +96,22 @@ class ProofProcess:
         return f" (its last output: {' / '.join(lines[-3:])})" if lines else ""
 
 
+def start_process(
+    package: str, folder: Path, environment: Mapping[str, str], output: BinaryIO
+) -> subprocess.Popen[str]:
+    """Start `serve.worker.proof` in `folder`; what it prints goes to `output`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "serve.worker.proof", package],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=output,
+        cwd=folder,
+        env=environment,
+        text=True,
+        encoding="utf-8",
+    )
+
+
 @contextlib.contextmanager
 def start_proof(package: str) -> Iterator[ProofProcess]:
     """Start a process that will prove an archive of a model of `package`; it ends with the block."""
@@ -108,16 +124,7 @@ def start_proof(package: str) -> Iterator[ProofProcess]:
         elsewhere.mkdir()
         with (
             log.open("wb") as output,
-            subprocess.Popen(
-                [sys.executable, "-m", "serve.worker.proof", package],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                cwd=elsewhere,
-                env=environment,
-                text=True,
-                encoding="utf-8",
-            ) as process,
+            start_process(package, elsewhere, environment, output) as process,
         ):
             try:
                 yield ProofProcess(process, log)

@@ -18,7 +18,7 @@ from tests.convert.test_config import LAZY, PLAIN
 
 ops.install()
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fresh_proof]
 
 SMALL = f"""{PLAIN}
 model['bbox_head']['norm_cfg'] = None
