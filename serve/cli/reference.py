@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,8 +17,9 @@ from serve.errors import ArchiveError, SettingsError, quote
 from serve.predict.models import open_archive
 from serve.predict.observed import count_source
 from serve.predict.sources import open_source
-from serve.watch.reference import WINDOW_FRAMES, Reference, reference_of
-from serve.watch.statistics import CLASS, SCORE_THR
+from serve.storage.uri import redact_url
+from serve.watch.reference import WINDOW_FRAMES, Recording, Reference, reference_of
+from serve.watch.statistics import CLASS, SCORE_THR, SEGMENT
 
 __all__ = ["main"]
 
@@ -67,7 +69,10 @@ def main(argv: Sequence[str] | None) -> int:
             print(f"error: none of the {failed} frames could be predicted", file=sys.stderr)
             return 3
         report("writing the archive")
-        found = reference_of(counts, args.score_thr, args.window_frames)
+        recording = Recording(
+            datetime.now(UTC).isoformat(timespec="seconds"), _without_secrets(args.source), args.window_frames
+        )
+        found = reference_of(counts, args.score_thr, args.window_frames, recording)
         target = args.out or args.archive
         sha256 = archive.record_statistics(args.archive, target, found)
     print(_table(found))
@@ -111,6 +116,14 @@ def _copy(source: Path, path: Path, target: Path) -> int:
     return 0
 
 
+def _without_secrets(source: str) -> str:
+    """Return the source as an archive may show it: an address without what may be a password or a token."""
+    is_address = "://" in source and not source.startswith(
+        ("file:", "lmdb:", "ffrecord:")
+    )  # their # is a name
+    return redact_url(source) if is_address else source
+
+
 def _only(classes: Sequence[str], others: Sequence[str]) -> str:
     """Return the classes that the others lack; their order is of no account, because they are counted by name."""
     return ", ".join(quote(name) for name in classes if name not in others) or "none"
@@ -127,8 +140,18 @@ def _table(found: Reference) -> str:
         number = int(found.counts.of(name).sum())
         mean = f"{sums[name] / number:.4g}" if name in sums else ""
         lines.append(f"{name:<16} {number:>9} {mean:>10} {limit:>7.3f}")
-    names = zip(found.counts.layout.classes, found.counts.of(CLASS).tolist(), strict=False)
-    lines.append("classes   " + ", ".join(f"{number} {name}" for name, number in names if number))
+    if found.counts.of(CLASS).any():
+        numbers = found.counts.by_class(CLASS)
+        lines.append("classes   " + ", ".join(f"{number} {name}" for name, number in numbers.items()))
+    if total := int(found.counts.of(SEGMENT).sum()):
+        numbers = found.counts.by_class(SEGMENT)
+        lines.append(
+            "segments  " + ", ".join(f"{number / total:.1%} {name}" for name, number in numbers.items())
+        )
+    if (recording := found.recording) is not None:
+        lines.append(
+            f"recorded  {recording.time} of {recording.source}, for windows of {recording.window_frames} frames"
+        )
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from serve.watch.statistics import CLASS, OTHER, STATISTICS, Counts, Layout
+from serve.watch.statistics import CLASS, OTHER, SEGMENT, STATISTICS, Counts, Layout
 
 __all__ = ["FAMILIES", "DriftFigures", "Family", "VersionText", "exposition"]
 
@@ -39,6 +39,9 @@ class Family:
 
 _FRAMES = Family("mmdet3d_serve_watched_frames_total", "counter", "Frames that were counted")
 _CLASSES = Family("mmdet3d_serve_detections_total", "counter", "Detections that reach the score threshold")
+_SEGMENTS = Family(
+    "mmdet3d_serve_segmented_elements_total", "counter", "Points or pixels of segmentations by their class"
+)
 _WARNINGS = Family("mmdet3d_serve_frame_warnings_total", "counter", "Frames with a warning")
 _DISTANCE = Family(
     "mmdet3d_serve_drift_distance",
@@ -57,8 +60,8 @@ _HISTOGRAMS = {each.name: Family(each.metric, "histogram", each.text) for each i
 
 #: All of them, in the order of the text.
 FAMILIES: Sequence[Family] = (
-    *_HISTOGRAMS.values(), _FRAMES, _CLASSES, _WARNINGS, _DISTANCE, _LIMIT, _WINDOW_FRAMES, _REFERENCE_FRAMES,
-    _LEARNING,
+    *_HISTOGRAMS.values(), _FRAMES, _CLASSES, _SEGMENTS, _WARNINGS, _DISTANCE, _LIMIT, _WINDOW_FRAMES,
+    _REFERENCE_FRAMES, _LEARNING,
 )  # fmt: skip
 
 
@@ -99,7 +102,11 @@ class VersionText:
             ]
             for statistic in STATISTICS.values()
         }
-        self._classes = [self._series(_CLASSES, "class", name) for name in (*layout.classes, OTHER)]
+        names = (*layout.classes, OTHER)
+        self._by_class = {
+            family: [self._series(family, "class", name) for name in names]
+            for family in (_CLASSES, _SEGMENTS)
+        }
 
     def of_counts(self, counts: Counts) -> dict[Family, str]:
         """Return histograms and counters."""
@@ -116,17 +123,20 @@ class VersionText:
                     lines.append(f"{self._series(family, suffix='_sum')} {counts.sums[name]!r}\n")
                 found[family] = "".join(lines)
         found[_FRAMES] = f"{self._series(_FRAMES)} {counts.frames}\n"
-        numbers: list[int] = counts.of(CLASS).tolist()
-        last = len(numbers) - (not numbers[-1])  # without others
-        found[_CLASSES] = "".join(
-            f"{series} {number}\n"
-            for series, number in zip(self._classes[:last], numbers[:last], strict=True)
-        )
+        found[_CLASSES] = self._of_classes(_CLASSES, counts.of(CLASS).tolist())
+        if (segments := counts.of(SEGMENT)).any():
+            found[_SEGMENTS] = self._of_classes(_SEGMENTS, segments.tolist())
         found[_WARNINGS] = "".join(
             f"{self._series(_WARNINGS, 'code', code)} {number}\n"
             for code, number in sorted(counts.warnings.items())
         )
         return found
+
+    def _of_classes(self, family: Family, numbers: Sequence[int]) -> str:
+        """Return the counts of all classes, and of others if there are any."""
+        last = len(numbers) - (not numbers[-1])
+        pairs = zip(self._by_class[family][:last], numbers[:last], strict=True)
+        return "".join(f"{series} {number}\n" for series, number in pairs)
 
     def of_drift(self, figures: DriftFigures) -> dict[Family, str]:
         """Return gauges."""

@@ -236,6 +236,17 @@ class Watching:
                 reference = Reference.parse(recorded)
             except ArchiveError as error:
                 logger.warning("the reference of %s %s is left out: %s", name, version, error)
+        recording = reference.recording if reference is not None else None
+        if recording is not None and self._options.window_frames < recording.window_frames:
+            logger.warning(
+                "the limits of %s %s are for windows of %d frames and too narrow for watch_window_frames=%d: record "
+                "its reference with --window-frames %d",
+                name,
+                version,
+                recording.window_frames,
+                self._options.window_frames,
+                self._options.window_frames,
+            )
         return ModelWatch(
             spec.get("classes") or (), reference, self._options, self._clock, run=_run_in_thread
         )

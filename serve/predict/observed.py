@@ -14,7 +14,7 @@ from serve.predict.sources import Source
 from serve.protocol.options import FrameOptions
 from serve.protocol.worker import ObservedAnswer
 from serve.watch.observation import count_frames
-from serve.watch.statistics import CLASS, SCORE_THR, Counts, Layout
+from serve.watch.statistics import CLASS, SCORE_THR, SEGMENT, Counts, Layout
 
 __all__ = ["count_source"]
 
@@ -54,6 +54,6 @@ def count_source(
             elif isinstance(prediction.answer, ObservedAnswer):
                 found.append(count_frames([prediction.answer.observed], every, score_thr))
             advance()
-    numbers = np.sum([each.of(CLASS)[:-1] for each in found], axis=0) if found else ()
+    numbers = np.sum([each.of(CLASS)[:-1] + each.of(SEGMENT)[:-1] for each in found], axis=0) if found else ()
     layout = Layout.of_classes(names, dict(zip(names, numbers, strict=False)))
     return found if layout == every else [layout.read(each.document()) for each in found]

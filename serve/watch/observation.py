@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve.watch.statistics import CLASS, LOWEST_SCORE, SCORE_THR, Counts, Layout
+from serve.formats.labels import decode_labels
+from serve.watch.statistics import CLASS, LOWEST_SCORE, SCORE_THR, SEGMENT, Counts, Layout
 
 __all__ = ["ObservedFrame", "count_frames"]
 
@@ -59,11 +60,39 @@ def count_frames(frames: Sequence[ObservedFrame], layout: Layout, score_thr: flo
         if values:
             counts.add_values(name, np.array(values, np.float64))
     found = [frame.answer for frame in frames]
+    for answer in found:
+        if "pts_semantic_mask" in answer or "panoptic_seg" in answer:
+            _count_segments(counts, answer)
     suffix = "_3d" if any("scores_3d" in answer for answer in found) else ""
     found = [answer for answer in found if f"scores{suffix}" in answer]
     if found:
         _count_detections(counts, found, suffix, score_thr)
     return counts
+
+
+def _count_segments(counts: Counts, answer: Mapping[str, Any]) -> None:
+    """Count the points or pixels of each class; what is in no segment, or beyond the classes, is of another class."""
+    classes = answer["classes"]
+    if "pts_semantic_mask" in answer:
+        _add_by_label(
+            counts, SEGMENT, np.bincount(decode_labels(answer["pts_semantic_mask"]).reshape(-1)), classes
+        )
+        return
+    numbers = np.zeros(len(classes) + 1, np.int64)
+    for segment in answer["segments_info"]:
+        numbers[segment["category_id"]] += segment["area"]
+    height, width = answer["panoptic_seg"]["size"]
+    numbers[-1] = height * width - numbers[:-1].sum()
+    _add_by_label(counts, SEGMENT, numbers, classes)
+
+
+def _add_by_label(
+    counts: Counts, statistic: str, numbers: npt.NDArray[np.int64], classes: Sequence[str]
+) -> None:
+    """Add numbers by label to a statistic by class."""
+    of_class, layout = counts.of(statistic), counts.layout
+    for label in np.flatnonzero(numbers).tolist():
+        of_class[layout.bin_of(classes[label] if label < len(classes) else "")] += numbers[label]
 
 
 def _count_detections(
@@ -80,11 +109,7 @@ def _count_detections(
         return
     labels = np.concatenate([np.asarray(answer[f"labels{suffix}"]) for answer in answers])[kept]
     numbers = np.bincount(labels[labels >= 0]) if len(labels) else np.zeros(0, np.int64)
-    of_class, index = counts.of(CLASS), counts.layout.class_index
-    for label in np.flatnonzero(numbers).tolist():
-        classes = answers[0]["classes"]
-        name = classes[label] if label < len(classes) else ""
-        of_class[index.get(name, len(index))] += numbers[label]
+    _add_by_label(counts, CLASS, numbers, answers[0]["classes"])
     boxes = np.concatenate([np.asarray(answer[f"bboxes{suffix}"]) for answer in answers])[kept]
     if not suffix:
         if boxes.shape[1] == 4:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -14,9 +14,9 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from serve.errors import ArchiveError
 from serve.watch.drift import chance_limit
-from serve.watch.statistics import CLASS, MAX_CLASSES, OTHER, SCORE_THR, STATISTICS, Counts, Layout
+from serve.watch.statistics import CLASS, MAX_CLASSES, OTHER, SCORE_THR, SEGMENT, STATISTICS, Counts, Layout
 
-__all__ = ["ENTRY", "WINDOW_FRAMES", "Reference", "reference_of"]
+__all__ = ["ENTRY", "WINDOW_FRAMES", "Recording", "Reference", "reference_of"]
 
 #: Name of the archive's entry; a version before this one has no use for it and serves the archive all the same.
 ENTRY = "golden/statistics.json"
@@ -42,12 +42,35 @@ class _Classes:
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class _Segments:
+    counts: Annotated[list[_Count], Field(max_length=MAX_CLASSES + 1)]
+    limit: _Share
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class Recording:
+    """How a reference was recorded.
+
+    Attributes:
+        time: when, ISO 8601 in UTC.
+        source: the frames, as they were named.
+        window_frames: least frames of a window that its limits are for.
+    """
+
+    time: Annotated[str, Field(max_length=40)]
+    source: Annotated[str, Field(max_length=4096)]
+    window_frames: Annotated[int, Field(ge=1)]
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class _Document:
     format: Literal[1]
     frames: Annotated[int, Field(ge=1)]
     score_thr: _Share
     statistics: Annotated[dict[str, _Histogram], Field(max_length=64)]
     classes: _Classes
+    segments: _Segments | None = None
+    recording: Recording | None = None
 
 
 _PARSER: TypeAdapter[_Document] = TypeAdapter(_Document)
@@ -61,6 +84,7 @@ class Reference:
         counts: of these frames.
         limits: by statistic, the distance above which a window of frames differs; of those with values only.
         score_thr: score from which a detection counts.
+        recording: how it was recorded; None of a learned one, and of archives that do not say it.
     """
 
     KEY: ClassVar[str] = "watch"  # in the description of a model
@@ -68,6 +92,7 @@ class Reference:
     counts: Counts
     limits: Mapping[str, float]
     score_thr: float = SCORE_THR
+    recording: Recording | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the JSON object of the archive's entry."""
@@ -83,13 +108,19 @@ class Reference:
                     "limit": limit,
                 }
                 for name, limit in self.limits.items()
-                if name != CLASS
+                if name in STATISTICS
             },
             "classes": {
                 "names": list(layout.classes),
                 "counts": self.counts.of(CLASS).tolist(),
                 "limit": self.limits.get(CLASS, 1.0),
             },
+            **(
+                {"segments": {"counts": self.counts.of(SEGMENT).tolist(), "limit": self.limits[SEGMENT]}}
+                if SEGMENT in self.limits
+                else {}
+            ),
+            **({"recording": asdict(self.recording)} if self.recording is not None else {}),
         }
 
     @classmethod
@@ -118,19 +149,27 @@ class Reference:
             counts.of(CLASS)[:] = found.classes.counts
             if any(found.classes.counts):
                 limits[CLASS] = found.classes.limit
+            if found.segments is not None:
+                if len(found.segments.counts) != len(found.classes.counts):
+                    raise ValueError("segments and classes differ in number")
+                counts.of(SEGMENT)[:] = found.segments.counts
+                limits[SEGMENT] = found.segments.limit
         except (ValidationError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0][:200]
             raise ArchiveError(f"{ENTRY} is malformed ({reason}); record it again") from None
-        return cls(counts, limits, found.score_thr)
+        return cls(counts, limits, found.score_thr, found.recording)
 
 
-def reference_of(blocks: Sequence[Counts], score_thr: float, window: int) -> Reference:
+def reference_of(
+    blocks: Sequence[Counts], score_thr: float, window: int, recording: Recording | None = None
+) -> Reference:
     """Make a reference of frames, or of blocks of frames.
 
     Args:
         blocks: counts of each frame or block, in the order of time; of one layout.
         score_thr: that they were counted with.
         window: least blocks of a window that is compared with it.
+        recording: how the frames were counted.
     """
     layout = blocks[0].layout
     total = layout.empty()
@@ -142,4 +181,4 @@ def reference_of(blocks: Sequence[Counts], score_thr: float, window: int) -> Ref
         for name, place in layout.slices.items()
         if total.bins[place].any()
     }
-    return Reference(total, limits, score_thr)
+    return Reference(total, limits, score_thr, recording)

@@ -23,6 +23,7 @@ __all__ = [
     "MAX_CLASSES",
     "OTHER",
     "SCORE_THR",
+    "SEGMENT",
     "STATISTICS",
     "Counts",
     "Layout",
@@ -38,6 +39,8 @@ MAX_CLASSES = 32
 OTHER = "(other)"
 #: Name of the statistic of classes, whose bins are names.
 CLASS = "class"
+#: Name of the statistic of the points or pixels of segmentations by class, with the same bins.
+SEGMENT = "segment"
 
 _MAX_WARNING_CODES = 32
 _WARNING_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -155,11 +158,12 @@ class Layout:
 
     @cached_property
     def slices(self) -> Mapping[str, slice]:
-        """Place of each statistic, that of classes included."""
+        """Place of each statistic, those of classes included."""
         found, at = {}, 0
         for name, bins in (
             *((name, len(each.edges) + 1) for name, each in STATISTICS.items()),
             (CLASS, len(self.classes) + 1),
+            (SEGMENT, len(self.classes) + 1),
         ):
             found[name] = slice(at, at + bins)
             at += bins
@@ -168,12 +172,16 @@ class Layout:
     @cached_property
     def size(self) -> int:
         """Number of bins."""
-        return int(self.slices[CLASS].stop)
+        return max(int(place.stop) for place in self.slices.values())
 
     @cached_property
     def class_index(self) -> Mapping[str, int]:
         """Bin of each class; others have the last."""
         return {name: k for k, name in enumerate(self.classes)}
+
+    def bin_of(self, name: str) -> int:
+        """Return the bin of a class."""
+        return self.class_index.get(name, len(self.classes))
 
     def empty(self) -> Counts:
         """Return counts of nothing."""
@@ -199,9 +207,9 @@ class Layout:
                 if not math.isfinite(sum_of_values := float(found["sum"])):
                     raise ValueError(f"the sum of {name} is {sum_of_values}")
                 counts.sums[name] += sum_of_values
-            start = self.slices[CLASS].start
-            for name, number in document["classes"].items():
-                counts.bins[start + self.class_index.get(name, len(self.classes))] += _whole(number)
+            for statistic, found in ((CLASS, document["classes"]), (SEGMENT, document.get("segments", {}))):
+                for name, number in found.items():
+                    counts.of(statistic)[self.bin_of(name)] += _whole(number)
             counts.add_warnings({str(code): _whole(number) for code, number in document["warnings"].items()})
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"malformed observation: {error!r}"[:200]) from None
@@ -236,6 +244,11 @@ class Counts:
         """Return the counts of one statistic, a view."""
         return self.bins[self.layout.slices[name]]
 
+    def by_class(self, name: str) -> dict[str, int]:
+        """Return the counts of `CLASS` or `SEGMENT` by class, those that are not 0."""
+        names = (*self.layout.classes, OTHER)
+        return {each: n for each, n in zip(names, self.of(name).tolist(), strict=True) if n}
+
     def add(self, other: Counts) -> None:
         """Add counts of the same layout."""
         self.bins += other.bins
@@ -267,11 +280,10 @@ class Counts:
             if len(filled := np.flatnonzero(found)):
                 pairs = [[k, n] for k, n in zip(filled.tolist(), found[filled].tolist(), strict=True)]
                 statistics[name] = {"bins": pairs, "sum": self.sums[name]}
-        names = (*self.layout.classes, OTHER)
-        classes = {name: n for name, n in zip(names, self.of(CLASS).tolist(), strict=True) if n}
         return {
             "frames": self.frames,
             "statistics": statistics,
-            "classes": classes,
+            "classes": self.by_class(CLASS),
+            "segments": self.by_class(SEGMENT),
             "warnings": dict(self.warnings),
         }

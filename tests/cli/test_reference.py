@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from serve import archive
 from serve.cli import reference
 from serve.errors import ArchiveError, SettingsError
-from serve.watch.reference import ENTRY, reference_of
+from serve.watch.reference import ENTRY, WINDOW_FRAMES, Recording, reference_of
 from serve.watch.statistics import CLASS, Layout
 from tests.archive.test_format import METADATA, rewrite, write
 
@@ -39,10 +40,30 @@ def test_reference_is_recorded_in_the_archive_and_bad_frames_are_left_out(
     assert (
         found.counts.of(CLASS).sum() > 0 and archive.extract(demo_mar, tmp_path / "old").reference() is None
     )
-    # Again, in place: the same bytes, because the same frames give the same counts.
+    assert found.recording is not None
+    assert (found.recording.source, found.recording.window_frames) == (str(frames), WINDOW_FRAMES)
+    age = datetime.now(UTC) - datetime.fromisoformat(found.recording.time)
+    assert timedelta(0) <= age < timedelta(minutes=10)
+    # Again, in place: the same counts and limits.
     again = tmp_path / "again.mar"
     assert reference.main([str(out), str(frames), "--out", str(again), "--device", "cpu"]) == 0
-    assert again.read_bytes() == out.read_bytes()
+    second = archive.read_statistics(again)
+    assert second is not None
+    assert replace(second, recording=None).document() == replace(found, recording=None).document()
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("s3://bucket/val", "s3://bucket/val"),
+        ("https://user:secret@host/a.mp4?token=secret#secret", "https://host/a.mp4?…"),
+        ("rtsp://user:secret@camera/stream", "rtsp://camera/stream"),
+        ("ffrecord:///packed.ffr#velodyne", "ffrecord:///packed.ffr#velodyne"),
+        ("frames/a#b?c", "frames/a#b?c"),
+    ],
+)
+def test_an_archive_shows_no_secret_of_its_source(source: str, shown: str) -> None:
+    assert reference._without_secrets(source) == shown
 
 
 def test_an_archive_that_is_missing_is_an_error_of_usage(tmp_path: Path) -> None:
@@ -58,7 +79,8 @@ def recorded(folder: Path, **changes: Any) -> Path:
     counts.frames = 1
     counts.of(CLASS)[:] = (5, 2, 0)
     counts.add_values("distance", np.full(7, 12.0))
-    archive.record_statistics(path, path, reference_of([counts], 0.4, 1))
+    recording = Recording("2026-11-28T20:00:00+00:00", "s3://bucket/val", 1)
+    archive.record_statistics(path, path, reference_of([counts], 0.4, 1, recording))
     return path
 
 
@@ -76,7 +98,8 @@ def test_a_reference_is_copied_to_a_new_version_and_nothing_else_changes(
     )  # fmt: skip
     assert after.files[ENTRY] == archive.verify(former).files[ENTRY]
     found = archive.read_statistics(path)
-    assert found is not None and found.score_thr == 0.4 and found.counts.of(CLASS).tolist() == [5, 2, 0]
+    assert found is not None and found.recording is not None and found.recording.source == "s3://bucket/val"
+    assert found.score_thr == 0.4 and found.counts.of(CLASS).tolist() == [5, 2, 0]
     assert [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("distance")] == [
         [
             "distance",

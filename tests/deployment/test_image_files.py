@@ -45,7 +45,7 @@ from serve.torchserve.management import ModelState
 from serve.torchserve.process import DRAIN_S
 from serve.watch.observation import ObservedFrame, count_frames
 from serve.watch.reference import Reference, reference_of
-from serve.watch.statistics import Layout
+from serve.watch.statistics import SEGMENT, Layout
 from tests.conftest import pick_free_ports
 from tests.deployment.conftest import ROOT
 
@@ -417,6 +417,7 @@ def watched() -> Watching:
     layout = Layout.of_classes(["Car"])
     counts = count_frames([ObservedFrame(cloud, 5, 0.5, ("no_intensity",))], layout)
     counts.add(count_frames([ObservedFrame(image)], layout))
+    counts.of(SEGMENT)[0] = 5
     reference = reference_of([counts], 0.3, 1).document()
     spec = {"classes": ["Car"], Reference.KEY: reference}
     model = ModelVersion(ModelState("m", "1.0", True, (), 0), spec=spec)

@@ -15,13 +15,14 @@ from serve.gateway.siblings import merge_metrics
 from serve.gateway.watching import ModelWatch, Watching, WatchOptions
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve.management import ModelState
-from serve.watch.reference import Reference, reference_of
-from serve.watch.statistics import CLASS, MAX_CLASSES, OTHER, Counts, Layout
+from serve.watch.reference import Recording, Reference, reference_of
+from serve.watch.statistics import CLASS, MAX_CLASSES, OTHER, SEGMENT, Counts, Layout
 from tests.gateway.conftest import RunningGateway
 from tests.gateway.fake_torchserve import CLOUDS, FakeTorchServe, answer_for
 from tests.gateway.running import eventually
 
 LAYOUT = Layout.of_classes(CLOUDS["classes"])  # type: ignore[arg-type]
+RECORDING = Recording("2026-11-28T20:00:00+00:00", "s3://bucket/val", 20)
 OPTIONS = WatchOptions(window_s=120.0, window_frames=20, learn_frames=80)
 
 
@@ -37,7 +38,7 @@ def counted(frames: int, score: float = 0.5, label: int = 0, seed: int = 0) -> C
 
 
 def recorded() -> Reference:
-    return reference_of([counted(1, seed=k) for k in range(100)], 0.3, 20)
+    return reference_of([counted(1, seed=k) for k in range(100)], 0.3, 20, RECORDING)
 
 
 class Clock:
@@ -121,7 +122,8 @@ def test_the_reference_of_an_archive_is_compared_and_models_show_its_frames_only
     assert (
         found["mmdet3d_serve_drift_reference_frames", "model=second", "source=archive", "version=1.0"] == 100
     )
-    assert gateway.client.get("/models/second").json()[0]["watch"] == {"reference_frames": 100}
+    described = gateway.client.get("/models/second").json()[0]["watch"]
+    assert described == {"reference_frames": 100, "recorded": RECORDING.time, "window_frames": 20}
 
 
 def test_a_window_of_the_same_source_is_near_and_a_changed_one_is_far() -> None:
@@ -256,6 +258,39 @@ def test_names_of_a_hostile_archive_are_escaped_and_bounded_in_number() -> None:
     classes = {each.labels["class"]: each.value for each in families["mmdet3d_serve_detections"].samples}
     assert classes == {**dict.fromkeys(hostile[:MAX_CLASSES], 7), OTHER: 7}
     assert len(families["mmdet3d_serve_frame_warnings"].samples) <= 34
+
+
+def test_segments_are_in_the_metrics_and_drift_is_looked_for_in_them() -> None:
+    def segmented(road: int, car: int) -> Counts:
+        counts = LAYOUT.empty()
+        counts.frames = 1
+        counts.of(SEGMENT)[:2] = road, car
+        return counts
+
+    reference = reference_of([segmented(900 + k, 100) for k in range(100)], 0.3, 20).document()
+    model = ModelVersion(ModelState("second", "1.0", True, (), 0), spec={**CLOUDS, "watch": reference})
+    watching = Watching(lambda *_: model, OPTIONS)
+    for _ in range(20):
+        watching.observe("second", "1.0", segmented(500, 500).document())
+    found = samples(watching.exposition())
+    first, second = LAYOUT.classes[:2]
+    assert found["mmdet3d_serve_segmented_elements_total", f"class={first}", *MODEL] == 10_000
+    assert found["mmdet3d_serve_segmented_elements_total", f"class={second}", *MODEL] == 10_000
+    distance, limit = (
+        found[f"mmdet3d_serve_drift_{name}", "model=second", "statistic=segment", "version=1.0"]
+        for name in ("distance", "limit")
+    )
+    assert distance > limit
+
+
+def test_a_window_shorter_than_that_of_the_limits_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    spec = {**CLOUDS, "watch": recorded().document()}
+    model = ModelVersion(ModelState("second", "1.0", True, (), 0), spec=spec)
+    for frames, warnings in ((20, 0), (19, 1)):
+        watching = Watching(lambda *_: model, WatchOptions(window_frames=frames))
+        watching.observe("second", "1.0", counted(1).document())
+        watching.observe("second", "1.0", counted(1).document())
+        assert len(caplog.records) == warnings
 
 
 SPEC = dict(CLOUDS)

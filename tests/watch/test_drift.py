@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from serve.errors import ArchiveError
 from serve.watch.drift import FLOOR, chance_limit, distance, distances
-from serve.watch.reference import Reference, reference_of
-from serve.watch.statistics import CLASS, Layout
+from serve.watch.reference import Recording, Reference, reference_of
+from serve.watch.statistics import CLASS, SEGMENT, Layout
 
 HISTOGRAMS = st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(any)
 
@@ -100,6 +101,25 @@ def test_a_reference_is_read_as_it_was_written() -> None:
     assert (again.counts.bins == reference.counts.bins).all() and again.counts.frames == 50
     assert again.limits == reference.limits and again.limits.keys() == {"score", CLASS}
     assert again.score_thr == 0.4 and again.counts.layout == reference.counts.layout
+    assert again.recording is None  # as of an archive that was recorded before there was one
+    recording = Recording("2026-11-28T20:00:00+00:00", "s3://bucket/val", 200)
+    document = replace(reference, recording=recording).document()
+    assert Reference.parse(document).recording == recording
+    assert reference.document() == {name: each for name, each in document.items() if name != "recording"}
+
+
+def test_shares_of_segments_are_read_as_they_were_written_and_have_a_limit() -> None:
+    layout = Layout.of_classes(("road", "car"))
+    blocks = []
+    for k in range(50):
+        counts = layout.empty()
+        counts.frames = 1
+        counts.of(SEGMENT)[:] = (1000 + 10 * k, 300, 7)
+        blocks.append(counts)
+    reference = reference_of(blocks, 0.3, 20)
+    again = Reference.parse(reference.document())
+    assert again.limits == reference.limits == {SEGMENT: FLOOR}
+    assert (again.counts.bins == reference.counts.bins).all()
 
 
 def test_a_statistic_with_bins_of_another_version_is_left_out() -> None:
@@ -117,6 +137,8 @@ def test_a_statistic_with_bins_of_another_version_is_left_out() -> None:
         {"classes": {"names": ["a"], "counts": [1, -1], "limit": 0.1}},
         {"classes": {"names": ["a", "a"], "counts": [1, 1, 1], "limit": 0.1}},
         {"classes": {"names": ["(other)"], "counts": [1, 1], "limit": 0.1}},
+        {"segments": {"counts": [1], "limit": 0.1}}, {"segments": {"counts": [1, 2, -3], "limit": 0.1}},
+        {"recording": {"time": "now"}}, {"recording": {"time": "t", "source": "s", "window_frames": 0}},
     ],
 )  # fmt: skip
 def test_a_malformed_reference_is_an_error(change: dict[str, object]) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import orjson
 import pytest
 
+from serve.compare.labels import encode_labels, encode_segments
 from serve.watch.observation import ObservedFrame, count_frames
-from serve.watch.statistics import CLASS, MAX_CLASSES, OTHER, STATISTICS, Layout
+from serve.watch.statistics import CLASS, MAX_CLASSES, OTHER, SEGMENT, STATISTICS, Layout
 
 CLASSES = ("Pedestrian", "Cyclist", "Car")
 LAYOUT = Layout.of_classes(CLASSES)
@@ -102,9 +103,27 @@ def test_numbers_that_are_none_are_left_out() -> None:
     assert counts.of("width").sum() == 1 and np.isfinite(list(counts.sums.values())).all()
 
 
-def test_labels_without_boxes_count_as_frames_only() -> None:
-    counts = count_frames([ObservedFrame({"pts_semantic_mask": {}, "classes": []}, 5)], LAYOUT)
-    assert counts.frames == 1 and counts.bins.sum() == 1
+def test_points_of_a_segmentation_are_counted_by_class_and_unknown_labels_are_others() -> None:
+    labels = np.array([2, 2, 0, 2, 255, 3])
+    found = {"pts_semantic_mask": encode_labels(labels), "classes": list(CLASSES)}
+    counts = count_frames([ObservedFrame(found, 6), ObservedFrame(found, 6)], LAYOUT)
+    assert counts.of(SEGMENT).tolist() == [2, 0, 6, 4] and counts.frames == 2
+    assert not counts.of(CLASS).any() and not counts.of("detections").any()
+    assert counts.document()["segments"] == {"Pedestrian": 2, "Car": 6, OTHER: 4}
+    assert (LAYOUT.read(counts.document()).bins == counts.bins).all()
+
+
+def test_a_cloud_without_points_has_no_segments() -> None:
+    found = {"pts_semantic_mask": encode_labels(np.zeros(0, np.int64)), "classes": list(CLASSES)}
+    assert not count_frames([ObservedFrame(found, 0)], LAYOUT).of(SEGMENT).any()
+
+
+def test_pixels_of_a_panoptic_map_are_counted_by_class_and_those_of_no_segment_are_others() -> None:
+    panoptic = np.full((4, 5), len(CLASSES))  # no segment
+    panoptic[0], panoptic[1, :3], panoptic[2, :2] = 0, 2 + 1000, 2 + 2000
+    found = {**encode_segments(panoptic, CLASSES), "classes": list(CLASSES)}
+    counts = count_frames([ObservedFrame(found)], LAYOUT)
+    assert counts.of(SEGMENT).tolist() == [5, 0, 5, 10]
 
 
 def test_classes_beyond_the_cap_share_a_bin_and_the_frequent_ones_have_their_own() -> None:

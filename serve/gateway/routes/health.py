@@ -100,7 +100,7 @@ def _describe(model: ModelVersion, sessions: TrackSessions, rollout: Rollout) ->
     reference = spec.pop(Reference.KEY, None)
     description = {name: value for name, value in spec.items() if name not in ("name", "version")}
     if isinstance(reference, dict):  # hundreds of numbers, which /metrics compares with
-        description[Reference.KEY] = {"reference_frames": reference.get("frames")}
+        description[Reference.KEY] = _describe_reference(reference)
     return {
         "name": state.name,
         "version": state.version,
@@ -113,4 +113,15 @@ def _describe(model: ModelVersion, sessions: TrackSessions, rollout: Rollout) ->
         **({"shadow_share": shadow} if shadow is not None else {}),
         **({"reason": model.rejected} if model.rejected else {}),
         **description,
+    }
+
+
+def _describe_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe how a reference was recorded; its source is a path or URI of the operator's, not for clients."""
+    recording = reference.get("recording")
+    known = recording if isinstance(recording, Mapping) else {}
+    return {
+        "reference_frames": reference.get("frames"),
+        **({"recorded": known["time"]} if "time" in known else {}),
+        **({"window_frames": known["window_frames"]} if "window_frames" in known else {}),
     }
