@@ -24,6 +24,7 @@ from serve.predict.frames import Clip, Frame
 from serve.predict.manifests import is_manifest, read_manifest
 from serve.predict.recordings import is_recording
 from serve.predict.sources import Source, frame_at, of_manifest, open_source
+from serve.predict.stems import caseless, hashed, longer, stem_for
 from serve.protocol.frame_spec import Modality
 from serve.storage.cache import map_disk_errors
 from serve.verify.endpoint import FRAME_MARKERS
@@ -35,6 +36,13 @@ _SWEEPS, _CALIBRATION = FRAME_MARKERS
 _CACHE_KIB = 16 << 10  # of each of three sorts
 _SHOW_EVERY = 500_000
 _CLIP = Clip("bulk")
+# How many frames have the stem of each frame, and the one that it has if those are several: see `Stems`.
+_IS_SHARED = "SELECT EXISTS (SELECT 1 FROM frames GROUP BY key HAVING count(*) > 1)"
+_DISTINCT_STEMS = "SELECT name, 1, 1 FROM frames ORDER BY name"
+_STEMS = """
+SELECT name, first, count(*) OVER (PARTITION BY CASE first WHEN 1 THEN key ELSE longer(name) END)
+FROM (SELECT name, key, count(*) OVER (PARTITION BY key) AS first FROM frames) ORDER BY name
+"""
 _FRAME_FILES = tuple(ending for endings in FRAME_SUFFIXES.values() for ending in endings)
 
 Report = Callable[[int], None]
@@ -77,13 +85,13 @@ def sorted_frames(names: Iterable[str], origin: str, report: Report = lambda cou
         origin: path or URI of their folder, with a slash at its end.
         report: see `list_frames`.
     """
-    with _database("CREATE TABLE frames (name TEXT, stem TEXT)") as database:
-        _insert(database, "INSERT INTO frames VALUES (?, ?)", _with_stems(names), report)
-        rows = database.execute(
-            "SELECT name, stem, count(*) OVER (PARTITION BY stem) FROM frames ORDER BY name"
-        )
-        for name, stem, count in rows:
-            yield frame_at(name, stem if count == 1 else name, origin + name, _CLIP)
+    with _database("CREATE TABLE frames (name TEXT, key TEXT)") as database:
+        database.create_function("longer", 1, lambda name: caseless(longer(name)), deterministic=True)
+        _insert(database, "INSERT INTO frames VALUES (?, ?)", _with_keys(names), report)
+        is_shared = database.execute(_IS_SHARED).fetchone()[0]
+        for name, first, second in database.execute(_STEMS if is_shared else _DISTINCT_STEMS):
+            stem = stem_for(name) if first == 1 else longer(name)
+            yield frame_at(name, stem if second == 1 else hashed(name), origin + name, _CLIP)
 
 
 @dataclass(frozen=True)
@@ -134,8 +142,8 @@ def _names_in(folder: Path, modality: Modality) -> Iterator[str]:
                 yield entry.name
 
 
-def _with_stems(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    return ((name, os.path.splitext(name)[0]) for name in names)
+def _with_keys(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    return ((name, caseless(stem_for(name))) for name in names)
 
 
 @dataclass(frozen=True)
@@ -178,12 +186,18 @@ class _Bucket:
             "WHERE folder = '' OR folder IN (SELECT folder FROM whole) ORDER BY frame, folder, name",
             (own,),
         )
+        database.create_function("caseless", 1, caseless, deterministic=True)
+        database.execute(
+            "CREATE TABLE shared AS SELECT caseless(folder) AS key FROM whole GROUP BY key HAVING count(*) > 1"
+        )
+        shared = "SELECT EXISTS (SELECT 1 FROM shared WHERE key = ?)"
         for frame, files in groupby(rows, itemgetter(0)):
             origin = {
                 os.path.splitext(name)[0]: str(self.where.join(f"{folder}/{name}" if folder else name))
                 for _, folder, name in files
             }
-            yield frame_at(frame, frame, origin, _CLIP)
+            is_shared = database.execute(shared, (caseless(frame),)).fetchone()[0]
+            yield frame_at(frame, hashed(frame) if is_shared else stem_for(frame, frame), origin, _CLIP)
 
 
 def _not_empty(frames: Iterator[Frame], what: str) -> Iterator[Frame]:

@@ -17,6 +17,7 @@ from serve import storage
 from serve.errors import AccessDenied, BadRequest, ObjectNotFound, ServeError
 from serve.formats.kitti import Camera, read_calibration, square
 from serve.predict.frames import Frame
+from serve.predict.stems import bare
 from serve.protocol.batch import Body, Bytes
 from serve.protocol.calibration import parse_calibration
 from serve.protocol.image_size import image_size
@@ -62,16 +63,15 @@ class CameraFinder:
 
     def _calibration(self, frame: Frame, body: Body, needs_lidar: bool) -> tuple[Matrix, Matrix | None]:
         needed = ("cam2img", "lidar2cam") if needs_lidar else ("cam2img",)
-        name = Path(frame.stem).name
         if self._given is None and isinstance(body, Mapping) and "calibration" in body:
             return _parse(body["calibration"], ".json", needed, f"the calibration of {frame.name}")
         if self._given is None:
-            beside = _beside(frame, "calib", f"{name}.txt")
-            tried = [] if beside is None else [beside]
+            places = (_beside(frame, "calib", f"{name}.txt") for name in _names(frame))
+            tried = [where for where in places if where is not None]
         elif self._is_file:
             tried = [self._given]
         else:
-            tried = [_below(self._given, f"{name}{suffix}") for suffix in _FILES]
+            tried = [_below(self._given, f"{name}{suffix}") for name in _names(frame) for suffix in _FILES]
         for where in tried:
             if (text := _read(where, is_given=self._given is not None)) is not None:
                 return _parse(text, PurePosixPath(where.name).suffix, needed, f"calibration {where}")
@@ -84,8 +84,7 @@ class CameraFinder:
     def _image_size(self, frame: Frame, body: Body) -> tuple[int, int]:
         image: Bytes | None = body.get("image") if isinstance(body, Mapping) else None
         if image is None:
-            name = Path(frame.stem).name
-            places = (_beside(frame, "image_2", f"{name}{suffix}") for suffix in _IMAGES)
+            places = (_beside(frame, "image_2", f"{name}{end}") for name in _names(frame) for end in _IMAGES)
             found = (_read(where) for where in places if where is not None)
             image = next((data for data in found if data is not None), None)
         if image is None:
@@ -94,6 +93,11 @@ class CameraFinder:
                 "pass --image-size, such as 1242x375, or keep KITTI's folder image_2 beside the clouds"
             )
         return image_size(image)
+
+
+def _names(frame: Frame) -> list[str]:
+    """What files that belong to a frame are called, less their suffix: as its results, or as the frame itself."""
+    return list(dict.fromkeys((Path(frame.stem).name, Path(bare(frame.name)).name)))
 
 
 def _beside(frame: Frame, folder: str, name: str) -> storage.Location | None:

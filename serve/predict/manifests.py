@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-import numpy as np
-
 from serve import storage
 from serve.errors import BadRequest, ObjectNotFound, StorageError, UndecodableFrame, UriError
+from serve.predict.stems import Stems, repeated
 from serve.storage.cache import map_disk_errors
 
 __all__ = ["Listed", "Manifest", "copied", "is_manifest", "open_manifest", "read_manifest"]
@@ -129,14 +128,13 @@ class Manifest:
             self._path = _fetch(where)
             weakref.finalize(self, os.unlink, self._path)
         self._root = ""
-        self._ambiguous: frozenset[int] = frozenset()
+        self._stems = Stems()
 
     def __iter__(self) -> Iterator[Listed]:
         """Yield the frames."""
         for entry in self._entries():
             name = self._name(entry)
-            stem = entry.stem or _bare(name)
-            yield Listed(name, name if hash(stem) & _HASH in self._ambiguous else stem, entry.origin)
+            yield Listed(name, self._stems.stem(name, entry.stem), entry.origin)
 
     def check(self) -> None:
         """Find the folder that the frames share, and names that are there twice; 16 bytes of memory for each frame."""
@@ -149,16 +147,19 @@ class Manifest:
         if not self.count:
             raise UndecodableFrame(f"{self.what} lists no frame")
         self._root = "".join(f"{name}/" for name in root or ())
-        names, stems = array("Q"), array("Q")
+        names = array("Q")
         for entry in self._entries():
             name = self._name(entry)
             with self._naming(entry.number):
                 _check_name(name)
             names.append(hash(name) & _HASH)
-            stems.append(hash(entry.stem or _bare(name)) & _HASH)
-        if repeated := _repeated(names):
-            self._raise_repeated(repeated)
-        self._ambiguous = _repeated(stems)
+            self._stems.count(name, entry.stem)
+        if twice := repeated(names):
+            self._raise_repeated(twice)
+        if not self._stems.settle():
+            for entry in self._entries():
+                self._stems.count(self._name(entry), entry.stem)
+            self._stems.settle()
 
     def sha256(self) -> str:
         """Hash of its bytes, hex."""
@@ -306,12 +307,3 @@ def _shared(one: list[str], other: list[str]) -> list[str]:
             (k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
         )
     ]
-
-
-def _bare(name: str) -> str:
-    return os.path.splitext(name)[0]
-
-
-def _repeated(hashes: array[int]) -> frozenset[int]:
-    values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
-    return frozenset(values[counts > 1].tolist())

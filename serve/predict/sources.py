@@ -28,6 +28,7 @@ from serve.predict import video
 from serve.predict.frames import Clip, Frame, read_path
 from serve.predict.manifests import Manifest, is_manifest, read_manifest
 from serve.predict.recordings import is_recording, open_recording
+from serve.predict.stems import hashed, stems_of
 from serve.protocol.batch import Body
 from serve.protocol.frame_spec import Modality
 from serve.settings import Settings
@@ -177,7 +178,7 @@ class _Listed:
 def _of_paths(text: str, paths: Sequence[Path], root: Path) -> Source:
     names = [path.relative_to(root).as_posix() for path in paths]
     clip = Clip(root.resolve().name if len(paths) > 1 else _bare(names[0]))
-    stems = _stems(names)
+    stems = stems_of(names)
     frames = tuple(
         Frame(name, stem, clip, partial(read_path, path), path, _etag(path), origin=str(path.absolute()))
         for name, stem, path in zip(names, stems, paths, strict=True)
@@ -240,12 +241,30 @@ def _of_uri(text: str, modality: Modality | None, cache: storage.Cache | None) -
 
 
 def _of_uris(text: str, uris: Sequence[str]) -> Source:
-    names = [storage.parse(uri).name for uri in uris]
+    names = _names(uris)
     clip = Clip(_bare(names[0] if len(uris) == 1 else _last_name(text)))
     frames = tuple(
-        frame_at(name, stem, uri, clip) for name, stem, uri in zip(names, _stems(names), uris, strict=True)
+        frame_at(name, stem, uri, clip) for name, stem, uri in zip(names, stems_of(names), uris, strict=True)
     )
     return Source(text, len(frames), False, (clip,), (frames,))
+
+
+def _names(uris: Sequence[str]) -> list[str]:
+    """Names of frames: of the files, and with their folders of values of a database that are called the same."""
+    places = [storage.parse(uri) for uri in uris]
+    counts = Counter(where.name for where in places)
+    names = [where.name if counts[where.name] == 1 else _inside(where) for where in places]
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else hashed(name, where.member)
+        for name, where in zip(names, places, strict=True)
+    ]
+
+
+def _inside(where: storage.Location) -> str:
+    """Path of a file in what contains it, which leads nowhere else."""
+    parts = (where.member or where.path).split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
 def _of_parts(text: str, files: Mapping[str, PurePosixPath]) -> Source:
@@ -255,7 +274,11 @@ def _of_parts(text: str, files: Mapping[str, PurePosixPath]) -> Source:
     for uri, path in files.items():
         parts.setdefault(path.parent.name or own, {})[path.stem] = uri
     clip = Clip(own)
-    frames = tuple(frame_at(name, name, uris, clip) for name, uris in sorted(parts.items()))
+    names = sorted(parts)
+    stems = stems_of(names, are_folders=True)
+    frames = tuple(
+        frame_at(name, stem, parts[name], clip) for name, stem in zip(names, stems, strict=True)
+    )
     return Source(text, len(frames), False, (clip,), (frames,))
 
 
@@ -342,13 +365,6 @@ def _suffix(name: str) -> str:
 
 def _bare(name: str) -> str:
     return Path(name).stem or "frames"
-
-
-def _stems(names: Sequence[str]) -> list[str]:
-    """Names without suffixes, but with them if two frames would share one."""
-    bare = [str(Path(name).with_suffix("")) for name in names]
-    counts: Mapping[str, int] = Counter(bare)
-    return [stem if counts[stem] == 1 else name for stem, name in zip(bare, names, strict=True)]
 
 
 def _etag(path: Path) -> str:

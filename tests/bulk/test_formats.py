@@ -99,6 +99,18 @@ def test_every_answered_frame_has_one_label_file(drive: Any, tmp_path: Path) -> 
     assert json.loads((out / "summary.json").read_text())["unwritten"] == {"kitti": {"bad_request": 1}}
 
 
+def test_frames_that_differ_in_suffix_or_case_have_a_label_file_each(drive: Any, tmp_path: Path) -> None:
+    source, out = drive(b"1"), tmp_path / "out"
+    for name, body in (("a.bin", b"1"), ("a.pcd", b"22"), ("A.bin", b"333"), ("a.bin.pcd", b"4444")):
+        (source / name).write_bytes(body)
+    for name in ("a.txt", "A.txt", "a.bin.txt"):
+        (tmp_path / "calib" / name).write_text(KITTI)
+    assert not lidar(source, out, KITTI_FORMAT, part_frames=2).unwritten["kitti"]
+    found = labels(out)
+    assert len({name.casefold() for name in found}) == 5
+    assert sorted(text.count("Car ") for text in found.values()) == [1, 1, 2, 3, 4]
+
+
 def test_a_run_without_any_calibration_ends_and_goes_on_with_one(drive: Any, tmp_path: Path) -> None:
     source, out = drive(b"1", b"22", b"333", calibrated=False), tmp_path / "out"
     with pytest.raises(BadRequest):

@@ -16,9 +16,12 @@ from serve.cli import bulk
 from serve.errors import UndecodableFrame
 from serve.predict.frames import Frame
 from serve.predict.sources import open_source
+from serve.predict.stems import caseless
+from serve.storage.packed_folder import pack_folder
 from tests.storage import servers
 
 CLOUDS = ("b.bin", "a.pcd", "a.bin", "A.BIN", "a-1.bin", "c.d.bin", "c.bin", "x.txt", "é.bin", "p.png", "c")
+CLASHING = (*CLOUDS, "a.bin.pcd", "A.pcd", "e\u0301.bin", "É.pcd", "c.d.pcd", "p.PNG", "p.png.png", "p.jpg")
 FOLDERS = ("f2/points.bin", "f2/sweeps.json", "f1/sweeps.json", "f1/points.bin", "f3/points.bin", "z.bin")
 VIEWS = (
     "v2/image.png",
@@ -37,6 +40,11 @@ def make(folder: Path, files: Sequence[str]) -> Path:
     return folder
 
 
+def has_a_file_each(frames: Any) -> bool:
+    stems = [caseless(frame.stem) for frame in frames]
+    return len(set(stems)) == len(stems)
+
+
 def lines(frames: Any) -> list[bytes]:
     return [manifest_line(frame) for frame in frames]
 
@@ -47,6 +55,8 @@ def lines(frames: Any) -> list[bytes]:
         (CLOUDS, "lidar"),
         (CLOUDS, "depth"),
         (CLOUDS, "image"),
+        (CLASHING, "lidar"),
+        (CLASHING, "image"),
         (FOLDERS, "lidar"),
         (VIEWS, "fusion"),
         (("sweeps.json", "points.bin"), "lidar"),
@@ -56,6 +66,7 @@ def lines(frames: Any) -> list[bytes]:
 def test_a_folder_has_the_frames_that_open_source_lists(tmp_path: Path, files: Any, modality: Any) -> None:
     source = str(make(tmp_path / "frames", files))
     assert lines(list_frames(source, modality)) == lines(open_source(source, modality))
+    assert has_a_file_each(list_frames(source, modality))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +87,9 @@ def client() -> Iterator[Any]:
     [
         (CLOUDS, "lidar"),
         (CLOUDS, "image"),
+        (CLASHING, "lidar"),
         (FOLDERS, "lidar"),
+        ((*FOLDERS, "F1/points.bin", "F1/sweeps.json"), "lidar"),
         (VIEWS, "multiview"),
         (("sweeps.json", "points.bin", "a/sweeps.json", "a/points.bin"), "lidar"),
         (("1/2/3.bin", "1.bin"), "lidar"),
@@ -91,6 +104,22 @@ def test_a_prefix_has_the_frames_that_open_source_lists(
         client.put_object(Bucket=bucket, Key=f"drive/{name}", Body=b"x")
     for source in (f"s3://{bucket}/drive", f"s3://{bucket}/drive/"):
         assert lines(list_frames(source, modality)) == lines(open_source(source, modality))
+        assert has_a_file_each(list_frames(source, modality))
+
+
+def test_values_of_a_database_and_packed_files_have_a_name_and_a_file_each(tmp_path: Path) -> None:
+    import lmdb
+
+    folder = make(tmp_path / "frames", ("a.bin", "A.bin", "a.pcd", "a.bin.pcd", "b.bin"))
+    pack_folder(folder, tmp_path / "packed.ffr")
+    keys = ("a/1.bin", "b/1.bin", "b//1.bin", "../b/1.bin", "A/1.bin", "2.bin")
+    with lmdb.open(str(tmp_path / "keys"), map_size=1 << 20) as database, database.begin(write=True) as transaction:
+        for key in keys:
+            transaction.put(key.encode(), b"x")
+    for source, count in ((str(tmp_path / "packed.ffr"), 5), (f"lmdb://{tmp_path}/keys", 6)):
+        frames = list(list_frames(source, "lidar"))
+        assert len({frame.name for frame in frames}) == count and has_a_file_each(frames)
+        assert not any(".." in frame.stem.split("/") for frame in frames)
 
 
 def test_a_folder_or_prefix_without_frames_is_an_error(client: Any, tmp_path: Path) -> None:
@@ -102,7 +131,7 @@ def test_a_folder_or_prefix_without_frames_is_an_error(client: Any, tmp_path: Pa
 
 def test_a_name_that_json_cannot_hold_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a\udcff.bin").touch()
-    with pytest.raises(UndecodableFrame, match="xff"):
+    with pytest.raises(UndecodableFrame):
         list(list_frames(str(tmp_path), "lidar"))
 
 
