@@ -55,7 +55,16 @@ from serve.errors import ArchiveError
 from serve.watch.reference import ENTRY as STATISTICS
 from serve.watch.reference import Reference
 
-__all__ = ["Archive", "extract", "open_directory", "read_statistics", "record_statistics", "verify", "write"]
+__all__ = [
+    "Archive",
+    "extract",
+    "open_directory",
+    "read_expected",
+    "read_statistics",
+    "record_statistics",
+    "verify",
+    "write",
+]
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 Source = bytes | Path
@@ -199,13 +208,25 @@ def read_statistics(path: Path) -> Reference | None:
     Raises:
         ArchiveError: as `verify`, of these only; or they are malformed.
     """
+    document = _read_entry(path, STATISTICS)
+    return None if document is None else Reference.parse(document)
+
+
+def read_expected(path: Path) -> dict[str, Any]:
+    """Read the predictions recorded for the golden frame from an archive file; errors as `read_statistics`."""
+    with failures_as_archive_errors(EXPECTED):
+        expected: dict[str, Any] = orjson.loads(_read_entry(path, EXPECTED) or b"null")
+        return expected
+
+
+def _read_entry(path: Path, name: str) -> bytes | None:
     with open_zip(path) as archive:
-        expected = _read_header(archive).files.get(STATISTICS)
+        expected = _read_header(archive).files.get(name)
         if expected is None:
             return None
-        document = archive.read(STATISTICS)
-        _compare(STATISTICS, _sha256(document), expected)
-        return Reference.parse(document)
+        document = archive.read(name)
+        _compare(name, _sha256(document), expected)
+        return document
 
 
 def _write_zip(path: Path, everything: Mapping[str, Source]) -> None:

@@ -19,15 +19,22 @@ from typing import Self
 import orjson
 
 from serve.bulk.destination import Destination
-from serve.bulk.formats import COCO, COCO_IDS, KITTI_ERRORS, PART_FORMATS, Outputs, convert_part
+from serve.bulk.formats import (
+    COCO,
+    COCO_IDS,
+    FORMATS_FILE,
+    KITTI_ERRORS,
+    PART_FORMATS,
+    Outputs,
+    convert_part,
+    options_of,
+)
 from serve.bulk.processes import end_with_parent
-from serve.errors import BadRequest, SetupError
+from serve.errors import SetupError
 
 __all__ = ["Conversions"]
 
-_FORMATS_FILE = "formats.json"
 _MOST_ENDS = 5
-_WRITTEN = "written"
 _Task = tuple[str, int]
 
 
@@ -50,9 +57,8 @@ class Conversions:
         self._names = [name for name in PART_FORMATS if name in outputs.formats]
         self._offsets = _offsets(manifest, part_frames) if self._names else array("q")
         self._waiting: deque[_Task] = deque()
-        self._running: dict[Future[dict[str, int]], _Task] = {}
+        self._running: dict[Future[None], _Task] = {}
         self._ends = Counter[_Task]()
-        self._tolerant: set[str] = set()
         self._pool: ProcessPoolExecutor | None = None
         self._scratch: str | None = None
 
@@ -76,18 +82,18 @@ class Conversions:
             finished: numbers of the parts that have a record.
             is_whole: whether these are all parts.
         """
-        known = orjson.loads(self._destination.read(_FORMATS_FILE) or b"{}")
+        known = options_of(self._destination)
         chosen = [name for name in self._outputs.formats if name in (*PART_FORMATS, "coco")]
-        options = {name: orjson.loads(orjson.dumps(self._outputs.options(name))) for name in chosen}
+        options = {name: self._outputs.options(name) for name in chosen}
         stale = [name for name in chosen if known.get(name) != options[name]]
         if stale:
             # Forgotten before they are removed: what has no entry is removed when a kill comes between.
             kept = {name: known[name] for name in known if name not in stale}
-            self._destination.write(_FORMATS_FILE, orjson.dumps(kept))
+            self._destination.write(FORMATS_FILE, orjson.dumps(kept))
             for name in stale:
                 self._remove_files(name)
             self._destination.write(
-                _FORMATS_FILE, orjson.dumps({**kept, **{name: options[name] for name in stale}})
+                FORMATS_FILE, orjson.dumps({**kept, **{name: options[name] for name in stale}})
             )
         if not is_whole:
             self._remove_files("coco")  # it appears when all parts are there
@@ -99,8 +105,6 @@ class Conversions:
             there &= whole
             if name not in self._names:
                 continue
-            if there:
-                self._tolerant.add(name)
             self._waiting.extend((name, number) for number in sorted(whole - there))
         self.advance()
 
@@ -159,24 +163,16 @@ class Conversions:
             )
         name, number = task
         ends = self._offsets[number], self._offsets[number + 1]
-        self._running[self._pool.submit(_convert, name, number, ends, name in self._tolerant)] = task
+        self._running[self._pool.submit(_convert, name, number, ends)] = task
 
-    def _take(self, done: set[Future[dict[str, int]]]) -> None:
+    def _take(self, done: set[Future[None]]) -> None:
         for future in done:
             task = self._running.pop(future)
             try:
-                counts = future.result()
+                future.result()
             except BrokenProcessPool:
                 self._restart(task)
                 return
-            except BadRequest:
-                # No frame of this part can be written: an error of these frames if others were, else of the run.
-                if task[0] not in self._tolerant:
-                    raise
-                self._waiting.appendleft(task)
-                continue
-            if counts.get(_WRITTEN):
-                self._tolerant.add(task[0])
 
     def _restart(self, task: _Task) -> None:
         """Go on with new processes after one ended by itself."""
@@ -220,10 +216,10 @@ def _prepare_process(where: str, outputs: Outputs, manifest: Path, scratch: str)
     _process = (Destination(where), outputs, manifest)
 
 
-def _convert(name: str, number: int, ends: tuple[int, int], tolerant: bool) -> dict[str, int]:
+def _convert(name: str, number: int, ends: tuple[int, int]) -> None:
     assert _process is not None
     destination, outputs, manifest = _process
     with manifest.open("rb") as file:
         file.seek(ends[0])
         lines = file.read(ends[1] - ends[0]).splitlines()
-    return convert_part(destination, outputs, name, number, lines, tolerant=tolerant)
+    convert_part(destination, outputs, name, number, lines)

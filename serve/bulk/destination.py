@@ -14,12 +14,14 @@ from serve.bulk.retry import repeat
 from serve.errors import ObjectNotFound, SettingsError, StorageError
 from serve.storage.cache import map_disk_errors
 
-__all__ = ["ARCHIVE", "Destination"]
+__all__ = ["ARCHIVE", "SUMMARY", "Destination"]
 
 T = TypeVar("T")
 
 #: Copy of the archive for the machines of a cluster.
 ARCHIVE = "model.mar"
+#: Counts of a run that has ended; readers take it for the end, so it goes before anything else changes.
+SUMMARY = "summary.json"
 _PARTS = "parts"
 _FORMATS = ("parquet", "kitti")  # folders of files that are made of the results
 
@@ -158,7 +160,8 @@ class Destination:
         return {int(number) for number, dot, rest in names if dot + rest == suffix}
 
     def clear(self) -> None:
-        """Remove the results of a former run, parts first."""
+        """Remove the results of a former run: its summary and parts first."""
+        self.remove(SUMMARY)
         for folder in (_PARTS, *_FORMATS):
             for name in sorted(
                 self._part_files(folder), key=lambda name: (not name.endswith(".jsonl"), name)
@@ -168,7 +171,6 @@ class Destination:
             "coco.json",
             "coco_ids.json",
             "formats.json",
-            "summary.json",
             ARCHIVE,
             "bulk.json",
             "manifest.jsonl",

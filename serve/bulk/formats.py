@@ -13,9 +13,9 @@ with it and with each other, need no model, and can be made again when something
 from __future__ import annotations
 
 import io
+import itertools
 import tarfile
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from serve.bulk.retry import repeat
 from serve.client.frames import frame_parts
 from serve.errors import BadRequest, ObjectNotFound, ServeError, StorageError, error_body
 from serve.formats.coco import CocoIds
-from serve.formats.kitti import Camera, format_labels
+from serve.formats.kitti import Camera, check_boxes, format_labels
 from serve.formats.parquet import load_pyarrow, write_parquet
 from serve.predict.frames import Frame
 from serve.predict.kitti import CameraFinder
@@ -41,7 +41,19 @@ from serve.predict.writers import write_results
 from serve.protocol.batch import Body
 from serve.storage.hashes import sha256_of
 
-__all__ = ["FORMATS", "PART_FORMATS", "Outputs", "check_outputs", "convert_part", "write_coco"]
+__all__ = [
+    "COCO",
+    "COCO_IDS",
+    "FORMATS",
+    "FORMATS_FILE",
+    "KITTI_ERRORS",
+    "PART_FORMATS",
+    "Outputs",
+    "check_outputs",
+    "convert_part",
+    "options_of",
+    "write_coco",
+]
 
 #: Names of ``--format``.
 FORMATS = ("jsonl", "parquet", "kitti", "coco")
@@ -49,6 +61,8 @@ FORMATS = ("jsonl", "parquet", "kitti", "coco")
 PART_FORMATS = {"parquet": ".parquet", "kitti": ".tar"}
 COCO, COCO_IDS = "coco.json", "coco_ids.json"
 KITTI_ERRORS = ".errors.json"
+FORMATS_FILE = "formats.json"
+_MOST_CAMERAS = 100  # that are looked for before a run
 _MOST_DIGITS = 18  # of a number of 64 bits
 _CAMERA_PARTS = ("calibration", "image")
 
@@ -79,32 +93,46 @@ class Outputs:
         return {}
 
 
-def check_outputs(outputs: Outputs, classes: Sequence[str], box_type_3d: str | None, manifest: Path) -> None:
+def options_of(destination: Destination) -> dict[str, Any]:
+    """Return what the files of each format were made with, as `Outputs.options` says it."""
+    known: dict[str, Any] = orjson.loads(destination.read(FORMATS_FILE) or b"{}")
+    return known
+
+
+def check_outputs(
+    outputs: Outputs,
+    classes: Sequence[str],
+    answer: Mapping[str, Any],
+    manifest: Path,
+    destination: Destination,
+) -> None:
     """Check before anything is computed that the formats can be written.
 
     Args:
         outputs: the formats.
         classes: of the model.
-        box_type_3d: of the model; None for boxes in images, and for labels.
+        answer: one of the model, which shows the kind of all.
         manifest: the frames of the run.
+        destination: has the files of former runs.
 
     Raises:
-        BadRequest: the model has other boxes, a file is missing, or the annotations lack an image or class.
+        BadRequest: the model has other boxes, a file is missing, no frame has a camera, or the annotations lack an
+            image or class.
         MissingPackage: pyarrow is not installed.
     """
     if "parquet" in outputs.formats:
         load_pyarrow()
     if "kitti" in outputs.formats:
-        CameraFinder(outputs.calibration, outputs.image_size)
-        if box_type_3d == "Depth":
-            raise BadRequest(
-                "KITTI's labels hold boxes in LiDAR or camera coordinates; this model gives boxes of type Depth"
-            )
+        check_boxes(answer)
+        is_current = options_of(destination).get("kitti") == outputs.options("kitti")
+        if not (is_current and destination.finished("kitti", PART_FORMATS["kitti"])):
+            _check_cameras(CameraFinder(outputs.calibration, outputs.image_size), answer, manifest)
     if "coco" in outputs.formats:
-        if box_type_3d is not None:
+        if "bboxes" not in answer:
+            kind = answer.get("box_type_3d")
+            found = "labels" if kind is None else f"boxes of type {kind}"
             raise BadRequest(
-                f"COCO's results hold boxes in images; this model gives boxes of type {box_type_3d}; choose jsonl, "
-                "parquet or kitti"
+                f"COCO's results hold boxes in images; this model gives {found}; choose jsonl, parquet or kitti"
             )
         ids = CocoIds(outputs.annotations)
         if outputs.annotations is not None:
@@ -124,15 +152,43 @@ def _check_distinct(ids: CocoIds, manifest: Path, annotations: Path) -> None:
             )
 
 
+def _check_cameras(cameras: CameraFinder, answer: Mapping[str, Any], manifest: Path) -> None:
+    """Check that some frame has a camera, of as many as take little time: the first one has, as a rule."""
+    missing: ServeError | None = None
+    tried = 0
+    for tried, line in enumerate(_spread(manifest, _MOST_CAMERAS), 1):
+        (frame,) = frames_of([line])
+        try:
+            repeat(partial(_camera, cameras, frame, answer))
+        except StorageError as error:
+            if not isinstance(error, ObjectNotFound):
+                raise
+            missing = missing or error
+        except ServeError as error:
+            missing = missing or error
+        else:
+            return
+    if missing is not None:
+        raise BadRequest(f"none of {tried} frames has what KITTI's labels need; the first: {missing}")
+
+
+def _spread(manifest: Path, most: int) -> Iterator[bytes]:
+    """Yield lines of a manifest at equal distances, the first one at once."""
+    with manifest.open("rb") as file:
+        yield from itertools.islice(file, 1)
+        count = 1 + sum(1 for _ in file)
+        step = -(-count // most)
+        file.seek(0)
+        yield from itertools.islice(file, step, None, step)
+
+
 def convert_part(
     destination: Destination,
     outputs: Outputs,
     name: str,
     number: int,
     lines: Sequence[bytes],
-    *,
-    tolerant: bool,
-) -> dict[str, int]:
+) -> None:
     """Write a format's file of a part from the part's record.
 
     Args:
@@ -141,24 +197,18 @@ def convert_part(
         name: of the format.
         number: of the part.
         lines: the part's lines of the manifest.
-        tolerant: write the file even if no answered frame of the part can be written.
-
-    Returns:
-        Number of frames by outcome: ``"written"``, or the code of their error.
 
     Raises:
-        ServeError: no frame can be written, or the destination cannot.
+        ServeError: the destination cannot be written, or a bucket not be read.
     """
     with closing(destination.lines(destination.part_name(number))) as record:
         found = map(orjson.loads, record)
         if name == "parquet":
             with destination.writing(destination.format_name(name, number, PART_FORMATS[name])) as out:
                 write_parquet(out, found)
-            return {}
+            return
         cameras = CameraFinder(outputs.calibration, outputs.image_size)
-        return _write_labels(
-            destination, number, zip(frames_of(lines), found, strict=True), cameras, tolerant
-        )
+        _write_labels(destination, number, zip(frames_of(lines), found, strict=True), cameras)
 
 
 def _write_labels(
@@ -166,10 +216,8 @@ def _write_labels(
     number: int,
     record: Iterator[tuple[Frame, Mapping[str, Any]]],
     cameras: CameraFinder,
-    tolerant: bool,
-) -> dict[str, int]:
+) -> None:
     """Write the label files of a part as one tar file, which needs one request of a bucket and appears whole."""
-    written = 0
     failed: list[tuple[Frame, ServeError]] = []
     with destination.writing(destination.format_name("kitti", number, PART_FORMATS["kitti"])) as out:
         with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as file:
@@ -187,9 +235,6 @@ def _write_labels(
                     failed.append((frame, error))
                 else:
                     _add(file, f"{frame.stem}.txt", labels)
-                    written += 1
-        if failed and not written and not tolerant:
-            raise failed[0][1]
         # Before the labels appear, so that what is missing among them is known.
         errors = destination.format_name("kitti", number, KITTI_ERRORS)
         if failed:
@@ -197,7 +242,6 @@ def _write_labels(
             destination.write(errors, orjson.dumps(listed, option=orjson.OPT_INDENT_2))
         else:
             destination.remove(errors)
-    return dict(Counter(error.code for _, error in failed), written=written)
 
 
 def _add(file: tarfile.TarFile, name: str, data: bytes) -> None:

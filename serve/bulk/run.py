@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from serve.bulk.conversion import Conversions
-from serve.bulk.destination import Destination
+from serve.bulk.destination import SUMMARY, Destination
 from serve.bulk.formats import COCO, PART_FORMATS, Outputs, write_coco
 from serve.bulk.parts import Counts, Engine, Job, Part, manifest_line
 from serve.errors import BadRequest, SettingsError
@@ -27,7 +27,7 @@ from serve.storage.lock import hold_lock
 
 __all__ = ["BulkRun", "Plan", "Summary", "execute", "plan_run"]
 
-_RUN, _MANIFEST, _SUMMARY = "bulk.json", "manifest.jsonl", "summary.json"
+_RUN, _MANIFEST = "bulk.json", "manifest.jsonl"
 _READERS = 16  # of a bucket
 
 
@@ -192,7 +192,7 @@ def execute(
     engine: Engine,
     advance: Callable[[int], None] = lambda frames: None,
 ) -> Summary:
-    """Compute what is missing and write the summary.
+    """Compute what is missing and write the summary, which is not there meanwhile.
 
     Args:
         run: what to do.
@@ -204,6 +204,7 @@ def execute(
     Raises:
         ServeError: the model cannot be loaded, or the destination not be written.
     """
+    destination.remove(SUMMARY)
     counts = _counts_of(plan.finished, destination)
     kept, started = counts.frames, time.monotonic()
     with Conversions(
@@ -234,13 +235,15 @@ def execute(
         **counts.figures(),
         "unwritten": {name: dict(codes) for name, codes in unwritten.items() if codes},
     }
-    destination.write(_SUMMARY, orjson.dumps(figures, option=orjson.OPT_INDENT_2))
+    destination.write(SUMMARY, orjson.dumps(figures, option=orjson.OPT_INDENT_2))
     return summary
 
 
 def _forget_failed(finished: Iterable[int], destination: Destination) -> frozenset[int]:
     """Remove the parts that have failed frames; returns their numbers."""
     failed = frozenset(number for number, counts in _read_counts(finished, destination) if counts.failed)
+    if failed:
+        destination.remove(SUMMARY)
     for number in failed:
         destination.remove(destination.part_name(number))
         destination.remove(destination.counts_name(number))

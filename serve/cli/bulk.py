@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None) -> int:
             overwrite=args.overwrite,
             retry_failed=args.retry_failed,
         )
-        check_outputs(outputs, metadata.classes, metadata.box_type_3d, plan.manifest)
+        check_outputs(outputs, metadata.classes, archive.read_expected(made.path), plan.manifest, destination)
         report(f"{plan.frames:,} frames in {plan.parts:,} parts, {len(plan.finished):,} of them finished")
         try:
             with Progress(plan.frames, plan.frames_finished) as progress:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from serve.errors import BadRequest, UndecodableFrame
 
-__all__ = ["Camera", "camera_of", "format_labels", "read_calibration"]
+__all__ = ["Camera", "camera_of", "check_boxes", "format_labels", "read_calibration"]
 
 Matrix = npt.NDArray[np.float64]
 _NEAR_M = 0.1  # of a box, what is nearer to the camera's plane or behind it is cut off
@@ -45,6 +45,20 @@ class Camera:
     size: tuple[int, int]
 
 
+def check_boxes(answer: Mapping[str, Any]) -> None:
+    """Check that an answer has boxes that label files can hold.
+
+    Raises:
+        BadRequest: it has others, or none.
+    """
+    kind = answer.get("box_type_3d")
+    if "bboxes" not in answer and ("bboxes_3d" not in answer or kind not in ("LiDAR", "Camera")):
+        found = f"boxes of type {kind}" if "bboxes_3d" in answer else "labels of points or pixels, no boxes"
+        raise BadRequest(
+            f"KITTI's labels hold boxes in LiDAR or camera coordinates; this model gives {found}"
+        )
+
+
 def format_labels(answer: Mapping[str, Any], camera: Camera | None) -> str:
     """Write the label file of one frame.
 
@@ -55,18 +69,14 @@ def format_labels(answer: Mapping[str, Any], camera: Camera | None) -> str:
     Raises:
         BadRequest: the answer has no boxes that KITTI's labels can hold.
     """
+    check_boxes(answer)
     if "bboxes" in answer:
         rows = zip(answer["names"], answer["bboxes"], answer["scores"], strict=True)
         return "".join(
             f"{_type(name)} -1 -1 -10 {_floats(box[:4])} {_UNKNOWN_3D} {score:.6f}\n"
             for name, box, score in rows
         )
-    kind = answer.get("box_type_3d")
-    if "bboxes_3d" not in answer or kind not in ("LiDAR", "Camera"):
-        found = f"boxes of type {kind}" if "bboxes_3d" in answer else "labels of points or pixels, no boxes"
-        raise BadRequest(
-            f"KITTI's labels hold boxes in LiDAR or camera coordinates; this model gives {found}"
-        )
+    kind = answer["box_type_3d"]
     assert camera is not None
     lines = []
     for name, box, score in zip(answer["names"], answer["bboxes_3d"], answer["scores_3d"], strict=True):

@@ -276,9 +276,7 @@ def _of_parts(text: str, files: Mapping[str, PurePosixPath]) -> Source:
     clip = Clip(own)
     names = sorted(parts)
     stems = stems_of(names, are_folders=True)
-    frames = tuple(
-        frame_at(name, stem, parts[name], clip) for name, stem in zip(names, stems, strict=True)
-    )
+    frames = tuple(frame_at(name, stem, parts[name], clip) for name, stem in zip(names, stems, strict=True))
     return Source(text, len(frames), False, (clip,), (frames,))
 
 

@@ -165,6 +165,7 @@ def test_failed_frames_are_computed_again_on_demand(tmp_path: Path) -> None:
             task, destination, lambda: open_source(source, "lidar"), stack, overwrite=False, retry_failed=True
         )
         assert plan.finished == {0}
+        assert not (out / "summary.json").exists()  # which readers take for the end
         summary = execute(task, plan, destination, LocalEngine(("cpu",), 1))
     assert (summary.computed, summary.counts.failed.total(), summary.counts.frames) == (3, 0, 6)
     assert not [each for each in lines(out) if "error" in each]
@@ -187,6 +188,7 @@ def test_an_interrupt_ends_every_process_and_leaves_no_file_of_theirs(tmp_path: 
         eventually(lambda: (tmp_path / "gate.reached").exists(), 60)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
-        assert b"KeyboardInterrupt" in process.communicate(timeout=20)[1]
+        process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT  # Python's own end by KeyboardInterrupt
     assert len(children) >= 2 and not psutil.wait_procs(children, timeout=10)[1]
     assert not list(scratch.glob("mmdet3d-serve-*")) and not list((out / "parts").glob("*.jsonl"))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ import numpy as np
 import psutil
 import pytest
 
+from serve.bulk.destination import Destination
 from serve.bulk.formats import Outputs, check_outputs
+from serve.bulk.listing import list_frames
+from serve.bulk.parts import manifest_line
 from serve.compare.labels import encode_labels
 from serve.errors import BadRequest, MissingPackage
 from serve.formats.coco import CocoIds
@@ -32,6 +35,8 @@ from tests.predict.test_kitti import KITTI
 SIZE = (1242, 375)
 COCO_FORMAT = Outputs(("jsonl", "coco"))
 KITTI_FORMAT = Outputs(("jsonl", "kitti"), image_size=SIZE)
+LIDAR: dict[str, Any] = {"bboxes_3d": [], "box_type_3d": "LiDAR"}
+IMAGE: dict[str, Any] = {"bboxes": []}
 
 
 @pytest.fixture
@@ -50,6 +55,12 @@ def drive(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "velodyne"
 
     return make
+
+
+def check(
+    outputs: Outputs, answer: Any, manifest: Path, out: Path, *, classes: Sequence[str] = ("Car",)
+) -> None:
+    check_outputs(outputs, classes, answer, manifest, Destination(str(out)))
 
 
 def lidar(source: Path, out: Path, outputs: Outputs, **options: Any) -> Any:
@@ -111,14 +122,31 @@ def test_frames_that_differ_in_suffix_or_case_have_a_label_file_each(drive: Any,
     assert sorted(text.count("Car ") for text in found.values()) == [1, 1, 2, 3, 4]
 
 
-def test_a_run_without_any_calibration_ends_and_goes_on_with_one(drive: Any, tmp_path: Path) -> None:
+def test_a_run_without_any_calibration_ends_before_it_computes_and_goes_on_with_one(
+    drive: Any, tmp_path: Path
+) -> None:
     source, out = drive(b"1", b"22", b"333", calibrated=False), tmp_path / "out"
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_bytes(b"".join(manifest_line(frame) for frame in list_frames(str(source), "lidar")))
     with pytest.raises(BadRequest):
-        lidar(source, out, KITTI_FORMAT)
+        check(KITTI_FORMAT, LIDAR, manifest, out)
     (tmp_path / "one.txt").write_text(KITTI)
     given = Outputs(("jsonl", "kitti"), str(tmp_path / "one.txt"), SIZE)
+    check(given, LIDAR, manifest, out)
+    assert lidar(source, out, KITTI_FORMAT, part_frames=2).unwritten == {"kitti": Counter(bad_request=3)}
+    assert not labels(out)
+    check(KITTI_FORMAT, LIDAR, manifest, out)  # there is nothing left to write
     summary = lidar(source, out, given, open_model=fake.open_broken)
     assert (summary.computed, len(labels(out)), summary.unwritten["kitti"].total()) == (0, 3, 0)
+
+
+def test_one_calibration_among_many_frames_is_enough(drive: Any, tmp_path: Path) -> None:
+    source = drive(*(b"x" * k for k in range(7)), calibrated=False)
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_bytes(b"".join(manifest_line(frame) for frame in list_frames(str(source), "lidar")))
+    (tmp_path / "calib").mkdir()
+    (tmp_path / "calib" / "000006.txt").write_text(KITTI)
+    check(KITTI_FORMAT, LIDAR, manifest, tmp_path / "out")
 
 
 def test_formats_that_come_later_need_no_model(drive: Any, tmp_path: Path) -> None:
@@ -224,7 +252,7 @@ def test_coco_takes_the_ids_of_an_annotation_file(tmp_path: Path) -> None:
     (result,) = json.loads((tmp_path / "out" / "coco.json").read_bytes())
     assert (result["image_id"], result["category_id"]) == (42, 60)
     manifest = tmp_path / "out" / "manifest.jsonl"
-    check_outputs(given, ["donut"], None, manifest)
+    check(given, IMAGE, manifest, tmp_path / "out", classes=["donut"])
     both = tmp_path / "both.json"
     images_of_both = [{"file_name": "day/b.jpg", "id": 1}, {"file_name": "night/b.jpg", "id": 2}]
     both.write_text(json.dumps({"images": images_of_both, "categories": []}))
@@ -238,14 +266,16 @@ def test_coco_takes_the_ids_of_an_annotation_file(tmp_path: Path) -> None:
     ):
         manifest.write_text(listed)
         with pytest.raises(BadRequest):
-            check_outputs(given, classes, None, manifest)
+            check(given, IMAGE, manifest, tmp_path / "out", classes=classes)
 
 
 def test_boxes_that_a_format_cannot_hold_are_an_error_at_once(tmp_path: Path) -> None:
     (tmp_path / "m").write_text("")
-    for name, kind in (("coco", "LiDAR"), ("kitti", "Depth")):
+    depth: dict[str, Any] = {"bboxes_3d": [], "box_type_3d": "Depth"}
+    points: dict[str, Any] = {"pts_semantic_mask": {}}
+    for name, answer in (("coco", LIDAR), ("coco", points), ("kitti", depth), ("kitti", points)):
         with pytest.raises(BadRequest):
-            check_outputs(Outputs((name,)), ["Car"], kind, tmp_path / "m")
+            check(Outputs((name,)), answer, tmp_path / "m", tmp_path / "out")
 
 
 def test_coco_appears_when_every_part_is_there(drive: Any, tmp_path: Path) -> None:
@@ -286,10 +316,10 @@ def test_overwriting_removes_the_files_of_every_format(drive: Any, tmp_path: Pat
     ]
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingPackage, match=r"mmdet3d-serve\[parquet\]"):
-        check_outputs(Outputs(("parquet",)), ["Car"], None, tmp_path)
+    with pytest.raises(MissingPackage):
+        check(Outputs(("parquet",)), LIDAR, tmp_path, tmp_path / "out")
 
 
 def has_pyarrow() -> bool:

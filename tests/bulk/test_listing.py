@@ -113,7 +113,10 @@ def test_values_of_a_database_and_packed_files_have_a_name_and_a_file_each(tmp_p
     folder = make(tmp_path / "frames", ("a.bin", "A.bin", "a.pcd", "a.bin.pcd", "b.bin"))
     pack_folder(folder, tmp_path / "packed.ffr")
     keys = ("a/1.bin", "b/1.bin", "b//1.bin", "../b/1.bin", "A/1.bin", "2.bin")
-    with lmdb.open(str(tmp_path / "keys"), map_size=1 << 20) as database, database.begin(write=True) as transaction:
+    with (
+        lmdb.open(str(tmp_path / "keys"), map_size=1 << 20) as database,
+        database.begin(write=True) as transaction,
+    ):
         for key in keys:
             transaction.put(key.encode(), b"x")
     for source, count in ((str(tmp_path / "packed.ffr"), 5), (f"lmdb://{tmp_path}/keys", 6)):

@@ -124,10 +124,12 @@ def test_a_run_goes_on_with_the_frames_it_was_begun_with(frames: Any, tmp_path: 
     source, out = frames(*(b"%d" % k for k in range(7))), tmp_path / "out"
     run(source, out)
     (out / "parts" / "00000001.jsonl").unlink()
+    there: list[bool] = []
     kept = (out / "parts" / "00000000.jsonl").stat().st_mtime_ns
     (source / "9999.bin").write_bytes(b"came later")
-    summary = run(source, out)
+    summary = run(source, out, advance=lambda frames: there.append((out / "summary.json").exists()))
     assert (summary.computed, summary.counts.frames) == (3, 7)
+    assert not any(there) and (out / "summary.json").exists()
     assert (out / "parts" / "00000000.jsonl").stat().st_mtime_ns == kept and len(set(names(out))) == 7
 
 

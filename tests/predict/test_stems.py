@@ -34,7 +34,9 @@ def clash(stems: list[str]) -> bool:
     """Whether files or folders of results meet on a file system without case and normal forms."""
     files = [caseless(f"{stem}.txt") for stem in stems]
     folders = {
-        caseless("/".join(parts[:k])) for parts in (stem.split("/") for stem in stems) for k in range(1, len(parts))
+        caseless("/".join(parts[:k]))
+        for parts in (stem.split("/") for stem in stems)
+        for k in range(1, len(parts))
     }
     return len(set(files)) < len(files) or bool(folders & set(files))
 
@@ -53,7 +55,9 @@ def test_names_made_of_few_letters_never_meet() -> None:
     for _ in range(300):
         pieces = ("a", "A", ".bin", ".pcd", ".txt", "/", FORMS[0], FORMS[1])
         names = {"".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(30)}
-        chosen = sorted(name for name in names if all(part not in ("", ".", "..") for part in name.split("/")))
+        chosen = sorted(
+            name for name in names if all(part not in ("", ".", "..") for part in name.split("/"))
+        )
         folders = {caseless(name[: name.rindex("/")]) for name in chosen if "/" in name}
         frames = [name for name in chosen if caseless(name) not in folders]
         assert not clash(stems_of(frames)), frames
