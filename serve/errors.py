@@ -274,9 +274,14 @@ class StorageError(SetupError):
 
 
 class DownloadError(StorageError):
-    """A file could not be downloaded, or has the wrong hash."""
+    """A file could not be downloaded, or has the wrong hash.
+
+    Attributes:
+        is_final: whether another attempt would fail as well.
+    """
 
     code = "download_failed"
+    is_final: bool = False
 
 
 class ObjectNotFound(StorageError, FileNotFoundError):

@@ -155,8 +155,7 @@ def _check_distinct(ids: CocoIds, manifest: Path, annotations: Path) -> None:
 def _check_cameras(cameras: CameraFinder, answer: Mapping[str, Any], manifest: Path) -> None:
     """Check that some frame has a camera, of as many as take little time: the first one has, as a rule."""
     missing: ServeError | None = None
-    tried = 0
-    for tried, line in enumerate(_spread(manifest, _MOST_CAMERAS), 1):
+    for line in _spread(manifest, _MOST_CAMERAS):
         (frame,) = frames_of([line])
         try:
             repeat(partial(_camera, cameras, frame, answer))
@@ -169,7 +168,9 @@ def _check_cameras(cameras: CameraFinder, answer: Mapping[str, Any], manifest: P
         else:
             return
     if missing is not None:
-        raise BadRequest(f"none of {tried} frames has what KITTI's labels need; the first: {missing}")
+        raise BadRequest(
+            f"no frame has what KITTI's labels need, of up to {_MOST_CAMERAS} looked at: {missing}"
+        )
 
 
 def _spread(manifest: Path, most: int) -> Iterator[bytes]:

@@ -18,6 +18,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from serve import storage
+from serve.bulk.retry import keys_patiently
 from serve.errors import UndecodableFrame
 from serve.predict import video
 from serve.predict.frames import Clip, Frame
@@ -171,9 +172,7 @@ class _Bucket:
 
     def _files(self) -> Iterator[tuple[str, str]]:
         """Find what `serve.verify.frame_source.list_frame_files` considers: folder, if any, and name of each file."""
-        from serve.storage import s3
-
-        for key in s3.connect(self.where.cluster).keys(self.where):
+        for key in keys_patiently(self.where):
             folder, slash, name = key.rpartition("/")
             is_near = "/" not in folder and bool(folder) == bool(slash) and folder not in (".", "..")
             if is_near and name.lower().endswith((*_FRAME_FILES, *FRAME_MARKERS)):

@@ -11,9 +11,8 @@ from typing import IO, Any, Protocol
 
 import orjson
 
-from serve import storage
 from serve.bulk.destination import Destination
-from serve.bulk.retry import SourceGone, read_patiently
+from serve.bulk.retry import SourceGone, on_server, read_patiently
 from serve.errors import InferenceFailed, SetupError, error_body
 from serve.predict.frames import Clip, Frame, Prediction
 from serve.predict.journal import line_of
@@ -207,8 +206,8 @@ def frames_of(lines: Iterable[bytes]) -> list[Frame]:
 
 
 def _patient(frame: Frame) -> Frame:
-    """Let a frame of a bucket be read again if that fails for a time."""
-    if frame.origin is None or not _is_in_bucket(frame):
+    """Let a frame of a bucket or web server be read again if that fails for a time."""
+    if frame.origin is None or not _is_on_server(frame):
         return frame
     return replace(frame, read=partial(read_patiently, frame.read, frame.origin))
 
@@ -291,7 +290,7 @@ def _predictions(
     queued: Callable[[], None],
 ) -> Iterator[Prediction]:
     if not cautious:
-        readers = _REMOTE_READERS if any(map(_is_in_bucket, frames)) else _LOCAL_READERS
+        readers = _REMOTE_READERS if any(map(_is_on_server, frames)) else _LOCAL_READERS
         predictions = predict_frames(
             frames,
             model,
@@ -316,7 +315,6 @@ def _predictions(
             yield from found
 
 
-def _is_in_bucket(frame: Frame) -> bool:
+def _is_on_server(frame: Frame) -> bool:
     origin = frame.origin
-    uris = origin.values() if isinstance(origin, Mapping) else (str(origin),)
-    return any(storage.parse(uri).scheme == "s3" for uri in uris)
+    return any(map(on_server, origin.values() if isinstance(origin, Mapping) else (str(origin),)))

@@ -1,20 +1,22 @@
 """Patience with sources and destinations that fail for a time.
 
-botocore repeats a request within seconds; what is repeated here outlasts a restart of the server. What no repetition
-mends (no such object, no access, a full disk of this machine) is raised at once.
+botocore and `serve.storage.download` repeat a request within seconds; what is repeated here outlasts a restart of the
+server. What no repetition mends (no such object, no access, a full disk of this machine) is raised at once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from serve import storage
-from serve.errors import AccessDenied, ObjectNotFound, StorageError, UriError
+from serve.errors import AccessDenied, DownloadError, ObjectNotFound, StorageError, UriError
 from serve.protocol.batch import Body
 
-__all__ = ["SourceGone", "read_patiently", "repeat"]
+__all__ = ["SourceGone", "keys_patiently", "on_server", "read_patiently", "repeat", "repeat_reading"]
 
 T = TypeVar("T")
 
@@ -22,7 +24,8 @@ T = TypeVar("T")
 _WRITE_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 _READ_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 _FINAL = (ObjectNotFound, AccessDenied, UriError)
-_last_read: dict[tuple[str, str], storage.Location] = {}  # by this process, of each cluster and bucket
+_Place = tuple[str, str]  # cluster and bucket, or scheme and host
+_last_read: dict[_Place, storage.Location] = {}  # by this process
 
 
 class SourceGone(StorageError):
@@ -30,7 +33,7 @@ class SourceGone(StorageError):
 
 
 def repeat(action: Callable[[], T], pauses_s: tuple[float, ...] = ()) -> T:
-    """Do something with a bucket, again after each of the pauses (seconds) if the bucket fails.
+    """Do something with a bucket or server, again after each of the pauses (seconds) if that fails.
 
     Raises:
         StorageError: the last failure, or one that no repetition mends.
@@ -38,15 +41,46 @@ def repeat(action: Callable[[], T], pauses_s: tuple[float, ...] = ()) -> T:
     for pause_s in pauses_s or _WRITE_PAUSES_S:
         try:
             return action()
-        except _FINAL:
-            raise
-        except StorageError:
+        except StorageError as error:
+            if _is_final(error):
+                raise
             time.sleep(pause_s)
     return action()
 
 
+def repeat_reading(action: Callable[[], T]) -> T:
+    """Do as `repeat`, for as long as for a frame."""
+    return repeat(action, _READ_PAUSES_S)
+
+
+def keys_patiently(where: storage.Location) -> Iterator[str]:
+    """List a bucket or prefix as `serve.storage.s3.S3.keys`, and go on behind the last name if that fails for a time.
+
+    Raises:
+        StorageError: as `repeat`.
+    """
+    from serve.storage import s3
+
+    last, pauses = "", iter(_READ_PAUSES_S)
+    while True:
+        try:
+            for name in s3.connect(where.cluster).keys(where, after=last):
+                last, pauses = name, iter(_READ_PAUSES_S)
+                yield name
+            return
+        except StorageError as error:
+            if _is_final(error) or (pause_s := next(pauses, None)) is None:
+                raise
+            time.sleep(pause_s)
+
+
+def on_server(uri: str) -> bool:
+    """Whether a path or URI is in a bucket or on a web server, which may fail for a time."""
+    return storage.is_remote(uri) and storage.parse(uri).scheme in ("s3", "http")
+
+
 def read_patiently(read: Callable[[], Body], origin: str | Mapping[str, str]) -> Body:
-    """Read a frame of a bucket, with patience.
+    """Read a frame of a bucket or web server, with patience.
 
     Args:
         read: reads it.
@@ -54,44 +88,76 @@ def read_patiently(read: Callable[[], Body], origin: str | Mapping[str, str]) ->
 
     Raises:
         StorageError: this frame cannot be read.
-        SourceGone: its bucket does not answer at all, or refuses the credentials.
+        SourceGone: its bucket or server does not answer at all, or refuses the credentials.
     """
     uris = [origin] if isinstance(origin, str) else [*origin.values()]
     # Parts of a frame may lie in several places, on this machine too.
-    where = next(each for each in map(storage.parse, uris) if each.scheme == "s3")
+    places = {_place(where): where for where in map(storage.parse, filter(on_server, uris))}
     try:
-        body = repeat(read, _READ_PAUSES_S)
+        body = repeat_reading(read)
     except ObjectNotFound:
         raise
     except StorageError as error:
-        _check_health(where, error)
+        for where in places.values():
+            _check_health(where, error)
         raise
-    if not where.path.endswith("/"):
-        _last_read[where.cluster, where.bucket] = where
+    _last_read.update({place: where for place, where in places.items() if not where.path.endswith("/")})
     return body
 
 
-def _check_health(where: storage.Location, failure: StorageError) -> None:
-    """Ask the bucket of an object that cannot be read for something else."""
-    from serve.storage import s3
+def _is_final(error: StorageError) -> bool:
+    return isinstance(error, _FINAL) or (isinstance(error, DownloadError) and error.is_final)
 
-    folder = storage.Location("s3", where.path.rpartition("/")[0], where.bucket, where.cluster)
+
+def _place(where: storage.Location) -> _Place:
+    if where.scheme == "http":
+        parts = urlsplit(where.path)
+        return parts.scheme, parts.netloc
+    return where.cluster, where.bucket
+
+
+def _check_health(where: storage.Location, failure: StorageError) -> None:
+    """Ask the bucket or server of what cannot be read for something else.
+
+    Raises:
+        SourceGone: it gives nothing else either.
+    """
     try:
-        s3.connect(where.cluster).is_folder(folder)
+        _ask(_root(where))
     except StorageError as error:
         if not (isinstance(error, AccessDenied) and _reads_others(where)):
             raise SourceGone(f"the source does not answer: {error}") from failure
 
 
-def _reads_others(where: storage.Location) -> bool:
-    """Whether another frame of the bucket can be read, by an account that may not list it."""
-    from serve.storage import s3
+def _root(where: storage.Location) -> storage.Location:
+    """Return what is asked for, of a bucket its listing below the folder."""
+    if where.scheme == "http":
+        scheme, host = _place(where)
+        return replace(where, path=f"{scheme}://{host}/")
+    return replace(where, path=where.path.rpartition("/")[0])
 
+
+def _ask(where: storage.Location, *, is_file: bool = False) -> None:
+    from serve.storage import http, s3
+
+    if where.scheme == "s3":
+        store = s3.connect(where.cluster)
+        (store.is_file if is_file else store.is_folder)(where)
+        return
+    try:
+        http.probe(where)
+    except ObjectNotFound:  # which is an answer
+        return
+
+
+def _reads_others(where: storage.Location) -> bool:
+    """Whether another frame of the bucket or server can be read, by an account that may not list it."""
     for pause_s in (0.0, *_READ_PAUSES_S):  # the first frames of a process are read at the same time
         time.sleep(pause_s)
-        if (other := _last_read.get((where.cluster, where.bucket))) is not None:
+        if (other := _last_read.get(_place(where))) is not None:
             try:
-                return s3.connect(other.cluster).is_file(other)
+                _ask(other, is_file=True)
             except StorageError:
                 return False
+            return True
     return False

@@ -19,6 +19,7 @@ from serve.bulk.parts import Engine, Job
 from serve.bulk.processes import LocalEngine
 from serve.bulk.progress import Progress
 from serve.bulk.ray_engine import RayEngine
+from serve.bulk.retry import repeat_reading
 from serve.bulk.run import BulkRun, Summary, execute, plan_run
 from serve.cli.entry import (
     add_checkpoint_flags,
@@ -140,7 +141,7 @@ def _outputs(args: argparse.Namespace) -> Outputs:
 def _manifest(source: str, stack: ExitStack) -> Manifest | None:
     """Open the source if it is a manifest; paths on standard input are relative to the working folder."""
     if source != "-":
-        return open_manifest(source) if is_manifest(source) else None
+        return repeat_reading(lambda: open_manifest(source)) if is_manifest(source) else None
     path = stack.enter_context(copied(sys.stdin.buffer))
     return open_manifest(
         str(path), storage.Location("file", os.path.join(os.getcwd(), "-")), what="standard input"

@@ -96,7 +96,7 @@ class CameraFinder:
 
 
 def _names(frame: Frame) -> list[str]:
-    """What files that belong to a frame are called, less their suffix: as its results, or as the frame itself."""
+    """Names without suffix of files that belong to a frame: those of its results, or of the frame itself."""
     return list(dict.fromkeys((Path(frame.stem).name, Path(bare(frame.name)).name)))
 
 

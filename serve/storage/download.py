@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from serve.errors import DownloadError
+from serve.errors import AccessDenied, DownloadError, ObjectNotFound, StorageError
 from serve.storage.hashes import hash_in_name, sha256_of
 from serve.storage.lock import hold_lock
 from serve.storage.uri import redact_url
@@ -30,13 +31,19 @@ from serve.storage.uri import redact_url
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["cache_path", "fetch"]
+__all__ = ["cache_path", "fetch", "read"]
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _PROGRESS_THAT_COUNTS = 1 << 20
 _MAX_REDIRECTS = 5
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_ERRORS: dict[int, type[StorageError]] = {
+    401: AccessDenied,
+    403: AccessDenied,
+    404: ObjectNotFound,
+    410: ObjectNotFound,
+}
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)$")
 
 
@@ -107,6 +114,19 @@ def fetch(
     return target
 
 
+def read(url: str, *, timeout_s: float = 30.0, retries: int = 4, backoff_s: float = 0.5) -> bytes:
+    """Return the bytes of the file at `url`, whatever it is called; nothing is cached. Arguments as of `fetch`.
+
+    Raises:
+        ObjectNotFound: the server has no such file.
+        AccessDenied: the server refuses it.
+        DownloadError: unreachable, rejected, interrupted too often, disk full.
+    """
+    with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as folder:
+        job = _Transfer(url, Path(folder, "body"), None, False, timeout_s, retries, backoff_s, by_hand=False)
+        return job.read()
+
+
 class _Retry(Exception):
     """A failed attempt that is worth another one; `wait_s` is the delay that the server asked for."""
 
@@ -125,6 +145,7 @@ class _Transfer:
     timeout_s: float
     retries: int
     backoff_s: float
+    by_hand: bool = True  # whether a person can help by putting the file there
 
     @property
     def part(self) -> Path:
@@ -153,6 +174,10 @@ class _Transfer:
         os.replace(self.part, self.target)
         self.notes.unlink(missing_ok=True)
 
+    def read(self) -> bytes:
+        self._download()
+        return self.part.read_bytes()
+
     def _download(self) -> None:
         import httpx
 
@@ -168,7 +193,7 @@ class _Transfer:
                     failures = 1 if gained >= _PROGRESS_THAT_COUNTS else failures + 1
                     allowed = min(self.retries, 1) if retry.unreachable else self.retries
                     if failures > allowed:
-                        raise DownloadError(self._add_manual_hint(str(retry))) from retry
+                        raise self._failure(str(retry), is_final=False) from retry
                     wait_s = min(self.backoff_s * 2.0 ** (failures - 1), 30.0)
                     if retry.wait_s is not None:
                         wait_s = min(retry.wait_s, 60.0)
@@ -193,9 +218,7 @@ class _Transfer:
         except httpx.TimeoutException as error:
             raise _Retry(f"no data for {self.timeout_s:g} s") from error
         except (httpx.TooManyRedirects, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise DownloadError(
-                self._add_manual_hint(f"the server's redirect cannot be followed ({error})")
-            ) from error
+            raise self._failure(f"the server's redirect cannot be followed ({error})") from error
         except httpx.TransportError as error:
             raise _Retry(f"the connection was lost ({_describe(error)})") from error
 
@@ -207,13 +230,11 @@ class _Transfer:
         if status in _RETRIED_STATUS:
             raise _Retry(f"the server answered {status}", wait_s=_retry_after(response))
         if status not in (200, 206) or (status == 206 and not have):
-            raise DownloadError(
-                self._add_manual_hint(f"the server answered {status} for {redact_url(self.url)}")
-            )
+            raise self._failure(f"the server answered {status} for {redact_url(self.url)}", status)
         if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-            raise DownloadError(self._add_manual_hint("the server sends only compressed bodies"))
+            raise self._failure("the server sends only compressed bodies")
         if self.url.startswith("https:") and response.url.scheme == "http" and not self.expected:
-            raise DownloadError(self._add_manual_hint("the server redirects from https to plain http"))
+            raise self._failure("the server redirects from https to plain http")
 
         length = _length(response)
         if status == 206:
@@ -305,8 +326,18 @@ class _Transfer:
                 f"{self.target.parent}; make room or use another cache folder"
             )
 
-    def _add_manual_hint(self, reason: str) -> str:
-        return f"{reason}; download {redact_url(self.url)} on another machine and save it as {self.target}"
+    def _failure(self, reason: str, status: int = 0, *, is_final: bool = True) -> StorageError:
+        """Make the error of a download that is given up."""
+        url = redact_url(self.url)
+        if not self.by_hand and status in _ERRORS:
+            return _ERRORS[status](f"{url} cannot be read: the server answered {status}")
+        error = DownloadError(
+            f"{reason}; download {url} on another machine and save it as {self.target}"
+            if self.by_hand
+            else f"{url} cannot be read: {reason}"
+        )
+        error.is_final = is_final
+        return error
 
 
 def _write(file: IO[bytes], piece: bytes) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from serve.errors import AccessDenied, ObjectNotFound, StorageError
 from serve.storage import download
-from serve.storage.cache import Cache
+from serve.storage.cache import Cache, map_disk_errors
 from serve.storage.hashes import hash_in_name
 from serve.storage.uri import Location
 
-__all__ = ["exists", "local_path", "read"]
+__all__ = ["exists", "local_path", "probe", "read"]
 
 _TIMEOUT_S = 30.0
 
@@ -28,10 +28,12 @@ def read(where: Location) -> bytes:
     """Read all bytes at the URL.
 
     Raises:
+        ObjectNotFound: it does not exist.
+        AccessDenied: the server refuses it.
         DownloadError: unreachable, rejected, or interrupted too often.
     """
-    with tempfile.TemporaryDirectory(prefix="mmdet3d-serve-") as folder:
-        return download.fetch(where.path, Path(folder), progress=False).read_bytes()
+    with map_disk_errors(tempfile.gettempdir()):
+        return download.read(where.path)
 
 
 def local_path(where: Location, cache: Cache, *, sha256: str | None = None, progress: bool = True) -> Path:
@@ -63,16 +65,28 @@ def exists(where: Location) -> bool:
     return True
 
 
+def probe(where: Location) -> None:
+    """Ask for the URL as `read` does, without its body; addresses that are signed for reading refuse other questions.
+
+    Raises:
+        ObjectNotFound: it does not exist.
+        AccessDenied: the server refuses it.
+        StorageError: the server cannot be reached, or fails.
+    """
+    _headers(where, "GET")
+
+
 def _version(where: Location) -> str | None:
     headers = _headers(where)
     return headers.get("etag") or headers.get("last-modified")
 
 
-def _headers(where: Location) -> dict[str, str]:
+def _headers(where: Location, method: str = "HEAD") -> dict[str, str]:
     import httpx
 
     try:
-        answer = httpx.head(where.path, follow_redirects=True, timeout=_TIMEOUT_S)
+        with httpx.stream(method, where.path, follow_redirects=True, timeout=_TIMEOUT_S) as answer:
+            pass
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise StorageError(f"the server of {where} cannot be reached ({type(error).__name__})") from error
     if answer.status_code in (404, 410):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["S3", "ListEntry", "ObjectInfo", "Options", "connect"]
 
 _PART_BYTES = 8 << 20
+_PAGE_KEYS = 1000  # the most that S3 lists at once
 _SHOW_PROGRESS_FROM = 32 << 20
 _HASH = "sha256"
 _DENIED = frozenset(
@@ -221,14 +222,21 @@ class S3:
                     if name and not name.endswith("/"):
                         yield ListEntry(name, False, entry["Size"])
 
-    def keys(self, where: Location) -> Iterator[str]:
+    def keys(self, where: Location, *, after: str = "") -> Iterator[str]:
         """Names of the objects below a bucket or prefix, in the server's order, at any depth; no page is kept.
+
+        Args:
+            where: the bucket or prefix.
+            after: the name that the first one comes after.
 
         Raises:
             ObjectNotFound: no such bucket. A prefix without objects yields nothing.
         """
         prefix = _as_folder(where.path)
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=where.bucket, Prefix=prefix)
+        start: dict[str, Any] = {"StartAfter": prefix + after} if after else {}
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=where.bucket, Prefix=prefix, PaginationConfig={"PageSize": _PAGE_KEYS}, **start
+        )
         with _map_errors(where):
             for page in pages:
                 for entry in page.get("Contents", ()):

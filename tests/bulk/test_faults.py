@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,9 +25,10 @@ from serve.bulk.processes import LocalEngine
 from serve.bulk.retry import SourceGone
 from serve.bulk.run import BulkRun, execute, plan_run
 from serve.errors import StorageError
-from serve.predict.sources import open_source
+from serve.predict.frames import Clip
+from serve.predict.sources import frame_at, open_source
 from serve.protocol.options import FrameOptions
-from serve.storage import s3
+from serve.storage import download, s3
 from tests.bulk import fake
 from tests.bulk.test_run import lines, run
 from tests.conftest import ROOT
@@ -115,6 +117,90 @@ def test_a_source_that_is_gone_ends_the_part_instead_of_failing_its_frames(
         proxy.spoil = lambda method, path, headers, status=status: status
         with pytest.raises(SourceGone):
             predict(entries, tmp_path / "out")
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Web]:
+    """A web server with four frames, called as a download would check them by a hash."""
+    monkeypatch.setattr(retry, "_READ_PAUSES_S", (0.01, 0.01))
+    monkeypatch.setattr(download.read, "__kwdefaults__", {"timeout_s": 5.0, "retries": 0, "backoff_s": 0.0})
+    retry._last_read.clear()
+    with servers.web() as made:
+        made.files = {f"scan-2024010{k}:0.bin": b"x" * 16 * (k + 1) for k in range(4)}
+        yield made
+
+
+def answer(status: int, left: list[int] | None = None) -> Any:
+    """Make an answer of a web server: a status, or one of `left` while there are any and then a frame."""
+
+    def send(handler: servers.Handler) -> None:
+        found, body = (left.pop(), b"") if left else (status, b"x" if status == 200 else b"")
+        handler.send_response(found)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        if handler.command == "GET":
+            handler.wfile.write(body)
+
+    return send
+
+
+def web_entries(site: servers.Web) -> list[bytes]:
+    return [manifest_line(frame_at(name, name, site.url(name), Clip("web"))) for name in sorted(site.files)]
+
+
+def test_frames_of_a_web_server_are_asked_for_again_or_recorded(site: Any, tmp_path: Path) -> None:
+    entries, names, failures = web_entries(site), sorted(site.files), [503, 503]
+    site.answers[names[0]] = answer(200, failures)
+    del site.files[names[1]]
+    site.answers[names[2]] = answer(503)
+    found = predict(entries, tmp_path / "out")
+    assert found == [None, "object_not_found", "download_failed", None] and not failures
+    (text,) = (line for line in (tmp_path / "out").read_text().splitlines() if "download_failed" in line)
+    assert tempfile.gettempdir() not in text  # the same run has the same bytes
+
+
+def test_a_frame_is_denied_alone_by_a_web_server_that_gives_others(
+    site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "_READ_PAUSES_S", (0.01,) * 1000)
+    site.answers[""] = site.answers[sorted(site.files)[0]] = answer(403)
+    assert predict(web_entries(site), tmp_path / "out") == ["access_denied", None, None, None]
+
+
+def test_a_web_server_that_is_gone_ends_the_part_instead_of_failing_its_frames(
+    site: Any, tmp_path: Path
+) -> None:
+    for status in (503, 403):
+        site.answers = dict.fromkeys(("", *site.files), answer(status))
+        with pytest.raises(SourceGone):
+            predict(web_entries(site), tmp_path / "out")
+
+
+def test_parts_of_a_frame_in_several_places_end_the_run_if_one_of_those_is_gone(
+    proxy: Any, site: Any, tmp_path: Path
+) -> None:
+    name = sorted(site.files)[0]
+    parts = {"a": f"s3://{BUCKET}/drive/0.bin", "b": site.url(name), "c": str(tmp_path / "c.bin")}
+    (tmp_path / "c.bin").write_bytes(b"x")
+    entries = [manifest_line(frame_at("one", "one", parts, Clip("parts")))]
+    assert predict(entries, tmp_path / "out") == [None]
+    site.answers = dict.fromkeys(("", name), answer(503))
+    with pytest.raises(SourceGone):
+        predict(entries, tmp_path / "out")
+    site.answers[""] = answer(404)
+    assert predict(entries, tmp_path / "out") == ["download_failed"]
+
+
+def test_a_listing_goes_on_where_it_failed(proxy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_PAGE_KEYS", 1)
+    expected, pages, failures = manifest(), [0], [503]
+
+    def spoil(method: str, path: str, headers: Any) -> int | None:
+        pages[0] += "list-type" in path
+        return failures.pop() if failures and pages[0] > 2 else None
+
+    proxy.spoil = spoil
+    assert manifest() == expected and not failures and pages[0] < 9  # it does not begin anew
 
 
 def test_results_outlast_a_bucket_that_fails_for_a_time(proxy: Any) -> None:
