@@ -129,7 +129,7 @@ SECTIONS: dict[str, tuple[Limit, ...]] = {
             BadRequest,
             "BYTES",
         ),
-        Limit("gateway.http_protocol:MAX_HEADER_LINES", "lines of a header", BadRequest, "N"),
+        Limit("gateway.request_head:MAX_HEADER_LINES", "lines of a header", BadRequest, "N"),
         Limit("max_timeout_s", "longest deadline that `timeout_ms` may name", UnknownOption),
         Limit("timeout_s", "deadline of a request that names none", DeadlineExceeded),
         Limit("errors:MAX_MESSAGE_CHARS", "longest message of an error", "the message is cut", "CHARACTERS"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -26,18 +25,17 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from serve.errors import BadRequest, NotReady, ServeError, error_body
 from serve.gateway import tcp
 from serve.gateway.admission import client_of
+from serve.gateway.request_head import RequestHead
+from serve.gateway.unread_answer import UnreadAnswer
 
-__all__ = ["MAX_HEADER_BYTES", "MAX_HEADER_LINES", "ConnectionLimits", "make_protocol_class"]
+__all__ = ["MAX_HEADER_BYTES", "ConnectionLimits", "make_protocol_class"]
 
 MAX_HEADER_BYTES = 64 * 1024  # the default of uvicorn's h11 implementation
-MAX_HEADER_LINES = 256
 # A head, and what may follow it, is parsed by pieces, so that few requests sent ahead are parsed before their turn.
 _HEAD_PIECE_BYTES = 4 * 1024
 _CHUNKED_PIECE_BYTES = 16 * 1024
 # Chunks that are parsed before other connections have a turn; a read of the socket brings 43,690 of one byte.
 _CHUNKS_PER_TURN = 1000
-# RFC 9112, 3.2: uri-host [":" port] of RFC 3986, possibly empty; anything else must be answered 400.
-_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(:[0-9]*)?")
 # Of an answer that the system holds unsent beside what is under way; it would take megabytes, which no permit counts.
 _UNSENT_BYTES = 256 * 1024
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.02, 1.0
@@ -79,15 +77,12 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
             super().__init__(*arguments, **more)
             self._address = ""
             self._deadline: asyncio.TimerHandle | None = None
-            self._writing: asyncio.TimerHandle | None = None  # while an answer is not read
             self._looking: asyncio.TimerHandle | None = None  # while the client has ended its side
-            self._progress = 0
+            self._unread: UnreadAnswer  # once there is a connection
             self._running: Any = None  # the cycle that is being answered; `self.cycle` is the newest one
             self._in_header = True
             self._header_bytes = 0
-            self._header_lines = 0
-            self._hosts: list[bytes] = []
-            self._codings: list[bytes] = []  # of Transfer-Encoding
+            self._head = RequestHead()
             self._body_left = 0  # of a body with a Content-Length
             self._framing_bytes = 0  # since the last byte of a chunked body
             self._requests = 0
@@ -104,6 +99,7 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.flow = _Flow(transport, self._holds_back)
+            self._unread = UnreadAnswer(transport, limits.stall_timeout_s, limits.bytes_per_s)
             tcp.limit_unsent(transport, _UNSENT_BYTES)
             self._address = client_of({"client": self.client})
             addresses[self._address] += 1
@@ -116,9 +112,10 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
             addresses[self._address] -= 1
             if not addresses[self._address]:
                 del addresses[self._address]
-            for timer in (self._deadline, self._writing, self._looking):
+            for timer in (self._deadline, self._looking):
                 if timer is not None:
                     timer.cancel()
+            self._unread.stop()
             self._unparsed = b""
             cycle = self._running
             super().connection_lost(exc)
@@ -206,29 +203,24 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._in_header = True
-            self._header_lines = self._body_left = 0
-            self._hosts, self._codings = [], []
+            self._body_left = 0
+            self._head = RequestHead()
             self._start_deadline(limits.header_timeout_s)
 
         def on_header(self, name: bytes, value: bytes) -> None:
             if not self._in_header:
                 return  # a trailer, which no route reads
-            self._header_lines += 1
-            if self._header_lines > MAX_HEADER_LINES:
-                return
             name = name.lower()
-            if name == b"host":
-                self._hosts.append(value)
-            elif name == b"transfer-encoding":
-                self._codings.append(value)
-            elif name == b"content-length":
+            if not self._head.add(name, value):
+                return
+            if name == b"content-length":
                 self._body_left = int(value)
             elif name == b"expect" and value.lower() == b"100-continue":
                 self.expect_100_continue = True
             self.headers.append((name, value))
 
         def on_headers_complete(self) -> None:
-            refusal = self._check_head()
+            refusal = self._head.check(self.parser.get_http_version())
             if refusal is None:
                 super().on_headers_complete()
             else:
@@ -245,19 +237,6 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
             if self.pipeline:
                 self._watch_client()  # reading is paused, so that its end would not be read
             self._start_deadline(limits.request_timeout_s)
-
-        def _check_head(self) -> ServeError | None:
-            if self._header_lines > MAX_HEADER_LINES:
-                return BadRequest(f"the request header has more than {MAX_HEADER_LINES} lines")
-            hosts = len(self._hosts)
-            if hosts > 1 or (hosts == 0 and self.parser.get_http_version() != "1.0"):
-                return BadRequest(f"a request must have one Host header, this one has {hosts}")
-            if hosts and not _HOST.fullmatch(self._hosts[0].strip(b" \t")):
-                return BadRequest("the Host header is not a name or address with an optional port")
-            # The parser takes any list that ends in chunked, and would pass the other coding on as the body.
-            if self._codings and [one.strip(b" \t").lower() for one in self._codings] != [b"chunked"]:
-                return BadRequest("Transfer-Encoding may be chunked only; send the body uncompressed")
-            return None
 
         def on_body(self, body: bytes) -> None:
             self._framing_bytes = 0
@@ -289,7 +268,7 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
         def on_response_complete(self) -> None:
             super().on_response_complete()
             if self.transport.is_closing():
-                self._watch_writing()
+                self._unread.watch()
             elif not self._is_answering() and self._refusal is not None:
                 self._send_refusal(self._refusal)
             elif self._unparsed and not self.pipeline:
@@ -342,9 +321,8 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
                 self._deadline = None
 
         def _on_deadline(self, seconds: float) -> None:
-            if (
-                self.pipeline or self._unparsed
-            ):  # reading is paused while an earlier request is being answered
+            # Reading is paused while an earlier request is being answered.
+            if self.pipeline or self._unparsed:
                 self._start_deadline(seconds)
             else:
                 self._close()
@@ -356,40 +334,16 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
             """Close once everything is written, or is not read."""
             if not self.transport.is_closing():
                 self.transport.close()
-                self._watch_writing()
-
-        def _cut(self) -> None:
-            """Reset the connection, so that the system drops what it holds for it as well."""
-            tcp.reset(self.transport)
+                self._unread.watch()
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._watch_writing()
+            self._unread.watch()
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            if self._writing is not None and not self.transport.is_closing():
-                self._writing.cancel()
-                self._writing = None
-
-        def _watch_writing(self) -> None:
-            if self._writing is None and self.transport.get_write_buffer_size():
-                self._progress = self._read_progress()
-                self._writing = self.loop.call_later(limits.stall_timeout_s, self._on_writing)
-
-        def _on_writing(self) -> None:
-            self._writing = None
-            if self._read_progress() - self._progress < limits.bytes_per_s * limits.stall_timeout_s:
-                self._cut()
-            else:
-                self._watch_writing()
-
-        def _read_progress(self) -> int:
-            """Bytes that the client's system has taken; where that is unknown, those that have left this process."""
-            acked = tcp.acked_bytes(self.transport)
-            if acked is not None:
-                return acked
-            return -self.transport.get_write_buffer_size()
+            if not self.transport.is_closing():
+                self._unread.stop()
 
         # Clients that have ended their side, or may have while nothing is read
 
@@ -410,7 +364,7 @@ def make_protocol_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
                 return
             state = tcp.state(self.transport)
             if state == tcp.CLOSE:
-                self._cut()
+                tcp.reset(self.transport)
                 return
             cycle = self._running
             may_have_ended = self._half_closed or state == tcp.CLOSE_WAIT

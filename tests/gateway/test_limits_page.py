@@ -280,7 +280,7 @@ def test_deadline_and_full_queue_are_answered_as_the_page_says(start_gateway, ba
 # Rows with an error that take time, clients, files or other processes: each has a test of its own.
 ELSEWHERE = {
     "gateway.http_protocol:MAX_HEADER_BYTES": "tests/gateway/test_http_protocol.py",
-    "gateway.http_protocol:MAX_HEADER_LINES": "tests/gateway/test_http_protocol.py",
+    "gateway.request_head:MAX_HEADER_LINES": "tests/gateway/test_http_protocol.py",
     "gateway.request:MAX_QUERY_BYTES": "tests/attacks/bodies",
     "gateway.grpc.wire:MAX_HEADER_BYTES": "tests/gateway/grpc/test_wire.py",
     "gateway.grpc.wire:MAX_FIELDS": "tests/gateway/grpc/test_wire.py",
