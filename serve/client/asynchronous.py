@@ -10,9 +10,9 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import httpx
 
-from serve.client.connection import connection_arguments, read_headers
+from serve.client.connection import Connections, connection_arguments, read_headers
 from serve.client.frames import FrameInput
-from serve.client.many import Window, check_order
+from serve.client.many import Window, check_many
 from serve.client.options import PredictOptions
 from serve.client.requests import CONNECT_S, Calls, Reply, Send, Steps, Wait
 from serve.client.results import Result
@@ -41,7 +41,8 @@ class AsyncClient:
         verify: ssl.SSLContext | None = None,
     ) -> None:
         self._calls = Calls(address, timeout_s, retry or Retry())
-        self._http = httpx.AsyncClient(**connection_arguments(self._calls.url, token, compress, verify))
+        arguments = connection_arguments(self._calls.url, token, compress, verify)
+        self._connections = Connections(lambda: httpx.AsyncClient(**arguments))
 
     async def __aenter__(self) -> Self:
         """Keep connections open for several requests."""
@@ -55,7 +56,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        await self._connections.get().aclose()
 
     async def predict(
         self,
@@ -113,7 +114,7 @@ class AsyncClient:
         **options: Unpack[PredictOptions],
     ) -> AsyncIterator[Result | ServeError]:
         """Send many frames side by side; yields their results in order, as `Client.predict_many` does."""
-        check_order(options, concurrency)
+        check_many(frames, options, concurrency)
         turns = asyncio.Semaphore(concurrency)
         window: Window[asyncio.Task[Result]] = Window(2 * concurrency)
 
@@ -181,9 +182,9 @@ class AsyncClient:
 
     async def _send(self, step: Send) -> Reply:
         timeout = httpx.Timeout(step.timeout_s, connect=min(step.timeout_s, CONNECT_S))
-        with self._calls.map_errors(step.timeout_s):
+        with self._calls.map_errors(step):
             async with asyncio.timeout(step.timeout_s):
-                response = await self._http.request(**step.request.arguments(), timeout=timeout)
+                response = await self._connections.get().request(**step.request.arguments(), timeout=timeout)
                 return Reply(response.status_code, read_headers(response), response.content)
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ssl
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import httpx
 
-from serve.client.connection import connection_arguments, read_headers
+from serve.client.connection import Connections, connection_arguments, read_headers
 from serve.client.frames import FrameInput
-from serve.client.many import Window, check_order
+from serve.client.many import Threads, Window, check_many
 from serve.client.options import PredictOptions
 from serve.client.requests import CONNECT_S, Calls, Reply, Send, Steps, Wait
 from serve.client.results import Result
@@ -53,7 +55,8 @@ class Client:
         verify: ssl.SSLContext | None = None,
     ) -> None:
         self._calls = Calls(address, timeout_s, retry or Retry())
-        self._http = httpx.Client(**connection_arguments(self._calls.url, token, compress, verify))
+        arguments = connection_arguments(self._calls.url, token, compress, verify)
+        self._connections = Connections(lambda: httpx.Client(**arguments))
 
     def __enter__(self) -> Self:
         """Keep connections open for several requests."""
@@ -67,7 +70,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._connections.get().close()
 
     def predict(
         self,
@@ -154,25 +157,32 @@ class Client:
             options: see `PredictOptions`.
 
         Raises:
-            UnknownOption: the frames are of a track session and would arrive in any order.
+            UnknownOption: `concurrency` is no such number, or the frames are of a track session and would arrive in
+                any order.
+            UndecodableFrame: `frames` is a single frame.
             ServeError: as `predict`, for the first frame that fails, unless `return_errors`.
         """
-        check_order(options, concurrency)
-        pool = ThreadPoolExecutor(concurrency, thread_name_prefix="client")
+        check_many(frames, options, concurrency)
+        threads = Threads(concurrency)
         window: Window[Future[Result]] = Window(2 * concurrency)
 
         def send(frame: FrameInput) -> Result:
-            return self.predict(frame, model, version, timeout_s=timeout_s, **options)
+            steps = self._calls.predict(frame, model, version, options, timeout_s=timeout_s)
+            return self._run(steps, threads.stopped)
 
+        wait = True
         try:
             for frame in frames:
-                window.add(pool.submit(send, frame))
+                window.add(threads.submit(partial(send, frame)))
                 for each in window.take():
                     yield _outcome(each, return_errors)
             for each in window.take(ended=True):
                 yield _outcome(each, return_errors)
+        except (KeyboardInterrupt, SystemExit):
+            wait = False
+            raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            threads.stop(wait=wait)
 
     def draw(
         self,
@@ -221,8 +231,8 @@ class Client:
         """
         return self._run(self._calls.describe(model, version))
 
-    def _run(self, steps: Steps[T]) -> T:
-        """Do what a call asks for, until it returns."""
+    def _run(self, steps: Steps[T], stopped: threading.Event | None = None) -> T:
+        """Do what a call asks for, until it returns; a call that is `stopped` does not go on after a pause."""
         try:
             step = next(steps)
             while True:
@@ -230,7 +240,10 @@ class Client:
                     if isinstance(step, Send):
                         done: Any = self._send(step)
                     elif isinstance(step, Wait):
-                        time.sleep(step.seconds)
+                        if stopped is None:
+                            time.sleep(step.seconds)
+                        elif stopped.wait(step.seconds):
+                            raise CancelledError
                         done = None
                     else:
                         done = step.call()
@@ -246,8 +259,8 @@ class Client:
         end = time.monotonic() + step.timeout_s
         timeout = httpx.Timeout(step.timeout_s, connect=min(step.timeout_s, CONNECT_S))
         with (
-            self._calls.map_errors(step.timeout_s),
-            self._http.stream(**step.request.arguments(), timeout=timeout) as response,
+            self._calls.map_errors(step),
+            self._connections.get().stream(**step.request.arguments(), timeout=timeout) as response,
         ):
             content = bytearray()
             for piece in response.iter_bytes():

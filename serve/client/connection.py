@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx
 
-__all__ = ["connection_arguments", "read_headers"]
+from serve import __version__
+
+__all__ = ["Connections", "connection_arguments", "read_headers"]
+
+Http = TypeVar("Http", bound=httpx.Client | httpx.AsyncClient)
+
+
+class Connections(Generic[Http]):
+    """The connections of a client, those of a process that was forked anew.
+
+    A forked process has its parent's sockets. Two that send on one socket get each other's answers.
+
+    Args:
+        connect: makes them.
+    """
+
+    def __init__(self, connect: Callable[[], Http]) -> None:
+        self._connect = connect
+        self._made = connect()
+        self._process = os.getpid()
+
+    def get(self) -> Http:
+        """Return those of this process."""
+        if self._process != os.getpid() and not self._made.is_closed:
+            self._made, self._process = self._connect(), os.getpid()
+        return self._made
 
 
 def connection_arguments(
     url: httpx.URL, token: str | None, compress: bool, verify: ssl.SSLContext | None
 ) -> dict[str, Any]:
     """Return the arguments of `httpx.Client` and `httpx.AsyncClient`; see `serve.client.Client`."""
-    headers = {"Accept-Encoding": "gzip" if compress else "identity"}
+    headers = {
+        "Accept-Encoding": "gzip" if compress else "identity",
+        "User-Agent": f"mmdet3d-serve-client/{__version__}",
+    }
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
     return {

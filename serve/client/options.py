@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypedDict
+
+import numpy as np
 
 from serve.errors import UnknownOption
 
 __all__ = ["PredictOptions", "option_headers"]
+
+# What is an option elsewhere, and how the client has it.
+_ELSEWHERE = {
+    "timeout_ms": "the deadline is timeout_s, in seconds",
+    "camera": "to_kitti of the result takes the calibration",
+    "token": "it is an argument of the client",
+    "format": "a result has to_kitti and to_coco",
+}
 
 
 class PredictOptions(TypedDict, total=False):
@@ -32,9 +42,9 @@ class PredictOptions(TypedDict, total=False):
 
     score_thr: float | None
     max_detections: int | None
-    classes: list[str] | tuple[str, ...] | str | None
+    classes: Iterable[str] | None
     class_thr: Mapping[str, float] | str | None
-    fields: list[str] | tuple[str, ...] | str | None
+    fields: Iterable[str] | None
     columns: str | None
     load_dim: int | None
     num_points: int | None
@@ -46,21 +56,53 @@ class PredictOptions(TypedDict, total=False):
 
 
 def option_headers(options: PredictOptions) -> dict[str, str]:
-    """Return options as headers, because TorchServe drops the query string of ``/predictions``."""
+    """Return options as headers, because TorchServe drops the query string of ``/predictions``.
+
+    Raises:
+        UnknownOption: an unknown name, for which the message says what is meant, or a value that is none.
+    """
     known = PredictOptions.__annotations__
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise UnknownOption(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        meant = _ELSEWHERE.get(unknown[0], f"known: {', '.join(sorted(known))}")
+        raise UnknownOption(f"unknown option {unknown[0]!r}; {meant}")
     return {
-        f"X-{name.replace('_', '-').title()}": _option_text(value)
+        f"X-{name.replace('_', '-').title()}": _option_text(name, value)
         for name, value in options.items()
         if value is not None
     }
 
 
-def _option_text(value: object) -> str:
+def _option_text(name: str, value: object) -> str:
+    """Return the value of an option as a header holds it: printable ASCII, as JSON where there is another sign."""
     if isinstance(value, str):
-        return value if value.isascii() else json.dumps(value.split(","))
-    if isinstance(value, Mapping):
-        return json.dumps(dict(value))
-    return json.dumps(list(value)) if isinstance(value, list | tuple) else str(value)
+        return value if value.isascii() and value.isprintable() else _as_json(name, value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    try:
+        if isinstance(value, Mapping):
+            return json.dumps(dict(value), default=_as_number)
+        return json.dumps([str(each) for each in value]) if isinstance(value, Iterable) else str(value)
+    except (TypeError, ValueError) as error:
+        raise UnknownOption(f"{name} cannot be sent: {error}") from error
+
+
+def _as_json(name: str, text: str) -> str:
+    """Return names with commas between them, or scores by name, as JSON; text that is JSON already, in ASCII."""
+    try:
+        if text.lstrip().startswith(("[", "{")):
+            return json.dumps(json.loads(text))
+        if name in ("classes", "fields"):
+            return json.dumps([each.strip() for each in text.split(",")])
+        if name == "class_thr":
+            pairs = (each.rsplit("=", 1) for each in text.split(","))
+            return json.dumps({label.strip(): float(score) for label, score in pairs})
+    except ValueError:
+        pass
+    raise UnknownOption(f"{name} cannot be {text!r}")
+
+
+def _as_number(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} is no number")

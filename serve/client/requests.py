@@ -8,6 +8,7 @@ same generators.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from serve.errors import (
     ModelNotFound,
     NotReady,
     ServeError,
+    UnknownOption,
     error_from_response,
 )
 
@@ -38,6 +40,7 @@ CONNECT_S = 10.0  # enough for any server that runs
 _MAX_QUOTED_CHARS = 200  # of an unexpected answer in an error message
 # Longest deadline that is passed on: the gateway's default of the longest that a request may name.
 _MAX_PASSED_ON_S = 300.0
+_LONGEST_WAIT_S = 1e6  # of a socket, which takes no endless number of seconds
 _DEADLINE = "X-Timeout-Ms"
 T = TypeVar("T")
 
@@ -71,23 +74,30 @@ class Reply:
     content: bytes
 
     def document(self) -> Any:
-        """Return the parsed body, None if it is not JSON."""
+        """Return the parsed body, None if it is not JSON, or nested too deep for a parser."""
         try:
             return json.loads(self.content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
     def error(self) -> ServeError:
         """Return the error that the response stands for."""
+        if 300 <= self.status < 400:
+            target = self.headers.get("location", "nowhere")[:_MAX_QUOTED_CHARS]
+            return BackendBroken(
+                f"the server answered {self.status}, a redirect to {target}, and redirects are not followed; pass the "
+                "address of the gateway itself"
+            )
         return error_from_response(self.status, self.document(), self.content.decode(errors="replace"))
 
 
 @dataclass(frozen=True)
 class Send:
-    """Send a request, and give back its `Reply` within `timeout_s` seconds."""
+    """Send a request, and give back its `Reply` within `timeout_s` seconds, what is left of `deadline_s`."""
 
     request: Request
     timeout_s: float
+    deadline_s: float
 
 
 @dataclass(frozen=True)
@@ -124,17 +134,28 @@ class Calls:
     timeout_s: float
     retry: Retry
 
+    def __post_init__(self) -> None:
+        _check_deadline(self.timeout_s)
+
     @property
     def url(self) -> httpx.URL:
         """The server's address as a URL."""
+        text = self.address.strip()
         try:
-            parsed = httpx.URL(self.address if "://" in self.address else f"http://{self.address}")
-            if parsed.scheme not in ("http", "https") or not parsed.host:
+            parsed = httpx.URL(text if "://" in text else f"http://{text}")
+            if parsed.scheme not in ("http", "https") or not parsed.host or text.startswith("unix:"):
                 raise httpx.InvalidURL("no host")
+            if parsed.query or parsed.fragment or not 0 < (parsed.port or 80) < 1 << 16:
+                raise httpx.InvalidURL("no address of a server")
         except (httpx.InvalidURL, ValueError) as error:
-            message = f"invalid server address {self.address!r}; use host:port, for example 127.0.0.1:8080"
+            message = f"invalid server address {self.where!r}; use host:port, for example 127.0.0.1:8080"
             raise BadRequest(message) from error
         return parsed
+
+    @property
+    def where(self) -> str:
+        """The address as messages show it, without a password."""
+        return re.sub(r"^(\w+://)?[^/@]*@", r"\1", self.address.strip())
 
     # Calls
 
@@ -169,7 +190,7 @@ class Calls:
 
     def models(self, model: str | None = None) -> Steps[list[dict[str, Any]] | None]:
         """Ask for the descriptions of all models, or of the versions of one; returns None for TorchServe."""
-        path = "/models" if model is None else f"/models/{quote(model, safe='')}"
+        path = "/models" if model is None else f"/models/{_segment('model', model)}"
         request = Work(lambda: Request("GET", path))
         return (yield from self._exchange(request, self._read_models))
 
@@ -181,7 +202,7 @@ class Calls:
         for each in entries:
             if each.get("version") == version if version is not None else each.get("default"):
                 return each
-        raise ModelNotFound(f"{self.address} has no version {version} of model '{model}'")
+        raise ModelNotFound(f"{self.where} has no version {version} of model '{model}'")
 
     # Requests
 
@@ -195,9 +216,11 @@ class Calls:
         timeout_s: float | None,
         accept: str = "application/json",
     ) -> Work:
-        path = f"/predictions/{quote(model, safe='')}"
+        if timeout_s is not None:
+            _check_deadline(timeout_s)
+        path = f"/predictions/{_segment('model', model)}"
         if version is not None:
-            path += f"/{quote(version, safe='')}"
+            path += f"/{_segment('version', version)}"
         headers = {"Accept": accept, **option_headers(options)}
         if timeout_s is not None and timeout_s <= _MAX_PASSED_ON_S:  # so that nothing late is computed
             headers[_DEADLINE] = _milliseconds(timeout_s)
@@ -218,9 +241,9 @@ class Calls:
         while True:
             attempt += 1
             reply: Reply | None = None
-            left_s = max(0.001, end - time.monotonic())
+            left_s = min(max(0.001, end - time.monotonic()), _LONGEST_WAIT_S)
             try:
-                reply = yield Send(_with_deadline(made, left_s), left_s)
+                reply = yield Send(_with_deadline(made, left_s), left_s, limit_s)
                 return read(reply)
             except ServeError as error:
                 pause_s = retry.pause_s(error, attempt, None if reply is None else reply.headers)
@@ -237,7 +260,7 @@ class Calls:
         if not isinstance(answer, dict):
             shown = reply.content[:_MAX_QUOTED_CHARS].decode(errors="replace")
             raise BackendBroken(
-                f"unexpected answer of {self.address}, not the detections of one frame: {shown}"
+                f"unexpected answer of {self.where}, not the detections of one frame: {shown}"
             )
         if "error" in answer:  # an error with status 200 violates the contract
             raise error_from_response(502, answer)
@@ -247,7 +270,7 @@ class Calls:
         if reply.status != 200:
             raise reply.error()
         if reply.headers.get("content-type") != "image/png":
-            raise BadRequest(f"{self.address} draws no pictures; use the gateway's address (port 8000)")
+            raise BadRequest(f"{self.where} draws no pictures; use the gateway's address (port 8000)")
         return reply.content
 
     def _read_models(self, reply: Reply) -> list[dict[str, Any]] | None:
@@ -258,20 +281,20 @@ class Calls:
         if reply.status != 200:
             raise reply.error()
         if not isinstance(answer, list) or not all(isinstance(each, dict) for each in answer):
-            raise BackendBroken(f"unexpected answer of {self.address}, not a list of models")
+            raise BackendBroken(f"unexpected answer of {self.where}, not a list of models")
         return answer
 
     @contextmanager
-    def map_errors(self, timeout_s: float) -> Iterator[None]:
+    def map_errors(self, step: Send) -> Iterator[None]:
         """Map exceptions of httpx to errors of `serve.errors`."""
-        where = self.address
+        where = self.where
         try:
             yield
         except httpx.ConnectTimeout as error:
-            shown = min(timeout_s, CONNECT_S)
+            shown = min(step.timeout_s, CONNECT_S)
             raise NotReady(f"cannot connect to {where} within {shown:g} s; check the address") from error
         except (httpx.TimeoutException, TimeoutError) as error:
-            raise DeadlineExceeded(f"{where} did not answer within {timeout_s:.3g} s") from error
+            raise DeadlineExceeded(f"{where} did not answer within {step.deadline_s:g} s") from error
         except httpx.ConnectError as error:
             message = f"cannot connect to {where} ({error}); start the server, or pass its address"
             raise NotReady(message) from error
@@ -296,6 +319,20 @@ def _with_deadline(request: Request, left_s: float) -> Request:
     if _DEADLINE not in request.headers:
         return request
     return replace(request, headers={**request.headers, _DEADLINE: _milliseconds(left_s)})
+
+
+def _check_deadline(seconds: Any) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        raise UnknownOption(
+            f"timeout_s must be seconds above 0, or math.inf for no deadline, got {seconds!r}"
+        )
+
+
+def _segment(what: str, name: Any) -> str:
+    """Return a name as a segment of a path."""
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        raise BadRequest(f"{what} must be the name of a served {what}, a text, got {name!r}")
+    return quote(name, safe="")
 
 
 def _milliseconds(seconds: float) -> str:

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -198,9 +199,12 @@ class Result(Mapping[str, Any]):
             camera = calibration
         elif calibration is not None and image_size is not None:
             camera = _read_camera(calibration, image_size)
-        if camera is None and "bboxes_3d" in self:
-            raise BadRequest("KITTI's labels of boxes in 3D need calibration and image_size")
-        return format_labels(self._answer, camera)
+        if "bboxes_3d" in self:
+            self._field("box_type_3d")
+            if camera is None:
+                raise BadRequest("KITTI's labels of boxes in 3D need calibration and image_size")
+        with self._complete():
+            return format_labels(self._answer, camera)
 
     def to_coco(
         self, image_id: int = 0, category_ids: Mapping[str, int] | None = None
@@ -214,7 +218,18 @@ class Result(Mapping[str, Any]):
         Raises:
             BadRequest: these are no boxes in an image, or a class has no id.
         """
-        return list(results_of([{"frame": "", "answer": self._answer}], _GivenIds(image_id, category_ids)))
+        line = {"frame": "", "answer": self._answer}
+        with self._complete():
+            return list(results_of([line], _GivenIds(image_id, category_ids)))
+
+    @contextmanager
+    def _complete(self) -> Iterator[None]:
+        """Map a missing field to its error, of what is made from several."""
+        try:
+            yield
+        except KeyError as error:
+            self._field(str(error.args[0]))
+            raise
 
     def _of(self, name: str) -> Any:
         """Return a field that has another name in 3D."""

@@ -185,7 +185,7 @@ def test_every_error_class_round_trips_through_its_body() -> None:
 
 @pytest.mark.parametrize("address", ["", "http://", "ftp://host", "host:port", "[::1"])
 def test_invalid_address_is_rejected(address: str) -> None:
-    with pytest.raises(errors.BadRequest, match="host:port"):
+    with pytest.raises(errors.BadRequest):
         Client(address)
 
 

@@ -157,7 +157,7 @@ def test_kitti_labels_are_those_of_predict(tmp_path: Any) -> None:
 def test_kitti_labels_need_a_camera_in_3d(tmp_path: Any) -> None:
     found = result(BOXES_3D)
     for arguments in ((), (CALIBRATION,), (None, (1242, 375))):
-        with pytest.raises(BadRequest, match="calibration"):
+        with pytest.raises(BadRequest):
             found.to_kitti(*arguments)
     for calibration in (
         tmp_path / "none.txt",
