@@ -25,14 +25,14 @@ SETUP_INPUTS := pyproject.toml setup.py tools/setup_env.py serve/ops/autoload.py
 CODE := serve handlers tools tests
 # How `make test` divides the tests (docs/testing.md): JOBS processes side by side.
 JOBS ?= 2
-# Rows of `make test-extras`.
-EXTRAS ?= labelling parquet proto ray rerun train triton ui
+# Rows of `make test-extras`, what takes longest first, so that of two jobs none is left with it at the end.
+EXTRAS ?= ui ray triton labelling train parquet rerun proto
 PARALLEL := --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder --max-worker-restart 2
 
 # Run a command for a task that will go, after a warning that names the command to use.
 deprecated = echo "warning: make $@ will be removed in 0.3; use: $(strip $(1))" >&2; exec $(1)
 
-.PHONY: help setup setup-train lint format docs test test-quick test-attack test-gpu test-extras test-labelling test-parquet test-proto test-ray test-rerun test-train test-triton test-ui test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check wheel-client compose-up k8s-render k8s-check sbom check-range lock proto ui clean distclean
+.PHONY: help setup setup-train lint lint-style lint-types lint-pages format docs test test-quick test-attack test-gpu test-extras test-labelling test-parquet test-proto test-ray test-rerun test-train test-triton test-ui test-soak demo demo-evaluate demo-train zoo-coverage bench bench-detector bench-ops bench-native bench-storage bench-env bench-serving archive fetch-models pack serve stop wheel image image-check wheel-client compose-up k8s-render k8s-check sbom check-range lock proto ui clean distclean
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,13 +53,21 @@ $(TRAIN_STAMP): $(STAMP) requirements/train.lock
 	@$(PY) tools/setup_env.py --venv $(VENV) --train
 	@touch $@
 
-lint: $(STAMP) docs ## Check style, types, layers of imports, Dockerfile, links and names in the documentation
+# Parts, which `make --jobs 2 lint` runs side by side.
+lint: lint-style docs lint-types lint-pages ## Check style, types, layers of imports, Dockerfile, links and names in the documentation
+
+lint-style: $(STAMP) #: Style, layers of imports and the Dockerfile, of `make lint`
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
-	$(VENV)/bin/mypy
 	PYTHONPATH=. $(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/hadolint docker/serve/Dockerfile
-	$(PY) -m pytest -q -p no:cacheprovider tests/docs
+
+lint-types: $(STAMP) #: Types, of `make lint`
+	$(VENV)/bin/mypy
+
+# The notebook runs in `make test`.
+lint-pages: $(STAMP) #: Links and names in the documentation, of `make lint`
+	$(PY) -m pytest -q -p no:cacheprovider -m "not slow" tests/docs
 
 docs: $(STAMP) ## Build the documentation as a site, build/site; a broken link or anchor fails
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
