@@ -24,6 +24,7 @@ from serve.runtime.accelerator.stand_in import DEVICE, stand_in_device  # noqa: 
 from serve.runtime.accelerator.transfer import download  # noqa: E402
 from serve.runtime.pipeline import frame_spec  # noqa: E402
 from serve.settings import Limits  # noqa: E402
+from tests.e2e.small_models import smaller_pictures  # noqa: E402
 from tools.bench.operators import BOUNDS, WAITING_PER_IMAGE, count  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -138,9 +139,11 @@ def test_tensors_of_all_kinds_are_downloaded_with_one_synchronisation():
 
 @pytest.fixture(scope="module", params=list(BOUNDS))
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> archive.Archive:
-    """A model of the zoo with random weights."""
+    """A model of the zoo with random weights; pictures are smaller, which changes no number of operators."""
     folder = tmp_path_factory.mktemp(request.param)
     config = zoo.resolve(request.param).config_path
+    if frame_spec(convert.resolve_config(config).config).modality == "image":
+        config = smaller_pictures(request.param, folder)
     resolved = convert.resolve_config(config).config
     write_random_checkpoint(resolved, tuple(convert.configured_classes(resolved)), folder / "r.pth")
     conversion = convert.Conversion(config, folder / "r.pth", folder, request.param, device="cpu")
