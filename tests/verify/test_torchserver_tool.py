@@ -1,7 +1,7 @@
-"""`serve.verify.reference`, `serve.verify.endpoint` and `tools/deployment/test_torchserver.py`, on a real socket.
+"""`serve.verify.reference` and `tools/deployment/test_torchserver.py`, on a real socket.
 
-The served side is a ten-line HTTP server that answers what a test tells it to; the native side is
-mmdet3d's SECOND (the demo's config) and mmdet's Faster R-CNN with random weights.
+The served side is scripted; the native side is mmdet3d's SECOND (the demo's config) and mmdet's Faster R-CNN with
+random weights.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,234 +19,18 @@ import pytest
 
 from serve import errors
 from serve.cli import run
-from serve.client import Client, frame_parts
-from serve.verify.endpoint import find_frames, read_token, verify
+from serve.verify.endpoint import find_frames
 from serve.verify.reference import ReferenceModel, filter_by_score
 from serve.verify.reference_loading import load_reference
-from serve.verify.report import draw_report, frame_table, summary
+from tests.verify.scripted import Answer, FakeTorchServe
 
 ROOT = Path(__file__).resolve().parents[2]
 SECOND = str(ROOT / "serve" / "assets" / "second_demo.py")
 ANOTHER_SECOND = "hv_second_secfpn_6x8_80e_kitti-3d-3class"  # its name before 1.0; the zoo knows today's
 FASTER_RCNN = "faster-rcnn_r50_fpn_1x_coco"
-LIDAR_BOX = [10.0, 2.0, -1.0, 3.9, 1.6, 1.5, 0.1]
-
-# Body and option headers (as {"score_thr": "0.3"}) to detections.
-Answer = Callable[[bytes, Mapping[str, str]], Mapping[str, Any]]
 
 
-class FakeTorchServe(ThreadingHTTPServer):
-    """Answers with ``self.answer(body, options)``; an exception of our tree becomes its error body."""
-
-    daemon_threads = True
-    answer: Answer
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, Mapping[str, str]]] = []
-        super().__init__(("127.0.0.1", 0), _Answering)
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server_port}"
-
-
-class _Answering(BaseHTTPRequestHandler):
-    server: FakeTorchServe
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        options = {
-            name[2:].lower().replace("-", "_"): value
-            for name, value in self.headers.items()
-            if name.lower().startswith("x-")
-        }
-        self.server.asked.append((self.path, options))
-        try:
-            status, answer = 200, self.server.answer(body, options)
-        except errors.ServeError as error:
-            status, answer = error.status, errors.error_body(error)
-        encoded = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(encoded)))
-        self.end_headers()
-        self.wfile.write(encoded)
-
-    def log_message(self, *_: Any) -> None: ...
-
-
-@pytest.fixture
-def server() -> Iterator[FakeTorchServe]:
-    with FakeTorchServe() as fake:
-        thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield fake
-        finally:
-            fake.shutdown()
-            thread.join()
-
-
-@dataclass
-class Scripted:
-    """A native model that answers from a table: file name → detections."""
-
-    found: dict[str, dict[str, Any]] = field(default_factory=dict)
-    modality: Any = "lidar"
-    classes: tuple[str, ...] = ("Pedestrian", "Cyclist", "Car")
-    box_type_3d: str | None = "LiDAR"
-    load_dim: int | None = 4
-
-    def detect(self, path: Path, variant: int = 0) -> dict[str, Any]:
-        return self.found.get(path.name) or lidar_answer()
-
-
-def lidar_answer(*scores: float, box: list[float] = LIDAR_BOX, **more: Any) -> dict[str, Any]:
-    return {
-        "bboxes_3d": [box] * len(scores),
-        "scores_3d": list(scores),
-        "labels_3d": [2] * len(scores),
-        "names": ["Car"] * len(scores),
-        "box_type_3d": "LiDAR",
-        **more,
-    }
-
-
-@pytest.fixture
-def frame(tmp_path: Path) -> Path:
-    path = tmp_path / "frame.bin"
-    np.zeros((8, 4), np.float32).tofile(path)
-    return path
-
-
-# --- frames and tokens ------------------------------------------------------------------------------------
-
-
-def test_find_frames_lists_a_folder_in_order(tmp_path: Path) -> None:
-    for name in ("b.bin", "a.BIN", "c.npy", "d.png", "labels.txt"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "folder.bin").mkdir()
-    assert [p.name for p in find_frames(tmp_path, "lidar")] == ["a.BIN", "b.bin", "c.npy"]
-    assert [p.name for p in find_frames(tmp_path, "image")] == ["d.png"]
-
-
-def test_find_frames_takes_a_folder_with_sweeps_for_one_frame(tmp_path: Path) -> None:
-    for frame in (tmp_path / "one", tmp_path / "two"):
-        frame.mkdir()
-        for name in ("points.bin", "sweep.0.bin", "sweeps.json"):
-            (frame / name).write_bytes(b"")
-    (tmp_path / "alone.bin").write_bytes(b"")
-    assert [p.name for p in find_frames(tmp_path, "lidar")] == ["alone.bin", "one", "two"]
-    assert find_frames(tmp_path / "one", "lidar") == [tmp_path / "one"]
-    assert set(frame_parts(tmp_path / "one")) == {"points", "sweep.0", "sweeps"}
-
-
-def test_find_frames_rejects_empty_and_missing_folders(tmp_path: Path) -> None:
-    with pytest.raises(errors.UndecodableFrame, match=r"\.bin, \.npy"):
-        find_frames(tmp_path, "lidar")
-    with pytest.raises(errors.UndecodableFrame):
-        find_frames(tmp_path / "nowhere", "image")
-
-
-def test_read_token_reads_bare_tokens_and_key_files(tmp_path: Path) -> None:
-    path = tmp_path / "token"
-    path.write_text("abc-DEF_1\n")
-    assert read_token(path) == "abc-DEF_1"
-    path.write_text(json.dumps({"management": {"key": "no"}, "inference": {"key": "yes"}}))
-    assert read_token(path) == "yes"
-    for bad in ("", "two words", '{"management": {}}', "{", "ключ"):
-        path.write_text(bad)
-        with pytest.raises(errors.BadRequest):
-            read_token(path)
-    with pytest.raises(errors.BadRequest):
-        read_token(tmp_path / "none")
-
-
-# --- verification with a scripted native side -------------------------------------------------------------
-
-
-def test_verify_sends_both_sides_the_same_threshold(server: FakeTorchServe, frame: Path) -> None:
-    server.answer = lambda body, options: lidar_answer(0.9, 0.4)
-    native = Scripted({"frame.bin": lidar_answer(0.9, 0.4, 0.24)})
-    with Client(server.address) as client:
-        reports = list(verify([frame], native, client, "second", score_thr=0.25))
-    assert reports[0].comparison.ok
-    assert server.asked == [("/predictions/second", {"score_thr": "0.25"})]
-    assert "2 detections compared" in summary(reports)
-
-
-def test_verify_accepts_no_detections(server: FakeTorchServe, frame: Path) -> None:
-    server.answer = lambda body, options: lidar_answer()
-    with Client(server.address) as client:
-        reports = list(verify([frame], Scripted(), client, "second"))
-    assert reports[0].comparison.ok
-    assert "--score-thr" in summary(reports)
-    assert "no detections on either side" in frame_table(reports[0])
-
-
-@pytest.mark.parametrize(
-    ("answer", "detail"),
-    [
-        (lidar_answer(box_type_3d="Depth"), "type Depth"),
-        (lidar_answer(0.9, names=["Van"]), "'Van'"),
-        (lidar_answer(0.9, labels_3d=[7]), "label 7"),
-        (lidar_answer(classes=["Car"]), "Pedestrian, Cyclist, Car"),
-        ({"bboxes": [], "scores": [], "labels": []}, "2D"),
-    ],
-)
-def test_another_model_under_the_name_raises_model_not_found(
-    server: FakeTorchServe, frame: Path, answer: dict[str, Any], detail: str
-) -> None:
-    server.answer = lambda body, options: answer
-    native = Scripted({"frame.bin": lidar_answer(0.9)})
-    with (
-        Client(server.address) as client,
-        pytest.raises(errors.ModelNotFound) as caught,
-    ):
-        list(verify([frame], native, client, "second"))
-    assert detail in str(caught.value)
-
-
-def test_response_without_detections_raises_backend_broken(server: FakeTorchServe, frame: Path) -> None:
-    server.answer = lambda body, options: {"hello": "world"}
-    with Client(server.address) as client, pytest.raises(errors.BackendBroken, match="hello"):
-        list(verify([frame], Scripted(), client, "second"))
-
-
-def test_summary_names_differing_frames_and_largest_deviation(server: FakeTorchServe, tmp_path: Path) -> None:
-    frames = [tmp_path / f"{k}.bin" for k in range(3)]
-    for k, path in enumerate(frames):
-        np.full((1, 4), k, np.float32).tofile(path)
-    native = Scripted({path.name: lidar_answer(0.9) for path in frames})
-
-    def answer(body: bytes, options: Mapping[str, str]) -> dict[str, Any]:
-        moved = 0.25 if np.frombuffer(body, np.float32)[0] == 1 else 0.0
-        return lidar_answer(0.9, box=[LIDAR_BOX[0] + moved, *LIDAR_BOX[1:]])
-
-    server.answer = answer
-    with Client(server.address) as client:
-        reports = list(verify(frames, native, client, "second"))
-    assert [report.comparison.ok for report in reports] == [True, False, True]
-    assert "MISMATCH: 2 of 3 frames agree" in summary(reports)
-    assert "frames that differ: 1.bin" in summary(reports)
-    assert "box 2.5e-01 m" in summary(reports)
-    written = draw_report(reports[1], tmp_path / "drawn", 4)
-    assert sorted(p.name for p in written) == ["1.bin.native.png", "1.bin.served.png"]
-    assert cv2.imread(str(written[0])).shape == (900, 1200, 3)
-
-
-def test_summary_notes_constant_predictions(server: FakeTorchServe, tmp_path: Path) -> None:
-    frames = [tmp_path / f"{k}.bin" for k in range(2)]
-    for path in frames:
-        np.zeros((1, 4), np.float32).tofile(path)
-    server.answer = lambda body, options: lidar_answer(0.9)
-    native = Scripted({path.name: lidar_answer(0.9) for path in frames})
-    with Client(server.address) as client:
-        reports = list(verify(frames, native, client, "second"))
-    assert "same in every frame" in summary(reports)
-    assert "same in every frame" not in summary(reports[:1])
-
-
-# --- the native side --------------------------------------------------------------------------------------
+# The native side
 
 
 def _random_weights(config: str, path: Path) -> Path:
@@ -473,7 +254,7 @@ def test_reference_faster_rcnn_detects_in_an_image(faster_rcnn: ReferenceModel, 
         faster_rcnn.detect(path)
 
 
-# --- the tool ---------------------------------------------------------------------------------------------
+# The tool
 
 
 @pytest.fixture(scope="module")
