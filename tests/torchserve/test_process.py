@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import socket
 import subprocess
@@ -18,12 +16,10 @@ import pytest
 
 from serve.cli import run
 from serve.cli import serve as serving
-from serve.errors import BackendStartError, ModelNotFound, NotReady, SettingsError
+from serve.errors import BackendStartError, ModelNotFound, NotReady
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions, stop_running
 from serve.torchserve import supervisor as supervision
-from serve.torchserve.config import Manifest, log_configuration, properties, read_manifest
 from serve.torchserve.java import child_environment
-from serve.torchserve.log import WorkerLog
 from serve.torchserve.management import split_url
 from serve.torchserve.pidfile import write_pidfile
 from tests.conftest import pick_free_ports, write_archive
@@ -367,178 +363,6 @@ def test_stop_running_spares_foreign_processes(tmp_path: Path) -> None:
         assert stranger.poll() is None
         stranger.kill()
     assert list(tmp_path.iterdir()) == []
-
-
-# What TorchServe is told
-
-
-def test_properties_close_management_and_metrics(tmp_path: Path) -> None:
-    options = TorchServeOptions(tmp_path, [ServedModel("a.mar", workers=2)], gpus=1)
-    told = dict(line.split("=", 1) for line in properties(options, [Manifest("a", "1.0", "h")]).splitlines())
-    assert told["inference_address"] == "http://127.0.0.1:8080"
-    assert told["management_address"] == "http://127.0.0.1:8081"
-    assert told["disable_token_authorization"] == "true"
-    opened = properties(TorchServeOptions(tmp_path, open_management=True), [])
-    assert "disable_token_authorization=false" in opened.splitlines()
-    assert told["metrics_address"] == "http://127.0.0.1:8082"
-    assert told["metrics_mode"] == "prometheus"
-    assert told["allowed_urls"] == "(?!)"
-    assert told["decode_input_request"] == told["install_py_dep_per_model"] == "false"
-    assert told["max_request_size"] == str(64 << 20)
-    assert told["number_of_gpu"] == "1"
-    assert told["system_metrics_cmd"].endswith("--gpu 0")  # Else it wants nvgpu and collects nothing at all.
-    assert told["load_models"] == "a=a.mar"
-    assert json.loads(told["models"])["a"]["1.0"]["minWorkers"] == 2
-    assert json.loads(told["models"])["a"]["1.0"]["batchSize"] == 1
-
-
-def test_path_round_trips_through_java_properties(tmp_path: Path) -> None:
-    store = tmp_path / "模型 store\\x"
-    store.mkdir()
-    text = properties(TorchServeOptions(store), [])
-    assert text.isascii()
-    line = next(line for line in text.splitlines() if line.startswith("model_store="))
-    assert line.endswith(r"\u6a21\u578b store\\x")
-
-
-def test_log_configuration_is_well_formed_for_any_folder(tmp_path: Path) -> None:
-    import xml.etree.ElementTree as tree
-
-    text = log_configuration(
-        TorchServeOptions(tmp_path, log_level="warn"), tmp_path / 'a&"<b' / "torchserve.log"
-    )
-    root = tree.fromstring(text.encode())
-    assert root.find("Appenders/RollingFile").get("fileName") == str(tmp_path / 'a&"<b' / "torchserve.log")
-
-
-@pytest.mark.parametrize(
-    ("setting", "sentence"),
-    [
-        ({"inference_port": 0}, "inference_port must be .* at least 1"),
-        ({"metrics_port": 8080}, "must differ"),
-        ({"management_host": "0.0.0.0"}, "open_management"),
-        ({"inference_host": "localhost"}, "must be an IP address"),
-        ({"max_request_bytes": 1 << 31}, "max_request_bytes"),
-        ({"response_timeout_s": 0}, "response_timeout_s must be .* at least 1"),
-    ],
-)
-def test_impossible_settings_are_rejected(tmp_path: Path, setting: dict[str, object], sentence: str) -> None:
-    with pytest.raises(SettingsError, match=sentence):
-        TorchServeOptions(tmp_path, **setting)
-
-
-@pytest.mark.parametrize("text", ["../x.mar", "a=b,c.mar", "a/b=c.mar", "", "=x.mar"])
-def test_archive_names_outside_the_store_are_rejected(text: str) -> None:
-    with pytest.raises(SettingsError, match=r"^--models must be"):
-        ServedModel.parse(text)
-
-
-def test_duplicate_model_version_is_rejected(tmp_path: Path) -> None:
-    options = TorchServeOptions(tmp_path, [ServedModel("a.mar"), ServedModel("b.mar")])
-    with pytest.raises(SettingsError, match="twice"):
-        properties(options, [Manifest("a", "1.0", "h"), Manifest("a", "1.0", "h")])
-
-
-def test_read_manifest_returns_model_version_and_handler(tmp_path: Path) -> None:
-    path = write_archive(tmp_path / "a.mar", ECHO, name="second", version="2.1")
-    assert read_manifest(path) == Manifest("second", "2.1", ECHO)
-
-
-# What its log says
-
-
-def logged(path: Path, *messages: tuple[str, str, str]) -> None:
-    with path.open("a") as log:
-        for thread, logger, message in messages:
-            log.write(f"2026-01-01T00:00:00,000 INFO [{thread}] {logger}: {message}\n")
-
-
-@pytest.fixture
-def log_path(tmp_path: Path) -> Path:
-    return tmp_path / "torchserve.log"
-
-
-STDOUT = "W-9000-second_1.0-stdout"
-
-
-def test_load_failure_reason_is_the_last_exception_of_the_worker(log_path: Path) -> None:
-    log = WorkerLog(log_path)
-    assert log.failure({"second"}) is None
-    logged(
-        log_path,
-        (STDOUT, "MODEL_LOG", "Traceback (most recent call last):"),
-        (STDOUT, "MODEL_LOG", '  File "x.py", line 1'),
-        (STDOUT, "MODEL_LOG", "KeyError: 'a'"),
-        (STDOUT, "MODEL_LOG", "During handling of the above exception, another exception occurred:"),
-        (STDOUT, "MODEL_LOG", "Traceback (most recent call last):"),
-        (STDOUT, "MODEL_LOG", "ValueError: no such layer: neck.0"),
-        (STDOUT, "MODEL_LOG", "Backend worker process died."),
-        (STDOUT, "MODEL_LOG", "Traceback (most recent call last):"),
-        (STDOUT, "MODEL_LOG", "RuntimeError: 500 - Unknown exception"),
-        ("W-9000-second_1.0", "WorkerThread", "Retry worker: 9000 in 1 seconds."),
-        (STDOUT, "WorkerLifeCycle", f"Stopped Scanner - {STDOUT}"),
-    )
-    failure = log.failure({"second"})
-    assert failure is not None
-    assert (failure.model, failure.reason) == ("second", "ValueError: no such layer: neck.0")
-
-
-DEATH = (
-    ("W-9000-second_1.0", "WorkerThread", "Retry worker: 9000 in 1 seconds."),
-    (STDOUT, "WorkerLifeCycle", f"Stopped Scanner - {STDOUT}"),
-)
-
-
-def test_worker_that_dies_silently_twice_is_reported(log_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("serve.torchserve.log.time.monotonic", lambda: now)
-    log = WorkerLog(log_path)
-    for second_at in (101.0, 200.0):
-        logged(log_path, *DEATH)
-        assert log.failure({"second"}) is None
-        now = second_at
-    failure = log.failure({"second"})
-    assert failure is not None
-    assert "out of memory" in failure.reason
-
-
-def test_reason_lost_with_the_first_death_is_read_from_the_second(log_path: Path) -> None:
-    """TorchServe stops reading when it notices that a worker is gone, whatever the pipe still holds."""
-    log = WorkerLog(log_path)
-    logged(log_path, (STDOUT, "MODEL_LOG", "model_name: second, batchSize: 1"), *DEATH)
-    assert log.failure({"second"}) is None
-    logged(
-        log_path,
-        (STDOUT, "MODEL_LOG", "Traceback (most recent call last):"),
-        (STDOUT, "MODEL_LOG", "serve.errors.ArchiveError: weights.safetensors has the wrong hash"),
-        *DEATH,
-    )
-    failure = log.failure({"second"})
-    assert failure is not None
-    assert failure.reason == "weights.safetensors has the wrong hash"
-
-
-def test_death_of_another_model_is_not_the_reason(log_path: Path) -> None:
-    log = WorkerLog(log_path)
-    logged(
-        log_path,
-        ("W-9000-second_1.0", "WorkerThread", "Retry worker: 9000 in 1 seconds."),
-        (STDOUT, "WorkerLifeCycle", f"Stopped Scanner - {STDOUT}"),
-    )
-    assert log.failure({"other"}) is None
-    log.discard()
-    assert log.failure({"second"}) is None
-
-
-def test_child_environment_has_the_package_and_no_torchserve_variables(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("TS_CONFIG_FILE", "/elsewhere")
-    monkeypatch.setenv("PYTHONPATH", "/before")
-    environment = child_environment()
-    assert "TS_CONFIG_FILE" not in environment
-    assert environment["PYTHONPATH"].split(os.pathsep)[-1] == "/before"
-    assert (Path(environment["PYTHONPATH"].split(os.pathsep)[0]) / "serve" / "__init__.py").is_file()
 
 
 def test_free_ports_are_different(free_ports: Callable[[int], list[int]]) -> None:
