@@ -6,7 +6,7 @@ they were recorded, one at a time; their header's time is that of the frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +19,7 @@ from serve.predict.frames import Clip, Frame, Image, Moment, encode_pixels
 from serve.protocol.frame_spec import Modality
 from serve.ros import messages
 
-__all__ = ["Recording", "is_recording", "open_recording"]
+__all__ = ["Recording", "check_not_recording", "is_recording", "open_recording"]
 
 _INSTALL = "recordings need {package}, which is not installed: pip install 'mmdet3d-serve[recordings]'"
 T = TypeVar("T")
@@ -27,6 +27,7 @@ _NANOSECOND = Fraction(1, 10**9)
 _MOST_BYTES = 1 << 30  # of one record of a file
 _CLOUDS = (messages.POINT_CLOUD,)
 _IMAGES = (messages.IMAGE, messages.COMPRESSED_IMAGE)
+_SUFFIXES = (".bag", ".mcap", ".db3")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,32 @@ def is_recording(path: Path) -> bool:
         return (path / "metadata.yaml").is_file() and any(
             file.suffix in (".db3", ".mcap", ".zstd") for file in path.iterdir()
         )
-    return path.suffix.lower() in (".bag", ".mcap", ".db3") and path.is_file()
+    return path.suffix.lower() in _SUFFIXES and path.is_file()
+
+
+def check_not_recording(path: Path) -> None:
+    """Refuse what is named like a recording, and is none that is read, by what to do about it.
+
+    Raises:
+        UndecodableFrame: a bag that was not closed, a compressed file, or a folder of recordings.
+    """
+    name = path.name.lower()
+    if name.endswith(".bag.active"):
+        raise UndecodableFrame(
+            f"{path} is a bag that was not closed; `rosbag reindex` repairs it, after which it is renamed to .bag"
+        )
+    if name.endswith(tuple(f"{suffix}.zstd" for suffix in _SUFFIXES)) and path.is_file():
+        raise UndecodableFrame(
+            f"{path} is a compressed file of a recording; give its folder with metadata.yaml, or `zstd -d` it"
+        )
+    if path.is_dir():
+        files = sorted(path.iterdir())
+        found = [file.name for file in files if file.suffix.lower() in _SUFFIXES]
+        if found and all(file.suffix.lower() in (*_SUFFIXES, ".yaml") for file in files if file.is_file()):
+            raise UndecodableFrame(
+                f"{path} has recordings and no metadata.yaml that joins them: {', '.join(found[:5])}; name one of "
+                "them, or let `ros2 bag reindex` write it"
+            )
 
 
 def open_recording(path: Path, modality: Modality | None, topic: str | None = None) -> Recording:
@@ -123,6 +149,12 @@ def open_recording(path: Path, modality: Modality | None, topic: str | None = No
         )
     if path.suffix.lower() == ".db3":  # its folder says what is in it
         path = path.parent
+        if not is_recording(path):
+            raise UndecodableFrame(
+                f"{path} lacks the metadata.yaml that a .db3 belongs to; `ros2 bag reindex` writes it"
+            )
+    if path.suffix.lower() == ".bag" != path.suffix:
+        raise UndecodableFrame(f"{path} must be named with .bag in small letters; rename it")
     with _errors_mapped(path):
         topics = _opened(path).topics()
     fitting = [each for each in topics if each.kind in wanted]
@@ -186,50 +218,100 @@ class _Bag:
 
 
 class _Mcap:
-    """An MCAP file with messages of ROS 1 or 2, through `mcap`, and rosbags' definitions of their types."""
+    """An MCAP file with messages of ROS 1 or 2, through `mcap`, and rosbags' definitions of their types.
+
+    A file with an index is read by it, in the order of time. One without (written so, or cut short) is read from its
+    start, in the order in which it was written.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    @contextmanager
-    def _reader(self) -> Iterator[Any]:
+    def topics(self) -> list[_Topic]:
         try:
             from mcap.reader import SeekingReader
         except ImportError as error:
             raise MissingPackage(_INSTALL.format(package="mcap")) from error
         with self._path.open("rb") as file:
-            yield SeekingReader(file, validate_crcs=True, record_size_limit=_MOST_BYTES)
+            summary = _summary(SeekingReader(file, record_size_limit=_MOST_BYTES))
+        if summary is None or not summary.channels:
+            return self._topics_from_start()
+        counts = summary.statistics.channel_message_counts if summary.statistics else None
+        return _merged(
+            _mcap_topic(channel, summary.schemas, None if counts is None else counts.get(channel.id, 0))
+            for channel in summary.channels.values()
+        )
 
-    def topics(self) -> list[_Topic]:
-        with self._reader() as reader:
-            summary = reader.get_summary()
-            if summary is None:
-                raise UndecodableFrame(
-                    f"{self._path} has no summary: the recording was cut short; `mcap recover` writes one"
-                )
-            counts: Mapping[int, int] = (
-                summary.statistics.channel_message_counts if summary.statistics else {}
-            )
-            found = []
-            for channel in summary.channels.values():
-                schema = summary.schemas.get(channel.schema_id)
-                kind = _with_msg(schema.name) if schema else ""
-                if channel.message_encoding not in ("cdr", "ros1"):
-                    kind = f"{kind} in {channel.message_encoding}"
-                found.append(_Topic(channel.topic, kind, counts.get(channel.id)))
-            return sorted(found, key=lambda each: each.name)
+    def _topics_from_start(self) -> list[_Topic]:
+        """Find the topics by reading the whole file; those before its end if it was cut short."""
+        from mcap.records import Channel, Schema
+        from mcap.stream_reader import StreamReader
+
+        schemas: dict[int, Any] = {}
+        channels: dict[int, Any] = {}
+        with self._path.open("rb") as file:
+            try:
+                for record in StreamReader(file, record_size_limit=_MOST_BYTES).records:
+                    if isinstance(record, Schema):
+                        schemas[record.id] = record
+                    elif isinstance(record, Channel):
+                        channels[record.id] = record
+            except (
+                Exception
+            ):  # as `_errors_mapped`; reading the messages raises it again, after those before the cut
+                if not channels:
+                    raise
+        return _merged(_mcap_topic(channel, schemas, None) for channel in channels.values())
 
     def messages(self, topic: _Topic) -> Iterator[tuple[int, Callable[[], Any]]]:
+        from mcap.reader import NonSeekingReader, SeekingReader
+
         try:
             from rosbags.typesys import Stores, get_typestore
         except ImportError as error:
             raise MissingPackage(_INSTALL.format(package="rosbags")) from error
         types = {"cdr": get_typestore(Stores.LATEST), "ros1": get_typestore(Stores.ROS1_NOETIC)}
-        with self._reader() as reader:
-            for _, channel, message in reader.iter_messages(topics=[topic.name]):
+        limits = {"validate_crcs": True, "record_size_limit": _MOST_BYTES}
+        with self._path.open("rb") as file:
+            reader: Any = SeekingReader(file, **limits)
+            summary = _summary(reader)
+            if summary is not None and summary.channels and summary.chunk_indexes:
+                found = reader.iter_messages(topics=[topic.name])
+            else:  # in the order of time, mcap would hold the whole file
+                file.seek(0)
+                found = NonSeekingReader(file, **limits).iter_messages([topic.name], log_time_order=False)
+            for _, channel, message in found:
                 store = types[channel.message_encoding]
                 load = store.deserialize_cdr if channel.message_encoding == "cdr" else store.deserialize_ros1
                 yield message.log_time, partial(_parse, load, message.data, topic.kind)
+
+
+def _summary(reader: Any) -> Any:
+    """Return the summary of an MCAP file; None without one, or if the file ends before it."""
+    try:
+        return reader.get_summary()
+    except Exception:  # what is at the end of a file that was cut short is read as a record
+        return None
+
+
+def _mcap_topic(channel: Any, schemas: Mapping[int, Any], count: int | None) -> _Topic:
+    schema = schemas.get(channel.schema_id)
+    kind = _with_msg(schema.name) if schema else ""
+    if channel.message_encoding not in ("cdr", "ros1"):
+        kind = f"{kind} in {channel.message_encoding}"
+    return _Topic(channel.topic, kind, count)
+
+
+def _merged(topics: Iterable[_Topic]) -> list[_Topic]:
+    """Make one of the channels of a topic: each publisher has its own."""
+    found: dict[str, _Topic] = {}
+    for each in topics:
+        if (other := found.get(each.name)) is not None:
+            count = None if None in (each.count, other.count) else (each.count or 0) + (other.count or 0)
+            kind = each.kind if each.kind == other.kind else f"{other.kind} and {each.kind}"
+            each = _Topic(each.name, kind, count)
+        found[each.name] = each
+    return sorted(found.values(), key=lambda each: each.name)
 
 
 def _parse(deserialize: Callable[[bytes, str], Any], raw: bytes, kind: str) -> Any:
@@ -242,9 +324,9 @@ def _parse(deserialize: Callable[[bytes, str], Any], raw: bytes, kind: str) -> A
 
 
 def _with_msg(name: str) -> str:
-    """Return a type's name as ROS 2 writes it: ROS 1 leaves ``msg`` out."""
+    """Return a type's name as ROS 2 writes it: ROS 1 leaves ``msg`` out. One of another system stays as it is."""
     package, _, kind = name.partition("/")
-    return name if "/" in kind else f"{package}/msg/{kind}"
+    return f"{package}/msg/{kind}" if kind and "/" not in kind else name
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from serve.errors import ObjectNotFound, SettingsError, UndecodableFrame
 from serve.predict import video
 from serve.predict.frames import Clip, Frame, read_path
 from serve.predict.manifests import Manifest, is_manifest, read_manifest
-from serve.predict.recordings import is_recording, open_recording
+from serve.predict.recordings import check_not_recording, is_recording, open_recording
 from serve.predict.stems import hashed, stems_of
 from serve.protocol.batch import Body
 from serve.protocol.frame_spec import Modality
@@ -93,6 +93,7 @@ def open_source(
     if is_recording(local):
         recording = open_recording(local, modality, topic)
         return Source(text, recording.count, False, (recording.clip,), (recording,))
+    check_not_recording(local)
     if topic is not None:
         raise SettingsError(f"{text} is no recording (.bag, .mcap, folder of a ROS 2 bag); leave out --topic")
     if is_manifest(text):

@@ -154,6 +154,27 @@ def test_a_topic_of_a_folder_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path, "lidar", topic="/lidar")
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("alone/drive.db3", "ros2 bag reindex"),
+        ("several", "a.mcap, b.mcap"),
+        ("drive.bag.active", "rosbag reindex"),
+        ("drive.mcap.zstd", "zstd -d"),
+        ("DRIVE.BAG", "rename"),
+    ],
+)
+def test_what_is_no_readable_recording_is_refused_by_what_to_do(
+    tmp_path: Path, given: str, says: str
+) -> None:
+    files = [f"{given}/a.mcap", f"{given}/b.mcap"] if given == "several" else [given]
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(UndecodableFrame, match=says):
+        open_source(tmp_path / given, "lidar")
+
+
 def test_models_of_several_parts_are_refused(recording: Path) -> None:
     with pytest.raises(UndecodableFrame):
         open_source(recording, "fusion")
