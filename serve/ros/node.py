@@ -12,6 +12,7 @@ Parameters: ``url``, ``model``, ``kind`` (cloud, image or compressed), ``score_t
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,13 +21,45 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.errors import ServeError, SessionNotFound
+from serve.errors import BadRequest, ServeError, SessionNotFound, SettingsError
 from serve.ros import detections, messages
 
-__all__ = ["Asker", "answer_all", "frame_of", "main"]
+__all__ = ["PARAMETERS", "Asker", "answer_all", "frame_of", "main", "read_parameters"]
 
 _QUIET_S = 5.0  # shortest time between two lines of the log from one place
+# Messages that come late are at most this much older than the newest; older ones are of a bag that plays again.
+_LATE_NS = 10**9
 _KINDS = {"cloud": "PointCloud2", "image": "Image", "compressed": "CompressedImage"}
+
+#: Parameters of the node and their defaults, whose types they have.
+PARAMETERS: Mapping[str, str | float] = {
+    "url": "http://127.0.0.1:8000",
+    "model": "second",
+    "kind": "cloud",
+    "score_thr": 0.3,
+    "columns": "",
+    "token_file": "",
+    "track_session": "",
+    "timeout_s": 5.0,
+}
+
+
+def read_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters in the types of their defaults: ROS reads ``score_thr:=1`` as an integer, and so ``model:=7``.
+
+    Raises:
+        SettingsError: a value that is none of its parameter.
+    """
+    found: dict[str, Any] = {}
+    for name, default in PARAMETERS.items():
+        value = given[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(default, float) and not is_number:
+            raise SettingsError(f"parameter {name} must be a number, got {value!r}")
+        found[name] = type(default)(value)
+    if found["kind"] not in _KINDS:
+        raise SettingsError(f"parameter kind must be {', '.join(_KINDS)}, got {found['kind']!r}")
+    return found
 
 
 def frame_of(kind: str, message: Any) -> bytes | NDArray[np.uint8]:
@@ -48,11 +81,21 @@ class Asker:
         model: name of the served model.
         options: options of every frame.
         session: name of the track session; empty for none.
+        clock: time of messages whose driver sets none, nanoseconds.
     """
 
-    def __init__(self, client: Any, model: str, options: Mapping[str, Any], session: str = "") -> None:
+    def __init__(
+        self,
+        client: Any,
+        model: str,
+        options: Mapping[str, Any],
+        session: str = "",
+        *,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
         """See the class."""
         self._client, self._model, self._options, self._session = client, model, dict(options), session
+        self._clock = clock
         self._is_open = False
         self._last_ns = -1
 
@@ -60,14 +103,20 @@ class Asker:
         """Return the answer to a message.
 
         Raises:
+            BadRequest: the message is not after the one before, which tracks need.
             ServeError: the message is no frame, or the server's error.
         """
         frame = frame_of(kind, message)
         if not self._session:
             return self._predict(frame)
-        stamp_ns = messages.stamp_ns(message)
-        if stamp_ns <= self._last_ns:  # a bag that is played again from its start
-            self._is_open = False
+        stamp_ns = messages.stamp_ns(message) or self._clock()
+        if stamp_ns <= self._last_ns:
+            if self._last_ns - stamp_ns < _LATE_NS:
+                raise BadRequest(
+                    f"a message came twice or late ({(self._last_ns - stamp_ns) / 1e6:g} ms before the newest); it is "
+                    "left out"
+                )
+            self._is_open = False  # a bag that is played again from its start
         self._last_ns = stamp_ns
         track = {"track_session": self._session, "frame_time_s": f"{stamp_ns / 1e9:.9f}"}
         if self._is_open:
@@ -108,6 +157,8 @@ def main() -> None:
     import rclpy
     import sensor_msgs.msg
     import vision_msgs.msg
+    from rcl_interfaces.msg import ParameterDescriptor
+    from rclpy.executors import ExternalShutdownException
     from rclpy.node import Node
     from rclpy.qos import QoSPresetProfiles
 
@@ -118,19 +169,13 @@ def main() -> None:
 
         def __init__(self) -> None:
             super().__init__("mmdet3d_serve")
-            given = {
-                name: self.declare_parameter(name, default).value
-                for name, default in {
-                    "url": "http://127.0.0.1:8000",
-                    "model": "second",
-                    "kind": "cloud",
-                    "score_thr": 0.3,
-                    "columns": "",
-                    "token_file": "",
-                    "track_session": "",
-                    "timeout_s": 5.0,
-                }.items()
-            }
+            any_type = ParameterDescriptor(dynamic_typing=True)
+            given = read_parameters(
+                {
+                    name: self.declare_parameter(name, default, any_type).value
+                    for name, default in PARAMETERS.items()
+                }
+            )
             self.kind = given["kind"]
             token = Path(given["token_file"]).read_text().strip() if given["token_file"] else None
             client = Client(given["url"], token=token, timeout_s=given["timeout_s"])
@@ -142,6 +187,7 @@ def main() -> None:
             self.make = {"detections": detection, "results": vision_msgs.msg.ObjectHypothesisWithPose}
             self.publisher = self.create_publisher(self.array, "detections", 10)
             self.newest: Any = None
+            self.is_stopped = False
             self.arrived = threading.Condition()
             kind = getattr(sensor_msgs.msg, _KINDS[self.kind])
             self.create_subscription(kind, "frames", self.keep, QoSPresetProfiles.SENSOR_DATA.value)
@@ -156,11 +202,17 @@ def main() -> None:
                 self.arrived.notify()
 
         def take(self) -> Any:
-            """Wait for a message, and return it."""
+            """Wait for a message, and return it; None once the node stops."""
             with self.arrived:
-                self.arrived.wait_for(lambda: self.newest is not None)
+                self.arrived.wait_for(lambda: self.is_stopped or self.newest is not None)
                 message, self.newest = self.newest, None
-            return message
+            return None if self.is_stopped else message
+
+        def stop(self) -> None:
+            """Take no more messages, and publish none."""
+            with self.arrived:
+                self.is_stopped = True
+                self.arrived.notify()
 
         def answer(self, message: Any) -> None:
             """Publish the detections of a message."""
@@ -170,15 +222,18 @@ def main() -> None:
             array.header = message.header
             for each in array.detections:
                 each.header = message.header
-            self.publisher.publish(array)
+            with self.arrived:  # a node that stops has no publisher
+                if not self.is_stopped:
+                    self.publisher.publish(array)
 
     rclpy.init()
     node = DetectionNode()
     try:
         rclpy.spin(node)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:
+        node.stop()
         node.destroy_node()
         rclpy.try_shutdown()
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from serve.client import Client
-from serve.errors import Overloaded, UndecodableFrame
-from serve.ros.node import Asker, answer_all, frame_of
+from serve.errors import BadRequest, Overloaded, SettingsError, UndecodableFrame
+from serve.ros.node import PARAMETERS, Asker, answer_all, frame_of, read_parameters
 from tests.ros.test_messages import PICTURE, altered, image, velodyne
 from tests.ros.test_messages import cloud as cloud_message
 
 
-def at(seconds: int) -> Any:
+def at(seconds: float) -> Any:
     message = cloud_message(velodyne())
-    message.header.stamp.sec, message.header.stamp.nanosec = seconds, 0
+    message.header.stamp.sec, message.header.stamp.nanosec = int(seconds), round(seconds % 1 * 1e9)
     return message
 
 
@@ -48,6 +48,32 @@ def test_a_session_that_the_server_lost_is_opened_again(client: Any) -> None:
 def test_a_bag_that_is_played_again_opens_the_session_again(client: Any) -> None:
     asker = Asker(client, "second", {}, "lidar")
     assert [asker.ask("cloud", at(second))["track_frame"] for second in (1, 2, 1, 2)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("late", [2.0, 1.9])
+def test_a_message_that_comes_twice_or_late_is_left_out_and_ids_go_on(client: Any, late: float) -> None:
+    asker = Asker(client, "second", {}, "lidar")
+    first = asker.ask("cloud", at(1))
+    asker.ask("cloud", at(2))
+    with pytest.raises(BadRequest):
+        asker.ask("cloud", at(late))
+    third = asker.ask("cloud", at(2.1))
+    assert (third["track_frame"], third["track_ids"]) == (2, first["track_ids"])
+
+
+def test_messages_without_a_time_have_that_of_their_arrival(client: Any) -> None:
+    clock = iter(range(10**18, 2 * 10**18, 10**8))
+    asker = Asker(client, "second", {}, "lidar", clock=lambda: next(clock))
+    assert [asker.ask("cloud", at(0))["track_frame"] for _ in range(3)] == [0, 1, 2]
+
+
+def test_parameters_have_the_types_of_their_defaults() -> None:
+    assert read_parameters(PARAMETERS) == PARAMETERS
+    found = read_parameters({**PARAMETERS, "score_thr": 1, "model": 7, "timeout_s": 5})
+    assert (found["score_thr"], found["model"], found["timeout_s"]) == (1.0, "7", 5.0)
+    for wrong in ({"kind": "depth"}, {"score_thr": "high"}, {"timeout_s": True}):
+        with pytest.raises(SettingsError):
+            read_parameters({**PARAMETERS, **wrong})
 
 
 class Logger:
