@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from PIL import Image
-
 from serve.errors import BadRequest, FrameTooLarge, ReferenceNotFound, ReferenceRefused, quote
 from serve.labelling.options import LabelStudioOptions
-from serve.protocol.image_size import UNREADABLE, image_size
+from serve.protocol.image_size import image_size
+from serve.protocol.orientation import read_orientation
 from serve.storage.references import ReferenceLimits, References
 
 __all__ = ["TaskImages", "shown_size"]
 
 _UPLOADS = "/data/"
 _LOCAL_FILES = "/data/local-files/"
-_ORIENTATION = 0x0112  # EXIF's tag; from 5 on width and height change places
-_TURNED = ("JPEG", "PNG", "WEBP", "TIFF")  # formats that OpenCV turns by EXIF
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 def shown_size(image: bytes) -> tuple[int, int]:
@@ -34,13 +31,7 @@ def shown_size(image: bytes) -> tuple[int, int]:
         UndecodableFrame: no image of a known format.
     """
     width, height = image_size(image)
-    try:
-        with Image.open(io.BytesIO(image), formats=_TURNED) as opened:  # reads the header
-            has_exif = "exif" in opened.info or opened.format == "TIFF"  # else a PNG would be decoded for it
-            is_turned = has_exif and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except (*UNREADABLE, Image.DecompressionBombError):
-        is_turned = False
-    return (height, width) if is_turned else (width, height)
+    return (height, width) if read_orientation(image) in _SIDEWAYS else (width, height)
 
 
 class TaskImages:

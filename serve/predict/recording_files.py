@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from serve.errors import MissingPackage
+from serve.predict.frame_times import FrameTimes
 from serve.predict.frames import Clip, Prediction
 from serve.predict.scene import Boxes2D, Boxes3D, Shapes, shapes_of
 from serve.predict.writers import Drawing, Writer
 from serve.protocol.frame_spec import FrameSpec
 from serve.protocol.frames import decode_frame
 from serve.protocol.options import FrameOptions
+from serve.protocol.orientation import UPRIGHT, read_orientation
 from serve.settings import Limits
 from serve.storage.cache import map_disk_errors
 from serve.visualize.detections import encode_png
@@ -41,7 +43,9 @@ class RecordingWriter(Writer):
 
     def __init__(self, folder: Path, drawing: Drawing, rate: Fraction, target: Path | None = None) -> None:
         """Write into `folder`, or the one clip into `target`; `rate` is that of frames without times."""
-        self._folder, self._drawing, self._rate, self._target = folder, drawing, rate, target
+        self._folder, self._drawing, self._target = folder, drawing, target
+        self._times, self._period = FrameTimes(rate), 1 / rate
+        self._time = Fraction(0)
         self._clip: Clip | None = None
         self._part: Path | None = None
         self._path = Path()
@@ -55,14 +59,14 @@ class RecordingWriter(Writer):
             self._close()
             self._clip, self._position = frame.clip, 0
             self._path = self._target or self._folder / f"{frame.clip.name}{self.suffix}"
-        position, self._position = self._position, self._position + 1
+            self._time = -self._period
+        self._position += 1
+        time = self._times.next(frame)
+        self._time = self._time + self._period if time is None else time
         if prediction.answer is None:
             return
         shapes = shapes_of(prediction, load_dim=self._drawing.load_dim, score_thr=self._drawing.score_thr)
-        if frame.moment is None:
-            time_ns = int(position / (frame.clip.rate or self._rate) * _SECOND_NS)
-        else:
-            time_ns = int(frame.moment.pts * frame.moment.time_base * _SECOND_NS)
+        time_ns = round(self._time * _SECOND_NS)
         with map_disk_errors(str(self._path)):
             if self._part is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,11 +197,15 @@ def _compressed_image(shapes: Shapes, stamp: Any) -> Any:
 
 
 def _viewable(image: bytes) -> tuple[bytes, str]:
-    """Return an image as JPEG or PNG, which every viewer shows, and its format."""
-    if image.startswith(b"\xff\xd8"):
-        return image, "jpeg"
-    if image.startswith(b"\x89PNG"):
-        return image, "png"
+    """Return an image as JPEG or PNG, which every viewer shows, and its format.
+
+    One that EXIF turns is written as the model saw it: some viewers turn it too, others do not.
+    """
+    if read_orientation(image) == UPRIGHT:
+        if image.startswith(b"\xff\xd8"):
+            return image, "jpeg"
+        if image.startswith(b"\x89PNG"):
+            return image, "png"
     decoded = decode_frame(image, FrameSpec("image"), FrameOptions(), Limits()).data
     return encode_png(np.asarray(decoded, np.uint8)), "png"
 

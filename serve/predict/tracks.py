@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 
+from serve.predict.frame_times import FrameTimes
 from serve.predict.frames import Clip, Prediction
 from serve.protocol.json_bodies import encode_json
 from serve.tracking import Tracker, TrackOptions, track_answer
-from serve.tracking.times import time_in_name
 
 __all__ = ["ClipTracks"]
 
@@ -23,8 +23,7 @@ class ClipTracks:
         self._options, self._rate = options, rate
         self._clip: Clip | None = None
         self._tracker = Tracker(options)
-        self._position = 0
-        self._has_named_times = False
+        self._times = FrameTimes(rate)
 
     def follow(self, prediction: Prediction) -> Prediction:
         """Take the next frame; returns its prediction with ids.
@@ -37,19 +36,12 @@ class ClipTracks:
         """
         frame = prediction.frame
         if frame.clip is not self._clip:
-            self._clip, self._position = frame.clip, 0
+            self._clip = frame.clip
             self._tracker = Tracker(replace(self._options, rate=float(frame.clip.rate or self._rate)))
-            self._has_named_times = time_in_name(frame.name) is not None
-        position, self._position = self._position, self._position + 1
+        time = self._times.next(frame)
         if prediction.answer is None:
             return prediction
-        time_s: float | None
-        if frame.moment is not None:
-            time_s = float(frame.moment.pts * frame.moment.time_base)
-        elif self._has_named_times:
-            time_s = time_in_name(frame.name)
-        else:
-            time_s = position / self._tracker.options.rate
+        time_s = None if time is None else float(time)
         last_s = self._tracker.time_s
         former = prediction.answer.get(_IDS)
         answer = {name: value for name, value in prediction.answer.items() if name != _IDS}

@@ -169,6 +169,35 @@ def test_times_of_the_source_are_kept(tmp_path: Path) -> None:
     assert found[0][2].timestamp.seconds == 1_700_000_000
 
 
+def test_picture_that_exif_turns_is_recorded_as_the_model_saw_it(tmp_path: Path) -> None:
+    pytest.importorskip("foxglove_schemas_protobuf", reason=EXTRA)
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(np.ascontiguousarray(PICTURE[..., ::-1]))
+    stored.save(tmp_path / "upright.png", exif=exif)
+    found = mcap_messages(
+        record(tmp_path / "upright.png", tmp_path / "seen.mcap", OneAnswer("image", IN_IMAGE))
+    )
+    image = next(message for topic, _, message in found if topic == "/image")
+    shown = cv2.imdecode(
+        np.frombuffer(image.data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    )
+    np.testing.assert_array_equal(shown, cv2.rotate(PICTURE, cv2.ROTATE_90_CLOCKWISE))
+
+
+def test_times_in_names_are_those_of_the_recording(tmp_path: Path) -> None:
+    pytest.importorskip("foxglove_schemas_protobuf", reason=EXTRA)
+    folder = tmp_path / "clouds"
+    folder.mkdir()
+    for microseconds in (1532402927647951, 1532402927897951):
+        (folder / f"scene__LIDAR_TOP__{microseconds}.bin").write_bytes(POINTS.tobytes())
+    found = mcap_messages(record(folder, tmp_path / "seen.mcap", OneAnswer("lidar", in_space())))
+    times = sorted({at for _, at, _ in found})
+    assert times == pytest.approx([1532402927647951000, 1532402927897951000], abs=1000)
+
+
 def test_boxes_of_a_camera_turn_about_the_axis_down(tmp_path: Path) -> None:
     pytest.importorskip("foxglove_schemas_protobuf", reason=EXTRA)
     picture = tmp_path / "street.png"
