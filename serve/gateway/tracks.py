@@ -40,6 +40,7 @@ __all__ = ["SessionKey", "Track", "TrackRequest", "TrackSessions", "parse_track_
 _HEADERS = {"x-" + name.replace("_", "-"): name for name in TRACK_OPTIONS}
 _NAME = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _QUICK_BYTES = 8 * 1024  # some fifty boxes, which are followed in 2 ms
+_LEAST_UNIX_MS = 1e11  # the year 5138 in seconds, 1973 in milliseconds
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -121,6 +122,11 @@ def _times(text: str) -> tuple[float, ...]:
         raise UnknownOption(
             f"frame_time_s must be seconds, rising, one per frame, such as 12.3,12.4; got {quote(text)}"
         )
+    if max(map(abs, times)) >= _LEAST_UNIX_MS:
+        raise UnknownOption(
+            f"frame_time_s must be seconds, and {quote(text)} is a Unix time in milliseconds, microseconds or "
+            "nanoseconds; divide it by 1e3, 1e6 or 1e9"
+        )
     return times
 
 
@@ -190,8 +196,8 @@ class TrackSessions:
         """
         if not self._is_only_process:
             raise BadRequest(
-                "track_session: this port is served by several gateway processes, which share no tracks; the "
-                "server with --gateways 1, or track in the client (mmdet3d-serve predict --track --url …)"
+                "track_session: this port is served by several gateway processes, which share no tracks; "
+                "start the server with --gateways 1, or track in the client (mmdet3d-serve predict --track --url …)"
             )
         self._expire()
         if wanted.start:
@@ -200,9 +206,9 @@ class TrackSessions:
             session = self._sessions[key]
         else:
             raise SessionNotFound(
-                f"no track session '{key.session}' of model '{key.model}' is open here: it was never started, was idle "
-                f"for {self._options.track_idle_s:g} s, or the server was restarted; send track_start=true, after "
-                "which ids begin at 1"
+                f"no track session '{key.session}' of model '{key.model}', version {key.version}, is open here: it "
+                f"was never started, was idle for {self._options.track_idle_s:g} s, or the server was restarted; send "
+                "track_start=true, after which ids begin at 1"
             )
         self._check_times(session, wanted)
         track = Track(self, key, session, wanted)

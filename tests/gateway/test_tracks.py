@@ -111,6 +111,8 @@ def test_sessions_are_of_one_model_and_client(start_gateway, torchserve, cloud):
         "track_session=drive&frame_time_s=soon",
         "track_session=drive&frame_time_s=nan",
         "track_session=drive&frame_time_s=2,1",
+        "track_session=drive&track_start=true&frame_time_s=1532402927648",
+        "track_session=drive&track_start=true&frame_time_s=1532402927647951000",
         "track_start=true",
         "frame_time_s=1",
     ],
@@ -145,6 +147,18 @@ def test_the_open_inference_protocol_has_no_sessions(gateway, cloud):
         "parameters": {"track_session": "drive"},
     }
     assert gateway.post("/v2/models/second/infer", json=body).status_code == 400
+    del body["parameters"]
+    for headers in ({"X-Track-Session": "drive"}, {"X-Frame-Time-S": "1"}):
+        assert gateway.post("/v2/models/second/infer", json=body, headers=headers).status_code == 400
+    assert gateway.post("/v2/models/second/infer", json=body).status_code == 200
+
+
+def test_tables_have_the_ids(gateway, cloud):
+    gateway.post(START, content=cloud(1))
+    answer = gateway.post(PATH, content=cloud(1), headers={"accept": "text/csv"})
+    head, *rows = answer.text.splitlines()
+    column = head.split(",").index("track_id")
+    assert [row.split(",")[column] for row in rows] == [str(k + 1) for k in range(len(rows))] and rows
 
 
 def many(*clouds: bytes) -> dict[str, object]:

@@ -162,7 +162,7 @@ def _read_options(request: Request, given: InferRequest, options: GatewayOptions
     """
     parameters = {**read_query(request), **given.parameters}
     for name in ("camera", *TRACK_OPTIONS):
-        if name in parameters:
+        if name in parameters or "x-" + name.replace("_", "-") in request.headers:
             raise UnknownOption(f"{name} is for /predictions; the Open Inference Protocol has no such option")
     found = parse_request_options(parameters, request.headers, options)
     if found.frame.fields is not None:
