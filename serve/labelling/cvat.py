@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serve.client import Client, Result, encode_image
 from serve.errors import BadRequest, MissingPackage, NotReady, ServeError, SettingsError
@@ -104,14 +105,17 @@ class CvatFunction:
             ServeError: as `Client.predict`.
         """
         threshold = self._score_thr if context.conf_threshold is None else context.conf_threshold
-        pixels = np.asarray(image.convert("RGB"))
+        pixels = _pixels(image)
+        size = (pixels.shape[1], pixels.shape[0])
         result = self._client.predict(
             encode_image(pixels, "rgb"), self._model, self._version, score_thr=threshold
         )
         if self._shapes == "rectangle":
+            clipped = [_clip(box, size) for box in result.boxes.tolist()]
             return [
-                cvataa.rectangle(self._ids[name], _clip(box, image.size))
-                for name, box in zip(result.names, result.boxes.tolist(), strict=True)
+                cvataa.rectangle(self._ids[name], box)
+                for name, box in zip(result.names, clipped, strict=True)
+                if box[0] < box[2] and box[1] < box[3]  # not beside the image
             ]
         if "masks" not in result:
             raise BadRequest(f"model {self._model!r} has no masks; use shapes=rectangle")
@@ -208,6 +212,17 @@ def _classes(client: Client, model: str, version: str | None) -> Sequence[str]:
     if described["modality"] != "image":
         raise SettingsError(f"model {model!r} takes {described['modality']} frames; name one for images")
     return [str(name) for name in described["classes"]]
+
+
+def _pixels(image: PIL.Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels as CVAT shows and OpenCV reads them, (H, W, 3) RGB: turned by EXIF, of 16 bits the upper 8."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # integers of 16 bits, which Pillow's own conversion cuts off at 255
+        grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(upright.convert("RGB"))
 
 
 def _clip(box: Sequence[float], size: tuple[int, int]) -> list[float]:

@@ -95,6 +95,38 @@ def test_pixels_reach_the_model_unchanged(served, png, monkeypatch):
     assert (np.asarray(sent.convert("RGB")) == np.asarray(PIL.Image.open(io.BytesIO(png)))).all()
 
 
+def saved(image: PIL.Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def test_picture_of_16_bits_is_sent_as_opencv_reads_it(served, monkeypatch):
+    import cv2
+
+    ramp = np.linspace(0, 65535, WIDTH * HEIGHT).astype(np.uint16).reshape(HEIGHT, WIDTH)
+    deep = cv2.imencode(".png", ramp)[1].tobytes()
+    annotate(monkeypatch, deep, create(served.url, "images"), "rectangle")
+    sent = np.asarray(PIL.Image.open(io.BytesIO(served.torchserve.calls[-1][0])).convert("RGB"))
+    expected = cv2.imdecode(np.frombuffer(deep, np.uint8), cv2.IMREAD_COLOR)
+    assert np.abs(sent.astype(int) - expected).max() <= 1 and sent.max() > sent.min()
+
+
+def test_picture_that_exif_turns_is_sent_as_it_is_shown(served, monkeypatch):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    turned = saved(PIL.Image.new("RGB", (HEIGHT, WIDTH)), exif=exif)  # stored lying, shown upright
+    shapes = annotate(monkeypatch, turned, create(served.url, "images"), "rectangle")
+    assert PIL.Image.open(io.BytesIO(served.torchserve.calls[-1][0])).size == (WIDTH, HEIGHT)
+    assert shapes[1].points == [30.0, 10.0, 40.0, 30.0]  # clipped to 40 x 30
+
+
+def test_box_beside_the_picture_is_left_out(served, monkeypatch):
+    small = saved(PIL.Image.new("RGB", (24, 20)))
+    shapes = annotate(monkeypatch, small, create(served.url, "images"), "rectangle")
+    assert [shape.points for shape in shapes] == [[4.0, 6.0, 20.0, 18.0]] * 2  # the other begins at x = 30
+
+
 def test_model_for_other_frames_and_unknown_shapes_are_refused(served):
     with pytest.raises(SettingsError, match="lidar"):
         create(served.url, "clouds")
