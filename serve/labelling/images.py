@@ -78,8 +78,8 @@ class TaskImages:
             raise BadRequest(f"a task must name its image by a text, got {quote(value)}")
         if value.startswith("data:"):
             return self._decode(value)
-        if value.startswith(_LOCAL_FILES) and self._options.local_files is not None:
-            name = (parse_qs(urlsplit(value).query).get("d") or [""])[0]
+        value = self._below_label_studio(value)
+        if self._options.local_files is not None and (name := _local_name(value)) is not None:
             return await asyncio.to_thread(self._read_file, self._options.local_files, name)
         if value.startswith("/"):
             if not self._label_studio:
@@ -87,13 +87,18 @@ class TaskImages:
                     f"the task names the uploaded image {quote(value)}; start this backend with --label-studio-url"
                 )
             return await self._uploads.fetch(self._label_studio + value)
-        if self._label_studio and value.startswith(self._label_studio + _UPLOADS):
-            return await self._uploads.fetch(value)
         if not self._options.image_prefixes:
             raise ReferenceRefused(
                 f"the image {quote(value)} is not in its task, nor uploaded; start this backend with --image-prefixes"
             )
         return await self._references.fetch(value)
+
+    def _below_label_studio(self, value: str) -> str:
+        """Return an address at Label Studio as ``/data/…``: tasks also have it with host, and with a path before it."""
+        for prefix in (self._label_studio, urlsplit(self._label_studio).path):
+            if prefix and value.startswith(prefix + _UPLOADS):
+                return value.removeprefix(prefix)
+        return value
 
     def _decode(self, value: str) -> bytes:
         head, _, data = value.partition(",")
@@ -120,3 +125,15 @@ class TaskImages:
         if len(content) > self._options.max_image_bytes:
             raise FrameTooLarge(f"the image is larger than {self._options.max_image_bytes} bytes")
         return content
+
+
+def _local_name(value: str) -> str | None:
+    """Return the name in an address of local files, whose host does not matter: the file is read here. None for others.
+
+    Source: HumanSignal/label-studio, ``label_studio/io_storages/localfiles/models.py``.
+    """
+    try:
+        parts = urlsplit(value)
+    except ValueError:
+        return None
+    return (parse_qs(parts.query).get("d") or [""])[0] if parts.path.endswith(_LOCAL_FILES) else None

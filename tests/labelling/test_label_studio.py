@@ -146,6 +146,11 @@ def test_local_files_are_read_from_their_folder_alone(start_backend, png, tmp_pa
     assert status("../secret.png") == status("link.png") == 403
     assert status("a/../../secret.png") == 403 and status(f"{tmp_path}/secret.png") == 404  # below the folder
     assert status("none.png") == 404 and status("a") == 403
+    elsewhere = (
+        "https://labels.example/ls/data/local-files/?d="  # a Label Studio that was told its own address
+    )
+    assert client.post("/predict", json=asked(f"{elsewhere}a/one.png")).status_code == 200
+    assert client.post("/predict", json=asked(f"{elsewhere}../secret.png")).status_code == 403
     assert (
         start_backend(local_files=folder, max_image_bytes=10)
         .post("/predict", json=asked("/data/local-files/?d=a/one.png"))
@@ -192,6 +197,14 @@ def test_uploads_are_read_from_label_studio_with_its_token(start_backend, backgr
             answer = client.post("/predict", json=asked(image))
             assert answer.status_code == 403, image
         assert len(uploads.asked) == 3  # with the one that redirects
+        client = start_backend(label_studio_url=f"{listening.url}/ls/", label_studio_token="secret")
+        for image in (
+            "/data/upload/1/x.png",
+            "/ls/data/upload/1/x.png",
+            f"{listening.url}/ls/data/upload/1/x.png",
+        ):
+            assert client.post("/predict", json=asked(image)).status_code == 200
+        assert uploads.asked[3:] == [("/ls/data/upload/1/x.png", "Token secret")] * 3
     finally:
         listening.close()
 
