@@ -24,6 +24,7 @@ from serve.errors import BackendStartError
 from serve.protocol.batch import FRAMES_CONTENT_TYPE, pack_frames
 from serve.torchserve import ServedModel, TorchServe, TorchServeOptions
 from tests.conftest import DEMO_CHECKPOINT, DEMO_CONFIG, pick_free_ports
+from tests.e2e.small_models import smaller_pictures
 
 pytestmark = [pytest.mark.torchserve, pytest.mark.timeout(600)]
 
@@ -39,17 +40,8 @@ def models(tmp_path_factory, store, demo_mar) -> dict[str, tuple[Path, Path]]:
     folder = tmp_path_factory.mktemp("models")
     made = {"second": (DEMO_CONFIG, DEMO_CHECKPOINT)}
     for name in RANDOM:
-        config = zoo.resolve(name).config_path
-        if name != "pointpillars":
-            half = folder / f"{name}.py"
-            half.write_text(
-                f"_base_ = {str(config)!r}\n"
-                "pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(640, 384), keep_ratio=True),\n"
-                "    dict(type='LoadAnnotations', with_bbox=True), dict(type='PackDetInputs',\n"
-                "    meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]\n"
-                "test_dataloader = dict(dataset=dict(pipeline=pipeline))\n"
-            )
-            config = half
+        of_points = name == "pointpillars"
+        config = zoo.resolve(name).config_path if of_points else smaller_pictures(name, folder)
         checkpoint = folder / f"{name}.pth"
         resolved = resolve_config(config).config
         write_random_checkpoint(resolved, tuple(configured_classes(resolved)), checkpoint)
@@ -67,8 +59,8 @@ def frames(tmp_path_factory) -> dict[str, Path]:
     for i in range(2):
         (clouds / f"{i}.bin").write_bytes(generate_scene(held_out_seed(i)).to_bytes())
     np.array([[200, 0, 0, 0]], dtype=np.float32).tofile(clouds / "nothing.bin")
-    cv2.imwrite(str(pictures / "street.jpg"), golden_image(640, 384, seed=1))
-    cv2.imwrite(str(pictures / "upright.png"), golden_image(384, 640, seed=2))
+    cv2.imwrite(str(pictures / "street.jpg"), golden_image(320, 192, seed=1))
+    cv2.imwrite(str(pictures / "upright.png"), golden_image(192, 320, seed=2))
     return {"lidar": clouds, "image": pictures}
 
 

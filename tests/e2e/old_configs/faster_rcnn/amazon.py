@@ -13,7 +13,7 @@ img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375],
 train_pipeline = [
     dict(type="LoadImageFromFile", file_client_args=file_client_args),
     dict(type="LoadAnnotations", with_bbox=True, file_client_args=file_client_args),
-    dict(type="Resize", img_scale=(1333, 800), keep_ratio=True),
+    dict(type="Resize", img_scale=(640, 400), keep_ratio=True),
     dict(type="RandomFlip", flip_ratio=0.5),
     dict(type="Normalize", **img_norm_cfg),
     dict(type="Pad", size_divisor=32),
@@ -24,7 +24,7 @@ test_pipeline = [
     dict(type="LoadImageFromFile", file_client_args=file_client_args),
     dict(
         type="MultiScaleFlipAug",
-        img_scale=(1333, 800),
+        img_scale=(640, 400),
         flip=False,
         transforms=[
             dict(type="Resize", keep_ratio=True),

@@ -4,7 +4,7 @@ pipelines = [
     dict(type="LoadImageFromFile"),
     dict(
         type="MultiScaleFlipAug",
-        img_scale=(1333, 800),
+        img_scale=(640, 400),
         flip=False,
         transforms=[
             dict(type="Resize", keep_ratio=True),
