@@ -22,6 +22,7 @@ from serve.predict.sources import open_source
 from serve.predict.writers import Drawing
 from serve.rollout.comparison import FrameChanges, compare_models
 from serve.rollout.report import Thresholds, draw_changes, json_line, table, violations
+from serve.storage.uri import redact_url
 from serve.verify.endpoint import read_token
 
 __all__ = ["main"]
@@ -47,12 +48,17 @@ def main(argv: Sequence[str] | None) -> int:
     with stoppable(), ExitStack() as stack:
         if args.out is not None:
             _make_folder(args.out)
-        report(f"opening {args.before}")
+        report(f"opening {_shown(args.before)}")
         before = _open(args.before, args)
         stack.callback(before.close)
-        report(f"opening {args.after}")
+        report(f"opening {_shown(args.after)}")
         after = _open(args.after, args)
         stack.callback(after.close)
+        if None not in (before.modality, after.modality) and before.modality != after.modality:
+            raise SettingsError(
+                f"{_shown(args.before)} takes frames of the kind {before.modality}, {_shown(args.after)} of the kind "
+                f"{after.modality}; compare versions of one model"
+            )
         source = open_source(args.source, before.modality or after.modality, cache=open_cache())
         bar = stack.enter_context(tqdm(total=source.count, unit="frame", disable=None, leave=False))
         lines = stack.enter_context((args.out / "frames.jsonl").open("wb")) if args.out is not None else None
@@ -75,7 +81,9 @@ def main(argv: Sequence[str] | None) -> int:
         bar.close()
         report(f"compared {found.frames} frames")
         seen = violations(found, limits)
-        line = json_line(found, seen, before=args.before, after=args.after, source=source.what)
+        line = json_line(
+            found, seen, before=_shown(args.before), after=_shown(args.after), source=source.what
+        )
         if args.out is not None:
             (args.out / "comparison.json").write_text(line + "\n", encoding="utf-8")
             _draw(found.worst, args.out / "worst", before.load_dim)
@@ -92,6 +100,9 @@ def main(argv: Sequence[str] | None) -> int:
         )
     if seen:
         return 1
+    if not found.frames:
+        print("note: no frame has answers of both versions, so that nothing is compared", file=sys.stderr)
+        return 3
     if not found.total.counts.total():
         print(
             f"note: no detection of at least {rules.score_thr:g} in {found.frames} frames, so that nothing is "
@@ -108,7 +119,7 @@ def _open(text: str, args: argparse.Namespace) -> LocalModel | RemoteModel:
         found = _SERVED.fullmatch(text)
         if found is None:
             raise SettingsError(
-                f"{text} names no served model; give http://HOST:8000/predictions/NAME or …/NAME/VERSION"
+                f"{_shown(text)} names no served model; give http://HOST:8000/predictions/NAME or …/NAME/VERSION"
             )
         return connect(
             found["url"],
@@ -121,13 +132,19 @@ def _open(text: str, args: argparse.Namespace) -> LocalModel | RemoteModel:
     return load_model(text, device=args.device)
 
 
+def _shown(text: str) -> str:
+    """Return what A or B names, without a password in an address."""
+    return redact_url(text) if text.startswith(("http://", "https://")) else text
+
+
 def _make_folder(out: Path) -> None:
     try:
         (out / "worst").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"{out} cannot be made: {error.strerror}") from error
-    for old in (out / "worst").glob("*.png"):  # of a former comparison
-        old.unlink()
+    # Of a former comparison: this one may be stopped before it has written its own.
+    for old in (*(out / "worst").glob("*.png"), out / "comparison.json"):
+        old.unlink(missing_ok=True)
 
 
 def _draw(worst: Sequence[FrameChanges], folder: Path, load_dim: int | None) -> None:

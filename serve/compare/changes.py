@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from serve.errors import SettingsError
+from serve.errors import SettingsError, quote
 
 __all__ = ["Change", "ChangeRules", "Kind", "find_changes"]
 
@@ -25,6 +25,10 @@ Floats = npt.NDArray[np.float64]
 
 # Columns of a 3D box that lie in the ground plane, by the frame of the boxes.
 _GROUND = {"LiDAR": (0, 1), "Depth": (0, 1), "Camera": (0, 2)}
+_FRAMES: Mapping[str | None, str] = {
+    None: "2D boxes",
+    **{kind: f"3D boxes of {kind} coordinates" for kind in _GROUND},
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,11 @@ class _Side:
     names: list[str]
     scores: Floats
     boxes: Floats  # (N, 2) centres on the ground, or (N, 4) corners in pixels
-    is_3d: bool
+    frame: str | None  # of 3D boxes
+
+    @property
+    def is_3d(self) -> bool:
+        return self.frame is not None
 
     def range_of(self, row: int) -> float | None:
         return float(np.hypot(*self.boxes[row])) if self.is_3d else None
@@ -109,12 +117,14 @@ def find_changes(
     """Compare the detections of two answers to one frame (docs/answers.md).
 
     Raises:
-        SettingsError: one of the answers has no detections but labels, or one is 2D and the other 3D.
+        SettingsError: one of the answers has no detections but labels, or their boxes are in different frames.
     """
     rules = rules or ChangeRules()
     one, two = _read(before, rules.lowest), _read(after, rules.lowest)
-    if one.is_3d != two.is_3d:
-        raise SettingsError("one answer has 2D boxes and the other 3D boxes; compare versions of one model")
+    if one.frame != two.frame:
+        raise SettingsError(
+            f"one answer has {_FRAMES[one.frame]} and the other {_FRAMES[two.frame]}; compare versions of one model"
+        )
     cost = _cost(one, two, rules)
     same = np.array(one.names, np.str_)[:, None] == np.array(two.names, np.str_)[None]
     paired = _pair(np.where(same, cost, np.inf))
@@ -171,14 +181,17 @@ def _read(answer: Mapping[str, Any], lowest: float) -> _Side:
         raise SettingsError("the answers have labels of points or pixels, not boxes; only boxes are compared")
     scores = np.asarray(answer[f"scores{ending}"], np.float64).reshape(-1)
     rows = np.flatnonzero(scores >= lowest)
+    frame = answer.get("box_type_3d", "LiDAR") if is_3d else None
+    if frame not in _FRAMES:
+        raise SettingsError(f"the boxes are of an unknown kind: box_type_3d is {quote(str(frame))}")
     boxes = np.empty((0, 2 if is_3d else 4))
     if len(rows):
         boxes = np.asarray(answer[f"bboxes{ending}"], np.float64)[rows]
-        if is_3d:
-            boxes = boxes[:, _GROUND[answer.get("box_type_3d", "LiDAR")]]
+        if frame is not None:
+            boxes = boxes[:, _GROUND[frame]]
     classes, labels = answer.get("classes") or (), answer[f"labels{ending}"]
     names = [str(classes[labels[k]]) if labels[k] < len(classes) else str(labels[k]) for k in rows]
-    return _Side(rows, names, scores[rows], boxes, is_3d)
+    return _Side(rows, names, scores[rows], boxes, frame)
 
 
 def _cost(one: _Side, two: _Side, rules: ChangeRules) -> Floats:

@@ -36,6 +36,7 @@ from serve.protocol.frame_spec import Modality
 from serve.protocol.options import FrameOptions
 from serve.protocol.worker import Outcome
 from serve.settings import Settings
+from serve.storage.uri import redact_url
 
 if TYPE_CHECKING:
     from serve.runtime import Detector
@@ -237,7 +238,7 @@ class RemoteModel(_Closing):
             self.close()
             raise
         self.identity = {
-            "url": url,
+            "url": redact_url(url),
             "name": name,
             "version": version or str(self.description.get("version", "")),
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from serve.errors import SettingsError
+from serve.errors import SettingsError, quote
 from serve.predict.writers import Drawing
 from serve.rollout.comparison import FrameChanges, RolloutComparison
 from serve.rollout.tally import KINDS, Tally
@@ -45,7 +45,8 @@ def violations(found: RolloutComparison, limits: Thresholds) -> list[str]:
     if found.failed_after:
         seen.append(f"{found.failed_after} frames fail in the second version alone")
     groups: list[tuple[str, Tally]] = [("all", found.total), *sorted(found.by_class.items())]
-    for name, tally in groups:
+    for group, tally in groups:
+        name = _cell(group)
         for kind, limit in (("lost", limits.lost), ("new", limits.new), ("renamed", limits.renamed)):
             if (share := tally.share(kind)) > limit:  # type: ignore[arg-type]
                 count = tally.counts[kind]  # type: ignore[index]
@@ -70,10 +71,15 @@ def table(found: RolloutComparison) -> str:
     for name, tally in _groups(found):
         counts = " | ".join(f"{tally.counts[kind]:,}" for kind in KINDS)
         lines.append(
-            f"| {name} | {counts} | {tally.crossed:,} | {tally.mean_shift:+.4f} | {tally.largest_shift:+.4f} "
+            f"| {_cell(name)} | {counts} | {tally.crossed:,} | {tally.mean_shift:+.4f} | {tally.largest_shift:+.4f} "
             f"| {tally.mean_moved:.4f} | {tally.most_moved:.4f} |"
         )
     return "\n".join(lines)
+
+
+def _cell(name: str) -> str:
+    """Return a name as it is, or quoted if it would break the table or the terminal."""
+    return name if name.isprintable() and "|" not in name else quote(name)
 
 
 def _groups(found: RolloutComparison) -> Iterator[tuple[str, Tally]]:
@@ -118,7 +124,7 @@ def draw_changes(found: FrameChanges, folder: Path, drawing: Drawing) -> Path:
         )
     except ValueError as error:
         raise SettingsError(f"{found.frame.name} cannot be drawn: {error}") from error
-    path = (folder / found.frame.stem.replace("/", "_")).with_suffix(".png")
+    path = folder / f"{found.frame.stem.replace('/', '_')}.png"  # a stem may have dots
     path.write_bytes(encode_png(image))
     return path
 

@@ -144,3 +144,11 @@ def test_answers_of_different_kinds_are_refused() -> None:
 def test_rules_that_pair_nothing_or_everything_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(SettingsError):
         ChangeRules(**values)
+
+
+def test_boxes_in_other_frames_or_of_an_unknown_kind_are_not_compared() -> None:
+    lidar, camera = answer(("Car", 0.9, 10, 0)), answer(("Car", 0.9, 10, 0), kind="Camera")
+    for pair in ((lidar, camera), (camera, lidar), ({**lidar, "box_type_3d": "Radar"}, lidar)):
+        with pytest.raises(SettingsError):
+            find_changes(*pair)
+    assert kinds(find_changes(camera, camera)) == ["matched Car"]
