@@ -79,6 +79,7 @@ def create_app(
     registry.on_batch = metrics.observe_batch
     rollout = Rollout.of(options.canary, options.shadow, options.rollout_file)
     registry.on_refresh = rollout.reload
+    registry.on_versions = rollout.report_missing
     metrics.show_rollout(rollout)
     canaries = Canaries(registry, rollout, sessions, metrics, options.timeout_s / 2)
     shadow_limits = ShadowLimits(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -81,6 +81,8 @@ class ModelRegistry:
         self.on_batch: Callable[[str, BatchReport], None] = lambda model, report: None
         # Called with each refresh, before the models are read.
         self.on_refresh: Callable[[], Awaitable[None]] | None = None
+        # Called with the names and versions that are registered, after they were read.
+        self.on_versions: Callable[[Collection[tuple[str, str]]], None] = lambda versions: None
         # Called with every frame of any model that has its outcome. On the event loop, after the answer of a request
         # of one frame was written: an observer must return at once, and keep no view (`serve.gateway.frame_copies`).
         self.frame_observers: list[FrameObserver] = []
@@ -256,6 +258,7 @@ class ModelRegistry:
                 task = asyncio.create_task(self._describe(model))
                 self._describing[key] = task
                 task.add_done_callback(lambda done, key=key: self._describing.pop(key, None))  # type: ignore[misc]
+        self.on_versions(now.keys())
 
     async def _describe(self, model: ModelVersion) -> None:
         """Read the description of a new model, or of one with new workers, whose archive may have changed."""

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ __all__ = ["EvenChoice", "Rollout", "Shares", "parse_shares", "read_rollout_file
 # Model → version → share of the model's traffic.
 Shares = Mapping[str, Mapping[str, float]]
 
-_ENTRY = re.compile(r"(?P<model>[^\s=]+):(?P<version>[^\s:=]+)=(?P<share>[^\s=]+)")
+_ENTRY = re.compile(r"(?P<model>[^\s=]+):(?P<version>[^\s:=]+)=(?P<share>[0-9.eE+-]+)")
 _EXAMPLE = "MODEL:VERSION=SHARE with a share from 0 to 1, such as second:2.0=0.05"
 _MAX_FILE_BYTES = 64 * 1024
 _GOLDEN = (5**0.5 - 1) / 2
@@ -91,7 +91,7 @@ def read_rollout_file(path: Path) -> tuple[Shares, Shares]:
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_FILE_BYTES + 1)
-        lines = raw.decode().splitlines()
+        lines = raw.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"rollout_file {path}: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > _MAX_FILE_BYTES:
@@ -132,6 +132,7 @@ class Rollout:
     file: Path | None = None
     is_file_valid: bool = True
     _seen: tuple[int, int, int] | None = None
+    _missing: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, canary: Sequence[str], shadow: Sequence[str], file: Path | None) -> Rollout:
@@ -153,6 +154,27 @@ class Rollout:
     def shadow_of(self, model: str) -> Mapping[str, float]:
         """Return the shares of a model's shadows, by version."""
         return self.shadow.get(model, _NONE)
+
+    def count_shadows(self) -> int:
+        """Return the number of versions that get frames as shadows, of all models; at least 1."""
+        return max(1, sum(share > 0 for shares in self.shadow.values() for share in shares.values()))
+
+    def report_missing(self, registered: Collection[tuple[str, str]]) -> None:
+        """Log the shares without effect, once: of a version that is not among those that are registered."""
+        missing = frozenset(
+            f"{kind} {model}:{version}"
+            for kind, shares in (("canary", self.canary), ("shadow", self.shadow))
+            for model, versions in shares.items()
+            for version, share in versions.items()
+            if share and (model, version) not in registered
+        )
+        if missing - self._missing:
+            logger.warning(
+                "these shares have no effect, because no such version is registered: %s; registered: %s",
+                ", ".join(sorted(missing)),
+                ", ".join(sorted(":".join(each) for each in registered)) or "none",
+            )
+        self._missing = missing
 
     async def reload(self) -> None:
         """Read the file again if it has changed; a file that is wrong leaves the shares as they are."""

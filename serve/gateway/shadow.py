@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShadowLimits:
-    """Bounds of what is on its way.
+    """Bounds of what is on its way, together; each of several shadows gets an equal part of them.
 
     Attributes:
         frames: maximum number of frames.
@@ -93,7 +94,9 @@ class ShadowTraffic:
         self._admission, self._lifecycle = admission, lifecycle
         self._choices: dict[tuple[str, str], EvenChoice] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._nbytes = 0
+        # Frames and bytes on their way, by model and shadow.
+        self._frames: Counter[tuple[str, str]] = Counter()
+        self._nbytes: Counter[tuple[str, str]] = Counter()
         # One thread: comparisons compete with the event loop for the interpreter.
         self._thread = ThreadPoolExecutor(1, "shadow-comparison")
 
@@ -152,9 +155,13 @@ class ShadowTraffic:
             raise _Dropped("options")
         admission, limits = self._admission, self._limits
         nbytes = frame.nbytes + len(outcome.value.body)
+        key, shadows = (pair[0], pair[2]), self._rollout.count_shadows()
+        # A slow shadow leaves the others their part.
         if (
             len(self._tasks) >= limits.frames
-            or self._nbytes + nbytes > limits.nbytes
+            or self._frames[key] >= max(1, limits.frames // shadows)
+            or self._nbytes.total() + nbytes > limits.nbytes
+            or (self._nbytes[key] and self._nbytes[key] + nbytes > limits.nbytes // shadows)
             or admission.items > _BUSY_RATIO * admission.max_items
             or admission.bytes > _BUSY_RATIO * admission.max_bytes
         ):
@@ -166,12 +173,14 @@ class ShadowTraffic:
             raise _Dropped("other_inputs")
         task = asyncio.create_task(self._run(pair, shadow, share_frame(frame), outcome.value.body))
         self._tasks.add(task)
-        self._nbytes += nbytes
-        task.add_done_callback(lambda done: self._finish(done, nbytes))
+        self._frames[key] += 1
+        self._nbytes[key] += nbytes
+        task.add_done_callback(lambda done: self._finish(done, key, nbytes))
 
-    def _finish(self, task: asyncio.Task[None], nbytes: int) -> None:
+    def _finish(self, task: asyncio.Task[None], key: tuple[str, str], nbytes: int) -> None:
         self._tasks.discard(task)
-        self._nbytes -= nbytes
+        self._frames[key] -= 1
+        self._nbytes[key] -= nbytes
 
     async def _run(self, pair: ShadowPair, shadow: ModelVersion, frame: EncodedFrame, answer: Bytes) -> None:
         try:

@@ -259,33 +259,50 @@ def test_a_share_is_even_over_any_stretch_and_for_every_camera_of_a_rig() -> Non
         "second:2.0=-1",
         "second:2.0=nan",
         "second:2.0=5%",
+        "second:2.0=0_1",
+        "second:2.0=٠.١",
         ":2=1",
     ],
 )
 @pytest.mark.parametrize("name", ["canary", "shadow"])
-def test_a_wrong_share_is_refused_with_an_example(name: str, text: str) -> None:
-    with pytest.raises(SettingsError, match="such as second:2"):
+def test_a_wrong_share_is_refused(name: str, text: str) -> None:
+    with pytest.raises(SettingsError):
         GatewayOptions.build({name: text}, {})
 
 
+def test_a_share_of_a_version_that_is_not_registered_is_logged_once(
+    start_gateway: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = start_gateway(canary="second:9.9=0.5,secnd:1.0=0.1,second:7=0", shadow="second:1.0=0.5")
+
+    def logged() -> list[str]:
+        return [each.getMessage() for each in caplog.records if each.name == "serve.gateway.rollout"]
+
+    for _ in range(2):
+        gateway.client.get("/models")
+    assert len(logged()) == 1
+    named = ("canary second:9.9", "canary secnd:1.0")
+    assert all(each in logged()[0] for each in named) and "shadow" not in logged()[0]
+
+
 def test_canaries_share_the_traffic_and_shadows_do_not() -> None:
-    with pytest.raises(SettingsError, match="add up"):
+    with pytest.raises(SettingsError):
         GatewayOptions.build({"canary": "second:2.0=0.6,second:3.0=0.5"}, {})
     GatewayOptions.build({"shadow": "second:2.0=0.6,second:3.0=0.5"}, {})
-    with pytest.raises(SettingsError, match="once"):
+    with pytest.raises(SettingsError):
         GatewayOptions.build({"shadow": "second:2.0=0.6,second:2.0=0.5"}, {})
     assert parse_shares(["a:1=0.7", "a:2=0.2", "a:3=0.1"], divided=True)
 
 
 def test_a_file_replaces_the_options_and_must_be_right_at_the_start(tmp_path: Path) -> None:
     file = tmp_path / "rollout"
-    with pytest.raises(SettingsError, match="rollout"):
+    with pytest.raises(SettingsError, match=str(file)):
         Rollout.of((), (), file)
     for wrong in ("canary second:2.0=2", "second:2.0=0.1", "canary second:2.0", "\xff"):
         file.write_bytes(wrong.encode("latin-1"))
-        with pytest.raises(SettingsError, match="rollout"):
+        with pytest.raises(SettingsError, match=str(file)):
             Rollout.of((), (), file)
-    with pytest.raises(SettingsError, match="replaces"):
+    with pytest.raises(SettingsError):
         GatewayOptions.build({"rollout_file": str(file), "shadow": "second:2.0=0.1"}, {})
     file.write_text("# of the week\n\ncanary second:2.0=0.05\nshadow second:3.0=0.5 # nightly\n")
     found = Rollout.of((), (), file)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
@@ -161,6 +162,25 @@ def test_a_shadow_that_hangs_holds_up_nothing_and_what_waits_is_bounded(
     assert dropped(gateway, "busy") == 7 and second.calls == [1]
     background.soon(second.gate.set)
     eventually(lambda: compared(gateway) == 1)
+
+
+def test_a_shadow_that_hangs_takes_nothing_from_another_one(
+    start_gateway: Start, background: Background, torchserve: FakeTorchServe, second: FakeModel, cloud: Cloud
+) -> None:
+    torchserve.models["second"]["3.0"] = FakeModel(workers=[4713], default=False)
+    gateway = start_gateway(shadow="second:2.0=1,second:3.0=1", shadow_frames=4, shadow_wait_s=20)
+    eventually(lambda: [each["status"] for each in gateway.client.get("/models").json()] == ["ready"] * 3)
+    second.gate = background.call(_gate())
+
+    def has_compared(frames: int) -> bool:
+        return sample(gateway, "shadow_frames_total", shadow="3.0") == frames
+
+    for k in range(6):
+        gateway.post(content=cloud(k))
+        eventually(partial(has_compared, k + 1))
+    assert dropped(gateway, "busy") == 4 and shadows(gateway) == 2
+    background.soon(second.gate.set)
+    eventually(lambda: compared(gateway) == 2)
 
 
 async def _gate() -> asyncio.Event:
