@@ -277,22 +277,30 @@ class FrameSampler:
         stem = f"{sample.time:%H%M%S}-{sample.time.microsecond // 1000:03d}-{secrets.token_hex(4)}"
         name = f"{sample.folder}/{sample.time:%Y-%m-%d}/{stem}"
         parts = sample.parts
-        # What marks a folder as a frame comes last, so that half a frame is none.
-        for part in sorted(parts, key=lambda part: part in ("calibration", "sweeps")):
-            path = (name if len(parts) == 1 else f"{name}/{part}") + _suffix(part, parts[part])
-            if not _KEPT.fullmatch(path):  # of a model that was not packed by this project
-                raise StorageError(
-                    f"a frame cannot be kept as {path[:200]!r}, a name that no sweep would find"
-                )
-            self._destination.write(path, parts[part])
-        record = {
-            "time": sample.time.isoformat(),
-            "model": sample.folder.partition("/")[0],
-            "version": sample.folder.partition("/")[2],
-            "options": sample.options,
-            "answer": orjson.Fragment(sample.answer),
-        }
-        self._destination.write(f"{name}.json", orjson.dumps(record))
+        written: list[str] = []
+        try:
+            # What marks a folder as a frame comes last, so that half a frame is none.
+            for part in sorted(parts, key=lambda part: part in ("calibration", "sweeps")):
+                path = (name if len(parts) == 1 else f"{name}/{part}") + _suffix(part, parts[part])
+                if not _KEPT.fullmatch(path):  # of a model that was not packed by this project
+                    raise StorageError(
+                        f"a frame cannot be kept as {path[:200]!r}, a name that no sweep would find"
+                    )
+                self._destination.write(path, parts[part])
+                written.append(path)
+            record = {
+                "time": sample.time.isoformat(),
+                "model": sample.folder.partition("/")[0],
+                "version": sample.folder.partition("/")[2],
+                "options": sample.options,
+                "answer": orjson.Fragment(sample.answer),
+            }
+            self._destination.write(f"{name}.json", orjson.dumps(record))
+        except BaseException:
+            for path in written:  # a frame without its record, on a disk that is full
+                with suppress(Exception):
+                    self._destination.remove(path)
+            raise
 
     def sweep(self) -> None:
         """Remove samples beyond the retention, the oldest first."""

@@ -225,6 +225,24 @@ def test_a_destination_that_fails_is_counted_and_logged_once_in_a_while(
     assert counts == {"failed": 3} and len(caplog.records) == 1
 
 
+def test_a_frame_whose_record_cannot_be_written_is_not_kept_either(
+    tmp_path: Path, counts: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination = _Recorded()
+    write = destination.write
+
+    def write_frames_only(name: str, data: Any) -> None:
+        destination.fail = name.endswith(".json") and "calibration" not in name
+        write(name, data)
+
+    monkeypatch.setattr(destination, "write", write_frames_only)
+    sampler = FrameSampler(destination, options(tmp_path), lambda model, outcome: counts.update([outcome]))
+    observe(sampler, b"\0\0\x80?")
+    observe(sampler, {"points": b"\0\0\x80?", "image": b"\x89PNG", "calibration": b"{}"}, FUSION)
+    sampler.close()
+    assert counts == {"failed": 2} and not destination.files
+
+
 def test_old_frames_and_those_beyond_the_bytes_are_removed_and_nothing_else(tmp_path: Path) -> None:
     destination = _Recorded()
     names = [
