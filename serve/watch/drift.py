@@ -17,6 +17,8 @@ Numbers = npt.NDArray[np.number[Any]]
 FLOOR = 0.1
 # Draws of the bootstrap, their quantile, and the margin above it.
 _DRAWS, _QUANTILE, _MARGIN = 1000, 0.99, 1.75
+# Fewer blocks than that are one run, which every draw repeats: they would have no distance at all.
+_LEAST_BLOCKS = 3
 
 
 def distance(one: Numbers, other: Numbers) -> float | None:
@@ -72,7 +74,7 @@ def chance_limit(blocks: Numbers, window: int) -> float:
     Frames that follow each other resemble each other, and so do the detections of a frame. Reference and window are
     therefore drawn anew from runs of blocks (the circular block bootstrap of Politis and Romano, 1992), each as long as
     the cube root of their number; the limit lies by three quarters above the distance that one pair in a hundred
-    exceeds, and not below `FLOOR`.
+    exceeds, and not below `FLOOR`. Of one or two blocks it is 1, because they do not tell how much chance changes.
 
     Args:
         blocks: (M, bins) counts of the frames of the reference, or of groups of frames, in the order of time.
@@ -80,6 +82,8 @@ def chance_limit(blocks: Numbers, window: int) -> float:
     """
     blocks = np.asarray(blocks, np.float64)
     number = len(blocks)
+    if number < _LEAST_BLOCKS:
+        return 1.0
     run = math.ceil(number ** (1 / 3))
     around = np.concatenate(
         [np.zeros((1, blocks.shape[1])), np.cumsum(np.vstack([blocks, blocks[:run]]), axis=0)]

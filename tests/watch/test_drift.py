@@ -60,6 +60,19 @@ def test_windows_of_the_same_source_hardly_pass_the_limit_and_another_source_doe
     assert other is not None and other > limit >= FLOOR
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 20])
+def test_windows_of_the_same_source_do_not_pass_the_limit_of_few_frames(number: int) -> None:
+    rng = np.random.default_rng(0)
+
+    def frames(count: int) -> np.ndarray:
+        return np.array([rng.multinomial(10, rng.dirichlet([3.0, 2.0, 2.0, 1.0])) for _ in range(count)])
+
+    blocks = frames(number)
+    limit, reference = chance_limit(blocks, 200), blocks.sum(0)
+    found = [distance(frames(200).sum(0), reference) for _ in range(20)]
+    assert not any(each is not None and each > limit for each in found)
+
+
 def test_frames_that_resemble_their_neighbours_have_a_wider_limit() -> None:
     rng = np.random.default_rng(0)
     scenes = np.array([rng.dirichlet(np.ones(6)) for _ in range(40)])
