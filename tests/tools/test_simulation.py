@@ -108,8 +108,41 @@ def test_a_run_that_refuses_frames_exits_with_1(capsys: pytest.CaptureFixture[st
         ["--clients", "1", "--burst", "2", "5", "10"],
         ["--rate", "1", "--pods", "4", "--most-pods", "2"],
         ["--rate", "1", "--seconds", "0"],
+        ["--rate", "1", "--seconds", "nan"],
+        ["--rate", "1", "--seconds", "inf"],
+        ["--rate", "inf"],
+        ["--rate", "1", "--frame-ms", "nan"],
+        ["--rate", "1", "--burst", "nan", "1", "2"],
+        ["--rate", "1", "--most-pods", "3", "--start-s", "nan"],
     ],
 )
 def test_values_out_of_range_are_errors(options: list[str]) -> None:
     with pytest.raises(SettingsError):
         run.main(options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--rate", "100", "--p99-ms", "nan"],
+        ["--rate", "100", "--p99-ms", "23.8"],  # a lone frame takes 23.85 ms
+        ["--rate", "100", "--p99-ms", "100", "--price", "-1"],
+        ["--rate", "100", "--p99-ms", "100", "--price", "inf"],
+        ["--rate", "0.001", "--p99-ms", "100", "--seconds", "1"],
+    ],
+)
+def test_what_no_number_of_pods_answers_is_an_error(options: list[str]) -> None:
+    with pytest.raises(SettingsError):
+        size.main(options)
+
+
+@pytest.mark.parametrize("limit", ["nan", "-0.1"])
+def test_a_limit_that_lets_everything_or_nothing_pass_is_an_error(limit: str) -> None:
+    with pytest.raises(SettingsError):
+        check.main(["--limit", limit])
+
+
+def test_hours_of_pods_are_those_that_the_answers_took(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--rate", "100", "--seconds", "1", "--pods", "3"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["simulation"]
+    assert found["pod_hours"] == pytest.approx(3 / 3600)

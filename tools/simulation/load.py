@@ -84,7 +84,7 @@ class Outcome:
         worker_busy: share of time for which workers computed.
         gateway_busy: the same of the gateway processes.
         most_pods: largest number of pods.
-        pod_hours: hours of all pods.
+        pod_hours: hours of all pods, without the warm-up.
     """
 
     asked: int
@@ -215,8 +215,6 @@ def _summarize(statistics: Statistics, model: PodModel, load: Load, pod_s: float
     def quantile(share: float) -> float | None:
         return latencies[min(len(latencies) - 1, int(share * len(latencies)))] * 1e3 if latencies else None
 
-    # Pods were up during the warm-up too, which counts nothing.
-    measured_s = pod_s * load.seconds / (load.seconds + load.warmup_s)
     return Outcome(
         asked=statistics.asked,
         answered=len(latencies),
@@ -227,8 +225,8 @@ def _summarize(statistics: Statistics, model: PodModel, load: Load, pod_s: float
         p50_ms=quantile(0.5),
         p99_ms=quantile(0.99),
         mean_batch=statistics.frames / max(1, statistics.batches),
-        worker_busy=min(1.0, statistics.worker_s / (measured_s * model.workers)),
-        gateway_busy=min(1.0, statistics.gateway_s / (measured_s * model.gateways)),
+        worker_busy=min(1.0, statistics.worker_s / (pod_s * model.workers)),
+        gateway_busy=min(1.0, statistics.gateway_s / (pod_s * model.gateways)),
         most_pods=statistics.most_pods,
         pod_hours=pod_s / 3600,
     )

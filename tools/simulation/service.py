@@ -67,6 +67,11 @@ class PodModel:
         gateway = self.gateways / self.gateway_s if self.gateway_s else math.inf
         return min(self.workers * worker, gateway)
 
+    @property
+    def lone_s(self) -> float:
+        """Seconds from a lone frame to its answer."""
+        return self.batch_s + self.frame_s + self.gateway_s + self.transport_s
+
 
 @dataclass(eq=False)
 class Frame:
@@ -97,7 +102,7 @@ class Statistics:
         batches: batches, and the frames in them.
         worker_s: seconds for which workers computed.
         gateway_s: seconds for which gateways computed.
-        pod_s: seconds for which pods were up, added up.
+        pod_s: seconds for which pods were up since the warm-up, added up.
         most_pods: largest number of pods.
     """
 
@@ -249,7 +254,7 @@ class Service:
 
     def remove_pod(self) -> None:
         """Take a pod from the balancer; it answers what it has."""
-        self.statistics.pod_s += self.env.now - self.pods.pop().started_at
+        self._count_time(self.pods.pop())
 
     def submit(self, answered: Callable[[float | None], None] = lambda _: None) -> bool:
         """Send one frame to a pod; `answered` is called with the time of the answer, or None. False if refused."""
@@ -273,4 +278,9 @@ class Service:
 
     def close(self) -> None:
         """Count the time of the pods that are still up."""
-        self.statistics.pod_s += sum(self.env.now - pod.started_at for pod in self.pods)
+        for pod in self.pods:
+            self._count_time(pod)
+
+    def _count_time(self, pod: Pod) -> None:
+        since = max(pod.started_at, self.statistics.since)
+        self.statistics.pod_s += max(0.0, self.env.now - since)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import SettingsError
+from tools.simulation.commands.options import check_finite
 from tools.simulation.load import Load, simulate
 from tools.simulation.service import PodModel
 
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None) -> int:
         "--limit", type=float, default=0.10, help="largest relative deviation (default: 0.10)"
     )
     args = parser.parse_args(argv)
+    check_finite(args)
+    if args.limit < 0:
+        raise SettingsError(f"--limit must be at least 0, not {args.limit}")
     found = list(compare(_read(args.page)))
     print("| frames of | figure | measured | simulated | deviation |\n| ---: | --- | ---: | ---: | ---: |")
     for row in found:

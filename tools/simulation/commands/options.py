@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,16 @@ from serve.errors import SettingsError
 from tools.simulation.load import Burst, Load, Outcome
 from tools.simulation.service import PodModel
 
-__all__ = ["add_load", "add_pod", "format_row", "heading", "load_of", "pod_of", "progress_bar"]
+__all__ = [
+    "add_load",
+    "add_pod",
+    "check_finite",
+    "format_row",
+    "heading",
+    "load_of",
+    "pod_of",
+    "progress_bar",
+]
 
 
 def add_pod(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +78,7 @@ def pod_of(args: argparse.Namespace) -> PodModel:
     Raises:
         SettingsError: a value is out of range.
     """
+    check_finite(args)
     for name in ("batch_ms", "gateway_ms", "transport_ms"):
         if getattr(args, name) < 0:
             raise SettingsError(f"{_flag(name)} must be at least 0, not {getattr(args, name)}")
@@ -93,6 +104,7 @@ def load_of(args: argparse.Namespace) -> Load:
     Raises:
         SettingsError: a value is out of range, or neither --rate nor --clients is given.
     """
+    check_finite(args)
     if (args.rate > 0) == (args.clients > 0) or min(args.rate, args.clients) < 0:
         raise SettingsError("give either --rate or --clients, more than 0")
     if args.seconds <= 0:
@@ -107,6 +119,18 @@ def load_of(args: argparse.Namespace) -> Load:
                 f"--burst {' '.join(map(str, args.burst))}: FACTOR must be at least 1, LENGTH_S less than PERIOD_S"
             )
     return Load(args.rate, args.clients, burst, args.seconds)
+
+
+def check_finite(args: argparse.Namespace) -> None:
+    """Reject NaN and infinity, which no comparison with a bound finds, or which never end.
+
+    Raises:
+        SettingsError: a flag has such a value.
+    """
+    for name, value in vars(args).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(each, float) and not math.isfinite(each) for each in numbers):
+            raise SettingsError(f"{_flag(name)} must be finite, not {' '.join(map(str, numbers))}")
 
 
 def _flag(name: str) -> str:

@@ -48,8 +48,10 @@ def main(argv: Sequence[str] | None) -> int:
     model, load = pod_of(args), load_of(args)
     if load.clients:
         raise SettingsError("clients in a closed loop slow down with the service; give --rate")
-    if args.p99_ms <= (least_ms := (model.batch_s + model.frame_s) * 1e3):
+    if args.p99_ms <= (least_ms := model.lone_s * 1e3):
         raise SettingsError(f"--p99-ms {args.p99_ms:g}: one frame alone takes {least_ms:g} ms")
+    if args.price is not None and args.price < 0:
+        raise SettingsError(f"--price must be at least 0, not {args.price}")
     print(heading())
 
     def measure(pods: int) -> Outcome:
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None) -> int:
                 model, load, pods=pods, balancing=args.balancing, seed=args.seed, progress=progress
             )
         print(format_row(pods, outcome), flush=True)
+        if not outcome.asked:
+            raise SettingsError(f"no frame arrives within --seconds {args.seconds:g}; raise it")
         return outcome
 
     def holds(outcome: Outcome) -> bool:
