@@ -62,7 +62,7 @@ class EarlySend:
         self._latency_model.observe(cost, seconds)
 
     def schedule(self, sent: Sequence[SentBatch], slots: int) -> None:
-        """Allow nothing until a slot is about to be free, now that other batches run than before.
+        """Allow nothing until a slot is about to be free; to call when a batch begins or ends.
 
         Args:
             sent: batches that run; with as many as there are slots, all are busy and none is prefetched.

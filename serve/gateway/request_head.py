@@ -27,7 +27,7 @@ class RequestHead:
         self._codings: list[bytes] = []  # of Transfer-Encoding
 
     def add(self, name: bytes, value: bytes) -> bool:
-        """Count a line with its lower-case name; returns whether it is one of those that a head may have."""
+        """Count a line, its name in lower case; return whether there may be so many."""
         self._lines += 1
         if self._lines > MAX_HEADER_LINES:
             return False

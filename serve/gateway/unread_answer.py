@@ -1,4 +1,4 @@
-"""Answers that a client does not read: a connection that stalls is reset, so that nothing is held for it."""
+"""Answers that a client does not read: a connection that stalls is reset."""
 
 from __future__ import annotations
 

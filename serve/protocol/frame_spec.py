@@ -1,4 +1,4 @@
-"""What frames a model accepts: the modality, the names of the parts, and how each part is read.
+"""Frames that a model accepts: modality, names of parts, how each part is read.
 
 The gateway and the worker know a model's frames from the metadata of its archive, without loading the model.
 """

@@ -1,4 +1,4 @@
-"""Options of one frame: their names, defaults and bounds, from a query, a form field or JSON."""
+"""Options of one frame: names, defaults and bounds, from a query, a form or JSON."""
 
 from __future__ import annotations
 

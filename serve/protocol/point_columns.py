@@ -1,4 +1,4 @@
-"""Columns of points: those of a model, those that a client declares, and a file's in the model's order."""
+"""Columns of points: a model's, a client's, and a file's put in the model's order."""
 
 from __future__ import annotations
 

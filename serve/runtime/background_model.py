@@ -1,4 +1,4 @@
-"""Backgrounds of one network: which of its parts have them, and for which sizes of map they are recorded."""
+"""Backgrounds of one network: of which parts, and for which sizes of map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maps that remember where they differ from their background, on the way from one masked module to the next.
+"""Maps that remember where they differ from their background.
 
 `run_layer` computes one layer of such a map; `read_map` and `to_tensor` are the way from a tensor and back to one.
 """
@@ -46,7 +46,7 @@ def run_layer(
     after: Background | None = None,
     wanted: Mask | None = None,
 ) -> tuple[F32, Mask | None]:
-    """Compute one layer of a map (B, H, W, C); returns its output, and where that differs from `after`.
+    """Compute one layer of a map (B, H, W, C).
 
     Args:
         cells: the map.
@@ -55,6 +55,9 @@ def run_layer(
         before: background of the map.
         after: background of the output.
         wanted: (B, H', W'), cells of the output that are needed; None for all.
+
+    Returns:
+        The output, and where it differs from `after`; None in place of that without `changed`.
     """
     out = np.empty((len(cells), *layer.out_shape(*cells.shape[1:3]), layer.outputs), np.float32)
     marks = masked_conv.convolve(

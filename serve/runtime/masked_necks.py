@@ -1,4 +1,4 @@
-"""Necks that skip background: scales brought to one map, or merged from coarse to fine.
+"""Necks that skip background: SECONDFPN and the feature pyramid.
 
 The modules of one scale are in `serve.runtime.masked`.
 """

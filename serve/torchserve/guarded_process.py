@@ -1,7 +1,7 @@
-"""Child process below the guard (`serve.torchserve.guard`), which ends it even if this process is killed.
+"""Child process below the guard, which ends it even if this process is killed.
 
-The command gets a process group of its own, which its children join. The guard prints the command's process id and exit
-code on a pipe, which is read here.
+The command gets a process group of its own, which its children join. The guard (`serve.torchserve.guard`) prints
+the command's process id and exit code on a pipe, which is read here.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ class GuardedProcess:
         os.set_blocking(self._guard.stdout.fileno(), False)
 
     def await_pid(self, timeout_s: float) -> int | None:
-        """Wait until the command runs; returns its process id, or None if it could not be started in time."""
+        """Wait until the command runs; return its process id, or None if it did not start."""
         deadline = time.monotonic() + timeout_s
         while self.pid is None and time.monotonic() < deadline and self.poll() is None:
             self._read(_POLL_S)
         return self.pid
 
     def poll(self) -> int | None:
-        """Return None while the command runs, else its exit code as `Popen.poll` does (negative: the signal)."""
+        """Return None while the command runs, else its exit code (negative: the signal)."""
         if self._exit_code is None and not self._is_stopped:
             self._read(0)
             if self._exit_code is None and self._guard.poll() is not None:
@@ -87,7 +87,7 @@ class GuardedProcess:
         return self._exit_code
 
     def wait(self, timeout_s: float) -> int | None:
-        """Wait up to `timeout_s` seconds for the command to exit; returns the same as `poll`."""
+        """Wait up to `timeout_s` seconds for the command to exit; return as `poll` does."""
         deadline = time.monotonic() + timeout_s
         while self.poll() is None and (left := deadline - time.monotonic()) > 0:
             self._read(min(left, _LONGEST_READ_S))

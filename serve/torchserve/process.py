@@ -91,7 +91,7 @@ class TorchServe:
 
     @property
     def pid(self) -> int | None:
-        """Process id of Java, which leads the process group of the workers; None before the start."""
+        """Process id of Java, the leader of the workers' group; None before the start."""
         return None if self._process is None else self._process.pid
 
     @property

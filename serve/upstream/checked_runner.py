@@ -1,4 +1,4 @@
-"""Upstream's runner, checked: what is wrong with data or checkpoint is said before it writes anything."""
+"""Upstream's runner, with checks of data and checkpoint before it writes anything."""
 
 from __future__ import annotations
 

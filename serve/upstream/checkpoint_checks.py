@@ -1,4 +1,4 @@
-"""Checks of the checkpoint from which upstream's runner starts: its model, and the order of its classes."""
+"""Checks of a checkpoint before upstream's runner: its model, its order of classes."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def check_test_checkpoint(runner: Any, scratch: Path, *, allow_partial: bool, tr
 
 
 def _compare_order(checkpoint: Any, loader: Any, file: str) -> str | None:
-    """Return a sentence if a checkpoint has the classes of the data in another order, so that labels would be mixed up.
+    """Describe the difference if a checkpoint has the data's classes in another order.
 
-    Other names are no error: some data sets spell theirs in several ways.
+    Labels would be mixed up. Other names are no error: some data sets spell theirs in several ways.
     """
     names = None
     with suppress(CheckpointError):  # a list of classes that cannot be read is not compared

@@ -1,4 +1,4 @@
-"""Checks of a config's data sets: files, tables and annotations that are missing, and classes that differ."""
+"""Checks of a config's data sets: missing files and annotations, other classes."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def categories_checked() -> Iterator[None]:
 
 
 def classes_of(dataset: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """Return the classes of a data set, as its config or its type names them; None if neither does."""
+    """Return the classes that a data set's config or type names; None if neither does."""
     from mmengine.registry import DATASETS
 
     metainfo = dataset.get("metainfo") or {}

@@ -1,4 +1,4 @@
-"""Neighbour tables of submanifold sparse convolutions, and those of rulebooks, on the CPU.
+"""Neighbour tables of submanifold convolutions and of rulebooks, on the CPU.
 
 A neighbour table has the input row of each kernel offset and output voxel, -1 for none; the compiled convolution
 (`serve.ops.sparse.table_conv`) reads it. `serve.ops.sparse.strided_table` builds those of other convolutions.
