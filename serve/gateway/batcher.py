@@ -318,18 +318,7 @@ class Batcher(Generic[In, Out]):
         finally:
             self._finish_batch(running, self._clock(), went_well=failed is None)
         run_s = self._clock() - began
-        if failed is not None:
-            logger.warning(
-                "batch of %d frames failed: %s", len(batch), failed, exc_info=_traceback_of(failed)
-            )
-        for i, job in enumerate(batch):
-            if job.cancelled:
-                continue
-            outcome = _copy_error(failed) if failed is not None else outcomes[i]
-            if isinstance(outcome, Exception):
-                job.answer.set_exception(outcome)
-            else:
-                job.answer.set_result(BatchResult(outcome, queue_s[i], run_s, len(batch)))
+        _settle(batch, outcomes, failed, queue_s, run_s)
         # Deferred until the next batch was sent, for which a device may be waiting.
         is_failed = failed is not None
         report = BatchReport(
@@ -359,6 +348,26 @@ class Batcher(Generic[In, Out]):
             if prefetched is not None:
                 prefetched.slot_since = now
         self._early_send.schedule(self._sent, self._slots)
+
+
+def _settle(
+    batch: Sequence[Job[In, Out]],
+    outcomes: Sequence[Out | Exception],
+    failed: Exception | None,
+    queue_s: Sequence[float],
+    run_s: float,
+) -> None:
+    """Give each caller that still waits its outcome, or a copy of the error that `failed` its batch."""
+    if failed is not None:
+        logger.warning("batch of %d frames failed: %s", len(batch), failed, exc_info=_traceback_of(failed))
+    for i, job in enumerate(batch):
+        if job.cancelled:
+            continue
+        outcome = _copy_error(failed) if failed is not None else outcomes[i]
+        if isinstance(outcome, Exception):
+            job.answer.set_exception(outcome)
+        else:
+            job.answer.set_result(BatchResult(outcome, queue_s[i], run_s, len(batch)))
 
 
 def _copy_error(error: Exception) -> ServeError:
