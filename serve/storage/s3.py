@@ -25,6 +25,7 @@ from serve.errors import AccessDenied, ObjectNotFound, StorageError, UriError
 from serve.storage.clusters import find_cluster
 from serve.storage.hashes import sha256_of
 from serve.storage.uri import Location
+from serve.storage.view_reader import ViewReader
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -250,7 +251,7 @@ class S3:
             StorageError: as `read`.
         """
         _require_key(where)
-        self._upload(where, cast(IO[bytes], _ViewReader(data)), hashlib.sha256(data).hexdigest(), 0)
+        self._upload(where, cast(IO[bytes], ViewReader(data)), hashlib.sha256(data).hexdigest(), 0)
 
     def upload(self, path: Path, where: Location, *, progress: bool = True) -> str:
         """Create or replace an object from a file, large ones in parallel parts; returns its sha256.
@@ -295,34 +296,6 @@ def connect(cluster: str = "", conf: Path | None = None, options: Options | None
         if key not in _CONNECTED:
             _CONNECTED[key] = S3(cluster, conf, options)
         return _CONNECTED[key]
-
-
-class _ViewReader(io.RawIOBase):
-    """Reads bytes of any kind as a file, in the pieces that are asked for: `io.BytesIO` would copy all at once."""
-
-    def __init__(self, data: bytes | bytearray | memoryview) -> None:
-        super().__init__()
-        self._view, self._at = memoryview(data), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
-        self._at = max(0, start + offset)
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        end = len(self._view) if size is None or size < 0 else self._at + size
-        found = bytes(self._view[self._at : end])
-        self._at += len(found)
-        return found
 
 
 def _require_key(where: Location) -> None:
