@@ -129,6 +129,15 @@ def _draw_clouds(module: ModuleType) -> None:
     draw_clouds_from_above(module)
 
 
+def _keep_machine_code(module: ModuleType) -> None:
+    """Keep the machine code of KITTI's metric between processes: numba compiles it for five seconds."""
+    from serve.ops.cpu.jit import keep_machine_code
+
+    for compiled in vars(module).values():
+        if hasattr(compiled, "enable_caching"):
+            keep_machine_code(compiled, "kitti_metric")
+
+
 def _replace_rotated_iou(module: ModuleType) -> None:
     from serve.upstream.rotated_iou import rotate_iou_gpu_eval
 
@@ -146,6 +155,7 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "mmdet3d.apis.inferencers.base_3d_inferencer": former_calls.default_visualizer(
         "Base3DInferencer", "mmdet3d.Det3DLocalVisualizer"
     ),
+    "mmdet3d.evaluation.functional.kitti_utils.eval": _keep_machine_code,
     "mmdet3d.evaluation.functional.scannet_utils.evaluate_semantic_instance": _find_in1d,
     "mmengine.dataset.base_dataset": _read_annotations,
     "mmdet3d.visualization.local_visualizer": _draw_clouds,

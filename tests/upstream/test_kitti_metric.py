@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
+from serve.ops.cpu.jit import keep_machine_code
+from serve.ops.cpu.jit_cache import folder
+from serve.upstream import patches
 from serve.upstream.rotated_iou import rotate_iou_gpu_eval
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +40,20 @@ def test_figures_equal_those_of_upstreams_cuda_kernel():
     assert len(theirs) == 126
     assert all(value > 0 for value in theirs.values())
     assert ours == theirs
+
+
+def test_machine_code_of_the_metric_is_kept_for_other_processes():
+    patches.apply()
+    from mmdet3d.evaluation.functional.kitti_utils import eval as metric
+
+    boxes = np.array([[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 3.0, 3.0]])
+    metric.image_box_overlap(boxes, boxes)
+    anew = numba.jit(nopython=True)(metric.image_box_overlap.py_func)  # as another process makes it
+    keep_machine_code(anew, "kitti_metric")
+    assert anew(boxes, boxes)[0].tolist() == [1.0, 1 / 7]
+    assert sum(anew.stats.cache_hits.values()) == 1
+    kept = {one.stats.cache_path for one in vars(metric).values() if hasattr(one, "enable_caching")}
+    assert [Path(place).is_relative_to(str(folder("kitti_metric"))) for place in kept] == [True]
 
 
 BOXES = np.array([[0.0, 0.0, 4.0, 2.0, 0.0], [1.0, 1.0, 4.0, 2.0, np.pi / 4], [50.0, 0.0, 1.0, 1.0, 0.3]])

@@ -12,7 +12,7 @@ from numba.core import config
 
 from serve.ops.cpu import jit_cache
 
-__all__ = ["jit", "jit_contracted"]
+__all__ = ["jit", "jit_contracted", "keep_machine_code"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,11 +28,20 @@ def jit_contracted(function: F) -> F:
 
 
 def _compile(function: F, options: dict[str, Any]) -> F:
-    """Compile with numba's cache on disk if there is a folder for it; numba's own setting takes precedence."""
     compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
-    chosen = config.CACHE_DIR
     source = Path(function.__code__.co_filename).resolve()
-    module = ".".join(source.relative_to(jit_cache.SOURCES).with_suffix("").parts)
+    keep_machine_code(compiled, ".".join(source.relative_to(jit_cache.SOURCES).with_suffix("").parts))
+    return compiled  # type: ignore[no-any-return]
+
+
+def keep_machine_code(compiled: Any, module: str) -> None:
+    """Have numba keep what it compiles on disk, if there is a folder for it; its own setting takes precedence.
+
+    Args:
+        compiled: what numba's decorator returned.
+        module: name of the folder, see `serve.ops.cpu.jit_cache.folder`.
+    """
+    chosen = config.CACHE_DIR
     place = chosen or str(jit_cache.folder(module) or "")
     if place and not config.DISABLE_JIT:
         config.CACHE_DIR = place
@@ -42,7 +51,6 @@ def _compile(function: F, options: dict[str, Any]) -> F:
                 compiled._cache = _FaultTolerantCache(compiled._cache)
         finally:
             config.CACHE_DIR = chosen
-    return compiled  # type: ignore[no-any-return]
 
 
 class _FaultTolerantCache:
