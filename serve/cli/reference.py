@@ -116,6 +116,11 @@ def _copy(source: Path, path: Path, target: Path) -> int:
     return 0
 
 
+def _printable(text: str) -> str:
+    """Return a text of an archive as a terminal may show it."""
+    return text if text.isprintable() else quote(text)
+
+
 def _without_secrets(source: str) -> str:
     """Return the source as an archive may show it: an address without what may be a password or a token."""
     is_address = "://" in source and not source.startswith(
@@ -142,7 +147,9 @@ def _table(found: Reference) -> str:
         lines.append(f"{name:<16} {number:>9} {mean:>10} {limit:>7.3f}")
     if found.counts.of(CLASS).any():
         numbers = found.counts.by_class(CLASS)
-        lines.append("classes   " + ", ".join(f"{number} {name}" for name, number in numbers.items()))
+        lines.append(
+            "classes   " + ", ".join(f"{number} {_printable(name)}" for name, number in numbers.items())
+        )
     if total := int(found.counts.of(SEGMENT).sum()):
         numbers = found.counts.by_class(SEGMENT)
         lines.append(
@@ -150,7 +157,8 @@ def _table(found: Reference) -> str:
         )
     if (recording := found.recording) is not None:
         lines.append(
-            f"recorded  {recording.time} of {recording.source}, for windows of {recording.window_frames} frames"
+            f"recorded  {_printable(recording.time)} of {_printable(recording.source)}, for windows of "
+            f"{recording.window_frames} frames"
         )
     return "\n".join(lines)
 

@@ -109,6 +109,19 @@ def test_a_reference_is_copied_to_a_new_version_and_nothing_else_changes(
     ]
 
 
+def test_an_archive_writes_nothing_to_the_terminal_but_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    former, path = recorded(tmp_path / "former"), write(tmp_path)
+    found = archive.read_statistics(former)
+    assert found is not None
+    hostile = replace(found, recording=Recording("\x1b]0;now", "a\nsha256    0", 1))
+    archive.record_statistics(former, former, hostile)
+    assert reference.main([str(path), "--from", str(former)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and sum(line.startswith("sha256") for line in printed.splitlines()) == 1
+
+
 def test_a_copy_counts_classes_by_name_in_whatever_order(tmp_path: Path) -> None:
     former = recorded(tmp_path / "former")
     path = write(tmp_path, replace(METADATA, classes=METADATA.classes[::-1]))
