@@ -21,7 +21,7 @@ NAME ?= $(patsubst %.py,%,$(notdir $(MODEL)))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
 TRAIN_STAMP := $(VENV)/.train-stamp
-SETUP_INPUTS := pyproject.toml setup.py tools/setup_env.py serve/ops/autoload.py $(wildcard requirements/*.lock)
+SETUP_INPUTS := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/environment/*.py) serve/ops/autoload.py $(wildcard requirements/*.lock)
 CODE := serve handlers tools tests
 # How `make test` divides the tests (docs/testing.md): JOBS processes side by side.
 JOBS ?= 2

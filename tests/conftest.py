@@ -266,8 +266,15 @@ def kept_folder(config: pytest.Config, name: str, *sources: Path) -> Path | None
 
 
 # What the wheel is made of.
-WHEEL_SOURCES = ("pyproject.toml", "setup.py", "LICENSE", "README.md", "tools/setup_env.py")
-WHEEL_FOLDERS = ("serve", "handlers", "requirements")
+WHEEL_SOURCES = (
+    "pyproject.toml",
+    "setup.py",
+    "LICENSE",
+    "README.md",
+    "tools/__init__.py",
+    "tools/setup_env.py",
+)
+WHEEL_FOLDERS = ("serve", "handlers", "requirements", "tools/environment")
 
 
 def copy_sources_of_wheel(copy: Path) -> None:

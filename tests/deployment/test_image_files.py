@@ -108,6 +108,14 @@ def test_nothing_is_installed_but_locked_wheels() -> None:
                 assert not from_index or ("--require-hashes" in install and "--only-binary=:all:" in install)
 
 
+# What a stage runs to make the environment.
+SETUP = (
+    "tools/__init__.py",
+    "tools/setup_env.py",
+    *(f"tools/environment/{name}.py" for name in ("__init__", "packages", "torch_build", "venv")),
+)
+
+
 @pytest.fixture
 def context(tmp_path: Path) -> Path:
     """What an engine has of the folder of the Dockerfile: what is not ignored."""
@@ -148,7 +156,13 @@ def test_all_that_a_stage_copies_or_runs_is_in_the_folder_or_in_the_wheel(contex
                 assert (context / "share" / name).is_file(), name
     for name in re.findall(r"requirements/[\w-]+\.lock", DOCKERFILE.read_text()):
         assert (context / "share" / name).read_bytes() == (ROOT / name).read_bytes()
-    assert (context / "share/tools/setup_env.py").read_bytes() == (ROOT / "tools/setup_env.py").read_bytes()
+    for name in SETUP:
+        assert (context / "share" / name).read_bytes() == (ROOT / name).read_bytes()
+    ran = subprocess.run(
+        [sys.executable, "-I", "-S", "share/tools/setup_env.py", "--help"],
+        cwd=context, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0 and "--project-only" in ran.stdout, ran.stderr
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -172,7 +186,7 @@ def test_wheel_holds_neither_tools_nor_tests(wheel: Path) -> None:
         f"{stem}.data", f"{stem}.dist-info",
     }  # fmt: skip
     shared = {name.partition("share/mmdet3d-serve/")[2] for name in names if ".data/" in name}
-    assert {name for name in shared if not name.endswith(".lock")} == {"pyproject.toml", "tools/setup_env.py"}
+    assert {name for name in shared if not name.endswith(".lock")} == {"pyproject.toml", *SETUP}
 
 
 @pytest.mark.parametrize("stage", ["serve", "gateway"])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
@@ -20,19 +18,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from serve.torchserve.java import child_environment
+from tools import setup_env
+from tools.environment import packages, torch_build, venv
+from tools.environment.venv import SetupFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "requirements"
 LOCKS = [REQUIREMENTS / "runtime.lock", REQUIREMENTS / "dev.lock"]
-
-
-@pytest.fixture(scope="module")
-def setup_env() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def locked(path: Path) -> list[Requirement]:
@@ -128,8 +120,8 @@ def test_what_training_adds_leaves_the_packages_of_serving_as_they_are() -> None
 
 
 @pytest.mark.parametrize("extra", ["models", "ops"])
-def test_the_range_of_torch_is_the_one_that_pyproject_declares(setup_env: ModuleType, extra: str) -> None:
-    assert setup_env.torch_range_text() in asked_by(extra)
+def test_the_range_of_torch_is_the_one_that_pyproject_declares(extra: str) -> None:
+    assert torch_build.torch_range_text() in asked_by(extra)
 
 
 def test_the_wheel_alone_asks_for_numpy_alone() -> None:
@@ -254,16 +246,16 @@ def test_former_make_tasks_name_the_command_to_use(tmp_path: Path) -> None:
         ("3.0.0", False),
     ],
 )
-def test_a_torch_is_kept_in_the_supported_range(setup_env: ModuleType, version: str, kept: bool) -> None:
-    assert setup_env.torch_in_range(version) is kept
+def test_a_torch_is_kept_in_the_supported_range(version: str, kept: bool) -> None:
+    assert torch_build.torch_in_range(version) is kept
 
 
-def test_the_torch_of_this_environment_is_in_the_supported_range(setup_env: ModuleType) -> None:
-    assert setup_env.torch_in_range(metadata.version("torch"))
+def test_the_torch_of_this_environment_is_in_the_supported_range() -> None:
+    assert torch_build.torch_in_range(metadata.version("torch"))
 
 
 def test_bytecode_is_kept_where_the_environment_would_have_none(
-    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Else every worker compiles all of torch and mmdet3d at its start."""
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
@@ -273,26 +265,22 @@ def test_bytecode_is_kept_where_the_environment_would_have_none(
     assert [path.parent.name for path in tmp_path.rglob("_client.*.pyc")] == ["httpx"]
 
 
-def test_an_old_python_is_refused_with_what_to_do(
-    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_python_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10, 4, "final", 0))
-    with pytest.raises(
-        setup_env.SetupFailed, match=r"Python 3\.11 or newer is needed, this is 3\.10\.4 .*PYTHON="
-    ):
-        setup_env.check_python()
+    with pytest.raises(SetupFailed, match=r"Python 3\.11 or newer is needed, this is 3\.10\.4 .*PYTHON="):
+        venv.check_python()
 
 
-def test_a_folder_that_is_no_environment_is_not_removed(setup_env: ModuleType, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_environment_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(setup_env.SetupFailed, match="is not a virtual environment"):
+    with pytest.raises(SetupFailed, match="is not a virtual environment"):
         setup_env.make_venv(tmp_path, reuse_torch=False)
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_the_words_of_pip_are_shown_when_it_fails(setup_env: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(setup_env.SetupFailed, match="Could not open requirements file"):
-        setup_env.pip(Path(sys.prefix), "-r", str(tmp_path / "absent.txt"))
+def test_the_words_of_pip_are_shown_when_it_fails(tmp_path: Path) -> None:
+    with pytest.raises(SetupFailed, match="Could not open requirements file"):
+        packages.pip(Path(sys.prefix), "-r", str(tmp_path / "absent.txt"))
 
 
 @pytest.mark.parametrize(
@@ -315,34 +303,34 @@ def test_the_words_of_pip_are_shown_when_it_fails(setup_env: ModuleType, tmp_pat
     ],
 )
 def test_uv_gets_the_index_that_pip_is_configured_with(
-    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, printed: str, expected: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch, printed: str, expected: dict[str, str]
 ) -> None:
-    for variable in setup_env.UV_VARIABLES.values():
+    for variable in packages.UV_VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
-    found = setup_env.uv_environment(printed)
-    assert {name: found[name] for name in setup_env.UV_VARIABLES.values() if name in found} == expected
+    found = packages.uv_environment(printed)
+    assert {name: found[name] for name in packages.UV_VARIABLES.values() if name in found} == expected
 
 
 def test_pip_installs_the_lock_if_uv_cannot_be_fetched(
-    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[tuple[str, ...]] = []
 
     def pip(venv: Path, *arguments: str) -> None:
         asked.append(arguments)
         if "--target" in arguments:
-            raise setup_env.SetupFailed("no uv for this machine")
+            raise SetupFailed("no uv for this machine")
 
-    monkeypatch.setattr(setup_env, "pip", pip)
+    monkeypatch.setattr(packages, "pip", pip)
     lock = tmp_path / "a.lock"
     lock.write_text("a==1")
-    assert setup_env.install_lock(tmp_path, [lock]).startswith("1 packages by pip")
+    assert packages.install_lock(tmp_path, [lock]).startswith("1 packages by pip")
     assert "--require-hashes" in asked[1] and asked[1][-2:] == ("-r", str(lock))
     assert "pip cannot fetch it" in capsys.readouterr().out
 
 
 def test_packages_of_an_interrupted_run_are_installed_again(
-    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
 
@@ -352,31 +340,29 @@ def test_packages_of_an_interrupted_run_are_installed_again(
             raise KeyboardInterrupt
         return ""
 
-    monkeypatch.setattr(setup_env, "_install_by_uv", interrupted_once)
+    monkeypatch.setattr(packages, "_install_by_uv", interrupted_once)
     with pytest.raises(KeyboardInterrupt):
-        setup_env.install_lock(tmp_path, [])
-    setup_env.install_lock(tmp_path, [])
-    setup_env.install_lock(tmp_path, [])
+        packages.install_lock(tmp_path, [])
+    packages.install_lock(tmp_path, [])
+    packages.install_lock(tmp_path, [])
     assert ["--reinstall" in arguments for arguments in asked] == [False, True, False]
 
 
-def test_what_runs_beside_a_step_ends_with_its_children_when_the_step_fails(setup_env: ModuleType) -> None:
+def test_what_runs_beside_a_step_ends_with_its_children_when_the_step_fails() -> None:
     program = "import subprocess, sys; subprocess.run(['sleep', '600'])"
     with (
-        pytest.raises(setup_env.SetupFailed),
+        pytest.raises(SetupFailed),
         setup_env.run_alongside([sys.executable, "-c", program]) as process,
     ):
         parent = psutil.Process(process.pid)
         while not (children := parent.children()):
             assert parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE
-        raise setup_env.SetupFailed("no index")
+        raise SetupFailed("no index")
     _, alive = psutil.wait_procs(children, timeout=10)
     assert process.returncode is not None and alive == []
 
 
-def test_the_fingerprint_changes_with_the_lock_and_the_torch_index(
-    setup_env: ModuleType, tmp_path: Path
-) -> None:
+def test_the_fingerprint_changes_with_the_lock_and_the_torch_index(tmp_path: Path) -> None:
     plain, other = (
         argparse.Namespace(torch_version="2.13.0", torch_index_url=None, torch_lock=None),
         argparse.Namespace(torch_version="2.13.0", torch_index_url="x", torch_lock=None),
@@ -394,7 +380,7 @@ STEPS = ["install_lock", "install_torch", "install_project", "self_check", "fini
 
 
 def test_a_second_run_does_nothing(
-    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done: list[str] = []
     for step in STEPS:
@@ -421,10 +407,10 @@ def fake_venv(venv: Path) -> None:
 
 
 def test_a_failed_step_leaves_no_stamp(
-    setup_env: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
-        raise setup_env.SetupFailed("no index")
+        raise SetupFailed("no index")
 
     monkeypatch.setattr(setup_env, "make_venv", lambda venv, _: fake_venv(venv))
     monkeypatch.setattr(setup_env, "unpack_torch", lambda *_: None)
