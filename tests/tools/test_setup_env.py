@@ -144,6 +144,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
         "mypy_boto3_s3": "types only",
         "mcap_protobuf": "mcap-protobuf-support",
         "pydantic": "fastapi",
+        "rcl_interfaces": "ROS 2",
         "rclpy": "ROS 2, by itself",
         "rerun": "rerun-sdk",
         "s3transfer": "boto3",
