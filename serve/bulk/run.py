@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ import orjson
 from serve.bulk.conversion import Conversions
 from serve.bulk.destination import SUMMARY, Destination
 from serve.bulk.formats import COCO, PART_FORMATS, Outputs, write_coco
+from serve.bulk.lock import hold_destination
 from serve.bulk.parts import Counts, Engine, Job, Part, manifest_line
 from serve.errors import BadRequest, SettingsError
 from serve.predict.sources import Source
 from serve.storage.cache import map_disk_errors
-from serve.storage.lock import hold_lock
 
 __all__ = ["BulkRun", "Plan", "Summary", "execute", "plan_run"]
 
@@ -52,12 +52,21 @@ class BulkRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """The manifest of a run, on this machine, and what of the run is finished."""
+    """The manifest of a run, on this machine, and what of the run is finished.
+
+    Attributes:
+        manifest: its path.
+        frames: number of frames.
+        part_frames: frames per part.
+        finished: numbers of the parts that have results.
+        check: raises if another run has taken over the destination.
+    """
 
     manifest: Path
     frames: int
     part_frames: int
     finished: frozenset[int]
+    check: Callable[[], None] = lambda: None
 
     @property
     def parts(self) -> int:
@@ -115,7 +124,7 @@ def plan_run(
         run: what to do.
         destination: takes the results.
         open_frames: lists the frames; not called if the run goes on.
-        stack: keeps the lock of a folder, and a copy of a bucket's manifest.
+        stack: keeps the lock of the destination, and a copy of a bucket's manifest.
         overwrite: forget another run, and begin this one anew.
         retry_failed: forget the parts that have failed frames, so that they are computed again.
 
@@ -123,8 +132,19 @@ def plan_run(
         BadRequest: the destination has the results of another run, or of one that is not known.
         SettingsError: the frames are those of a video, camera or stream.
     """
-    if destination.is_local:
-        stack.enter_context(hold_lock(destination.folder / _RUN))
+    lock = hold_destination(destination, stack)
+    plan = _plan(run, destination, open_frames, stack, overwrite, retry_failed)
+    return plan if lock is None else replace(plan, check=lock.check)
+
+
+def _plan(
+    run: BulkRun,
+    destination: Destination,
+    open_frames: Callable[[], Source],
+    stack: ExitStack,
+    overwrite: bool,
+    retry_failed: bool,
+) -> Plan:
     if overwrite:
         destination.clear()
     destination.sweep()
@@ -216,6 +236,7 @@ def execute(
 
         def begun(frames: int) -> None:
             with lock:
+                plan.check()
                 advance(frames)
                 conversions.advance()
 
@@ -224,9 +245,11 @@ def execute(
                 counts.merge(found)
                 conversions.add(number)
         seconds = time.monotonic() - started
+        plan.check()
         unwritten = conversions.finish()
     if "coco" in run.outputs.formats and not destination.exists(COCO):
         write_coco(destination, run.outputs, plan.manifest, plan.parts)
+    plan.check()
     destination.sweep()
     summary = Summary(
         counts, counts.frames - kept, seconds, unwritten, _partial_formats(run, plan, destination)

@@ -12,12 +12,14 @@ without their text.
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import hashlib
 import io
 import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -40,6 +42,8 @@ _DENIED = frozenset(
     {"AccessDenied", "AllAccessDisabled", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 )
 _EXPIRED = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"})
+_UNMET = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
+_NO_CONDITIONS = frozenset({"NotImplemented", "501"})
 _MISSING = frozenset({"NoSuchKey", "404", "NotFound", "NoSuchVersion"})
 
 
@@ -63,11 +67,15 @@ class Options:
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """Size in bytes, ETag (as quoted by the server) and, if recorded, sha256 of an object."""
+    """Size in bytes, ETag (as quoted by the server) and, if recorded, sha256 of an object.
+
+    `age_s` is the time since it was written, by the server's clock; None if the server does not say.
+    """
 
     size: int
     etag: str
     sha256: str | None
+    age_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,8 @@ class S3:
         _require_key(where)
         with _map_errors(where):
             found = self.client.head_object(Bucket=where.bucket, Key=where.path)
-        return ObjectInfo(found["ContentLength"], found.get("ETag", ""), found.get("Metadata", {}).get(_HASH))
+        sha256 = found.get("Metadata", {}).get(_HASH)
+        return ObjectInfo(found["ContentLength"], found.get("ETag", ""), sha256, _age(found))
 
     def is_file(self, where: Location) -> bool:
         """Whether the object exists; raises `AccessDenied` if that may not be known."""
@@ -253,6 +262,35 @@ class S3:
         _require_key(where)
         self._upload(where, cast(IO[bytes], ViewReader(data)), hashlib.sha256(data).hexdigest(), 0)
 
+    def write_if(self, where: Location, data: bytes, etag: str) -> str | None:
+        """Create a small object, or replace the version of it that has an ETag; returns the ETag that it has now.
+
+        A server that knows no conditional writes replaces whatever is there.
+
+        Args:
+            where: the object.
+            data: its content.
+            etag: of the version that is replaced; empty to create the object.
+
+        Returns:
+            None if the object exists, or is not that version.
+
+        Raises:
+            StorageError: as `read`.
+        """
+        _require_key(where)
+        put = partial(self.client.put_object, Bucket=where.bucket, Key=where.path, Body=data)
+        with _map_errors(where):
+            try:
+                return (put(IfMatch=etag) if etag else put(IfNoneMatch="*"))["ETag"]
+            except self.client.exceptions.ClientError as error:
+                code = str(error.response.get("Error", {}).get("Code", ""))
+                if code in _UNMET or (etag and code in _MISSING):
+                    return None
+                if code not in _NO_CONDITIONS:
+                    raise
+            return put()["ETag"]
+
     def upload(self, path: Path, where: Location, *, progress: bool = True) -> str:
         """Create or replace an object from a file, large ones in parallel parts; returns its sha256.
 
@@ -296,6 +334,14 @@ def connect(cluster: str = "", conf: Path | None = None, options: Options | None
         if key not in _CONNECTED:
             _CONNECTED[key] = S3(cluster, conf, options)
         return _CONNECTED[key]
+
+
+def _age(answer: Any) -> float | None:
+    try:
+        now = email.utils.parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return float((now - answer["LastModified"]).total_seconds())
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _require_key(where: Location) -> None:
