@@ -19,7 +19,7 @@ from pathlib import Path
 
 from serve import storage
 from serve.bulk.retry import keys_patiently
-from serve.errors import UndecodableFrame
+from serve.errors import StorageError, UndecodableFrame
 from serve.predict import video
 from serve.predict.frames import Clip, Frame
 from serve.predict.manifests import is_manifest, read_manifest
@@ -136,11 +136,25 @@ def _names_in(folder: Path, modality: Modality) -> Iterator[str]:
         marker = _SWEEPS
     else:
         endings, marker = (), _CALIBRATION
-    with os.scandir(folder) as entries:
+    with _reading(folder), os.scandir(folder) as entries:
         for entry in entries:
-            is_frame = entry.name.lower().endswith(endings) and entry.is_file() if endings else False
-            if is_frame or (entry.is_dir() and os.path.isfile(os.path.join(entry.path, marker))):
+            is_frame = bool(endings) and entry.name.lower().endswith(endings) and _may_be_file(entry)
+            if is_frame or os.path.isfile(os.path.join(entry.path, marker)):
                 yield entry.name
+
+
+def _may_be_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link that leads nowhere: a frame that is recorded as one that cannot be read."""
+    return os.path.isfile(entry.path) or (entry.is_symlink() and not os.path.exists(entry.path))
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Tell errors of the source from those of the disk that its names are sorted on."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be read: {error.strerror}") from error
 
 
 def _with_keys(names: Iterable[str]) -> Iterator[tuple[str, str]]:

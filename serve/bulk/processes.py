@@ -240,6 +240,10 @@ def _run_process(
             ).start()
     model.close()
     logging.shutdown()
+    if (parent := parent_process()) is None or not parent.is_alive():
+        shutil.rmtree(
+            scratch, ignore_errors=True
+        )  # this thread may be faster than the one that waits for the parent
     os._exit(0)  # the end of an interpreter with torch takes half a second
 
 

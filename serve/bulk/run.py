@@ -21,7 +21,7 @@ from serve.bulk.destination import SUMMARY, Destination
 from serve.bulk.formats import COCO, PART_FORMATS, Outputs, write_coco
 from serve.bulk.lock import hold_destination
 from serve.bulk.parts import Counts, Engine, Job, Part, manifest_line
-from serve.errors import BadRequest, SettingsError
+from serve.errors import BadRequest, SettingsError, quote
 from serve.predict.sources import Source
 from serve.storage.cache import map_disk_errors
 
@@ -153,9 +153,8 @@ def _plan(
         return _begin(run, destination, open_frames(), stack)
     described = orjson.loads(known)
     if (other := described["run"]) != run.identity:
-        names = [name for name in {*other, *run.identity} if other.get(name) != run.identity.get(name)]
         raise BadRequest(
-            f"{destination.where} has the results of another run (other {', '.join(sorted(names))}); choose another "
+            f"{destination.where} has the results of another run: {_differences(other, run.identity)}; choose another "
             "--out, or --overwrite"
         )
     manifest = _local_manifest(destination, stack)
@@ -165,6 +164,13 @@ def _plan(
     if retry_failed:
         finished -= _forget_failed(finished, destination)
     return Plan(manifest, described["frames"], described["part_frames"], finished)
+
+
+def _differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+    names = [name for name in sorted({*there, *now}) if there.get(name) != now.get(name)]
+    return ", ".join(
+        f"{name} is {quote(there.get(name))} there, {quote(now.get(name))} now" for name in names
+    )
 
 
 def _begin(run: BulkRun, destination: Destination, source: Source, stack: ExitStack) -> Plan:
@@ -224,6 +230,15 @@ def execute(
     Raises:
         ServeError: the model cannot be loaded, or the destination not be written.
     """
+    try:
+        return _execute(run, plan, destination, engine, advance)
+    finally:
+        destination.sweep()
+
+
+def _execute(
+    run: BulkRun, plan: Plan, destination: Destination, engine: Engine, advance: Callable[[int], None]
+) -> Summary:
     destination.remove(SUMMARY)
     counts = _counts_of(plan.finished, destination)
     kept, started = counts.frames, time.monotonic()
@@ -250,7 +265,6 @@ def execute(
     if "coco" in run.outputs.formats and not destination.exists(COCO):
         write_coco(destination, run.outputs, plan.manifest, plan.parts)
     plan.check()
-    destination.sweep()
     summary = Summary(
         counts, counts.frames - kept, seconds, unwritten, _partial_formats(run, plan, destination)
     )

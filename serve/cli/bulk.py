@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None) -> int:
             retry_failed=args.retry_failed,
         )
         check_outputs(outputs, metadata.classes, archive.read_expected(made.path), plan.manifest, destination)
-        report(f"{plan.frames:,} frames in {plan.parts:,} parts, {len(plan.finished):,} of them finished")
+        report(
+            f"{_frames(plan.frames)} in {plan.parts:,} parts of {plan.part_frames:,}, {len(plan.finished):,} finished"
+        )
         try:
             with Progress(plan.frames, plan.frames_finished) as progress:
                 summary = execute(run, plan, destination, engine, progress.advance)
@@ -109,21 +111,25 @@ def _print(summary: Summary, destination: Destination) -> None:
     counts = summary.counts
     rate = f", {summary.computed / summary.seconds:.1f} a second" if summary.computed else ""
     print(
-        f"{counts.frames:,} frames ({summary.computed:,} now{rate}), {counts.failed.total():,} failed "
+        f"{_frames(counts.frames)} ({summary.computed:,} now{rate}), {counts.failed.total():,} failed "
         f"→ {destination.where}",
         file=sys.stderr,
     )
     for name, found in (("failed", counts.failed), ("warning", counts.warnings)):
         for code, count in found.most_common():
-            print(f"{name}: {code}: {count:,} frames", file=sys.stderr)
+            print(f"{name}: {code}: {_frames(count)}", file=sys.stderr)
     for name, codes in summary.unwritten.items():
         for code, count in codes.most_common():
-            print(f"not in {name}: {code}: {count:,} frames", file=sys.stderr)
+            print(f"not in {name}: {code}: {_frames(count)}", file=sys.stderr)
     for name, count in summary.partial.items():
         print(
             f"{name}: {count:,} parts, of a former run; --format with {name} writes the others",
             file=sys.stderr,
         )
+
+
+def _frames(count: int) -> str:
+    return f"{count:,} frame{'s' * (count != 1)}"
 
 
 def _outputs(args: argparse.Namespace) -> Outputs:

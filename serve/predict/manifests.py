@@ -6,8 +6,9 @@
     {"frame": "a", "origin": "a.bin"}        JSON, with a name; lines of a run's `manifest.jsonl` are such lines
     {"frame": "b", "origin": {"points": "b.bin", "image": "b.png"}}
 
-Blank lines and those that begin with ``#`` are left out. A frame without a name is named by its path below the folder
-that all such frames share. No file that is listed is touched here: one that is missing fails when it is read.
+It is UTF-8, with or without a byte order mark. Blank lines and those that begin with ``#`` are left out. A frame
+without a name is named by its path below the folder that all such frames share. No file that is listed is touched here:
+one that is missing fails when it is read.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def _fetch(where: storage.Location) -> str:
 
 def _parse(line: bytes, number: int, base: storage.Location) -> _Entry | None:
     try:
-        text = line.decode().strip()
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UnicodeDecodeError:
         raise BadRequest("it is not UTF-8") from None
     if not text or text.startswith("#"):

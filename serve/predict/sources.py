@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import re
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ __all__ = ["Source", "check_exists", "frame_at", "of_manifest", "open_source"]
 _STREAMS = ("rtsp://", "rtsps://", "rtmp://", "udp://", "tcp://", "srt://")
 _WILD = frozenset("*?[")
 _PICKLES = (".pkl", ".pickle")
+_COMPRESSED = re.compile(r"\.(txt|jsonl)\.(gz|bz2|xz|zst)$", re.IGNORECASE)
 _IMAGES, _CLOUDS = FRAME_SUFFIXES["image"], FRAME_SUFFIXES["points"]
 
 
@@ -102,6 +104,10 @@ def open_source(
         raise UndecodableFrame(
             f"{text} is a pickle, as a data set's info files are, and reading one can run code; list its frames in a "
             "manifest, one path a line"
+        )
+    if _COMPRESSED.search(text):
+        raise UndecodableFrame(
+            f"{text} is a compressed manifest; unpack it, or pass it to `mmdet3d-serve bulk -` on standard input"
         )
     if text.isdecimal() and not Path(text).exists():
         return _of_videos(text, [video.camera(int(text))], modality)

@@ -277,4 +277,4 @@ def test_an_interrupt_ends_every_process_and_leaves_no_file_of_theirs(tmp_path: 
         process.communicate(timeout=20)
     assert process.returncode == -signal.SIGINT  # Python's own end by KeyboardInterrupt
     assert len(children) >= 2 and not psutil.wait_procs(children, timeout=10)[1]
-    assert not list(scratch.glob("mmdet3d-serve-*")) and not list((out / "parts").glob("*.jsonl"))
+    assert not list(scratch.glob("mmdet3d-serve-*")) and not os.listdir(out / "parts")

@@ -13,7 +13,7 @@ import pytest
 from serve.bulk.listing import list_frames, sorted_frames
 from serve.bulk.parts import manifest_line
 from serve.cli import bulk
-from serve.errors import UndecodableFrame
+from serve.errors import StorageError, UndecodableFrame
 from serve.predict.frames import Frame
 from serve.predict.sources import open_source
 from serve.predict.stems import caseless
@@ -130,6 +130,31 @@ def test_a_folder_or_prefix_without_frames_is_an_error(client: Any, tmp_path: Pa
     for source in (str(make(tmp_path / "frames", ["a.txt"])), "s3://empty/drive"):
         with pytest.raises(UndecodableFrame):
             list(list_frames(source, "lidar"))
+
+
+def test_links_that_lead_nowhere_are_frames_that_cannot_be_read(tmp_path: Path) -> None:
+    for name, target in (("a.bin", "none"), ("b.bin", "b.bin"), ("c.txt", "none"), ("d", "d")):
+        (tmp_path / name).symlink_to(target)
+    frames = list(list_frames(str(tmp_path), "lidar"))
+    assert [frame.name for frame in frames] == ["a.bin", "b.bin"]
+    for frame in frames:
+        with pytest.raises(UndecodableFrame):
+            frame.read()
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.bin").touch()
+    frames = list_frames(str(tmp_path), "lidar")
+
+    def deny(folder: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("os.scandir", deny)
+    with pytest.raises(StorageError) as caught:
+        list(frames)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_a_name_that_json_cannot_hold_is_an_error(tmp_path: Path) -> None:

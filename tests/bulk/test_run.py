@@ -170,19 +170,21 @@ def test_a_destination_that_cannot_be_written_is_an_error(frames: Any, tmp_path:
 
 
 def test_a_killed_run_leaves_no_process_and_no_half_part(frames: Any, tmp_path: Path) -> None:
-    gate, out = tmp_path / "gate", tmp_path / "out"
+    gate, out, scratch = tmp_path / "gate", tmp_path / "out", tmp_path / "scratch"
+    scratch.mkdir()
     source = frames(b"1", b"2", b"3", b"4", b"gate %b" % str(gate).encode(), b"6")
     script = (
         "from pathlib import Path; from tests.bulk.test_run import run; "
         f"run(Path({str(source)!r}), Path({str(out)!r}))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment) as process:
         eventually(
             lambda: (tmp_path / "gate.reached").exists() and (out / "parts" / "00000000.jsonl").exists(), 60
         )
         process.send_signal(signal.SIGKILL)
     assert not (out / "parts" / "00000001.jsonl").exists()
+    eventually(lambda: not list(scratch.glob("mmdet3d-serve-*")), 10)
     gate.touch()
     summary = run(source, out)
     assert summary.computed == 3 and names(out) == [f"{k:04d}.bin" for k in range(6)]

@@ -132,6 +132,18 @@ def test_a_line_that_is_none_is_named(drive: Path, lines: list[Any], number: int
     assert "secret" not in str(caught.value)
 
 
+def test_a_byte_order_mark_and_ends_of_lines_are_no_part_of_a_path(drive: Path) -> None:
+    (drive / "a.txt").write_bytes(b"\xef\xbb\xbfvelodyne/1.bin\r\nvelodyne/2.bin\r\n")
+    assert [frame.name for frame in open_source(drive / "a.txt", "lidar")] == ["1.bin", "2.bin"]
+
+
+@pytest.mark.parametrize("suffix", ["txt.gz", "JSONL.zst"])
+def test_a_compressed_manifest_is_not_taken_for_a_frame(drive: Path, suffix: str) -> None:
+    (drive / f"a.{suffix}").write_bytes(b"\x1f\x8b")
+    with pytest.raises(UndecodableFrame):
+        open_source(drive / f"a.{suffix}", "lidar")
+
+
 def test_lists_without_frames_are_errors(drive: Path) -> None:
     with pytest.raises(UndecodableFrame):
         open_source(write(drive / "a.txt", "", "# nothing"), "lidar")
