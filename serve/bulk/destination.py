@@ -23,6 +23,7 @@ ARCHIVE = "model.mar"
 #: Counts of a run that has ended; readers take it for the end, so it goes before anything else changes.
 SUMMARY = "summary.json"
 _PARTS = "parts"
+_FILES = ("coco.json", "coco_ids.json", "formats.json", ARCHIVE, "bulk.json", "manifest.jsonl")
 _FORMATS = ("parquet", "kitti")  # folders of files that are made of the results
 
 
@@ -47,6 +48,26 @@ class Destination:
             self.where = str(self.folder)
             with map_disk_errors(self.where):
                 (self.folder / _PARTS).mkdir(parents=True, exist_ok=True)
+
+    def check_inputs(self, *inputs: str | Path | None) -> None:
+        """Check that a run does not write over, or remove, what it reads.
+
+        Args:
+            inputs: paths or URIs.
+
+        Raises:
+            SettingsError: one of them has the name of a file of the run.
+        """
+        names = (SUMMARY, *_FILES)
+        own = {(self.folder / name).resolve() for name in names} if self.is_local else {*map(self.uri, names)}
+        for given in inputs:
+            if given is None:
+                continue
+            path = storage.parse(given).path if str(given).startswith("file://") else given
+            if (path if storage.is_remote(path) else Path(path).expanduser().resolve()) in own:
+                raise SettingsError(
+                    f"{given} is read by this run, which writes a file of that name; choose another --out"
+                )
 
     def uri(self, name: str) -> str:
         """Return the path or URI of a file of the run."""
@@ -167,14 +188,7 @@ class Destination:
                 self._part_files(folder), key=lambda name: (not name.endswith(".jsonl"), name)
             ):
                 self.remove(f"{folder}/{name}")
-        for name in (
-            "coco.json",
-            "coco_ids.json",
-            "formats.json",
-            ARCHIVE,
-            "bulk.json",
-            "manifest.jsonl",
-        ):
+        for name in _FILES:
             self.remove(name)
         self.sweep()
 

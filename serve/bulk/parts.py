@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -13,7 +14,7 @@ import orjson
 
 from serve.bulk.destination import Destination
 from serve.bulk.retry import SourceGone, on_server, read_patiently
-from serve.errors import InferenceFailed, SetupError, error_body
+from serve.errors import InferenceFailed, SetupError, UndecodableFrame, error_body
 from serve.predict.frames import Clip, Frame, Prediction
 from serve.predict.journal import line_of
 from serve.predict.models import Model, open_archive
@@ -195,8 +196,17 @@ class Engine(Protocol):
 
 
 def manifest_line(frame: Frame) -> bytes:
-    """Encode where a frame is, from which `frames_of` makes it again."""
-    return orjson.dumps({"frame": frame.name, "stem": frame.stem, "origin": frame.origin}) + b"\n"
+    """Encode where a frame is, from which `frames_of` makes it again.
+
+    Raises:
+        UndecodableFrame: its name is not UTF-8.
+    """
+    try:
+        return orjson.dumps({"frame": frame.name, "stem": frame.stem, "origin": frame.origin}) + b"\n"
+    except TypeError:
+        raise UndecodableFrame(
+            f"the name {os.fsencode(frame.name)!r} of a frame, or its folder's, is not UTF-8; rename it"
+        ) from None
 
 
 def frames_of(lines: Iterable[bytes]) -> list[Frame]:

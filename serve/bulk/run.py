@@ -28,6 +28,7 @@ from serve.storage.cache import map_disk_errors
 __all__ = ["BulkRun", "Plan", "Summary", "execute", "plan_run"]
 
 _RUN, _MANIFEST = "bulk.json", "manifest.jsonl"
+_FIELDS = {"run", "frames", "part_frames", "manifest_sha256"}
 _READERS = 16  # of a bucket
 
 
@@ -151,7 +152,7 @@ def _plan(
     known = destination.read(_RUN)
     if known is None:
         return _begin(run, destination, open_frames(), stack)
-    described = orjson.loads(known)
+    described = _parse(known, destination)
     if (other := described["run"]) != run.identity:
         raise BadRequest(
             f"{destination.where} has the results of another run: {_differences(other, run.identity)}; choose another "
@@ -164,6 +165,16 @@ def _plan(
     if retry_failed:
         finished -= _forget_failed(finished, destination)
     return Plan(manifest, described["frames"], described["part_frames"], finished)
+
+
+def _parse(known: bytes, destination: Destination) -> dict[str, Any]:
+    try:
+        described: dict[str, Any] = orjson.loads(known)
+        if described.keys() >= _FIELDS and isinstance(described["run"], dict):
+            return described
+    except (orjson.JSONDecodeError, AttributeError):
+        pass
+    raise BadRequest(f"{destination.uri(_RUN)} does not describe a run; choose another --out, or --overwrite")
 
 
 def _differences(there: dict[str, Any], now: dict[str, Any]) -> str:

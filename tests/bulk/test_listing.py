@@ -161,6 +161,8 @@ def test_a_name_that_json_cannot_hold_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a\udcff.bin").touch()
     with pytest.raises(UndecodableFrame):
         list(list_frames(str(tmp_path), "lidar"))
+    with pytest.raises(UndecodableFrame):
+        lines(list_frames(f"{tmp_path}/*.bin", "lidar"))
 
 
 def test_names_beyond_the_memory_of_a_sort_come_sorted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,37 @@ def test_results_of_an_unknown_run_are_not_taken_for_finished(frames: Any, tmp_p
     assert len(names(out)) == 4 and not (out / "model.mar").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"run": "of another program"}'])
+def test_a_description_of_something_else_is_an_error(content: bytes, frames: Any, tmp_path: Path) -> None:
+    source, out = frames(b"1"), tmp_path / "out"
+    out.mkdir()
+    (out / "bulk.json").write_bytes(content)
+    with pytest.raises(BadRequest):
+        run(source, out)
+    assert (out / "bulk.json").read_bytes() == content
+
+
+def test_what_a_run_reads_is_not_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "listed.jsonl").symlink_to("manifest.jsonl")
+    destination = Destination(str(tmp_path))
+    for given in (
+        "manifest.jsonl",
+        "link/model.mar",
+        tmp_path / "coco.json",
+        "listed.jsonl",
+        f"file://{tmp_path}/bulk.json",
+    ):
+        with pytest.raises(SettingsError):
+            destination.check_inputs(given)
+    destination.check_inputs(
+        "-", None, "second", tmp_path, "s3://bucket/manifest.jsonl", "other/manifest.jsonl"
+    )
+    with pytest.raises(SettingsError):
+        Destination("s3://bucket/out/").check_inputs("s3://bucket/out/manifest.jsonl")
+
+
 def test_an_altered_manifest_is_noticed(frames: Any, tmp_path: Path) -> None:
     source, out = frames(b"1", b"2"), tmp_path / "out"
     run(source, out)
