@@ -174,7 +174,11 @@ def _draw_image(frame: EncodedFrame, answer: dict[str, Any], load_dim: int | Non
     if isinstance(body, Mapping):
         body = next((part for name, part in body.items() if name in ("points", "image")), b"")
     try:
-        return encode_png(draw_frame(bytes(body), answer, load_dim=load_dim or 4))
+        options = frame.options
+        drawn = draw_frame(
+            bytes(body), answer, load_dim=options.load_dim or load_dim or 4, columns=options.columns
+        )
+        return encode_png(drawn)
     except ValueError as error:
         raise BadRequest(f"cannot draw this answer ({error}); accept application/json") from None
 

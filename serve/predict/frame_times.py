@@ -9,6 +9,8 @@ from serve.tracking.times import time_in_name
 
 __all__ = ["FrameTimes"]
 
+_MICROSECONDS = 10**6  # what a float holds of a date
+
 
 class FrameTimes:
     """Times of the frames of a run, which are asked for in order; each clip has its own origin."""
@@ -30,5 +32,5 @@ class FrameTimes:
             return frame.moment.pts * frame.moment.time_base
         if self._has_named:
             named = time_in_name(frame.name)
-            return None if named is None else Fraction(named)
+            return None if named is None else Fraction(round(named * _MICROSECONDS), _MICROSECONDS)
         return position / Fraction(frame.clip.rate or self._rate)

@@ -65,7 +65,10 @@ class RecordingWriter(Writer):
         self._time = self._time + self._period if time is None else time
         if prediction.answer is None:
             return
-        shapes = shapes_of(prediction, load_dim=self._drawing.load_dim, score_thr=self._drawing.score_thr)
+        drawing = self._drawing
+        shapes = shapes_of(
+            prediction, load_dim=drawing.load_dim, columns=drawing.columns, score_thr=drawing.score_thr
+        )
         time_ns = round(self._time * _SECOND_NS)
         with map_disk_errors(str(self._path)):
             if self._part is None:

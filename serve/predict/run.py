@@ -311,7 +311,8 @@ def _absolute(path: str | Path) -> str:
 
 
 def _writers(task: Run, folder: Path, target: Path | None) -> list[Writer]:
-    drawing = Drawing(max(task.drawn_score_thr, task.options.score_thr), task.model.load_dim)
+    score_thr = max(task.drawn_score_thr, task.options.score_thr)
+    drawing = Drawing(score_thr, task.model.load_dim, columns=task.options.columns)
     writers: list[Writer] = []
     for name in task.formats:
         match name:

@@ -15,11 +15,8 @@ from numpy.typing import NDArray
 
 from serve.predict.frames import Prediction, encode_pixels
 from serve.protocol.batch import Body
-from serve.protocol.frame_spec import FrameSpec
-from serve.protocol.frames import decode_frame
-from serve.protocol.options import FrameOptions
-from serve.settings import Limits
 from serve.visualize.canvas import class_colour
+from serve.visualize.detections import decode_points
 
 __all__ = ["Boxes2D", "Boxes3D", "Shapes", "shapes_of"]
 
@@ -83,12 +80,15 @@ class Shapes:
     boxes_2d: Boxes2D | None
 
 
-def shapes_of(prediction: Prediction, *, load_dim: int | None, score_thr: float) -> Shapes:
+def shapes_of(
+    prediction: Prediction, *, load_dim: int | None, columns: str | None = None, score_thr: float
+) -> Shapes:
     """Read a prediction.
 
     Args:
         prediction: with an answer, and with the bytes of its frame if it is not of a video.
         load_dim: float32 numbers per point of a ``.bin``.
+        columns: option of the frames; None without one.
         score_thr: lowest score.
 
     Raises:
@@ -104,9 +104,7 @@ def shapes_of(prediction: Prediction, *, load_dim: int | None, score_thr: float)
         parts = {"points" if in_space and kind != "Camera" else "image": body}
     points = None
     if "points" in parts:
-        spec = FrameSpec("lidar", load_dim=load_dim or 4)
-        options = FrameOptions(num_points=None if len(parts["points"]) else 0)
-        points = np.asarray(decode_frame(parts["points"], spec, options, Limits()).data, np.float32)
+        points = decode_points(parts["points"], load_dim or 4, columns)
     image = next((bytes(part) for name, part in parts.items() if name.startswith("image")), None)
     if frame.pixels is not None:
         image = encode_pixels(frame.pixels(), small=True)

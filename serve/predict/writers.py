@@ -131,11 +131,13 @@ class Drawing:
         score_thr: lowest score.
         load_dim: float32 numbers per point of a ``.bin``.
         size: width and height of the drawing of a point cloud, pixels.
+        columns: option of the frames; None without one.
     """
 
     score_thr: float = PICTURE_SCORE_THR
     load_dim: int | None = None
     size: tuple[int, int] = (1200, 900)
+    columns: str | None = None
 
     def draw(self, prediction: Prediction) -> Image:
         """Draw a prediction into its frame; (H, W, 3) BGR.
@@ -152,6 +154,7 @@ class Drawing:
             _body(prediction),
             answer,
             load_dim=self.load_dim or 4,
+            columns=self.columns,
             size=self.size,
             title=frame.name if _is_cloud(answer) else "",
             score_thr=self.score_thr,

@@ -33,6 +33,7 @@ def draw_frame(
     detections: Mapping[str, Any],
     *,
     load_dim: int = 4,
+    columns: str | None = None,
     size: tuple[int, int] = (1200, 900),
     title: str = "",
     score_thr: float = 0.0,
@@ -44,6 +45,7 @@ def draw_frame(
             those of a frame without a point cloud, are drawn into its image.
         detections: predictions: detections, labels of points or segments of an image.
         load_dim: floats per point of a point cloud.
+        columns: the option of the frame; None without one.
         size: width and height of the drawing of a point cloud, pixels; an image keeps its own.
         title: caption.
         score_thr: lowest score of the drawn detections.
@@ -58,10 +60,11 @@ def draw_frame(
         if "bboxes_3d" in detections and not cloud:
             return overlays.draw_projected(body, detections, title=title, score_thr=score_thr)
         body = body["points" if cloud else "image"]
-    spec = FrameSpec("lidar" if cloud else "image", load_dim=load_dim)
-    # A declared number of points makes an empty .bin an empty point cloud, as the server accepted it.
-    options = FrameOptions(num_points=0 if not body else None, load_dim=load_dim) if cloud else FrameOptions()
-    data: Any = decode_frame(body, spec, options, Limits()).data
+    data: Any = (
+        decode_points(body, load_dim, columns)
+        if cloud
+        else decode_frame(body, FrameSpec("image"), FrameOptions(), Limits()).data
+    )
     if "pts_semantic_mask" in detections:
         return overlays.draw_point_labels(data, detections, size=size, title=title)
     if "panoptic_seg" in detections:
@@ -69,6 +72,24 @@ def draw_frame(
     if cloud:
         return draw_birds_eye_view(data, detections, size=size, title=title, score_thr=score_thr)
     return draw_image(data, detections, title=title, score_thr=score_thr)
+
+
+def decode_points(body: Body, load_dim: int, columns: str | None = None) -> NDArray[np.float32]:
+    """Decode a point cloud of which x, y and z are looked at, (N, load_dim): other columns that it lacks are 0.
+
+    Args:
+        body: its bytes; none at all for a cloud without points, as a server accepts it.
+        load_dim: floats per point.
+        columns: the option of the frame; None without one.
+
+    Raises:
+        UndecodableFrame: the bytes are no point cloud.
+    """
+    spec = FrameSpec("lidar", load_dim=load_dim, used_columns=(0, 1, 2))
+    # A declared number of points makes an empty .bin an empty point cloud, as the server accepted it.
+    declared = load_dim if columns is None else None
+    options = FrameOptions(num_points=None if len(body) else 0, load_dim=declared, columns=columns)
+    return np.asarray(decode_frame(body, spec, options, Limits()).data, np.float32)
 
 
 def draw_image(

@@ -18,6 +18,7 @@ from serve.predict import open_source
 from serve.predict.frames import Clip, Frame, Moment
 from serve.predict.run import Run, formats_of, run
 from serve.predict.sources import Source
+from serve.protocol.options import FrameOptions
 from serve.tracking import TrackOptions
 
 EXTRA = "an extra: pip install 'mmdet3d-serve[recordings]'"
@@ -185,6 +186,25 @@ def test_picture_that_exif_turns_is_recorded_as_the_model_saw_it(tmp_path: Path)
         np.frombuffer(image.data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     )
     np.testing.assert_array_equal(shown, cv2.rotate(PICTURE, cv2.ROTATE_90_CLOCKWISE))
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"), [(("x", "y", "z"), "intensity=0"), (("x", "y", "z", "echo"), "x,y,z,intensity=0")]
+)
+def test_clouds_that_the_model_reads_by_columns_are_recorded_and_drawn(
+    tmp_path: Path, names: tuple[str, ...], columns: str
+) -> None:
+    pytest.importorskip("foxglove_schemas_protobuf", reason=EXTRA)
+    cloud = np.zeros(5, [(name, "<f4") for name in names])
+    cloud["y"] = range(5)
+    np.save(tmp_path / "0.npy", cloud)
+    source = open_source(tmp_path / "0.npy", "lidar")
+    out, model = tmp_path / "out", OneAnswer("lidar", in_space())
+    summary = run(Run(source, model, out, ("mcap", "picture"), FrameOptions(columns=columns)))
+    assert not summary.failed and list(out.rglob("*.png"))
+    (recorded,) = out.rglob("*.mcap")
+    points = next(message for topic, _, message in mcap_messages(recorded) if topic == "/points")
+    assert np.frombuffer(points.data, "<f4").reshape(-1, 4)[:, 1].tolist() == list(range(5))
 
 
 def test_times_in_names_are_those_of_the_recording(tmp_path: Path) -> None:
