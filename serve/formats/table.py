@@ -16,7 +16,7 @@ _FIRST_COLUMNS = ("frame", "name", "label", "score")
 
 
 def write_table(file: TextIO, answers: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    """Write the table of some frames, with a header.
+    """Write the table of some frames, with a header, which is that of the boxes also if there are none.
 
     Args:
         file: open text file without translation of line ends.
@@ -27,6 +27,7 @@ def write_table(file: TextIO, answers: Iterable[tuple[str, Mapping[str, Any]]]) 
     """
     rows = csv.writer(file)
     columns: tuple[str, ...] = ()
+    expected: tuple[str, ...] = ()
     for frame, answer in answers:
         suffix = "_3d" if "bboxes_3d" in answer else ""
         if f"bboxes{suffix}" not in answer:
@@ -34,6 +35,7 @@ def write_table(file: TextIO, answers: Iterable[tuple[str, Mapping[str, Any]]]) 
                 "a table has one row per box, and this model gives labels; choose json or picture"
             )
         boxes = answer[f"bboxes{suffix}"]
+        expected = _COLUMNS_3D[:7] if suffix else _COLUMNS_2D
         if not columns and len(boxes):  # the first box has velocities or has none
             columns = (_COLUMNS_3D if suffix else _COLUMNS_2D)[: len(boxes[0])]
             columns += ("track_id",) if "track_ids" in answer else ()
@@ -49,4 +51,4 @@ def write_table(file: TextIO, answers: Iterable[tuple[str, Mapping[str, Any]]]) 
         ):
             rows.writerow((frame, name, label, score, *box, *track))
     if not columns:
-        rows.writerow(_FIRST_COLUMNS)
+        rows.writerow((*_FIRST_COLUMNS, *expected))

@@ -61,16 +61,16 @@ def choose_coding(accept_encoding: str) -> str | None:
     return name if best > 0 and best >= wanted.get("identity", 0.0) else None
 
 
-async def compress(body: bytes, accept_encoding: str | None, headers: dict[str, str]) -> bytes:
+async def compress(body: bytes, accept_encoding: str, headers: dict[str, str]) -> bytes:
     """Compress a long answer if its client accepts that.
 
     Args:
         body: the answer.
-        accept_encoding: the header of the request.
+        accept_encoding: the header of the request, empty without one.
         headers: of the response; those of the coding are added.
     """
     headers["vary"] = "accept-encoding"
-    if accept_encoding is None or len(accept_encoding) > _LONGEST_HEADER_CHARS:
+    if len(accept_encoding) > _LONGEST_HEADER_CHARS:
         return body
     coding = choose_coding(accept_encoding)
     if coding is None:

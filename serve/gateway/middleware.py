@@ -39,13 +39,13 @@ from serve.gateway.admission import Admission, Permit, client_of
 from serve.gateway.metrics import Metrics
 from serve.gateway.tracing import Tracing
 
-__all__ = ["RequestMiddleware", "error_response", "permit_of", "request_id_of"]
+__all__ = ["OPEN_PATHS", "RequestMiddleware", "error_response", "permit_of", "request_id_of"]
 
 RETRY_AFTER_S = 1
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/_.~-]*")
-# The assets are files of the package: they hold nothing of this server.
-_OPEN_PATHS = ("/health/", "/v2/health/", "/metrics", "/ping", "/ui/assets/", "/docs/assets/")
+#: Beginnings of the paths that need no key; the assets are files of the package, which hold nothing of this server.
+OPEN_PATHS = ("/health/", "/v2/health/", "/metrics", "/ping", "/ui/assets/", "/docs/assets/")
 _CHALLENGE = {"www-authenticate": "Bearer"}
 _CLOSING = (408, 413)  # close instead of draining the body
 _LINGERING_CLOSE_S = 2.0
@@ -99,7 +99,7 @@ class RequestMiddleware:
         state["request_id"] = request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         began = time.perf_counter()
         state["permit"] = permit = self._admission.permit(client_of(scope))
-        counted = not scope["path"].startswith(_OPEN_PATHS)  # those are answered whatever is held
+        counted = not scope["path"].startswith(OPEN_PATHS)  # those are answered whatever is held
         status = 0
         replaced = False
 
@@ -147,7 +147,7 @@ class RequestMiddleware:
         self._metrics.observe_request(model, status, seconds)
         if version is not None:
             self._metrics.observe_version(str(model), version, status, seconds)
-        quiet = path.startswith(_OPEN_PATHS) and status < 500
+        quiet = path.startswith(OPEN_PATHS) and status < 500
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
             "%s %s %d",
@@ -177,7 +177,7 @@ class RequestMiddleware:
 
         Returns the name of the key in `Admission`, None if the request needs none.
         """
-        if not self._keys or path.startswith(_OPEN_PATHS):
+        if not self._keys or path.startswith(OPEN_PATHS):
             return None
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         given = credentials if scheme.lower() == "bearer" else headers.get("x-api-key", "")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import orjson
@@ -99,13 +99,25 @@ def read_query(request: Request) -> Mapping[str, str]:
 
     Raises:
         BadRequest: it is longer than `MAX_QUERY_BYTES`.
+        UnknownOption: a name occurs twice.
     """
     nbytes = len(request.scope["query_string"])
     if nbytes > MAX_QUERY_BYTES:
         raise BadRequest(
             f"the query has {nbytes} bytes, the limit is {MAX_QUERY_BYTES}; send options in the body"
         )
+    _check_once(name for name, _ in request.query_params.multi_items())
     return request.query_params
+
+
+def _check_once(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UnknownOption(
+                f"{quote(name)} is given twice; give it once, names with commas between them, as in classes=Car,Van"
+            )
+        seen.add(name)
 
 
 def parse_request_options(
@@ -126,7 +138,7 @@ def parse_request_options(
         UnknownOption: an unknown name or an invalid value.
     """
     given = {
-        name: value
+        name: value if value.isascii() else _as_utf8(value)
         for header, value in reversed(list(headers.items()))  # the first of several counts
         if header.startswith("x-") and (name := _HEADER_OPTIONS.get(header))
     }
@@ -137,6 +149,14 @@ def parse_request_options(
         options.timeout_s if timeout_ms is None else _timeout_s(timeout_ms, options.max_timeout_s),
         None if camera is None else _camera(camera),
     )
+
+
+def _as_utf8(value: str) -> str:
+    """Return what a client wrote into a header as UTF-8, which is read as Latin-1."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
 
 
 def _camera(text: str) -> Camera:
@@ -334,8 +354,10 @@ def _parse_form_frames(
         inline = {
             name: value.encode() for name, value in texts if name in parts or is_sweep_part(name, value)
         }
+        _check_once(name for name, _ in texts)
         own = {name: value for name, value in texts if name not in inline}
         return [RawFrame({**inline, **dict(files)})], own
+    _check_once(name for name, _ in texts)
     own = dict(texts)
     if "b64" in own:
         raise BadRequest(

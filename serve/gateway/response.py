@@ -51,14 +51,11 @@ DocumentMedia = Literal["application/json", "application/x-msgpack", "applicatio
 Media = DocumentMedia | Literal["image/png"] | FormatMedia
 
 _DOCUMENTS: tuple[DocumentMedia, ...] = ("application/json", "application/x-msgpack", "application/x-ndjson")
-_FORMATS: tuple[FormatMedia, ...] = (KITTI, COCO, TABLE)
-_MEDIA: tuple[Media, ...] = (*_DOCUMENTS, "image/png", *_FORMATS)
+# In the order of preference, for a range such as text/*.
+_MEDIA: tuple[Media, ...] = (*_DOCUMENTS, "image/png", TABLE, KITTI, COCO)
 _ALIASES: Mapping[str, Media] = {
-    "*/*": "application/json",
-    "application/*": "application/json",
     "application/msgpack": "application/x-msgpack",
     "application/vnd.msgpack": "application/x-msgpack",
-    "image/*": "image/png",
 }
 
 
@@ -101,20 +98,25 @@ def choose_media(accept: str | None) -> Media:
     """
     if accept is not None and len(accept) > _MAX_ACCEPT_CHARS:
         raise BadRequest(f"the Accept header has {len(accept)} characters, the limit is {_MAX_ACCEPT_CHARS}")
-    offers: list[tuple[float, int, Media]] = []
+    ranges: dict[str, tuple[float, int]] = {}
     for position, item in enumerate((accept or "*/*").split(",")):
         name, *parameters = (part.strip().lower() for part in item.split(";"))
-        media = _ALIASES.get(name) or next((known for known in _MEDIA if known == name), None)
         quality = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
         try:
             weight = float(quality)
         except ValueError:
             weight = 0.0
-        if media is not None and weight > 0:
-            offers.append((-weight, position, media))
+        ranges.setdefault(_ALIASES.get(name, name), (weight, position))
+    offers: list[tuple[float, int, int, Media]] = []
+    for place, media in enumerate(_MEDIA):
+        # Of the ranges that match, the most specific one counts (RFC 9110, 12.5.1).
+        matching = (media, f"{media.partition('/')[0]}/*", "*/*")
+        weight, position = next((ranges[each] for each in matching if each in ranges), (0.0, 0))
+        if weight > 0:
+            offers.append((-weight, position, place, media))
     if not offers:
         raise NotAcceptable(f"cannot satisfy Accept: {quote(accept or '')}; supported: {', '.join(_MEDIA)}")
-    return min(offers)[2]
+    return min(offers)[3]
 
 
 def check_fields(frames: Sequence[EncodedFrame | ServeError], media: Media) -> None:

@@ -181,3 +181,13 @@ def test_coco_results_are_those_of_predict() -> None:
         result(answer).to_coco(7, {"car": 1})
     with pytest.raises(BadRequest):
         result(BOXES_3D).to_coco()
+
+
+@pytest.mark.parametrize("missing", ["names", "scores_3d", "box_type_3d"])
+def test_format_of_an_answer_that_lacks_a_field_is_a_missing_field(missing: str) -> None:
+    found = result({name: value for name, value in BOXES_3D.items() if name != missing})
+    with pytest.raises(MissingField):
+        found.to_kitti(CALIBRATION, (1242, 375))
+    image = images(np.zeros((1, 2, 2), bool))
+    with pytest.raises(MissingField):
+        result({name: value for name, value in image.items() if name != "classes"}).to_coco()

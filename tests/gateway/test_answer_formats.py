@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from serve.formats.kitti import Camera, format_labels
+from serve.gateway.response import choose_media
 from serve.predict.frames import Clip, Frame, Prediction
 from serve.predict.kitti import CameraFinder
 from serve.predict.writers import CocoWriter, CsvWriter, KittiWriter
@@ -177,3 +178,49 @@ def test_camera_of_a_matrix_is_filled_up() -> None:
 
     camera = camera_of(CALIBRATION, (1242, 375))
     assert isinstance(camera, Camera) and camera.cam2img.shape == (4, 4) and camera.cam2img[3, 3] == 1
+
+
+@pytest.mark.parametrize(
+    ("accept", "media"),
+    [
+        ("text/*", TABLE), ("TEXT/CSV", TABLE), ("text/csv; charset=utf-8", TABLE), ("text/html, text/*;q=0.1", TABLE),
+        ("application/json;q=0, */*", "application/x-msgpack"), ("application/json;q=0.1, text/*;q=0.2", TABLE),
+        ("text/csv;q=0, text/*", KITTI), ("application/json, text/csv", "application/json"),
+        ("text/csv, application/json", TABLE),
+        ("*/*;q=0.1, image/*", "image/png"), ("application/*", "application/json"),
+        ("text/html,image/webp,*/*;q=0.8", "application/json"), ("", "application/json"), (None, "application/json"),
+        ("application/*;q=0, */*", "image/png"), ("application/vnd.msgpack", "application/x-msgpack"),
+    ],
+)  # fmt: skip
+def test_most_specific_range_of_accept_counts(accept: str | None, media: str) -> None:
+    assert choose_media(accept) == media
+
+
+@pytest.mark.parametrize(
+    "accept", ["text/html", "*/*;q=0", "csv", "text/csv;q=x", "application/vnd.*", "text/*;q=0", "text"]
+)
+def test_format_that_there_is_not_is_not_acceptable(gateway, cloud, accept: str) -> None:
+    found = gateway.post(content=cloud(1), headers={"accept": accept})
+    assert (found.status_code, found.json()["error"]["code"]) == (406, "not_acceptable")
+
+
+def test_several_lines_of_accept_are_one_list(gateway, cloud) -> None:
+    found = gateway.post(content=cloud(1), headers=[("accept", "text/html"), ("accept", TABLE)])
+    assert found.headers["content-type"].startswith(TABLE)
+
+
+@pytest.mark.parametrize("answer", [BOXES_3D, BOXES_2D])
+def test_table_without_rows_has_the_columns_of_its_boxes(gateway, cloud, answers, answer) -> None:
+    answers(answer)
+    full = gateway.post(content=cloud(1), headers={"accept": TABLE}).text
+    answers({name: [] if name != "box_type_3d" else value for name, value in answer.items()})
+    empty = gateway.post(content=cloud(1), headers={"accept": TABLE}).text
+    assert empty.split() == full.split("\r\n")[:1] and empty.endswith("\r\n")
+
+
+def test_names_of_any_kind_come_out_of_a_table_as_they_were(gateway, cloud, answers) -> None:
+    names = ['a, "b"', "行人\r\nzwei"]
+    answers({**BOXES_2D, "names": names})
+    found = gateway.post(content=cloud(1), headers={"accept": TABLE})
+    rows = csv.DictReader(io.StringIO(found.content.decode(), newline=""))
+    assert [row["name"] for row in rows] == names

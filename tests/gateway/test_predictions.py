@@ -186,7 +186,7 @@ def test_png_of_an_npy_point_cloud_is_returned(gateway):
         ("*/*", "application/json"),
         ("application/x-msgpack;q=0.4, application/json;q=0.5", "application/json"),
         ("text/html, application/x-msgpack", "application/x-msgpack"),
-        ("application/json;q=0, */*", "application/json"),
+        ("application/json;q=0, */*", "application/x-msgpack"),
     ],
 )
 def test_accept_header_selects_the_best_media_type(gateway, cloud, accept, kind):

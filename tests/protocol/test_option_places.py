@@ -109,3 +109,29 @@ def test_infer_refuses_what_it_would_otherwise_pass_over(
 ) -> None:
     found = gateway.post("/v2/models/second/infer", json=document)
     assert (found.status_code, found.json()["code"]) in ((400, "bad_request"), (400, "unknown_option"))
+
+
+@pytest.mark.parametrize("name", ["classes", "score_thr", "colour"])
+def test_option_that_is_given_twice_is_refused(
+    gateway: RunningGateway, cloud: Callable[[int], bytes], name: str
+) -> None:
+    twice = [(name, "0.5"), (name, "0.25")]
+    found = gateway.post(content=cloud(1), params=twice)
+    assert (found.status_code, found.json()["error"]["code"]) == (400, "unknown_option")
+    form = b"".join(
+        b'--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n0.5\r\n' % name.encode() for _ in twice
+    )
+    form += (
+        b'--b\r\ncontent-disposition: form-data; name="data"; filename="f"\r\n\r\n'
+        + cloud(1)
+        + b"\r\n--b--\r\n"
+    )
+    found = gateway.post(content=form, headers={"content-type": "multipart/form-data; boundary=b"})
+    assert (found.status_code, found.json()["error"]["code"]) == (400, "unknown_option")
+
+
+def test_header_may_be_utf_8(gateway: RunningGateway, cloud: Callable[[int], bytes]) -> None:
+    found = gateway.post(content=cloud(1), headers={"X-Classes": "行人,Über".encode()})
+    assert found.json()["options"]["classes"] == ["行人", "Über"]
+    latin = gateway.post(content=cloud(1), headers={"X-Classes": "Über".encode("latin-1")})
+    assert latin.json()["options"]["classes"] == ["Über"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from serve.gateway.middleware import OPEN_PATHS
 from serve.gateway.openapi.answers import ANSWERS
-from serve.gateway.openapi.options import QUERY_PARAMETERS
+from serve.gateway.openapi.options import FRAME_OPTIONS, INFER_PARAMETERS, QUERY_PARAMETERS
 from serve.gateway.openapi.requests import INFER_EXAMPLES, JSON_EXAMPLES, REQUESTS
 from serve.gateway.openapi.schema import ref
 from serve.gateway.options import GatewayOptions
@@ -35,6 +36,12 @@ _PATH_PARAMETERS = {
 _PREDICT = "Detect objects in one or several frames"
 _INFER = "Run inference; returns detections as tensors"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
+_TENSORS = {
+    "schema": {
+        **_BINARY["schema"],
+        "description": "JSON of Inference-Header-Content-Length (a header) bytes, then the tensors in binary",
+    }
+}
 # Path and method of the other routes → schema of the answer.
 _ANSWERS = {
     ("/health/live", "get"): "Live",
@@ -112,9 +119,26 @@ def complete(document: dict[str, Any], options: GatewayOptions) -> dict[str, Any
             "application/json": {"schema": ref("IndexRequest"), "example": {"ready": True}},
         },
     }
-    document["paths"] = paths | _frame_paths(options)
+    paths |= _frame_paths(options)
+    if options.api_keys or options.api_keys_file is not None:
+        _describe_keys(document)
     document.setdefault("components", {}).setdefault("schemas", {}).update({**REQUESTS, **ANSWERS})
     return document
+
+
+def _describe_keys(document: dict[str, Any]) -> None:
+    """Say how a key is sent, and which paths need none."""
+    document.setdefault("components", {})["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    document["security"] = [{"bearer": []}, {"key": []}]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path.startswith(OPEN_PATHS):
+                operation["security"] = []
+            else:
+                operation["responses"].update(_by_text(errors(401, protocol=path.startswith("/v2"))))
 
 
 def _frame_paths(options: GatewayOptions) -> dict[str, Any]:
@@ -123,12 +147,13 @@ def _frame_paths(options: GatewayOptions) -> dict[str, Any]:
     queries = predict.pop("parameters")
     return {
         path: {
-            "post": {
+            method: {
                 **operation,
                 "summary": summary,
-                "operationId": name,
+                "operationId": name if method == "post" else f"{method}_{name}",
                 "parameters": [*(_PATH_PARAMETERS[each] for each in names), *more],
             }
+            for method in (("post", "put") if operation is predict else ("post",))
         }
         for path, operation, summary, name, names, more in (
             ("/predictions/{model}", predict, _PREDICT, "predict", ("model",), queries),
@@ -146,7 +171,7 @@ def _frame_paths(options: GatewayOptions) -> dict[str, Any]:
                 _INFER,
                 "default_infer_v2_models__model__infer_post",
                 ("model",),
-                (),
+                INFER_PARAMETERS,
             ),
             (
                 "/v2/models/{model}/versions/{version}/infer",
@@ -154,7 +179,7 @@ def _frame_paths(options: GatewayOptions) -> dict[str, Any]:
                 f"{_INFER}, with this version of the model",
                 "version_infer_v2_models__model__versions__version__infer_post",
                 ("model", "version"),
-                (),
+                INFER_PARAMETERS,
             ),
         )
     }
@@ -171,7 +196,7 @@ def _infer() -> dict[str, Any]:
                 "description": "Detections as tensors; in binary if the request asks for it",
                 "content": {
                     "application/json": {"schema": ref("InferResponse")},
-                    "application/octet-stream": _BINARY,
+                    "application/octet-stream": _TENSORS,
                 },
             },
             **_by_text(errors(400, 404, 408, 413, 422, 429, 500, 502, 503, 504, 507, protocol=True)),
@@ -180,14 +205,22 @@ def _infer() -> dict[str, Any]:
             "required": True,
             "content": {
                 "application/json": {"schema": ref("InferRequest"), "examples": INFER_EXAMPLES},
-                "application/octet-stream": _BINARY,
+                "application/octet-stream": _TENSORS,
             },
         },
     }
 
 
 def _predict(options: GatewayOptions) -> dict[str, Any]:
-    form = {"type": "object", "properties": {"data": {"type": "array", "items": _BINARY["schema"]}}}
+    form = {
+        "type": "object",
+        "description": "Frames as files named data; or the parts of one frame as files with their names; and options",
+        "properties": {
+            "data": {"type": "array", "items": _BINARY["schema"]},
+            **{name: schema for name, (_, schema, _) in FRAME_OPTIONS.items()},
+        },
+        "additionalProperties": _BINARY["schema"],
+    }
     text = {"schema": {"type": "string"}}
     return {
         "responses": {

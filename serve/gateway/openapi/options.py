@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from serve.gateway.openapi.schema import TEXT, TEXTS, Schema
+from serve.protocol.selection import FIELDS
 from serve.protocol.sweeps import ACCUMULATED
 
-__all__ = ["FRAME_OPTIONS", "JSON_OPTIONS", "JSON_OPTIONS_WITHOUT_SWEEPS", "QUERY_PARAMETERS"]
+__all__ = [
+    "FRAME_OPTIONS",
+    "INFER_PARAMETERS",
+    "JSON_OPTIONS",
+    "JSON_OPTIONS_WITHOUT_SWEEPS",
+    "QUERY_PARAMETERS",
+]
 
+_THRESHOLD = r"[^=,\[{]+=(0?\.[0-9]+|0|1)"
+_FIELD = "|".join(FIELDS)
 FRAME_OPTIONS: dict[str, tuple[str, Schema, Any]] = {
     "score_thr": ("Minimum score of a detection", {"type": "number", "minimum": 0, "maximum": 1}, 0.3),
     "max_detections": (
@@ -23,12 +33,12 @@ FRAME_OPTIONS: dict[str, tuple[str, Schema, Any]] = {
     ),
     "class_thr": (
         "Minimum score by class, in place of score_thr, as in Car=0.5,Pedestrian=0.3, or a JSON object",
-        {"type": "string", "pattern": r"^[A-Za-z_ ]+=(0?\.[0-9]+|0|1)$"},
+        {"type": "string", "pattern": rf"^{_THRESHOLD}(,{_THRESHOLD})*$|^\{{.+\}}$"},
         "Pedestrian=0.2",
     ),
     "fields": (
-        "Fields of the answer, with commas between them; the others are left out",
-        {"type": "string", "enum": ["scores_3d,names", "names"]},
+        "Fields of the answer, with commas between them, or a JSON list; the others are left out",
+        {"type": "string", "pattern": rf"^({_FIELD})(,({_FIELD}))*$|^\[.+\]$"},
         "scores_3d,names",
     ),
     "load_dim": (
@@ -83,20 +93,29 @@ _TRACK_OPTIONS: dict[str, tuple[str, Schema, Any]] = {
         "12.3",
     ),
 }
-QUERY_PARAMETERS = [
-    {
-        "name": name,
-        "in": "query",
-        "required": False,
-        "description": f"{description}. Also a header, X-{name.replace('_', '-').title()}.",
-        "schema": schema,
-        "example": example,
-    }
-    for name, (description, schema, example) in {
-        **FRAME_OPTIONS,
-        **_REQUEST_OPTIONS,
-        **_TRACK_OPTIONS,
-    }.items()
+
+
+def _in_query(options: Mapping[str, tuple[str, Schema, Any]]) -> list[Schema]:
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": f"{description}. Also a header, X-{name.replace('_', '-').title()}.",
+            "schema": schema,
+            "example": example,
+        }
+        for name, (description, schema, example) in options.items()
+    ]
+
+
+#: Of ``/predictions``.
+QUERY_PARAMETERS = _in_query({**FRAME_OPTIONS, **_REQUEST_OPTIONS, **_TRACK_OPTIONS})
+#: Of ``infer``, which has ``outputs`` in place of ``fields``.
+INFER_PARAMETERS = [
+    each
+    for each in _in_query({**FRAME_OPTIONS, **_REQUEST_OPTIONS})
+    if each["name"] not in ("fields", "camera")
 ]
 JSON_OPTIONS = {
     **{name: schema for name, (_, schema, _) in FRAME_OPTIONS.items()},

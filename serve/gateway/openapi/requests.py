@@ -24,7 +24,7 @@ from serve.protocol.sweeps import MAX_SWEEPS
 
 __all__ = ["INFER_EXAMPLES", "JSON_EXAMPLES", "REQUESTS"]
 
-_CLOUD = {"type": "object", "properties": {"b64": BASE64, "uri": TEXT}}
+_PART = {"type": "object", "properties": {"b64": BASE64, "uri": TEXT}}
 _SWEEP_LIST = {
     "type": "array",
     "maxItems": MAX_SWEEPS,
@@ -32,7 +32,7 @@ _SWEEP_LIST = {
         "type": "object",
         "required": ["points"],
         "properties": {
-            "points": _CLOUD,
+            "points": _PART,
             "time_lag_s": {"type": "number", "minimum": 0},
             "timestamp_s": {"type": "number"},
             "transform": {"type": "array", "description": "4 x 4, sweep to key frame, metres"},
@@ -41,7 +41,7 @@ _SWEEP_LIST = {
     },
 }
 _FRAME: Schema = {
-    "oneOf": [
+    "anyOf": [
         json_object({"b64": BASE64, **JSON_OPTIONS}, required=("b64",)),
         json_object(
             {
@@ -52,13 +52,29 @@ _FRAME: Schema = {
         ),
         json_object(
             {
-                "points": _CLOUD,
+                "points": _PART,
                 "sweeps": _SWEEP_LIST,
                 "timestamp_s": {"type": "number"},
                 **JSON_OPTIONS_WITHOUT_SWEEPS,
             },
             required=("points", "sweeps"),
         ),
+        {
+            **json_object(
+                {
+                    "points": _PART,
+                    "image": _PART,
+                    "calibration": {
+                        "type": "object",
+                        "description": "Matrices by name: cam2img, lidar2cam, …; of several cameras, by camera",
+                    },
+                    **JSON_OPTIONS,
+                },
+                required=("calibration",),
+                description="A frame of several parts; those of several cameras are image.CAM_FRONT, …",
+            ),
+            "patternProperties": {r"^image\..+$": _PART},
+        },
         BASE64,
     ]
 }
@@ -90,9 +106,13 @@ _INFER_REQUEST = json_object(
 REQUESTS: dict[str, Schema] = {
     "Frame": _FRAME,
     "FrameRequest": {
-        "oneOf": [
-            *_FRAME["oneOf"],
-            json_object({"frames": {"type": "array", "items": ref("Frame")}}, required=("frames",)),
+        "anyOf": [
+            *_FRAME["anyOf"],
+            json_object(
+                {"frames": {"type": "array", "items": ref("Frame")}, **JSON_OPTIONS},
+                required=("frames",),
+                description="Several frames; options beside them are for those that have none of their own",
+            ),
         ]
     },
     "InferRequest": _INFER_REQUEST,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from serve.gateway.routes.kserve_tensors import DATATYPES
+
 __all__ = [
     "BASE64", "COUNT", "DATATYPE", "NUMBERS", "PARAMETERS", "TENSOR_NAME", "TEXT", "TEXTS", "Schema", "json_list",
     "json_object", "ref",
@@ -44,5 +46,5 @@ PARAMETERS: Schema = {
 }
 DATATYPE: Schema = {
     "type": "string",
-    "enum": ["BOOL", "UINT8", "INT64", "FP32", "BYTES"],
+    "enum": list(DATATYPES),
 }

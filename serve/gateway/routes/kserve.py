@@ -145,7 +145,7 @@ def infer_route(options: GatewayOptions, canaries: Canaries) -> FrameRoute:
         answer, header_bytes = encode_infer(infer_request, bodies, model, versions, spec)
         headers = {"server-timing": timing.header(), VERSION_HEADER: versions}
         if options.compresses(len(answer)):
-            answer = await compress(answer, request.headers.get("accept-encoding"), headers)
+            answer = await compress(answer, ", ".join(request.headers.getlist("accept-encoding")), headers)
         if header_bytes is None:
             return Response(answer, media_type="application/json", headers=headers)
         headers[_HEADER_LENGTH] = str(header_bytes)

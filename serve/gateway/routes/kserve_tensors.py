@@ -25,6 +25,7 @@ from serve.protocol.option_places import REQUEST_OPTIONS, TRACK_OPTIONS
 from serve.protocol.options import FrameOptions
 
 __all__ = [
+    "DATATYPES",
     "MAX_TEXT_CHARS",
     "InferBounds",
     "Tensor",
@@ -44,6 +45,8 @@ _NUMPY = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
+#: Datatypes of tensors that are read.
+DATATYPES = (*_NUMPY, "BYTES")
 _MAX_RANK = 8
 _MAX_PARAMETERS = 64
 #: Longest id of a request, and longest text among its parameters.
@@ -177,7 +180,7 @@ def read_tensor(
     """
     datatype, parameters = tensor.get("datatype"), read_parameters(tensor)
     check_members(parameters, f"the parameters of input {name}")
-    if not isinstance(datatype, str) or datatype not in {*_NUMPY, "BYTES"}:
+    if not isinstance(datatype, str) or datatype not in DATATYPES:
         raise BadRequest(f"input {name} has the unknown datatype {quote(datatype)}")
     shape = _read_shape(name, tensor.get("shape"))
     count = math.prod(shape)

@@ -46,7 +46,7 @@ def predict_route(
     async def predict(request: Request, model: str, version: str | None) -> Response:
         arrived = time.perf_counter()
         timing = Timing()
-        media = choose_media(request.headers.get("accept"))
+        media = choose_media(", ".join(request.headers.getlist("accept")) or None)
         wanted, query = parse_track_request(read_query(request), request.headers)
         request_options = parse_request_options(query, request.headers, options, TRACK_OPTIONS)
         request.scope["state"]["model"] = model
@@ -77,7 +77,7 @@ def predict_route(
         body = await _encode(request, served, parsed, outcomes, media, timing, request_options.camera)
         headers: dict[str, str] = {}
         if options.compresses(len(body)) and media != "image/png":  # which is compressed already
-            body = await compress(body, request.headers.get("accept-encoding"), headers)
+            body = await compress(body, ", ".join(request.headers.getlist("accept-encoding")), headers)
         headers["server-timing"] = timing.header()
         headers[VERSION_HEADER] = chosen.versions(len(outcomes))
         return Response(body, media_type=media, headers=headers)
