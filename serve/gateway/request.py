@@ -282,7 +282,10 @@ class _Pace:
 
 def _check_size(nbytes: int, options: GatewayOptions) -> None:
     if nbytes > options.max_body_bytes:
-        raise FrameTooLarge(f"the body has at least {nbytes} bytes, the limit is {options.max_body_bytes}")
+        raise FrameTooLarge(
+            f"the body has at least {nbytes} bytes, the limit is {options.max_body_bytes}; send less, or raise "
+            "MMDET3D_SERVE_GATEWAY_MAX_BODY_BYTES"
+        )
 
 
 async def receive_frames(
@@ -393,7 +396,10 @@ def _check_frame(
         return frame
     nbytes = body_bytes(frame.body) + sum(map(len, rest))
     if nbytes > options.max_frame_bytes:
-        return FrameTooLarge(f"the frame has {nbytes} bytes, the limit is {options.max_frame_bytes}")
+        return FrameTooLarge(
+            f"the frame has {nbytes} bytes, the limit is {options.max_frame_bytes}; send a smaller one, or raise "
+            "MMDET3D_SERVE_MAX_FRAME_BYTES"
+        )
     if isinstance(frame.body, Mapping):
         if len(frame.body) > MAX_PARTS:
             return FrameTooLarge(f"the frame has {len(frame.body)} parts, the limit is {MAX_PARTS}")

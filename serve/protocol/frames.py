@@ -86,7 +86,10 @@ def decode_frame(body: Body, spec: FrameSpec, options: FrameOptions, limits: Lim
     """
     size = sum(map(len, body.values())) if isinstance(body, Mapping) else len(body)
     if size > limits.max_frame_bytes:
-        raise FrameTooLarge(f"the frame has {size} bytes, the limit is {limits.max_frame_bytes}")
+        raise FrameTooLarge(
+            f"the frame has {size} bytes, the limit is {limits.max_frame_bytes}; send a smaller one, or raise "
+            "MMDET3D_SERVE_MAX_FRAME_BYTES"
+        )
     if isinstance(body, Mapping):
         _check_parts(body, spec)
     elif len(spec.parts) > 1:

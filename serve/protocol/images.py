@@ -65,7 +65,8 @@ def decode_image(body: Bytes, color_type: str, decoder: Decoder, max_pixels: int
     width, height = image_size(body)
     if width * height > max_pixels:
         raise FrameTooLarge(
-            f"the image has {width} x {height} pixels, the limit is {max_pixels} (MMDET3D_SERVE_MAX_PIXELS)"
+            f"the image has {width} x {height} pixels, the limit is {max_pixels}; send a smaller one, or raise "
+            "MMDET3D_SERVE_MAX_PIXELS"
         )
     kind = format_of(body)
     jpeg = read_jpeg(body, width * height, max_pixels) if kind == "JPEG" else None

@@ -56,17 +56,22 @@ def read_point_file(body: Bytes, name: str, limits: Limits) -> PointTable:
 
 @contextmanager
 def _errors_of(name: str) -> Iterator[None]:
-    """Map whatever a reader raises to `UndecodableFrame`."""
+    """Map whatever a reader raises to `UndecodableFrame`; a message that does not say what to do is completed."""
+    advice = f"; send the whole {name} file as its program wrote it, or convert it to .npy"
     try:
         yield
-    except (UndecodableFrame, FrameTooLarge):
+    except UndecodableFrame as error:
+        if ";" in str(error):
+            raise
+        raise UndecodableFrame(f"{error}{advice}") from None
+    except FrameTooLarge:
         raise
     except Exception as error:  # readers raise anything: KeyError, struct.error, AssertionError, their own
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         text = re.sub(r" at 0x[0-9a-f]+", "", text)[
             :200
         ]  # objects of this process, as <ast.BinOp object at …>
-        raise UndecodableFrame(f"not a readable {name} file: {text}") from None
+        raise UndecodableFrame(f"not a readable {name} file: {text}{advice}") from None
 
 
 # npy and npz
@@ -130,7 +135,10 @@ def _read_npz(body: Bytes, limits: Limits) -> PointTable:
         entry = entries.get("points") or next(iter(entries.values()))
         bound = min(limits.max_frame_bytes, limits.max_points * MAX_BYTES_PER_POINT)
         if entry.file_size > bound:
-            raise FrameTooLarge(f"the array has {entry.file_size} bytes unpacked, the limit is {bound}")
+            raise FrameTooLarge(
+                f"the array has {entry.file_size} bytes unpacked, the limit is {bound}; send fewer points, or raise "
+                "MMDET3D_SERVE_MAX_FRAME_BYTES"
+            )
         # Python's reader unpacks all of bzip2 and LZMA at once, whatever is asked for: gigabytes from a kilobyte.
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UndecodableFrame(
@@ -140,7 +148,10 @@ def _read_npz(body: Bytes, limits: Limits) -> PointTable:
         with archive.open(entry) as file:
             data = file.read(bound + 1)
         if len(data) > bound:
-            raise FrameTooLarge(f"the array has more than {bound} bytes unpacked")
+            raise FrameTooLarge(
+                f"the array has more than {bound} bytes unpacked, which is the limit; send fewer points, or raise "
+                "MMDET3D_SERVE_MAX_FRAME_BYTES"
+            )
     if not data.startswith(NPY_MAGIC):
         raise UndecodableFrame("the array in the npz is not in NumPy's format")
     return _read_npy(data, limits, "npz")

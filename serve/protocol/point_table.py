@@ -105,7 +105,8 @@ def check_count(count: int, limits: Limits) -> None:
         raise UndecodableFrame(f"the header claims {count} points")
     if count > limits.max_points:
         raise FrameTooLarge(
-            f"the point cloud has {count} points, the limit is {limits.max_points} (MMDET3D_SERVE_MAX_POINTS)"
+            f"the point cloud has {count} points, the limit is {limits.max_points}; send fewer, or raise "
+            "MMDET3D_SERVE_MAX_POINTS"
         )
 
 
@@ -113,8 +114,8 @@ def check_unpacked(name: str, count: int, bytes_per_point: int, limits: Limits) 
     """Bound what a compressed file may become by what an uncompressed one may have."""
     if count * bytes_per_point > limits.max_frame_bytes:
         raise FrameTooLarge(
-            f"the {name} has {count * bytes_per_point} bytes unpacked, the limit is {limits.max_frame_bytes} "
-            "(MMDET3D_SERVE_MAX_FRAME_BYTES)"
+            f"the {name} has {count * bytes_per_point} bytes unpacked, the limit is {limits.max_frame_bytes}; "
+            "send fewer points, or raise MMDET3D_SERVE_MAX_FRAME_BYTES"
         )
 
 

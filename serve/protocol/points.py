@@ -113,6 +113,7 @@ def _read_bin(body: Bytes, width: int, limits: Limits, *, is_empty: bool) -> npt
         )
     if len(body) // stride > limits.max_points:
         raise FrameTooLarge(
-            f"the point cloud has {len(body) // stride} points, the limit is {limits.max_points}"
+            f"the point cloud has {len(body) // stride} points, the limit is {limits.max_points}; send fewer, or raise "
+            "MMDET3D_SERVE_MAX_POINTS"
         )
     return np.frombuffer(body, dtype="<f4").astype(np.float32, copy=False).reshape(-1, width)

@@ -147,10 +147,23 @@ def test_npz_without_names_is_decoded_with_numbered_columns(gateway):
     np.testing.assert_array_equal(np.frombuffer(answer.content, "<f4").reshape(7, 4), points)
 
 
-@pytest.mark.parametrize("body", [b"", cloud_of(5).tobytes(), b"PK\x03\x04garbage", b"LASF"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        cloud_of(5).tobytes(),
+        b"PK\x03\x04garbage",
+        b"LASF",
+        b"ply\n",
+        b"VERSION .7\n",
+        b"\x93NUMPY\x01\x00",
+        packed_npz(cloud_of(5))[:90],
+    ],
+)
 def test_file_that_is_no_cloud_with_a_signature_is_422(gateway, body):
     answer = gateway.client.post("/ui/points", content=body)
     assert answer.status_code == 422 and answer.json()["error"]["code"] == "undecodable_frame"
+    assert re.search("; (send|convert)", answer.json()["error"]["message"])  # what to do
 
 
 def test_limits_of_frames_hold_for_the_decoder(start_gateway, monkeypatch):

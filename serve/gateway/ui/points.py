@@ -45,7 +45,8 @@ def read_columns(body: Bytes, limits: Limits) -> tuple[tuple[str, ...], npt.NDAr
     kind = sniff(body)
     if kind is None:
         raise UndecodableFrame(
-            "the file has no signature of a point-cloud format (npy, npz, PCD, PLY, LAS, LAZ)"
+            f"the file begins with {bytes(body[:8])!r}, which is no signature of npy, npz, PCD, PLY, LAS or LAZ; send "
+            "one of these, or a .bin to the model itself"
         )
     table = read_point_file(body, kind, limits)
     names = tuple(name for name in _SHOWN if name in table.columns) or tuple(table.columns)[:_MOST_NUMBERED]
@@ -67,7 +68,10 @@ async def read_file(request: Request, options: GatewayOptions, limits: Limits) -
     body = await read_body(request, permit, options)
     permit.grow(items=1)
     if len(body) > limits.max_frame_bytes:
-        raise FrameTooLarge(f"the frame has {len(body)} bytes, the limit is {limits.max_frame_bytes}")
+        raise FrameTooLarge(
+            f"the frame has {len(body)} bytes, the limit is {limits.max_frame_bytes}; send a smaller one, or raise "
+            "MMDET3D_SERVE_MAX_FRAME_BYTES"
+        )
     return body
 
 
