@@ -29,7 +29,8 @@ function address(path: string): string {
   return new URL(path, document.baseURI).href;
 }
 
-async function call(path: string, request: RequestInit = {}, alsoFine = 200): Promise<Response> {
+/** Ask the gateway; `files` are those of the body, which may have changed on the disk since they were opened. */
+async function call(path: string, request: RequestInit = {}, files: Blob[] = [], alsoFine = 200): Promise<Response> {
   const headers = new Headers(request.headers);
   if (key) headers.set("X-API-Key", key);
   let answer: Response;
@@ -37,7 +38,11 @@ async function call(path: string, request: RequestInit = {}, alsoFine = 200): Pr
     answer = await fetch(address(path), { ...request, headers, credentials: "omit", cache: "no-store" });
   } catch (error) {
     if (request.signal?.aborted) throw error;
-    throw new PageError("the server cannot be reached; check that it runs, and send the frame again", "unreachable");
+    // A browser that cannot read a file while it sends it says no more than one that finds no server.
+    for (const file of files) await file.slice(0, 1).arrayBuffer();
+    throw new PageError(
+      `${new URL(address("")).host} cannot be reached; check that the server runs, and send the frame again`, "unreachable",
+    );
   }
   if (!answer.ok && answer.status !== alsoFine) throw await errorOf(answer);
   return answer;
@@ -68,7 +73,7 @@ export async function listModels(): Promise<Model[]> {
 
 /** Reasons why the server is not ready; none if it is. */
 export async function readiness(): Promise<string[]> {
-  const { ready, reasons } = await (await call("health/ready", {}, 503)).json();
+  const { ready, reasons } = await (await call("health/ready", {}, [], 503)).json();
   return ready ? [] : reasons;
 }
 
@@ -88,7 +93,7 @@ export async function predict(
   for (let tries = 1; ; tries++) {
     const began = performance.now();
     try {
-      const answer = await call(path, { method: "POST", body: bodyOf(parts), signal });
+      const answer = await call(path, { method: "POST", body: bodyOf(parts), signal }, [...parts.values()]);
       const prediction = await readAnswer(answer);
       const timing = readTiming(answer.headers.get("server-timing") ?? "");
       timing.total = performance.now() - began;
@@ -133,18 +138,16 @@ export interface DecodedPoints {
 
 /** Let the server decode a cloud that the page has no reader for. */
 export async function decodePoints(file: Blob, signal?: AbortSignal): Promise<DecodedPoints> {
-  const answer = await call("ui/points", {
-    method: "POST",
-    body: new Blob([file], { type: "application/octet-stream" }),
-    signal,
-  });
+  const body = new Blob([file], { type: "application/octet-stream" });
+  const answer = await call("ui/points", { method: "POST", body, signal }, [file]);
   const columns = (answer.headers.get("x-columns") ?? "x,y,z").split(",");
   return { columns, values: new Float32Array(await answer.arrayBuffer()) };
 }
 
 /** Let the server decode an image that this browser does not read. */
 export async function decodeImage(file: Blob): Promise<Blob> {
-  const answer = await call("ui/image", { method: "POST", body: new Blob([file], { type: "application/octet-stream" }) });
+  const body = new Blob([file], { type: "application/octet-stream" });
+  const answer = await call("ui/image", { method: "POST", body }, [file]);
   return answer.blob();
 }
 

@@ -1,7 +1,7 @@
 /** Calibrations: JSON with OpenMMLab's names (docs/answers.md), and KITTI's calib/*.txt. */
 
 import { Matrix, multiply, square } from "./geometry";
-import { BoxKind } from "./model";
+import { BoxKind, PageError } from "./model";
 
 type Matrices = Record<string, number[][]>;
 
@@ -14,10 +14,49 @@ export interface Calibration {
 
 const NEEDED: Record<BoxKind, string> = { Camera: "cam2img", Depth: "depth2img", LiDAR: "lidar2img" };
 
+/** Names of matrices that the page uses. */
+const MATRICES = ["cam2img", "lidar2cam", "lidar2img", "depth2img"];
+
+/**
+ * Parse a calibration.
+ *
+ * @throws PageError if it is neither JSON nor of KITTI's lines, or one of its matrices is not of numbers.
+ */
+function readDocument(text: string): Record<string, unknown> {
+  const trimmed = text.trim();
+  if (!trimmed.startsWith("{")) {
+    const found = readKitti(trimmed);
+    if (!found.cam2img) {
+      throw new PageError(`its text begins with ${JSON.stringify(trimmed.slice(0, 40))} and has no line P2: with 12 numbers; send KITTI's calib/*.txt, or JSON`);
+    }
+    return found;
+  }
+  let document: Record<string, unknown>;
+  try {
+    document = JSON.parse(trimmed);
+  } catch (error) {
+    throw new PageError(`it is not JSON (${error instanceof Error ? error.message : error}); write it with a JSON encoder, without NaN`);
+  }
+  const cameras = Object.values(document).filter((each): each is object => typeof each === "object" && each !== null);
+  for (const matrices of [document, ...cameras] as Record<string, unknown>[]) {
+    for (const name of MATRICES) {
+      const matrix = matrices[name];
+      if (matrix !== undefined && !isMatrix(matrix)) {
+        throw new PageError(`${name} is ${(JSON.stringify(matrix) ?? "").slice(0, 60)}; send its rows, 3 or 4 of 3 or 4 numbers each`);
+      }
+    }
+  }
+  return document;
+}
+
+function isMatrix(value: unknown): boolean {
+  const isOfSize = (list: unknown): list is unknown[] => Array.isArray(list) && (list.length === 3 || list.length === 4);
+  return isOfSize(value) && value.every((row) => isOfSize(row) && row.every(Number.isFinite));
+}
+
 /** Parse a calibration; with `isOfOne` matrices that are given for no camera are those of the image without a name. */
 export function parseCalibration(text: string, isOfOne: boolean): Calibration {
-  const trimmed = text.trim();
-  const document: Record<string, unknown> = trimmed.startsWith("{") ? JSON.parse(trimmed) : readKitti(trimmed);
+  const document = readDocument(text);
   const matricesOf = (camera: string): Matrices => {
     if (camera && document[camera]) return document[camera] as Matrices;
     return camera && isOfOne ? {} : (document as Matrices);

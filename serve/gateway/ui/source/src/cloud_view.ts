@@ -1,7 +1,8 @@
 /** The 3D view: a cloud, boxes with headings, names beside them. Drawn only when something changed. */
 
 import {
-  BufferAttribute, BufferGeometry, Color, PerspectiveCamera, Points, PolarGridHelper, Scene, Vector3, WebGLRenderer,
+  BufferAttribute, BufferGeometry, Color, PerspectiveCamera, Points, PolarGridHelper, Scene, Sphere, Vector3,
+  WebGLRenderer,
 } from "three";
 import { OrbitControls } from "three/examples/jsm/controls/OrbitControls.js";
 import { LineMaterial } from "three/examples/jsm/lines/LineMaterial.js";
@@ -31,6 +32,8 @@ export interface SceneBox {
 export class CloudView {
   /** Called with the detection that was clicked, or null. */
   onPick: (detection: Detection | null) => void = () => {};
+  /** Called when the browser took the graphics card away, and when it gave it back. */
+  onContext: (isThere: boolean) => void = () => {};
   private readonly renderer: WebGLRenderer;
   private readonly scene = new Scene();
   private readonly camera = new PerspectiveCamera(55, 1, 0.1, 2000);
@@ -47,6 +50,7 @@ export class CloudView {
   private boxes: SceneBox[] = [];
   private selected: Detection | null = null;
   private isDue = false;
+  private pointSize = 1.6;
   private readonly detail = new Detail(() => this.redraw());
   showLabels = true;
 
@@ -72,6 +76,12 @@ export class CloudView {
     this.scene.add(grid, this.points, this.lines, this.marked);
     new ResizeObserver(() => this.resize()).observe(canvas.parentElement!);
     canvas.addEventListener("keydown", (event) => this.onKey(event));
+    // What was on the graphics card is sent to it anew with the next picture.
+    canvas.addEventListener("webglcontextrestored", () => {
+      this.onContext(true);
+      this.redraw();
+    });
+    canvas.addEventListener("webglcontextlost", () => this.onContext(false));
     let down = [0, 0];
     canvas.addEventListener("pointerdown", (event) => (down = [event.clientX, event.clientY]));
     canvas.addEventListener("pointerup", (event) => {
@@ -87,6 +97,8 @@ export class CloudView {
     this.cloud = cloud && this.nearOrigin(cloud);
     if (this.cloud) {
       geometry.setAttribute("position", new BufferAttribute(this.cloud.positions, 3));
+      // Nothing is left out by it, and that of a million points, or of points that are no numbers, need not be sought.
+      geometry.boundingSphere = new Sphere();
       this.grid.position.z = this.material.describe(this.cloud, geometry);
     }
     this.points.visible = cloud !== null;
@@ -107,6 +119,7 @@ export class CloudView {
   }
 
   setPointSize(pixels: number): void {
+    this.pointSize = pixels;
     this.material.setSize(pixels * this.renderer.getPixelRatio());
     this.redraw();
   }
@@ -241,6 +254,7 @@ export class CloudView {
     if (!width || !height) return;
     this.renderer.setPixelRatio(Math.min(devicePixelRatio, 2));
     this.renderer.setSize(width, height, false);
+    this.setPointSize(this.pointSize);
     this.camera.aspect = width / height;
     this.camera.updateProjectionMatrix();
     this.render();

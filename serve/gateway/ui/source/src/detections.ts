@@ -31,9 +31,9 @@ export function listDetections(answer: Answer): Detection[] {
     // JSON has no NaN: a score that is none arrives as null.
     score: index in scores ? (scores[index] ?? NaN) : 1,
     id: trackId(answer.track_ids?.[index]),
-    // A box that has no place is listed, not drawn.
-    box3d: is3d && box.every(Number.isFinite) ? box : undefined,
-    box2d: !is3d && box.every(Number.isFinite) ? box : undefined,
+    // A box that has no place is listed, not drawn; velocities behind the place do not count.
+    box3d: is3d && box.slice(0, 7).every(Number.isFinite) ? box : undefined,
+    box2d: !is3d && box.slice(0, 4).every(Number.isFinite) ? box : undefined,
     mask: answer.masks?.[index],
   }));
 }
@@ -42,9 +42,9 @@ function trackId(id: number | undefined): number | undefined {
   return id === undefined || id < 0 ? undefined : id;
 }
 
-export function boxKind(answer: Answer): BoxKind {
-  const kind = answer.box_type_3d;
-  return kind === "Camera" || kind === "Depth" ? kind : "LiDAR";
+/** The frame of an answer's boxes; that of its model if it has none. */
+export function boxKind({ box_type_3d: kind }: Answer, expected: BoxKind): BoxKind {
+  return kind === "Camera" || kind === "Depth" || kind === "LiDAR" ? kind : expected;
 }
 
 export function isShown(detection: Detection, filter: Filter): boolean {

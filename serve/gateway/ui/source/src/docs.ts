@@ -19,7 +19,8 @@ async function start(): Promise<void> {
     return;
   }
   SwaggerUIBundle({
-    spec: await answer.json(),
+    // Below the prefix of a proxy, as everything else here.
+    spec: { ...(await answer.json()), servers: [{ url: new URL(".", document.baseURI).pathname }] },
     dom_id: "#swagger-ui",
     deepLinking: true,
     validatorUrl: null,

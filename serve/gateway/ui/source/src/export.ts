@@ -19,32 +19,27 @@ export function answersAsJson(model: Model | null, entries: Entry[]): Blob {
 }
 
 /**
- * The views as they are seen, side by side.
+ * The views as they are seen: where they are on the page, and on its ground.
  *
  * @throws PageError if no view is shown.
  */
-export async function viewsAsPng(cloudView: CloudView | null, imageView: ImageView, views: string): Promise<Blob> {
-  const layers: HTMLCanvasElement[][] = [];
-  if (views.includes("cloud") && cloudView) {
-    cloudView.render();
-    layers.push([cloudView.canvas, cloudView.canvas.parentElement!.querySelector<HTMLCanvasElement>("#cloud-labels")!]);
-  }
-  if (views.includes("images")) {
-    imageView.render();
-    layers.push([imageView.canvas]);
-  }
-  if (!layers.length) {
+export async function viewsAsPng(cloudView: CloudView | null, imageView: ImageView, root: HTMLElement): Promise<Blob> {
+  const shown = [...root.querySelectorAll("canvas")].filter((canvas) => canvas.clientWidth && canvas.clientHeight);
+  if (!cloudView && !shown.includes(imageView.canvas)) shown.length = 0;
+  if (!shown.length) {
     throw new PageError("no view of this frame is shown, so that there is no picture to save; Save JSON saves its answer", "no_view");
   }
-  const whole = new OffscreenCanvas(
-    layers.reduce((sum, [first]) => sum + first.width, 0),
-    Math.max(...layers.map(([first]) => first.height)),
-  );
+  cloudView?.render();
+  imageView.render();
+  const bounds = root.getBoundingClientRect();
+  const ratio = Math.min(devicePixelRatio, 2);
+  const whole = new OffscreenCanvas(Math.round(bounds.width * ratio), Math.round(bounds.height * ratio));
   const context = whole.getContext("2d")!;
-  let left = 0;
-  for (const canvases of layers) {
-    for (const canvas of canvases) context.drawImage(canvas, left, 0, canvases[0].width, canvases[0].height);
-    left += canvases[0].width;
+  context.fillStyle = getComputedStyle(shown[0].parentElement!).backgroundColor;
+  context.fillRect(0, 0, whole.width, whole.height);
+  for (const canvas of shown) {
+    const { left, top, width, height } = canvas.getBoundingClientRect();
+    context.drawImage(canvas, (left - bounds.left) * ratio, (top - bounds.top) * ratio, width * ratio, height * ratio);
   }
   return whole.convertToBlob({ type: "image/png" });
 }

@@ -3,6 +3,7 @@
 import { Detection, Filter, isShown, nameOf, scoreOf } from "./detections";
 import { byId, make, swatch } from "./dom";
 import { classColour, css } from "./palette";
+import { Maps } from "./masks";
 import { Entry } from "./session";
 
 const MOST_ROWS = 200;
@@ -26,14 +27,14 @@ export class FoundPanel {
     });
   }
 
-  show(entry: Entry, info: string, selected: Detection | null): void {
+  show(entry: Entry, maps: Maps, info: string, selected: Detection | null): void {
     byId("frame-info").textContent = info;
     byId("warnings").replaceChildren(...(entry.answer?.warnings ?? []).map(({ message }) => make("li", {}, message)));
-    this.listClasses(entry);
+    this.listClasses(entry, maps);
     const shown = entry.detections.filter((each) => isShown(each, this.filter));
-    const segments = (entry.segments?.segments ?? []).filter(({ name }) => !this.filter.hidden.has(name));
+    const segments = (maps.segments?.segments ?? []).filter(({ name }) => !this.filter.hidden.has(name));
     byId("found-title").textContent = entry.answer
-      ? `Detections: ${segments.length || shown.length} of ${entry.detections.length || entry.segments?.segments.length || 0}`
+      ? `Detections: ${segments.length || shown.length} of ${entry.detections.length || maps.segments?.segments.length || 0}`
       : "Detections";
     this.rows.replaceChildren(
       ...shown.slice(0, MOST_ROWS).map((each) => this.row(each, each === selected)),
@@ -46,15 +47,15 @@ export class FoundPanel {
   }
 
   /** Offer the classes that occur in the answer, with their numbers. */
-  private listClasses(entry: Entry): void {
+  private listClasses(entry: Entry, maps: Maps): void {
     const counts = new Map<string, [number, number]>();
     const add = (name: string, label: number, count = 1): void => {
       counts.set(name, [label, (counts.get(name)?.[1] ?? 0) + count]);
     };
     for (const { name, label, score } of entry.detections) add(name, label, score < this.filter.minScore ? 0 : 1);
-    for (const { name, category_id } of entry.segments?.segments ?? []) add(name, category_id);
+    for (const { name, category_id } of maps.segments?.segments ?? []) add(name, category_id);
     const named = entry.answer?.classes ?? [];
-    for (const [label, count] of countLabels(entry.pointLabels)) add(named[label] ?? String(label), label, count);
+    for (const [label, count] of countLabels(maps.pointLabels)) add(named[label] ?? String(label), label, count);
     const listed = JSON.stringify([...counts]);
     if (listed === this.listed) return;
     const focused = (document.activeElement as HTMLInputElement | null)?.value;
@@ -94,7 +95,7 @@ function restRow(count: number): HTMLTableRowElement {
   return make("tr", {}, make("td", { colSpan: 3 }, text));
 }
 
-function countLabels(labels: ArrayLike<number> | undefined): Map<number, number> {
+function countLabels(labels: ArrayLike<number> | null): Map<number, number> {
   const counts = new Map<number, number>();
   for (let k = 0; k < (labels?.length ?? 0); k++) counts.set(labels![k], (counts.get(labels![k]) ?? 0) + 1);
   return counts;

@@ -7,8 +7,14 @@ const WORDS: Record<Entry["state"], string> = { waiting: "waits", running: "sent
 
 export class FramesPanel {
   onChoose: (entry: Entry) => void = () => {};
+  onSendFailed: () => void = () => {};
   private readonly list = byId("frames");
   private readonly buttons = new Map<Entry, HTMLButtonElement>();
+  private readonly again = byId("send-failed");
+
+  constructor() {
+    this.again.addEventListener("click", () => this.onSendFailed());
+  }
 
   show(entries: Entry[]): void {
     this.buttons.clear();
@@ -33,6 +39,12 @@ export class FramesPanel {
     const note = byId("left-out");
     note.textContent = paths.length ? `${paths.length} file${paths.length === 1 ? "" : "s"} of other kinds left out` : "";
     note.title = paths.slice(0, 20).join("\n");
+  }
+
+  /** Offer to send those once more that failed. */
+  showFailed(count: number): void {
+    this.again.hidden = !count;
+    this.again.textContent = `Send ${count} failed frame${count === 1 ? "" : "s"} again`;
   }
 
   update(entry: Entry): void {

@@ -4,9 +4,10 @@ import { Calibration } from "./calibration";
 import { Detection, nameOf, scoreOf } from "./detections";
 import { cornersOf, EDGES, headingOf, projectLine } from "./geometry";
 import { drawChips, Label, prepare } from "./labels";
-import { decodeMask, Mask, SegmentMap } from "./masks";
+import { Layers } from "./layers";
+import { SegmentMap } from "./masks";
 import { BoxKind } from "./model";
-import { classColour, css, Rgb } from "./palette";
+import { classColour, css } from "./palette";
 
 export interface Picture {
   /** Name of the camera, "" of the only one. */
@@ -28,8 +29,7 @@ export class ImageView {
   showLabels = true;
   private pictures: Picture[] = [];
   private overlay: Overlay | null = null;
-  private masks = new WeakMap<Detection, Layer>();
-  private segmentLayer: ImageBitmap | null = null;
+  private readonly layers = new Layers();
   private zoomed = 1;
   private shift: [number, number] = [0, 0];
   private isDue = false;
@@ -69,10 +69,14 @@ export class ImageView {
   }
 
   setOverlay(overlay: Overlay): void {
-    if (overlay.segments !== this.overlay?.segments) this.segmentLayer = null;
     this.overlay = overlay;
-    void this.prepareLayers(overlay);
     this.redraw();
+    void this.prepare(overlay).then(() => this.redraw());
+  }
+
+  /** Decode the masks and segments of an overlay; one that is prepared is drawn at once. */
+  async prepare({ detections, segments, hidden }: Overlay): Promise<void> {
+    await this.layers.prepare(detections, segments, hidden);
   }
 
   reset(): void {
@@ -112,25 +116,6 @@ export class ImageView {
     }
   }
 
-  /** Decode masks and segments to layers that are drawn like images. */
-  private async prepareLayers(overlay: Overlay): Promise<void> {
-    const wanted = overlay.detections.filter((each) => each.mask && !this.masks.has(each));
-    for (const detection of wanted) {
-      const mask = decodeMask(detection.mask!);
-      if (!mask) continue;
-      const { width, height, ones } = mask;
-      const bitmap = await layerOf(width, height, (k) => (ones[k] ? classColour(detection.label) : null));
-      this.masks.set(detection, { ...mask, bitmap });
-    }
-    const { segments, hidden } = overlay;
-    if (segments) {
-      const colours = segments.segments.map(({ name, category_id }) => (hidden.has(name) ? null : classColour(category_id)));
-      const layer = await layerOf(segments.width, segments.height, (k) => colours[segments.indices[k]] ?? null);
-      if (this.overlay === overlay) this.segmentLayer = layer;
-    }
-    if (wanted.length || segments) this.redraw();
-  }
-
   private tiles(): Tile[] {
     const { clientWidth: width, clientHeight: height } = this.canvas;
     const count = this.pictures.length;
@@ -156,12 +141,13 @@ export class ImageView {
   private drawOverlay(context: CanvasRenderingContext2D, tile: Tile, overlay: Overlay): void {
     context.globalAlpha = 0.5;
     for (const detection of overlay.detections) {
-      const layer = this.masks.get(detection);
+      const layer = this.layers.maskOf(detection);
       if (!layer) continue;
       const [x, y] = [tile.left + layer.left * tile.scale, tile.top + layer.top * tile.scale];
       context.drawImage(layer.bitmap, x, y, layer.width * tile.scale, layer.height * tile.scale);
     }
-    if (this.segmentLayer) context.drawImage(this.segmentLayer, tile.left, tile.top, tile.width, tile.height);
+    const map = overlay.segments && this.layers.mapOf(overlay.segments);
+    if (map) context.drawImage(map, tile.left, tile.top, tile.width, tile.height);
     context.globalAlpha = 1;
     const labels: Label[] = [];
     for (const detection of [...overlay.detections].reverse()) {
@@ -240,8 +226,6 @@ export class ImageView {
   }
 }
 
-type Layer = Mask & { bitmap: ImageBitmap };
-
 interface Tile {
   picture: Picture;
   left: number;
@@ -249,13 +233,4 @@ interface Tile {
   width: number;
   height: number;
   scale: number;
-}
-
-function layerOf(width: number, height: number, colour: (k: number) => Rgb | null): Promise<ImageBitmap> {
-  const pixels = new ImageData(width, height);
-  for (let k = 0; k < width * height; k++) {
-    const found = colour(k);
-    if (found) pixels.data.set([...found, 255], 4 * k);
-  }
-  return createImageBitmap(pixels);
 }

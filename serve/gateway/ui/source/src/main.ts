@@ -32,6 +32,8 @@ const stage = new Stage(cloudView, imageView, byId("views"));
 const modelChoice = byId<HTMLSelectElement>("model");
 const colourChoice = byId<HTMLSelectElement>("colour-by");
 let models: Model[] = [];
+/** Whether the model was chosen by the user, or has answered a frame: only then it stays chosen when it goes. */
+let isModelMeant = false;
 let current: Entry | null = null;
 let selected: Detection | null = null;
 /** What was selected last, while frames pass in which it is not found; followed again where it is. */
@@ -39,9 +41,14 @@ let sought: Detection | null = null;
 
 function makeCloudView(): CloudView | null {
   try {
-    return new CloudView(byId<HTMLCanvasElement>("cloud"), byId<HTMLCanvasElement>("cloud-labels"));
+    const made = new CloudView(byId<HTMLCanvasElement>("cloud"), byId<HTMLCanvasElement>("cloud-labels"));
+    made.onContext = (isThere) => {
+      if (isThere) clearErrors();
+      else showError("The browser took the graphics card away (WebGL context lost), so that no cloud is drawn until it is back; reload the page if it does not come back.");
+    };
+    return made;
   } catch {
-    showError("This browser has no WebGL: clouds are not drawn. Detections and images are shown all the same.");
+    showError("This browser has no WebGL: clouds are not drawn, detections and images are. Turn hardware acceleration on, or use another browser.");
     return null;
   }
 }
@@ -79,7 +86,7 @@ function select(detection: Detection | null): void {
 function refresh(): void {
   if (!current) return;
   stage.draw(current, found.filter, selected);
-  found.show(current, infoOf(current), selected);
+  found.show(current, stage.mapsOf(current), infoOf(current), selected);
   const shown = current.detections.filter((each) => isShown(each, found.filter)).length;
   const count = stage.scene?.cloud?.count;
   const words = `${shown} detection${shown === 1 ? "" : "s"} shown`;
@@ -92,7 +99,10 @@ function refresh(): void {
 function infoOf(entry: Entry): string {
   const { scene } = stage;
   const lines = [entry.frame.name];
-  if (scene?.cloud) lines.push(`${scene.cloud.count.toLocaleString("en")} points`, extentOf(scene.cloud));
+  if (scene?.cloud) {
+    const { count } = scene.cloud;
+    lines.push(`${count.toLocaleString("en")} points`, extentOf(scene.cloud) || (count ? "no point has numbers as coordinates" : "nothing to draw"));
+  }
   for (const { camera, bitmap } of scene?.pictures ?? []) lines.push(`${camera} ${bitmap.width} × ${bitmap.height} pixels`.trim());
   if (entry.state === "failed") lines.push(entry.error ?? "");
   else if (entry.state !== "done") lines.push("waits for its answer …");
@@ -110,9 +120,13 @@ function take(dropped: Dropped[]): void {
   const { frames, leftOut } = listFrames(dropped);
   clearErrors();
   framesPanel.showLeftOut(leftOut);
-  if (!frames.length) return showError("There is no frame among these files.");
-  if (!session.model) showError("No model is ready: the frames are sent when one is chosen.");
+  if (!frames.length) {
+    const names = dropped.slice(0, 3).map(({ path }) => path).join(", ");
+    return showError(`There is no frame among the ${dropped.length} files (${names || "an empty folder"}): open point clouds or images.`);
+  }
+  if (!session.model) showError("No model is ready: the frames are sent as soon as one is. The corner says what the server waits for.");
   stage.forget();
+  stage.forgetView();
   session.setFrames(frames);
   framesPanel.show(session.entries);
   player.setCount(session.entries.length);
@@ -123,7 +137,9 @@ function take(dropped: Dropped[]): void {
 
 session.onChange = (entry) => {
   framesPanel.update(entry);
+  framesPanel.showFailed(session.entries.filter(({ state }) => state === "failed").length);
   if (entry.state === "failed" && (entry === current || session.entries.length === 1)) showError(`${entry.frame.name}: ${entry.error}`);
+  if (entry.state === "done") isModelMeant = true;
   if (entry === current) {
     void show(entry);
     if (entry.state === "done") announce(`${entry.frame.name}: ${entry.detections.length} detections`);
@@ -132,6 +148,10 @@ session.onChange = (entry) => {
 
 player.onMove = (index) => show(session.entries[index]);
 player.isReady = (index) => !["waiting", "running"].includes(session.entries[index].state);
+framesPanel.onSendFailed = () => {
+  clearErrors();
+  session.sendFailed();
+};
 framesPanel.onChoose = (entry) => {
   player.pause();
   void player.moveTo(session.entries.indexOf(entry));
@@ -152,22 +172,33 @@ for (const view of [cloudView, imageView]) {
 server.onModels = (listed) => {
   models = listed;
   const ready = models.filter((model) => model.status === "ready");
-  const names = ready.map((model) => `${model.name} ${model.version}`);
-  if (names.join() !== [...modelChoice.options].map((option) => option.text).join()) {
-    modelChoice.replaceChildren(...names.map((name) => make("option", { value: name }, name)));
-    modelChoice.disabled = !names.length;
-    if (!names.length) modelChoice.append(make("option", {}, "no model is ready"));
-    const kept = session.model && names.indexOf(`${session.model.name} ${session.model.version}`);
-    modelChoice.selectedIndex = kept && kept >= 0 ? kept : 0;
-    if (kept === null || kept < 0) choose(ready[0] ?? null);
+  const names = ready.map(titleOf);
+  session.model = ready.find((model) => session.model && titleOf(model) === titleOf(session.model)) ?? session.model;
+  // A model that is meant stays chosen while it is not ready, or gone: nothing is sent to another one by itself.
+  const isListed = session.model !== null && names.includes(titleOf(session.model));
+  const chosen = isListed || isModelMeant ? session.model : (ready[0] ?? session.model);
+  const isAway = chosen && !names.includes(titleOf(chosen));
+  const texts = [...names, ...(isAway ? [`${titleOf(chosen)} (not ready)`] : [])];
+  if (!chosen) texts.push("no model is ready");
+  if (texts.join("\n") !== [...modelChoice.options].map((option) => option.text).join("\n")) {
+    modelChoice.replaceChildren(...texts.map((text) => make("option", { value: text.replace(" (not ready)", "") }, text)));
+    modelChoice.disabled = !chosen;
+    if (chosen) modelChoice.value = titleOf(chosen);
   }
+  if (chosen !== session.model) choose(chosen);
   byId("sample").hidden = !ready.some((model) => model.modality === "lidar");
   byId("key-form").hidden = !hasKey();
 };
 server.onKeyNeeded = () => {
+  const isRefused = hasKey();
   byId("key-form").hidden = false;
-  announce("The server needs an API key");
+  if (isRefused) showError("The server does not accept this API key: type another one, or ask its operator for one.");
+  else announce("The server needs an API key");
 };
+
+function titleOf({ name, version }: Model): string {
+  return `${name} ${version}`;
+}
 
 function choose(model: Model | null): void {
   session.model = model;
@@ -178,7 +209,10 @@ function choose(model: Model | null): void {
   session.sendAll();
 }
 
-modelChoice.addEventListener("change", () => choose(models.find((model) => `${model.name} ${model.version}` === modelChoice.value) ?? null));
+modelChoice.addEventListener("change", () => {
+  isModelMeant = true;
+  choose(models.find((model) => titleOf(model) === modelChoice.value) ?? session.model);
+});
 colourChoice.addEventListener("change", () => {
   stage.colourBy(colourChoice.value as ColourBy);
   refresh();
@@ -198,9 +232,8 @@ byId("export-json").addEventListener("click", () => {
   save(answersAsJson(model, entries), entries.length === 1 ? `${entries[0].frame.name}.json` : "answers.json");
 });
 byId("export-png").addEventListener("click", async () => {
-  const views = byId("views").dataset.views ?? "";
   try {
-    save(await viewsAsPng(cloudView, imageView, views), `${current?.frame.name ?? "frame"}.png`);
+    save(await viewsAsPng(cloudView, imageView, byId("views")), `${current?.frame.name ?? "frame"}.png`);
   } catch (error) {
     showError(describe(error));
   }
@@ -210,6 +243,7 @@ byId("key-form").addEventListener("submit", (event) => {
   const field = byId<HTMLInputElement>("key");
   setKey(field.value);
   field.value = "";
+  clearErrors();
   void server.refresh();
 });
 byId("options-form").addEventListener("submit", (event) => {

@@ -2,6 +2,23 @@
 
 import { Answer, RunLengths, Segment } from "./model";
 
+/** What an answer says of every pixel or point: large once decoded, so that only those of the shown frame are kept. */
+export interface Maps {
+  segments: SegmentMap | null;
+  pointLabels: ArrayLike<number> | null;
+}
+
+export const NO_MAPS: Maps = { segments: null, pointLabels: null };
+
+export async function decodeMaps(answer: Answer | undefined): Promise<Maps> {
+  if (!answer) return NO_MAPS;
+  const { pts_semantic_mask } = answer;
+  return {
+    segments: await decodeSegments(answer),
+    pointLabels: pts_semantic_mask ? decodePointLabels(pts_semantic_mask) : null,
+  };
+}
+
 /** Run lengths as numbers; the text form is COCO's own base-48 code (pycocotools, maskApi.c). */
 export function readCounts(counts: string | number[]): number[] {
   if (typeof counts !== "string") return counts;
@@ -56,7 +73,7 @@ export function decodeMask(mask: RunLengths): Mask | null {
 }
 
 /** Labels of points, in the order of the cloud. */
-export function decodePointLabels(mask: NonNullable<Answer["pts_semantic_mask"]>): ArrayLike<number> {
+function decodePointLabels(mask: NonNullable<Answer["pts_semantic_mask"]>): ArrayLike<number> {
   const bytes = Uint8Array.from(atob(mask.b64), (letter) => letter.charCodeAt(0));
   switch (mask.dtype) {
     case "uint8":
@@ -79,7 +96,7 @@ export interface SegmentMap {
 }
 
 /** Panoptic map: red + 256 green + 65536 blue of a pixel is the id of its segment. */
-export async function decodeSegments(answer: Answer): Promise<SegmentMap | null> {
+async function decodeSegments(answer: Answer): Promise<SegmentMap | null> {
   if (!answer.panoptic_seg) return null;
   const bytes = Uint8Array.from(atob(answer.panoptic_seg.png_b64), (letter) => letter.charCodeAt(0));
   // Ids are numbers, not colours: nothing may convert them.
@@ -91,12 +108,13 @@ export async function decodeSegments(answer: Answer): Promise<SegmentMap | null>
   const context = canvas.getContext("2d")!;
   context.drawImage(bitmap, 0, 0);
   const { data } = context.getImageData(0, 0, bitmap.width, bitmap.height);
+  bitmap.close();
   const segments = answer.segments_info ?? [];
   const position = new Map(segments.map((segment, k) => [segment.id, k]));
-  const indices = new Int16Array(bitmap.width * bitmap.height);
+  const indices = new Int16Array(canvas.width * canvas.height);
   for (let k = 0; k < indices.length; k++) {
     const id = data[4 * k] + 256 * data[4 * k + 1] + 65536 * data[4 * k + 2];
     indices[k] = position.get(id) ?? -1;
   }
-  return { width: bitmap.width, height: bitmap.height, indices, segments };
+  return { width: canvas.width, height: canvas.height, indices, segments };
 }

@@ -76,7 +76,13 @@ export class PageError extends Error {
   }
 }
 
+/** What a browser says of a file that it cannot read, or can no longer. */
+const UNREADABLE = ["NotReadableError", "NotFoundError", "SecurityError"];
+
 export function describe(error: unknown): string {
+  if (error instanceof DOMException && UNREADABLE.includes(error.name)) {
+    return "the file cannot be read: it was changed, moved or locked after it was opened; open it again";
+  }
   if (!(error instanceof PageError)) return error instanceof Error ? error.message : String(error);
   const where = [error.status || "", error.code].filter(Boolean).join(" ");
   const request = error.requestId ? ` (request ${error.requestId})` : "";

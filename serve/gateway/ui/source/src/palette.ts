@@ -32,6 +32,9 @@ export function rampTexels(): Uint8Array {
   return texels((k) => rampColour(k / 255));
 }
 
+/** Labels from which on the texels of classes are those from 0 on again. */
+export const CLASS_TEXELS = 256 - (256 % CLASSES.length);
+
 /** 256 texels of RGBA: the colour of each class. */
 export function classTexels(): Uint8Array {
   return texels(classColour);

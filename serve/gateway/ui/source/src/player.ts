@@ -9,13 +9,14 @@ export class Player {
   isReady: (index: number) => boolean = () => true;
   index = 0;
   private count = 0;
-  private isPlaying = false;
+  /** Ends the present run; null while nothing is played. */
+  private playing: AbortController | null = null;
   private readonly play = byId("play");
   private readonly position = byId<HTMLInputElement>("position");
   private readonly rate = byId<HTMLInputElement>("rate");
 
   constructor() {
-    this.play.addEventListener("click", () => (this.isPlaying ? this.pause() : void this.run()));
+    this.play.addEventListener("click", () => (this.playing ? this.pause() : void this.run()));
     byId("previous").addEventListener("click", () => this.step(-1));
     byId("next").addEventListener("click", () => this.step(1));
     this.position.addEventListener("input", () => {
@@ -42,7 +43,8 @@ export class Player {
   }
 
   pause(): void {
-    this.isPlaying = false;
+    this.playing?.abort();
+    this.playing = null;
     this.show();
   }
 
@@ -52,20 +54,22 @@ export class Player {
   }
 
   private async run(): Promise<void> {
-    this.isPlaying = true;
+    this.playing = new AbortController();
+    const { signal } = this.playing;
     this.show();
     if (this.index === this.count - 1) this.index = -1;
-    while (this.isPlaying && this.index < this.count - 1) {
+    while (!signal.aborted && this.index < this.count - 1) {
       const next = this.index + 1;
       const due = performance.now() + 1000 / Math.min(Math.max(this.rate.valueAsNumber || 4, 0.5), 30);
       if (this.isReady(next)) await this.moveTo(next);
       await new Promise((resolve) => setTimeout(resolve, Math.max(due - performance.now(), 0)));
     }
-    this.pause();
+    // A run that was paused ends here although another one may have begun.
+    if (!signal.aborted) this.pause();
   }
 
   private show(): void {
-    this.play.textContent = this.isPlaying ? "Pause" : "Play";
-    this.play.setAttribute("aria-pressed", String(this.isPlaying));
+    this.play.textContent = this.playing ? "Pause" : "Play";
+    this.play.dataset.playing = String(this.playing !== null);
   }
 }

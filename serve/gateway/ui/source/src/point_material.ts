@@ -2,7 +2,7 @@
 
 import { BufferAttribute, BufferGeometry, DataTexture, RGBAFormat, ShaderMaterial, Vector2 } from "three";
 import { Cloud } from "./clouds/cloud";
-import { classTexels, rampTexels } from "./palette";
+import { CLASS_TEXELS, classTexels, rampTexels } from "./palette";
 
 export type ColourBy = "height" | "intensity" | "class" | "rgb";
 
@@ -25,7 +25,7 @@ void main() {
   gl_PointSize = size * clamp(30.0 / -seen.z, 0.6, 2.5);
   if (mode == 3) colour = rgb;
   else if (mode == 2) {
-    colour = label < 0.0 ? vec3(0.42, 0.47, 0.53) : texture2D(classes, vec2((label + 0.5) / 256.0, 0.5)).rgb;
+    colour = label < 0.0 ? vec3(0.42, 0.47, 0.53) : texture2D(classes, vec2((mod(label, ${CLASS_TEXELS}.0) + 0.5) / 256.0, 0.5)).rgb;
   } else {
     vec2 range = mode == 0 ? heights : intensities;
     float value = mode == 0 ? position.z : intensity;

@@ -4,24 +4,24 @@ import { listModels, metricsText, readiness } from "./api";
 import { describe, Model, PageError } from "./model";
 
 const EVERY_MS = 5000;
-const DURATIONS = "mmdet3d_serve_request_duration_seconds";
+const DURATIONS = "mmdet3d_serve_version_request_duration_seconds";
 
-/** Sum and number of a model's requests, and how many took at most so many seconds. */
+/** Sum and number of the requests of a model's version, and how many took at most so many seconds. */
 export interface Latency {
   seconds: number;
   requests: number;
   buckets: Map<number, number>;
 }
 
-/** Read a histogram of the metrics, by model; several gateway processes are added. */
+/** Read a histogram of the metrics, by model and version; several gateway processes are added. */
 export function readLatencies(text: string): Map<string, Latency> {
   const found = new Map<string, Latency>();
-  const line = new RegExp(`^${DURATIONS}_(sum|count|bucket)\\{([^}]*)\\} ([\\d.e+]+)`, "gm");
+  const line = new RegExp(`^${DURATIONS}_(sum|count|bucket)\\{([^}]*)\\} (\\S+)$`, "gm");
   for (const [, kind, labels, value] of text.matchAll(line)) {
-    const model = /model="([^"]*)"/.exec(labels)?.[1];
+    const [model, version] = ["model", "version"].map((name) => new RegExp(`(?:^|,)${name}="([^"]*)"`).exec(labels)?.[1]);
     if (!model) continue;
-    const latency = found.get(model) ?? { seconds: 0, requests: 0, buckets: new Map() };
-    found.set(model, latency);
+    const latency = found.get(`${model} ${version}`) ?? { seconds: 0, requests: 0, buckets: new Map() };
+    found.set(`${model} ${version}`, latency);
     if (kind === "sum") latency.seconds += Number(value);
     else if (kind === "count") latency.requests += Number(value);
     else {
@@ -66,7 +66,8 @@ export class ServerState {
         this.onKeyNeeded();
         return;
       }
-      this.say("down", describe(error));
+      const isUnreachable = error instanceof PageError && error.code === "unreachable";
+      this.say("down", isUnreachable ? "cannot be reached; asked again every 5 s" : describe(error));
     }
     clearTimeout(this.timer);
     this.timer = window.setTimeout(() => void this.refresh(), EVERY_MS);
@@ -77,9 +78,10 @@ export class ServerState {
     if (reasons.length) this.say("down", `not ready: ${reasons.join(", ")}`);
     else this.say("ready", `ready · ${models.length} model${models.length === 1 ? "" : "s"} · ${waiting} waiting`);
     const rows = models.map((model) => {
-      const latency = latencies.get(model.name);
+      const title = `${model.name} ${model.version}`;
+      const latency = latencies.get(title);
       const cells = [
-        `${model.name} ${model.version}`,
+        title,
         model.reason ?? model.status,
         `${model.workers.ready}/${model.workers.all}`,
         `${model.waiting ?? 0} + ${model.running ?? 0}`,

@@ -4,7 +4,6 @@ import { predict } from "./api";
 import { asJson } from "./calibration";
 import { Detection, listDetections } from "./detections";
 import { Frame, partsFor } from "./frames";
-import { decodePointLabels, decodeSegments, SegmentMap } from "./masks";
 import { Answer, describe, Model, Timing } from "./model";
 import { timesOf } from "./times";
 
@@ -16,8 +15,6 @@ export interface Entry {
   state: "waiting" | "running" | "done" | "failed";
   answer?: Answer;
   detections: Detection[];
-  pointLabels?: ArrayLike<number>;
-  segments?: SegmentMap | null;
   timing?: Timing;
   error?: string;
 }
@@ -30,6 +27,8 @@ export class Session {
   /** Called when an entry has changed. */
   onChange: (entry: Entry) => void = () => {};
   private stop = new AbortController();
+  /** Loops of `work` that send frames at present; those of a former sending do not count. */
+  private working = 0;
 
   /** Replace all frames, and send them. */
   setFrames(frames: Frame[]): void {
@@ -41,14 +40,27 @@ export class Session {
   sendAll(): void {
     this.cancel();
     this.stop = new AbortController();
-    for (const entry of this.entries) {
+    this.working = 0;
+    this.queue(this.entries);
+  }
+
+  /** Send those that failed once more; of a track session all, in which the order counts. */
+  sendFailed(): void {
+    if (this.options.track_session) this.sendAll();
+    else this.queue(this.entries.filter((entry) => entry.state === "failed"));
+  }
+
+  private queue(entries: Entry[]): void {
+    for (const entry of entries) {
       Object.assign(entry, { state: "waiting", answer: undefined, detections: [], timing: undefined, error: undefined });
-      entry.pointLabels = entry.segments = undefined;
       this.onChange(entry);
     }
     // The frames of a track session go one after the other: their order is that of the tracks.
-    const count = this.options.track_session ? 1 : AT_ONCE;
-    if (this.model) for (let k = 0; k < count; k++) void this.work(this.model, this.stop.signal);
+    const idle = (this.options.track_session ? 1 : AT_ONCE) - this.working;
+    for (let k = 0; this.model && k < idle; k++) {
+      this.working++;
+      void this.work(this.model, this.stop.signal);
+    }
   }
 
   cancel(): void {
@@ -61,18 +73,19 @@ export class Session {
     const times = timesOf(this.entries.map(({ frame }) => frame.name));
     for (;;) {
       const entry = this.entries.find((each) => each.state === "waiting");
-      if (!entry || signal.aborted) return;
+      if (signal.aborted) return;
+      if (!entry) {
+        this.working--;
+        return;
+      }
       entry.state = "running";
       this.onChange(entry);
       try {
         const options = { ...this.options, ...this.trackOptions(entry, isOpen, times) };
         const { answer, timing } = await predict(model, await asJson(partsFor(entry.frame, model)), options, signal);
         isOpen = true;
-        const segments = await decodeSegments(answer);
         if (signal.aborted) return;
-        const pointLabels = answer.pts_semantic_mask && decodePointLabels(answer.pts_semantic_mask);
-        const detections = listDetections(answer);
-        Object.assign(entry, { state: "done", answer, detections, pointLabels, segments, timing });
+        Object.assign(entry, { state: "done", answer, detections: listDetections(answer), timing });
       } catch (error) {
         if (signal.aborted) return;
         Object.assign(entry, { state: "failed", error: describe(error) });

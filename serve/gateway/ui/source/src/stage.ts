@@ -1,15 +1,16 @@
 /** Shows a frame: its cloud, its images, and what was found in it. */
 
-import { decodeImage } from "./api";
 import { Calibration, parseCalibration } from "./calibration";
 import { CloudView } from "./cloud_view";
 import { Cloud } from "./clouds/cloud";
 import { Layout, readCloud } from "./clouds/read";
 import { boxKind, Detection, Filter, isShown } from "./detections";
 import { Frame } from "./frames";
-import { ImageView, Picture } from "./image_view";
+import { ImageView, Overlay, Picture } from "./image_view";
 import { invertRigid } from "./geometry";
-import { BoxKind, describe } from "./model";
+import { decodeMaps, Maps, NO_MAPS } from "./masks";
+import { Answer, BoxKind, describe } from "./model";
+import { decodePicture } from "./pictures";
 import { ColourBy } from "./point_material";
 import { keepShown, labelByBoxes } from "./point_labels";
 import { Entry } from "./session";
@@ -32,8 +33,13 @@ export class Stage {
   private scenes = new Map<Frame, Promise<Scene>>();
   private shown: Frame | null = null;
   private kind: BoxKind = "LiDAR";
+  private expected: BoxKind = "LiDAR";
+  /** The kind of boxes that the view was last reset for; null if the next cloud resets it. */
+  private viewed: BoxKind | null = null;
   private wanted: Frame | null = null;
   private what: ColourBy = "height";
+  /** What was decoded of the answer that was shown last. */
+  private mapped: { answer: Answer | undefined; maps: Maps } = { answer: undefined, maps: NO_MAPS };
 
   constructor(
     readonly cloudView: CloudView | null,
@@ -47,56 +53,84 @@ export class Stage {
     this.shown = this.wanted = null;
   }
 
+  /** Look at the next frame anew; else the view stays, so that answers of two models can be compared. */
+  forgetView(): void {
+    this.viewed = null;
+  }
+
   /** Decode the frame unless it is kept, and draw it. Returns false if another one was asked for meanwhile. */
   async show(entry: Entry, layout: Layout, filter: Filter, selected: Detection | null): Promise<boolean> {
-    const { frame } = entry;
+    const { frame, answer } = entry;
     this.wanted = frame;
+    this.expected = layout.kind;
     const scene = await this.sceneOf(frame, layout);
-    if (this.wanted !== frame) return false;
+    const maps = answer === this.mapped.answer ? this.mapped.maps : await this.decode(answer, scene);
+    // Prepared before the former picture goes, so that the masks of a sequence do not flicker.
+    await this.imageView.prepare(this.overlayOf(entry, scene, maps, filter, selected));
+    if (this.wanted !== frame || entry.answer !== answer) return false;
+    this.mapped = { answer, maps };
     if (this.shown !== frame) {
-      const isFirst = this.shown === null;
       const former = this.scene;
       this.scene = scene;
       this.shown = frame;
       this.cloudView?.setCloud(scene.cloud);
       this.imageView.setPictures(scene.pictures);
       this.arrange(entry);
-      if (isFirst) this.cloudView?.reset(this.kind);
+      this.kind = answer ? boxKind(answer, layout.kind) : layout.kind;
+      if (this.viewed !== this.kind) this.reset();
       if (former && !former.isKept) closePictures(former);
     }
     this.draw(entry, filter, selected);
     return true;
   }
 
+  /** What the answer says of pixels and points, if it is the one that is shown. */
+  mapsOf({ answer }: Entry): Maps {
+    return answer === this.mapped.answer ? this.mapped.maps : NO_MAPS;
+  }
+
+  private async decode(answer: Answer | undefined, scene: Scene): Promise<Maps> {
+    try {
+      return await decodeMaps(answer);
+    } catch (error) {
+      scene.problems.push(`the map of the answer is not shown: ${describe(error)}; save the answer and look at it`);
+      return NO_MAPS;
+    }
+  }
+
   /** Draw what was found, as far as the filter shows it. */
   draw(entry: Entry, filter: Filter, selected: Detection | null): void {
     if (!this.scene || entry.frame !== this.shown) return;
-    if (entry.answer) this.kind = boxKind(entry.answer);
+    if (entry.answer) this.kind = boxKind(entry.answer, this.expected);
     this.arrange(entry);
     const detections = entry.detections.filter((each) => isShown(each, filter));
     const toCamera = this.kind === "Camera" && this.scene.cloud ? this.scene.calibration?.toCamera("") : null;
     this.cloudView?.setDetections(detections, this.kind, selected, toCamera ? invertRigid(toCamera) : null);
-    this.imageView.setOverlay({
-      detections,
-      selected,
-      kind: this.kind,
-      calibration: this.scene.calibration,
-      segments: entry.segments ?? null,
-      hidden: filter.hidden,
-    });
+    this.imageView.setOverlay(this.overlayOf(entry, this.scene, this.mapsOf(entry), filter, selected));
     const { cloud } = this.scene;
     // A cloud of a sequence may lack what the others have.
     const what = this.colours().includes(this.what) ? this.what : "height";
     if (cloud && what === "class") {
-      const { pointLabels, answer } = entry;
-      const isSegmented = pointLabels?.length === cloud.count;
+      const { pointLabels } = this.mapsOf(entry);
+      const isSegmented = pointLabels !== null && pointLabels.length === cloud.count;
       this.cloudView?.setPointLabels(
         isSegmented
-          ? keepShown(pointLabels, answer?.classes ?? [], filter.hidden)
+          ? keepShown(pointLabels, entry.answer?.classes ?? [], filter.hidden)
           : labelByBoxes(cloud, detections, this.kind),
       );
     }
     this.cloudView?.colourBy(what);
+  }
+
+  private overlayOf(entry: Entry, scene: Scene, maps: Maps, filter: Filter, selected: Detection | null): Overlay {
+    return {
+      detections: entry.detections.filter((each) => isShown(each, filter)),
+      selected,
+      kind: entry.answer ? boxKind(entry.answer, this.expected) : this.expected,
+      calibration: scene.calibration,
+      segments: maps.segments,
+      hidden: filter.hidden,
+    };
   }
 
   colourBy(what: ColourBy): void {
@@ -110,6 +144,7 @@ export class Stage {
   }
 
   reset(): void {
+    this.viewed = this.kind;
     this.cloudView?.reset(this.kind);
     this.imageView.reset();
   }
@@ -167,16 +202,8 @@ async function readScene(frame: Frame, layout: Layout): Promise<Scene> {
         scene.pictures.push({ camera: name.slice(6), bitmap: await decodePicture(file) });
       }
     } catch (error) {
-      scene.problems.push(`${file.name} is not shown: ${describe(error)}`);
+      scene.problems.push(`${file.name} is not ${name === "calibration" ? "used here" : "shown"}: ${describe(error)}`);
     }
   }
   return scene;
-}
-
-async function decodePicture(file: File): Promise<ImageBitmap> {
-  try {
-    return await createImageBitmap(file);
-  } catch {
-    return createImageBitmap(await decodeImage(file));
-  }
 }

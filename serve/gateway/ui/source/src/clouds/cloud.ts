@@ -69,7 +69,7 @@ export function extentOf({ positions, count }: Cloud): string {
     if (positions[at] < low[axis]) low[axis] = positions[at];
     if (positions[at] > high[axis]) high[axis] = positions[at];
   }
-  return count ? ["x", "y", "z"].map((name, k) => `${name} ${low[k].toFixed(1)} to ${high[k].toFixed(1)}`).join(", ") + " m" : "";
+  return Number.isFinite(low[0] + low[1] + low[2]) ? ["x", "y", "z"].map((name, k) => `${name} ${low[k].toFixed(1)} to ${high[k].toFixed(1)}`).join(", ") + " m" : "";
 }
 
 /** Columns of a file that does not name them: those of the model, else the usual ones of its sensor. */

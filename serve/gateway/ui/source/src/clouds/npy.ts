@@ -31,6 +31,13 @@ function kindOf(text: string, isPadding = false): Kind {
   return { read, bytes: Number(text.slice(2)), little: text[0] !== ">" };
 }
 
+/** Compare what a header claims with what there is: a claim alone may not take memory. */
+function checkBytes(view: DataView, start: number, count: number, stride: number): void {
+  if (!Number.isSafeInteger(count) || count < 0 || !(start + count * stride <= view.byteLength)) {
+    throw new PageError(`the header claims ${count} points of ${stride} bytes, ${view.byteLength - start} bytes follow`);
+  }
+}
+
 export function readNpy(buffer: ArrayBuffer, columns: (width: number) => string[]): Cloud {
   const view = new DataView(buffer);
   const isLong = view.getUint8(6) > 1;
@@ -42,6 +49,7 @@ export function readNpy(buffer: ArrayBuffer, columns: (width: number) => string[
     if (shape.length !== 2) throw new PageError(`a cloud is an array (N, columns), this one has shape ${shape}`);
     const [count, width] = shape;
     const { read, bytes, little } = kindOf(plain);
+    checkBytes(view, start, count, bytes * width);
     const isFortran = /'fortran_order':\s*True/.test(header);
     return arrange(count, columns(width), (row, column) =>
       read(view, start + bytes * (isFortran ? column * count + row : row * width + column), little),
@@ -53,6 +61,7 @@ export function readNpy(buffer: ArrayBuffer, columns: (width: number) => string[
   if (!described || described.replace(FIELD, "")) throw new PageError("the page does not read such columns");
   const fields = [...described.matchAll(FIELD)].map(([, name, kind]) => ({ name, ...kindOf(kind, !name) }));
   const stride = fields.reduce((sum, field) => sum + field.bytes, 0);
+  checkBytes(view, start, shape[0] ?? 0, stride);
   const offsets = fields.map((_, k) => fields.slice(0, k).reduce((sum, field) => sum + field.bytes, 0));
   return arrange(
     shape[0] ?? 0,

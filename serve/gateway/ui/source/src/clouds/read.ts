@@ -4,7 +4,7 @@
  */
 
 import { decodePoints } from "../api";
-import { Model, PageError } from "../model";
+import { BoxKind, Model, PageError } from "../model";
 import { arrange, Cloud, spellingOf, usualColumns } from "./cloud";
 import { readPcd, readPly } from "./loaders";
 import { readNpy } from "./npy";
@@ -12,6 +12,8 @@ import { readNpy } from "./npy";
 /** What the numbers of a file without names mean. */
 export interface Layout {
   width: number;
+  /** The frame of the model's boxes, and of its clouds. */
+  kind: BoxKind;
   columns(width: number): string[];
 }
 
@@ -25,6 +27,7 @@ export function layoutOf(model: Model | null, declared: string): Layout {
   const width = named.length || model?.columns?.length || model?.load_dim || 4;
   return {
     width,
+    kind: isDepth ? "Depth" : model?.box_type_3d === "Camera" ? "Camera" : "LiDAR",
     columns: (found) => {
       if (named.length === found) return named;
       return model?.columns?.length === found ? model.columns : usualColumns(found, isDepth);
@@ -40,8 +43,8 @@ export async function readCloud(file: File, layout: Layout): Promise<Cloud> {
   try {
     if (kind === "bin") return readBin(buffer, layout);
     if (kind === "npy") return readNpy(buffer, layout.columns);
-    if (kind === "pcd") return named(readPcd(buffer), fields);
-    if (kind === "ply") return named(readPly(buffer, spellingOf("intensity", fields)), fields);
+    if (kind === "pcd") return named(readPcd(buffer, head), fields);
+    if (kind === "ply") return named(readPly(buffer, head, spellingOf("intensity", fields)), fields);
   } catch (error) {
     if (kind === "bin") throw error;
   }
@@ -63,7 +66,7 @@ function sniff(text: string): "npy" | "pcd" | "ply" | "server" | "bin" {
 function readBin(buffer: ArrayBuffer, { width, columns }: Layout): Cloud {
   if (buffer.byteLength % (4 * width)) {
     throw new PageError(
-      `${buffer.byteLength} bytes are not points of ${width} numbers; name the file's columns under Options`,
+      `${buffer.byteLength} bytes are not points of ${width} float32; name the file's columns under Options of the requests`,
     );
   }
   const values = new Float32Array(buffer);
