@@ -40,7 +40,7 @@ def test_api_documentation_is_drawn_and_asks_for_the_key(locked, open_page):
     page = open_page(f"{locked.url}/docs")
     page.page.get_by_label("API key").fill(KEY)
     page.page.keyboard.press("Enter")
-    page.page.get_by_text("/predictions/{model}", exact=True).wait_for()
+    page.page.get_by_text("/predictions/{model}", exact=True).first.wait_for()
     page.page.get_by_role("button", name="GET /models Models").click()
     page.page.get_by_role("button", name="Try it out").click()
     page.page.get_by_role("button", name="Execute").click()
