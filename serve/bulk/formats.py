@@ -31,7 +31,7 @@ from serve.bulk.destination import Destination
 from serve.bulk.parts import frames_of
 from serve.bulk.retry import repeat
 from serve.client.frames import frame_parts
-from serve.errors import BadRequest, ObjectNotFound, ServeError, StorageError, error_body
+from serve.errors import BadRequest, ObjectNotFound, ServeError, StorageError, UriError, error_body
 from serve.formats.coco import CocoIds
 from serve.formats.kitti import Camera, check_boxes, format_labels
 from serve.formats.parquet import load_pyarrow, write_parquet
@@ -64,6 +64,7 @@ KITTI_ERRORS = ".errors.json"
 FORMATS_FILE = "formats.json"
 _MOST_CAMERAS = 100  # that are looked for before a run
 _MOST_DIGITS = 18  # of a number of 64 bits
+_OF_THE_FRAME = (ObjectNotFound, UriError)  # other errors are those of the bucket
 _CAMERA_PARTS = ("calibration", "image")
 
 
@@ -160,7 +161,7 @@ def _check_cameras(cameras: CameraFinder, answer: Mapping[str, Any], manifest: P
         try:
             repeat(partial(_camera, cameras, frame, answer))
         except StorageError as error:
-            if not isinstance(error, ObjectNotFound):
+            if not isinstance(error, _OF_THE_FRAME):
                 raise
             missing = missing or error
         except ServeError as error:
@@ -229,7 +230,7 @@ def _write_labels(
                     camera = repeat(partial(_camera, cameras, frame, answer))
                     labels = format_labels(answer, camera).encode()
                 except StorageError as error:
-                    if not isinstance(error, ObjectNotFound):
+                    if not isinstance(error, _OF_THE_FRAME):
                         raise  # the bucket: no property of the frame
                     failed.append((frame, error))
                 except ServeError as error:

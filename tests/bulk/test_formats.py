@@ -122,6 +122,14 @@ def test_frames_that_differ_in_suffix_or_case_have_a_label_file_each(drive: Any,
     assert sorted(text.count("Car ") for text in found.values()) == [1, 1, 2, 3, 4]
 
 
+def test_a_name_that_is_no_uri_is_an_error_of_its_frame(drive: Any, tmp_path: Path) -> None:
+    source, out = drive(b"1"), tmp_path / "out"
+    (source / "0\n.bin").write_bytes(b"22")
+    assert lidar(source, out, KITTI_FORMAT).unwritten == {"kitti": Counter(bad_uri=1)}
+    assert list(labels(out)) == ["000000.txt"]
+    check(KITTI_FORMAT, LIDAR, out / "manifest.jsonl", tmp_path / "other")
+
+
 def test_a_run_without_any_calibration_ends_before_it_computes_and_goes_on_with_one(
     drive: Any, tmp_path: Path
 ) -> None:
