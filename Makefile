@@ -94,7 +94,7 @@ test-extras: $(patsubst %,test-%,$(filter-out $(WITHOUT),$(EXTRAS))) ## Run the 
 test-labelling: EXTRA := tests/labelling #: The SDKs of CVAT and Label Studio
 test-proto: EXTRA := tests/gateway/grpc/test_wire.py #: The compiled messages of gRPC are those of their sources
 test-parquet: EXTRA := tests/bulk/test_formats.py #: pyarrow reads what bulk writes
-test-ray: EXTRA := tests/bulk/test_ray.py #: Bulk runs on Ray, on clusters of this machine that lose a part
+test-ray: EXTRA := tests/bulk/test_ray*.py #: Bulk runs on Ray, on clusters of this machine that lose a part
 test-rerun: EXTRA := tests/predict/test_recording_files.py #: rerun reads what predict writes
 test-train: EXTRA := tests/evaluate/test_releases.py tests/evaluate/test_picture_sets.py #: Metrics of nuScenes, Lyft, Cityscapes
 test-triton: EXTRA := tests/ops/test_triton_kernels.py #: The kernels in Triton, interpreted and compiled, without a GPU

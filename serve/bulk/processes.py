@@ -27,7 +27,7 @@ from serve.bulk.parts import LOADING, Counts, Job, Part, compute_part
 from serve.errors import ServeError, SetupError
 from serve.predict.models import Model
 
-__all__ = ["LocalEngine", "end_with_parent"]
+__all__ = ["LocalEngine", "Sender", "end_with_parent"]
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def _run_process(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
     threading.Thread(target=end_with_parent, args=(scratch,), daemon=True).start()
     tempfile.tempdir = scratch
-    send = _Sender(connection)
+    send = Sender(connection)
     try:
         destination = Destination(where)
         model = job.open_model(Path(job.archive), device, trust_code=job.trust_code, threads=threads)
@@ -247,13 +247,14 @@ def _run_process(
     os._exit(0)  # the end of an interpreter with torch takes half a second
 
 
-class _Sender:
+class Sender:
     """Sends messages of several threads; without a receiver, they are lost."""
 
     def __init__(self, connection: Connection[Any, Any]) -> None:
         self._connection, self._lock = connection, threading.Lock()
 
     def __call__(self, *message: Any) -> None:
+        """Send a message."""
         with self._lock, suppress(OSError):
             self._connection.send(message)
 
@@ -271,7 +272,7 @@ def _compute(
     model: Model,
     job: Job,
     destination: Destination,
-    send: _Sender,
+    send: Sender,
     begun: Any,
     number: int,
     lines: Sequence[bytes],

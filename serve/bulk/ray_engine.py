@@ -1,58 +1,37 @@
-"""The engine on Ray Data: actors on this machine, or on those of a cluster, that compute parts.
+"""The engine on Ray Data: parts are computed by Ray, on this machine or those of a cluster.
 
-A part is a row of a data set, and `map` with a pool of actors is what computes it. Ray Data starts the actors, hands
-each the next part, starts lost ones again elsewhere and hands them the part that they had; results go from an actor
-straight to the destination, and only counts come back.
+Ray lives in a process of its own (`serve.bulk.ray_driver`), which this one waits for. Ray ends the process that it is
+imported in, without a word and with status 1, when a cluster's head is lost; it takes over signals, and prints. A pipe
+tells all of that apart from a run that has ended.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import logging
-import os
-import secrets
-import shutil
-import signal
-import sys
+import socket
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import replace
-from functools import cache
-from io import StringIO
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Self
-
-import orjson
+from typing import Any
 
 from serve import storage
 from serve.bulk.destination import ARCHIVE, Destination
 from serve.bulk.parts import Counts, Job, Part
-from serve.bulk.ray_worker import Board, PartWorker, Task, error_of, pack_lines
+from serve.bulk.ray_driver import LOCAL, Order, run_driver
+from serve.bulk.ray_worker import pack_lines
 from serve.errors import SettingsError, SetupError
-from serve.settings.environment import ray_address, variable_set
+from serve.settings.environment import ray_address
 from serve.storage.hashes import sha256_of
-from serve.worker.cpu_quota import available_cores
 
 __all__ = ["RayEngine"]
 
-_SHOW_S = 0.5
-_END_S = 30.0
-_LOOPBACK = "127.0.0.1"
-_STORE_BYTES = 256 << 20  # of a Ray that the run starts: the manifest's lines, compressed
-# Read by Ray when it is imported or started.
-_VARIABLES = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports to its makers otherwise
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # how Ray is to behave from some version on; it warns without
-}
-
-
-class _Discard(StringIO):
-    def write(self, text: str) -> int:
-        return len(text)
+_CONTEXT = get_context("spawn")
+_CONNECT_S = 5.0
+_LONGEST_SCRATCH = 42  # the path of a socket has 107 characters, of which Ray adds 65
+_END_S = 45.0  # Ray stops what computes, then its processes
 
 
 class RayEngine:
@@ -66,7 +45,7 @@ class RayEngine:
         archive_uri: URI of the job's archive, for machines of a cluster; without one they get a copy of the file.
 
     Raises:
-        SettingsError: the address is of a kind that has not been tried.
+        SettingsError: the address is no address, or of a kind that has not been tried.
         SetupError: Ray is not installed.
     """
 
@@ -82,190 +61,140 @@ class RayEngine:
             raise SetupError(
                 "--engine ray needs Ray, which is not installed: pip install 'mmdet3d-serve[ray]'"
             )
-        self._address = address or ray_address() or "local"
-        if "://" in self._address:
-            raise SettingsError(
-                f"--ray-address {self._address}: give host:port of the cluster's head and run on one of its machines, "
-                "or as a job of the cluster"
-            )
+        # Ray itself prefers RAY_ADDRESS to auto: in a job, auto means the job's cluster.
+        self._address = (ray_address() if address in (None, "", "auto") else None) or address or LOCAL
+        self._head = _head_of(self._address)
         self._device, self._actors, self._archive_uri = device, actors, archive_uri
 
     def compute(
         self, parts: Iterator[Part], job: Job, destination: Destination, advance: Callable[[int], None]
     ) -> Iterator[tuple[int, Counts]]:
         """See `Engine.compute`."""
-        rows = [{"number": part.number, "lines": pack_lines(part.lines)} for part in parts]
-        if not rows:
+        first = next(parts, None)
+        if first is None:
             return
-        with ExitStack() as stack:
-            ray = self._connect(stack)
-            task, size, resources = self._plan(ray, job, destination, len(rows))
-            # On the machine of this process: it lives as long as the run does.
-            board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=_here(ray)).remote()
-            pool = ray.data.ActorPoolStrategy(
-                min_size=1,
-                initial_size=size,
-                max_size=self._actors or (None if self._address != "local" else size),
-                max_tasks_in_flight_per_actor=2,
-            )
-            dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                PartWorker, fn_constructor_args=(task, board), compute=pool, **resources
-            )
-            del rows
-            # Without reading ahead, which would go on in a thread after the iterator is closed.
-            batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-            stack.callback(_end, batches)
-            watch = stack.enter_context(_Watch(ray, board, advance))
-            for batch in batches:
-                watch.show()
-                for row in batch.to_pylist():
-                    if row["error"]:
-                        raise error_of(row["error"])
-                    yield row["number"], Counts.of(orjson.loads(row["counts"]))
-
-    def _connect(self, stack: ExitStack) -> Any:
-        """Import Ray and start or join it, quietly, until the stack is left.
-
-        Raises:
-            SetupError: no cluster answers, or Ray cannot be started.
-        """
-        alone = self._address == "local"
-        for name, value in {**_VARIABLES, **(_variables_alone() if alone else {})}.items():
-            stack.enter_context(variable_set(name, value))
-        # Ray prints what it hears from its machines, lost ones with pages of their logs. This command prints nothing.
-        stack.enter_context(redirect_stdout(_Discard()))
-        import ray
-        import ray.data
-
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        started: dict[str, Any] = {}
-        if alone:
-            folder = tempfile.mkdtemp(prefix="mmdet3d-ray-")
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            started = {
-                "num_cpus": available_cores(),
-                "object_store_memory": _STORE_BYTES,
-                "include_dashboard": False,
-                "_node_ip_address": _LOOPBACK,
-                "_temp_dir": folder,
-            }
-        # Ray takes over SIGTERM, which has to end this run as Ctrl-C does.
-        former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        stack.callback(ray.shutdown)
-        try:
-            with _discard_stderr():  # one line says that a variable has set the level of the others
-                ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR, **started)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            where = "Ray cannot be started" if started else f"no Ray cluster answers at {self._address}"
-            raise SetupError(
-                f"{where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            ) from error
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in former.items():
-                    signal.signal(number, handler)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        return ray
-
-    def _plan(
-        self, ray: Any, job: Job, destination: Destination, parts: int
-    ) -> tuple[Task, int, dict[str, Any]]:
-        """Decide what an actor gets and how many there are at first."""
-        found = ray.cluster_resources()
-        cores, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
-        on_gpu = gpus > 0 if self._device is None else self._device != "cpu"
-        places = gpus if on_gpu else cores
-        threads = max(1, cores // max(1, gpus)) if on_gpu else 1
-        size = max(1, min(self._actors or places, places, parts))
-        archive = Path(job.archive)
-        sha256 = sha256_of(archive)
-        if self._address != "local":
-            job = replace(job, archive=self._archive_uri or _share(archive, destination))
-        description = destination.read("bulk.json") or b""
-        task = Task(
-            job,
-            sha256,
-            destination.where,
-            hashlib.sha256(description).hexdigest(),
-            "cuda:0" if on_gpu else "cpu",
-            threads,
-        )
-        return task, size, {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
-
-
-@cache  # Ray keeps the first token for the life of the process
-def _variables_alone() -> dict[str, str]:
-    """Variables of a Ray of this run: its ports, which take code to run, are on loopback and want a token."""
-    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    if "ray" in sys.modules:  # which reads the token when it is imported, and would not have this one
-        return loopback
-    return {**loopback, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-
-class _Watch:
-    """Reports the frames that are begun, also while nothing is finished, from a thread; a context manager."""
-
-    def __init__(self, ray: Any, board: Any, advance: Callable[[int], None]) -> None:
-        self._ray, self._board, self._advance = ray, board, advance
-        self._shown = 0
-        self._lock, self._ended = threading.Lock(), threading.Event()
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-
-    def show(self) -> None:
-        """Report now.
-
-        Raises:
-            ServeError: what reporting has raised, also in the thread.
-        """
-        with self._lock:
-            if self._error is not None:
-                raise self._error
-            begun = self._ray.get(self._board.begun.remote())
-            self._advance(begun - self._shown)
-            self._shown = begun
-
-    def _run(self) -> None:
-        while not self._ended.wait(_SHOW_S):
+        if self._head is not None:
+            _check_port(self._address, *self._head)
+        order = self._order(job, destination)
+        with tempfile.TemporaryDirectory(prefix="mmdet3d-ray-", ignore_cleanup_errors=True) as scratch:
+            if self._address == LOCAL and len(scratch) > _LONGEST_SCRATCH:
+                raise SetupError(
+                    f"the temporary folder {tempfile.gettempdir()} has too long a path for Ray's sockets; set TMPDIR "
+                    "to a shorter one, such as /tmp"
+                )
+            driver = _Driver(order, scratch)
             try:
-                self.show()
-            except Exception as error:
-                self._error = error
-                return
+                driver.send(chain((first,), parts))
+                yield from driver.results(advance)
+            finally:
+                driver.end()
 
-    def __enter__(self) -> Self:
-        """Report from now on."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Wait for the thread."""
-        self._ended.set()
-        self._thread.join()
-
-
-def _end(batches: Any) -> None:
-    """Stop what computes a data set, and wait for the thread that directs it: it ends the process if Ray is gone."""
-    batches.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("StreamingExecutor"):
-            thread.join(_END_S)
+    def _order(self, job: Job, destination: Destination) -> Order:
+        archive = Path(job.archive)
+        uri = None if self._address == LOCAL else self._archive_uri or _share(archive, destination)
+        return Order(
+            address=self._address,
+            job=job,
+            archive_uri=uri,
+            archive_sha256=sha256_of(archive),
+            where=destination.where,
+            run_sha256=hashlib.sha256(destination.read("bulk.json") or b"").hexdigest(),
+            device=self._device,
+            actors=self._actors,
+        )
 
 
-@contextmanager
-def _discard_stderr() -> Iterator[None]:
-    """Discard what is written to standard error in the block, by whatever language."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+class _Driver:
+    """The process in which Ray is."""
+
+    def __init__(self, order: Order, scratch: str) -> None:
+        self._connection, other = _CONTEXT.Pipe()
+        self._process: Any = _CONTEXT.Process(
+            target=run_driver, args=(other, order, scratch), daemon=True, name="bulk ray"
+        )
+        self._process.start()
+        other.close()  # so that the end of the process ends the connection
+        self._has_finished = False
+
+    def send(self, parts: Iterator[Part]) -> None:
+        """Hand over all parts; one that is not taken is told by `results`."""
+        try:
+            for part in parts:
+                self._connection.send((part.number, pack_lines(part.lines)))
+            self._connection.send(None)
+        except OSError:  # the process has ended, or failed
+            return
+
+    def results(self, advance: Callable[[int], None]) -> Iterator[tuple[int, Counts]]:
+        """Yield number and counts of each finished part.
+
+        Raises:
+            ServeError: what has ended the run.
+        """
+        while not self._has_finished:
+            try:
+                name, *values = self._connection.recv()
+            except (EOFError, OSError) as error:
+                self._process.join(_END_S)
+                raise SetupError(
+                    f"the process that directs Ray has ended (status {self._process.exitcode}): the cluster's head was "
+                    "lost, for which Ray waits a minute, or this machine's memory"
+                ) from error
+            if name == "failed":
+                raise values[0]
+            if name == "advance":
+                advance(values[0])
+            elif name == "done":
+                yield values[0], Counts.of(values[1])
+            else:
+                self._has_finished = True
+
+    def end(self) -> None:
+        """Let the process end Ray, and wait for both."""
+        self._connection.close()
+        if not self._has_finished:
+            self._process.terminate()
+        self._process.join(_END_S)
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+
+
+def _head_of(address: str) -> tuple[str, int] | None:
+    """Split the address of a cluster's head; None for ``local`` and ``auto``.
+
+    Raises:
+        SettingsError: it is not ``host:port``.
+    """
+    if address in (LOCAL, "auto"):
+        return None
+    if "://" in address:
+        raise SettingsError(
+            f"Ray address {address}: give host:port of the cluster's head and run on one of its machines, or as a job "
+            "of the cluster"
+        )
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
+        raise SettingsError(
+            f"Ray address {address!r} (--ray-address or RAY_ADDRESS) is not host:port, auto or local"
+        )
+    return host, int(port)
+
+
+def _check_port(address: str, host: str, port: int) -> None:
+    """Connect to a port and close it again: Ray itself asks for minutes where nothing listens.
+
+    Raises:
+        SetupError: nothing listens there.
+    """
     try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(null)
-        os.close(kept)
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise SetupError(
+            f"no Ray cluster answers at {address}: {error.strerror or error}; give the port of its GCS (ray start "
+            "--head prints it)"
+        ) from error
 
 
 def _share(archive: Path, destination: Destination) -> str:
@@ -274,9 +203,3 @@ def _share(archive: Path, destination: Destination) -> str:
     if not storage.exists(uri):
         storage.upload(archive, uri, progress=False)
     return uri
-
-
-def _here(ray: Any) -> Any:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -9,10 +9,12 @@ Everything that Ray pickles here is a number, a text, bytes, or a dataclass of t
 from __future__ import annotations
 
 import hashlib
+import secrets
 import socket
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import orjson
 from serve import __version__, errors, storage
 from serve.bulk.destination import Destination
 from serve.bulk.parts import LOADING, Job, Part, compute_part
-from serve.errors import InferenceFailed, ServeError, SettingsError, SetupError
+from serve.errors import ServeError, SettingsError, SetupError
 from serve.predict.models import Model
 from serve.settings import Settings
 
@@ -62,7 +64,10 @@ def pack_lines(lines: Sequence[bytes]) -> bytes:
 
 def _describe(error: Exception) -> str:
     if not isinstance(error, ServeError):
-        error = InferenceFailed(f"{type(error).__name__}: {error}")
+        reason = str(error).partition("\n")[0]  # Ray's go on with pages of logs
+        error = SetupError(
+            f"a part cannot be computed ({type(error).__name__}: {reason}); is there enough memory?"
+        )
     return orjson.dumps([type(error).__name__, str(error)]).decode()
 
 
@@ -79,40 +84,85 @@ class Board:
 
     Times and machines differ, so nothing here depends on a clock: a part that is taken while it is taken already has
     lost the process that had it.
+
+    What ends processes may end this one too (Ray's memory monitor kills whatever runs), so all that decides is in a
+    journal, from which the next process of the actor makes the same board.
+
+    Args:
+        journal: path of a file on the machine of this actor; need not exist.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, journal: str) -> None:
         self._parts: dict[int, Part] = {}
+        self._attempts: dict[int, str] = {}
         self._begun: dict[int, int] = {}
         self._finished: dict[int, int] = {}
+        self._errors: dict[int, str] = {}
+        self._apply: dict[str, Callable[..., None]] = {
+            "take": self._take,
+            "begin": self._begin,
+            "finish": self._finish,
+        }
+        self._journal = Path(journal)
+        if self._journal.exists():
+            for line in self._journal.read_bytes().splitlines():
+                with suppress(orjson.JSONDecodeError):  # cut off by a full disk
+                    name, *values = orjson.loads(line)
+                    self._apply[name](*values)
 
-    def take(self, number: int, place: str) -> tuple[bool, frozenset[int], str]:
-        """Begin a part; returns `Part.cautious`, `Part.deadly` and the error that ends the run, or an empty text."""
-        part = self._parts.get(number)
-        if part is None:
-            self._parts[number] = part = Part(number, ())
-        else:
-            try:
-                part.record_end(self._begun[number], place)
-            except SetupError as error:
-                return False, frozenset(), _describe(error)
-        self._begun[number] = LOADING
-        return part.cautious, part.deadly, ""
+    def take(self, number: int, attempt: str, place: str) -> tuple[bool, frozenset[int], str]:
+        """Begin a part; returns `Part.cautious`, `Part.deadly` and the error that ends the run, or an empty text.
 
-    def begin(self, number: int, begun: int) -> None:
-        """Note how many frames of a part are begun."""
-        if number in self._begun:
-            self._begun[number] = begun
+        Args:
+            number: of the part.
+            attempt: unique; Ray may call again with the same if this process has ended.
+            place: device and machine of the process that takes it.
+        """
+        if self._attempts.get(number) != attempt:
+            self._note("take", number, attempt, place)
+        part = self._parts[number]
+        return part.cautious, part.deadly, self._errors.get(number, "")
+
+    def begin(self, number: int, attempt: str, begun: int) -> None:
+        """Note how many frames of a part are begun; ignored of an attempt that was given up."""
+        if self._attempts.get(number) != attempt:
+            return
+        if self._parts[number].cautious or self._begun[number] == LOADING:
+            self._note("begin", number, begun)
+        else:  # shown, and decides nothing
+            self._begin(number, begun)
 
     def finish(self, number: int, frames: int) -> None:
         """Note that a part is finished; twice, if its machine is lost before the counts have left it."""
-        self._parts.pop(number, None)
-        self._begun.pop(number, None)
-        self._finished[number] = frames
+        self._note("finish", number, frames)
 
     def begun(self) -> int:
         """Count the frames that are begun or finished, of all parts."""
         return sum(self._finished.values()) + sum(max(0, begun) for begun in self._begun.values())
+
+    def _note(self, name: str, *values: Any) -> None:
+        with self._journal.open("ab") as file:
+            file.write(b"\n" + orjson.dumps([name, *values]))  # one that was cut off harms no other
+        self._apply[name](*values)
+
+    def _take(self, number: int, attempt: str, place: str) -> None:
+        part = self._parts.get(number)
+        if part is None:
+            self._parts[number] = Part(number, ())
+        else:
+            try:
+                part.record_end(self._begun[number], place)
+            except SetupError as error:
+                self._errors[number] = _describe(error)
+        self._begun[number], self._attempts[number] = LOADING, attempt
+
+    def _begin(self, number: int, begun: int) -> None:
+        self._begun[number] = begun
+
+    def _finish(self, number: int, frames: int) -> None:
+        for each in (self._parts, self._attempts, self._begun, self._errors):
+            each.pop(number, None)
+        self._finished[number] = frames
 
 
 class PartWorker:
@@ -133,19 +183,20 @@ class PartWorker:
         import ray
 
         number, lines = int(row["number"]), zlib.decompress(row["lines"]).splitlines(keepends=True)
+        board, attempt = self._board, secrets.token_hex(8)
         place = f"{self._task.device} of {socket.gethostname()}"
-        cautious, deadly, error = ray.get(self._board.take.remote(number, place))
-        if error:
-            return {"number": number, "counts": "", "error": error}
         try:
+            cautious, deadly, error = ray.get(board.take.remote(number, attempt, place))
+            if error:
+                return {"number": number, "counts": "", "error": error}
             destination, model = self._check(lines), self._load()
-            ray.get(self._board.begin.remote(number, 0))
-            begin = _Reports(self._board, number, cautious)
+            ray.get(board.begin.remote(number, attempt, 0))
+            begin = _Reports(board, number, attempt, cautious)
             job = self._task.job
             counts = compute_part(model, job, destination, number, lines, cautious, deadly, begin)
+            ray.get(board.finish.remote(number, counts.frames))
         except Exception as raised:
             return {"number": number, "counts": "", "error": _describe(raised)}
-        ray.get(self._board.finish.remote(number, counts.frames))
         return {"number": number, "counts": orjson.dumps(counts.figures()).decode(), "error": ""}
 
     def _check(self, lines: Sequence[bytes]) -> Destination:
@@ -198,15 +249,15 @@ class PartWorker:
 class _Reports:
     """Tells the board of the frames that are begun: of a cautious part before each, else now and then."""
 
-    def __init__(self, board: Any, number: int, cautious: bool) -> None:
-        self._board, self._number, self._cautious = board, number, cautious
+    def __init__(self, board: Any, number: int, attempt: str, cautious: bool) -> None:
+        self._board, self._number, self._attempt, self._cautious = board, number, attempt, cautious
         self._next = 0.0
 
     def __call__(self, count: int) -> None:
         if self._cautious:
             import ray
 
-            ray.get(self._board.begin.remote(self._number, count))
+            ray.get(self._board.begin.remote(self._number, self._attempt, count))
         elif (now := time.monotonic()) >= self._next:
             self._next = now + _REPORT_S
-            self._board.begin.remote(self._number, count)
+            self._board.begin.remote(self._number, self._attempt, count)

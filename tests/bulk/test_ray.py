@@ -3,73 +3,35 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-# Before Ray is imported: it listens on loopback alone then, and takes 127.0.0.1 for an address of a cluster.
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-ray = pytest.importorskip("ray", reason="needs Ray")
+from serve.bulk.destination import Destination
+from serve.bulk.processes import LocalEngine
+from serve.bulk.ray_engine import RayEngine
+from serve.errors import SettingsError, SetupError, StorageError
+from tests.bulk import fake
+from tests.bulk.on_ray import WARNINGS, add_node, cluster_of, files, run
+from tests.bulk.test_run import names
+from tests.conftest import ROOT
+from tests.gateway.running import eventually
 
-from ray.cluster_utils import Cluster  # noqa: E402
-
-from serve.bulk.destination import Destination  # noqa: E402
-from serve.bulk.parts import Engine, Job  # noqa: E402
-from serve.bulk.processes import LocalEngine  # noqa: E402
-from serve.bulk.ray_engine import RayEngine  # noqa: E402
-from serve.bulk.run import BulkRun, Summary, execute, plan_run  # noqa: E402
-from serve.errors import SettingsError, SetupError, StorageError  # noqa: E402
-from serve.predict.sources import open_source  # noqa: E402
-from serve.protocol.options import FrameOptions  # noqa: E402
-from tests.bulk import fake  # noqa: E402
-from tests.bulk.test_run import names  # noqa: E402
-from tests.conftest import ROOT  # noqa: E402
-from tests.gateway.running import eventually  # noqa: E402
-
-# Ray warns of what it does itself.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
-LOOPBACK = "127.0.0.1"
-PART_FRAMES = 3
+pytestmark = WARNINGS
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head without cores, to which nodes are added; all on loopback."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets are short
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_TMPDIR", folder)  # also of the file that names the last cluster
-    started = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "include_dashboard": False,
-            "node_ip_address": LOOPBACK,
-            "_system_config": {
-                "health_check_initial_delay_ms": 0,
-                "health_check_period_ms": 500,
-                "health_check_failure_threshold": 2,
-            },
-        },
-    )
-    yield started
-    started.shutdown()
-    patch.undo()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def add_node(cluster: Any) -> Any:
-    return cluster.add_node(num_cpus=1, node_ip_address=LOOPBACK, object_store_memory=80 << 20)
+    with cluster_of(0) as started:
+        yield started
 
 
 @pytest.fixture
@@ -85,27 +47,6 @@ def archive(tmp_path: Path) -> Path:
     path = tmp_path / "model.mar"
     path.write_bytes(b"an archive")
     return path
-
-
-def run(
-    source: Path,
-    out: Path,
-    engine: Engine,
-    archive: Path,
-    *,
-    open_model: Any = fake.open_echo,
-    advance: Callable[[int], None] = lambda frames: None,
-    destination: Destination | None = None,
-) -> Summary:
-    destination = destination or Destination(str(out))
-    task = BulkRun(Job(str(archive), False, FrameOptions(), 2, open_model), {"model": "one"}, PART_FRAMES)
-    with ExitStack() as stack:
-        plan = plan_run(task, destination, lambda: open_source(source, "lidar"), stack, overwrite=False)
-        return execute(task, plan, destination, engine, advance)
-
-
-def files(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (out / "parts").iterdir()}
 
 
 def test_a_cluster_writes_the_bytes_of_the_local_engine(
@@ -190,11 +131,6 @@ def test_an_altered_archive_is_not_loaded(
         run(frames(b"1"), tmp_path / "out", RayEngine(cluster.address, archive_uri=str(other)), archive)
 
 
-def test_no_cluster_at_the_address_is_an_error(frames: Any, archive: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError):
-        RayEngine("ray://127.0.0.1:10001")
-
-
 def test_a_stopped_run_leaves_no_process_and_no_file_of_ray(
     frames: Any, archive: Path, tmp_path: Path
 ) -> None:
@@ -202,7 +138,7 @@ def test_a_stopped_run_leaves_no_process_and_no_file_of_ray(
     source = frames(b"1", b"2", b"3", b"gate %b" % str(gate).encode())
     script = (
         "from pathlib import Path; from serve.bulk.ray_engine import RayEngine; from serve.cli.serve import stoppable\n"
-        "from tests.bulk.test_ray import run\n"
+        "from tests.bulk.on_ray import run\n"
         f"with stoppable(): run(Path({str(source)!r}), Path({str(out)!r}), RayEngine(actors=1), Path({str(archive)!r}))"
     )
     environment = {
