@@ -189,10 +189,15 @@ def test_picture_that_exif_turns_is_recorded_as_the_model_saw_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("names", "columns"), [(("x", "y", "z"), "intensity=0"), (("x", "y", "z", "echo"), "x,y,z,intensity=0")]
+    ("names", "columns"),
+    [
+        (("x", "y", "z"), "intensity=0"),
+        (("x", "y", "z", "echo"), "x,y,z,intensity=0"),
+        (("x", "y", "z"), None),  # of a model that uses no other column
+    ],
 )
 def test_clouds_that_the_model_reads_by_columns_are_recorded_and_drawn(
-    tmp_path: Path, names: tuple[str, ...], columns: str
+    tmp_path: Path, names: tuple[str, ...], columns: str | None
 ) -> None:
     pytest.importorskip("foxglove_schemas_protobuf", reason=EXTRA)
     cloud = np.zeros(5, [(name, "<f4") for name in names])
