@@ -39,10 +39,10 @@ def test_error_while_options_are_read_is_the_outcome_of_the_frame(gateway, cloud
 
     real = request.parse_options
 
-    def parse(values: Any, base: Any = None) -> Any:
+    def parse(values: Any, *more: Any, **named: Any) -> Any:
         if "columns" in values:
             raise error
-        return real(values, base)
+        return real(values, *more, **named)
 
     monkeypatch.setattr(request, "parse_options", parse)
     outcomes = three(gateway, cloud, {"columns": "x,y,z"})

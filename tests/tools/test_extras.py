@@ -14,26 +14,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text()
 ROWS = {
-    name: paths.split()
-    for name, paths in re.findall(r"^test-([\w-]+): EXTRA := (.+?) #: ", MAKEFILE, re.MULTILINE)
+    name: [path for pattern in patterns.split() for path in sorted(ROOT.glob(pattern)) or [ROOT / pattern]]
+    for name, patterns in re.findall(r"^test-([\w-]+): EXTRA := (.+?) #: ", MAKEFILE, re.MULTILINE)
 }
 
 
 def optional_modules(path: Path) -> set[str]:
-    """Modules without which a test of this file is skipped."""
+    """Modules without which a test of this file is skipped, by itself or by a module of the tests that it imports."""
     text = path.read_text()
-    calls = (
-        node
-        for node in ast.walk(ast.parse(text if "importorskip" in text else ""))
-        if isinstance(node, ast.Call)
-    )
-    return {
-        node.args[0].value
-        for node in calls
-        if isinstance(node.func, ast.Attribute)
-        and node.func.attr == "importorskip"
-        and isinstance(node.args[0], ast.Constant)
-    }
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr == "importorskip" and isinstance(node.args[0], ast.Constant):
+                found.add(node.args[0].value)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests."):
+            imported = ROOT / f"{node.module.replace('.', '/')}.py"
+            found |= optional_modules(imported) if imported.is_file() else set()
+    return found
 
 
 def test_every_row_has_a_lock_and_tests_and_is_run_by_default():
@@ -41,13 +38,13 @@ def test_every_row_has_a_lock_and_tests_and_is_run_by_default():
     assert set(default.split()) == set(ROWS)
     for name, paths in ROWS.items():
         assert (ROOT / "requirements" / f"{name}.lock").is_file(), name
-        assert all((ROOT / path).exists() for path in paths), name
+        assert all(path.exists() for path in paths), name
 
 
 def test_every_test_of_a_package_that_the_environment_lacks_is_in_a_row():
-    in_rows = [ROOT / path for paths in ROWS.values() for path in paths]
+    in_rows = [path for paths in ROWS.values() for path in paths]
     without = {}
-    for path in (ROOT / "tests").rglob("*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         lacked = {
             name
             for name in optional_modules(path)
