@@ -86,7 +86,7 @@ def test_corners_of_a_box_are_drawn_at_their_pixels_of_the_image(
 ):
     spec = {**IMAGES, "box_type_3d": kind}
     use(torchserve, monkeypatch, spec, lambda frame, options: answer_of(box, kind))
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     calibration = json.dumps({**CALIBRATION, "depth2img": DEPTH2IMG.tolist()}).encode()
     page.drop(("8.png", grey_png()), ("8.json", calibration))
     page.page.locator("#found tbody tr").first.wait_for()
@@ -125,7 +125,7 @@ def test_corners_of_a_box_are_drawn_at_their_pixels_of_the_view(
 ):
     spec = {**CLOUDS, "modality": "depth" if kind == "Depth" else "lidar", "box_type_3d": kind}
     use(torchserve, monkeypatch, spec, lambda frame, options: answer_of(box, kind))
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     cloud = np.zeros((100, 4), "<f4")
     cloud[:, :2] = np.array(forward) * 20  # all of them 20 m ahead: the view is made for that
     page.drop(("8.bin", cloud.tobytes()))
@@ -154,7 +154,7 @@ def test_picture_is_turned_as_the_model_sees_it(torchserve, monkeypatch, gateway
         whole.save(stream, "TIFF", tiffinfo={0x0112: 6})
     expected = decode_image(stream.getvalue(), "color", "cv2", 10_000)[..., ::-1].astype(int)
     use(torchserve, monkeypatch, IMAGES, image_answer)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.page.get_by_role("slider", name="Score from").fill("1")
     page.drop((f"turned.{suffix}", stream.getvalue()))
     height, width = expected.shape[:2]
@@ -238,7 +238,7 @@ def test_labels_beyond_the_texels_have_the_colours_of_their_classes(
     answer = json.loads(answer_of(LIDAR, "LiDAR"))
     answer |= {"labels_3d": [300], "names": ["c300"]}  # 300 modulo 12 colours is 0
     use(torchserve, monkeypatch, CLOUDS, lambda frame, options: json.dumps(answer).encode())
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     inside = np.tile(np.array([[12.0, 3.0, -0.9, 0.0]], "<f4"), (500, 1))
     inside[:, :3] += np.random.default_rng(0).normal(0, 0.2, (500, 3))
     page.drop(("8.bin", np.concatenate([make_cloud(), inside]).astype("<f4").tobytes()))
@@ -259,7 +259,7 @@ def test_velocity_that_is_none_leaves_its_box_drawn(torchserve, monkeypatch, gat
     answer = json.loads(answer_of([*LIDAR, 0.5, 0.0], "LiDAR"))
     answer["bboxes_3d"][0][8] = None
     use(torchserve, monkeypatch, CLOUDS, lambda frame, options: json.dumps(answer).encode())
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.drop(("8.bin", make_cloud().tobytes()))
     page.page.locator("#found tbody").get_by_text("12.0, 3.0, -1.7 m").wait_for()
     eventually(lambda: (abs(seen(page, "#cloud") - CAR).max(2) < 25).sum() > 100)

@@ -73,7 +73,12 @@ def use(torchserve, monkeypatch, spec, answer) -> None:
         monkeypatch.setattr("tests.gateway.fake_torchserve.answer_for", answer)
 
 
-def opened(gateway, open_page):
+def opened(torchserve, gateway, open_page):
+    # A gateway that has just started may list what was there before `use` for a second.
+    eventually(
+        lambda: {each["name"] for each in gateway.client.get("/models").json()} == {*torchserve.models}
+    )
+    eventually(lambda: gateway.client.get("/health/ready").status_code == 200)
     page = open_page(gateway.url)
     page.is_ready()
     return page
@@ -97,7 +102,7 @@ def mixed(colour) -> np.ndarray:
 @pytest.mark.parametrize(("name", "encode"), [("street.png", grey_png), ("street.tif", grey_tiff)])
 def test_masks_and_boxes_of_an_image_are_drawn(torchserve, monkeypatch, gateway, open_page, name, encode):
     use(torchserve, monkeypatch, IMAGES, image_answer)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.drop((name, encode()))
     page.page.locator("#found tbody tr").first.wait_for()
     assert [row.split()[:2] for row in page.rows()] == [["car", "0.93"], ["person", "0.55"]]
@@ -117,7 +122,7 @@ def test_masks_and_boxes_of_an_image_are_drawn(torchserve, monkeypatch, gateway,
 
 def test_image_is_zoomed_by_keys(torchserve, monkeypatch, gateway, open_page):
     use(torchserve, monkeypatch, IMAGES, image_answer)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.drop(("street.png", grey_png()))
     page.page.locator("#found tbody tr").first.wait_for()
     eventually(lambda: count(seen(page), mixed(PERSON)) > 1000)
@@ -134,7 +139,7 @@ def test_image_is_zoomed_by_keys(torchserve, monkeypatch, gateway, open_page):
 def test_boxes_of_a_lidar_model_are_drawn_into_the_image_beside_its_cloud(
     scene, torchserve, gateway, open_page, calibration
 ):
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     suffix = "json" if calibration.startswith("{") else "txt"
     page.drop(
         ("000008.bin", make_cloud().tobytes()),
@@ -169,7 +174,7 @@ def test_frame_of_several_parts_is_sent_as_such(scene, torchserve, monkeypatch, 
         folder.mkdir(parents=True)
         for name, body in parts.items():
             (folder / name).write_bytes(body)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.page.locator("#folder").set_input_files(tmp_path / "drive")
     page.page.locator("#frames [data-state=done]").nth(1).wait_for()
     assert page.page.locator("#frames .name").all_inner_texts() == ["frame0", "frame1"]
@@ -178,7 +183,7 @@ def test_frame_of_several_parts_is_sent_as_such(scene, torchserve, monkeypatch, 
 
 def test_calibration_of_kitti_is_sent_as_json(scene, torchserve, monkeypatch, gateway, open_page):
     use(torchserve, monkeypatch, FUSION, None)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.drop(("8.bin", make_cloud().tobytes()), ("8.png", grey_png()), ("8.txt", KITTI.encode()))
     page.page.locator("#frames [data-state=done]").wait_for()
     (sent,) = torchserve.calls[0]
@@ -192,7 +197,7 @@ def test_incomplete_frame_is_sent_with_the_parts_that_there_are(
     scene, torchserve, monkeypatch, gateway, open_page
 ):
     use(torchserve, monkeypatch, FUSION, None)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.drop(("a.bin", make_cloud().tobytes()), ("a.png", grey_png()))
     page.page.locator("#frames [data-state=done]").wait_for()
     # The parts that there are: a real worker answers 400 and names the one that is missing.
@@ -236,7 +241,7 @@ def test_segments_of_a_panoptic_model_are_drawn_and_filtered(torchserve, monkeyp
         )
 
     use(torchserve, monkeypatch, IMAGES, answer)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.drop(("street.png", grey_png()))
     page.page.locator("#found tbody tr").first.wait_for()
     assert [row.split()[0] for row in page.rows()] == ["car", "road"]
@@ -254,7 +259,7 @@ def test_labels_of_points_are_their_colours(torchserve, monkeypatch, gateway, op
         )
 
     use(torchserve, monkeypatch, {**CLOUDS, "modality": "depth", "box_type_3d": None}, answer)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.drop(("room.bin", make_cloud().tobytes()))
     page.page.get_by_role("checkbox", name="chair (1,733)").wait_for()
     page.page.get_by_role("combobox", name="Colour by").select_option("class")
@@ -272,7 +277,7 @@ def test_boxes_of_camera_coordinates_are_drawn_without_a_cloud(torchserve, monke
 
     spec = {**FUSION, "modality": "mono3d", "parts": ["image", "calibration"], "box_type_3d": "Camera"}
     use(torchserve, monkeypatch, spec, answer)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.drop(("a.png", grey_png()), ("a.json", json.dumps({"cam2img": CALIBRATION["cam2img"]}).encode()))
     page.page.locator("#found tbody tr").first.wait_for()
     eventually(lambda: count(seen(page), (255, 159, 67)) > 100)
@@ -290,7 +295,7 @@ def test_box_that_reaches_behind_the_camera_is_drawn_as_far_as_it_is_seen(
         )
 
     monkeypatch.setattr("tests.gateway.fake_torchserve.answer_for", answer)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     page.drop(
         ("8.bin", make_cloud().tobytes()),
         ("8.png", grey_png()),
@@ -321,7 +326,7 @@ def test_boxes_of_a_camera_model_stand_in_a_cloud_of_other_axes(torchserve, gate
 
     spec = {**IMAGES, "parts": ["image", "calibration"], "modality": "mono3d", "box_type_3d": "Camera"}
     use(torchserve, monkeypatch, spec, answer)
-    page = opened(gateway, open_page)
+    page = opened(torchserve, gateway, open_page)
     inside = np.array([[-3.0, 12.0, -0.9, 1.0]] * 500, np.float32)  # where that is in the cloud
     cloud = np.concatenate([make_cloud(), inside + np.random.default_rng(0).normal(0, 0.2, inside.shape)])
     page.drop(
