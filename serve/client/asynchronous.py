@@ -184,7 +184,9 @@ class AsyncClient:
         timeout = httpx.Timeout(step.timeout_s, connect=min(step.timeout_s, CONNECT_S))
         with self._calls.map_errors(step):
             async with asyncio.timeout(step.timeout_s):
-                response = await self._connections.get().request(**step.request.arguments(), timeout=timeout)
+                response = await self._connections.get_open().request(
+                    **step.request.arguments(), timeout=timeout
+                )
                 return Reply(response.status_code, read_headers(response), response.content)
 
 

@@ -41,7 +41,7 @@ class Client:
         verify: TLS context, for a certificate that the system does not know.
 
     Raises:
-        BadRequest: the address is none.
+        BadRequest: the address is none, or no header can hold the token.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Client:
             NotReady: nothing listens at the address, or the server is starting, draining or lost its worker.
             DeadlineExceeded: no answer within the deadline.
             BackendBroken: the connection was lost, or the answer is not one.
+            BadRequest: the client is closed, or `model` or `version` is no name.
             ServeError: the error in the server's answer, as the class of its code.
         """
         return self._run(
@@ -260,7 +261,7 @@ class Client:
         timeout = httpx.Timeout(step.timeout_s, connect=min(step.timeout_s, CONNECT_S))
         with (
             self._calls.map_errors(step),
-            self._connections.get().stream(**step.request.arguments(), timeout=timeout) as response,
+            self._connections.get_open().stream(**step.request.arguments(), timeout=timeout) as response,
         ):
             content = bytearray()
             for piece in response.iter_bytes():

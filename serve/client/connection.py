@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 
 from serve import __version__
+from serve.errors import BadRequest
 
 __all__ = ["Connections", "connection_arguments", "read_headers"]
 
@@ -37,16 +38,34 @@ class Connections(Generic[Http]):
             self._made, self._process = self._connect(), os.getpid()
         return self._made
 
+    def get_open(self) -> Http:
+        """Return those of this process, to send on.
+
+        Raises:
+            BadRequest: the client is closed.
+        """
+        made = self.get()
+        if made.is_closed:
+            raise BadRequest("this client is closed; make a new one, or call it within its `with` block")
+        return made
+
 
 def connection_arguments(
     url: httpx.URL, token: str | None, compress: bool, verify: ssl.SSLContext | None
 ) -> dict[str, Any]:
-    """Return the arguments of `httpx.Client` and `httpx.AsyncClient`; see `serve.client.Client`."""
+    """Return the arguments of `httpx.Client` and `httpx.AsyncClient`; see `serve.client.Client`.
+
+    Raises:
+        BadRequest: no header can hold the token, which the message does not show.
+    """
     headers = {
         "Accept-Encoding": "gzip" if compress else "identity",
         "User-Agent": f"mmdet3d-serve-client/{__version__}",
     }
-    if token is not None:
+    token = (token or "").strip()  # that of a file ends with a line break
+    if not token.isascii() or not token.isprintable():
+        raise BadRequest("the token has characters that no header can hold; give it as printable ASCII")
+    if token:
         headers["Authorization"] = f"Bearer {token}"
     return {
         "base_url": url,

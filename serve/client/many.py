@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections import deque
@@ -28,13 +29,13 @@ def check_many(frames: object, options: PredictOptions, concurrency: int) -> Non
         UnknownOption: `concurrency` is no number of requests, or the frames belong to a track session and would be
             sent side by side: its frames are followed as they arrive.
     """
-    is_one = isinstance(frames, str | bytes | bytearray | memoryview | os.PathLike | Mapping)
-    if isinstance(frames, np.ndarray):
+    is_one = isinstance(frames, str | bytes | bytearray | memoryview | os.PathLike | Mapping | io.IOBase)
+    if isinstance(frames, np.ndarray) and frames.dtype.kind not in "OSU":  # which hold paths, or any objects
         is_image = frames.dtype == np.uint8 and frames.ndim == 3 and frames.shape[2] in (1, 3, 4)
         is_one = frames.ndim < 3 or is_image
     if is_one:
         raise UndecodableFrame("predict_many takes several frames, and this is one; use predict, or [frame]")
-    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int | np.integer) or concurrency < 1:
         raise UnknownOption(f"concurrency must be a number of requests from 1 on, got {concurrency!r}")
     if concurrency > 1 and options.get("track_session") is not None:
         raise UnknownOption(

@@ -76,6 +76,7 @@ def option_headers(options: PredictOptions) -> dict[str, str]:
 def _option_text(name: str, value: object) -> str:
     """Return the value of an option as a header holds it: printable ASCII, as JSON where there is another sign."""
     if isinstance(value, str):
+        value = value.strip()  # space around it is no part of a header (RFC 9110, 5.5)
         return value if value.isascii() and value.isprintable() else _as_json(name, value)
     if isinstance(value, np.generic):
         value = value.item()

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
+import numpy as np
 
 from serve.client.frames import EncodedBody, FrameInput, encode_frame
 from serve.client.options import PredictOptions, option_headers
@@ -322,7 +323,7 @@ def _with_deadline(request: Request, left_s: float) -> Request:
 
 
 def _check_deadline(seconds: Any) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float | np.integer) or not seconds > 0:
         raise UnknownOption(
             f"timeout_s must be seconds above 0, or math.inf for no deadline, got {seconds!r}"
         )

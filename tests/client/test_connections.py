@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,7 +118,58 @@ def test_answer_nested_too_deep_is_a_broken_backend(server: FakeServer) -> None:
         client.predict(b"", "second")
 
 
-ONE = [b"points", "frame.bin", {"points": b""}, np.zeros((3, 4), np.float32), np.zeros((5, 7, 3), np.uint8)]
+@pytest.mark.parametrize("token", ["hidden-\u2013key", "hidden-\x00key", "hidden-key\r\nX-Evil: 1"])
+def test_token_that_no_header_can_hold_is_refused_and_in_no_message(token: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(errors.BadRequest) as caught:
+            kind("127.0.0.1:8000", token=token)
+        assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("token", "sent"), [("key\n", "Bearer key"), (" key ", "Bearer key"), ("", None), ("\n", None)]
+)
+def test_token_of_a_file_is_sent_without_its_line_break(
+    server: FakeServer, token: str, sent: str | None
+) -> None:
+    with Client(server.address, token=token) as client:
+        client.predict(b"", "second")
+    assert server.seen["headers"].get("Authorization") == sent
+
+
+def test_closed_client_is_an_error_of_the_caller_and_may_be_closed_again(server: FakeServer) -> None:
+    async def ask() -> None:
+        async with AsyncClient(server.address) as client:
+            pass
+        await client.close()
+        await client.predict(b"", "second")
+
+    with Client(server.address) as client:
+        pass
+    client.close()
+    with pytest.raises(errors.BadRequest):
+        client.predict(b"", "second")
+    with pytest.raises(errors.BadRequest):
+        list(client.predict_many([b""], "second"))
+    with pytest.raises(errors.BadRequest):
+        asyncio.run(asyncio.wait_for(ask(), 10))
+    assert not server.seen
+
+
+def test_array_of_paths_is_many_frames(server: FakeServer, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{k}.bin" for k in range(3)]
+    for path in paths:
+        path.write_bytes(b"points")
+    two: Any = np.int64(2)
+    with Client(server.address) as client:
+        for frames in (np.array([str(path) for path in paths]), np.array(paths, object)):
+            assert len(list(client.predict_many(frames, "second", concurrency=two))) == 3
+
+
+ONE = [
+    b"points", "frame.bin", {"points": b""}, np.zeros((3, 4), np.float32), np.zeros((5, 7, 3), np.uint8),
+    io.BytesIO(b"points"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("frames", ONE)

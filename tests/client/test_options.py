@@ -18,7 +18,7 @@ from serve.protocol.options import parse_options
     [
         ("classes", ["Car", "行人"], "Car,行人"), ("classes", ("a, b",), ["a, b"]), ("classes", {"Car"}, "Car"),
         ("classes", np.array(["Car", "Van"]), "Car,Van"), ("classes", '["行人"]', ["行人"]),
-        ("classes", "Car\n", "Car"),
+        ("classes", "Car\n", "Car"), ("columns", " x,y,z ", "x,y,z"),
         ("class_thr", {"Car": np.float32(0.5)}, "Car=0.5"),
         ("class_thr", "行人=0.5, Car=0.25", {"行人": 0.5, "Car": 0.25}),
         ("score_thr", np.float32(0.5), 0.5), ("max_detections", np.int64(3), 3), ("fields", ["names"], "names"),
