@@ -211,6 +211,16 @@ def test_invalid_infer_request_returns_a_client_error(gateway, torchserve, docum
     assert not torchserve.calls
 
 
+def test_infer_passes_over_the_parameters_of_other_servers(gateway):
+    parameters = {
+        "content_type": "np", "sequence_id": 1, "sequence_start": True, "sequence_end": False, "priority": 1,
+        "timeout": 1000, "triton_enable_empty_final_response": True,
+    }  # fmt: skip
+    document = {"inputs": [tensor(parameters={"content_type": "np"})], "parameters": parameters}
+    answer = gateway.post(INFER, json=document)
+    assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize("length", ["x", "-1", "99999", "9" * 5000, b"\xb2", "1.5", ""])
 def test_header_length_that_does_not_fit_is_rejected(gateway, length):
     body = json.dumps({"inputs": [tensor()]}).encode()

@@ -78,6 +78,34 @@ def test_infer_refuses_options_that_it_has_no_use_for(gateway: RunningGateway, n
     assert (found.status_code, found.json()["code"]) == (400, "unknown_option")
 
 
+def test_infer_lists_the_options_that_it_has(gateway: RunningGateway) -> None:
+    document = {"inputs": [POINTS], "parameters": {"colour": "red"}}
+    for found in (
+        gateway.post("/v2/models/second/infer", json=document),
+        gateway.post("/v2/models/second/infer", json={"inputs": [POINTS]}, params={"colour": "red"}),
+    ):
+        assert found.json()["code"] == "unknown_option"
+        known = found.json()["error"].partition("known: ")[2].split(", ")
+        frame_options = {each.name for each in fields(FrameOptions)} - {"fields"}
+        assert set(known) == frame_options | {"timeout_ms"}
+
+
+@pytest.mark.parametrize("name", ["camera", "fields", *TRACK_OPTIONS])
+@pytest.mark.parametrize("place", ["request", "query", "header"])
+def test_infer_does_not_send_an_option_to_where_it_is_refused_too(
+    gateway: RunningGateway, place: str, name: str
+) -> None:
+    header = f"X-{name.replace('_', '-').title()}"
+    sent: dict[str, dict[str, Any]] = {
+        "request": {"json": {"inputs": [POINTS], name: "1"}},
+        "query": {"json": {"inputs": [POINTS]}, "params": {name: "1"}},
+        "header": {"json": {"inputs": [POINTS]}, "headers": {header: "1"}},
+    }
+    found = gateway.post("/v2/models/second/infer", **sent[place])
+    assert (found.status_code, found.json()["code"]) == (400, "unknown_option")
+    assert "/predictions" in found.json()["error"]
+
+
 @pytest.mark.parametrize("name", [*(each.name for each in fields(FrameOptions)), "timeout_ms"])
 @pytest.mark.parametrize("place", ["request", "input", "output"])
 def test_infer_refuses_an_option_where_it_has_no_effect(

@@ -30,8 +30,8 @@ from serve.gateway.routes.kserve_codec import (
     json_bytes,
     model_metadata,
 )
-from serve.gateway.routes.kserve_tensors import InferBounds
-from serve.protocol.option_places import TRACK_OPTIONS
+from serve.gateway.routes.kserve_tensors import OPTIONS, REFUSED_OPTIONS, InferBounds
+from serve.protocol.option_places import unknown_option
 
 __all__ = ["infer_route", "router"]
 
@@ -161,10 +161,10 @@ def _read_options(request: Request, given: InferRequest, options: GatewayOptions
         UnknownOption: an unknown name, an invalid value, or an option that this protocol has no use for.
     """
     parameters = {**read_query(request), **given.parameters}
-    for name in ("camera", *TRACK_OPTIONS):
-        if name in parameters or "x-" + name.replace("_", "-") in request.headers:
-            raise UnknownOption(f"{name} is for /predictions; the Open Inference Protocol has no such option")
-    found = parse_request_options(parameters, request.headers, options)
-    if found.frame.fields is not None:
-        raise UnknownOption("fields is for /predictions; here, name the wanted tensors in outputs")
-    return found
+    in_headers = [name for name in REFUSED_OPTIONS if "x-" + name.replace("_", "-") in request.headers]
+    for name in (*parameters, *in_headers):
+        if name in REFUSED_OPTIONS:
+            raise UnknownOption(REFUSED_OPTIONS[name])
+        if name not in OPTIONS:
+            raise unknown_option(name, OPTIONS)
+    return parse_request_options(parameters, request.headers, options)

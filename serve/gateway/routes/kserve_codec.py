@@ -46,8 +46,17 @@ _BOXES = {
     3: ("bboxes_3d", "scores_3d", "labels_3d"),
     2: ("bboxes", "scores", "labels"),
 }
-# Parameters that Triton reserves for itself (``extension_parameters.md``), without a meaning here.
-_RESERVED = {"sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers"}
+# Parameters that Triton reserves for itself (``extension_parameters.md``), without a meaning here; and the codec of all
+# inputs that MLServer's clients name, in place of which their datatypes count.
+_RESERVED = {
+    "sequence_id",
+    "sequence_start",
+    "sequence_end",
+    "priority",
+    "timeout",
+    "headers",
+    "content_type",
+}
 _RESERVED_PREFIX = "triton_"
 
 
@@ -174,7 +183,7 @@ def _read_outputs(document: Mapping[str, Any], binary: bool, spec: Mapping[str, 
 
 
 def _is_of_protocol(name: str) -> bool:
-    """Whether a parameter is the protocol's or Triton's, rather than an option of a frame."""
+    """Whether a parameter is the protocol's or another server's, rather than an option of a frame."""
     return name == "binary_data_output" or name in _RESERVED or name.startswith(_RESERVED_PREFIX)
 
 

@@ -27,6 +27,8 @@ from serve.protocol.options import FrameOptions
 __all__ = [
     "DATATYPES",
     "MAX_TEXT_CHARS",
+    "OPTIONS",
+    "REFUSED_OPTIONS",
     "InferBounds",
     "Tensor",
     "check_members",
@@ -51,7 +53,20 @@ _MAX_RANK = 8
 _MAX_PARAMETERS = 64
 #: Longest id of a request, and longest text among its parameters.
 MAX_TEXT_CHARS = 4096
-_OPTIONS = frozenset((*(each.name for each in fields(FrameOptions)), *REQUEST_OPTIONS, *TRACK_OPTIONS))
+#: Options of ``/predictions`` that this protocol has no use for, and what their error says.
+REFUSED_OPTIONS: Mapping[str, str] = {
+    "fields": "fields is for /predictions; here, name the wanted tensors in outputs",
+    **{
+        name: f"{name} is for /predictions; the Open Inference Protocol has no such option"
+        for name in ("camera", *TRACK_OPTIONS)
+    },
+}
+#: Options that are parameters of a request.
+OPTIONS = tuple(
+    name
+    for name in (*(each.name for each in fields(FrameOptions)), *REQUEST_OPTIONS)
+    if name not in REFUSED_OPTIONS
+)
 
 
 @dataclass(frozen=True)
@@ -147,11 +162,13 @@ def check_members(names: Iterable[str], what: str) -> None:
         what: a part of a request, for messages.
 
     Raises:
-        UnknownOption: an option of the frames, which belongs into the parameters of the request.
+        UnknownOption: an option, which belongs into the parameters of the request or is for ``/predictions``.
         BadRequest: an extension of the protocol that this server does not have.
     """
     for name in names:
-        if name in _OPTIONS:
+        if name in REFUSED_OPTIONS:
+            raise UnknownOption(REFUSED_OPTIONS[name])
+        if name in OPTIONS:
             raise UnknownOption(f"{name} has no effect in {what}; put it into the parameters of the request")
         if name.startswith("shared_memory"):
             raise BadRequest(
