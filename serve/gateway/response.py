@@ -110,9 +110,12 @@ def choose_media(accept: str | None) -> Media:
     offers: list[tuple[float, int, int, Media]] = []
     for place, media in enumerate(_MEDIA):
         # Of the ranges that match, the most specific one counts (RFC 9110, 12.5.1).
-        matching = (media, f"{media.partition('/')[0]}/*", "*/*")
-        weight, position = next((ranges[each] for each in matching if each in ranges), (0.0, 0))
+        names = (media, f"{media.partition('/')[0]}/*", "*/*")
+        matching = [ranges[each] for each in names if each in ranges]
+        weight = matching[0][0] if matching else 0.0
         if weight > 0:
+            # JSON of "*/*, application/json" comes no later than what the range alone has.
+            position = min(position for other, position in matching if other == weight)
             offers.append((-weight, position, place, media))
     if not offers:
         raise NotAcceptable(f"cannot satisfy Accept: {quote(accept or '')}; supported: {', '.join(_MEDIA)}")

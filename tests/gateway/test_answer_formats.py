@@ -189,6 +189,8 @@ def test_camera_of_a_matrix_is_filled_up() -> None:
         ("text/csv, application/json", TABLE),
         ("*/*;q=0.1, image/*", "image/png"), ("application/*", "application/json"),
         ("text/html,image/webp,*/*;q=0.8", "application/json"), ("", "application/json"), (None, "application/json"),
+        ("*/*, application/json", "application/json"), ("application/*, application/json", "application/json"),
+        ("*/*, image/png", "application/json"), ("image/png, */*", "image/png"), ("text/*, text/x-kitti", TABLE),
         ("application/*;q=0, */*", "image/png"), ("application/vnd.msgpack", "application/x-msgpack"),
     ],
 )  # fmt: skip
