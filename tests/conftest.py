@@ -166,14 +166,20 @@ def nothing_is_left_running(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session", autouse=True)
 def proofs_are_forked(nothing_is_left_running: None) -> Iterator[None]:
-    """Let conversions of this process fork what proves the archive; not those of tests marked ``fresh_proof``."""
+    """Let conversions of this process fork what proves the archive; not those of tests marked ``fresh_proof``.
+
+    Nor any on a machine with CUDA: mmengine's import looks for a device, after which a fork cannot use one (PyTorch's
+    note on multiprocessing, "Poison fork").
+    """
+    import torch
+
     from serve.convert import proof
 
     servers: dict[str, ForkServer] = {}
     start_anew = proof.start_process
 
     def fork(package: str, *arguments: Any) -> Any:
-        if fresh_proof.is_set():
+        if fresh_proof.is_set() or torch.cuda.is_available():
             return start_anew(package, *arguments)
         if package not in servers:
             servers[package] = ForkServer(package)

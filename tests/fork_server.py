@@ -83,6 +83,8 @@ class ForkServer:
                 # OpenBLAS starts its threads at import; what computes for models has none before its first use.
                 env={**child_environment(inherit_path=False), "OPENBLAS_NUM_THREADS": "1"},
                 pass_fds=[its.fileno()],
+                # Ctrl-C is for the tests, which end what they started; without a server they could not wait for it.
+                start_new_session=True,
             )
 
     def start(self, folder: Path, environment: Mapping[str, str], output: BinaryIO) -> ForkedProcess:

@@ -30,6 +30,7 @@ def test_forked_process_runs_in_the_folder_of_the_request_and_answers(start, tmp
     with start() as process:
         facts = Path(f"/proc/{process.pid}")
         assert b"tests.fork_server" in (facts / "cmdline").read_bytes()
+        assert os.getpgid(process.pid) != os.getpgrp()  # Ctrl-C at a terminal does not reach the server
         assert eventually(lambda: (facts / "cwd").resolve() == tmp_path)
         process.stdin.write(json.dumps({"root": "nowhere", "gpu_id": None, "trust_code": False}) + "\n")
         process.stdin.flush()
