@@ -38,6 +38,9 @@ __all__ = ["ShadowLimits", "ShadowTraffic", "compare_bodies"]
 
 # Fields without which an answer has no boxes to compare.
 _NEEDED = ({"bboxes_3d", "scores_3d", "labels_3d"}, {"bboxes", "scores", "labels"})
+# Fields that say what boxes and labels mean, which a model's description has too.
+_DESCRIBED = ("box_type_3d", "classes")
+_Specs = tuple[Mapping[str, Any], Mapping[str, Any]]
 # Share of the gateway's pending limits from which on no frame is sent.
 _BUSY_RATIO = 0.5
 _RULES = ChangeRules()
@@ -171,7 +174,8 @@ class ShadowTraffic:
             raise _Dropped("not_ready")
         if not takes_same_frames(shadow, model):
             raise _Dropped("other_inputs")
-        task = asyncio.create_task(self._run(pair, shadow, share_frame(frame), outcome.value.body))
+        specs = (model.spec or {}, shadow.spec or {})
+        task = asyncio.create_task(self._run(pair, shadow, specs, share_frame(frame), outcome.value.body))
         self._tasks.add(task)
         self._frames[key] += 1
         self._nbytes[key] += nbytes
@@ -182,14 +186,16 @@ class ShadowTraffic:
         self._frames[key] -= 1
         self._nbytes[key] -= nbytes
 
-    async def _run(self, pair: ShadowPair, shadow: ModelVersion, frame: EncodedFrame, answer: Bytes) -> None:
+    async def _run(
+        self, pair: ShadowPair, shadow: ModelVersion, specs: _Specs, frame: EncodedFrame, answer: Bytes
+    ) -> None:
         try:
             if needs_copy(frame):
                 frame = await run_beside_loop(frame.nbytes, copy_views, 0, frame)
             answer = await run_beside_loop(len(answer), bytes, 0, answer)  # a view of its batch's answers
             body = await self._ask(shadow, frame)
             changes = await asyncio.get_running_loop().run_in_executor(
-                self._thread, compare_bodies, answer, body, frame.options
+                self._thread, compare_bodies, answer, body, frame.options, specs
             )
             self._metrics.observe_changes(pair, changes)
         except _Dropped as dropped:
@@ -215,7 +221,9 @@ class ShadowTraffic:
         return result.value.body
 
 
-def compare_bodies(before: Bytes, after: Bytes, options: FrameOptions) -> list[Change]:
+def compare_bodies(
+    before: Bytes, after: Bytes, options: FrameOptions, specs: _Specs = ({}, {})
+) -> list[Change]:
     """Compare two answers to a frame, as far as its options let both be seen.
 
     A pair is found down to half of the score from which a detection counts. A client that asked for higher scores
@@ -225,13 +233,17 @@ def compare_bodies(before: Bytes, after: Bytes, options: FrameOptions) -> list[C
         before: the answer that the client got, JSON.
         after: the shadow's answer.
         options: of the frame.
+        specs: descriptions of both versions, for what `fields` left out of the answers.
 
     Raises:
         _Dropped: nothing in the answers can be compared.
         BackendBroken: an answer is not JSON.
     """
     try:
-        answers: list[dict[str, Any]] = [orjson.loads(body) for body in (before, after)]
+        answers: list[dict[str, Any]] = [
+            {**{name: spec[name] for name in _DESCRIBED if spec.get(name)}, **orjson.loads(body)}
+            for spec, body in zip(specs, (before, after), strict=True)
+        ]
     except orjson.JSONDecodeError as error:
         raise BackendBroken(f"a worker's answer is not JSON: {error}") from None
     lowest = max(_lowest_visible(answer, options) for answer in answers)

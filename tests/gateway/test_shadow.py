@@ -20,7 +20,7 @@ from serve.gateway.shadow import compare_bodies
 from serve.gateway.shadow_metrics import MAX_CLASSES, OTHER, ShadowMetrics
 from serve.protocol.options import FrameOptions
 from tests.gateway.conftest import RunningGateway
-from tests.gateway.fake_torchserve import FakeModel, FakeTorchServe, answer_for
+from tests.gateway.fake_torchserve import CLOUDS, FakeModel, FakeTorchServe, answer_for
 from tests.gateway.running import Background, eventually
 from tests.gateway.test_canary import ready, sample
 
@@ -100,7 +100,8 @@ def test_what_changed_is_counted_as_compare_counts_it(
     for k in range(6):
         assert gateway.post(content=cloud(k)).content == answer_for(cloud(k), {})
     eventually(lambda: compared(gateway) == 6)
-    answers = [json.loads(answer_for(cloud(k), {})) for k in range(6)]
+    classes = {"classes": CLOUDS["classes"]}  # of the model, in place of numbers of labels
+    answers = [{**json.loads(answer_for(cloud(k), {})), **classes} for k in range(6)]
     changes = [each for answer in answers for each in find_changes(answer, keep_first(answer))]
     for kind in ("matched", "renamed", "lost", "new"):
         for name in ("Car", "Pedestrian"):
@@ -311,6 +312,18 @@ def test_what_lies_beyond_the_best_few_is_not_lost() -> None:
 def test_answers_with_labels_are_not_compared() -> None:
     with pytest.raises(Exception, match="no_boxes"):
         kinds(b'{"pts_semantic_mask": {}}', b'{"pts_semantic_mask": {}}')
+
+
+def test_what_fields_left_out_is_known_of_the_models() -> None:
+    def of_fields(z: float) -> bytes:
+        return orjson.dumps({"bboxes_3d": [[1.0, 1.5, z, 4, 2, 2, 0]], "scores_3d": [0.9], "labels_3d": [1]})
+
+    spec = {"box_type_3d": "Camera", "classes": ["Car", "Pedestrian"]}
+    found = compare_bodies(of_fields(10.0), of_fields(30.0), FrameOptions(), (spec, spec))
+    assert sorted((change.kind, change.name) for change in found) == [
+        ("lost", "Pedestrian"),
+        ("new", "Pedestrian"),
+    ]
 
 
 def test_an_answer_of_thousands_of_boxes_is_not_compared() -> None:
