@@ -21,7 +21,7 @@ from serve.errors import ArchiveError
 from serve.gateway.models import ModelVersion
 from serve.gateway.options import GatewayOptions
 from serve.gateway.watch_metrics import DriftFigures, Family, VersionText, exposition
-from serve.watch.drift import distances
+from serve.watch.drift import LEAST_BLOCKS, distances
 from serve.watch.reference import Reference, reference_of
 from serve.watch.statistics import Counts, Layout
 
@@ -116,7 +116,8 @@ class ModelWatch:
         if not self._learned or self._learned[-1].frames >= size:
             self._learned.append(self.layout.empty())
         self._learned[-1].add(counts)
-        if self.learned_frames >= self._options.learn_frames:
+        # Large batches make few blocks; of fewer than these the limits are 1, and no alert could ever fire.
+        if self.learned_frames >= self._options.learn_frames and len(self._learned) >= LEAST_BLOCKS:
             self._is_complete = True
             window = max(1, round(self._options.window_frames / size))
             self._run(partial(self._finish_learning, window))

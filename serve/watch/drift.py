@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FLOOR", "chance_limit", "distance", "distances"]
+__all__ = ["FLOOR", "LEAST_BLOCKS", "chance_limit", "distance", "distances"]
 
 Numbers = npt.NDArray[np.number[Any]]
 
@@ -17,8 +17,8 @@ Numbers = npt.NDArray[np.number[Any]]
 FLOOR = 0.1
 # Draws of the bootstrap, their quantile, and the margin above it.
 _DRAWS, _QUANTILE, _MARGIN = 1000, 0.99, 1.75
-# Fewer blocks than that are one run, which every draw repeats: they would have no distance at all.
-_LEAST_BLOCKS = 3
+#: Fewer blocks than that are one run, which every draw repeats: they would have no distance at all.
+LEAST_BLOCKS = 3
 
 
 def distance(one: Numbers, other: Numbers) -> float | None:
@@ -82,7 +82,7 @@ def chance_limit(blocks: Numbers, window: int) -> float:
     """
     blocks = np.asarray(blocks, np.float64)
     number = len(blocks)
-    if number < _LEAST_BLOCKS:
+    if number < LEAST_BLOCKS:
         return 1.0
     run = math.ceil(number ** (1 / 3))
     around = np.concatenate(

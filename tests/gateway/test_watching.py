@@ -162,6 +162,14 @@ def test_without_a_recorded_reference_the_first_frames_are_learned() -> None:
     assert any(found > limit for name, found, limit in watch.distances(watch.window()) if name == CLASS)
 
 
+def test_limits_learned_from_large_batches_can_be_exceeded() -> None:
+    options = WatchOptions(window_frames=20, learn_frames=40)
+    watch = ModelWatch(CLOUDS["classes"], None, options, Clock())  # type: ignore[arg-type]
+    for k in range(5):
+        watch.add(counted(32, seed=k))
+    assert watch.reference is not None and watch.reference.limits["score"] < 1
+
+
 def test_limits_of_a_learned_reference_are_not_computed_in_the_event_loop() -> None:
     model = ModelVersion(ModelState("second", "1.0", True, (), 0), spec=dict(CLOUDS))
     watching = Watching(lambda name, version: model, OPTIONS)
