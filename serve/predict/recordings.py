@@ -118,7 +118,8 @@ def check_not_recording(path: Path) -> None:
     if path.is_dir():
         files = sorted(path.iterdir())
         found = [file.name for file in files if file.suffix.lower() in _SUFFIXES]
-        if found and all(file.suffix.lower() in (*_SUFFIXES, ".yaml") for file in files if file.is_file()):
+        # Frames of several parts are folders.
+        if found and all(file.suffix.lower() in (*_SUFFIXES, ".yaml") for file in files):
             raise UndecodableFrame(
                 f"{path} has recordings and no metadata.yaml that joins them: {', '.join(found[:5])}; name one of "
                 "them, or let `ros2 bag reindex` write it"

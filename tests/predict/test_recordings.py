@@ -175,6 +175,14 @@ def test_what_is_no_readable_recording_is_refused_by_what_to_do(
         open_source(tmp_path / given, "lidar")
 
 
+def test_frames_in_folders_beside_a_recording_are_read(tmp_path: Path) -> None:
+    (tmp_path / "drive.mcap").write_bytes(b"")
+    for part in ("calibration.json", "image.png", "points.bin"):
+        (tmp_path / "0001").mkdir(exist_ok=True)
+        (tmp_path / "0001" / part).write_bytes(b"")
+    assert [frame.name for frame in open_source(tmp_path, "fusion")] == ["0001"]
+
+
 def test_models_of_several_parts_are_refused(recording: Path) -> None:
     with pytest.raises(UndecodableFrame):
         open_source(recording, "fusion")
