@@ -92,7 +92,8 @@ def read_label_config(text: object) -> Sequence[Control]:
     images = {
         image.get("name", ""): ImageTag(image.get("name", ""), value, is_list)
         for image in root.iter("Image")
-        for is_list, value in ((True, image.get("valueList", "")), (False, image.get("value", "")))
+        # Label Studio takes the list where an image has both.
+        for is_list, value in ((False, image.get("value", "")), (True, image.get("valueList", "")))
         if _VARIABLE.search(value)
     }
     controls = [

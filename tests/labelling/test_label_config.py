@@ -78,6 +78,12 @@ def test_control_of_two_images_is_for_each():
     assert [(each.from_name, each.image.name) for each in controls] == [("box", "left"), ("box", "right")]
 
 
+def test_list_of_images_goes_before_a_single_one():
+    both = '<Image name="picture" value="$cover" valueList="$pages"/>'
+    (control,) = read_label_config(config('<Label value="Car"/>', both))
+    assert control.image == ImageTag("picture", "$pages", is_list=True)
+
+
 def test_image_without_a_variable_is_none():
     with pytest.raises(BadRequest):
         read_label_config(
