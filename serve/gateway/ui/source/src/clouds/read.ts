@@ -1,6 +1,6 @@
 /**
- * A file to a cloud: by its first bytes, as the server does it (serve/protocol/points.py). .bin, .npy, PCD and PLY are
- * read here; the others, and what a reader here does not understand, by the server.
+ * A file to a cloud: by its first bytes, as the server does it (serve/protocol/point_signatures.py). .bin, .npy, PCD and
+ * PLY are read here; the others, and what a reader here does not understand, by the server.
  */
 
 import { decodePoints } from "../api";
