@@ -35,7 +35,7 @@ def read(where: Location) -> bytes:
         raise StorageError(f"{where} names no key; write lmdb://{where.path}#key")
     try:
         with _database(where.path).begin(buffers=False) as transaction:
-            value = transaction.get(where.member.encode())
+            value = transaction.get(where.member.encode(errors="surrogateescape"))
     except lmdb.Error as error:
         raise StorageError(f"{where} cannot be read ({type(error).__name__})") from error
     if value is None:
@@ -44,7 +44,7 @@ def read(where: Location) -> bytes:
 
 
 def keys(path: str) -> Iterator[str]:
-    """Yield all keys of a database, in its order; keys that are not UTF-8 are skipped.
+    """Yield all keys of a database, in its order; bytes that are not UTF-8 as names of files have them (PEP 383).
 
     Raises:
         StorageError: as `read`.
@@ -54,10 +54,7 @@ def keys(path: str) -> Iterator[str]:
     try:
         with _database(path).begin() as transaction:
             for key in transaction.cursor().iternext(values=False):
-                try:
-                    yield bytes(key).decode()
-                except UnicodeDecodeError:
-                    continue
+                yield bytes(key).decode(errors="surrogateescape")
     except lmdb.Error as error:
         raise StorageError(f"lmdb://{path} cannot be read ({type(error).__name__})") from error
 

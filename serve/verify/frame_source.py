@@ -11,6 +11,7 @@ folder: a frame of several parts is a folder. Other folders below a folder are n
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,8 +64,16 @@ def frames_at(source: str | Path, modality: Modality) -> Iterator[list[Path]]:
 
 
 def list_frame_files(where: storage.Location) -> dict[str, PurePosixPath]:
-    """List the files of frames in a folder: URI → path below the folder, of one or two parts."""
+    """List the files of frames in a folder: URI → path below the folder, of one or two parts.
+
+    Raises:
+        UndecodableFrame: a name is not UTF-8, as JSON has to be.
+        StorageError: as `serve.storage.list_files`.
+    """
     uris = storage.list_files(str(where), (*_ENDINGS, *FRAME_MARKERS), recursive=True)
+    for uri in uris:
+        if not _is_utf8(uri):
+            raise UndecodableFrame(f"the name {os.fsencode(uri)!r} of a frame is not UTF-8; rename it")
     names = {uri: _below(where, storage.parse(uri)) for uri in uris if not {".", ".."} & {*uri.split("/")}}
     whole = {name.parent for name in names.values() if name.name in FRAME_MARKERS}
     found: dict[str, PurePosixPath] = {}
@@ -74,6 +83,14 @@ def list_frame_files(where: storage.Location) -> dict[str, PurePosixPath]:
         elif where.scheme == "lmdb":  # which has no folders: a slash is part of the key
             found[uri] = PurePosixPath(name.name)
     return found
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _below(where: storage.Location, file: storage.Location) -> PurePosixPath:

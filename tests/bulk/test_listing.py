@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 import pytest
 
+from serve import storage
 from serve.bulk.listing import list_frames, sorted_frames
 from serve.bulk.parts import manifest_line
 from serve.cli import bulk
@@ -163,6 +164,19 @@ def test_a_name_that_json_cannot_hold_is_an_error(tmp_path: Path) -> None:
         list(list_frames(str(tmp_path), "lidar"))
     with pytest.raises(UndecodableFrame):
         lines(list_frames(f"{tmp_path}/*.bin", "lidar"))
+
+
+def test_a_key_that_json_cannot_hold_is_an_error_if_it_is_called_as_a_frame(tmp_path: Path) -> None:
+    import lmdb
+
+    for name, key in (("other", b"\xff"), ("frame", b"\xff.bin")):
+        with lmdb.open(str(tmp_path / name)) as database, database.begin(write=True) as transaction:
+            transaction.put(b"a.bin", b"x")
+            transaction.put(key, b"y")
+    assert [frame.name for frame in list_frames(f"lmdb://{tmp_path}/other", "lidar")] == ["a.bin"]
+    with pytest.raises(UndecodableFrame):
+        list_frames(f"lmdb://{tmp_path}/frame", "lidar")
+    assert storage.read_bytes(f"lmdb://{tmp_path}/frame#\udcff.bin") == b"y"
 
 
 def test_names_beyond_the_memory_of_a_sort_come_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
