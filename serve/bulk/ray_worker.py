@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import orjson
 from serve import __version__, errors, storage
 from serve.bulk.destination import Destination
 from serve.bulk.parts import LOADING, Job, Part, compute_part
+from serve.bulk.retry import on_server, repeat
 from serve.errors import ServeError, SettingsError, SetupError
 from serve.predict.models import Model
 from serve.settings import Settings
@@ -214,8 +216,9 @@ class PartWorker:
                 f"{host} has mmdet3d-serve {__version__}, the machine that runs bulk {self._task.version}; "
                 "use one image for all"
             )
+        read = partial(storage.read_bytes, f"{self._task.where}/{_RUN}")
         try:
-            found = storage.read_bytes(f"{self._task.where}/{_RUN}")
+            found = repeat(read) if storage.is_remote(self._task.where) else read()
         except errors.ObjectNotFound:
             found = b""
         if hashlib.sha256(found).hexdigest() != self._task.run_sha256:
@@ -225,10 +228,12 @@ class PartWorker:
             )
         origin = orjson.loads(lines[0])["origin"]
         for path in (origin,) if isinstance(origin, str) else origin.values():
-            if not storage.is_remote(path) and not Path(path).parent.is_dir():
+            is_packed = storage.is_remote(path)
+            place = Path(storage.parse(path).path) if is_packed else Path(path).parent
+            if not on_server(path) and not place.exists():
                 raise SettingsError(
-                    f"{host} does not see the frames in {Path(path).parent}; on a cluster they are in a bucket, or "
-                    "in a folder that all machines share"
+                    f"{host} does not see the frames in {place}; on a cluster they are in a bucket, or in a folder "
+                    "that all machines share"
                 )
         self._checked = Destination(self._task.where)
         return self._checked

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
-from serve.bulk.ray_worker import Board
+import pytest
+
+from serve.bulk.parts import Job, manifest_line
+from serve.bulk.ray_worker import Board, PartWorker, Task
+from serve.errors import SettingsError
+from serve.predict.frames import Clip
+from serve.predict.sources import frame_at
+from serve.protocol.options import FrameOptions
 
 
 def test_the_next_process_of_the_board_knows_what_the_last_one_knew(tmp_path: Path) -> None:
@@ -51,3 +59,15 @@ def test_a_line_that_was_not_written_whole_is_left_out(tmp_path: Path) -> None:
         file.write(b'\n["finish",2')
     Board(str(journal)).finish(3, 5)
     assert Board(str(journal)).begun() == 10
+
+
+@pytest.mark.parametrize("kind", ["ffrecord", "lmdb"])
+def test_a_machine_that_does_not_see_a_packed_file_ends_the_run(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "bulk.json").write_bytes(b"{}")
+    job = Job("model.mar", False, FrameOptions(), 2)
+    task = Task(job, "", str(tmp_path), hashlib.sha256(b"{}").hexdigest(), "cpu", 1)
+    (line,) = [manifest_line(frame_at("a", "a", f"{kind}://{tmp_path}/packed#a.bin", Clip("one")))]
+    with pytest.raises(SettingsError):
+        PartWorker(task, None)._check([line])
+    (tmp_path / "packed").touch()
+    PartWorker(task, None)._check([line])
