@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -13,6 +13,7 @@ from serve import storage
 from serve.bulk.retry import repeat
 from serve.errors import ObjectNotFound, SettingsError, StorageError
 from serve.storage.cache import map_disk_errors
+from serve.storage.unnamed_file import unnamed_file
 
 __all__ = ["ARCHIVE", "SUMMARY", "Destination"]
 
@@ -43,11 +44,20 @@ class Destination:
             raise SettingsError(f"{location} cannot be written; give a folder or s3://bucket/prefix")
         self.where = str(location).rstrip("/")
         self.is_local = location.scheme == "file"
+        self._made: list[Path] = []
         if self.is_local:
             self.folder = Path(location.path).expanduser().absolute()
             self.where = str(self.folder)
+            parts = self.folder / _PARTS
             with map_disk_errors(self.where):
-                (self.folder / _PARTS).mkdir(parents=True, exist_ok=True)
+                self._made = [each for each in (parts, *parts.parents) if not each.exists()]
+                parts.mkdir(parents=True, exist_ok=True)
+
+    def discard_empty(self) -> None:
+        """Remove the folders that this object has made and that are empty, as of a run that could not begin."""
+        for folder in self._made:
+            with suppress(OSError):  # it has something in it
+                folder.rmdir()
 
     def check_inputs(self, *inputs: str | Path | None) -> None:
         """Check that a run does not write over, or remove, what it reads.
@@ -91,20 +101,22 @@ class Destination:
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
         """Write a file of any size: it appears at the end of the block, or not at all if that raises."""
-        folder = self.folder / _PARTS if self.is_local else None
         with map_disk_errors(self.where):
-            descriptor, path = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
+            if not self.is_local:
+                with unnamed_file() as (copy, its_path):
+                    yield copy
+                    copy.flush()
+                    repeat(lambda: storage.upload(its_path, self.uri(name), progress=False))
+                return
+            descriptor, path = tempfile.mkstemp(dir=self.folder / _PARTS, prefix=".unfinished-")
             try:
                 with os.fdopen(descriptor, "wb") as file:
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
-                if self.is_local:
-                    (self.folder / name).parent.mkdir(exist_ok=True)
-                    os.chmod(path, 0o644)
-                    os.replace(path, self.folder / name)
-                else:
-                    repeat(lambda: storage.upload(Path(path), self.uri(name), progress=False))
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                os.chmod(path, 0o644)
+                os.replace(path, self.folder / name)
             finally:
                 Path(path).unlink(missing_ok=True)
 

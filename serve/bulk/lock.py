@@ -35,6 +35,8 @@ _RENEW_S = 20.0
 _STALE_S = 90.0
 _LOOK_S = 3.0
 _SETTLE_S = 2.0
+# A server that stalls must not keep a renewal so long that the lock is stale before the next one.
+_OPTIONS = s3.Options(connect_timeout_s=5.0, read_timeout_s=10.0, attempts=2)
 
 
 def hold_destination(destination: Destination, stack: ExitStack) -> BucketLock | None:
@@ -64,7 +66,7 @@ class BucketLock:
 
     def __init__(self, uri: str) -> None:
         self._where = storage.parse(uri)
-        self._store = s3.connect(self._where.cluster)
+        self._store = s3.connect(self._where.cluster, options=_OPTIONS)
         self._owner = {"token": secrets.token_hex(8), **_this_process()}
         self._renewals = 0
         self._etag = ""
@@ -81,8 +83,8 @@ class BucketLock:
         """
         if self._lost:
             raise StorageError(
-                f"{self._where} was taken over by another run, because this one has not renewed it for {_STALE_S:g} s; "
-                "let one run at a time write there"
+                f"{self._where} is another run's now, or was removed: a run that does not renew it for {_STALE_S:g} s "
+                "loses it; let one run at a time write there"
             )
 
     def __enter__(self) -> Self:
@@ -110,16 +112,18 @@ class BucketLock:
         self._ended.set()
         self._thread.join()
         with suppress(StorageError):  # it is taken over when it is stale
-            if self._store.head(self._where).etag == self._etag:
+            if self._is_own():
                 self._store.remove(self._where)
 
     def _take(self) -> bool:
         """Create the object, or replace the one of a run that is gone."""
+        if self._renewals and self._is_own():
+            return True
         try:
             found = self._store.head(self._where)
         except ObjectNotFound:
-            return self._write("")
-        return self._is_given_up(found) and self._write(found.etag)
+            return self._claim("")
+        return self._is_given_up(found) and self._claim(found.etag)
 
     def _is_given_up(self, found: s3.ObjectInfo) -> bool:
         if found.age_s is not None and found.age_s >= _STALE_S:
@@ -129,14 +133,30 @@ class BucketLock:
         is_here = all(holder.get(name) == here[name] for name in ("boot", "namespace")) and here["boot"]
         return bool(is_here) and not _is_alive(holder.get("process"))
 
-    def _holder(self) -> dict[str, Any] | None:
+    def _holder(self, version: s3.ObjectInfo | None = None) -> dict[str, Any] | None:
         try:
-            found = orjson.loads(self._store.read(self._where))
+            found = orjson.loads(self._store.read(self._where, info=version))
         except ObjectNotFound:
             return None
         except orjson.JSONDecodeError:
             return {}
         return found if isinstance(found, dict) else {}
+
+    def _is_own(self) -> bool:
+        """Whether the object is this run's, also if the answer to the request that wrote it was lost."""
+        try:
+            found = self._store.head(self._where)
+        except ObjectNotFound:
+            return False
+        if found.etag != self._etag:
+            if (self._holder(found) or {}).get("token") != self._owner["token"]:
+                return False
+            self._etag = found.etag
+        return True
+
+    def _claim(self, etag: str) -> bool:
+        """Write as `_write`; a request that was repeated, as its answer was lost, is refused and has written."""
+        return self._write(etag) or self._is_own()
 
     def _write(self, etag: str) -> bool:
         """Write the object if it is as it was seen; returns whether it was."""
@@ -149,7 +169,7 @@ class BucketLock:
 
     def _find_out_conditions(self) -> None:
         """Create the object once more, which has to fail; if it does not, wait for a run that has done the same."""
-        if not self._write(""):
+        if not repeat(lambda: self._write("")):
             return
         self._is_conditional = False
         _say(
@@ -157,20 +177,19 @@ class BucketLock:
             "not notice each other"
         )
         time.sleep(_SETTLE_S)
-        if repeat(lambda: self._store.head(self._where)).etag != self._etag:
+        if not repeat(self._is_own):
             self._lost = True
             self.check()
 
     def _keep(self) -> None:
-        while not self._ended.wait(_RENEW_S):
+        pause_s = _RENEW_S
+        while not self._ended.wait(pause_s):
+            pause_s = _RENEW_S
             try:
-                # Also of a server without conditions.
-                is_same = self._store.head(self._where).etag == self._etag
-                self._lost = not (is_same and self._write(self._etag))
-            except ObjectNotFound:
-                self._lost = True
+                # Looked at before, for a server without conditions.
+                self._lost = not (self._is_own() and self._claim(self._etag))
             except StorageError:
-                continue
+                pause_s = _LOOK_S
             if self._lost:
                 return
 

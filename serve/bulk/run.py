@@ -21,9 +21,10 @@ from serve.bulk.destination import SUMMARY, Destination
 from serve.bulk.formats import COCO, PART_FORMATS, Outputs, write_coco
 from serve.bulk.lock import hold_destination
 from serve.bulk.parts import Counts, Engine, Job, Part, manifest_line
-from serve.errors import BadRequest, SettingsError, quote
+from serve.errors import BadRequest, SettingsError, StorageError, quote
 from serve.predict.sources import Source
 from serve.storage.cache import map_disk_errors
+from serve.storage.unnamed_file import unnamed_file
 
 __all__ = ["BulkRun", "Plan", "Summary", "execute", "plan_run"]
 
@@ -51,6 +52,10 @@ class BulkRun:
     converters: int = 1
 
 
+def _nothing() -> None:
+    return
+
+
 @dataclass(frozen=True)
 class Plan:
     """The manifest of a run, on this machine, and what of the run is finished.
@@ -67,7 +72,7 @@ class Plan:
     frames: int
     part_frames: int
     finished: frozenset[int]
-    check: Callable[[], None] = lambda: None
+    check: Callable[[], None] = _nothing
 
     @property
     def parts(self) -> int:
@@ -134,8 +139,8 @@ def plan_run(
         SettingsError: the frames are those of a video, camera or stream.
     """
     lock = hold_destination(destination, stack)
-    plan = _plan(run, destination, open_frames, stack, overwrite, retry_failed)
-    return plan if lock is None else replace(plan, check=lock.check)
+    check = _nothing if lock is None else lock.check
+    return replace(_plan(run, destination, open_frames, stack, overwrite, retry_failed, check), check=check)
 
 
 def _plan(
@@ -145,13 +150,14 @@ def _plan(
     stack: ExitStack,
     overwrite: bool,
     retry_failed: bool,
+    check: Callable[[], None],
 ) -> Plan:
     if overwrite:
         destination.clear()
     destination.sweep()
     known = destination.read(_RUN)
     if known is None:
-        return _begin(run, destination, open_frames(), stack)
+        return _begin(run, destination, open_frames(), stack, check)
     described = _parse(known, destination)
     if (other := described["run"]) != run.identity:
         raise BadRequest(
@@ -184,7 +190,9 @@ def _differences(there: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def _begin(run: BulkRun, destination: Destination, source: Source, stack: ExitStack) -> Plan:
+def _begin(
+    run: BulkRun, destination: Destination, source: Source, stack: ExitStack, check: Callable[[], None]
+) -> Plan:
     if destination.finished():
         raise BadRequest(
             f"{destination.where} has results, and no {_RUN} says of which run; choose another --out, or --overwrite"
@@ -196,6 +204,7 @@ def _begin(run: BulkRun, destination: Destination, source: Source, stack: ExitSt
                 raise SettingsError(f"{source.what} is a video, camera or stream; `predict` reads those")
             file.write(manifest_line(frame))
             count += 1
+        check()  # a listing may take minutes, and the lock be lost meanwhile
     manifest = _local_manifest(destination, stack)
     described = {
         "run": run.identity,
@@ -210,10 +219,10 @@ def _begin(run: BulkRun, destination: Destination, source: Source, stack: ExitSt
 def _local_manifest(destination: Destination, stack: ExitStack) -> Path:
     if destination.is_local:
         return destination.folder / _MANIFEST
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmdet3d-serve-bulk-"))
-    path = Path(folder, _MANIFEST)
-    with map_disk_errors(str(path)), path.open("wb") as file:
+    with map_disk_errors(tempfile.gettempdir()):
+        file, path = stack.enter_context(unnamed_file())
         destination.download(_MANIFEST, file)
+        file.flush()
     return path
 
 
@@ -272,6 +281,11 @@ def _execute(
                 conversions.add(number)
         seconds = time.monotonic() - started
         plan.check()
+        if counts.frames != plan.frames:
+            raise StorageError(
+                f"{destination.where} has results of {counts.frames:,} frames, and {plan.frames:,} are listed; the "
+                "same command goes on if parts are missing, else --overwrite begins anew"
+            )
         unwritten = conversions.finish()
     if "coco" in run.outputs.formats and not destination.exists(COCO):
         write_coco(destination, run.outputs, plan.manifest, plan.parts)

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None) -> int:
         engine = _ray_engine(args) if args.engine == "ray" else None
         manifest = _manifest(args.source, stack)
         destination = Destination(args.out)
+        stack.callback(destination.discard_empty)
         destination.check_inputs(args.source, args.model, args.checkpoint, args.calib, args.annotations)
         made = archive_of(
             args.model,

@@ -21,7 +21,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -31,6 +31,7 @@ from serve import storage
 from serve.errors import BadRequest, ObjectNotFound, StorageError, UndecodableFrame, UriError
 from serve.predict.stems import Stems, repeated
 from serve.storage.cache import map_disk_errors
+from serve.storage.unnamed_file import unnamed_file
 
 __all__ = ["Listed", "Manifest", "copied", "is_manifest", "open_manifest", "read_manifest"]
 
@@ -72,12 +73,12 @@ def is_manifest(source: str) -> bool:
 @contextmanager
 def copied(stream: IO[bytes]) -> Iterator[Path]:
     """Copy what cannot be read twice into a file, which is removed at the end of the block."""
-    with tempfile.NamedTemporaryFile(prefix="mmdet3d-serve-", suffix=".manifest") as file:
-        with map_disk_errors(file.name):
+    with unnamed_file() as (file, path):
+        with map_disk_errors(tempfile.gettempdir()):
             while data := stream.read(_COPY_BYTES):
                 file.write(data)
             file.flush()
-        yield Path(file.name)
+        yield path
 
 
 def read_manifest(source: str) -> Manifest:
@@ -126,8 +127,9 @@ class Manifest:
         self._base = base
         self._path = where.path
         if where.scheme != "file":
-            self._path = _fetch(where)
-            weakref.finalize(self, os.unlink, self._path)
+            copy = ExitStack()
+            self._path = str(copy.enter_context(_fetched(where)))
+            weakref.finalize(self, copy.close)
         self._root = ""
         self._stems = Stems()
 
@@ -214,21 +216,19 @@ class Manifest:
             raise StorageError(f"{self.what} cannot be read: {error.strerror}") from error
 
 
-def _fetch(where: storage.Location) -> str:
-    """Copy a manifest from elsewhere into a temporary file; returns its path."""
-    handle, path = tempfile.mkstemp(prefix="mmdet3d-serve-", suffix=".manifest")
-    try:
-        with map_disk_errors(path), os.fdopen(handle, "wb") as file:
+@contextmanager
+def _fetched(where: storage.Location) -> Iterator[Path]:
+    """Copy a manifest from elsewhere into a temporary file, and yield its path."""
+    with unnamed_file() as (file, path):
+        with map_disk_errors(tempfile.gettempdir()):
             if where.scheme == "s3":
                 from serve.storage import s3
 
                 s3.connect(where.cluster).download(where, file, progress=False)  # in pieces
             else:
                 file.write(storage.read_bytes(_uri(where)))
-    except BaseException:
-        os.unlink(path)
-        raise
-    return path
+            file.flush()
+        yield path
 
 
 def _parse(line: bytes, number: int, base: storage.Location) -> _Entry | None:

@@ -14,10 +14,14 @@ import orjson
 import pytest
 
 from serve import storage
-from serve.bulk import lock
+from serve.bulk import lock, retry
 from serve.bulk.destination import Destination
 from serve.bulk.lock import BucketLock, hold_destination
+from serve.bulk.parts import Job
+from serve.bulk.run import BulkRun, plan_run
 from serve.errors import StorageError
+from serve.predict.sources import Source, open_source
+from serve.protocol.options import FrameOptions
 from serve.storage import s3
 from tests.bulk import fake
 from tests.bulk.test_run import run
@@ -140,6 +144,47 @@ def test_a_run_whose_lock_was_taken_over_ends_and_leaves_it(proxy: Any, tmp_path
     assert len(seen) == 1 and b"another" in storage.read_bytes(URI)
     assert len(Destination(OUT).finished()) == 1 and not storage.exists(f"{OUT}/summary.json")
     s3.connect().remove(storage.parse(URI))
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_write_whose_answer_was_lost_is_the_runs_own(
+    is_refused: bool, proxy: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_if, lost = s3.S3.write_if, list[str]()
+
+    def lose(self: s3.S3, where: Any, data: bytes, etag: str) -> str | None:
+        written = write_if(self, where, data, etag)
+        if written is None or len(lost) == 3:
+            return written
+        lost.append(etag)
+        if is_refused:  # repeated by the client, and then its condition does not hold any more
+            return None
+        raise StorageError("no answer")
+
+    monkeypatch.setattr(s3.S3, "write_if", lose)
+    monkeypatch.setattr(retry, "_WRITE_PAUSES_S", (0.01,))
+    with BucketLock(URI) as held:
+        eventually(lambda: len(lost) == 3 and held._renewals > 6, 10)
+        held.check()
+        assert not capsys.readouterr().err
+    assert lost[0] == "" and lost[1] and not storage.exists(URI)
+
+
+def test_a_lock_that_is_lost_while_frames_are_listed_ends_the_run_before_it_writes(
+    proxy: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "0.bin").write_bytes(b"x")
+    out = f"s3://{BUCKET}/slow"
+
+    def list_slowly() -> Source:
+        storage.write_bytes(f"{out}/bulk.json.lock", orjson.dumps({"token": "another"}))
+        eventually(lambda: "lock" not in {each.name for each in threading.enumerate()}, 10)
+        return open_source(tmp_path, "lidar")
+
+    task = BulkRun(Job("model.mar", False, FrameOptions(), 2, fake.open_echo), {"model": "one"}, 1)
+    with ExitStack() as stack, pytest.raises(StorageError):
+        plan_run(task, Destination(out), list_slowly, stack, overwrite=False)
+    assert storage.list_files(out) == [f"{out}/bulk.json.lock"]
 
 
 def test_a_server_without_conditions_is_named_and_its_lock_still_seen(
