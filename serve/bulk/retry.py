@@ -6,6 +6,7 @@ server. What no repetition mends (no such object, no access, a full disk of this
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -23,6 +24,9 @@ T = TypeVar("T")
 # Two minutes for results, which are computed; half a minute for a frame, whose source is asked for its health then.
 _WRITE_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 _READ_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+# A server that stalls takes minutes for one attempt; no other one begins so long after the first has failed.
+_PATIENCE_S = 120.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FINAL = (ObjectNotFound, AccessDenied, UriError)
 _Place = tuple[str, str]  # cluster and bucket, or scheme and host
 _last_read: dict[_Place, storage.Location] = {}  # by this process
@@ -38,11 +42,14 @@ def repeat(action: Callable[[], T], pauses_s: tuple[float, ...] = ()) -> T:
     Raises:
         StorageError: the last failure, or one that no repetition mends.
     """
+    ends_at: float | None = None
     for pause_s in pauses_s or _WRITE_PAUSES_S:
         try:
             return action()
         except StorageError as error:
-            if _is_final(error):
+            now = time.monotonic()
+            ends_at = now + _PATIENCE_S if ends_at is None else ends_at
+            if _is_final(error) or now > ends_at:
                 raise
             time.sleep(pause_s)
     return action()
@@ -88,7 +95,8 @@ def read_patiently(read: Callable[[], Body], origin: str | Mapping[str, str]) ->
 
     Raises:
         StorageError: this frame cannot be read.
-        SourceGone: its bucket or server does not answer at all, or refuses the credentials.
+        SourceGone: its bucket or server does not answer at all, or refuses the credentials; or the disk is full onto
+            which it is copied.
     """
     uris = [origin] if isinstance(origin, str) else [*origin.values()]
     # Parts of a frame may lie in several places, on this machine too.
@@ -98,6 +106,8 @@ def read_patiently(read: Callable[[], Body], origin: str | Mapping[str, str]) ->
     except ObjectNotFound:
         raise
     except StorageError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
+            raise SourceGone(str(error)) from error
         for where in places.values():
             _check_health(where, error)
         raise
@@ -125,7 +135,9 @@ def _check_health(where: storage.Location, failure: StorageError) -> None:
     try:
         _ask(_root(where))
     except StorageError as error:
-        if not (isinstance(error, AccessDenied) and _reads_others(where)):
+        # Many a server of files has no first page, and answers 400 or 500 there.
+        may_read = where.scheme == "http" or isinstance(error, AccessDenied)
+        if not (may_read and _reads_others(where)):
             raise SourceGone(f"the source does not answer: {error}") from failure
 
 

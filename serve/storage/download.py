@@ -324,7 +324,7 @@ class _Transfer:
             raise DownloadError(
                 f"disk full: {self.target.name} needs {length / 1e6:.0f} MB more, {free / 1e6:.0f} MB are free in "
                 f"{self.target.parent}; make room or use another cache folder"
-            )
+            ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _failure(self, reason: str, status: int = 0, *, is_final: bool = True) -> StorageError:
         """Make the error of a download that is given up."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -24,7 +28,8 @@ from serve.bulk.parts import Job, manifest_line, predict_part
 from serve.bulk.processes import LocalEngine
 from serve.bulk.retry import SourceGone
 from serve.bulk.run import BulkRun, execute, plan_run
-from serve.errors import StorageError
+from serve.cli import bulk
+from serve.errors import ServeError, StorageError
 from serve.predict.frames import Clip
 from serve.predict.sources import frame_at, open_source
 from serve.protocol.options import FrameOptions
@@ -167,6 +172,50 @@ def test_a_frame_is_denied_alone_by_a_web_server_that_gives_others(
     assert predict(web_entries(site), tmp_path / "out") == ["access_denied", None, None, None]
 
 
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_web_server_without_a_first_page_is_asked_for_another_frame(
+    status: int, site: Any, tmp_path: Path
+) -> None:
+    entries, first = web_entries(site), sorted(site.files)[0]
+    site.answers = {"": answer(status), first: answer(503)}
+    assert predict(entries[1:], tmp_path / "out") == [None] * 3
+    assert predict(entries, tmp_path / "out") == ["download_failed", None, None, None]
+
+
+@pytest.mark.parametrize("is_foreseen", [False, True])
+def test_a_full_disk_is_no_error_of_a_frame_of_a_web_server(
+    is_foreseen: bool, site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(file: Any, piece: bytes) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    if is_foreseen:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    else:
+        monkeypatch.setattr(download, "_write", fill)
+    with pytest.raises(SourceGone):
+        predict(web_entries(site), tmp_path / "out")
+
+
+def test_nothing_is_tried_again_long_after_it_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, attempts = [0.0], [0]
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    def stall() -> None:
+        attempts[0] += 1
+        wait(157)
+        raise StorageError("no data")
+
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=wait))
+    for action in (retry.repeat_reading, retry.repeat):
+        now[0], attempts[0] = 0.0, 0
+        with pytest.raises(StorageError):
+            action(stall)
+        assert attempts[0] == 2 and now[0] < 360
+
+
 def test_a_web_server_that_is_gone_ends_the_part_instead_of_failing_its_frames(
     site: Any, tmp_path: Path
 ) -> None:
@@ -233,6 +282,46 @@ def test_results_of_a_bucket_that_fails_for_a_time_are_asked_for_again(proxy: An
         proxy.spoil = lambda method, path, headers, left=left: left.pop() if left else None
         assert action() == expected and not left
     assert destination.finished() == set()
+
+
+def test_files_of_a_bucket_on_their_way_leave_nothing_when_the_process_is_killed(
+    proxy: Any, tmp_path: Path
+) -> None:
+    script = (
+        "import os; from contextlib import ExitStack; from pathlib import Path; from serve.bulk import run; "
+        f"from serve.bulk.destination import Destination; to = Destination('s3://{BUCKET}/killed')\n"
+        "with to.writing('manifest.jsonl') as file: file.write(b'lines')\n"
+        "with ExitStack() as stack, to.writing('parts/00000000.jsonl') as file:\n"
+        "    path = run._local_manifest(to, stack); file.write(b'unfinished'); file.flush()\n"
+        "    print(path.read_text(), flush=True); os.kill(os.getpid(), 9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"lines\n")
+    assert not list(tmp_path.iterdir()) and not Destination(f"s3://{BUCKET}/killed").finished()
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder_of_its_own(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for out in (there, tmp_path / "a" / "out"):
+        with pytest.raises(ServeError):
+            bulk.main([str(tmp_path / "none"), "--model", str(tmp_path / "none.mar"), "--out", str(out)])
+    assert list(tmp_path.iterdir()) == [there] and not list(there.iterdir())
+
+
+def test_a_run_with_fewer_results_than_frames_does_not_end_as_a_whole_one(tmp_path: Path) -> None:
+    class Forgetful(fake.OneProcess):
+        def compute(self, parts: Any, *more: Any) -> Any:
+            return super().compute(itertools.islice(parts, 1), *more)
+
+    (tmp_path / "frames").mkdir()
+    for k in range(4):
+        (tmp_path / "frames" / f"{k}.bin").write_bytes(b"good")
+    with pytest.raises(StorageError):
+        run(tmp_path / "frames", tmp_path / "out", engine=Forgetful(), part_frames=3)
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert run(tmp_path / "frames", tmp_path / "out", engine=fake.OneProcess(), part_frames=3).computed == 1
 
 
 def test_failed_frames_are_computed_again_on_demand(tmp_path: Path) -> None:
