@@ -111,8 +111,8 @@ test-attack: $(STAMP) ## Run every attack of tests/attacks, the long ones too; T
 demo: $(STAMP) ## Serve the demo SECOND and print a curl line that works; Ctrl-C stops it
 	@exec $(PY) -m serve demo $(ARGS)
 
-bench: $(STAMP) ## Measure: NAME=detector, ops, serving, grpc, fairness, shadow, workers, bulk, storage; NAME=native-env for --native-python [ARGS="--help"]
-	@exec $(PY) -m tools.bench $(or $(NAME),--help) $(ARGS)
+bench: $(STAMP) $(if $(WITH),.venv-$(WITH)/.stamp) ## Measure: NAME=detector, ops, serving, grpc, fairness, shadow, workers, bulk, storage; NAME=native-env for --native-python [ARGS="--help"]; WITH=ray adds the packages of an extra
+	@exec $(if $(WITH),.venv-$(WITH)/bin/python,$(PY)) -m tools.bench $(or $(NAME),--help) $(ARGS)
 
 bench-env: .venv-bench/.stamp #: Make .venv-bench with LitServe, mosec and BentoML, for NAME=serving
 	@echo "bench-env: .venv-bench is up to date"

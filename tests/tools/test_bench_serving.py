@@ -17,16 +17,18 @@ import pytest
 
 from serve.errors import BackendStartError
 from tests.conftest import accept_ctrl_c
+from tools.bench.pages import markers
 from tools.bench.serving import runs, sleep_model
 from tools.bench.serving.load import Load, measure, quantile
 from tools.bench.serving.load_process import LoadProcess
 from tools.bench.serving.process import ManagedProcess, cpu_seconds, pause, resume
-from tools.bench.serving.report import BEGIN, END, Report
+from tools.bench.serving.report import Report
 from tools.bench.serving.runs import Machine, Plan, Result, Row
 from tools.bench.serving.targets import GATEWAY, Target, Workload, sleep_archive
 from tools.commands import replace_renamed
 
 ROOT = Path(__file__).parents[2]
+BEGIN, END = markers()
 ONE_BY_ONE_S = 0.02
 
 

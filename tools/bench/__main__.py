@@ -28,7 +28,10 @@ COMMANDS = {
         "tools.bench.commands.shadow",
         "what shadow traffic costs the requests that it copies, in turns",
     ),
-    "bulk": ("tools.bench.commands.bulk", "a run over many frames beside the runtime alone, in pairs"),
+    "bulk": (
+        "tools.bench.commands.bulk",
+        "a run over many frames beside the runtime alone, or its two engines, in pairs",
+    ),
     "bulk-memory": ("tools.bench.commands.bulk_memory", "memory of a run over ten million frames"),
     "workers": ("tools.bench.commands.workers", "how workers and threads divide the cores"),
     "storage": ("tools.bench.commands.storage", "s3:// and FFRecord against boto3 and pread; packing"),

@@ -1,7 +1,8 @@
 """The runtime alone and `serve.bulk` on the same frames, each timed from the moment all its processes have a model.
 
 The runtime gets bytes that are in memory, decodes them and computes them in batches, one after the other; that is what
-`Detector` does for anyone. The run over many frames reads files, decodes them, computes and writes its parts.
+`Detector` does for anyone. The run over many frames reads files, decodes them, computes and writes its parts, by either
+of its engines.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -19,9 +20,11 @@ from types import MappingProxyType
 from typing import Any
 
 from serve.bulk.destination import Destination
-from serve.bulk.parts import Job
+from serve.bulk.parts import Counts, Engine, Job, Part
 from serve.bulk.processes import LocalEngine
-from serve.bulk.run import BulkRun, execute, plan_run
+from serve.bulk.ray_driver import LOCAL
+from serve.bulk.ray_engine import RayEngine
+from serve.bulk.run import BulkRun, Plan, execute, plan_run
 from serve.predict.models import Model, open_archive, outcome_of
 from serve.predict.sources import open_source
 from serve.protocol.batch import Body
@@ -29,11 +32,24 @@ from serve.protocol.frame_spec import Modality
 from serve.protocol.options import FrameOptions
 from serve.protocol.worker import Outcome
 
-__all__ = ["SLEEP", "Setting", "Timing", "bulk_rate", "runtime_rate"]
+__all__ = [
+    "ENGINES",
+    "SLEEP",
+    "EngineTiming",
+    "Setting",
+    "Timing",
+    "bulk_rate",
+    "engine_of",
+    "engine_timing",
+    "runtime_rate",
+]
 
 SLEEP = "sleep"  # in place of an archive: a model that takes 20 ms for a batch and 2 ms for each frame
 _BATCH_S, _FRAME_S = 0.020, 0.002
 _POLL_S = 0.001
+_WAIT_S = 300.0  # of a process for the others to have their models
+#: Names of the engines; the first is what the others are compared with.
+ENGINES = ("local", "ray")
 # Of 40 boxes, as a street has them.
 _ANSWER: dict[str, Any] = {
     "bboxes_3d": [[1.2345678, -2.3456789, 0.1234567, 3.9, 1.6, 1.56, 1.5707963]] * 40,
@@ -79,6 +95,42 @@ class Timing:
     startup_s: float
 
 
+@dataclass(frozen=True)
+class EngineTiming:
+    """One run of an engine, in the command's clock.
+
+    Attributes:
+        rate: frames per second from the moment all processes have a model until the last part is finished.
+        start_s: seconds from the beginning until all processes have a model and have computed a batch.
+        first_part_s: seconds from the beginning until the first part is finished.
+        end_s: seconds from the last part until the engine has ended what it started.
+        whole_s: seconds of all of it.
+    """
+
+    rate: float
+    start_s: float
+    first_part_s: float
+    end_s: float
+    whole_s: float
+
+    @classmethod
+    def of(
+        cls, frames: int, begun: float, ready: float, parts: Sequence[float], ended: float
+    ) -> EngineTiming:
+        """Calculate from the moments, seconds of one clock, at which things happened.
+
+        Args:
+            frames: of the run.
+            begun: the run began.
+            ready: the last process had its model.
+            parts: each part was finished, in order.
+            ended: the run returned.
+        """
+        return cls(
+            frames / (parts[-1] - ready), ready - begun, parts[0] - begun, ended - parts[-1], ended - begun
+        )
+
+
 def runtime_rate(setting: Setting) -> Timing:
     """Let processes compute batches from memory."""
     with tempfile.TemporaryDirectory() as folder:
@@ -101,6 +153,71 @@ def bulk_rate(setting: Setting, out: str | None = None) -> Timing:
         setting: what to do.
         out: ``s3://bucket/prefix`` for the results; a temporary folder if None.
     """
+    with _planned(setting, out) as (stage, run, plan, destination):
+        cpu_s: dict[int | None, float] = {}
+
+        def advance(frames: int) -> None:
+            for child in active_children():
+                with suppress(OSError):
+                    cpu_s[child.pid] = _cpu_s_of(child.pid)
+
+        begun = time.monotonic()
+        _execute(run, plan, destination, engine_of(ENGINES[0], setting), advance)
+        ended = time.monotonic()
+        ready, ready_cpu_s = _all_ready_at(stage)
+        spent_s = sum(cpu_s.values()) - ready_cpu_s
+        return Timing(setting.frames / (ended - ready), spent_s / setting.frames, ready - begun)
+
+
+def engine_of(name: str, setting: Setting) -> Engine:
+    """Make an engine, one of `ENGINES`, that computes in the setting's number of processes.
+
+    Raises:
+        SetupError: Ray is not installed.
+    """
+    if name == ENGINES[0]:
+        return LocalEngine((setting.device,) * setting.processes, setting.threads)
+    return RayEngine(LOCAL, device=setting.device.partition(":")[0], actors=setting.processes)
+
+
+def engine_timing(
+    setting: Setting, name: str, out: str | None = None, advance: Callable[[int], None] = lambda frames: None
+) -> EngineTiming:
+    """Let one of `ENGINES` compute the frames of a folder.
+
+    Args:
+        setting: what to do. Ray's actors have one thread each on the CPU.
+        name: of the engine.
+        out: ``s3://bucket/prefix`` for the results; a temporary folder if None.
+        advance: gets the number of frames that were begun since the last call.
+    """
+    with _planned(setting, out) as (stage, run, plan, destination):
+        engine = _TimedEngine(engine_of(name, setting))
+        begun = time.monotonic()
+        _execute(run, plan, destination, engine, advance)
+        ended = time.monotonic()
+        return EngineTiming.of(setting.frames, begun, _all_ready_at(stage)[0], engine.finished_at, ended)
+
+
+class _TimedEngine:
+    """Notes when each part of another engine is finished."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.finished_at: list[float] = []
+
+    def compute(
+        self, parts: Iterator[Part], job: Job, destination: Destination, advance: Callable[[int], None]
+    ) -> Iterator[tuple[int, Counts]]:
+        """See `Engine.compute`."""
+        for result in self._engine.compute(parts, job, destination, advance):
+            self.finished_at.append(time.monotonic())
+            yield result
+
+
+@contextmanager
+def _planned(setting: Setting, out: str | None) -> Iterator[tuple[Path, BulkRun, Plan, Destination]]:
+    """Make a folder with the frames and plan a run over them; all of it is removed at the end."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         stage = Path(folder)
         _write_stage(stage, setting)
@@ -111,25 +228,18 @@ def bulk_rate(setting: Setting, out: str | None = None) -> Timing:
         destination = Destination(out or str(stage / "out"))
         job = Job(str(stage / "model"), False, FrameOptions(), setting.batch_size, _open_measured)
         run = BulkRun(job, {"bench": 1}, setting.part_frames)
-        engine = LocalEngine((setting.device,) * setting.processes, setting.threads)
         plan = plan_run(
             run, destination, lambda: open_source(source, setting.modality), stack, overwrite=True
         )
-        cpu_s: dict[int | None, float] = {}
+        yield stage, run, plan, destination
 
-        def advance(frames: int) -> None:
-            for child in active_children():
-                with suppress(OSError):
-                    cpu_s[child.pid] = _cpu_s_of(child.pid)
 
-        begun = time.monotonic()
-        summary = execute(run, plan, destination, engine, advance)
-        ended = time.monotonic()
-        if summary.counts.failed:
-            raise RuntimeError(f"frames failed: {summary.counts.failed}")
-        ready, ready_cpu_s = _all_ready_at(stage)
-        spent_s = sum(cpu_s.values()) - ready_cpu_s
-        return Timing(setting.frames / (ended - ready), spent_s / setting.frames, ready - begun)
+def _execute(
+    run: BulkRun, plan: Plan, destination: Destination, engine: Engine, advance: Callable[[int], None]
+) -> None:
+    summary = execute(run, plan, destination, engine, advance)
+    if summary.counts.failed:
+        raise RuntimeError(f"frames failed: {summary.counts.failed}")
 
 
 def _write_stage(stage: Path, setting: Setting) -> None:
@@ -137,7 +247,8 @@ def _write_stage(stage: Path, setting: Setting) -> None:
     (stage / "warm-up").symlink_to(setting.frame.resolve())
     (stage / "processes").write_text(f"{setting.processes} {setting.batch_size}")
     (stage / "ready").mkdir()
-    (stage / "model").symlink_to(
+    # A file that names the archive, not a link to it: Ray's engine takes the hash of what it hands out.
+    (stage / "model").write_text(
         setting.archive if setting.archive == SLEEP else os.path.abspath(setting.archive)
     )
 
@@ -156,18 +267,21 @@ def _cpu_s_of(process: int | None) -> float:
 
 def _open_measured(archive: Path, device: str, *, trust_code: bool, threads: int) -> Model:
     """Open a model, run a batch, which compiles and fills caches, and wait for the other processes."""
-    stage = archive.parent
+    stage, opened = archive.parent, archive.read_text()
     model: Model = (
         _SleepModel()
-        if os.readlink(archive) == SLEEP
-        else open_archive(Path(os.readlink(archive)), device, trust_code=trust_code, threads=threads)
+        if opened == SLEEP
+        else open_archive(Path(opened), device, trust_code=trust_code, threads=threads)
     )
     processes, batch_size = map(int, (stage / "processes").read_text().split())
     _compute(model, (stage / "warm-up").read_bytes(), batch_size)
     mark = stage / "ready" / f"{os.getpid()}.writing"
     mark.write_text(f"{time.monotonic()} {time.process_time()}")
     mark.rename(mark.with_suffix(".at"))
-    while len(list((stage / "ready").glob("*.at"))) < processes:
+    latest = time.monotonic() + _WAIT_S
+    while (found := len(list((stage / "ready").glob("*.at")))) < processes:
+        if time.monotonic() > latest:
+            raise RuntimeError(f"{found} of {processes} processes have a model after {_WAIT_S:g} s")
         time.sleep(_POLL_S)
     return model
 

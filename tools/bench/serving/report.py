@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tools.bench.pages import split_page, write_measured
 from tools.bench.serving import sleep_model
 from tools.bench.serving.runs import Machine, Result, Row
 from tools.bench.serving.targets import GATEWAY, GATEWAY_HTTP
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["Report"]
 
 ALONE = "TorchServe batch 1"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 _OURS, _THEIRS, _IDEAL = "#1b6e53", "#8fa3ad", "#b3261e"
 
 
@@ -127,14 +127,9 @@ class Report:
         Raises:
             ValueError: the page has no marked part.
         """
-        text = page.read_text()
-        before, begin, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise ValueError(f"{page} lacks the markers {BEGIN} and {END}")
+        split_page(page)
         figures = self.draw(page.parent)
-        measured = self.markdown([figure.name for figure in figures])
-        page.write_text(f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}")
+        write_measured(page, self.markdown([figure.name for figure in figures]))
         return [page, *figures]
 
     def draw(self, folder: Path) -> list[Path]:
