@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import signal
 import threading
 from contextlib import ExitStack, suppress
@@ -109,9 +110,13 @@ def _end_with_parent(scratch: str) -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()
-    for each in psutil.Process().children(
-        recursive=True
-    ):  # Ray's agents would look for their raylet for a minute
+    children = psutil.Process().children(recursive=True)
+    for each in children:
+        with suppress(psutil.Error):
+            each.suspend()
+    # Before they are killed: they write nothing more, and Ray ends this process as soon as it misses them.
+    shutil.rmtree(scratch, ignore_errors=True)
+    for each in children:  # Ray's agents would look for their raylet for a minute
         with suppress(psutil.Error):
             each.kill()
     end_with_parent(scratch)
