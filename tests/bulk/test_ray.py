@@ -154,6 +154,8 @@ def test_a_stopped_run_leaves_no_process_and_no_file_of_ray(
         stderr=subprocess.STDOUT,
     ) as process:
         eventually((tmp_path / "gate.reached").exists, 60)
+        # The gate can be reached before the parts of the first frames are moved to their place.
+        eventually(lambda: len(names(out)) == 3, 60)
         below = psutil.Process(process.pid).children(recursive=True)
         addresses = {
             each.laddr.ip for one in below for each in one.net_connections("inet") if each.status == "LISTEN"
