@@ -117,7 +117,7 @@ class _Driver:
         self._has_finished = False
 
     def send(self, parts: Iterator[Part]) -> None:
-        """Hand over all parts; one that is not taken is told by `results`."""
+        """Hand over all parts; `results` raises if one is not taken."""
         try:
             for part in parts:
                 self._connection.send((part.number, pack_lines(part.lines)))

@@ -32,7 +32,7 @@ from serve.watch.statistics import SEGMENT, Layout
 from tests.deployment.conftest import ROOT
 from tests.deployment.dockerfile import DOCKER
 
-# What NVIDIA's exporter exports by default; TorchServe is told to collect no figures of GPUs.
+# What NVIDIA's exporter exports by default; TorchServe collects no figures of GPUs here.
 DCGM = {"DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_FB_USED"}
 PROMQL = {
     "absent", "and", "by", "group_left", "histogram_quantile", "ignoring", "increase", "label_values", "le", "max",

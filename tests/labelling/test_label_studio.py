@@ -146,9 +146,7 @@ def test_local_files_are_read_from_their_folder_alone(start_backend, png, tmp_pa
     assert status("../secret.png") == status("link.png") == 403
     assert status("a/../../secret.png") == 403 and status(f"{tmp_path}/secret.png") == 404  # below the folder
     assert status("none.png") == 404 and status("a") == 403
-    elsewhere = (
-        "https://labels.example/ls/data/local-files/?d="  # a Label Studio that was told its own address
-    )
+    elsewhere = "https://labels.example/ls/data/local-files/?d="  # a Label Studio that knows its own address
     assert client.post("/predict", json=asked(f"{elsewhere}a/one.png")).status_code == 200
     assert client.post("/predict", json=asked(f"{elsewhere}../secret.png")).status_code == 403
     assert (

@@ -21,7 +21,7 @@ def info(page) -> str:
     return page.page.locator("#frame-info").inner_text()
 
 
-def test_file_that_changed_after_it_was_opened_is_said_so(page, tmp_path):
+def test_file_that_changed_after_it_was_opened_is_named(page, tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(make_cloud().tobytes())
     page.page.locator("#files").set_input_files(path)
@@ -97,7 +97,7 @@ def test_sequence_keeps_its_pace_however_often_it_is_paused(page):
     page.page.get_by_role("button", name="Play").wait_for()
 
 
-def test_key_that_is_not_accepted_is_said_so(locked, open_page):  # noqa: F811
+def test_key_that_is_not_accepted_is_an_error_on_the_page(locked, open_page):  # noqa: F811
     page = open_page(locked.url)
     field = page.page.get_by_label("API key")
     field.fill("wrong")
@@ -118,7 +118,7 @@ CALIBRATIONS = {
 }
 
 
-def test_calibration_that_is_none_is_said_so(page):
+def test_file_that_is_no_calibration_is_an_error_on_the_page(page):
     for body, sentence in CALIBRATIONS.items():
         page.drop(("8.bin", make_cloud().tobytes()), ("8.png", grey_png()), ("8.json", body))
         eventually(lambda sentence=sentence: f"8.json is not used here: {sentence}" in info(page))
